@@ -1,0 +1,318 @@
+"""`explain`: which linear attention an inner loop is, whether it has a parallel form, and what it costs.
+
+`form="auto"`, `form="parallel"` and `explain` all go by `parallel_obstacles`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvbind.inner.networks import GLU, MLP, DepthwiseConv, Linear, SwiGLU
+from kvbind.inner.spec import InnerLoop
+from kvbind.inner.systems import RUNGS, ladder
+from kvbind.inner.value import Value, check_positive_int
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """One reason why an inner loop has no parallel form.
+
+    Attributes:
+        field: the field of `InnerLoop` that stands in the way.
+        value: what it is.
+        reason: why that makes the map from writes to state non-associative (arXiv 2602.21204, appendix I).
+        edit: the fields to `replace` that would remove this obstacle.
+    """
+
+    field: str
+    value: Any
+    reason: str
+    edit: dict[str, Any]
+
+    def __str__(self) -> str:
+        edit = ", ".join(f"{name}={value!r}" for name, value in self.edit.items())
+        return f"{self.field}={self.value!r}: {self.reason}; removed by replace({edit})"
+
+
+def parallel_obstacles(spec: InnerLoop) -> tuple[Obstacle, ...]:
+    """What keeps `spec` from a parallel form; empty where it has one.
+
+    There is one when the map from writes to state is associative: only the last layer is updated, by a loss whose gradient
+    does not read the state, once per chunk, without renormalization. The squared error reads the state, linearly where the
+    trained part is one ungated matrix and no orthogonalization or clipping acts on the update: the delta rule, which the
+    WY representation makes parallel.
+    """
+    found = []
+    if spec.update == "all" and spec.network.theta:
+        names = " and ".join(spec.network.theta)
+        reason = f"the features of each chunk depend on every earlier chunk through the updated {names}, nonlinearly"
+        found.append(Obstacle("update", spec.update, reason, {"update": "last"}))
+    if spec.normalize:
+        reason = "each renormalization rescales all earlier writes together: Norm(A + B) is not Norm(A) + Norm(B)"
+        found.append(Obstacle("normalize", True, reason, {"normalize": False}))
+    if spec.steps > 1:
+        reason = "each step on a chunk starts from the weights that the step before it left"
+        found.append(Obstacle("steps", spec.steps, reason, {"steps": 1}))
+    if spec.loss == "squared":
+        nonlinear = next((name for name in ("orthogonalize", "clip") if getattr(spec, name)), None)
+        if nonlinear:
+            reason = f"its gradient reads the state, and {nonlinear} makes each write a nonlinear function of it"
+            found.append(Obstacle("loss", spec.loss, reason, {"loss": "dot"}))
+        elif isinstance(spec.network, GLU):
+            reason = "its gradient reads the state through a gate that differs from channel to channel"
+            found.append(Obstacle("loss", spec.loss, reason, {"loss": "dot"}))
+    return tuple(found)
+
+
+class NoParallelFormError(ValueError):
+    """`form="parallel"` was asked of an inner loop that has none.
+
+    Attributes:
+        explanation: the whole analysis.
+    """
+
+    def __init__(self, explanation: Explanation) -> None:
+        self.explanation = explanation
+        reasons = "\n".join(f"  - {obstacle}" for obstacle in explanation.obstacles)
+        super().__init__(f"form='parallel' needs an inner loop that has a parallel form; this one has none:\n{reasons}")
+
+
+@dataclass(frozen=True, repr=False)
+class Shapes(Value):
+    """Sizes for which costs are counted; the defaults are a layer of the paper's 760M language model.
+
+    Attributes:
+        heads: H.
+        key_width: Dk, channels of queries and keys per head.
+        value_width: Dv, channels of values per head.
+        hidden: Dh, the fast network's hidden width, of every hidden layer.
+        tokens: tokens per sequence.
+        dtype: of q, k, v and the output.
+    """
+
+    heads: int = 4
+    key_width: int = 384
+    value_width: int = 384
+    hidden: int = 384
+    tokens: int = 32768
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "key_width", "value_width", "hidden", "tokens"):
+            check_positive_int(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one forward pass needs at the least, whatever the form.
+
+    Attributes:
+        flops_per_token: floating-point operations of the matrix products per token, all heads; two per multiply-add.
+        orthogonalize_flops_per_token: those of Newton-Schulz among them, without use of symmetry.
+        bytes_per_token: each of q, k, v read once and the output written once, with rates and gates in float32.
+        state_bytes: bytes of one sequence's state: weights, momentum and norms in float32, and pending tokens.
+    """
+
+    flops_per_token: float
+    orthogonalize_flops_per_token: float
+    bytes_per_token: float
+    state_bytes: int
+
+
+def cost(spec: InnerLoop, shapes: Shapes) -> Cost:
+    """Operations, bytes and state size of `spec` at `shapes`."""
+    network, h = spec.network, shapes.heads
+    dims = network.shapes(shapes.key_width, shapes.value_width, (shapes.hidden,) * network.hidden_layers)
+    sizes = {name: math.prod(shape) for name, shape in dims.items()}
+    theta, everything = sum(sizes[name] for name in network.theta), sum(sizes.values())
+
+    write = theta + sizes["out"]
+    if spec.loss == "squared":
+        write += sizes["out"]
+    if spec.update == "all" and network.theta:
+        first = network.theta[:1] if isinstance(network, MLP) else network.theta
+        write += theta + everything - sum(sizes[name] for name in first)
+    chunk = min(spec.chunk or shapes.tokens, shapes.tokens)
+    orthogonalize = 0.0
+    if spec.orthogonalize is not None:
+        for name in spec.updated:
+            short, long = sorted(dims[name])
+            orthogonalize += len(spec.orthogonalize.coefficients) * (4 * short**2 * long + 2 * short**3) / chunk
+    orthogonalize *= spec.steps * h
+    updated = sum(sizes[name] for name in spec.updated)
+    channels = sum(
+        math.prod(dims[name]) // math.prod(dims[name][a] for a in network.input_axes) for name in spec.updated
+    )
+    gates = spec.momentum + spec.retention
+    rates = len(spec.updated) * spec.token_lr
+    width, itemsize = shapes.key_width + shapes.value_width, shapes.dtype.itemsize
+    pending = (chunk - 1) * (width * itemsize + 4 * (len(spec.updated) + gates)) if spec.chunk else 0
+    return Cost(
+        flops_per_token=2 * h * (everything + spec.steps * write) + orthogonalize,
+        orthogonalize_flops_per_token=orthogonalize,
+        bytes_per_token=2 * h * width * itemsize + 4 * h * (rates + gates),
+        state_bytes=h * (4 * (everything + updated * spec.momentum + channels * spec.normalize) + pending),
+    )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; `str()` of it is for people.
+
+    Attributes:
+        spec: the inner loop.
+        operands: the effective query, key, value and starting state of the linear attention it is.
+        state_rule: how its state evolves from write to write.
+        output_rule: what an output reads.
+        obstacles: what stands in the way of a parallel form.
+        parallel_kind: how the parallel form works, or None where there is none.
+        nearest: the inner loop after every obstacle's edit: `spec` itself where it is parallel.
+        shapes: the sizes for which `cost` was counted.
+        cost: what a forward pass needs.
+    """
+
+    spec: InnerLoop
+    operands: dict[str, str]
+    state_rule: str
+    output_rule: str
+    obstacles: tuple[Obstacle, ...]
+    parallel_kind: str | None
+    nearest: InnerLoop
+    shapes: Shapes
+    cost: Cost
+    linear_attention: bool = field(default=True, init=False)
+
+    @property
+    def parallel(self) -> bool:
+        """Whether there is a parallel form."""
+        return not self.obstacles
+
+    @property
+    def nearest_name(self) -> str | None:
+        """The rung of the inner loop's own ladder that `nearest` is, or None."""
+        return next((name for name, rung in ladder(self.spec).items() if rung == self.nearest), None)
+
+    def __str__(self) -> str:
+        lines = [f"{self.spec!r}", "", "linear attention: yes, exactly"]
+        lines += [f"  {name:<5}= {text}" for name, text in self.operands.items()]
+        lines += [f"  {self.state_rule}", f"  {self.output_rule}", ""]
+        if self.parallel:
+            lines.append(f"parallel: yes, {self.parallel_kind}")
+        else:
+            lines.append("parallel: no, because")
+            lines += [f"  - {obstacle}" for obstacle in self.obstacles]
+            edits = {name: value for obstacle in self.obstacles for name, value in obstacle.edit.items()}
+            edit = ", ".join(f"{name}={value!r}" for name, value in edits.items())
+            rung = f"{self.nearest_name} ({RUNGS[self.nearest_name]}), that is, " if self.nearest_name else ""
+            lines.append(f"nearest parallel relative: {rung}replace({edit})")
+        s, c = self.shapes, self.cost
+        lines += [
+            "",
+            f"cost of a forward pass ({s.heads} heads, Dk = {s.key_width}, Dv = {s.value_width}, "
+            f"Dh = {s.hidden}, T = {s.tokens}, {str(s.dtype).removeprefix('torch.')}):",
+            f"  {c.flops_per_token / 1e6:.3f} MFLOP per token, of which orthogonalization "
+            f"{c.orthogonalize_flops_per_token / 1e6:.3f}",
+            f"  {c.bytes_per_token / 1e3:.2f} kB moved per token",
+            f"  {c.state_bytes / 2**20:.2f} MiB of state per sequence, whatever its length",
+        ]
+        return "\n".join(lines)
+
+
+def explain(spec: InnerLoop, shapes: Shapes | None = None) -> Explanation:
+    """Say which linear attention an inner loop is, whether it has a parallel form and if not why, and what it costs.
+
+    Args:
+        spec: the inner loop.
+        shapes: sizes for the costs; default a layer of the paper's 760M language model.
+
+    Raises:
+        TypeError: `spec` is no `InnerLoop`.
+    """
+    if not isinstance(spec, InnerLoop):
+        raise TypeError(f"spec must be a kvbind.InnerLoop; got {type(spec).__name__}")
+    shapes = shapes or Shapes()
+    obstacles = parallel_obstacles(spec)
+    nearest = spec
+    for obstacle in obstacles:
+        nearest = nearest.replace(**obstacle.edit)
+    return Explanation(
+        spec=spec,
+        operands=_operands(spec),
+        state_rule=_state_rule(spec),
+        output_rule=_output_rule(spec),
+        obstacles=obstacles,
+        parallel_kind=None if obstacles else _parallel_kind(spec),
+        nearest=nearest,
+        shapes=shapes,
+        cost=cost(spec, shapes),
+    )
+
+
+def _operands(spec: InnerLoop) -> dict[str, str]:
+    """Effective operands (theorems 5.1 to 5.3), in words of the spec's fields."""
+    network, read = spec.network, "q_t" if spec.query == "query" else "k_t"
+    moving = spec.update == "all" and bool(network.theta)
+    new, old = ("; Theta_new", "; Theta_c") if moving else ("", "")
+    if isinstance(network, Linear | GLU):
+        phi_q, phi_k = read, "k_i"
+    elif isinstance(network, DepthwiseConv):
+        phi_q, phi_k = f"the 3x3 neighbourhood of {read}, per channel", "the 3x3 neighbourhood of k_i, per channel"
+    else:
+        phi_q, phi_k = f"phi({read}{new})", f"phi(k_i{old})"
+    g = "v_i" if spec.loss == "dot" else "(v_i - f_c(k_i))"
+    if isinstance(network, GLU):
+        g = f"{g} * silu(k_i W_gate{',c' if moving else ''})"
+    operands = {"q^_t": phi_q, "k^_i": phi_k, "v^_i": f"lr_i {g}", "S_0": "the starting last layer W"}
+    if isinstance(network, MLP):
+        operands["phi"] = " then ".join([f"{network.activation}(x {name})" for name in network.theta])
+    elif isinstance(network, SwiGLU):
+        operands["phi"] = "silu(x W_gate) * (x W_up)"
+    if spec.steps > 1:
+        operands["k^_i"] += f", written {spec.steps} times over, once per step"
+    return operands
+
+
+def _state_rule(spec: InnerLoop) -> str:
+    write = "sum over the chunk of k^_i^T v^_i"
+    if spec.momentum:
+        write = f"sum over chunks c' <= c of (product of momentum gates after c') {write}"
+    if spec.orthogonalize is not None:
+        write = f"NewtonSchulz({write})"
+    elif spec.clip:
+        write = f"clip({write})"
+    kept = "a_c S_c" if spec.retention else "S_c"
+    body = f"{kept} {'+' if spec.sign > 0 else '-'} {write}"
+    if spec.normalize:
+        body = f"({body}) * (starting norm / new norm of each value channel), a decay that depends on the data"
+    return f"S_c+1 = {body}"
+
+
+def _output_rule(spec: InnerLoop) -> str:
+    gate = "silu(q_t W_gate) * " if isinstance(spec.network, GLU) else ""
+    seen = {
+        "past": "S_c: the chunks before its own",
+        "chunk": "S_c+1: its own chunk included",
+        "token": "S_c and its own chunk's tokens up to t",
+        "full": "S_1: all tokens that write",
+    }[spec.visibility]
+    return f"o_t   = {gate}q^_t S, with S = {seen}"
+
+
+def _parallel_kind(spec: InnerLoop) -> str:
+    if spec.loss == "squared":
+        return "as the delta rule: a triangular solve in each block of tokens (WY), then a scan over blocks"
+    parts = ["all writes at once"]
+    if spec.momentum:
+        parts.append("a first-order scan for momentum")
+    if spec.orthogonalize is not None:
+        parts.append("one batched Newton-Schulz")
+    elif spec.clip:
+        parts.append("one batched clipping")
+    parts.append("a decayed prefix sum" if spec.retention else "a prefix sum")
+    if spec.visibility == "token":
+        parts.append("a triangular term inside blocks")
+    return ", ".join(parts)

@@ -1,0 +1,164 @@
+"""`ttt`, the one call that runs an inner loop, and `inner_loss`, what that loop minimizes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvbind.forms.analysis import NoParallelFormError, explain, parallel_obstacles
+from kvbind.forms.parallel import parallel
+from kvbind.forms.recurrent import chunk_update, chunks, recurrent
+from kvbind.forms.state import State
+from kvbind.forms.tokens import Tokens
+from kvbind.forms.validation import LearningRate, Operands, check_operands
+from kvbind.inner.losses import loss_value
+from kvbind.inner.spec import InnerLoop
+from kvbind.inner.value import check_choice
+
+Form = Literal["auto", "recurrent", "parallel"]
+Engine = Callable[[InnerLoop, Tensor, Tokens, State], tuple[Tensor, State]]
+
+
+def ttt(
+    spec: InnerLoop,
+    weights: Mapping[str, Tensor] | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lr: LearningRate = 1.0,
+    momentum: Tensor | None = None,
+    retention: Tensor | None = None,
+    state: State | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    update_tokens: slice | Tensor | None = None,
+    form: Form = "auto",
+) -> tuple[Tensor, State]:
+    """Run an inner loop over sequences of keys and values, and read it with queries.
+
+    Differentiable in every tensor. State, norms and accumulation are in float32 (float64 where an input is float64),
+    also under autocast. Values of weights are checked for NaN on the CPU alone, as reading them from a GPU stalls it.
+
+    Args:
+        spec: the inner loop.
+        weights: starting fast weights, by matrix name `[H, in, out]` or `[B, H, in, out]` (a depthwise convolution:
+            `[C, 3, 3]`, `C = H * D`; packed sequences: `B` counts them). May be None where `state` is given, whose
+            weights are then the ones that count.
+        q: queries `[B, T, H, Dk]`; under `query="key"` only their shape and dtype matter.
+        k: keys `[B, T, H, Dk]`.
+        v: values `[B, T, H, Dv]`.
+        lr: learning rate: a number, `[B, T, H]`, or a dict of these by updated matrix.
+        momentum: per-token gate `[B, T, H]`, averaged over each chunk; exactly when `spec.momentum`.
+        retention: per-token gate `[B, T, H]` in (0, 1], averaged over each chunk; exactly when `spec.retention`.
+        state: what an earlier call returned, to go on from where it stopped.
+        cu_seqlens: `[n + 1]` boundaries of sequences packed into one row (`B = 1`); nothing crosses them.
+        update_tokens: for `visibility="full"`, a slice or a bool mask (`[T]` or `[B, T]`) of the tokens that write.
+        form: "recurrent", "parallel", or "auto": the parallel form where there is one and more than one chunk to run it
+            on, else the recurrent one.
+
+    Returns:
+        Outputs `[B, T, H, Dv]` in q's dtype, and the state after the last token. Any split of a sequence into calls gives
+        the same outputs under `visibility` "past" and "token"; under "chunk", splits between chunks do, and an
+        incomplete chunk is read after the tokens it has.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+        NoParallelFormError: `form="parallel"` for an inner loop that has none.
+    """
+    check_choice("form", form, ("auto", "recurrent", "parallel"))
+    call = check_operands(spec, weights, q, k, v, lr, momentum, retention, state, cu_seqlens, update_tokens)
+    if form == "parallel" and parallel_obstacles(spec):
+        raise NoParallelFormError(explain(spec))
+    with torch.autocast(q.device.type, enabled=False):
+        output, state = _run(spec, call, form)
+    return output.transpose(1, 2).to(q.dtype), state
+
+
+def _engine(spec: InnerLoop, form: Form, tokens: int) -> Engine:
+    """The form for this many tokens, pending ones included."""
+    if form == "auto":
+        form = "recurrent"
+        if spec.chunk is not None and tokens > spec.chunk and not parallel_obstacles(spec):
+            form = "parallel"
+    return parallel if form == "parallel" else recurrent
+
+
+def _run(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, State]:
+    """Run a call, sequences of equal length and equally many pending tokens together."""
+    lengths = call.state.pending_lengths
+    if call.cu_seqlens is None and len(set(lengths)) == 1:
+        return _engine(spec, form, lengths[0] + len(call.tokens))(spec, call.q, call.tokens, call.state)
+
+    total = call.q.shape[2]
+    bounds = call.cu_seqlens or (0, total)
+    packed = call.cu_seqlens is not None
+    groups = defaultdict(list)
+    for i, pending in enumerate(lengths):
+        groups[pending, bounds[i + 1] - bounds[i] if packed else total].append(i)
+
+    outputs: dict[int, Tensor] = {}
+    states, order = [], []
+    for (pending, length), members in groups.items():
+
+        def take(x: Tensor, members: list[int] = members) -> Tensor:
+            if packed:
+                return torch.cat([x[:, :, bounds[i] : bounds[i + 1]] for i in members])
+            return x[members]
+
+        engine = _engine(spec, form, pending + length)
+        output, after = engine(spec, take(call.q), call.tokens.map(take), call.state[members])
+        outputs |= dict(zip(members, output.split(1), strict=True))
+        states.append(after)
+        order += members
+    back = sorted(range(len(order)), key=order.__getitem__)
+    joined = [outputs[i] for i in range(len(order))]
+    return torch.cat(joined, dim=2 if packed else 0), State.cat(states)[back]
+
+
+def inner_loss(
+    spec: InnerLoop,
+    weights: Mapping[str, Tensor],
+    k: Tensor,
+    v: Tensor,
+    *,
+    lr: LearningRate = 1.0,
+    momentum: Tensor | None = None,
+    retention: Tensor | None = None,
+    update_tokens: slice | Tensor | None = None,
+    at: Literal["before", "after"] = "after",
+) -> Tensor:
+    """The binding loss of each chunk along the inner loop's own trajectory.
+
+    Args:
+        spec: the inner loop.
+        weights: starting fast weights, as `ttt` takes them.
+        k: keys `[B, T, H, Dk]`.
+        v: values `[B, T, H, Dv]`.
+        lr, momentum, retention, update_tokens: as `ttt` takes them.
+        at: the loss at the weights after the chunk's own update ("after", all `spec.steps` of them), or before it.
+
+    Returns:
+        The loss averaged over the chunk's writing tokens, `[B, H, N]`, in the state's dtype; N is the number of chunks,
+        `ceil(T / chunk)`, or 1 under `visibility="full"`. An incomplete last chunk counts as if it updated.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+    """
+    check_choice("at", at, ("before", "after"))
+    call = check_operands(spec, weights, k, k, v, lr, momentum, retention, None, None, update_tokens)
+    parts = [call.tokens] if spec.visibility == "full" else [c.tokens for c in chunks(spec, call.tokens, None)]
+    fast = call.state.fast
+    losses = []
+    with torch.autocast(k.device.type, enabled=False):
+        for part in parts:
+            after = chunk_update(spec, fast, part)
+            at_weights = after.weights if at == "after" else fast.weights
+            dtype = at_weights["out"].dtype
+            loss = loss_value(spec.loss, spec.network.apply(at_weights, part.k.to(dtype)), part.v.to(dtype))
+            losses.append(part.mean(loss))
+            fast = after
+    return torch.stack([x for x in losses if x is not None], dim=-1)

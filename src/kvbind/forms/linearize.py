@@ -1,0 +1,6 @@
+class LinearAttention:
+    pass
+
+
+def linearize(*a):
+    raise NotImplementedError

@@ -1,0 +1,2 @@
+def parallel(*a):
+    raise NotImplementedError

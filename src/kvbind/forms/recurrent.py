@@ -1,0 +1,167 @@
+"""The recurrent form: the definition. Chunk after chunk, the update rule as section 1 of the specification states it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbind.forms.state import State
+from kvbind.forms.tokens import Tokens, as_factor
+from kvbind.inner.rule import FastWeights, apply_update, gradient
+from kvbind.inner.spec import InnerLoop
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk of sequences that have equally many tokens.
+
+    Attributes:
+        tokens: the chunk's writers, those pending from earlier calls first.
+        pending: how many of them are pending.
+        queries: the place in this call's queries of the chunk's own, `queries.start` to `queries.stop`.
+        complete: the chunk has all its tokens, so that it updates the weights for good.
+    """
+
+    tokens: Tokens
+    pending: int
+    queries: slice
+    complete: bool
+
+
+def chunks(spec: InnerLoop, tokens: Tokens, pending: Tokens | None) -> Iterator[Chunk]:
+    """Cut this call's tokens, behind those pending, into chunks; the last may be incomplete."""
+    assert spec.chunk is not None
+    kept = 0 if pending is None else len(pending)
+    total = kept + len(tokens)
+    for start in range(0, total, spec.chunk):
+        stop = min(start + spec.chunk, total)
+        own = slice(max(start - kept, 0), stop - kept)
+        part = tokens.span(own.start, own.stop)
+        held = max(kept - start, 0)
+        if held and pending is not None:
+            part = pending.append(part)
+        yield Chunk(part, held, own, complete=stop - start == spec.chunk)
+
+
+def recurrent(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
+    """Run the inner loop one chunk after another.
+
+    Args:
+        spec: the inner loop.
+        q: what is read, `[B, H, T, Dk]` in the state's dtype (the keys where the inner loop says so).
+        tokens: what writes: T tokens, or fewer under `visibility="full"`.
+        state: where the sequences stopped, all with equally many pending tokens.
+
+    Returns:
+        Outputs `[B, H, T, Dv]` in the state's dtype, and the state after this call.
+    """
+    fast, network = state.fast, spec.network
+    if spec.visibility == "full":
+        fast = full_update(spec, fast, tokens)
+        return network.apply(fast.weights, q), State.of(spec, fast, None, 0)
+
+    outputs, rest = [], None
+    for chunk in chunks(spec, tokens, state.pending()):
+        queries = q[:, :, chunk.queries]
+        after = fast
+        if chunk.complete or spec.visibility == "chunk":
+            after = chunk_update(spec, fast, chunk.tokens)
+        if spec.visibility == "past":
+            outputs.append(network.apply(fast.weights, queries))
+        elif spec.visibility == "chunk" or spec.chunk == 1:
+            outputs.append(network.apply(after.weights, queries))
+        else:
+            each = prefix_updates(spec, fast, chunk)
+            outputs.append(network.apply(each.weights, queries.unsqueeze(-2)).squeeze(-2))
+        if chunk.complete:
+            fast = after
+        else:
+            rest = chunk.tokens
+    rest = rest or tokens.span(0, 0)
+    return (
+        torch.cat(outputs, dim=2) if outputs else q.new_empty(*q.shape[:3], tokens.v.shape[-1]),
+        State.of(spec, fast, rest, len(rest)),
+    )
+
+
+def chunk_update(spec: InnerLoop, fast: FastWeights, tokens: Tokens) -> FastWeights:
+    """Apply the update rule to one chunk, `spec.steps` times."""
+    out = fast.weights["out"]
+    k, v, rates = tokens.k.to(out.dtype), tokens.v.to(out.dtype), tokens.column_rates()
+    momentum, retention = chunk_gates(tokens, out)
+    for _ in range(spec.steps):
+        updates = gradient(spec, fast.weights, k, v, rates)
+        fast = apply_update(spec, fast, updates, momentum, retention)
+    return fast
+
+
+def chunk_gates(tokens: Tokens, matrix: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """`m_c` and `a_c` of one chunk, shaped to multiply `matrix`; None where the tokens have no such gate."""
+    momentum, retention = tokens.mean(tokens.momentum), tokens.mean(tokens.retention)
+    return (
+        None if momentum is None else as_factor(momentum, matrix),
+        None if retention is None else as_factor(retention, matrix),
+    )
+
+
+def full_update(spec: InnerLoop, fast: FastWeights, tokens: Tokens) -> FastWeights:
+    """One update from all update tokens; sequences without any stay as they are."""
+    if not len(tokens):
+        return fast
+    after = chunk_update(spec, fast, tokens)
+    if tokens.mask is None:
+        return after
+    writes = tokens.mask.any(2)
+
+    def settle(new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(as_factor(writes, new), new, old)
+
+    return FastWeights(
+        {name: settle(x, fast.weights[name]) for name, x in after.weights.items()},
+        {name: settle(x, fast.momentum[name]) for name, x in after.momentum.items()},
+        fast.norms,
+    )
+
+
+def prefix_updates(spec: InnerLoop, fast: FastWeights, chunk: Chunk) -> FastWeights:
+    """The weights that each of a chunk's own tokens sees under `visibility="token"`.
+
+    For the token at place t these come from the update rule over the chunk's tokens up to t, with gradients taken at the
+    chunk's starting weights and gates averaged over those tokens alone.
+
+    Returns:
+        Weights with a token axis behind the heads, `[B, H, T, in, out]`.
+    """
+    dtype = fast.weights["out"].dtype
+    each = FastWeights(
+        *({name: x.unsqueeze(2) for name, x in part.items()} for part in (fast.weights, fast.momentum, fast.norms))
+    )
+    total = len(chunk.tokens)
+    old, own = chunk.tokens.span(0, chunk.pending), chunk.tokens.span(chunk.pending, total)
+
+    rates = {name: r[..., None] if isinstance(r, Tensor) else r for name, r in own.column_rates().items()}
+    k, v = own.k.to(dtype).unsqueeze(-2), own.v.to(dtype).unsqueeze(-2)
+    updates = {name: g.cumsum(2) for name, g in gradient(spec, each.weights, k, v, rates).items()}
+    if chunk.pending:
+        held = gradient(spec, fast.weights, old.k.to(dtype), old.v.to(dtype), old.column_rates())
+        updates = {name: g + held[name].unsqueeze(2) for name, g in updates.items()}
+
+    momentum, retention = prefix_means(chunk.tokens.momentum), prefix_means(chunk.tokens.retention)
+    return apply_update(
+        spec,
+        each,
+        updates,
+        None if momentum is None else as_factor(momentum[:, :, chunk.pending :], updates["out"]),
+        None if retention is None else as_factor(retention[:, :, chunk.pending :], updates["out"]),
+    )
+
+
+def prefix_means(gate: Tensor | None) -> Tensor | None:
+    """The mean of a gate over the tokens up to each, along the last axis."""
+    if gate is None:
+        return None
+    count = torch.arange(1, gate.shape[-1] + 1, device=gate.device, dtype=gate.dtype)
+    return gate.cumsum(-1) / count

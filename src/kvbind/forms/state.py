@@ -1,0 +1,154 @@
+"""The state that `ttt` returns and takes: fast weights, momentum, starting norms and pending tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from kvbind.forms.tokens import Tokens
+from kvbind.inner.rule import FastWeights
+from kvbind.inner.spec import InnerLoop
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Where some sequences stopped: constant size, whatever their length.
+
+    A pytree whose leaves are the tensors. `state[i]`, `state[[2, 0, 0]]`, `state[1:]` and an index tensor choose
+    sequences (beam search); an int keeps the batch axis.
+
+    Attributes:
+        spec: the inner loop that this is a state of.
+        tensors: by dotted name: "weights.M", "momentum.M", "norms.M" `[B, H, in, out]` in float32 (float64 for float64
+            inputs), and, where the inner loop has chunks of two tokens or more, "pending.k", "pending.v"
+            `[B, H, chunk - 1, D]`, "pending.rates.M", "pending.momentum", "pending.retention" `[B, H, chunk - 1]`.
+        pending_lengths: how many of the pending places each sequence fills; the rest are zeros.
+    """
+
+    spec: InnerLoop
+    tensors: Mapping[str, Tensor]
+    pending_lengths: tuple[int, ...]
+
+    @staticmethod
+    def of(spec: InnerLoop, fast: FastWeights, pending: Tokens | None, length: int) -> State:
+        """A state of sequences that all have `length` pending tokens."""
+        tensors = {f"weights.{name}": x for name, x in fast.weights.items()}
+        tensors |= {f"momentum.{name}": x for name, x in fast.momentum.items()}
+        tensors |= {f"norms.{name}": x for name, x in fast.norms.items()}
+        if pending is not None and spec.chunk is not None and spec.chunk > 1:
+            kept = pending.padded(spec.chunk - 1)
+            tensors |= {"pending.k": kept.k, "pending.v": kept.v}
+            tensors |= {f"pending.rates.{name}": x for name, x in kept.rates.items() if isinstance(x, Tensor)}
+            for name, gate in (("momentum", kept.momentum), ("retention", kept.retention)):
+                if gate is not None:
+                    tensors[f"pending.{name}"] = gate
+        return State(spec, tensors, (length,) * tensors["weights.out"].shape[0])
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under a dotted prefix, by the rest of their names."""
+        return {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The fast weights, `[B, H, in, out]` by matrix name."""
+        return self.group("weights.")
+
+    @property
+    def momentum(self) -> dict[str, Tensor]:
+        """The momentum buffers, `[B, H, in, out]` by matrix name; empty without momentum."""
+        return self.group("momentum.")
+
+    @property
+    def norms(self) -> dict[str, Tensor]:
+        """The starting norm of each output channel, by matrix name; empty without normalization."""
+        return self.group("norms.")
+
+    @property
+    def fast(self) -> FastWeights:
+        """Weights, momentum and norms, as the update rule takes them."""
+        return FastWeights(self.weights, self.momentum, self.norms)
+
+    @property
+    def batch(self) -> int:
+        """The number of sequences."""
+        return len(self.pending_lengths)
+
+    def pending(self) -> Tokens | None:
+        """The pending tokens, of sequences that all have equally many; None where there are none."""
+        length = self.pending_lengths[0] if self.pending_lengths else 0
+        if not length:
+            return None
+        kept = self.group("pending.")
+        rates: dict[str, Tensor | float] = dict(self.group("pending.rates."))
+        return Tokens(kept["k"], kept["v"], rates, kept.get("momentum"), kept.get("retention")).span(0, length)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """This state with every tensor changed."""
+        return type(self)(self.spec, {name: change(x) for name, x in self.tensors.items()}, self.pending_lengths)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """This state moved, as by `torch.Tensor.to`."""
+        return self.map(lambda x: x.to(*args, **kwargs))
+
+    def detach(self) -> Self:
+        """This state cut from the autograd graph."""
+        return self.map(torch.Tensor.detach)
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Self:
+        places = torch.arange(self.batch)
+        chosen = places[torch.as_tensor(index).cpu() if not isinstance(index, slice) else index].reshape(-1)
+        lengths = tuple(self.pending_lengths[i] for i in chosen.tolist())
+        picked = self.map(lambda x: x.index_select(0, chosen.to(x.device)))
+        return type(self)(self.spec, picked.tensors, lengths)
+
+    @staticmethod
+    def cat(states: Sequence[State]) -> State:
+        """The sequences of several states of one inner loop, one after another."""
+        first = states[0]
+        tensors = {name: torch.cat([state.tensors[name] for state in states]) for name in first.tensors}
+        return State(first.spec, tensors, tuple(n for state in states for n in state.pending_lengths))
+
+    def save(self, path: str | Path) -> None:
+        """Write this state as a safetensors file, its inner loop and lengths in the metadata."""
+        metadata = {"inner": json.dumps(self.spec.to_dict()), "pending_lengths": json.dumps(self.pending_lengths)}
+        save_file({name: x.detach().contiguous() for name, x in self.tensors.items()}, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: a safetensors file that holds no state.
+        """
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if not {"inner", "pending_lengths"} <= metadata.keys():
+                raise ValueError(f"path must be a file that State.save wrote; {path} holds no inner loop")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        spec = InnerLoop.from_dict(json.loads(metadata["inner"]))
+        return cls(spec, tensors, tuple(json.loads(metadata["pending_lengths"])))
+
+    def __repr__(self) -> str:
+        size = sum(x.numel() * x.element_size() for x in self.tensors.values())
+        return f"State({self.batch} sequences, {size / self.batch / 1024:.1f} KiB each, of {self.spec!r})"
+
+
+def _flatten(state: State) -> tuple[list[Tensor], tuple[InnerLoop, tuple[str, ...], tuple[int, ...]]]:
+    return list(state.tensors.values()), (state.spec, tuple(state.tensors), state.pending_lengths)
+
+
+def _unflatten(leaves: Any, context: tuple[InnerLoop, tuple[str, ...], tuple[int, ...]]) -> State:
+    spec, names, lengths = context
+    return State(spec, dict(zip(names, leaves, strict=True)), lengths)
+
+
+pytree.register_pytree_node(State, _flatten, _unflatten, serialized_type_name="kvbind.State")

@@ -1,0 +1,108 @@
+"""What tokens write: keys, values, rates and gates of some sequences, moved about together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens as writers, heads first; the token axis of every tensor is axis 2.
+
+    Attributes:
+        k: keys `[B, H, T, Dk]`, in the dtype they came in.
+        v: values `[B, H, T, Dv]`.
+        rates: learning rate by matrix name, a number or `[B, H, T]`.
+        momentum: per-token momentum gates `[B, H, T]`, or None.
+        retention: per-token retention gates `[B, H, T]`, or None.
+        mask: which tokens write, bool `[B, 1, T]`, or None where all do.
+    """
+
+    k: Tensor
+    v: Tensor
+    rates: dict[str, Tensor | float]
+    momentum: Tensor | None = None
+    retention: Tensor | None = None
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.k.shape[2]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+        """These tokens with every tensor changed."""
+
+        def optional(x: Tensor | None) -> Tensor | None:
+            return None if x is None else change(x)
+
+        return Tokens(
+            change(self.k),
+            change(self.v),
+            {name: change(rate) if isinstance(rate, Tensor) else rate for name, rate in self.rates.items()},
+            optional(self.momentum),
+            optional(self.retention),
+            optional(self.mask),
+        )
+
+    def span(self, start: int, stop: int) -> Tokens:
+        """The tokens from `start` up to `stop`."""
+        return self.map(lambda x: x[:, :, start:stop])
+
+    def spread(self) -> Tokens:
+        """These tokens with every rate a tensor."""
+        shape = self.k.shape[:3]
+        dtype = torch.promote_types(self.k.dtype, torch.float32)
+        rates: dict[str, Tensor | float] = {
+            name: rate if isinstance(rate, Tensor) else torch.full(shape, rate, dtype=dtype, device=self.k.device)
+            for name, rate in self.rates.items()
+        }
+        return replace(self, rates=rates)
+
+    def append(self, later: Tokens) -> Tokens:
+        """These tokens, then `later`."""
+        if not len(self):
+            return later
+        if not len(later):
+            return self
+        first, second = self.spread(), later.spread()
+        seconds = iter(second.tensors())
+        return first.map(lambda x: torch.cat((x, next(seconds)), dim=2))
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, in the order in which `map` visits them."""
+        found: list[Tensor] = []
+
+        def note(x: Tensor) -> Tensor:
+            found.append(x)
+            return x
+
+        self.map(note)
+        return found
+
+    def padded(self, length: int) -> Tokens:
+        """These tokens with every rate a tensor, zero-padded to `length`."""
+        short = length - len(self)
+        return self.spread().map(lambda x: F.pad(x, (0, 0) * (x.dim() - 3) + (0, short)))
+
+    def column_rates(self) -> dict[str, Tensor | float]:
+        """Rates as they multiply rows: numbers or `[B, H, T, 1]`, zero for tokens that do not write."""
+        columns: dict[str, Tensor | float] = {}
+        for name, rate in self.rates.items():
+            column = rate[..., None] if isinstance(rate, Tensor) else rate
+            columns[name] = column if self.mask is None else column * self.mask[..., None]
+        return columns
+
+    def mean(self, gate: Tensor | None) -> Tensor | None:
+        """The mean of a per-token gate over the tokens that write, `[B, H, T]` to `[B, H]`."""
+        if gate is None or self.mask is None:
+            return None if gate is None else gate.mean(2)
+        return (gate * self.mask).sum(2) / self.mask.sum(2).clamp(min=1)
+
+
+def as_factor(gate: Tensor, matrix: Tensor) -> Tensor:
+    """A gate of leading dimensions `[...]` shaped to multiply matrices `[..., in, out]` (kernels have one axis more)."""
+    return gate.reshape(gate.shape + (1,) * (matrix.dim() - gate.dim()))

@@ -1,0 +1,294 @@
+"""Every check of what users give to `ttt` and its relatives, and its change into the form the library computes with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbind.forms.state import State
+from kvbind.forms.tokens import Tokens
+from kvbind.inner.networks import DepthwiseConv
+from kvbind.inner.rule import FastWeights
+from kvbind.inner.spec import InnerLoop
+from kvbind.inner.value import nearest
+
+LearningRate = float | Tensor | Mapping[str, float | Tensor]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One validated call, heads first.
+
+    Attributes:
+        q: what is read, `[B, H, T, Dk]` in the state's dtype.
+        tokens: what writes.
+        state: where the sequences start; its batch is that of `q`, or the number of packed sequences.
+        cu_seqlens: boundaries of packed sequences, or None.
+    """
+
+    q: Tensor
+    tokens: Tokens
+    state: State
+    cu_seqlens: tuple[int, ...] | None
+
+
+def check_operands(
+    spec: InnerLoop,
+    weights: Mapping[str, Tensor] | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: LearningRate,
+    momentum: Tensor | None,
+    retention: Tensor | None,
+    state: State | None,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    update_tokens: slice | Tensor | None,
+) -> Operands:
+    """Check one call's arguments and bring them into the library's own layout.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument whose shape, value or presence does not fit; the message names it.
+    """
+    if not isinstance(spec, InnerLoop):
+        raise TypeError(f"spec must be a kvbind.InnerLoop; got {type(spec).__name__}")
+    check_qkv(spec, q, k, v)
+    batch, length, heads, key_width = k.shape
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.promote_types(v.dtype, torch.float32))
+    bounds = check_cu_seqlens(cu_seqlens, batch, length)
+    sequences = batch if bounds is None else len(bounds) - 1
+
+    if state is None:
+        if weights is None:
+            raise ValueError("weights must be given where there is no state; got None")
+        fast = {
+            name: x.to(dtype)
+            for name, x in check_weights(spec, weights, sequences, heads, key_width, v.shape[-1]).items()
+        }
+        state = State.of(spec, FastWeights.start(spec, fast), None, 0)
+    else:
+        check_state(spec, state, sequences, k, v)
+        if weights is not None:
+            check_weights(spec, weights, sequences, heads, key_width, v.shape[-1])
+    for name, x in state.tensors.items():
+        if x.device != q.device:
+            raise ValueError(f"weights and state must be on q's device, {q.device}; {name} is on {x.device}")
+
+    tokens = Tokens(
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        check_rates(spec, lr, k.shape[:3], dtype),
+        check_gate("momentum", spec.momentum, momentum, k.shape[:3], dtype),
+        check_gate("retention", spec.retention, retention, k.shape[:3], dtype),
+    )
+    read = k if spec.query == "key" else q
+    tokens = choose_update_tokens(spec, tokens, update_tokens, bounds)
+    return Operands(read.transpose(1, 2).to(dtype), tokens, state, bounds)
+
+
+def check_qkv(spec: InnerLoop, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Ranks, dtypes, devices and matching sizes of `q`, `k` `[B, T, H, Dk]` and `v` `[B, T, H, Dv]`."""
+    for name, x, width in (("q", q, "Dk"), ("k", k, "Dk"), ("v", v, "Dv")):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor [B, T, H, {width}]; got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have 4 axes, [B, T, H, {width}]; got shape {list(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating-point; got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device, {q.device}; got {x.device}")
+    for axis, what in ((0, "batch"), (1, "token"), (2, "head"), (3, "channel")):
+        if q.shape[axis] != k.shape[axis]:
+            raise ValueError(f"q and k must have equal {what} counts; got q {list(q.shape)} and k {list(k.shape)}")
+        if axis < 3 and v.shape[axis] != k.shape[axis]:
+            raise ValueError(f"v and k must have equal {what} counts; got v {list(v.shape)} and k {list(k.shape)}")
+    if 0 in (q.shape[0], q.shape[2], q.shape[3], v.shape[3]):
+        raise ValueError(
+            f"q, k and v must have at least one sequence, head and channel; got q {list(q.shape)}, v {list(v.shape)}"
+        )
+    if isinstance(spec.network, DepthwiseConv) and q.shape[3] != v.shape[3]:
+        raise ValueError(f"DepthwiseConv needs Dk = Dv; got Dk = {q.shape[3]} and Dv = {v.shape[3]}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor | Sequence[int] | None, batch: int, length: int) -> tuple[int, ...] | None:
+    """Boundaries of packed sequences as ints: from 0, never falling, to the row's length."""
+    if cu_seqlens is None:
+        return None
+    if isinstance(cu_seqlens, Tensor):
+        if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+            raise ValueError(
+                f"cu_seqlens must be a 1-d tensor of integers, [n + 1]; got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+            )
+        bounds = tuple(int(x) for x in cu_seqlens.tolist())
+    else:
+        bounds = tuple(int(x) for x in cu_seqlens)
+    if batch != 1:
+        raise ValueError(f"cu_seqlens packs sequences into one row, so the batch must be 1; got {batch}")
+    if len(bounds) < 2:
+        raise ValueError(f"cu_seqlens must have at least two entries, [0, T]; got {list(bounds)}")
+    if bounds[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0; got {bounds[0]}")
+    if bounds[-1] != length:
+        raise ValueError(f"cu_seqlens must end at the number of tokens, {length}; got {bounds[-1]}")
+    if any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise ValueError(f"cu_seqlens must never fall; got {list(bounds)}")
+    return bounds
+
+
+def check_weights(
+    spec: InnerLoop, weights: Mapping[str, Tensor], batch: int, heads: int, key_width: int, value_width: int
+) -> dict[str, Tensor]:
+    """The starting weights, brought to `[B, H, in, out]` (`[B, H, D, 3, 3]` for kernels) in the order of the network."""
+    network = spec.network
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights must be a dict of tensors; got {type(weights).__name__}")
+    kind = type(network).__name__
+    for name in weights:
+        if name not in network.matrices:
+            raise ValueError(
+                f"weights has {name!r}, which {kind} has not{nearest(name, network.matrices)}; "
+                f"it needs {', '.join(network.matrices)}"
+            )
+    for name in network.matrices:
+        if name not in weights:
+            raise ValueError(f"weights lacks {name!r}; {kind} needs {', '.join(network.matrices)}")
+        x = weights[name]
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(
+                f"weights[{name!r}] must be a floating-point tensor; got {x if not isinstance(x, Tensor) else x.dtype}"
+            )
+    ranks = len(network.stored_shape(1, network.shapes(1, 1, (1,) * network.hidden_layers)["out"]))
+    for name, x in weights.items():
+        if x.dim() not in (ranks, ranks + 1):
+            what = (
+                "[C, 3, 3] or [B, C, 3, 3]" if isinstance(network, DepthwiseConv) else "[H, in, out] or [B, H, in, out]"
+            )
+            raise ValueError(f"weights[{name!r}] must be {what}; got shape {list(x.shape)}")
+    shapes = network.shapes(key_width, value_width, network.hidden_widths(weights))
+    checked = {}
+    for name, shape in shapes.items():
+        x, need = weights[name], network.stored_shape(heads, shape)
+        if tuple(x.shape[-ranks:]) != need:
+            raise ValueError(
+                f"weights[{name!r}] must end in {list(need)} for {heads} heads, Dk = {key_width} and Dv = {value_width}; "
+                f"got shape {list(x.shape)}"
+            )
+        if x.dim() > ranks and x.shape[0] != batch:
+            raise ValueError(f"weights[{name!r}] must have one entry for each of {batch} sequences; got {x.shape[0]}")
+        # reading values back from a GPU would stall every call
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(x.isfinite().all()):
+            raise ValueError(f"weights[{name!r}] must be finite; got NaN or infinity")
+        checked[name] = x.reshape(*x.shape[:-ranks], heads, *shape).expand(batch, heads, *shape)
+    return checked
+
+
+def check_state(spec: InnerLoop, state: State, sequences: int, k: Tensor, v: Tensor) -> None:
+    """A state fits a call when it is of the same inner loop, batch, heads and widths."""
+    if not isinstance(state, State):
+        raise TypeError(f"state must be what ttt returned (kvbind.State) or None; got {type(state).__name__}")
+    if state.spec != spec:
+        changed = [name for name in spec.field_names() if getattr(spec, name) != getattr(state.spec, name)]
+        raise ValueError(f"state must be of this inner loop; its spec differs in {', '.join(changed)}")
+    if state.batch != sequences:
+        raise ValueError(f"state must have one entry for each of {sequences} sequences; got {state.batch}")
+    network, heads = spec.network, k.shape[2]
+    shapes = network.shapes(k.shape[-1], v.shape[-1], network.hidden_widths(state.weights))
+    for name, shape in shapes.items():
+        need = (sequences, heads, *shape)
+        if tuple(state.weights[name].shape) != need:
+            raise ValueError(
+                f"state's {name!r} must be {list(need)} for these q, k and v; got {list(state.weights[name].shape)}"
+            )
+
+
+def check_rates(
+    spec: InnerLoop, lr: LearningRate, shape: Sequence[int], dtype: torch.dtype
+) -> dict[str, float | Tensor]:
+    """Learning rates by updated matrix, numbers or `[B, H, T]`."""
+    if isinstance(lr, Mapping):
+        for name in lr:
+            if name not in spec.updated:
+                raise ValueError(
+                    f"lr has {name!r}, which is not updated{nearest(name, spec.updated)}; it needs {', '.join(spec.updated)}"
+                )
+        missing = [name for name in spec.updated if name not in lr]
+        if missing:
+            raise ValueError(f"lr lacks {missing[0]!r}; as a dict it needs {', '.join(spec.updated)}")
+        return {name: _rate(f"lr[{name!r}]", lr[name], shape, dtype) for name in spec.updated}
+    rate = _rate("lr", lr, shape, dtype)
+    return dict.fromkeys(spec.updated, rate)
+
+
+def _rate(argument: str, rate: float | Tensor, shape: Sequence[int], dtype: torch.dtype) -> float | Tensor:
+    if isinstance(rate, Tensor):
+        if rate.dim() == 0:
+            rate = rate.expand(tuple(shape))
+        return _per_token(argument, rate, shape, dtype)
+    if isinstance(rate, bool) or not isinstance(rate, int | float):
+        raise TypeError(
+            f"{argument} must be a number, a tensor [B, T, H] or a dict by matrix; got {type(rate).__name__}"
+        )
+    if not math.isfinite(rate):
+        raise ValueError(f"{argument} must be finite; got {rate}")
+    return float(rate)
+
+
+def check_gate(
+    argument: str, wanted: bool, gate: Tensor | None, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor | None:
+    """A per-token gate `[B, H, T]`, there exactly when the spec asks for it."""
+    if gate is None:
+        if wanted:
+            raise ValueError(f"{argument} must be a tensor [B, T, H], as the inner loop has {argument}=True; got None")
+        return None
+    if not wanted:
+        raise ValueError(f"{argument} must be None, as the inner loop has {argument}=False; got a gate")
+    if not isinstance(gate, Tensor):
+        raise TypeError(f"{argument} must be a tensor [B, T, H]; got {type(gate).__name__}")
+    return _per_token(argument, gate, shape, dtype)
+
+
+def _per_token(argument: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{argument} must be [B, T, H] = {list(shape)}; got shape {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{argument} must be floating-point; got {x.dtype}")
+    return x.transpose(1, 2).to(dtype)
+
+
+def choose_update_tokens(
+    spec: InnerLoop, tokens: Tokens, chosen: slice | Tensor | None, bounds: tuple[int, ...] | None
+) -> Tokens:
+    """The tokens that write under `visibility="full"`: a slice of them, or all with a mask."""
+    if chosen is None:
+        return tokens
+    if spec.visibility != "full":
+        raise ValueError(f"update_tokens needs visibility='full'; the inner loop has {spec.visibility!r}")
+    batch, length = tokens.k.shape[0], len(tokens)
+    if isinstance(chosen, slice):
+        # a convolution needs the whole grid for its neighbourhoods, and packed sequences their own parts
+        if not isinstance(spec.network, DepthwiseConv) and bounds is None:
+            return tokens.map(lambda x: x[:, :, chosen])
+        mask = torch.zeros(length, dtype=torch.bool, device=tokens.k.device)
+        mask[chosen] = True
+    elif isinstance(chosen, Tensor) and chosen.dtype == torch.bool:
+        mask = chosen
+    else:
+        raise TypeError(f"update_tokens must be a slice or a bool tensor [T] or [B, T]; got {chosen!r}")
+    if tuple(mask.shape) not in ((length,), (batch, length)):
+        raise ValueError(
+            f"update_tokens must be [T] = [{length}] or [B, T] = [{batch}, {length}]; got {list(mask.shape)}"
+        )
+    return Tokens(
+        tokens.k,
+        tokens.v,
+        tokens.rates,
+        tokens.momentum,
+        tokens.retention,
+        mask.to(tokens.k.device).expand(batch, length).unsqueeze(1),
+    )

@@ -1,0 +1,22 @@
+"""What an inner loop is: the spec, fast networks, losses, update rule, named systems."""
+
+from kvbind.inner import systems
+from kvbind.inner.networks import GLU, MLP, NETWORKS, DepthwiseConv, Linear, Network, SwiGLU
+from kvbind.inner.orthogonalize import LANGUAGE_COEFFICIENTS, VIEWS_COEFFICIENTS, NewtonSchulz
+from kvbind.inner.spec import InnerLoop, Visibility
+
+__all__ = [
+    "GLU",
+    "LANGUAGE_COEFFICIENTS",
+    "MLP",
+    "NETWORKS",
+    "VIEWS_COEFFICIENTS",
+    "DepthwiseConv",
+    "InnerLoop",
+    "Linear",
+    "Network",
+    "NewtonSchulz",
+    "SwiGLU",
+    "Visibility",
+    "systems",
+]

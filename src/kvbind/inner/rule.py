@@ -1,0 +1,100 @@
+"""The update rule of one chunk: the six lines of section 1 of the specification, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvbind.inner.losses import descent_direction
+from kvbind.inner.networks import Network, Rates, Weights
+from kvbind.inner.spec import InnerLoop
+
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class FastWeights:
+    """What the rule reads and writes; every tensor `[..., in, out]` with the same leading dimensions.
+
+    Attributes:
+        weights: every matrix of the fast network.
+        momentum: the momentum buffer of each updated matrix; empty without momentum.
+        norms: the starting norm of each output channel of each updated matrix; empty without normalization.
+    """
+
+    weights: Weights
+    momentum: Mapping[str, Tensor]
+    norms: Mapping[str, Tensor]
+
+    @staticmethod
+    def start(spec: InnerLoop, weights: Weights) -> FastWeights:
+        """The state of a sequence that has read nothing."""
+        return FastWeights(
+            weights=weights,
+            momentum={name: torch.zeros_like(weights[name]) for name in spec.updated} if spec.momentum else {},
+            norms={name: channel_norm(spec.network, weights[name]) for name in spec.updated} if spec.normalize else {},
+        )
+
+
+def channel_norm(network: Network, matrix: Tensor) -> Tensor:
+    """The L2 norm of each output channel of a fast matrix; the input axes stay, with length 1."""
+    return torch.linalg.vector_norm(matrix, dim=network.input_axes, keepdim=True)
+
+
+def gradient(spec: InnerLoop, weights: Weights, k: Tensor, v: Tensor, rates: Rates) -> dict[str, Tensor]:
+    """Line 1: the summed update of each matrix, gradients taken at `weights`.
+
+    Args:
+        spec: the inner loop.
+        weights: fast weights, `[..., in, out]`.
+        k: keys `[..., T, Dk]`.
+        v: values `[..., T, Dv]`.
+        rates: learning rate of each matrix, a number or `[..., T, 1]`.
+    """
+    prediction = spec.network.apply(weights, k) if spec.loss == "squared" else None
+    return spec.network.gradients(weights, k, descent_direction(spec.loss, prediction, v), rates, spec.updated)
+
+
+def shape_update(spec: InnerLoop, matrix: Tensor) -> Tensor:
+    """Line 3: orthogonalize or clip one matrix's update."""
+    if spec.orthogonalize is not None:
+        return spec.orthogonalize(matrix)
+    if spec.clip:
+        return matrix / (channel_norm(spec.network, matrix) + 1)
+    return matrix
+
+
+def rescale(network: Network, matrix: Tensor, norm: Tensor) -> Tensor:
+    """Line 6's factor: what takes each output channel of `matrix` to `norm`."""
+    return norm / (channel_norm(network, matrix) + NORM_EPS)
+
+
+def apply_update(
+    spec: InnerLoop,
+    state: FastWeights,
+    updates: Mapping[str, Tensor],
+    momentum: Tensor | None,
+    retention: Tensor | None,
+) -> FastWeights:
+    """Lines 2 to 6: enter one chunk's summed gradients into the weights.
+
+    Args:
+        spec: the inner loop.
+        state: weights, momentum and norms before.
+        updates: line 1's result.
+        momentum: `m_c`, broadcastable to the matrices; None without momentum.
+        retention: `a_c`, likewise.
+    """
+    if momentum is not None:
+        updates = {name: g + momentum * state.momentum[name] for name, g in updates.items()}
+    weights = dict(state.weights)
+    for name, update in updates.items():
+        matrix = weights[name] if retention is None else retention * weights[name]
+        matrix = matrix + spec.sign * shape_update(spec, update)
+        if spec.normalize:
+            matrix = matrix * rescale(spec.network, matrix, state.norms[name])
+        weights[name] = matrix
+    return replace(state, weights=weights, momentum=updates if momentum is not None else {})

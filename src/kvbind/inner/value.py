@@ -1,0 +1,101 @@
+"""Values: frozen dataclasses that are edited by copy and written down as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Any, Self, cast
+
+import torch
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """A clause that names the known word nearest to `name`, or an empty string where none is near."""
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise `ValueError` unless `value` is one of `allowed`."""
+    if value not in allowed:
+        words = ", ".join(repr(word) for word in allowed)
+        raise ValueError(f"{argument} must be one of {words}; got {value!r}{nearest(value, allowed)}")
+
+
+def check_bool(argument: str, value: object) -> None:
+    """Raise `TypeError` unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument} must be True or False; got {value!r} ({type(value).__name__})")
+
+
+def check_positive_int(argument: str, value: object) -> None:
+    """Raise `TypeError` or `ValueError` unless `value` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument} must be an int of at least 1; got {value!r} ({type(value).__name__})")
+    if value < 1:
+        raise ValueError(f"{argument} must be an int of at least 1; got {value}")
+
+
+class Value:
+    """Base of every spec-like value: a frozen dataclass with `replace`, `to_dict`, `from_dict` and a short `repr`."""
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """The names of the fields, in order."""
+        return tuple(field.name for field in dataclasses.fields(cast(Any, cls)))
+
+    @classmethod
+    def _check_fields(cls, names: Iterable[str]) -> None:
+        known = cls.field_names()
+        for name in names:
+            if name not in known:
+                raise TypeError(
+                    f"{cls.__name__} has no field {name!r}{nearest(name, known)}; its fields are {', '.join(known) or 'none'}"
+                )
+
+    def replace(self, **fields: Any) -> Self:
+        """A copy of this value with the given fields changed; the copy is validated anew.
+
+        Raises:
+            TypeError: a name that is no field.
+            ValueError: a field's value that does not fit.
+        """
+        self._check_fields(fields)
+        return cast(Self, dataclasses.replace(cast(Any, self), **fields))
+
+    def __repr__(self) -> str:
+        changed = (
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(cast(Any, self))
+            if field.default is dataclasses.MISSING or getattr(self, field.name) != field.default
+        )
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """This value as plain data (dicts, lists, strings, numbers), as YAML and JSON hold it."""
+        return {name: to_plain(getattr(self, name)) for name in self.field_names()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The value that `to_dict` wrote; fields that are left out take their defaults.
+
+        Raises:
+            TypeError: `data` is no dict, or names an unknown field.
+            ValueError: a field's value does not fit.
+        """
+        if not isinstance(data, dict):
+            raise TypeError(f"{cls.__name__}.from_dict needs a dict; got {type(data).__name__}")
+        cls._check_fields(data)
+        return cls(**data)
+
+
+def to_plain(value: Any) -> Any:
+    """`value` with nested `Value`s, tuples and dtypes turned into plain data."""
+    if isinstance(value, Value):
+        return value.to_dict()
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, tuple | list):
+        return [to_plain(item) for item in value]
+    return value
