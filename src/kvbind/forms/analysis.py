@@ -144,9 +144,7 @@ def cost(spec: InnerLoop, shapes: Shapes) -> Cost:
             orthogonalize += len(spec.orthogonalize.coefficients) * (4 * short**2 * long + 2 * short**3) / chunk
     orthogonalize *= spec.steps * h
     updated = sum(sizes[name] for name in spec.updated)
-    channels = sum(
-        math.prod(dims[name]) // math.prod(dims[name][a] for a in network.input_axes) for name in spec.updated
-    )
+    channels = sum(math.prod(dims[name]) // math.prod(dims[name][a] for a in network.input_axes) for name in spec.updated)
     gates = spec.momentum + spec.retention
     rates = len(spec.updated) * spec.token_lr
     width, itemsize = shapes.key_width + shapes.value_width, shapes.dtype.itemsize

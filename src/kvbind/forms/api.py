@@ -138,7 +138,10 @@ def inner_loss(
         weights: starting fast weights, as `ttt` takes them.
         k: keys `[B, T, H, Dk]`.
         v: values `[B, T, H, Dv]`.
-        lr, momentum, retention, update_tokens: as `ttt` takes them.
+        lr: as `ttt` takes it.
+        momentum: as `ttt` takes it.
+        retention: as `ttt` takes it.
+        update_tokens: as `ttt` takes it.
         at: the loss at the weights after the chunk's own update ("after", all `spec.steps` of them), or before it.
 
     Returns:

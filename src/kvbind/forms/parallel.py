@@ -1,2 +1,102 @@
-def parallel(*a):
-    raise NotImplementedError
+"""The parallel form (arXiv 2602.21204, appendix H): the same outputs without a loop over chunks.
+
+Two schedules, by what the inner loop needs:
+
+- *chunkwise*: the writes of all chunks at once, a scan for momentum, orthogonalization or clipping of all chunks as one
+  batch, a (decayed) prefix sum, and one batched read. It holds the state of every chunk.
+- *blockwise* (`kvbind.forms.blockwise`), where writes simply add up: short chunks and `visibility="token"`, whose outputs
+  are attention inside blocks of tokens plus a read of the state before the block, and the delta rule.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvbind.forms.blockwise import blockwise
+from kvbind.forms.recurrent import chunk_update, recurrent
+from kvbind.forms.scan import linear_scan
+from kvbind.forms.state import State
+from kvbind.forms.tokens import Tokens
+from kvbind.inner.rule import FastWeights, gradient, shape_update
+from kvbind.inner.spec import InnerLoop
+
+SHORT_CHUNK = 64
+"""Below this many tokens in a chunk, attention inside blocks is cheaper than a state for every chunk."""
+
+
+def parallel(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
+    """Run an inner loop that has a parallel form; arguments and result are those of `recurrent`."""
+    if spec.chunk is None:
+        # one update from all tokens: there is nothing sequential to remove
+        return recurrent(spec, q, tokens, state)
+    adds_up = spec.orthogonalize is None and not spec.clip
+    if adds_up and (spec.loss == "squared" or spec.visibility == "token" or spec.chunk < SHORT_CHUNK):
+        return blockwise(spec, q, tokens, state)
+    return chunkwise(spec, q, tokens, state)
+
+
+def chunkwise(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
+    """All chunks at once, with the state of each in memory."""
+    if spec.chunk is None:
+        raise ValueError("chunk must be an int of at least 1; got None")
+    size, new = spec.chunk, len(tokens)
+    pending = state.pending()
+    kept = 0 if pending is None else len(pending)
+    joined = tokens if pending is None else pending.append(tokens)
+    count = len(joined) // size
+    complete, rest = joined.span(0, count * size), joined.span(count * size, len(joined))
+
+    fast = state.fast
+    states, end = chunk_states(spec, fast, complete, count)
+    # row c of `seen` is what chunk c reads; an incomplete last chunk reads row `count`
+    own_included = spec.visibility != "past"
+    seen = states[:, :, 1:] if own_included else states
+    if own_included and len(rest):
+        seen = torch.cat((seen, chunk_update(spec, end, rest).weights["out"].unsqueeze(2)), dim=2)
+
+    def read(queries: Tensor, out: Tensor) -> Tensor:
+        frozen = {name: x if queries.dim() == 4 else x.unsqueeze(2) for name, x in fast.weights.items()}
+        return spec.network.apply(frozen | {"out": out}, queries)
+
+    outputs = []
+    head = min(size - kept, new) if kept else 0
+    first = 1 if kept else 0
+    whole = (new - head) // size
+    if head:
+        outputs.append(read(q[:, :, :head], seen[:, :, 0]))
+    if whole:
+        folded = q[:, :, head : head + whole * size].unflatten(2, (whole, size))
+        outputs.append(read(folded, seen[:, :, first : first + whole]).flatten(2, 3))
+    if head + whole * size < new:
+        outputs.append(read(q[:, :, head + whole * size :], seen[:, :, first + whole]))
+    return (
+        torch.cat(outputs, dim=2) if outputs else q.new_empty(*q.shape[:3], tokens.v.shape[-1]),
+        State.of(spec, end, rest, len(rest)),
+    )
+
+
+def chunk_states(spec: InnerLoop, fast: FastWeights, tokens: Tokens, count: int) -> tuple[Tensor, FastWeights]:
+    """The last layer before each of `count` complete chunks and after the last, and the fast weights after it.
+
+    Returns:
+        `[B, H, count + 1, F, Dv]`, and the fast weights at the end.
+    """
+    start = fast.weights["out"]
+    if not count:
+        return start.unsqueeze(2), fast
+    folded = tokens.map(lambda x: x.unflatten(2, (count, -1)))
+    k, v = folded.k.to(start.dtype), folded.v.to(start.dtype)
+    weights = {name: x.unsqueeze(2) for name, x in fast.weights.items()}
+    updates = gradient(spec, weights, k, v, folded.column_rates())["out"]
+    momentum: dict[str, Tensor] = {}
+    if folded.momentum is not None:
+        updates = linear_scan(folded.momentum.mean(-1), updates, fast.momentum["out"])
+        momentum = {"out": updates[:, :, -1]}
+    writes = spec.sign * shape_update(spec, updates)
+    if folded.retention is not None:
+        after = linear_scan(folded.retention.mean(-1), writes, start)
+    else:
+        after = start.unsqueeze(2) + writes.cumsum(2)
+    end = FastWeights(dict(fast.weights) | {"out": after[:, :, -1]}, momentum, fast.norms)
+    return torch.cat((start.unsqueeze(2), after), dim=2), end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,8 +68,7 @@ def check_operands(
         if weights is None:
             raise ValueError("weights must be given where there is no state; got None")
         fast = {
-            name: x.to(dtype)
-            for name, x in check_weights(spec, weights, sequences, heads, key_width, v.shape[-1]).items()
+            name: x.to(dtype) for name, x in check_weights(spec, weights, sequences, heads, key_width, v.shape[-1]).items()
         }
         state = State.of(spec, FastWeights.start(spec, fast), None, 0)
     else:
@@ -135,7 +135,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | Sequence[int] | None, batch: int, leng
         raise ValueError(f"cu_seqlens must start at 0; got {bounds[0]}")
     if bounds[-1] != length:
         raise ValueError(f"cu_seqlens must end at the number of tokens, {length}; got {bounds[-1]}")
-    if any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+    if any(b < a for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens must never fall; got {list(bounds)}")
     return bounds
 
@@ -165,9 +165,7 @@ def check_weights(
     ranks = len(network.stored_shape(1, network.shapes(1, 1, (1,) * network.hidden_layers)["out"]))
     for name, x in weights.items():
         if x.dim() not in (ranks, ranks + 1):
-            what = (
-                "[C, 3, 3] or [B, C, 3, 3]" if isinstance(network, DepthwiseConv) else "[H, in, out] or [B, H, in, out]"
-            )
+            what = "[C, 3, 3] or [B, C, 3, 3]" if isinstance(network, DepthwiseConv) else "[H, in, out] or [B, H, in, out]"
             raise ValueError(f"weights[{name!r}] must be {what}; got shape {list(x.shape)}")
     shapes = network.shapes(key_width, value_width, network.hidden_widths(weights))
     checked = {}
@@ -206,9 +204,7 @@ def check_state(spec: InnerLoop, state: State, sequences: int, k: Tensor, v: Ten
             )
 
 
-def check_rates(
-    spec: InnerLoop, lr: LearningRate, shape: Sequence[int], dtype: torch.dtype
-) -> dict[str, float | Tensor]:
+def check_rates(spec: InnerLoop, lr: LearningRate, shape: Sequence[int], dtype: torch.dtype) -> dict[str, float | Tensor]:
     """Learning rates by updated matrix, numbers or `[B, H, T]`."""
     if isinstance(lr, Mapping):
         for name in lr:
@@ -230,17 +226,13 @@ def _rate(argument: str, rate: float | Tensor, shape: Sequence[int], dtype: torc
             rate = rate.expand(tuple(shape))
         return _per_token(argument, rate, shape, dtype)
     if isinstance(rate, bool) or not isinstance(rate, int | float):
-        raise TypeError(
-            f"{argument} must be a number, a tensor [B, T, H] or a dict by matrix; got {type(rate).__name__}"
-        )
+        raise TypeError(f"{argument} must be a number, a tensor [B, T, H] or a dict by matrix; got {type(rate).__name__}")
     if not math.isfinite(rate):
         raise ValueError(f"{argument} must be finite; got {rate}")
     return float(rate)
 
 
-def check_gate(
-    argument: str, wanted: bool, gate: Tensor | None, shape: Sequence[int], dtype: torch.dtype
-) -> Tensor | None:
+def check_gate(argument: str, wanted: bool, gate: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
     """A per-token gate `[B, H, T]`, there exactly when the spec asks for it."""
     if gate is None:
         if wanted:
@@ -281,9 +273,7 @@ def choose_update_tokens(
     else:
         raise TypeError(f"update_tokens must be a slice or a bool tensor [T] or [B, T]; got {chosen!r}")
     if tuple(mask.shape) not in ((length,), (batch, length)):
-        raise ValueError(
-            f"update_tokens must be [T] = [{length}] or [B, T] = [{batch}, {length}]; got {list(mask.shape)}"
-        )
+        raise ValueError(f"update_tokens must be [T] = [{length}] or [B, T] = [{batch}, {length}]; got {list(mask.shape)}")
     return Tokens(
         tokens.k,
         tokens.v,

@@ -75,9 +75,7 @@ class Network(Value, abc.ABC):
         """`f(x)`: `[..., T, Dk]` to `[..., T, Dv]`."""
         return gated(self.gate(weights, x), self.read(self.features(weights, x), weights["out"]))
 
-    def gradients(
-        self, weights: Weights, x: Tensor, g: Tensor, rates: Rates, names: tuple[str, ...]
-    ) -> dict[str, Tensor]:
+    def gradients(self, weights: Weights, x: Tensor, g: Tensor, rates: Rates, names: tuple[str, ...]) -> dict[str, Tensor]:
         """`sum_i rate_i * (-dL_i/dM)` for each matrix `M` in `names`.
 
         Args:
@@ -243,9 +241,7 @@ class SwiGLU(Network):
     def features(self, weights: Weights, x: Tensor) -> Tensor:
         return F.silu(x @ weights["gate"]) * (x @ weights["up"])
 
-    def gradients(
-        self, weights: Weights, x: Tensor, g: Tensor, rates: Rates, names: tuple[str, ...]
-    ) -> dict[str, Tensor]:
+    def gradients(self, weights: Weights, x: Tensor, g: Tensor, rates: Rates, names: tuple[str, ...]) -> dict[str, Tensor]:
         u, p = x @ weights["gate"], x @ weights["up"]
         s = F.silu(u)
         updates = {"out": (s * p).mT @ (rates["out"] * g)}
@@ -276,9 +272,7 @@ class GLU(Network):
     def gate(self, weights: Weights, x: Tensor) -> Tensor:
         return F.silu(x @ weights["gate"])
 
-    def gradients(
-        self, weights: Weights, x: Tensor, g: Tensor, rates: Rates, names: tuple[str, ...]
-    ) -> dict[str, Tensor]:
+    def gradients(self, weights: Weights, x: Tensor, g: Tensor, rates: Rates, names: tuple[str, ...]) -> dict[str, Tensor]:
         u = x @ weights["gate"]
         updates = {"out": x.mT @ (rates["out"] * g * F.silu(u))}
         if set(names) != {"out"}:

@@ -62,9 +62,7 @@ class InnerLoop(Value):
 
     def __post_init__(self) -> None:
         if not isinstance(self.network, Network):
-            raise TypeError(
-                f"network must be one of {', '.join(f'{name}()' for name in NETWORKS)}; got {self.network!r}"
-            )
+            raise TypeError(f"network must be one of {', '.join(f'{name}()' for name in NETWORKS)}; got {self.network!r}")
         if self.orthogonalize is not None and not isinstance(self.orthogonalize, NewtonSchulz):
             raise TypeError(f"orthogonalize must be a NewtonSchulz or None; got {self.orthogonalize!r}")
         check_choice("loss", self.loss, ("dot", "squared"))
@@ -96,7 +94,8 @@ class InnerLoop(Value):
             for name in ("orthogonalize", "clip"):
                 if getattr(self, name):
                     raise ValueError(
-                        f"{name} needs whole chunks of writes: under visibility='token' it needs chunk=1; got chunk={self.chunk}"
+                        f"{name} acts on whole chunks of writes: under visibility='token' it needs chunk=1; "
+                        f"got chunk={self.chunk}"
                     )
             if self.steps > 1:
                 raise ValueError(

@@ -20,9 +20,7 @@ def lact_llm(chunk: int = 2048) -> InnerLoop:
 
 def lact_nvs() -> InnerLoop:
     """The fast weights of LaCT view synthesis (arXiv 2505.23884): one update from all input views, no momentum."""
-    return InnerLoop(
-        network=SwiGLU(), orthogonalize=NewtonSchulz(VIEWS_COEFFICIENTS), normalize=True, visibility="full"
-    )
+    return InnerLoop(network=SwiGLU(), orthogonalize=NewtonSchulz(VIEWS_COEFFICIENTS), normalize=True, visibility="full")
 
 
 def vittt(branch: Literal["glu", "conv"] = "glu", grid: tuple[int, int] | None = None) -> InnerLoop:
@@ -88,7 +86,7 @@ def titans(chunk: int = 16, depth: int = 1) -> InnerLoop:
 
 
 def atlas(chunk: int = 16, depth: int = 1) -> InnerLoop:
-    """Atlas (arXiv 2505.23735): Titans with Muon; its sliding window of keys is here a chunk, its feature map the layer's."""
+    """Atlas (arXiv 2505.23735): Titans with Muon; its sliding window is here a chunk, its feature map the layer's."""
     return titans(chunk, depth).replace(orthogonalize=NewtonSchulz())
 
 

@@ -50,9 +50,8 @@ class Value:
         known = cls.field_names()
         for name in names:
             if name not in known:
-                raise TypeError(
-                    f"{cls.__name__} has no field {name!r}{nearest(name, known)}; its fields are {', '.join(known) or 'none'}"
-                )
+                names = ", ".join(known) or "none"
+                raise TypeError(f"{cls.__name__} has no field {name!r}{nearest(name, known)}; its fields are {names}")
 
     def replace(self, **fields: Any) -> Self:
         """A copy of this value with the given fields changed; the copy is validated anew.

@@ -1,0 +1,63 @@
+"""First-order scans `y_c = g_c y_{c-1} + x_c` by products alone.
+
+Dividing by a cumulative product of gates (`cumprod`, then `cumsum`) loses the sum as soon as that product underflows.
+Here no quantity is ever divided: a gate's product over a span underflows only where its contribution does.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 32
+
+
+def decay_matrix(gates: Tensor) -> Tensor:
+    """Products of gates over every span: `L[i, j] = prod_{s=j+1..i} g_s` for `j <= i`, else 0.
+
+    Built by doubling: the matrix of two neighbouring spans is those of each and, in the corner, the product over the
+    rest of the first span times the product over the beginning of the second.
+
+    Args:
+        gates: `[..., n]`.
+
+    Returns:
+        `[..., n, n]`, lower triangular with ones on the diagonal.
+    """
+    n = gates.shape[-1]
+    size = 1 << max(n - 1, 0).bit_length()
+    gates = F.pad(gates, (0, size - n), value=1.0)
+    spans = torch.ones_like(gates)[..., None, None]
+    length = 1
+    while length < size:
+        first, second = spans[..., 0::2, :, :], spans[..., 1::2, :, :]
+        reach = gates[..., length :: 2 * length, None] * second[..., 0]
+        corner = reach[..., :, None] * first[..., -1:, :]
+        upper = torch.cat((first, torch.zeros_like(first)), dim=-1)
+        spans = torch.cat((upper, torch.cat((corner, second), dim=-1)), dim=-2)
+        length *= 2
+    return spans[..., 0, :n, :n]
+
+
+def linear_scan(gates: Tensor, writes: Tensor, initial: Tensor) -> Tensor:
+    """All states of `y_c = g_c y_{c-1} + x_c`.
+
+    Args:
+        gates: `[B, H, N]`.
+        writes: `x`, `[B, H, N, ...]`.
+        initial: the state before the first write, `[B, H, ...]`.
+
+    Returns:
+        `y`, `[B, H, N, ...]`.
+    """
+    shape = writes.shape
+    flat, carry = writes.flatten(3), initial.flatten(2)
+    states = []
+    for start in range(0, shape[2], BLOCK):
+        inside = decay_matrix(gates[:, :, start : start + BLOCK])
+        reach = gates[:, :, start : start + 1] * inside[..., 0]
+        block = inside @ flat[:, :, start : start + BLOCK] + reach[..., None] * carry[:, :, None]
+        states.append(block)
+        carry = block[:, :, -1]
+    return torch.cat(states, dim=2).reshape(shape) if states else writes
