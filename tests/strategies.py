@@ -113,3 +113,18 @@ def operands(spec, batch=2, tokens=7, heads=2, key_width=3, value_width=4, hidde
 def error(x, reference):
     """Relative error in norm; NaN where either has one."""
     return float((x.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-300))
+
+
+def small_sizes(tokens):
+    """Sizes for `operands`, with up to `tokens` tokens."""
+    return st.fixed_dictionaries(
+        {
+            "batch": st.integers(1, 2),
+            "tokens": st.integers(1, tokens),
+            "heads": st.integers(1, 2),
+            "key_width": st.integers(1, 4),
+            "value_width": st.integers(1, 4),
+            "hidden": st.integers(1, 5),
+            "seed": st.integers(0, 2**20),
+        }
+    )

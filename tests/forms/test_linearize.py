@@ -4,19 +4,9 @@ from hypothesis import strategies as st
 
 import kvbind
 from kvbind import DepthwiseConv
-from strategies import NETWORKS, error, operands, specs
+from strategies import NETWORKS, error, operands, small_sizes, specs
 
-sizes = st.fixed_dictionaries(
-    {
-        "batch": st.integers(1, 2),
-        "tokens": st.integers(1, 13),
-        "heads": st.integers(1, 2),
-        "key_width": st.integers(1, 4),
-        "value_width": st.integers(1, 4),
-        "hidden": st.integers(1, 5),
-        "seed": st.integers(0, 2**20),
-    }
-)
+sizes = small_sizes(13)
 convolutions = specs(visibilities=("full",), networks=[DepthwiseConv(), DepthwiseConv(grid=(3, 4))])
 
 

@@ -1,42 +1,128 @@
+from unittest import mock
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvbind
-from strategies import error, operands, parallel_specs
+from kvbind import Linear, NewtonSchulz, SwiGLU
+from kvbind.forms import blockwise, parallel
+from strategies import error, operands, parallel_specs, small_sizes
 
-sizes = st.fixed_dictionaries(
-    {
-        "batch": st.integers(1, 2),
-        "tokens": st.integers(1, 30),
-        "heads": st.integers(1, 2),
-        "key_width": st.integers(1, 4),
-        "value_width": st.integers(1, 4),
-        "hidden": st.integers(1, 5),
-        "seed": st.integers(0, 2**20),
-    }
-)
+CAUSAL = ("past", "chunk", "token")
+schedules = st.fixed_dictionaries({"block": st.sampled_from([4, 16, 64]), "short": st.sampled_from([1, 4, 64])})
 
 
-def pair(spec, o, cut=0):
-    """Outputs and end states of both forms, after a first call over `cut` tokens."""
-    results = []
-    for form in ("recurrent", "parallel"):
-        state = None
-        if cut:
-            head = o.span(0, cut)
-            _, state = kvbind.ttt(spec, head.weights, head.q, head.k, head.v, form="recurrent", **head.options)
-        tail = o.span(cut, o.q.shape[1])
-        results.append(kvbind.ttt(spec, o.weights, tail.q, tail.k, tail.v, form=form, state=state, **tail.options))
-    return results
+def scheduled(schedule):
+    """Make blocks and the bound between schedules small enough for short sequences to need several."""
+    return mock.patch.multiple(blockwise, BLOCK=schedule["block"]), mock.patch.multiple(
+        parallel, SHORT_CHUNK=schedule["short"]
+    )
 
 
-@settings(max_examples=200)
-@given(parallel_specs(visibilities=("past", "chunk", "token")), sizes, st.integers(0, 29))
-def test_parallel_equals_recurrent(spec, size, cut):
-    o = operands(spec, **size)
-    (y, state), (z, after) = pair(spec, o, min(cut, size["tokens"] - 1))
+def run(spec, o, form, cut=0):
+    """Outputs and end state, after a first call over `cut` tokens."""
+    head, tail = o.span(0, cut), o.span(cut, o.q.shape[1])
+    state = None
+    if cut:
+        _, state = kvbind.ttt(spec, head.weights, head.q, head.k, head.v, form="recurrent", **head.options)
+    return kvbind.ttt(spec, o.weights, tail.q, tail.k, tail.v, form=form, state=state, **tail.options)
+
+
+@settings(max_examples=300)
+@given(parallel_specs(visibilities=CAUSAL), small_sizes(30), st.integers(0, 29), schedules)
+def test_parallel_equals_recurrent(spec, size, cut, schedule):
+    o, cut = operands(spec, **size), min(cut, size["tokens"] - 1)
+    y, state = run(spec, o, "recurrent", cut)
+    blocks, short = scheduled(schedule)
+    with blocks, short:
+        z, after = run(spec, o, "parallel", cut)
     assert error(z, y) < 1e-10
     assert after.pending_lengths == state.pending_lengths
     for name, x in state.tensors.items():
         assert torch.allclose(after.tensors[name], x, rtol=1e-9, atol=1e-11), name
+
+
+def leaves(o):
+    found = {"q": o.q, "k": o.k, "v": o.v} | {f"weights.{name}": x for name, x in o.weights.items()}
+    found |= {f"lr.{name}": x for name, x in o.options["lr"].items()}
+    found |= {name: x for name, x in o.options.items() if name != "lr"}
+    return found
+
+
+def gradients(spec, o, form, cut):
+    """Gradients of a random projection of outputs and end state with respect to every operand."""
+    tensors = leaves(o)
+    for x in tensors.values():
+        x.requires_grad_()
+        x.grad = None
+    y, state = run(spec, o, form, cut)
+    g = torch.Generator().manual_seed(1)
+    loss = (y * torch.randn(y.shape, generator=g, dtype=y.dtype)).sum()
+    for x in (*state.weights.values(), *state.momentum.values()):
+        loss = loss + (x * torch.randn(x.shape, generator=g, dtype=x.dtype)).sum()
+    found = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(tensors, found, strict=True))
+
+
+@settings(max_examples=100)
+@given(parallel_specs(visibilities=CAUSAL), small_sizes(20), st.integers(0, 12), schedules)
+def test_parallel_has_the_gradients_of_recurrent(spec, size, cut, schedule):
+    o, cut = operands(spec, **size), min(cut, size["tokens"] - 1)
+    expected = gradients(spec, o, "recurrent", cut)
+    blocks, short = scheduled(schedule)
+    with blocks, short:
+        found = gradients(spec, o, "parallel", cut)
+    for name, x in expected.items():
+        assert (found[name] - x).norm() <= 1e-8 * x.norm().clamp(min=1e-3), name
+
+
+GRADCHECKED = {
+    "full LaCT": kvbind.systems.lact_llm(chunk=2).replace(orthogonalize=NewtonSchulz(dtype=torch.float64)),
+    "rung 2": kvbind.systems.ladder(
+        kvbind.systems.lact_llm(chunk=2).replace(orthogonalize=NewtonSchulz(dtype=torch.float64))
+    )["rung2"],
+    "Titans, one linear layer": kvbind.systems.titans(chunk=2).replace(network=Linear()),
+    "Titans": kvbind.systems.titans(chunk=2),
+    "gated delta rule": kvbind.systems.gated_delta_net(),
+    "ViTTT, GLU": kvbind.systems.vittt(),
+    "ViTTT, convolution": kvbind.systems.vittt("conv"),
+    "LaCT views": kvbind.systems.lact_nvs().replace(orthogonalize=NewtonSchulz(dtype=torch.float64), steps=2),
+    "token, normalized": kvbind.InnerLoop(network=SwiGLU(), chunk=3, visibility="token", normalize=True, momentum=True),
+}
+
+
+@pytest.mark.parametrize("name", GRADCHECKED)
+def test_gradcheck(name):
+    spec = GRADCHECKED[name]
+    o = operands(spec, batch=1, tokens=4 if spec.visibility == "full" else 5, heads=1, key_width=2, value_width=2, hidden=2)
+    tensors = leaves(o)
+
+    def output(*values):
+        given = dict(zip(tensors, values, strict=True))
+        weights = {name: given[f"weights.{name}"] for name in o.weights}
+        lr = {name: given[f"lr.{name}"] for name in o.options["lr"]}
+        gates = {name: given[name] for name in ("momentum", "retention") if name in given}
+        return kvbind.ttt(spec, weights, given["q"], given["k"], given["v"], lr=lr, **gates)[0]
+
+    assert torch.autograd.gradcheck(output, tuple(x.requires_grad_() for x in tensors.values()))
+
+
+def test_auto_takes_the_parallel_form_where_there_is_one_and_more_than_one_chunk():
+    from kvbind.forms.api import _engine
+
+    rungs = kvbind.systems.ladder(kvbind.systems.lact_llm(chunk=4))
+    assert [_engine(spec, "auto", 8).__name__ for spec in rungs.values()] == ["recurrent"] * 2 + ["parallel"] * 5
+    assert _engine(rungs["rung2"], "auto", 4).__name__ == "recurrent"
+    assert _engine(kvbind.systems.vittt(), "auto", 64).__name__ == "recurrent"
+
+
+def test_blocks_of_a_long_sequence_do_not_hold_a_state_per_token():
+    """Linear attention with chunks of one token keeps one state per block, not per token."""
+    spec = kvbind.systems.linear_attention()
+    o = operands(spec, batch=1, tokens=1024, heads=1, key_width=32, value_width=32, dtype=torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kvbind.ttt(spec, o.weights, o.q, o.k, o.v, form="parallel", **o.options)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest < 1024 * 32 * 32 * 4 / 4

@@ -18,7 +18,8 @@ from kvbind.forms.recurrent import chunk_update, recurrent
 from kvbind.forms.scan import linear_scan
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
-from kvbind.inner.rule import FastWeights, gradient, shape_update
+from kvbind.inner.networks import gated
+from kvbind.inner.rule import FastWeights, shape_update
 from kvbind.inner.spec import InnerLoop
 
 SHORT_CHUNK = 64
@@ -55,25 +56,21 @@ def chunkwise(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple
     if own_included and len(rest):
         seen = torch.cat((seen, chunk_update(spec, end, rest).weights["out"].unsqueeze(2)), dim=2)
 
-    def read(queries: Tensor, out: Tensor) -> Tensor:
-        frozen = {name: x if queries.dim() == 4 else x.unsqueeze(2) for name, x in fast.weights.items()}
-        return spec.network.apply(frozen | {"out": out}, queries)
-
-    outputs = []
+    network, weights = spec.network, fast.weights
+    features, outputs = network.features(weights, q), []
     head = min(size - kept, new) if kept else 0
     first = 1 if kept else 0
     whole = (new - head) // size
+    end_of_whole = head + whole * size
     if head:
-        outputs.append(read(q[:, :, :head], seen[:, :, 0]))
+        outputs.append(network.read(features[:, :, :head], seen[:, :, 0]))
     if whole:
-        folded = q[:, :, head : head + whole * size].unflatten(2, (whole, size))
-        outputs.append(read(folded, seen[:, :, first : first + whole]).flatten(2, 3))
-    if head + whole * size < new:
-        outputs.append(read(q[:, :, head + whole * size :], seen[:, :, first + whole]))
-    return (
-        torch.cat(outputs, dim=2) if outputs else q.new_empty(*q.shape[:3], tokens.v.shape[-1]),
-        State.of(spec, end, rest, len(rest)),
-    )
+        folded = features[:, :, head:end_of_whole].unflatten(2, (whole, size))
+        outputs.append(network.read(folded, seen[:, :, first : first + whole]).flatten(2, 3))
+    if end_of_whole < new:
+        outputs.append(network.read(features[:, :, end_of_whole:], seen[:, :, first + whole]))
+    output = torch.cat(outputs, dim=2) if outputs else q.new_empty(*q.shape[:3], tokens.v.shape[-1])
+    return gated(network.gate(weights, q), output), State.of(spec, end, rest, len(rest))
 
 
 def chunk_states(spec: InnerLoop, fast: FastWeights, tokens: Tokens, count: int) -> tuple[Tensor, FastWeights]:
@@ -85,17 +82,21 @@ def chunk_states(spec: InnerLoop, fast: FastWeights, tokens: Tokens, count: int)
     start = fast.weights["out"]
     if not count:
         return start.unsqueeze(2), fast
-    folded = tokens.map(lambda x: x.unflatten(2, (count, -1)))
-    k, v = folded.k.to(start.dtype), folded.v.to(start.dtype)
-    weights = {name: x.unsqueeze(2) for name, x in fast.weights.items()}
-    updates = gradient(spec, weights, k, v, folded.column_rates())["out"]
+    network, weights = spec.network, fast.weights
+    k, v = tokens.k.to(start.dtype), tokens.v.to(start.dtype)
+    g = tokens.column_rates()["out"] * gated(network.gate(weights, k), v)
+
+    def fold(x: Tensor) -> Tensor:
+        return x.unflatten(2, (count, -1))
+
+    updates = network.write(fold(network.features(weights, k)), fold(g))
     momentum: dict[str, Tensor] = {}
-    if folded.momentum is not None:
-        updates = linear_scan(folded.momentum.mean(-1), updates, fast.momentum["out"])
+    if tokens.momentum is not None:
+        updates = linear_scan(fold(tokens.momentum).mean(-1), updates, fast.momentum["out"])
         momentum = {"out": updates[:, :, -1]}
     writes = spec.sign * shape_update(spec, updates)
-    if folded.retention is not None:
-        after = linear_scan(folded.retention.mean(-1), writes, start)
+    if tokens.retention is not None:
+        after = linear_scan(fold(tokens.retention).mean(-1), writes, start)
     else:
         after = start.unsqueeze(2) + writes.cumsum(2)
     end = FastWeights(dict(fast.weights) | {"out": after[:, :, -1]}, momentum, fast.norms)

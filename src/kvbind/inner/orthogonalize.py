@@ -56,6 +56,7 @@ class NewtonSchulz(Value):
         """Orthogonalize `matrix` `[..., rows, columns]`; the result has its shape and dtype."""
         low = self.dtype.itemsize < 4
         x = matrix.to(self.dtype if low else torch.promote_types(self.dtype, matrix.dtype))
+        x = x.reshape(-1, *matrix.shape[-2:])
         tall = x.shape[-2] > x.shape[-1]
         if tall:
             x = x.mT
@@ -63,10 +64,10 @@ class NewtonSchulz(Value):
         x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
         for a, b, c in self.coefficients:
             gram = x @ x.mT
-            x = a * x + (b * gram + c * (gram @ gram)) @ x
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         if tall:
             x = x.mT
-        return x.to(matrix.dtype)
+        return x.reshape(matrix.shape).to(matrix.dtype)
 
 
 def _is_triple(row: Any) -> bool:
