@@ -85,15 +85,8 @@ class Network(Value, abc.ABC):
             rates: each matrix's learning rate.
             names: the matrices that are updated.
         """
-        features = self.features(weights, x)
-        updates = {"out": self.write(features, rates["out"] * gated(self.gate(weights, x), g))}
-        if self.theta and set(names) != {"out"}:
-            updates |= self.theta_gradients(weights, x, g, rates)
-        return {name: updates[name] for name in names}
-
-    def theta_gradients(self, weights: Weights, x: Tensor, g: Tensor, rates: Rates) -> dict[str, Tensor]:
-        """`sum_i rate_i * (-dL_i/dM)` for each matrix of `Theta`."""
-        return {}
+        # of a network that is its last layer alone; the others override this
+        return {"out": self.write(self.features(weights, x), rates["out"] * g)}
 
     def initial(
         self,
@@ -202,19 +195,20 @@ class MLP(Network):
             x = act(x @ weights[name])
         return x
 
-    def theta_gradients(self, weights: Weights, x: Tensor, g: Tensor, rates: Rates) -> dict[str, Tensor]:
+    def gradients(self, weights: Weights, x: Tensor, g: Tensor, rates: Rates, names: tuple[str, ...]) -> dict[str, Tensor]:
         act, slope = _ACTIVATIONS[self.activation]
         inputs, before = [x], []
         for name in self.theta:
             before.append(inputs[-1] @ weights[name])
             inputs.append(act(before[-1]))
-        upper, d = "out", g
-        updates = {}
-        for i, name in reversed(list(enumerate(self.theta))):
-            d = (d @ weights[upper].mT) * slope(before[i])
-            updates[name] = inputs[i].mT @ (rates[name] * d)
-            upper = name
-        return updates
+        updates = {"out": inputs[-1].mT @ (rates["out"] * g)}
+        if set(names) != {"out"}:
+            upper, d = "out", g
+            for i, name in reversed(list(enumerate(self.theta))):
+                d = (d @ weights[upper].mT) * slope(before[i])
+                updates[name] = inputs[i].mT @ (rates[name] * d)
+                upper = name
+        return {name: updates[name] for name in names}
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,0 +1,69 @@
+"""Time and memory of a piece of work."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+Work = Callable[[], object]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_seconds(works: Sequence[Work], device: torch.device, *, least: int = 5, seconds: float = 1.0) -> list[float]:
+    """The median time of each work, seconds.
+
+    Works take turns, so that a machine that slows down slows all of them; each ran once before.
+
+    Args:
+        works: what to time.
+        device: where they run.
+        least: rounds at the least.
+        seconds: how long to go on, all works together.
+    """
+    for work in works:
+        work()
+    times: list[list[float]] = [[] for _ in works]
+    begin = time.perf_counter()
+    while len(times[0]) < least or time.perf_counter() - begin < seconds:
+        for work, taken in zip(works, times, strict=True):
+            synchronize(device)
+            start = time.perf_counter()
+            work()
+            synchronize(device)
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in times]
+
+
+def peak_bytes(work: Work, device: torch.device) -> int:
+    """The most memory that `work` held at once beyond what was held before it, bytes.
+
+    On a GPU, by the caching allocator's own count; on a CPU, by the profiler's record of allocations.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    results = profile.profiler.kineto_results if profile.profiler is not None else None
+    if results is None:
+        raise RuntimeError("the profiler kept no record of memory")
+    held = peak = 0
+    for event in sorted(results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak

@@ -1,0 +1,65 @@
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvbind.bench.accuracy import bench_accuracy
+from kvbind.bench.app import app
+from kvbind.bench.operands import Size
+from kvbind.bench.timing import peak_bytes
+
+# the bounds of docs/accuracy.md
+BOUNDS = {("float32", "float32"): 3e-6, ("bfloat16", "float32"): 4e-3, ("bfloat16", "bfloat16"): 5e-2}
+
+
+def test_working_precision_stays_within_the_documented_bounds():
+    errors = bench_accuracy(Size(1, 256, 2, 32), 64, torch.device("cpu"))
+    assert {e.form for e in errors} == {"recurrent", "parallel"}
+    for e in errors:
+        bound = BOUNDS[e.dtype, e.newton_schulz or "float32"]
+        # the full system feeds errors of one chunk into the features of the next
+        assert e.error < (100 * bound if e.rung == "rung0" and e.newton_schulz == e.dtype else bound), e
+
+
+def test_bench_forms_writes_every_row_with_where_it_comes_from(tmp_path):
+    out = tmp_path / "forms.json"
+    arguments = ["forms", "--tokens", "64", "--chunk", "16", "--width", "8", "--seconds", "0", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    data = json.loads(out.read_text())
+    assert [(row["rung"], row["form"]) for row in data["rows"] if row["form"] == "recurrent"] == [
+        (f"rung{i}", "recurrent") for i in range(7)
+    ]
+    assert sum(row["form"] == "parallel" for row in data["rows"]) == 5
+    assert all(row["forward"] > row["training"] > 0 and row["training_bytes"] > 0 for row in data["rows"])
+    assert {"command", "machine", "versions", "config"} <= data.keys()
+
+
+def test_bench_accuracy_writes_its_results(tmp_path):
+    out = tmp_path / "accuracy.json"
+    result = CliRunner().invoke(
+        app, ["accuracy", "--tokens", "64", "--chunk", "16", "--width", "8", "--device", "cpu", "--out", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    data = json.loads(out.read_text())
+    assert len(data["errors"]) == 12 + 12 + 10
+    assert [row["chunks"] for row in data["scan"]] == [16, 32, 64, 128, 256, 1024]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["forms", "--dtype", "float8"], ["forms", "--device", "abacus"], ["accuracy", "--device", "x"]]
+)
+def test_unknown_devices_and_dtypes_are_refused(arguments):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    def work():
+        a = torch.ones(1 << 18)
+        b = a + 1
+        del a
+        return b + 1
+
+    assert 2 << 20 <= peak_bytes(work, torch.device("cpu")) < 2.5 * (1 << 20)

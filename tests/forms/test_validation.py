@@ -1,0 +1,142 @@
+import pytest
+import torch
+
+import kvbind
+from kvbind import InnerLoop, Linear, SwiGLU, systems
+from strategies import operands
+
+LACT = systems.lact_llm(chunk=4)
+PLAIN = InnerLoop(network=Linear(), chunk=4)
+FULL = systems.vittt()
+
+
+def call(spec, change=lambda arguments: None, **sizes):
+    """`ttt` on operands that fit, after `change` has spoiled them."""
+    o = operands(spec, **({"batch": 2, "tokens": 6} | sizes))
+    arguments = {"spec": spec, "weights": dict(o.weights), "q": o.q, "k": o.k, "v": o.v, **o.options}
+    change(arguments)
+    return kvbind.ttt(**arguments)
+
+
+def put(**values):
+    return lambda arguments: arguments.update({name: value(arguments) for name, value in values.items()})
+
+
+def spoil_weight(name, value):
+    return lambda arguments: arguments["weights"].update({name: value(arguments["weights"].get(name))})
+
+
+def nan(x):
+    y = x.clone()
+    y[0, 0, 0] = float("nan")
+    return y
+
+
+def state_of(spec, **sizes):
+    return call(spec, **sizes)[1]
+
+
+CASES = [
+    (LACT, put(q=lambda a: a["q"][0]), "q must have 4 axes, .B, T, H, Dk.; got shape .6, 2, 3."),
+    (LACT, put(v=lambda a: a["v"].flatten(2)), "v must have 4 axes"),
+    (LACT, put(k=lambda a: a["k"].numpy()), "k must be a tensor"),
+    (LACT, put(k=lambda a: a["k"].long()), "k must be floating-point; got torch.int64"),
+    (LACT, put(k=lambda a: a["k"][:, :, :1]), "q and k must have equal head counts"),
+    (LACT, put(k=lambda a: a["k"][:, :5]), "q and k must have equal token counts"),
+    (LACT, put(v=lambda a: a["v"][:, :, :1]), "v and k must have equal head counts"),
+    (LACT, put(v=lambda a: a["v"][:1]), "v and k must have equal batch counts"),
+    (LACT, put(q=lambda a: a["q"][..., :2]), "q and k must have equal channel counts"),
+    (
+        LACT,
+        put(momentum=lambda a: None),
+        "momentum must be a tensor .B, T, H., as the inner loop has momentum=True; got None",
+    ),
+    (PLAIN, put(momentum=lambda a: torch.ones(2, 6, 2)), "momentum must be None, as the inner loop has momentum=False"),
+    (PLAIN, put(retention=lambda a: torch.ones(2, 6, 2)), "retention must be None"),
+    (PLAIN.replace(retention=True), put(retention=lambda a: None), "retention must be a tensor"),
+    (LACT, put(momentum=lambda a: a["momentum"][:, :5]), "momentum must be .B, T, H. = .2, 6, 2.; got shape .2, 5, 2."),
+    (LACT, put(momentum=lambda a: 0.9), "momentum must be a tensor .B, T, H.; got float"),
+    (LACT, put(lr=lambda a: torch.ones(2, 6)), "lr must be .B, T, H."),
+    (LACT, put(lr=lambda a: torch.ones(2, 6, 2, dtype=torch.long)), "lr must be floating-point"),
+    (LACT, put(lr=lambda a: float("nan")), "lr must be finite; got nan"),
+    (LACT, put(lr=lambda a: "0.1"), "lr must be a number"),
+    (LACT, put(lr=lambda a: {"gate": 1.0, "up": 1.0}), "lr lacks 'out'"),
+    (
+        LACT,
+        put(lr=lambda a: {"gate": 1.0, "up": 1.0, "ouut": 1.0}),
+        "lr has 'ouut', which is not updated .did you mean 'out'",
+    ),
+    (LACT.replace(update="last"), put(lr=lambda a: {"out": 1.0, "gate": 1.0}), "lr has 'gate', which is not updated"),
+    (LACT, put(weights=lambda a: None), "weights must be given where there is no state"),
+    (LACT, put(weights=lambda a: [1]), "weights must be a dict"),
+    (LACT, spoil_weight("down", lambda x: torch.ones(1)), "weights has 'down', which SwiGLU has not"),
+    (LACT, put(weights=lambda a: {"gate": a["weights"]["gate"]}), "weights lacks 'up'; SwiGLU needs gate, up, out"),
+    (LACT, spoil_weight("gate", nan), "weights.'gate'. must be finite; got NaN or infinity"),
+    (LACT, spoil_weight("gate", lambda x: x[0]), "weights.'gate'. must be .H, in, out. or .B, H, in, out."),
+    (LACT, spoil_weight("gate", lambda x: x[:1]), "weights.'gate'. must end in"),
+    (LACT, spoil_weight("out", lambda x: x.mT), "weights.'out'. must end in .2, 5, 4."),
+    (LACT, spoil_weight("out", lambda x: x.expand(3, *x.shape)), "one entry for each of 2 sequences; got 3"),
+    (LACT, spoil_weight("out", lambda x: x.long()), "weights.'out'. must be a floating-point tensor"),
+    (systems.vittt("conv"), lambda a: None, "needs a square number of tokens; got 6"),
+    (systems.vittt("conv", grid=(2, 3)), spoil_weight("out", lambda x: x[:, None]), "must end in .8, 3, 3."),
+    (LACT, put(form=lambda a: "paralel"), "form must be one of 'auto', 'recurrent', 'parallel'; got 'paralel'"),
+    (LACT, put(spec=lambda a: "lact"), "spec must be a kvbind.InnerLoop; got str"),
+    (LACT, put(update_tokens=lambda a: slice(0, 2)), "update_tokens needs visibility='full'"),
+    (
+        FULL,
+        put(update_tokens=lambda a: torch.ones(5, dtype=torch.bool)),
+        "update_tokens must be .T. = .6. or .B, T. = .2, 6.",
+    ),
+    (FULL, put(update_tokens=lambda a: [0, 1]), "update_tokens must be a slice or a bool tensor"),
+    (FULL, put(update_tokens=lambda a: torch.tensor([0, 1])), "update_tokens must be a slice or a bool tensor"),
+    (LACT, put(state=lambda a: {}), "state must be what ttt returned"),
+    (LACT, put(state=lambda a: state_of(LACT.replace(normalize=False))), "its spec differs in normalize"),
+    (LACT, put(state=lambda a: state_of(LACT, batch=3)), "one entry for each of 2 sequences; got 3"),
+    (LACT, put(state=lambda a: state_of(LACT, heads=3)), "state's 'gate' must be .2, 2, 3, 5. for these q, k and v"),
+    (LACT, put(state=lambda a: state_of(LACT, value_width=5)), "state's 'out' must be"),
+]
+
+
+@pytest.mark.parametrize(("spec", "change", "message"), CASES)
+def test_bad_input_is_refused_by_name(spec, change, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(spec, change)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ([1, 6], "cu_seqlens must start at 0; got 1"),
+        ([0, 5], "cu_seqlens must end at the number of tokens, 6; got 5"),
+        ([0, 4, 3, 6], "cu_seqlens must never fall"),
+        ([0], "cu_seqlens must have at least two entries"),
+        (torch.tensor([[0, 6]]), "cu_seqlens must be a 1-d tensor of integers"),
+        (torch.tensor([0.0, 6.0]), "cu_seqlens must be a 1-d tensor of integers"),
+    ],
+)
+def test_bad_boundaries_are_refused_by_name(bounds, message):
+    with pytest.raises(ValueError, match=message):
+        call(LACT, put(cu_seqlens=lambda a: bounds), batch=1)
+
+
+def test_packed_sequences_need_one_row_and_a_state_for_each():
+    with pytest.raises(ValueError, match="so the batch must be 1; got 2"):
+        call(LACT, put(cu_seqlens=lambda a: [0, 6]))
+    with pytest.raises(ValueError, match="state must have one entry for each of 2 sequences; got 1"):
+        call(LACT, put(cu_seqlens=lambda a: [0, 3, 6], state=lambda a: state_of(LACT, batch=1)), batch=1)
+
+
+def test_parallel_form_of_an_inner_loop_without_one_raises_its_analysis():
+    spec = LACT.replace(network=SwiGLU(), steps=2)
+    with pytest.raises(kvbind.NoParallelFormError, match="updated gate and up") as caught:
+        call(spec, put(form=lambda a: "parallel"))
+    explanation = caught.value.explanation
+    assert [obstacle.field for obstacle in explanation.obstacles] == ["update", "normalize", "steps"]
+    assert explanation.nearest == spec.replace(update="last", normalize=False, steps=1)
+
+
+def test_tensors_on_another_device_are_refused():
+    with pytest.raises(ValueError, match="k must be on q's device, cpu; got meta"):
+        call(LACT, put(k=lambda a: a["k"].to("meta")))
+    with pytest.raises(ValueError, match=r"must be on q's device, cpu; weights\.gate is on meta"):
+        call(LACT, put(weights=lambda a: {name: x.to("meta") for name, x in a["weights"].items()}))
