@@ -1,0 +1,14 @@
+"""One module per table and figure of the paper."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+EXPERIMENTS = {"table2": "the ladder: from the full system down to linear attention, one change at a time"}
+"""What `kvbind reproduce` knows, and what each shows; the module has the same name and a function `reproduce`."""
+
+
+def open_experiment(name: str) -> ModuleType:
+    """The module of an experiment among `EXPERIMENTS`."""
+    return importlib.import_module(f"kvbind.experiments.{name}")

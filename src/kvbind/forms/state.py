@@ -46,11 +46,7 @@ class State:
         tensors |= {f"norms.{name}": x for name, x in fast.norms.items()}
         if pending is not None and spec.chunk is not None and spec.chunk > 1:
             kept = pending.padded(spec.chunk - 1)
-            tensors |= {"pending.k": kept.k, "pending.v": kept.v}
-            tensors |= {f"pending.rates.{name}": x for name, x in kept.rates.items() if isinstance(x, Tensor)}
-            for name, gate in (("momentum", kept.momentum), ("retention", kept.retention)):
-                if gate is not None:
-                    tensors[f"pending.{name}"] = gate
+            tensors |= {f"pending.{name}": x for name, x in kept.tensors().items()}
         return State(spec, tensors, (length,) * tensors["weights.out"].shape[0])
 
     def group(self, prefix: str) -> dict[str, Tensor]:
@@ -87,9 +83,7 @@ class State:
         length = self.pending_lengths[0] if self.pending_lengths else 0
         if not length:
             return None
-        kept = self.group("pending.")
-        rates: dict[str, Tensor | float] = dict(self.group("pending.rates."))
-        return Tokens(kept["k"], kept["v"], rates, kept.get("momentum"), kept.get("retention")).span(0, length)
+        return Tokens.of(self.group("pending.")).span(0, length)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """This state with every tensor changed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,25 +63,29 @@ class Tokens:
         return replace(self, rates=rates)
 
     def append(self, later: Tokens) -> Tokens:
-        """These tokens, then `later`."""
+        """These tokens, then `later`, which has the same gates."""
         if not len(self):
             return later
         if not len(later):
             return self
-        first, second = self.spread(), later.spread()
-        seconds = iter(second.tensors())
-        return first.map(lambda x: torch.cat((x, next(seconds)), dim=2))
+        first, second = self.spread().tensors(), later.spread().tensors()
+        joined = {name: torch.cat((x, second[name]), dim=2) for name, x in first.items()}
+        return Tokens.of(joined)
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor, in the order in which `map` visits them."""
-        found: list[Tensor] = []
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by dotted name: "k", "v", "rates.M", and those of "momentum", "retention" and "mask" there are."""
+        named = {"k": self.k, "v": self.v, "momentum": self.momentum, "retention": self.retention, "mask": self.mask}
+        named |= {f"rates.{name}": rate for name, rate in self.rates.items() if isinstance(rate, Tensor)}
+        return {name: x for name, x in named.items() if x is not None}
 
-        def note(x: Tensor) -> Tensor:
-            found.append(x)
-            return x
-
-        self.map(note)
-        return found
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> Tokens:
+        """What `tensors` took apart, of tokens whose rates are all tensors."""
+        rates: dict[str, Tensor | float] = {
+            name.removeprefix("rates."): x for name, x in tensors.items() if name.startswith("rates.")
+        }
+        gates = (tensors.get(name) for name in ("momentum", "retention", "mask"))
+        return Tokens(tensors["k"], tensors["v"], rates, *gates)
 
     def padded(self, length: int) -> Tokens:
         """These tokens with every rate a tensor, zero-padded to `length`."""
