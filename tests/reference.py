@@ -59,11 +59,11 @@ def channel_norms(spec, m):
     return m.flatten(1).norm(dim=1)[:, None, None] if type(spec.network).__name__ == "DepthwiseConv" else m.norm(dim=0)[None]
 
 
-def rule(spec, w, buffer, norms, k, v, lr, m, a, writes=None):
+def rule(spec, w, buffer, main, norms, k, v, lr, m, a, writes=None):
     """`spec.steps` applications of the six lines to one chunk; lr by matrix [T], m and a [T] or None."""
     use = slice(None) if writes is None else writes
     for _ in range(spec.steps):
-        new_w, new_buffer = dict(w), dict(buffer)
+        new_w, new_buffer, main = dict(w), dict(buffer), dict(main)
         for name in spec.updated:
 
             def weighted(matrix, name=name, w=w):
@@ -79,13 +79,15 @@ def rule(spec, w, buffer, norms, k, v, lr, m, a, writes=None):
                 g = g / (channel_norms(spec, g) + 1)
             if spec.direction == "ascent":
                 g = -g
-            matrix = w[name] * a[use].mean() if spec.retention else w[name]
-            matrix = matrix + g
+            matrix = main[name] * a[use].mean() if spec.retention else main[name]
+            matrix = main[name] = matrix + g
             if spec.normalize:
                 matrix = matrix / (channel_norms(spec, matrix) + 1e-5) * norms[name]
             new_w[name] = matrix
+            if spec.normalize is True:
+                main[name] = matrix
         w, buffer = new_w, new_buffer
-    return w, buffer
+    return w, buffer, main
 
 
 def run_head(spec, w, q, k, v, lr, m, a, writes=None):
@@ -94,18 +96,18 @@ def run_head(spec, w, q, k, v, lr, m, a, writes=None):
     norms = {name: channel_norms(spec, w[name]) for name in spec.updated}
     read = q if spec.query == "query" else k
     if spec.visibility == "full":
-        w, buffer = rule(spec, w, buffer, norms, k, v, lr, m, a, writes)
+        w, _, _ = rule(spec, w, buffer, dict(w), norms, k, v, lr, m, a, writes)
         return forward(spec.network, w, read), w
 
-    outputs = []
+    outputs, main = [], dict(w)
     for start in range(0, len(k), spec.chunk):
         s = slice(start, start + spec.chunk)
 
-        def after(stop, s=s, w=w, buffer=buffer):
+        def after(stop, s=s, w=w, buffer=buffer, main=main):
             part = slice(s.start, stop)
             rates = {name: rate[part] for name, rate in lr.items()}
             gates = [None if gate is None else gate[part] for gate in (m, a)]
-            return rule(spec, w, buffer, norms, k[part], v[part], rates, *gates)
+            return rule(spec, w, buffer, main, norms, k[part], v[part], rates, *gates)
 
         end = min(s.stop, len(k))
         if spec.visibility == "past":
@@ -115,7 +117,7 @@ def run_head(spec, w, q, k, v, lr, m, a, writes=None):
         else:
             outputs += [forward(spec.network, after(t + 1)[0], read[t : t + 1]) for t in range(start, end)]
         if end == s.stop:
-            w, buffer = after(end)
+            w, buffer, main = after(end)
     return torch.cat(outputs), w
 
 

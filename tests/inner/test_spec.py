@@ -50,7 +50,7 @@ def test_specs_are_frozen_hashable_and_shown_by_what_is_not_default(spec):
     with pytest.raises(dataclasses.FrozenInstanceError):
         spec.loss = "dot"
     assert hash(spec) == hash(InnerLoop.from_dict(spec.to_dict()))
-    assert ("normalize=True" in repr(spec)) == spec.normalize
+    assert (f"normalize={spec.normalize!r}" in repr(spec)) == bool(spec.normalize)
 
 
 def test_an_edit_is_a_copy():

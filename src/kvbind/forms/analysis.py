@@ -51,14 +51,19 @@ def parallel_obstacles(spec: InnerLoop) -> tuple[Obstacle, ...]:
         names = " and ".join(spec.network.theta)
         reason = f"the features of each chunk depend on every earlier chunk through the updated {names}, nonlinearly"
         found.append(Obstacle("update", spec.update, reason, {"update": "last"}))
-    if spec.normalize:
+    if spec.normalize is True:
         reason = "each renormalization rescales all earlier writes together: Norm(A + B) is not Norm(A) + Norm(B)"
         found.append(Obstacle("normalize", True, reason, {"normalize": False}))
+    elif spec.normalize == "read" and spec.visibility == "token" and spec.chunk != 1:
+        reason = "every token reads a state with a norm of its own, which takes a state for every token"
+        found.append(Obstacle("normalize", spec.normalize, reason, {"normalize": False}))
     if spec.steps > 1:
         reason = "each step on a chunk starts from the weights that the step before it left"
         found.append(Obstacle("steps", spec.steps, reason, {"steps": 1}))
     if spec.loss == "squared":
         nonlinear = next((name for name in ("orthogonalize", "clip") if getattr(spec, name)), None)
+        if spec.normalize == "read":
+            nonlinear = "normalize"
         if nonlinear:
             reason = f"its gradient reads the state, and {nonlinear} makes each write a nonlinear function of it"
             found.append(Obstacle("loss", spec.loss, reason, {"loss": "dot"}))
@@ -153,7 +158,11 @@ def cost(spec: InnerLoop, shapes: Shapes) -> Cost:
         flops_per_token=2 * h * (everything + spec.steps * write) + orthogonalize,
         orthogonalize_flops_per_token=orthogonalize,
         bytes_per_token=2 * h * width * itemsize + 4 * h * (rates + gates),
-        state_bytes=h * (4 * (everything + updated * spec.momentum + channels * spec.normalize) + pending),
+        state_bytes=h
+        * (
+            4 * (everything + updated * (spec.momentum + (spec.normalize == "read")) + channels * bool(spec.normalize))
+            + pending
+        ),
     )
 
 
@@ -284,7 +293,7 @@ def _state_rule(spec: InnerLoop) -> str:
         write = f"clip({write})"
     kept = "a_c S_c" if spec.retention else "S_c"
     body = f"{kept} {'+' if spec.sign > 0 else '-'} {write}"
-    if spec.normalize:
+    if spec.normalize is True:
         body = f"({body}) * (starting norm / new norm of each value channel), a decay that depends on the data"
     return f"S_c+1 = {body}"
 
@@ -297,6 +306,8 @@ def _output_rule(spec: InnerLoop) -> str:
         "token": "S_c and its own chunk's tokens up to t",
         "full": "S_1: all tokens that write",
     }[spec.visibility]
+    if spec.normalize == "read":
+        seen += ", each value channel rescaled to its starting norm"
     return f"o_t   = {gate}q^_t S, with S = {seen}"
 
 

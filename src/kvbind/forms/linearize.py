@@ -7,7 +7,7 @@ starting state and every decay. `LinearAttention` then computes outputs from the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -68,6 +68,9 @@ class LinearAttention:
         momentum: `m_u`, `[B, H, U]`, or None.
         retention: `a_u`, `[B, H, U]`, or None.
         rescaling: `r_u`, what weight normalization multiplies each value channel by, `[B, H, U, Dv]`, or None.
+        read_rescaling: what it multiplies each value channel of an output by under `normalize="read"`, which leaves the
+            state as it is: row n for tokens that see n updates, `[B, H, U + 1, Dv]`; None without, and where `partial`
+            holds it.
         clipping: what clipping multiplies each value channel of an update by, `[B, H, U, Dv]`, or None.
         orthogonalize: the Newton-Schulz iteration that acts on each update, or None.
         partial: the factors of `visibility="token"`, or None.
@@ -85,6 +88,7 @@ class LinearAttention:
     momentum: Tensor | None
     retention: Tensor | None
     rescaling: Tensor | None
+    read_rescaling: Tensor | None
     clipping: Tensor | None
     orthogonalize: NewtonSchulz | None
     partial: Partial | None
@@ -106,6 +110,8 @@ class LinearAttention:
             stop = start + len(list(members))
             queries = q[:, :, start:stop]
             read = queries @ state
+            if self.read_rescaling is not None:
+                read = read * self.read_rescaling[:, :, seen, None]
             if self.partial is not None:
                 read = self._read_own_chunk(read, queries, buffer, k, v, slice(start, stop), self.update_bounds[seen])
             outputs.append(read)
@@ -222,6 +228,8 @@ class LinearAttention:
         """A token's own factor on the state that it reads (`retained`) or on its own chunk: `[B, H, T, Dv or 1]`."""
         batch, tokens, heads = self.q.shape[:3]
         factor = self.q.new_ones(batch, heads, tokens, 1)
+        if self.read_rescaling is not None:
+            factor = factor * self.read_rescaling[:, :, list(self.seen_updates)]
         if self.partial is None:
             return factor
         if retained and self.partial.retention is not None:
@@ -416,7 +424,8 @@ def _note_update(spec: InnerLoop, note: _Trajectory, fast: FastWeights, tokens: 
     if spec.clip:
         note.clipping.append(1 / (channel_norm(network, accumulated) + 1))
     if spec.normalize:
-        kept = out if retention is None else retention * out
+        base = fast.accumulated.get("out", out)
+        kept = base if retention is None else retention * base
         factor = rescale(network, kept + spec.sign * shape_update(spec, accumulated), fast.norms["out"])
         note.rescaling.append(torch.where(writes.reshape(*writes.shape, *(1,) * (factor.dim() - 2)), factor, 1.0))
     return after
@@ -427,9 +436,13 @@ def _partial(spec: InnerLoop, fast: FastWeights, each: FastWeights, chunk: Chunk
     momentum, retention = prefix_means(chunk.tokens.momentum), prefix_means(chunk.tokens.retention)
     rescaling = None
     if spec.normalize:
-        # the rule's own factor: the weights before it are those of the same rule without line 6
-        plain = prefix_updates(spec.replace(normalize=False), replace(fast, norms={}), chunk)
-        rescaling = rescale(spec.network, plain.weights["out"], fast.norms["out"].unsqueeze(2)).squeeze(-2)
+        if spec.normalize == "read":
+            before = each.accumulated["out"]
+        else:
+            # the weights that line 6 rescales are those of the same rule without it
+            plain = FastWeights(fast.weights, fast.momentum, {})
+            before = prefix_updates(spec.replace(normalize=False), plain, chunk).weights["out"]
+        rescaling = rescale(spec.network, before, fast.norms["out"].unsqueeze(2)).squeeze(-2)
     return Partial(momentum, retention, rescaling)
 
 
@@ -480,6 +493,10 @@ def _assemble(
             joined([p.retention for p in partials]),
             joined([p.rescaling for p in partials]),
         )
+    rescaling, read_rescaling = channel_factors(note.rescaling), None
+    if spec.normalize == "read" and partial is None:
+        first = initial.new_ones(*initial.shape[:2], 1, 1) if rescaling is None else torch.ones_like(rescaling[:, :, :1])
+        read_rescaling = first if rescaling is None else torch.cat((first, rescaling), dim=2)
     places = torch.arange(total, device=initial.device)
     own = [places] if spec.chunk is None else list(places.split(spec.chunk))
     whole = spec.visibility == "chunk"
@@ -497,7 +514,8 @@ def _assemble(
         sign=spec.sign,
         momentum=factors(note.momentum),
         retention=factors(note.retention),
-        rescaling=channel_factors(note.rescaling),
+        rescaling=None if spec.normalize == "read" else rescaling,
+        read_rescaling=read_rescaling,
         clipping=channel_factors(note.clipping),
         orthogonalize=spec.orthogonalize,
         partial=partial,

@@ -19,7 +19,7 @@ from kvbind.forms.scan import linear_scan
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.networks import gated
-from kvbind.inner.rule import FastWeights, shape_update
+from kvbind.inner.rule import FastWeights, rescale, shape_update
 from kvbind.inner.spec import InnerLoop
 
 SHORT_CHUNK = 64
@@ -31,7 +31,7 @@ def parallel(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple[
     if spec.chunk is None:
         # one update from all tokens: there is nothing sequential to remove
         return recurrent(spec, q, tokens, state)
-    adds_up = spec.orthogonalize is None and not spec.clip
+    adds_up = spec.orthogonalize is None and not spec.clip and not spec.normalize
     if adds_up and (spec.loss == "squared" or spec.visibility == "token" or spec.chunk < SHORT_CHUNK):
         return blockwise(spec, q, tokens, state)
     return chunkwise(spec, q, tokens, state)
@@ -79,9 +79,9 @@ def chunk_states(spec: InnerLoop, fast: FastWeights, tokens: Tokens, count: int)
     Returns:
         `[B, H, count + 1, F, Dv]`, and the fast weights at the end.
     """
-    start = fast.weights["out"]
+    start = fast.accumulated.get("out", fast.weights["out"])
     if not count:
-        return start.unsqueeze(2), fast
+        return fast.weights["out"].unsqueeze(2), fast
     network, weights = spec.network, fast.weights
     k, v = tokens.k.to(start.dtype), tokens.v.to(start.dtype)
     g = tokens.column_rates()["out"] * gated(network.gate(weights, k), v)
@@ -99,5 +99,13 @@ def chunk_states(spec: InnerLoop, fast: FastWeights, tokens: Tokens, count: int)
         after = linear_scan(fold(tokens.retention).mean(-1), writes, start)
     else:
         after = start.unsqueeze(2) + writes.cumsum(2)
-    end = FastWeights(dict(fast.weights) | {"out": after[:, :, -1]}, momentum, fast.norms)
-    return torch.cat((start.unsqueeze(2), after), dim=2), end
+    used = after
+    if spec.normalize == "read":
+        used = after * rescale(network, after, fast.norms["out"].unsqueeze(2))
+    end = FastWeights(
+        dict(fast.weights) | {"out": used[:, :, -1]},
+        momentum,
+        fast.norms,
+        {"out": after[:, :, -1]} if fast.accumulated else {},
+    )
+    return torch.cat((fast.weights["out"].unsqueeze(2), used), dim=2), end

@@ -123,6 +123,7 @@ def full_update(spec: InnerLoop, fast: FastWeights, tokens: Tokens) -> FastWeigh
         {name: settle(x, fast.weights[name]) for name, x in after.weights.items()},
         {name: settle(x, fast.momentum[name]) for name, x in after.momentum.items()},
         fast.norms,
+        {name: settle(x, fast.accumulated[name]) for name, x in after.accumulated.items()},
     )
 
 
@@ -136,9 +137,7 @@ def prefix_updates(spec: InnerLoop, fast: FastWeights, chunk: Chunk) -> FastWeig
         Weights with a token axis behind the heads, `[B, H, T, in, out]`.
     """
     dtype = fast.weights["out"].dtype
-    each = FastWeights(
-        *({name: x.unsqueeze(2) for name, x in part.items()} for part in (fast.weights, fast.momentum, fast.norms))
-    )
+    each = fast.map(lambda x: x.unsqueeze(2))
     total = len(chunk.tokens)
     old, own = chunk.tokens.span(0, chunk.pending), chunk.tokens.span(chunk.pending, total)
 

@@ -28,9 +28,10 @@ class State:
 
     Attributes:
         spec: the inner loop that this is a state of.
-        tensors: by dotted name: "weights.M", "momentum.M", "norms.M" `[B, H, in, out]` in float32 (float64 for float64
-            inputs), and, where the inner loop has chunks of two tokens or more, "pending.k", "pending.v"
-            `[B, H, chunk - 1, D]`, "pending.rates.M", "pending.momentum", "pending.retention" `[B, H, chunk - 1]`.
+        tensors: by dotted name: "weights.M", "momentum.M", "norms.M", "accumulated.M" `[B, H, in, out]`, those that the
+            inner loop has, in float32 (float64 for float64 inputs); and, where it has chunks of two tokens or more,
+            "pending.k", "pending.v" `[B, H, chunk - 1, D]`, "pending.rates.M", "pending.momentum" and "pending.retention"
+            `[B, H, chunk - 1]`.
         pending_lengths: how many of the pending places each sequence fills; the rest are zeros.
     """
 
@@ -44,6 +45,7 @@ class State:
         tensors = {f"weights.{name}": x for name, x in fast.weights.items()}
         tensors |= {f"momentum.{name}": x for name, x in fast.momentum.items()}
         tensors |= {f"norms.{name}": x for name, x in fast.norms.items()}
+        tensors |= {f"accumulated.{name}": x for name, x in fast.accumulated.items()}
         if pending is not None and spec.chunk is not None and spec.chunk > 1:
             kept = pending.padded(spec.chunk - 1)
             tensors |= {f"pending.{name}": x for name, x in kept.tensors().items()}
@@ -70,8 +72,8 @@ class State:
 
     @property
     def fast(self) -> FastWeights:
-        """Weights, momentum and norms, as the update rule takes them."""
-        return FastWeights(self.weights, self.momentum, self.norms)
+        """Everything but the pending tokens, as the update rule takes it."""
+        return FastWeights(self.weights, self.momentum, self.norms, self.group("accumulated."))
 
     @property
     def batch(self) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,11 +23,14 @@ class FastWeights:
         weights: every matrix of the fast network.
         momentum: the momentum buffer of each updated matrix; empty without momentum.
         norms: the starting norm of each output channel of each updated matrix; empty without normalization.
+        accumulated: with `normalize="read"`, the weights that updates enter, of which `weights` are the normalized copy;
+            empty otherwise.
     """
 
     weights: Weights
     momentum: Mapping[str, Tensor]
     norms: Mapping[str, Tensor]
+    accumulated: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def start(spec: InnerLoop, weights: Weights) -> FastWeights:
@@ -36,7 +39,13 @@ class FastWeights:
             weights=weights,
             momentum={name: torch.zeros_like(weights[name]) for name in spec.updated} if spec.momentum else {},
             norms={name: channel_norm(spec.network, weights[name]) for name in spec.updated} if spec.normalize else {},
+            accumulated={name: weights[name] for name in spec.updated} if spec.normalize == "read" else {},
         )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> FastWeights:
+        """These weights with every tensor changed."""
+        parts = (self.weights, self.momentum, self.norms, self.accumulated)
+        return FastWeights(*({name: change(x) for name, x in part.items()} for part in parts))
 
 
 def channel_norm(network: Network, matrix: Tensor) -> Tensor:
@@ -90,11 +99,15 @@ def apply_update(
     """
     if momentum is not None:
         updates = {name: g + momentum * state.momentum[name] for name, g in updates.items()}
-    weights = dict(state.weights)
+    weights, accumulated = dict(state.weights), {}
     for name, update in updates.items():
-        matrix = weights[name] if retention is None else retention * weights[name]
+        matrix = state.accumulated.get(name, state.weights[name])
+        if retention is not None:
+            matrix = retention * matrix
         matrix = matrix + spec.sign * shape_update(spec, update)
+        if spec.normalize == "read":
+            accumulated[name] = matrix
         if spec.normalize:
             matrix = matrix * rescale(spec.network, matrix, state.norms[name])
         weights[name] = matrix
-    return replace(state, weights=weights, momentum=updates if momentum is not None else {})
+    return FastWeights(weights, updates if momentum is not None else {}, state.norms, accumulated)

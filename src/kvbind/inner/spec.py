@@ -30,7 +30,8 @@ class InnerLoop(Value):
         orthogonalize: a `NewtonSchulz` applied to each update, or None.
         clip: divide each output channel of an update by its norm plus one (ViTTT); excludes `orthogonalize`.
         retention: weights decay before each update; `ttt` then needs a `retention` gate.
-        normalize: after each update, every output channel gets back the norm it started the sequence with.
+        normalize: after each update, every output channel gets back the norm it started the sequence with. With "read" the
+            weights that are read and differentiated do, and updates accumulate in weights that are left as they are.
         direction: "descent" on the loss, or "ascent".
         query: outputs are `f("query")`, or `f("key")`.
         steps: how often the rule is applied to each chunk.
@@ -52,7 +53,7 @@ class InnerLoop(Value):
     orthogonalize: NewtonSchulz | None = None
     clip: bool = False
     retention: bool = False
-    normalize: bool = False
+    normalize: bool | Literal["read"] = False
     direction: Literal["descent", "ascent"] = "descent"
     query: Literal["query", "key"] = "query"
     steps: int = 1
@@ -70,7 +71,9 @@ class InnerLoop(Value):
         check_choice("direction", self.direction, ("descent", "ascent"))
         check_choice("query", self.query, ("query", "key"))
         check_choice("visibility", self.visibility, ("past", "chunk", "token", "full"))
-        for name in ("momentum", "clip", "retention", "normalize", "token_lr"):
+        if self.normalize != "read":
+            check_bool("normalize (where it is not 'read')", self.normalize)
+        for name in ("momentum", "clip", "retention", "token_lr"):
             check_bool(name, getattr(self, name))
         check_positive_int("steps", self.steps)
         if self.visibility == "full":
