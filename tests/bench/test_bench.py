@@ -63,3 +63,33 @@ def test_peak_memory_counts_what_is_held_at_once():
         return b + 1
 
     assert 2 << 20 <= peak_bytes(work, torch.device("cpu")) < 2.5 * (1 << 20)
+
+
+def test_bench_decode_times_a_token_with_the_cache_and_without(tmp_path):
+    out = tmp_path / "decode.json"
+    arguments = ["decode", "--prompts", "64,256", "--tokens", "8", "--piece", "50", "--device", "cpu", "--out", str(out)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    short, long = json.loads(out.read_text())["rows"]
+    assert (short["prompt"], long["prompt"]) == (60, 252)
+    assert short["cache_bytes"] <= long["cache_bytes"] < 1.2 * short["cache_bytes"]
+    assert 0 < short["token_seconds"] <= short["slowest_token_seconds"]
+
+
+def test_bench_step_trains_each_rung_in_its_form(tmp_path):
+    out = tmp_path / "step.json"
+    result = CliRunner().invoke(app, ["step", "--tokens", "128", "--steps", "1", "--device", "cpu", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["rung"], row["form"]) for row in rows] == [
+        ("rung0", "recurrent"),
+        ("rung2", "recurrent"),
+        ("rung2 parallel", "parallel"),
+    ]
+    assert rows[1]["loss"] == pytest.approx(rows[2]["loss"], rel=1e-4)
+
+
+def test_unknown_presets_get_the_nearest():
+    result = CliRunner().invoke(app, ["decode", "--preset", "tin"])
+    assert result.exit_code == 2
+    assert "did you mean 'tiny'" in result.output

@@ -109,6 +109,87 @@ def accuracy(
     _write(out, place, {"config": config, "errors": errors, "scan": scans})
 
 
+@app.command()
+def decode(
+    preset: Annotated[str, typer.Option(help="Size of the LaCT language model: tiny, 30m, 125m, 760m or 3b.")] = "tiny",
+    prompts: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "1024,4096,16384,65536",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate after each prompt.")] = 64,
+    piece: Annotated[int, typer.Option(min=1, help="Tokens that prefill reads at a time.")] = 8192,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Time one more token after prompts of growing length, with the cache and by reading the prompt again."""
+    from dataclasses import asdict
+
+    import torch
+
+    from kvbind.bench.language import bench_decoding, build
+
+    place = _device(device)
+    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    model = build(_preset(preset), place, dtype)
+    model.train(False)
+    rows = bench_decoding(model, [int(x) for x in prompts.split(",")], tokens=tokens, piece=piece)
+    table = Table(title=f"{preset}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {place}, {dtype}")
+    for name in ("prompt", "prefill s", "ms per token", "slowest token ms", "prompt read again ms", "cache MiB"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.prompt),
+            f"{row.prefill_seconds:.2f}",
+            f"{1e3 * row.token_seconds:.2f}",
+            f"{1e3 * row.slowest_token_seconds:.2f}",
+            f"{1e3 * (row.reread_seconds or 0):.1f}",
+            f"{row.cache_bytes / 2**20:.2f}",
+        )
+    console.print(table)
+    config = {"preset": preset, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "piece": piece}
+    _write(out, place, {"config": config, "rows": [asdict(row) for row in rows]})
+
+
+@app.command()
+def step(
+    preset: Annotated[str, typer.Option(help="Size of the LaCT language model: tiny, 30m, 125m, 760m or 3b.")] = "tiny",
+    tokens: Annotated[int | None, typer.Option(help="Tokens per sequence; default what the preset trains at.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps, after one to warm up.")] = 4,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Time a training step of rung 0 and rung 2, recurrent and parallel."""
+    from dataclasses import asdict
+
+    from kvbind.bench.language import bench_step
+    from kvbind.inner.systems import ladder
+    from kvbind.models import PRESETS
+
+    place, sizes = _device(device), PRESETS[_preset(preset)]
+    length = tokens or sizes["max_position_embeddings"]
+    rungs = ladder(sizes["inner"])
+    cases = {
+        "rung0": (rungs["rung0"], "recurrent"),
+        "rung2": (rungs["rung2"], "recurrent"),
+        "rung2 parallel": (rungs["rung2"], "parallel"),
+    }
+    rows = bench_step(preset, cases, length, place, steps=steps)
+    table = Table(title=f"training step of {preset} at {length} tokens, {place}")
+    for name in ("rung", "form", "tokens/s", "peak GiB"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}"
+        table.add_row(row.rung, row.form, f"{row.tokens_per_second:.0f}", peak)
+    console.print(table)
+    _write(out, place, {"config": {"preset": preset, "tokens": length, "steps": steps}, "rows": [asdict(r) for r in rows]})
+
+
+def _preset(name: str) -> str:
+    from kvbind.inner.value import nearest
+    from kvbind.models import PRESETS
+
+    if name not in PRESETS:
+        raise typer.BadParameter(f"preset must be one of {', '.join(PRESETS)}; got {name!r}{nearest(name, PRESETS)}")
+    return name
+
+
 def _device(name: str) -> Any:
     import torch
 

@@ -1,0 +1,171 @@
+"""`kvbind bench decode` and `kvbind bench step`: generation and training of the LaCT language model."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvbind.bench.timing import synchronize
+from kvbind.inner.spec import InnerLoop
+from kvbind.models import PRESETS, LactCache, LactConfig, LactForCausalLM
+
+
+def build(preset: str, device: torch.device, dtype: torch.dtype, **fields: Any) -> LactForCausalLM:
+    """A model of a preset's size with random weights.
+
+    Args:
+        preset: a name in `kvbind.models.PRESETS`.
+        device: where it lives.
+        dtype: of its parameters.
+        **fields: of `LactConfig`, in place of the preset's.
+    """
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LactForCausalLM(LactConfig(**{**PRESETS[preset], **fields}))
+    return nn.Module.to(model, dtype)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Generation after one prompt.
+
+    Attributes:
+        prompt: its tokens.
+        prefill_seconds: to read it with a cache, in pieces.
+        token_seconds: median time of one more token from the cache.
+        slowest_token_seconds: the longest, that of a token which completes a chunk.
+        reread_seconds: time of one more token without a cache: the whole prompt again; None where it was not measured.
+        cache_bytes: what the cache holds.
+    """
+
+    prompt: int
+    prefill_seconds: float
+    token_seconds: float
+    slowest_token_seconds: float
+    reread_seconds: float | None
+    cache_bytes: int
+
+
+@torch.no_grad()
+def bench_decoding(
+    model: LactForCausalLM, prompts: list[int], *, tokens: int = 64, piece: int = 8192, reread: bool = True
+) -> list[Decoding]:
+    """Time generation, one sequence at a time, greedy, after prompts of random tokens.
+
+    Each prompt ends `tokens / 2` before a chunk does, so that the measured tokens include one that completes it.
+
+    Args:
+        model: in evaluation mode.
+        prompts: their lengths, rounded to end as said.
+        tokens: to generate after each.
+        piece: tokens that prefill reads at a time.
+        reread: also time a forward pass over the whole prompt.
+    """
+    device, chunk = model.device, model.config.inner.chunk or 1
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in [min(prompts), *prompts]:  # the first time warms up
+        length = max(1, length // chunk * chunk - tokens // 2)
+        ids = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(device)
+        cache = LactCache()
+        start = _now(device)
+        for begin in range(0, length, piece):
+            step = model(ids[:, begin : begin + piece], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        prefill = _now(device) - start
+        times = []
+        for _ in range(tokens):
+            start = _now(device)
+            step = model(step.logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            times.append(_now(device) - start)
+        again = None
+        if reread:
+            start = _now(device)
+            model(ids, use_cache=False, logits_to_keep=1)
+            again = _now(device) - start
+        rows.append(Decoding(length, prefill, statistics.median(times), max(times), again, cache_bytes(cache)))
+    return rows[1:]
+
+
+def cache_bytes(cache: LactCache) -> int:
+    """The bytes of every tensor in a cache."""
+    held: list[Tensor] = []
+    for state in cache.states:
+        held += [*state.fast.tensors.values(), state.kept.keys, state.kept.values]
+    return sum(x.untyped_storage().nbytes() for x in {x.untyped_storage().data_ptr(): x for x in held}.values())
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step of one inner loop in one form.
+
+    Attributes:
+        rung: of the ladder.
+        form: "recurrent" or "parallel".
+        tokens_per_second: median over the measured steps, the optimizer's included.
+        peak_bytes: the most memory held at once, parameters and optimizer included; None on a CPU.
+        loss: after the measured steps, on the same random tokens.
+    """
+
+    rung: str
+    form: str
+    tokens_per_second: float
+    peak_bytes: int | None
+    loss: float
+
+
+def bench_step(
+    preset: str, rungs: dict[str, tuple[InnerLoop, str]], length: int, device: torch.device, *, steps: int = 4
+) -> list[Step]:
+    """Time training steps of AdamW under bfloat16 autocast on a GPU (float32 on a CPU), one sequence per step.
+
+    Blocks are checkpointed; matrix products of float32 operands may use TF32.
+
+    Args:
+        preset: a name in `kvbind.models.PRESETS`.
+        rungs: by row name, the inner loop and the form that evaluates it.
+        length: tokens per sequence.
+        device: where to run.
+        steps: measured, after one to warm up.
+    """
+    rows = []
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        for name, (inner, form) in rungs.items():
+            model = build(preset, device, torch.float32, inner=inner, ttt_form=form).train()
+            model.gradient_checkpointing_enable()
+            rows.append(_steps(name, form, model, length, device, steps))
+            del model
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return rows
+
+
+def _steps(name: str, form: str, model: nn.Module, length: int, device: torch.device, steps: int) -> Step:
+    cuda = device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)
+    ids = torch.randint(256, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    times, loss = [], torch.zeros(())
+    for _ in range(1 + steps):
+        start = _now(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cuda):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(_now(device) - start)
+    peak = torch.cuda.max_memory_allocated(device) if cuda else None
+    return Step(name, form, length / statistics.median(times[1:]), peak, float(loss.detach()))
+
+
+def _now(device: torch.device) -> float:
+    synchronize(device)
+    return time.perf_counter()
