@@ -66,7 +66,7 @@ def test_the_text_names_the_obstacles_and_the_nearest_rung():
         "update='all'",
         "Norm(A + B) is not Norm(A) + Norm(B)",
         "removed by replace(normalize=False)",
-        "nearest parallel relative: rung2 (remove weight normalization), that is, replace(update='last', normalize=False)",
+        "nearest parallel relative: rung 2 (remove weight normalization), that is, replace(update='last', normalize=False)",
         "MiB of state per sequence",
     ):
         assert part in text

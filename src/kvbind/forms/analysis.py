@@ -214,7 +214,8 @@ class Explanation:
             lines += [f"  - {obstacle}" for obstacle in self.obstacles]
             edits = {name: value for obstacle in self.obstacles for name, value in obstacle.edit.items()}
             edit = ", ".join(f"{name}={value!r}" for name, value in edits.items())
-            rung = f"{self.nearest_name} ({RUNGS[self.nearest_name]}), that is, " if self.nearest_name else ""
+            name = self.nearest_name
+            rung = f"{name.replace('rung', 'rung ')} ({RUNGS[name]}), that is, " if name else ""
             lines.append(f"nearest parallel relative: {rung}replace({edit})")
         s, c = self.shapes, self.cost
         lines += [

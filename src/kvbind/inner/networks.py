@@ -1,7 +1,7 @@
 """Fast networks: the small networks whose weights are a sequence's state.
 
 Every network is `f(x) = gate(x; Theta) * (phi(x; Theta) W)`: features `phi`, a last layer `W` ("out") that is linear and
-bias-free, and (GLU alone) a gate on the output. Gradients are closed-form (MATH section 1, "Closed-form gradients").
+bias-free, and (GLU alone) a gate on the output. Gradients are closed-form (specification, section 1).
 
 Shapes: `...` are leading dimensions (batch, heads) that inputs and weights share by broadcasting, `T` tokens; inputs
 `[..., T, Dk]`, outputs `[..., T, Dv]`, matrices `[..., in, out]`, features `[..., T, F]`.
