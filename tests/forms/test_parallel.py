@@ -11,7 +11,13 @@ from kvbind.forms import blockwise, parallel
 from strategies import error, operands, parallel_specs, small_sizes
 
 CAUSAL = ("past", "chunk", "token")
-schedules = st.fixed_dictionaries({"block": st.sampled_from([4, 16, 64]), "short": st.sampled_from([1, 4, 64])})
+schedules = st.fixed_dictionaries(
+    {
+        "block": st.sampled_from([4, 16, 64]),
+        "short": st.sampled_from([1, 4, 64]),
+        "segment": st.sampled_from([1, 1000, 1 << 20]),
+    }
+)
 
 
 def scheduled(schedule):

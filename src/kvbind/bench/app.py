@@ -51,15 +51,10 @@ def forms(
     rows = as_data(bench_forms(size, chunk, place, kinds[dtype], seconds=seconds))
 
     title = f"{dtype} on {place}: T = {tokens}, chunk {chunk}, {batch} x {heads} heads of width {width}"
-    table = Table(
-        title=title, caption="ktok/s of the recurrent and the parallel form, and their ratio; peak MiB of training"
-    )
-    table.add_column("rung")
-    for work in ("forward", "training"):
-        for name in (work, "parallel", "ratio"):
-            table.add_column(name, justify="right")
-    table.add_column("MiB", justify="right")
-    table.add_column("parallel", justify="right")
+    caption = "ktok/s of the recurrent (rec) and the parallel form (par), and par / rec; peak MiB of training"
+    table = Table(title=title, caption=caption)
+    for name in ("rung", "fwd rec", "fwd par", "x", "train rec", "train par", "x", "MiB rec", "MiB par"):
+        table.add_column(name, justify="left" if name == "rung" else "right")
     by_form = {(row["rung"], row["form"]): row for row in rows}
     for rung in dict.fromkeys(row["rung"] for row in rows):
         recurrent, parallel = by_form[rung, "recurrent"], by_form.get((rung, "parallel"))

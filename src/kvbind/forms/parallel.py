@@ -25,6 +25,9 @@ from kvbind.inner.spec import InnerLoop
 SHORT_CHUNK = 64
 """Below this many tokens in a chunk, attention inside blocks is cheaper than a state for every chunk."""
 
+CPU_SEGMENT_BYTES = 2 << 20
+"""Bytes of one operand that a CPU works on at once. Beyond its caches, batching chunks costs more than it saves."""
+
 
 def parallel(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
     """Run an inner loop that has a parallel form; arguments and result are those of `recurrent`."""
@@ -38,17 +41,37 @@ def parallel(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple[
 
 
 def chunkwise(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
-    """All chunks at once, with the state of each in memory."""
+    """All chunks at once, with the state of each in memory; on a CPU, as many at once as its caches hold."""
+    fast, rest = state.fast, state.pending() or tokens.span(0, 0)
+    outputs: list[Tensor] = []
+    step, start, total = _segment_tokens(spec, q), 0, len(tokens)
+    while start < total or not outputs:
+        stop = total if step is None else min(start + step - len(rest), total)
+        output, fast, rest = _segment(spec, q[:, :, start:stop], tokens.span(start, stop), fast, rest)
+        outputs.append(output)
+        start = stop
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), State.of(spec, fast, rest, len(rest))
+
+
+def _segment_tokens(spec: InnerLoop, q: Tensor) -> int | None:
+    """How many tokens to take at once, in whole chunks; None for all of them."""
+    if q.device.type != "cpu" or spec.chunk is None:
+        return None
+    chunk_bytes = q[:, :, 0].numel() * q.element_size() * spec.chunk
+    return spec.chunk * max(1, CPU_SEGMENT_BYTES // max(chunk_bytes, 1))
+
+
+def _segment(
+    spec: InnerLoop, q: Tensor, tokens: Tokens, fast: FastWeights, pending: Tokens
+) -> tuple[Tensor, FastWeights, Tokens]:
+    """All chunks of some tokens at once: outputs, the weights after the last complete chunk, and the tokens behind it."""
     if spec.chunk is None:
         raise ValueError("chunk must be an int of at least 1; got None")
     size, new = spec.chunk, len(tokens)
-    pending = state.pending()
-    kept = 0 if pending is None else len(pending)
-    joined = tokens if pending is None else pending.append(tokens)
+    kept, joined = len(pending), pending.append(tokens)
     count = len(joined) // size
     complete, rest = joined.span(0, count * size), joined.span(count * size, len(joined))
 
-    fast = state.fast
     states, end = chunk_states(spec, fast, complete, count)
     # row c of `seen` is what chunk c reads; an incomplete last chunk reads row `count`
     own_included = spec.visibility != "past"
@@ -70,7 +93,7 @@ def chunkwise(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple
     if end_of_whole < new:
         outputs.append(network.read(features[:, :, end_of_whole:], seen[:, :, first + whole]))
     output = torch.cat(outputs, dim=2) if outputs else q.new_empty(*q.shape[:3], tokens.v.shape[-1])
-    return gated(network.gate(weights, q), output), State.of(spec, end, rest, len(rest))
+    return gated(network.gate(weights, q), output), end, rest
 
 
 def chunk_states(spec: InnerLoop, fast: FastWeights, tokens: Tokens, count: int) -> tuple[Tensor, FastWeights]:
