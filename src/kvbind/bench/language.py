@@ -57,7 +57,8 @@ def bench_decoding(
 ) -> list[Decoding]:
     """Time generation, one sequence at a time, greedy, after prompts of random tokens.
 
-    Each prompt ends `tokens / 2` before a chunk does, so that the measured tokens include one that completes it.
+    Each prompt of a chunk or more ends `tokens / 2` before a chunk does, so that the measured tokens include one that
+    completes it.
 
     Args:
         model: in evaluation mode.
@@ -68,27 +69,53 @@ def bench_decoding(
     """
     device, chunk = model.device, model.config.inner.chunk or 1
     generator = torch.Generator().manual_seed(0)
-    rows = []
-    for length in [min(prompts), *prompts]:  # the first time warms up
-        length = max(1, length // chunk * chunk - tokens // 2)
-        ids = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(device)
+    ids = torch.randint(model.config.vocab_size, (1, max(prompts)), generator=generator).to(device)
+    lengths = [max(1, n // chunk * chunk - tokens // 2) if n >= chunk else n for n in prompts]
+
+    def prefill(length: int) -> tuple[LactCache, Tensor]:
         cache = LactCache()
-        start = _now(device)
         for begin in range(0, length, piece):
-            step = model(ids[:, begin : begin + piece], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        prefill = _now(device) - start
-        times = []
-        for _ in range(tokens):
-            start = _now(device)
-            step = model(step.logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True, logits_to_keep=1)
-            times.append(_now(device) - start)
-        again = None
+            part = ids[:, begin : min(begin + piece, length)]
+            logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return cache, logits
+
+    def one_more(cache: LactCache, logits: Tensor) -> Tensor:
+        token = logits[:, -1:].argmax(-1)
+        return model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+    def again(length: int) -> None:
+        model(ids[:, :length], use_cache=False, logits_to_keep=1)
+
+    one_more(*prefill(lengths[0]))
+    prefills, kept, rereads = [], [], []
+    for length in lengths:
+        prefill(length)
+        start = _now(device)
+        kept.append(prefill(length))
+        prefills.append(_now(device) - start)
         if reread:
+            again(length)
             start = _now(device)
-            model(ids, use_cache=False, logits_to_keep=1)
-            again = _now(device) - start
-        rows.append(Decoding(length, prefill, statistics.median(times), max(times), again, cache_bytes(cache)))
-    return rows[1:]
+            again(length)
+            rereads.append(_now(device) - start)
+    # prompts take turns, so that a machine that slows down slows all of them
+    times: list[list[float]] = [[] for _ in lengths]
+    for _ in range(tokens):
+        for i, (cache, logits) in enumerate(kept):
+            start = _now(device)
+            kept[i] = cache, one_more(cache, logits)
+            times[i].append(_now(device) - start)
+    return [
+        Decoding(
+            prompt=length,
+            prefill_seconds=prefills[i],
+            token_seconds=statistics.median(times[i]),
+            slowest_token_seconds=max(times[i]),
+            reread_seconds=rereads[i] if reread else None,
+            cache_bytes=cache_bytes(kept[i][0]),
+        )
+        for i, length in enumerate(lengths)
+    ]
 
 
 def cache_bytes(cache: LactCache) -> int:

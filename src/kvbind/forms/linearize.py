@@ -366,7 +366,11 @@ def _linearize(spec: InnerLoop, q: Tensor, tokens: Tokens, fast: FastWeights) ->
     bounds, seen, partials = [0], [], []
     # with chunks of one token, what a token sees is the chunk's whole update
     own_parts = spec.visibility == "token" and spec.chunk != 1
-    parts = [Chunk(tokens, 0, slice(0, total), True)] if spec.visibility == "full" else chunks(spec, tokens, None)
+    parts = (
+        [Chunk(tokens.span(0, 0), tokens, slice(0, total), True)]
+        if spec.visibility == "full"
+        else chunks(spec, tokens, None)
+    )
     for chunk in parts:
         queries = q[:, :, chunk.queries]
         entered = chunk.complete or spec.visibility == "chunk"

@@ -19,16 +19,21 @@ class Chunk:
     """One chunk of sequences that have equally many tokens.
 
     Attributes:
-        tokens: the chunk's writers, those pending from earlier calls first.
-        pending: how many of them are pending.
+        old: those of its writers that earlier calls left pending.
+        own: this call's writers.
         queries: the place in this call's queries of the chunk's own, `queries.start` to `queries.stop`.
         complete: the chunk has all its tokens, so that it updates the weights for good.
     """
 
-    tokens: Tokens
-    pending: int
+    old: Tokens
+    own: Tokens
     queries: slice
     complete: bool
+
+    @property
+    def tokens(self) -> Tokens:
+        """All its writers, in order."""
+        return self.old.append(self.own)
 
 
 def chunks(spec: InnerLoop, tokens: Tokens, pending: Tokens | None) -> Iterator[Chunk]:
@@ -39,11 +44,8 @@ def chunks(spec: InnerLoop, tokens: Tokens, pending: Tokens | None) -> Iterator[
     for start in range(0, total, spec.chunk):
         stop = min(start + spec.chunk, total)
         own = slice(max(start - kept, 0), stop - kept)
-        part = tokens.span(own.start, own.stop)
-        held = max(kept - start, 0)
-        if held and pending is not None:
-            part = pending.append(part)
-        yield Chunk(part, held, own, complete=stop - start == spec.chunk)
+        old = pending if pending is not None and start == 0 else tokens.span(0, 0)
+        yield Chunk(old, tokens.span(own.start, own.stop), own, complete=stop - start == spec.chunk)
 
 
 def recurrent(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
@@ -63,7 +65,7 @@ def recurrent(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple
         fast = full_update(spec, fast, tokens)
         return network.apply(fast.weights, q), State.of(spec, fast, None, 0)
 
-    outputs, rest = [], None
+    outputs, rest, completed = [], None, False
     for chunk in chunks(spec, tokens, state.pending()):
         queries = q[:, :, chunk.queries]
         after = fast
@@ -77,14 +79,14 @@ def recurrent(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple
             each = prefix_updates(spec, fast, chunk)
             outputs.append(network.apply(each.weights, queries.unsqueeze(-2)).squeeze(-2))
         if chunk.complete:
-            fast = after
+            fast, completed = after, True
         else:
-            rest = chunk.tokens
-    rest = rest or tokens.span(0, 0)
-    return (
-        torch.cat(outputs, dim=2) if outputs else q.new_empty(*q.shape[:3], tokens.v.shape[-1]),
-        State.of(spec, fast, rest, len(rest)),
-    )
+            rest = chunk
+    output = torch.cat(outputs, dim=2) if outputs else q.new_empty(*q.shape[:3], tokens.v.shape[-1])
+    if state.has_room and not completed:
+        return output, state.append(tokens)
+    pending = tokens.span(0, 0) if rest is None else rest.tokens
+    return output, State.of(spec, fast, pending, len(pending))
 
 
 def chunk_update(spec: InnerLoop, fast: FastWeights, tokens: Tokens) -> FastWeights:
@@ -138,23 +140,21 @@ def prefix_updates(spec: InnerLoop, fast: FastWeights, chunk: Chunk) -> FastWeig
     """
     dtype = fast.weights["out"].dtype
     each = fast.map(lambda x: x.unsqueeze(2))
-    total = len(chunk.tokens)
-    old, own = chunk.tokens.span(0, chunk.pending), chunk.tokens.span(chunk.pending, total)
-
+    tokens, old, own = chunk.tokens, chunk.old, chunk.own
     rates = {name: r[..., None] if isinstance(r, Tensor) else r for name, r in own.column_rates().items()}
     k, v = own.k.to(dtype).unsqueeze(-2), own.v.to(dtype).unsqueeze(-2)
     updates = {name: g.cumsum(2) for name, g in gradient(spec, each.weights, k, v, rates).items()}
-    if chunk.pending:
+    if len(old):
         held = gradient(spec, fast.weights, old.k.to(dtype), old.v.to(dtype), old.column_rates())
         updates = {name: g + held[name].unsqueeze(2) for name, g in updates.items()}
 
-    momentum, retention = prefix_means(chunk.tokens.momentum), prefix_means(chunk.tokens.retention)
+    momentum, retention = prefix_means(tokens.momentum), prefix_means(tokens.retention)
     return apply_update(
         spec,
         each,
         updates,
-        None if momentum is None else as_factor(momentum[:, :, chunk.pending :], updates["out"]),
-        None if retention is None else as_factor(retention[:, :, chunk.pending :], updates["out"]),
+        None if momentum is None else as_factor(momentum[:, :, len(old) :], updates["out"]),
+        None if retention is None else as_factor(retention[:, :, len(old) :], updates["out"]),
     )
 
 

@@ -87,6 +87,20 @@ class State:
             return None
         return Tokens.of(self.group("pending.")).span(0, length)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether this state holds places for pending tokens; the state before a sequence's first token does not."""
+        return "pending.k" in self.tensors
+
+    def append(self, tokens: Tokens) -> State:
+        """This state with more tokens pending, which do not complete the chunk; all sequences have equally many pending."""
+        length, more = self.pending_lengths[0], len(tokens)
+        tensors = dict(self.tensors)
+        for name, x in tokens.spread().tensors().items():
+            held = tensors[f"pending.{name}"]
+            tensors[f"pending.{name}"] = torch.cat((held[:, :, :length], x, held[:, :, length + more :]), dim=2)
+        return State(self.spec, tensors, (length + more,) * self.batch)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """This state with every tensor changed."""
         return type(self)(self.spec, {name: change(x) for name, x in self.tensors.items()}, self.pending_lengths)
