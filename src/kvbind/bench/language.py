@@ -81,7 +81,8 @@ def bench_decoding(
 
     def one_more(cache: LactCache, logits: Tensor) -> Tensor:
         token = logits[:, -1:].argmax(-1)
-        return model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        after: Tensor = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return after
 
     def again(length: int) -> None:
         model(ids[:, :length], use_cache=False, logits_to_keep=1)

@@ -114,11 +114,16 @@ class State:
         return self.map(torch.Tensor.detach)
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Self:
-        places = torch.arange(self.batch)
-        chosen = places[torch.as_tensor(index).cpu() if not isinstance(index, slice) else index].reshape(-1)
-        lengths = tuple(self.pending_lengths[i] for i in chosen.tolist())
-        picked = self.map(lambda x: x.index_select(0, chosen.to(x.device)))
-        return type(self)(self.spec, picked.tensors, lengths)
+        if isinstance(index, Tensor):
+            # a mask or an index, of any integer type
+            index = torch.arange(self.batch)[index.cpu()].reshape(-1).tolist()
+        if isinstance(index, int):
+            index = [index]
+        places = range(self.batch)
+        rows = list(places[index]) if isinstance(index, slice) else [places[i] for i in index]
+        where = torch.tensor(rows, dtype=torch.long, device=self.tensors["weights.out"].device)
+        picked = self.map(lambda x: x.index_select(0, where))
+        return type(self)(self.spec, picked.tensors, tuple(self.pending_lengths[i] for i in rows))
 
     @staticmethod
     def cat(states: Sequence[State]) -> State:

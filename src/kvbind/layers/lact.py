@@ -1,0 +1,454 @@
+"""The mixer of the LaCT language model: sliding-window attention and fast weights that share queries, keys and values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvbind.forms.api import Form, ttt
+from kvbind.forms.state import State
+from kvbind.inner.networks import DepthwiseConv
+from kvbind.inner.spec import InnerLoop
+from kvbind.inner.value import check_choice, check_positive_int
+from kvbind.layers.layout import Layout
+from kvbind.layers.norm import RMSNorm
+from kvbind.layers.rotary import Tables, rotary_tables, rotate
+from kvbind.layers.window_attention import KeptKeys, window_attention
+
+NORM_EPS = 1e-5
+"""Of the norms inside the layer: queries, keys, output, and the L2 norm of fast queries and keys."""
+
+START_RETENTION = 0.99
+"""What a retention gate starts at, before training."""
+
+PARAMETER_NAMES = {"gate": "w0", "out": "w1", "up": "w2"}
+"""The released names of a SwiGLU's matrices, which every other network's matrices of that role share."""
+
+
+def parameter_name(matrix: str) -> str:
+    """The parameter that holds a fast matrix: `w0`, `w1`, `w2` for gate, out and up; "in.0" is `w_in_0`."""
+    return PARAMETER_NAMES.get(matrix, "w_" + matrix.replace(".", "_"))
+
+
+class LowRankMatrix(nn.Module):
+    """A fast matrix per head, `left @ right + I / 2`, stored `[heads, out, in]` like the full-rank ones.
+
+    Args:
+        heads: number of heads.
+        outputs: out.
+        inputs: in.
+        rank: inner width of the product.
+        gain: factor on the standard deviations at the start, `1 / sqrt(rank)` and `1 / sqrt(in)`.
+    """
+
+    def __init__(self, heads: int, outputs: int, inputs: int, rank: int, gain: float) -> None:
+        super().__init__()
+        self.gain = gain
+        self.w_left = nn.Parameter(torch.empty(heads, outputs, rank))
+        self.w_right = nn.Parameter(torch.empty(heads, rank, inputs))
+
+    def reset_parameters(self) -> None:
+        """Draw both factors anew."""
+        nn.init.normal_(self.w_left, std=self.gain / math.sqrt(self.w_left.shape[-1]))
+        nn.init.normal_(self.w_right, std=self.gain / math.sqrt(self.w_right.shape[-1]))
+
+    def forward(self) -> Tensor:
+        """The matrices `[heads, out, in]`."""
+        product = self.w_left @ self.w_right
+        return product + 0.5 * torch.eye(*product.shape[-2:], dtype=product.dtype, device=product.device)
+
+
+@dataclass(frozen=True)
+class LactState:
+    """Where some sequences stopped in one layer: constant size, whatever their length.
+
+    Attributes:
+        fast: fast weights and pending chunk.
+        kept: the last `window - 1` keys and values.
+        seen: how many tokens each sequence has had.
+    """
+
+    fast: State
+    kept: KeptKeys
+    seen: tuple[int, ...]
+
+    def select(self, index: Tensor) -> LactState:
+        """The sequences at `index` (int64 `[n]`), in that order, as often as they are named."""
+        rows = index.tolist()
+        held, seen = self.kept.held, self.seen
+        where = index.to(self.kept.keys.device)
+        kept = KeptKeys(
+            self.kept.keys.index_select(0, where),
+            self.kept.values.index_select(0, where),
+            tuple(held[i] for i in rows),
+        )
+        return LactState(self.fast[index], kept, tuple(seen[i] for i in rows))
+
+
+class LactLayer(nn.Module):
+    """Window attention plus fast weights on one set of queries, keys and values (MATH section 5; arXiv 2505.23884).
+
+    `q, k, v = qkv(x)`. Attention takes them with rotary positions. The fast weights take q and k with a scale and offset
+    per channel, silu, L2 norm per fast head and rotary positions, and v with silu; their output is RMS-normed per head,
+    times `silu(ttt_scale_proj(x))`, and joins the attention's before `o_proj`. Rates, gates and scale read `x`, which the
+    block has normalized.
+
+    Parameters have the released names and layouts (MATH section 6), so that released checkpoints load. What an inner
+    loop has no use for is not built: `lr_proj` needs `inner.token_lr`, `momentum_proj` `inner.momentum`, `retention_proj`
+    `inner.retention`.
+
+    Args:
+        hidden_size: width d of the residual stream.
+        num_attn_heads: attention heads.
+        num_lact_heads: fast heads, each `d / num_lact_heads` wide.
+        inner: the inner loop. Its visibility must be causal.
+        window_size: tokens that attention sees, itself among them.
+        form: how `kvbind.ttt` evaluates the inner loop: "auto", "recurrent" or "parallel".
+        hidden_multiplier: hidden width of the fast network over its head width.
+        low_rank: rank of the gate and up matrices' `left @ right + I / 2`; None for full matrices.
+        init_gain: of the low-rank factors at the start.
+        base_lr: the learning rate where `lr_proj` gives 0; the rate is `softplus(lr_proj(x) + softplus^-1(base_lr))`.
+        qkv_bias: a bias in the `qkv` projection.
+        qk_norm: RMS norms over all channels of q and of k, for both paths.
+        silu_qk: silu on fast queries and keys.
+        silu_v: silu on fast values.
+        rotary: rotary positions on fast queries and keys; attention always has them.
+        rope_theta: base of the rotary wavelengths.
+        output_scale: the learned scale `silu(ttt_scale_proj(x))`.
+
+    Attributes:
+        inner: the inner loop; assigning one that asks for parameters that were not built raises.
+        form: as above; may be assigned.
+
+    Raises:
+        ValueError: widths that do not divide, or an inner loop that cannot run in a causal layer.
+        TypeError: `inner` is no InnerLoop.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attn_heads: int,
+        num_lact_heads: int,
+        inner: InnerLoop,
+        window_size: int,
+        *,
+        form: Form = "auto",
+        hidden_multiplier: float = 1,
+        low_rank: int | None = 32,
+        init_gain: float = 0.5,
+        base_lr: float = 1e-3,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        silu_qk: bool = True,
+        silu_v: bool = True,
+        rotary: bool = True,
+        rope_theta: float = 1e6,
+        output_scale: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("hidden_size", hidden_size),
+            ("num_attn_heads", num_attn_heads),
+            ("num_lact_heads", num_lact_heads),
+            ("window_size", window_size),
+        ):
+            check_positive_int(name, value)
+        for name, heads in (("num_attn_heads", num_attn_heads), ("num_lact_heads", num_lact_heads)):
+            if hidden_size % heads:
+                raise ValueError(f"{name} must divide hidden_size = {hidden_size}; got {heads}")
+        if hidden_size // num_attn_heads % 2:
+            raise ValueError(
+                f"num_attn_heads must leave an even head width for rotary positions; got {num_attn_heads} heads of "
+                f"{hidden_size // num_attn_heads} channels"
+            )
+        if base_lr <= 0:
+            raise ValueError(f"base_lr must be above 0; got {base_lr}")
+        check_choice("form", form, ("auto", "recurrent", "parallel"))
+        check_fits_causal_layer(inner)
+
+        self.hidden_size, self.window_size, self.form = hidden_size, window_size, form
+        self.num_attn_heads, self.num_lact_heads = num_attn_heads, num_lact_heads
+        self.head_width, self.fast_width = hidden_size // num_attn_heads, hidden_size // num_lact_heads
+        self.silu_qk, self.silu_v, self.rotary, self.rope_theta = silu_qk, silu_v, rotary, rope_theta
+        self.base_lr_inverse = base_lr + math.log(-math.expm1(-base_lr))
+        self.low_rank = low_rank
+
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
+        self.q_norm = RMSNorm(hidden_size, eps=NORM_EPS) if qk_norm else None
+        self.k_norm = RMSNorm(hidden_size, eps=NORM_EPS) if qk_norm else None
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.qk_scale = nn.Parameter(torch.empty(hidden_size, 2))
+        self.qk_offset = nn.Parameter(torch.empty(hidden_size, 2))
+        self.ttt_norm = RMSNorm(self.fast_width, eps=NORM_EPS)
+        self.ttt_scale_proj = nn.Linear(hidden_size, num_lact_heads) if output_scale else None
+
+        self.hidden_width = int(self.fast_width * hidden_multiplier)
+        self._built_shapes = self._shapes_for(inner)
+        for matrix, (inputs, outputs) in self._built_shapes.items():
+            self._build_matrix(matrix, inputs, outputs, init_gain)
+        # the released order: gate, out, up
+        self.rate_names = tuple(sorted(inner.updated, key=parameter_name)) if inner.token_lr else ()
+        self.lr_proj = nn.Linear(hidden_size, num_lact_heads * len(self.rate_names)) if inner.token_lr else None
+        self.momentum_proj = self._gate() if inner.momentum else None
+        self.retention_proj = self._gate() if inner.retention else None
+        self._inner = inner
+        self.reset_parameters()
+
+    def _shapes_for(self, inner: InnerLoop) -> dict[str, tuple[int, ...]]:
+        """The `(in, out)` of each fast matrix that `inner` needs."""
+        network = inner.network
+        return network.shapes(self.fast_width, self.fast_width, (self.hidden_width,) * network.hidden_layers)
+
+    def _build_matrix(self, matrix: str, inputs: int, outputs: int, gain: float) -> None:
+        heads, name = self.num_lact_heads, parameter_name(matrix)
+        if self.low_rank and matrix in ("gate", "up"):
+            setattr(self, name, LowRankMatrix(heads, outputs, inputs, self.low_rank, gain))
+        else:
+            self.register_parameter(name, nn.Parameter(torch.empty(heads, outputs, inputs)))
+
+    def _gate(self) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(self.hidden_size, self.num_lact_heads), nn.Sigmoid())
+
+    def reset_parameters(self) -> None:
+        """Draw the layer's own parameters anew: fast weights, scale and offset, and the retention gate's bias."""
+        nn.init.ones_(self.qk_scale)
+        nn.init.zeros_(self.qk_offset)
+        for matrix in self._built_shapes:
+            held = getattr(self, parameter_name(matrix))
+            if isinstance(held, LowRankMatrix):
+                held.reset_parameters()
+            else:
+                nn.init.normal_(held, std=1 / math.sqrt(held.shape[-1]))
+        if self.retention_proj is not None:
+            nn.init.constant_(self.retention_proj.get_parameter("0.bias"), math.log(START_RETENTION / (1 - START_RETENTION)))
+
+    @property
+    def inner(self) -> InnerLoop:
+        """The inner loop that the layer runs."""
+        return self._inner
+
+    @inner.setter
+    def inner(self, inner: InnerLoop) -> None:
+        check_fits_causal_layer(inner)
+        kind = type(inner.network).__name__
+        for name, shape in self._shapes_for(inner).items():
+            built = self._built_shapes.get(name)
+            if built != shape:
+                what = "has none of that name" if built is None else f"has it as {list(built)}"
+                raise ValueError(
+                    f"inner's network {kind} needs a fast matrix {name!r} of shape {list(shape)}; this layer {what} "
+                    f"(built: {', '.join(self._built_shapes)})"
+                )
+        for gate in ("momentum", "retention"):
+            if getattr(inner, gate) and getattr(self, f"{gate}_proj") is None:
+                raise ValueError(f"inner has {gate}=True, but this layer was built without a {gate} gate")
+        missing = [name for name in inner.updated if name not in self.rate_names]
+        if inner.token_lr and missing:
+            raise ValueError(
+                f"inner has token_lr=True and updates {missing[0]!r}, but this layer was built with learned rates for "
+                f"{', '.join(self.rate_names) or 'no matrix'}"
+            )
+        self._inner = inner
+
+    def start_weights(self) -> dict[str, Tensor]:
+        """The fast weights that every sequence starts from, `[heads, in, out]` by matrix name."""
+        weights = {}
+        with torch.autocast(self.qk_scale.device.type, enabled=False):
+            for matrix in self._inner.network.matrices:
+                held = getattr(self, parameter_name(matrix))
+                weights[matrix] = (held() if isinstance(held, LowRankMatrix) else held).mT
+        return weights
+
+    def learning_rates(self, x: Tensor) -> float | dict[str, Tensor]:
+        """Rates per token, head and updated matrix, float32 `[B, T, H]`, or the constant 1 without `inner.token_lr`."""
+        if not self._inner.token_lr or self.lr_proj is None:
+            return 1.0
+        logits = split_heads(self.lr_proj(x), self.num_lact_heads)
+        rates = F.softplus(wide(logits) + self.base_lr_inverse).unbind(-1)
+        by_name = dict(zip(self.rate_names, rates, strict=True))
+        return {name: by_name[name] for name in self._inner.updated}
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout | None = None,
+        tables: Tables | None = None,
+        state: LactState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, LactState | None]:
+        """Mix the tokens of `x`.
+
+        Args:
+            x: normalized input `[B, T, d]`.
+            layout: where its tokens sit; by default rows of equal length that go on from `state`.
+            tables: the rotary tables of `layout.positions`, where a model has made them for all its layers.
+            state: where earlier tokens of the same sequences left off.
+            return_state: also return where these tokens leave off.
+
+        Returns:
+            `[B, T, d]`, of no meaning at padding, and the state or None.
+
+        Raises:
+            ValueError: a state together with packed sequences, or of another batch or inner loop.
+        """
+        batch, length, _ = x.shape
+        seen = state.seen if state is not None else (0,) * batch
+        if len(seen) != batch:
+            raise ValueError(f"state must be of {batch} sequences, as x has; got {len(seen)}")
+        if layout is None:
+            layout = Layout.rows(length, x.device, seen)
+        if layout.cu_seqlens is not None and (state is not None or return_state):
+            raise ValueError("cu_seqlens must be None where a state is given or wanted: a packed row has no one state")
+        if tables is None:
+            tables = rotary_tables(layout.positions, self.head_width, self.rope_theta)
+
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        fast_q, fast_k, fast_v = self._fast_operands(q, k, v, tables)
+
+        q, k, v = (split_heads(part, self.num_attn_heads) for part in (q, k, v))
+        q, k = rotate(q, tables), rotate(k, tables)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        kept = None if state is None else state.kept
+        mixed = window_attention(q, k, v, self.window_size, cu_seqlens=layout.cu_seqlens, kept=kept).flatten(2)
+
+        fast, fast_state = self._fast_weights(x, fast_q, fast_k, fast_v, layout, state, return_state)
+        fast = self.ttt_norm(fast)
+        if self.ttt_scale_proj is not None:
+            fast = fast * F.silu(self.ttt_scale_proj(x)).unsqueeze(-1)
+        output = self.o_proj(mixed + fast.flatten(2))
+
+        if fast_state is None:
+            return output, None
+        after = keep_keys(kept, k, v, self.window_size, layout.lengths)
+        return output, LactState(fast_state, after, layout.after(seen, length))
+
+    def _fast_operands(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v `[B, T, d]` as the fast weights take them, `[B, T, H, D]` in v's dtype."""
+        operands = []
+        for place, x in enumerate((q, k)):
+            y = x * self.qk_scale[:, place] + self.qk_offset[:, place]
+            y = unit(split_heads(F.silu(y) if self.silu_qk else y, self.num_lact_heads))
+            if self.rotary:
+                # attention heads may cut across fast heads; rotation knows the former alone
+                y = rotate(split_heads(y.flatten(2), self.num_attn_heads), tables)
+                y = split_heads(y.flatten(2), self.num_lact_heads)
+            operands.append(y.to(v.dtype))
+        fast_v = F.silu(v) if self.silu_v else v
+        return operands[0], operands[1], split_heads(fast_v, self.num_lact_heads)
+
+    def _fast_weights(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: Layout,
+        state: LactState | None,
+        return_state: bool,
+    ) -> tuple[Tensor, State | None]:
+        """Run the inner loop: outputs `[B, T, H, D]`, and its state where that is wanted."""
+        inner, rates = self._inner, self.learning_rates(x)
+        gates = {name: wide(getattr(self, f"{name}_proj")(x)) for name in ("momentum", "retention") if getattr(inner, name)}
+        before = None if state is None else state.fast
+        weights = self.start_weights() if before is None else None
+        if layout.lengths is None or not return_state:
+            # padding sits behind a row's tokens, which do not see it; only what they leave behind would
+            output, after = ttt(
+                inner, weights, q, k, v, lr=rates, **gates, state=before, cu_seqlens=layout.cu_seqlens, form=self.form
+            )
+            return output, after if return_state else None
+
+        real = torch.arange(x.shape[1], device=x.device) < torch.tensor(layout.lengths, device=x.device)[:, None]
+        bounds = [0]
+        for length in layout.lengths:
+            bounds.append(bounds[-1] + length)
+        packed_rates = rates if isinstance(rates, float) else {name: rate[real][None] for name, rate in rates.items()}
+        packed, after = ttt(
+            inner,
+            weights,
+            q[real][None],
+            k[real][None],
+            v[real][None],
+            lr=packed_rates,
+            **{name: gate[real][None] for name, gate in gates.items()},
+            state=before,
+            cu_seqlens=bounds,
+            form=self.form,
+        )
+        output = packed.new_zeros(*q.shape[:2], *packed.shape[2:])
+        output[real] = packed[0]
+        return output, after
+
+    def extra_repr(self) -> str:
+        """What `print` shows beside the modules."""
+        return f"inner={self._inner!r}, window_size={self.window_size}, form={self.form!r}"
+
+
+def check_fits_causal_layer(inner: InnerLoop) -> None:
+    """Refuse an inner loop that shows tokens their future, or whose network reads a grid.
+
+    Raises:
+        TypeError: no InnerLoop.
+        ValueError: visibility "full", "chunk" over more than one token, or a depthwise convolution.
+    """
+    if not isinstance(inner, InnerLoop):
+        raise TypeError(f"inner must be a kvbind.InnerLoop; got {type(inner).__name__}")
+    if isinstance(inner.network, DepthwiseConv):
+        raise ValueError("inner's network must read single tokens; DepthwiseConv reads a grid of them")
+    if inner.visibility == "full" or (inner.visibility == "chunk" and inner.chunk != 1):
+        raise ValueError(
+            f"inner's visibility must be 'past' or 'token' in a causal layer ('chunk' with chunk=1 alone); got "
+            f"{inner.visibility!r} with chunk={inner.chunk}, under which tokens see later ones"
+        )
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """`[B, T, H D]` to `[B, T, H, D]`."""
+    return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def wide(x: Tensor) -> Tensor:
+    """The same tensor in float32, or in its own dtype where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors `[..., D]` brought to L2 norm 1, up to eps; float32 or wider."""
+    x = wide(x)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / (norm + NORM_EPS)
+
+
+def keep_keys(kept: KeptKeys | None, k: Tensor, v: Tensor, window: int, lengths: tuple[int, ...] | None) -> KeptKeys:
+    """The last `window - 1` keys and values of each row, as later tokens will see them.
+
+    Args:
+        kept: what earlier calls kept.
+        k: this call's keys `[B, T, H, D]`, rotated.
+        v: its values.
+        window: how many tokens a token sees, itself among them.
+        lengths: how many of each row's tokens are no padding; None for all.
+    """
+    batch, length = k.shape[:2]
+    offset, held = 0, (0,) * batch
+    if kept is not None:
+        offset, held = kept.keys.shape[1], kept.held
+        k, v = torch.cat((kept.keys, k), dim=1), torch.cat((kept.values, v), dim=1)
+    lengths = lengths or (length,) * batch
+    now = tuple(min(old + new, window - 1) for old, new in zip(held, lengths, strict=True))
+    size = max(now)
+    if len(set(lengths)) == 1:
+        # a copy, as a view would keep every key of a long prompt alive
+        stop = offset + lengths[0]
+        return KeptKeys(k[:, stop - size : stop].clone(), v[:, stop - size : stop].clone(), now)
+    stops = torch.tensor([offset + n for n in lengths], device=k.device)
+    places = (stops[:, None] - size + torch.arange(size, device=k.device)).clamp(min=0)
+    rows = torch.arange(batch, device=k.device)[:, None]
+    return KeptKeys(k[rows, places], v[rows, places], now)

@@ -1,0 +1,65 @@
+"""Where the tokens of a batch sit: whose they are, at which position, and which columns are padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kvbind.forms.validation import check_cu_seqlens
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The places of a batch's tokens, `[B, T]`, in one of three arrangements.
+
+    Rows of equal length (neither field below is set), sequences packed into one row (`cu_seqlens`), or rows of
+    different lengths with their tokens at the left and padding behind them (`lengths`).
+
+    Attributes:
+        positions: each token's place in its sequence, int64 `[B, T]`, or `[1, T]` where all rows agree.
+        cu_seqlens: boundaries of packed sequences, from 0 to T; then `B` is 1.
+        lengths: how many tokens of each row are no padding.
+    """
+
+    positions: Tensor
+    cu_seqlens: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
+
+    @staticmethod
+    def rows(length: int, device: torch.device, seen: Sequence[int] = ()) -> Layout:
+        """Rows of `length` tokens each, behind the `seen` tokens that each row has had before."""
+        steps = torch.arange(length, device=device)[None]
+        if not any(seen):
+            return Layout(steps)
+        if len(set(seen)) == 1:
+            return Layout(steps + seen[0])
+        return Layout(steps + torch.tensor(list(seen), device=device)[:, None])
+
+    @staticmethod
+    def packed(cu_seqlens: Tensor | Sequence[int], batch: int, length: int, device: torch.device) -> Layout:
+        """Sequences packed into one row, as in FlashAttention; positions count from 0 in each.
+
+        Raises:
+            ValueError: boundaries that do not go from 0 to `length`, or more than one row.
+        """
+        bounds = check_cu_seqlens(cu_seqlens, batch, length)
+        if bounds is None:
+            raise ValueError("cu_seqlens must be boundaries of packed sequences, [n + 1]; got None")
+        starts = sequence_starts(bounds, device)
+        return Layout((torch.arange(length, device=device) - starts)[None], bounds)
+
+    def after(self, seen: Sequence[int], length: int) -> tuple[int, ...]:
+        """How many tokens each row has had after this batch, of `seen` before it."""
+        added = self.lengths or (length,) * len(seen)
+        return tuple(old + new for old, new in zip(seen, added, strict=True))
+
+
+def sequence_starts(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+    """For each token of a packed row, where its sequence starts: int64 `[T]`."""
+    bounds = torch.tensor(cu_seqlens, device=device)
+    lengths = torch.tensor([b - a for a, b in pairwise(cu_seqlens)], device=device)
+    return bounds[:-1].repeat_interleave(lengths, output_size=cu_seqlens[-1])

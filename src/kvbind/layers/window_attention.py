@@ -1,0 +1,174 @@
+"""Causal softmax attention over a sliding window: which of PyTorch's attentions to call, and with which mask.
+
+A token attends to itself and the `window - 1` tokens before it in its own sequence. Training on CUDA uses FlexAttention,
+compiled for its one length. Everything else uses `scaled_dot_product_attention` on one block of queries after another, so
+that memory grows with `T * window`, not `T * T`: the CPU, for which FlexAttention has no backward, and reading prompts,
+which come in every length, each of which would be compiled for.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from kvbind.layers.layout import sequence_starts
+
+QUERY_BLOCK = 128
+"""The fewest queries that one call of `scaled_dot_product_attention` takes where there are as many."""
+
+MASK_BLOCK = 128
+"""Tokens along each side of FlexAttention's mask blocks."""
+
+
+@dataclass(frozen=True)
+class KeptKeys:
+    """The keys and values before this call's own that its queries may still see.
+
+    Attributes:
+        keys: `[B, S, H, D]`, the latest at the end, rotated already; S is at most `window - 1`.
+        values: `[B, S, H, D]`.
+        held: how many of each row's S places are filled, from the end.
+    """
+
+    keys: Tensor
+    values: Tensor
+    held: tuple[int, ...]
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    *,
+    cu_seqlens: tuple[int, ...] | None = None,
+    kept: KeptKeys | None = None,
+) -> Tensor:
+    """Softmax attention of each token to itself and the `window - 1` before it.
+
+    Args:
+        q: queries `[B, T, H, D]`, rotated already.
+        k: keys `[B, T, H, D]`, likewise.
+        v: values `[B, T, H, D]`.
+        window: how many tokens a token sees, itself among them.
+        cu_seqlens: boundaries of sequences packed into one row; nothing crosses them.
+        kept: keys and values of earlier calls.
+
+    Returns:
+        `[B, T, H, D]` in q's dtype.
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    short = q.shape[2] <= window and kept is None and cu_seqlens is None
+    trained = torch.is_grad_enabled() and q.requires_grad
+    if trained and q.is_cuda and kept is None and not short and q.dtype != torch.float64:
+        return _flex(q, k, v, window, cu_seqlens).transpose(1, 2)
+    return _blocked(q, k, v, window, cu_seqlens, kept).transpose(1, 2)
+
+
+def _blocked(
+    q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: tuple[int, ...] | None, kept: KeptKeys | None
+) -> Tensor:
+    """Queries in blocks, each against the keys that its window reaches; all `[B, H, T, D]`."""
+    offset, uneven = 0, None
+    if kept is not None:
+        offset = kept.keys.shape[1]
+        k = torch.cat((kept.keys.transpose(1, 2), k), dim=2)
+        v = torch.cat((kept.values.transpose(1, 2), v), dim=2)
+        if set(kept.held) != {offset}:
+            uneven = offset - torch.tensor(kept.held, device=q.device)
+    starts = None if cu_seqlens is None else sequence_starts(cu_seqlens, q.device)
+
+    length, block = q.shape[2], max(window, QUERY_BLOCK)
+    outputs = []
+    for begin in range(0, length, block):
+        end = min(begin + block, length)
+        low, high = max(0, offset + begin - window + 1), offset + end
+        queries, keys, values = q[:, :, begin:end], k[:, :, low:high], v[:, :, low:high]
+        if low == 0 and offset == 0 and end <= window and starts is None:
+            outputs.append(F.scaled_dot_product_attention(queries, keys, values, is_causal=True))
+            continue
+        row = torch.arange(offset + begin, offset + end, device=q.device)[:, None]
+        column = torch.arange(low, high, device=q.device)
+        seen = (column <= row) & (row - column < window)
+        if starts is not None:
+            seen = seen & (column >= starts[begin:end, None])
+        if uneven is not None:
+            seen = seen & (column >= uneven[:, None, None, None])
+        outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen))
+    return torch.cat(outputs, dim=2) if len(outputs) != 1 else outputs[0]
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: tuple[int, ...] | None) -> Tensor:
+    place = (q.shape[2], window, cu_seqlens, str(q.device))
+    if torch.compiler.is_compiling():
+        # inside a compiled model the plain function is what the compiler knows, and it keeps no cache of masks
+        inside: Tensor = flex_attention(q, k, v, block_mask=window_block_mask.__wrapped__(*place))
+        return inside
+    mask = window_block_mask(*place)
+    # importing the compiler takes seconds, which only this path is worth
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    try:
+        output: Tensor = _compiled_flex_attention()(q, k, v, block_mask=mask)
+    except FailOnRecompileLimitHit:
+        # without fullgraph, FlexAttention would go on uncompiled and form all T x T scores
+        return _blocked(q, k, v, window, cu_seqlens, None)
+    return output
+
+
+@functools.cache
+def _compiled_flex_attention() -> Any:
+    return torch.compile(flex_attention, fullgraph=True)
+
+
+@functools.lru_cache(maxsize=32)
+def window_block_mask(length: int, window: int, cu_seqlens: tuple[int, ...] | None, device: str) -> BlockMask:
+    """FlexAttention's mask of a causal window inside packed sequences.
+
+    Which blocks hold any allowed pair, and which hold nothing else, follows from each block's first and last token, so
+    that no `T x T` mask is made.
+
+    Args:
+        length: T.
+        window: how many tokens a token sees, itself among them.
+        cu_seqlens: boundaries of packed sequences, or None for one sequence.
+        device: where the mask lives.
+    """
+    where = torch.device(device)
+    starts = sequence_starts(cu_seqlens or (0, length), where)
+
+    places = torch.arange(length, device=where)
+    earliest = torch.maximum(places - window + 1, starts)
+
+    # one function with its numbers in a tensor: other windows and boundaries then need no other compilation
+    def seen(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return (column <= row) & (column >= earliest[row])
+
+    blocks = -(-length // MASK_BLOCK)
+    first = torch.arange(blocks, device=where) * MASK_BLOCK
+    last = (first + MASK_BLOCK - 1).clamp(max=length - 1)
+    # the first query of a block sees the furthest back, its last query the least of what lies before the block
+    some = (first[None, :] <= first[:, None]) & (last[None, :] >= earliest[first][:, None])
+    every = some & (first[None, :] < first[:, None]) & (first[None, :] >= earliest[last][:, None])
+    every &= (last == first + MASK_BLOCK - 1)[:, None]
+    partial = some & ~every
+    return BlockMask.from_kv_blocks(
+        *_block_lists(partial),
+        *_block_lists(every),
+        BLOCK_SIZE=MASK_BLOCK,
+        mask_mod=seen,
+        seq_lengths=(length, length),
+    )
+
+
+def _block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row of a bool matrix, how many are set and their columns first: `[1, 1, n]` and `[1, 1, n, n]`, int32."""
+    count = chosen.sum(-1).to(torch.int32)
+    order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
+    return count[None, None], order[None, None].contiguous()

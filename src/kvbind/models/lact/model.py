@@ -1,0 +1,372 @@
+"""The LaCT language model as a transformers model (arXiv 2505.23884): a pre-norm decoder of `LactLayer`s and SwiGLU MLPs.
+
+Parameters have the names of the released checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from kvbind.inner.spec import InnerLoop
+from kvbind.layers.lact import LactLayer, LactState
+from kvbind.layers.layout import Layout
+from kvbind.layers.norm import RMSNorm
+from kvbind.layers.rotary import Tables, rotary_tables
+from kvbind.models.lact.cache import LactCache
+from kvbind.models.lact.config import LactConfig
+from kvbind.models.lact.inputs import Arrangement, arrange
+from kvbind.models.lact.loss import IGNORE, linear_cross_entropy, next_token_labels
+
+
+class LactMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`, `[..., d]` to `[..., d]`.
+
+    Args:
+        hidden_size: d.
+        width: hidden width.
+    """
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return output
+
+
+class LactBlock(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
+    """One layer: `x + attn(norm(x))`, then `x + mlp(norm(x))`.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: LactConfig) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn = LactLayer(
+            config.hidden_size,
+            config.num_attn_heads,
+            config.num_lact_heads,
+            config.inner,
+            config.window_size,
+            form=config.ttt_form,
+            hidden_multiplier=config.inter_multi,
+            low_rank=config.w0_w2_low_rank if config.w0_w2_low_rank > 0 else None,
+            init_gain=config.fw_init_gain,
+            base_lr=config.base_lr,
+            qkv_bias=config.qkv_bias,
+            qk_norm=config.attn_qk_norm,
+            silu_qk=config.qkv_silu,
+            silu_v=config.qkv_silu and not config.no_v_silu,
+            rotary=not config.ttt_nope,
+            rope_theta=config.rope_theta,
+            output_scale=config.learnable_ttt_scale,
+        )
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = LactMLP(config.hidden_size, config.mlp_width)
+
+    @property
+    def inner(self) -> InnerLoop:
+        """The inner loop of the block's layer, assignable as there."""
+        return self.attn.inner
+
+    @inner.setter
+    def inner(self, inner: InnerLoop) -> None:
+        self.attn.inner = inner
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        tables: Tables,
+        state: LactState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, LactState | None]:
+        """As `LactLayer.forward`, on the residual stream `[B, T, d]`."""
+        mixed, after = self.attn(self.attn_norm(x), layout, tables, state, return_state)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), after
+
+
+class LactPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
+    """What `LactModel` and `LactForCausalLM` share: configuration, initialization, and what transformers may do to them."""
+
+    config: LactConfig
+    config_class = LactConfig
+    base_model_prefix = "model"
+    _input_embed_layer = "embeddings"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LactBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    # generation cannot roll back, which rules out assisted decoding
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, LactLayer):
+            module.reset_parameters()
+
+    @classmethod
+    def from_released_config(cls, fields: dict[str, Any]) -> Self:
+        """A model with random weights, built as a released configuration says.
+
+        Args:
+            fields: the content of the released JSON file.
+
+        Raises:
+            ValueError: as `LactConfig.from_released_config`.
+        """
+        return cls(LactConfig.from_released_config(fields))
+
+
+class LactModel(LactPreTrainedModel):  # type: ignore[no-untyped-call]
+    """Embeddings, blocks and last norm.
+
+    Args:
+        config: the configuration.
+    """
+
+    def __init__(self, config: LactConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([LactBlock(config) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LactCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Hidden states of tokens.
+
+        Args:
+            input_ids: `[B, T]` token ids; or `inputs_embeds`.
+            attention_mask: `[B, T]`, 0 at padding, which is neither attended to nor written and may sit anywhere; with
+                a cache `[B, columns + T]`.
+            position_ids: `[B, T]`; where they do not rise by one, a new document starts.
+            past_key_values: a `LactCache`, read and, unless `use_cache=False`, advanced.
+            inputs_embeds: `[B, T, d]` in place of `input_ids`.
+            use_cache: make or advance a cache; by default outside training, for unpacked input, as the configuration says.
+            cu_seqlens: `[n + 1]` boundaries of documents packed into one row (`B = 1`).
+            output_attentions: must not be set: attention weights are never formed.
+            output_hidden_states: also return the hidden states before each block and after the last norm.
+            return_dict: False for a tuple.
+
+        Returns:
+            `last_hidden_state` `[B, T, d]` (zero at padding), `past_key_values`, `hidden_states`.
+
+        Raises:
+            ValueError: arguments that do not fit together; the message names them.
+            TypeError: `past_key_values` is no LactCache.
+        """
+        config = self.config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if output_attentions:
+            raise ValueError("output_attentions must not be set: attention weights are never formed")
+        if past_key_values is not None and not isinstance(past_key_values, LactCache):
+            raise TypeError(
+                f"past_key_values must be a kvbind LactCache, which holds fast weights; got {type(past_key_values).__name__}"
+            )
+        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values
+        arrangement = arrange(
+            (x.shape[0], x.shape[1]),
+            x.device,
+            attention_mask,
+            position_ids,
+            cu_seqlens,
+            seen=() if cache is None else cache.seen,
+            columns=0 if cache is None else cache.columns,
+        )
+        if arrangement.uncacheable and (use_cache or cache is not None):
+            raise ValueError(arrangement.uncacheable)
+        if use_cache is None:
+            wanted = config.use_cache and not self.training and not arrangement.uncacheable
+            use_cache = bool(wanted or cache is not None)
+        if use_cache and cache is None:
+            cache = LactCache()
+
+        x, states, every = self._run_blocks(x, arrangement, cache, bool(use_cache), bool(output_hidden_states))
+        if cache is not None and use_cache:
+            cache.advance(states, arrangement.shape[1])
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x, past_key_values=cache if use_cache else None, hidden_states=every
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _run_blocks(
+        self, x: Tensor, arrangement: Arrangement, cache: LactCache | None, return_state: bool, keep_all: bool
+    ) -> tuple[Tensor, list[LactState], tuple[Tensor, ...] | None]:
+        """All blocks and the last norm: hidden states `[B, T, d]`, the states asked for, and every hidden state if so."""
+        layout = arrangement.layout
+        tables = rotary_tables(
+            layout.positions, self.config.hidden_size // self.config.num_attn_heads, self.config.rope_theta
+        )
+        before: Sequence[LactState | None] = (
+            cache.states if cache is not None and cache.states else [None] * len(self.layers)
+        )
+        x = arrangement.apply(x)
+        every, states = [], []
+        for block, state in zip(self.layers, before, strict=True):
+            if keep_all:
+                every.append(arrangement.undo(x))
+            x, after = block(x, layout, tables, state, return_state)
+            if after is not None:
+                states.append(after)
+        x = arrangement.undo(self.norm(x))
+        return x, states, (*every, x) if keep_all else None
+
+
+class LactForCausalLM(LactPreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    """`LactModel` with a projection to the vocabulary.
+
+    Args:
+        config: the configuration.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LactConfig) -> None:
+        super().__init__(config)
+        self.model = LactModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LactCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits, and the loss of predicting each label's token from the tokens before it.
+
+        The loss is computed in pieces, so that no `[B, T, vocab]` matrix is formed for it; see `logits_to_keep`.
+
+        Args:
+            input_ids: `[B, T]`; or `inputs_embeds`.
+            attention_mask: as `LactModel` takes it.
+            position_ids: as `LactModel` takes them.
+            past_key_values: a `LactCache`.
+            inputs_embeds: `[B, T, d]`.
+            use_cache: make or advance a cache.
+            cu_seqlens: `[n + 1]` boundaries of documents packed into one row.
+            labels: `[B, T]`, aligned with the input (the model shifts them), -100 where nothing is predicted. Nothing is
+                predicted across documents, nor at padding.
+            logits_to_keep: of how many last positions (0: all), or of which (an index tensor), to return logits. By
+                default of all, but of none in training with labels.
+            num_items_in_batch: what the summed loss is divided by; by default the number of predicted tokens.
+            output_attentions: must not be set.
+            output_hidden_states: also return every hidden state.
+            return_dict: False for a tuple.
+            **kwargs: what transformers' data collators add for FlashAttention (`cu_seq_lens_q` and its like).
+
+        Returns:
+            `loss` (float32 or wider), `logits` `[B, kept, vocab]` in the model's dtype, `past_key_values`, `hidden_states`.
+
+        Raises:
+            ValueError, TypeError: arguments that do not fit; the message names them.
+        """
+        cu_seqlens = _collated_bounds(cu_seqlens, kwargs)
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            cu_seqlens,
+            output_attentions,
+            output_hidden_states,
+        )
+        hidden = outputs.last_hidden_state
+        loss = None
+        if labels is not None:
+            targets = next_token_labels(
+                labels.to(hidden.device),
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cu_seqlens=cu_seqlens,
+            )
+            count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE).sum().clamp(min=1)
+            loss = linear_cross_entropy(hidden, self.lm_head.weight, targets) / count
+        logits = None
+        if logits_to_keep is not None or labels is None or not self.training:
+            logits = self.lm_head(hidden[:, _kept(logits_to_keep)])
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation must be None: this model has one kind of cache; got "
+                f"{generation_config.cache_implementation!r}"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = LactCache()
+
+
+def _kept(logits_to_keep: int | Tensor | None) -> slice | Tensor:
+    """The positions whose logits are wanted."""
+    if isinstance(logits_to_keep, Tensor):
+        return logits_to_keep
+    return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+
+
+def _collated_bounds(cu_seqlens: Tensor | Sequence[int] | None, extra: dict[str, Any]) -> Tensor | Sequence[int] | None:
+    """`cu_seqlens`, or what transformers' collator of flattened batches calls it; nothing else may be in `extra`."""
+    for name, value in extra.items():
+        if name not in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx") and value is not None:
+            raise TypeError(f"LactForCausalLM.forward takes no argument {name!r}")
+    return extra.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens

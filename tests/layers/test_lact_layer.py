@@ -1,0 +1,213 @@
+"""The LaCT layer alone: its parameters, its inner loop, its shapes and its state."""
+
+import pytest
+import torch
+
+import kvbind
+from kvbind import GLU, MLP, DepthwiseConv, InnerLoop, Linear, SwiGLU
+from kvbind.layers.lact import LactLayer, LowRankMatrix
+from kvbind.layers.layout import Layout
+
+FULL = kvbind.systems.lact_llm(chunk=8)
+LADDER = kvbind.systems.ladder(FULL)
+
+
+def layer(inner=FULL, **options):
+    torch.manual_seed(0)
+    return LactLayer(32, 4, 2, inner, 10, **{"low_rank": 4, "base_lr": 0.1, **options})
+
+
+def names(module):
+    return {name for name, _ in module.named_parameters()}
+
+
+def test_the_full_system_has_the_released_parameters():
+    built = layer(qkv_bias=True, qk_norm=True)
+    assert {name: tuple(x.shape) for name, x in built.named_parameters()} == {
+        "qkv.weight": (96, 32),
+        "qkv.bias": (96,),
+        "q_norm.weight": (32,),
+        "k_norm.weight": (32,),
+        "o_proj.weight": (32, 32),
+        "qk_scale": (32, 2),
+        "qk_offset": (32, 2),
+        "ttt_norm.weight": (16,),
+        "ttt_scale_proj.weight": (2, 32),
+        "ttt_scale_proj.bias": (2,),
+        "w0.w_left": (2, 16, 4),
+        "w0.w_right": (2, 4, 16),
+        "w1": (2, 16, 16),
+        "w2.w_left": (2, 16, 4),
+        "w2.w_right": (2, 4, 16),
+        "lr_proj.weight": (6, 32),
+        "lr_proj.bias": (6,),
+        "momentum_proj.0.weight": (2, 32),
+        "momentum_proj.0.bias": (2,),
+    }
+
+
+@pytest.mark.parametrize(
+    ("inner", "fast", "absent", "rates"),
+    [
+        (LADDER["rung2"], {"w0.w_left", "w1", "w2.w_right"}, {"retention_proj.0.weight"}, 1),
+        (LADDER["rung3"], {"w1"}, {"w0.w_left", "w2.w_left"}, 1),
+        (LADDER["rung4"], {"w1", "momentum_proj.0.weight"}, {"lr_proj.weight"}, 0),
+        (LADDER["rung6"], {"w1"}, {"lr_proj.weight", "momentum_proj.0.weight"}, 0),
+        (InnerLoop(network=GLU(), chunk=4), {"w0.w_left", "w1"}, {"w2.w_left"}, 2),
+        (InnerLoop(network=MLP(), chunk=4), {"w_in", "w1"}, {"w0.w_left"}, 2),
+        (InnerLoop(network=MLP(depth=2), chunk=4), {"w_in_0", "w_in_1", "w1"}, {"w_in"}, 3),
+        (kvbind.systems.titans(chunk=4), {"retention_proj.0.weight", "momentum_proj.0.bias"}, set(), 2),
+    ],
+)
+def test_only_what_the_inner_loop_asks_for_is_built(inner, fast, absent, rates):
+    built = layer(inner)
+    assert fast <= names(built)
+    assert not absent & names(built)
+    if rates:
+        assert built.lr_proj.weight.shape == (2 * rates, 32)
+    y, _ = built(torch.randn(2, 21, 32))
+    y.square().sum().backward()
+    unused = {name for name, p in built.named_parameters() if p.grad is None}
+    assert unused == set()
+
+
+def test_fast_matrices_are_stored_out_by_in():
+    built = layer(hidden_multiplier=2, low_rank=None)
+    assert built.w0.shape == (2, 32, 16)
+    assert built.w1.shape == (2, 16, 32)
+    weights = built.start_weights()
+    assert {name: tuple(x.shape) for name, x in weights.items()} == {
+        "gate": (2, 16, 32),
+        "up": (2, 16, 32),
+        "out": (2, 32, 16),
+    }
+    assert torch.equal(weights["up"], built.w2.mT)
+
+
+def test_low_rank_matrices_are_a_product_and_half_the_identity():
+    matrix = LowRankMatrix(3, 6, 4, 2, gain=0.5)
+    matrix.reset_parameters()
+    expected = matrix.w_left @ matrix.w_right
+    for i in range(4):
+        expected[:, i, i] += 0.5
+    torch.testing.assert_close(matrix(), expected)
+
+
+def test_rates_come_in_the_released_order_heads_outermost():
+    built = layer()
+    with torch.no_grad():
+        built.lr_proj.weight.zero_()
+        built.lr_proj.bias.copy_(torch.arange(6.0))
+    rates = built.learning_rates(torch.randn(1, 5, 32))
+    logits = {"gate": (0, 3), "out": (1, 4), "up": (2, 5)}
+    offset = torch.log(torch.expm1(torch.tensor(0.1)))
+    assert list(rates) == list(FULL.updated)
+    for name, places in logits.items():
+        expected = torch.nn.functional.softplus(torch.tensor(places, dtype=torch.float32) + offset)
+        torch.testing.assert_close(rates[name], expected.expand(1, 5, 2))
+    assert layer(LADDER["rung4"]).learning_rates(torch.randn(1, 5, 32)) == 1.0
+
+
+def test_an_inner_loop_that_needs_less_can_be_assigned():
+    built = layer()
+    x = torch.randn(1, 21, 32)
+    before, _ = built(x)
+    for inner in (*LADDER.values(), FULL.replace(direction="ascent"), FULL.replace(query="key", steps=2, chunk=5)):
+        built.inner = inner
+        assert built.inner == inner
+        y, _ = built(x)
+        assert y.isfinite().all()
+    built.inner = FULL
+    assert torch.equal(built(x)[0], before)
+    built.inner = LADDER["rung2"]
+    rates = built.learning_rates(x)
+    assert list(rates) == ["out"]
+    with torch.no_grad():
+        built.lr_proj.bias.copy_(torch.tensor([9.0, 0, 9, 9, 0, 9]))
+        built.lr_proj.weight.zero_()
+    torch.testing.assert_close(built.learning_rates(x)["out"], torch.full((1, 21, 2), 0.1))
+
+
+@pytest.mark.parametrize(
+    ("start", "inner", "kind", "words"),
+    [
+        ("rung0", FULL.replace(retention=True), ValueError, "retention=True"),
+        ("rung6", LADDER["rung5"].replace(momentum=True), ValueError, "momentum=True"),
+        ("rung6", LADDER["rung6"].replace(token_lr=True), ValueError, "token_lr=True and updates 'out'.*no matrix"),
+        ("rung2", LADDER["rung2"].replace(update="all"), ValueError, "updates 'gate'.*learned rates for out"),
+        ("rung6", LADDER["rung6"].replace(network=SwiGLU()), ValueError, "fast matrix 'gate'"),
+        ("rung0", FULL.replace(network=MLP()), ValueError, "fast matrix 'in'"),
+        ("rung0", kvbind.systems.lact_nvs(), ValueError, "visibility"),
+        ("rung0", FULL.replace(visibility="chunk"), ValueError, "visibility"),
+        ("rung0", InnerLoop(network=DepthwiseConv(), visibility="full"), ValueError, "DepthwiseConv"),
+        ("rung0", "lact", TypeError, "inner must be a kvbind"),
+    ],
+)
+def test_an_inner_loop_that_needs_what_was_not_built_is_refused(start, inner, kind, words):
+    built = layer(LADDER[start])
+    with pytest.raises(kind, match=words):
+        built.inner = inner
+    assert built.inner == LADDER[start]
+
+
+def test_a_matrix_of_another_shape_is_refused():
+    built = layer(hidden_multiplier=2)
+    with pytest.raises(ValueError, match=r"'out' of shape \[16, 16\]; this layer has it as \[32, 16\]"):
+        built.inner = FULL.replace(network=Linear())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_attn_heads": 5}, "num_attn_heads must divide hidden_size = 32; got 5"),
+        ({"num_lact_heads": 3}, "num_lact_heads must divide hidden_size = 32; got 3"),
+        ({"num_attn_heads": 32}, "even head width"),
+        ({"window_size": 0}, "window_size"),
+        ({"base_lr": 0.0}, "base_lr must be above 0"),
+        ({"form": "fastest"}, "form"),
+        ({"inner": kvbind.systems.lact_nvs()}, "visibility"),
+    ],
+)
+def test_arguments_that_do_not_fit_raise(options, words):
+    arguments = {"hidden_size": 32, "num_attn_heads": 4, "num_lact_heads": 2, "inner": FULL, "window_size": 8}
+    with pytest.raises(ValueError, match=words):
+        LactLayer(**{**arguments, **options})
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (2, 4), (4, 1), (1, 4)])
+def test_a_state_continues_the_layer(heads):
+    built = LactLayer(32, *heads, LADDER["rung6"], 10, low_rank=4).double()
+    x = torch.randn(2, 33, 32, dtype=torch.float64)
+    expected, none = built(x)
+    assert none is None
+    state, outputs = None, []
+    for part in x.split([13, 1, 19], dim=1):
+        y, state = built(part, state=state, return_state=True)
+        outputs.append(y)
+    torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=0, atol=1e-11)
+    assert state.seen == (33, 33)
+
+
+def test_a_packed_row_has_no_state():
+    built = layer()
+    x = torch.randn(1, 20, 32)
+    layout = Layout.packed([0, 7, 20], 1, 20, x.device)
+    assert layout.positions.tolist() == [[*range(7), *range(13)]]
+    with pytest.raises(ValueError, match="cu_seqlens must be None"):
+        built(x, layout, return_state=True)
+    with pytest.raises(ValueError, match="state must be of 1 sequences"):
+        built(x, state=built(torch.randn(2, 5, 32), return_state=True)[1])
+
+
+def test_forms_agree_and_the_parallel_one_can_be_demanded():
+    built = layer(LADDER["rung5"].replace(orthogonalize=None)).double()
+    x = torch.randn(2, 33, 32, dtype=torch.float64)
+    outputs = []
+    for form in ("recurrent", "parallel", "auto"):
+        built.form = form
+        outputs.append(built(x)[0])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-11)
+    torch.testing.assert_close(outputs[2], outputs[0], rtol=0, atol=1e-11)
+    full = layer(form="parallel")
+    with pytest.raises(kvbind.NoParallelFormError):
+        full(torch.randn(1, 20, 32))

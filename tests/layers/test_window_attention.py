@@ -1,0 +1,134 @@
+"""Sliding-window attention against a softmax per token; its memory; FlexAttention's block mask."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kvbind.layers.rotary import rotary_tables, rotate
+from kvbind.layers.window_attention import MASK_BLOCK, QUERY_BLOCK, KeptKeys, window_attention, window_block_mask
+
+
+def plain(q, k, v, window, starts):
+    """One head at a time, one token at a time; `[T, H, D]`."""
+    rows = []
+    for t in range(len(q)):
+        first = max(starts[t], t - window + 1)
+        scores = torch.einsum("hd,thd->ht", q[t], k[first : t + 1]) / math.sqrt(q.shape[-1])
+        rows.append(torch.einsum("ht,thd->hd", scores.softmax(-1), v[first : t + 1]))
+    return torch.stack(rows)
+
+
+def operands(batch, length):
+    generator = torch.Generator().manual_seed(length)
+    return torch.randn(3, batch, length, 2, 4, generator=generator, dtype=torch.float64).unbind(0)
+
+
+def starts_of(bounds):
+    return [a for a, b in pairwise(bounds) for _ in range(b - a)]
+
+
+@pytest.mark.parametrize("window", [1, 2, 40, QUERY_BLOCK + 9, 500])
+@pytest.mark.parametrize("length", [1, 30, QUERY_BLOCK, 2 * QUERY_BLOCK + 17])
+def test_equals_a_softmax_over_each_tokens_window(window, length):
+    q, k, v = operands(2, length)
+    got = window_attention(q, k, v, window)
+    for i in range(2):
+        torch.testing.assert_close(got[i], plain(q[i], k[i], v[i], window, [0] * length))
+
+
+@pytest.mark.parametrize("window", [1, 7, 200])
+@pytest.mark.parametrize("bounds", [(0, 5, 5, 6, 300), (0, 128, 256, 300), (0, 300)])
+def test_packed_sequences_do_not_see_one_another(window, bounds):
+    q, k, v = operands(1, 300)
+    got = window_attention(q, k, v, window, cu_seqlens=bounds)
+    torch.testing.assert_close(got[0], plain(q[0], k[0], v[0], window, starts_of(bounds)))
+
+
+@pytest.mark.parametrize("held", [(6, 6), (6, 2), (0, 5)])
+@pytest.mark.parametrize("length", [1, 4, 20])
+def test_kept_keys_stand_before_the_calls_own(held, length):
+    window, q, k, v = 7, *operands(2, 6 + length)
+    kept = KeptKeys(k[:, :6], v[:, :6], held)
+    got = window_attention(q[:, 6:], k[:, 6:], v[:, 6:], window, kept=kept)
+    for i, n in enumerate(held):
+        expected = plain(q[i], k[i], v[i], window, [6 - n] * (6 + length))
+        torch.testing.assert_close(got[i], expected[6:])
+
+
+class LargestTensor(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+def test_memory_grows_with_length_times_window():
+    length, window = 8192, 32
+    q, k, v = operands(1, length)
+    with LargestTensor() as seen:
+        window_attention(q, k, v, window, cu_seqlens=(0, 100, length))
+    assert seen.numel <= q.numel()
+    assert seen.numel < length * length / 100
+
+
+@pytest.mark.parametrize("window", [1, MASK_BLOCK - 1, MASK_BLOCK, 3 * MASK_BLOCK + 5])
+@pytest.mark.parametrize("bounds", [None, (0, 40, 41, 500, 900), (0, 384, 512, 900)])
+def test_block_mask_covers_exactly_the_blocks_that_attention_reaches(window, bounds):
+    length = 900
+    mask = window_block_mask(length, window, bounds, "cpu")
+    row, column = torch.arange(length)[:, None], torch.arange(length)
+    starts = torch.tensor(starts_of(bounds or (0, length)))[:, None]
+    seen = (column <= row) & (row - column < window) & (column >= starts)
+    assert torch.equal(mask.mask_mod(0, 0, row, column).expand(length, length), seen)
+
+    blocks = -(-length // MASK_BLOCK)
+    held = torch.zeros(blocks * MASK_BLOCK, blocks * MASK_BLOCK, dtype=torch.bool)
+    held[:length, :length] = seen
+    tiles = held.view(blocks, MASK_BLOCK, blocks, MASK_BLOCK)
+    some, every = tiles.any(3).any(1), tiles.all(3).all(1)
+
+    def listed(counts, columns):
+        chosen = torch.zeros(blocks, blocks, dtype=torch.bool)
+        for i in range(blocks):
+            chosen[i, columns[0, 0, i, : counts[0, 0, i]].long()] = True
+        return chosen
+
+    partial, full = listed(mask.kv_num_blocks, mask.kv_indices), listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+    assert torch.equal(partial | full, some)
+    assert torch.equal(full, every)
+    assert not (partial & full).any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention is for CUDA")
+@pytest.mark.parametrize("bounds", [None, (0, 5, 5, 600, 1000)])
+def test_flex_attention_equals_attention_in_blocks(bounds):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1000, 2, 64, generator=generator).cuda().requires_grad_() for _ in range(3))
+    got = window_attention(q, k, v, 300, cu_seqlens=bounds)
+    with torch.no_grad():
+        expected = window_attention(q, k, v, 300, cu_seqlens=bounds)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    on_cpu = [x.detach().cpu().requires_grad_() for x in (q, k, v)]
+    wanted = torch.autograd.grad(window_attention(*on_cpu, 300, cu_seqlens=bounds).square().sum(), on_cpu)
+    for x, y in zip(torch.autograd.grad(got.square().sum(), (q, k, v)), wanted, strict=True):
+        torch.testing.assert_close(x.cpu(), y, rtol=1e-4, atol=1e-4)
+
+
+def test_rotation_depends_on_relative_position_and_keeps_norms():
+    x, y = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).unbind(0)
+
+    def at(z, position):
+        return rotate(z, rotary_tables(torch.tensor([[position]]), 8, 100.0)).flatten()
+
+    torch.testing.assert_close(at(x, 3) @ at(y, 10), at(x, 13) @ at(y, 20), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(at(x, 7).norm(), x.norm(), rtol=1e-6, atol=1e-6)
+    assert (at(x, 3) @ at(y, 10) - at(x, 3) @ at(y, 11)).abs() > 1e-3
