@@ -67,7 +67,7 @@ TRANSFORMERS_FIELDS = frozenset(
 """Fields of transformers that its `PretrainedConfig` takes but does not list when asked."""
 
 
-class LactConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
+class LactConfig(PretrainedConfig):
     """Configuration of `LactModel` and `LactForCausalLM`; the defaults are the paper's 760M model.
 
     Fields have the released names. The inner loop is one field, `inner`; in its place the released fields `lact_chunk_size`,
@@ -308,7 +308,7 @@ def released_of_inner(inner: InnerLoop) -> dict[str, Any]:
 
 
 def _generation_fields() -> set[str]:
-    return set(GenerationConfig().to_dict())  # type: ignore[no-untyped-call]
+    return set(GenerationConfig().to_dict())
 
 
 def _transformers_fields(fields: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class LactMLP(nn.Module):
         return output
 
 
-class LactBlock(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
+class LactBlock(GradientCheckpointingLayer):
     """One layer: `x + attn(norm(x))`, then `x + mlp(norm(x))`.
 
     Args:
@@ -100,7 +100,7 @@ class LactBlock(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
         return x + self.mlp(self.mlp_norm(x)), after
 
 
-class LactPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
+class LactPreTrainedModel(PreTrainedModel):
     """What `LactModel` and `LactForCausalLM` share: configuration, initialization, and what transformers may do to them."""
 
     config: LactConfig
@@ -142,7 +142,7 @@ class LactPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         return cls(LactConfig.from_released_config(fields))
 
 
-class LactModel(LactPreTrainedModel):  # type: ignore[no-untyped-call]
+class LactModel(LactPreTrainedModel):
     """Embeddings, blocks and last norm.
 
     Args:
@@ -155,7 +155,7 @@ class LactModel(LactPreTrainedModel):  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList([LactBlock(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.gradient_checkpointing = False
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def forward(
         self,
@@ -251,7 +251,7 @@ class LactModel(LactPreTrainedModel):  # type: ignore[no-untyped-call]
         return x, states, (*every, x) if keep_all else None
 
 
-class LactForCausalLM(LactPreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
     """`LactModel` with a projection to the vocabulary.
 
     Args:
@@ -264,7 +264,7 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):  # type: ignore[no-
         super().__init__(config)
         self.model = LactModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def forward(
         self,
