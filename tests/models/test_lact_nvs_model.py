@@ -259,6 +259,7 @@ BAD_VIEWS = {
         ValueError,
         "target_fxfycxcy must be fx, fy, cx, cy in pixels",
     ),
+    "no targets": (swap(3, lambda c2w: c2w[:, :0]), ValueError, "target_c2w must have at least one camera"),
     "fewer target intrinsics": (swap(4, lambda x: x[:, :1]), ValueError, r"target_fxfycxcy must be \[2, 2, 4\]"),
 }
 

@@ -316,8 +316,7 @@ class DepthwiseConv(Network):
         Raises:
             ValueError: the tokens do not fill the grid, or are no square where `grid` is None.
         """
-        side = math.isqrt(tokens)
-        height, width = self.grid or (side, side)
+        height, width = self.grid or (math.isqrt(tokens),) * 2
         if height * width != tokens:
             need = f"{height} x {width} = {height * width}" if self.grid else "a square number of"
             raise ValueError(f"DepthwiseConv(grid={self.grid}) needs {need} tokens; got {tokens}")

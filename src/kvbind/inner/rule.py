@@ -69,11 +69,22 @@ def gradient(spec: InnerLoop, weights: Weights, k: Tensor, v: Tensor, rates: Rat
 
 def shape_update(spec: InnerLoop, matrix: Tensor) -> Tensor:
     """Line 3: orthogonalize or clip one matrix's update."""
-    if spec.orthogonalize is not None:
-        return spec.orthogonalize(matrix)
+    return shape_updates(spec, {"": matrix})[""]
+
+
+def shape_updates(spec: InnerLoop, updates: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Line 3 for all matrices; those of one shape, up to transposition, are orthogonalized as one batch."""
     if spec.clip:
-        return matrix / (channel_norm(spec.network, matrix) + 1)
-    return matrix
+        return {name: x / (channel_norm(spec.network, x) + 1) for name, x in updates.items()}
+    if spec.orthogonalize is None:
+        return updates
+    shaped: dict[str, Tensor] = {}
+    wide = {name: x.mT if x.shape[-2] > x.shape[-1] else x for name, x in updates.items()}
+    for shape in dict.fromkeys(x.shape for x in wide.values()):
+        names = [name for name, x in wide.items() if x.shape == shape]
+        batch = spec.orthogonalize(torch.stack([wide[name] for name in names]))
+        shaped |= dict(zip(names, batch.unbind(), strict=True))
+    return {name: shaped[name].mT if x.shape != shaped[name].shape else shaped[name] for name, x in updates.items()}
 
 
 def rescale(network: Network, matrix: Tensor, norm: Tensor) -> Tensor:
@@ -100,11 +111,11 @@ def apply_update(
     if momentum is not None:
         updates = {name: g + momentum * state.momentum[name] for name, g in updates.items()}
     weights, accumulated = dict(state.weights), {}
-    for name, update in updates.items():
+    for name, update in shape_updates(spec, updates).items():
         matrix = state.accumulated.get(name, state.weights[name])
         if retention is not None:
             matrix = retention * matrix
-        matrix = matrix + spec.sign * shape_update(spec, update)
+        matrix = matrix + update if spec.sign > 0 else matrix - update
         if spec.normalize == "read":
             accumulated[name] = matrix
         if spec.normalize:

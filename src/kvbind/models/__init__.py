@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 __all__ = ["PRESETS", "LactCache", "LactConfig", "LactForCausalLM", "LactModel"]
 
 _LAZY = ("LactCache", "LactConfig", "LactForCausalLM", "LactModel")
+_MODULES = ("lact_nvs", "vittt")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"kvbind.models.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("kvbind.models.lact"), name)

@@ -1,6 +1,7 @@
 """What models are trained on: each task joins data, model, loss and metric.
 
-A task's module offers `Config` (a dataclass with a field `train`), `Task` and `PRESETS`; `open_task_module` finds it by name.
+A task's module offers `Config` (a dataclass with a field `train`), `resolve` (which spells its defaults out), `Task` and
+`PRESETS`; `open_task_module` finds it by name.
 """
 
 from __future__ import annotations

@@ -1,0 +1,348 @@
+"""The command `kvbind`.
+
+Commands import what they need when they run, so that `kvbind --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvbind.bench.app import app as bench
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(bench, name="bench")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Edits of the configuration, such as train.steps=500 model.inner.update=last."
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", help="Text to use: a folder or file of text, JSONL or parquet, or hub:NAME.", metavar="PATH"),
+]
+
+Layout = Literal["kvbind", "released"]
+
+
+def console() -> Console:
+    """Where commands write what they were asked for."""
+    return Console(highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; a user's mistake ends it with one line on stderr and exit code 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if "--traceback" in words:
+        words.remove("--traceback")
+        app(words, prog_name="kvbind")
+        return
+    try:
+        app(words, prog_name="kvbind")
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        fail(error, 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "TrainingStoppedError":
+            raise
+        fail(error, 1)
+
+
+def fail(error: Exception, code: int) -> None:
+    """Say what went wrong in one line, and leave."""
+    stderr = Console(stderr=True, highlight=False)
+    stderr.print("[bold red]error:[/] ", end="")
+    stderr.print(str(error), markup=False, soft_wrap=True)
+    stderr.print("[dim](--traceback shows where)[/]")
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def continuable() -> Iterator[None]:
+    """Ctrl-C ends a long run with a word on how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        Console(stderr=True).print("\ninterrupted; the same command goes on from the last checkpoint")
+        raise typer.Exit(130) from None
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        from importlib.metadata import version
+
+        console().print(f"kvbind {version('kvbind')}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Errors are one line; [bold]--traceback[/] anywhere on the command line shows where they came from.")
+def kvbind(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Test-time training with key-value binding, run as the linear attention it is (arXiv 2602.21204)."""
+
+
+@app.command()
+def systems() -> None:
+    """List the named inner loops: what they are built of, and whether they have a parallel form."""
+    from kvbind.forms.analysis import explain as analyse
+    from kvbind.inner.systems import SYSTEMS
+
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("system", "parallel form", "inner loop"):
+        table.add_column(name, no_wrap=name != "inner loop", overflow="fold")
+    for name, make in SYSTEMS.items():
+        inner = make()
+        table.add_row(f"[bold]{name}[/]", "yes" if analyse(inner).parallel else "no", repr(inner))
+    console().print(table)
+
+
+@app.command()
+def explain(
+    system: Annotated[
+        str, typer.Argument(help="A named system (`kvbind systems` lists them), or a YAML file of an inner loop.")
+    ],
+    rung: Annotated[
+        int | None, typer.Option(help="Take this rung of its ladder, 0 (itself) to 6 (linear attention).", min=0, max=6)
+    ] = None,
+    chunk: Annotated[int | None, typer.Option(help="Tokens in a chunk, instead of the system's own.")] = None,
+    heads: Annotated[int, typer.Option(help="Heads, for the costs.")] = 4,
+    key_width: Annotated[int, typer.Option(help="Channels of keys and queries per head.")] = 384,
+    value_width: Annotated[int | None, typer.Option(help="Channels of values per head; default as the keys.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Hidden width of the fast network; default as the keys.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 32768,
+) -> None:
+    """Say which linear attention an inner loop is, whether it has a parallel form and if not why, and what it costs.
+
+    For example: [bold]kvbind explain lact_llm --rung 2[/], or [bold]kvbind explain mine.yaml[/] with a file such as
+
+    [dim]{network: SwiGLU, momentum: true, chunk: 512}[/]
+    """
+    from kvbind.forms.analysis import Shapes
+    from kvbind.forms.analysis import explain as analyse
+    from kvbind.inner.systems import ladder
+
+    inner = named_or_file(system)
+    if rung is not None:
+        inner = list(ladder(inner).values())[rung]
+    if chunk is not None:
+        inner = inner.replace(chunk=chunk)
+    shapes = Shapes(heads, key_width, value_width or key_width, hidden or key_width, tokens)
+    console().print(str(analyse(inner, shapes)), markup=False, soft_wrap=True)
+
+
+def named_or_file(system: str) -> Any:
+    """The inner loop of that name, or in that file."""
+    from kvbind.inner import InnerLoop
+    from kvbind.inner.systems import named
+
+    if not system.endswith((".yaml", ".yml")):
+        return named(system)
+    if not Path(system).is_file():
+        raise ValueError(f"system must be a named system or a YAML file that exists; there is no {system!r}")
+    return InnerLoop.from_yaml(Path(system))
+
+
+@app.command()
+def reproduce(
+    experiment: Annotated[str, typer.Argument(help="Which: table2 (the ladder).")],
+    task: Annotated[str, typer.Option(help="What is trained: language.")] = "language",
+    scale: Annotated[str, typer.Option(help="smoke (minutes on two CPU cores), small (one GPU), or paper.")] = "smoke",
+    seeds: Annotated[int, typer.Option(help="Training runs per row, each from another seed.", min=1)] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the report; default runs/EXPERIMENT-TASK-SCALE.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume/--fresh", help="Keep what is finished and go on with the rest, or train everything anew."),
+    ] = True,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Runs trained at once; default one per CPU core up to 4, on a GPU one.", min=1, show_default=False
+        ),
+    ] = None,
+    data: Data = None,
+    overrides: Overrides = None,
+) -> None:
+    """Reproduce a table or figure of the paper: train, evaluate, time, and write the report.
+
+    [bold]kvbind reproduce table2 --task language --scale smoke[/] trains all seven rungs of the ladder and two controls
+    on the Python standard library's own source, on a laptop, in minutes. Interrupt it and run it again: it goes on.
+    """
+    from kvbind.experiments import EXPERIMENTS, open_experiment
+    from kvbind.inner.value import nearest
+
+    if experiment not in EXPERIMENTS:
+        raise ValueError(
+            f"experiment must be one of {', '.join(EXPERIMENTS)}; got {experiment!r}{nearest(experiment, EXPERIMENTS)}"
+        )
+    with continuable():
+        open_experiment(experiment).reproduce(
+            task=task,
+            scale=scale,
+            seeds=seeds,
+            out=out,
+            fresh=not resume,
+            data=data,
+            workers=workers,
+            overrides=overrides or [],
+            console=console(),
+        )
+
+
+@app.command()
+def train(
+    task: Annotated[str, typer.Argument(help="What to train: language.")],
+    overrides: Overrides = None,
+    preset: Annotated[
+        str, typer.Option(help="A shipped configuration (tiny, 30m, 125m, 760m, 3b), or a YAML file.")
+    ] = "tiny",
+    data: Data = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run; default runs/TASK-PRESET-HASH, the hash telling configurations apart.",
+            show_default=False,
+        ),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew, instead of going on where the folder's run stopped.")
+    ] = False,
+) -> None:
+    """Train a model, or go on with a run that was interrupted.
+
+    For example: [bold]kvbind train language --preset tiny model.inner.update=last train.steps=500[/]
+    """
+    from kvbind.experiments.runs import discard, run_name, train_run
+    from kvbind.tasks import open_task_module
+    from kvbind.train.bars import progress_bars
+    from kvbind.train.config import read_config, to_yaml
+
+    module = open_task_module(task)
+    edits = [*(overrides or []), *([f"data.source={json.dumps(data)}"] if data else [])]
+    config = module.resolve(read_config(module.Config, module.PRESETS, preset, edits))
+    folder = out or Path("runs") / run_name(task, config).replace(task, f"{task}-{Path(preset).stem}", 1)
+    if fresh:
+        discard(folder)
+    screen = console()
+    screen.print(to_yaml(config), style="dim", markup=False, soft_wrap=True)
+    screen.print(f"run folder: {folder}")
+    with continuable(), progress_bars(screen) as add:
+        run = train_run(task, config, folder, add("training", config.train.steps))
+    show_metrics(screen, run.result["held_out"])
+    screen.print(f"{run.result['steps']} steps in {run.result['training_seconds']:.0f} s, {run.result['skipped']} skipped")
+
+
+@app.command("eval")
+def evaluate(
+    task: Annotated[str, typer.Argument(help="What was trained: language.")],
+    run: Annotated[Path, typer.Argument(help="Folder of the training run.")],
+    overrides: Overrides = None,
+    data: Data = None,
+    write: Annotated[
+        Path | None, typer.Option("--json", help="Also write all metrics to this file.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Evaluate a run on its held-out text, or on any other: perplexity, bits per byte, loss by position.
+
+    For example: [bold]kvbind eval language runs/mine --data book.txt data.length=4096[/]
+    """
+    from kvbind.experiments.runs import load_model, open_run
+    from kvbind.tasks import open_task_module
+    from kvbind.train.checkpoint import write_text
+    from kvbind.train.loop import evaluate as evaluation
+    from kvbind.train.loop import pick_device
+
+    module = open_task_module(task)
+    trained_on, config = open_run(run, [*(overrides or []), *([f"data.held_out_source={json.dumps(data)}"] if data else [])])
+    if trained_on != task:
+        raise ValueError(f"run must be one of task {task!r}; {str(run)!r} is one of {trained_on!r}")
+    opened = module.Task(config, training=False)
+    device = pick_device(config.train.device)
+    metrics = evaluation(load_model(run, opened).to(device), opened, config.train, device)
+    show_metrics(console(), metrics)
+    if write is not None:
+        write_text(write, json.dumps(metrics, indent=2) + "\n")
+
+
+def show_metrics(screen: Console, metrics: dict[str, Any]) -> None:
+    """Held-out metrics: numbers one per line, then series."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in metrics.items():
+        if not isinstance(value, list):
+            table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+    screen.print(table)
+    for name, value in metrics.items():
+        if isinstance(value, list):
+            every = max(len(value) // 8, 1)
+            screen.print(f"{name.replace('_', ' ')}: " + "  ".join(f"{place}: {x:.3f}" for place, x in value[::every]))
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="Folder of a training run, or of a model in transformers' format.")],
+    prompt: Annotated[str, typer.Option(help="What the text starts with.")] = "import ",
+    tokens: Annotated[int, typer.Option(help="How many to write.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 always takes the likeliest token.", min=0.0)] = 0.8,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens that make up this probability.", min=0.0, max=1.0)
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="For a model folder: 'bytes', or a tokenizer by name; default the folder's own.")
+    ] = None,
+) -> None:
+    """Write text with a trained model.
+
+    For example: [bold]kvbind generate runs/mine --prompt "def main(" --tokens 400[/]
+    """
+    import torch
+
+    from kvbind.tasks.language import open_trained
+
+    model, words = open_trained(run, tokenizer)
+    ids = torch.from_numpy(words.encode(prompt))[None]
+    if not ids.numel():
+        raise ValueError("prompt must hold at least one token; got an empty text")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(seed)
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
+    )
+    written = model.to(device).generate(
+        ids.to(device), max_new_tokens=tokens, pad_token_id=words.end, eos_token_id=words.end, **sampling
+    )
+    console().print(words.decode(written[0].tolist()), markup=False, soft_wrap=True)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint: its folder, or a .pt file with config.json beside it.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[
+        Layout, typer.Option(help="What to write: a model of this library, or one for the released code.")
+    ] = "kvbind",
+) -> None:
+    """Convert a LaCT language model of the released code to this library's, or back."""
+    from kvbind.models.convert import convert as run_conversion
+
+    console().print(f"wrote {run_conversion(source, target, to=to)}")

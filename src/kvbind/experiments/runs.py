@@ -1,0 +1,160 @@
+"""Training runs that experiments share: one folder per configuration, trained once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvbind.experiments.provenance import machine, versions
+from kvbind.tasks import open_task_module
+from kvbind.train import latest_checkpoint, train
+from kvbind.train.bars import Watch
+from kvbind.train.checkpoint import write_text
+from kvbind.train.config import config_hash, load_config, to_yaml, what_matters
+from kvbind.train.loop import pick_device
+from kvbind.train.metrics import read_metrics
+
+CONFIG, RESULT, WEIGHTS = "config.yaml", "result.json", "model"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run.
+
+    Attributes:
+        folder: configuration, metrics, checkpoints, and the trained model in `model/`.
+        result: held-out metrics, steps, seconds, versions and machine.
+        reused: whether it was finished before it was asked for.
+    """
+
+    folder: Path
+    result: dict[str, Any]
+    reused: bool
+
+    def losses(self) -> list[float | None]:
+        """The training loss of each step, None for a skipped one."""
+        return [row["loss"] for row in read_metrics(self.folder) if "loss" in row]
+
+
+def run_name(task: str, config: Any) -> str:
+    """A folder name that differs where anything differs that the result depends on, the text itself included."""
+    text = open_task_module(task).Task(config).fingerprint()
+    return f"{task}-{config_hash([what_matters(config), text])}"
+
+
+def train_run(task: str, config: Any, folder: Path, watch: Watch | None = None) -> Run:
+    """Train a configuration in `folder`, or go on where an interruption left it, or read what it came to.
+
+    Args:
+        task: its name.
+        config: of that task.
+        folder: of the run.
+        watch: told of every step.
+
+    Raises:
+        ValueError: the folder holds a run of another configuration, or another process trains in it.
+        TrainingStoppedError: as `kvbind.train.train`.
+    """
+    check_same_config(config, folder)
+    if (folder / RESULT).is_file():
+        return Run(folder, json.loads((folder / RESULT).read_text(encoding="utf-8")), reused=True)
+    opened = open_task_module(task).Task(config)
+    model = opened.build()
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_one(folder):
+        write_text(folder / CONFIG, f"# kvbind train {task}\n{to_yaml(config)}")
+        done = train(model, opened, config.train, folder, watch)
+        opened.save(model, folder / WEIGHTS)
+    untrained = next((row for row in read_metrics(folder) if row["step"] == 0), {})
+    result = {
+        "task": task,
+        "held_out": done.held_out,
+        "untrained": {name.removeprefix("held_out/"): x for name, x in untrained.items() if name.startswith("held_out/")},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": done.step,
+        "skipped": done.skipped,
+        f"{opened.unit}": done.units,
+        "training_seconds": round(done.seconds, 2),
+        "text": opened.fingerprint(),
+        "versions": versions(),
+        "machine": machine(pick_device(config.train.device)),
+    }
+    write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
+    return Run(folder, result, reused=False)
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold a run's folder against other processes; the system lets go of it however this one ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows, where nothing is held
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {folder}") from None
+        yield
+
+
+def check_same_config(config: Any, folder: Path) -> None:
+    """Raise `ValueError` where `folder` holds a run of a configuration that differs in what matters."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return
+    old, new = (flatten(what_matters(x)) for x in (load_config(type(config), path), config))
+    changed = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)]
+    if changed:
+        raise ValueError(f"{folder} holds a run of another configuration ({'; '.join(changed)}); name another folder")
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts, by dotted key."""
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    return {key: value for name, sub in tree.items() for key, value in flatten(sub, f"{prefix}{name}.").items()}
+
+
+def discard(folder: Path) -> None:
+    """Delete a run, if it is one."""
+    if (folder / CONFIG).is_file():
+        shutil.rmtree(folder)
+
+
+def open_run(folder: Path, overrides: Sequence[str] = ()) -> tuple[str, Any]:
+    """The task's name and the configuration of a run.
+
+    Raises:
+        ValueError: a folder that holds no run.
+    """
+    path = folder / CONFIG
+    first = path.read_text(encoding="utf-8").partition("\n")[0] if path.is_file() else ""
+    if not first.startswith("# kvbind train "):
+        raise ValueError(f"run must be the folder of a training run, which holds {CONFIG}; got {str(folder)!r}")
+    task = first.removeprefix("# kvbind train ").strip()
+    return task, load_config(open_task_module(task).Config, path, overrides)
+
+
+def load_model(folder: Path, task: Any) -> Any:
+    """The model of a run as its newest checkpoint has it, on the CPU.
+
+    Raises:
+        ValueError: a run without checkpoints yet.
+    """
+    saved = latest_checkpoint(folder)
+    if saved is None:
+        raise ValueError(f"run must have a checkpoint; {str(folder)!r} has none yet")
+    model = task.build()
+    model.load_state_dict(saved["model"])
+    return model.eval()

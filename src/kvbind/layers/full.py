@@ -1,0 +1,90 @@
+"""What the layers share whose tokens all see one update, `visibility="full"`: those of ViTTT and of LaCT view synthesis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kvbind.forms.api import ttt
+from kvbind.forms.linearize import LinearAttention, linearize
+from kvbind.forms.state import State
+from kvbind.inner.spec import InnerLoop
+
+
+class InnerCall(NamedTuple):
+    """The arguments with which a layer calls `kvbind.ttt`, to run or to look at.
+
+    Attributes:
+        inner: the inner loop.
+        weights: starting fast weights by matrix name, as `ttt` takes them.
+        q: queries `[B, T, H, Dk]`.
+        k: keys `[B, T, H, Dk]`.
+        v: values `[B, T, H, Dv]`.
+        lr: learning rate: a number, or `[B, T, H]` by matrix name.
+    """
+
+    inner: InnerLoop
+    weights: dict[str, Tensor]
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lr: float | dict[str, Tensor]
+
+    def run(self, update_tokens: slice | Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:
+        """Outputs `[B, T, H, Dv]` in q's dtype, and the state; arguments as `kvbind.ttt` takes them."""
+        weights = self.weights if state is None else None
+        return ttt(self.inner, weights, self.q, self.k, self.v, lr=self.lr, update_tokens=update_tokens, state=state)
+
+    def linearize(self, update_tokens: slice | Tensor | None = None) -> LinearAttention:
+        """The linear attention that this call is, as `kvbind.linearize` returns it."""
+        return linearize(self.inner, self.weights, self.q, self.k, self.v, lr=self.lr, update_tokens=update_tokens)
+
+
+def check_sees_everything(argument: str, inner: InnerLoop) -> None:
+    """Refuse an inner loop that such a layer cannot run.
+
+    Args:
+        argument: the name by which messages call the inner loop.
+        inner: the inner loop.
+
+    Raises:
+        TypeError: no InnerLoop.
+        ValueError: a visibility other than "full", or momentum or retention, for which these layers have no gates.
+    """
+    if not isinstance(inner, InnerLoop):
+        raise TypeError(f"{argument} must be a kvbind.InnerLoop; got {type(inner).__name__}")
+    if inner.visibility != "full":
+        raise ValueError(
+            f"{argument}'s visibility must be 'full' (with chunk=None), as one update is seen by all tokens; got "
+            f"{inner.visibility!r}"
+        )
+    for gate in ("momentum", "retention"):
+        if getattr(inner, gate):
+            raise ValueError(f"{argument} must have {gate}=False: this layer has no {gate} gate")
+
+
+def check_built(
+    argument: str, inner: InnerLoop, needed: Mapping[str, tuple[int, ...]], built: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse an inner loop whose network needs fast matrices that a layer was built without.
+
+    Args:
+        argument: the name by which messages call the inner loop.
+        inner: the inner loop.
+        needed: shapes of its matrices by name, without heads.
+        built: shapes of the layer's.
+
+    Raises:
+        ValueError: a matrix that is missing or of another shape.
+    """
+    kind = type(inner.network).__name__
+    for name, shape in needed.items():
+        has = built.get(name)
+        if has != shape:
+            what = "has none of that name" if has is None else f"has it as {list(has)}"
+            raise ValueError(
+                f"{argument}'s network {kind} needs a fast matrix {name!r} of shape {list(shape)}; this layer {what} "
+                f"(built: {', '.join(built)})"
+            )

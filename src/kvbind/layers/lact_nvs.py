@@ -1,0 +1,167 @@
+"""The fast-weight mixer of LaCT view synthesis: input views write it once, every view reads it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvbind.forms.state import State
+from kvbind.inner.networks import DepthwiseConv
+from kvbind.inner.spec import InnerLoop
+from kvbind.inner.systems import lact_nvs
+from kvbind.inner.value import check_positive_int
+from kvbind.layers.full import InnerCall, check_built, check_sees_everything
+from kvbind.layers.lact import NORM_EPS, parameter_name, split_heads, unit, wide
+from kvbind.layers.norm import RMSNorm
+
+INIT_GAIN = math.sqrt(2)
+"""Of the starting fast weights, over the root of their fan-in."""
+
+
+class LactNvsLayer(nn.Module):
+    """Fast weights over the tokens of all views of a scene (specification, section 5; arXiv 2505.23884).
+
+    `q, k, v = silu(to_qkv(x))` per head, q and k brought to L2 norm 1. The tokens that update write once, with rates
+    `softplus(lr_fc(x) + softplus^-1(base_lr))` per token, head and matrix; all tokens read, and what they read is RMS-normed
+    per head and projected. Rates are in float32 also under autocast.
+
+    Parameters have the released names and layouts (specification, section 6): `w0`, `w1`, `w2` `[heads, in, out]` for gate,
+    out and up; `lr_fc` with the matrices outermost. Only what the inner loop needs is built.
+
+    Args:
+        dim: width d of the residual stream.
+        head_dim: width of a fast head; `dim / head_dim` of them.
+        inner: the inner loop; by default `kvbind.systems.lact_nvs()`.
+        inter_multi: hidden width of the fast network over `head_dim`.
+        base_lr: the learning rate where `lr_fc` gives 0.
+        bias: biases in `to_qkv` and `c_proj`.
+
+    Attributes:
+        inner: the inner loop; assigning one that asks for parameters that were not built raises.
+
+    Raises:
+        ValueError: widths that do not divide, a rate that is not above 0, or an inner loop that cannot run here.
+        TypeError: `inner` is no InnerLoop.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        head_dim: int,
+        inner: InnerLoop | None = None,
+        *,
+        inter_multi: float = 1,
+        base_lr: float = 0.01,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        check_positive_int("dim", dim)
+        check_positive_int("head_dim", head_dim)
+        if dim % head_dim:
+            raise ValueError(f"head_dim must divide dim = {dim}; got {head_dim}")
+        if base_lr <= 0:
+            raise ValueError(f"base_lr must be above 0; got {base_lr}")
+        inner = lact_nvs() if inner is None else inner
+        check_fits_views(inner)
+
+        self.dim, self.head_dim, self.heads = dim, head_dim, dim // head_dim
+        self.hidden_width = int(head_dim * inter_multi)
+        self.base_lr_inverse = base_lr + math.log(-math.expm1(-base_lr))
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.c_proj = nn.Linear(dim, dim, bias=bias)
+        self.o_norm = RMSNorm(head_dim, eps=NORM_EPS)
+        self._built_shapes = self._shapes_for(inner)
+        for matrix, shape in self._built_shapes.items():
+            self.register_parameter(parameter_name(matrix), nn.Parameter(torch.empty(self.heads, *shape)))
+        # the released order: gate, out, up
+        self.rate_names = tuple(sorted(inner.updated, key=parameter_name)) if inner.token_lr else ()
+        self.lr_fc = nn.Linear(dim, self.heads * len(self.rate_names)) if inner.token_lr else None
+        self._inner = inner
+        self.reset_parameters()
+
+    def _shapes_for(self, inner: InnerLoop) -> dict[str, tuple[int, ...]]:
+        """The `(in, out)` of each fast matrix that `inner` needs."""
+        network = inner.network
+        return network.shapes(self.head_dim, self.head_dim, (self.hidden_width,) * network.hidden_layers)
+
+    def reset_parameters(self) -> None:
+        """Draw the starting fast weights anew."""
+        for matrix, shape in self._built_shapes.items():
+            nn.init.normal_(self.get_parameter(parameter_name(matrix)), std=INIT_GAIN / math.sqrt(shape[0]))
+
+    @property
+    def inner(self) -> InnerLoop:
+        """The inner loop that the layer runs."""
+        return self._inner
+
+    @inner.setter
+    def inner(self, inner: InnerLoop) -> None:
+        check_fits_views(inner)
+        check_built("inner", inner, self._shapes_for(inner), self._built_shapes)
+        missing = [name for name in inner.updated if name not in self.rate_names]
+        if inner.token_lr and missing:
+            raise ValueError(
+                f"inner has token_lr=True and updates {missing[0]!r}, but this layer was built with learned rates for "
+                f"{', '.join(self.rate_names) or 'no matrix'}"
+            )
+        self._inner = inner
+
+    def start_weights(self) -> dict[str, Tensor]:
+        """The fast weights that every scene starts from, `[heads, in, out]` by matrix name."""
+        return {name: self.get_parameter(parameter_name(name)) for name in self._inner.network.matrices}
+
+    def learning_rates(self, x: Tensor) -> float | dict[str, Tensor]:
+        """Rates `[B, T, H]` by updated matrix, float32 or wider; or the constant 1 without `inner.token_lr`."""
+        if not self._inner.token_lr or self.lr_fc is None:
+            return 1.0
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(wide(x), wide(self.lr_fc.weight), wide(self.lr_fc.bias))
+            rates = torch.split(F.softplus(logits + self.base_lr_inverse), self.heads, dim=-1)
+        by_name = dict(zip(self.rate_names, rates, strict=True))
+        return {name: by_name[name] for name in self._inner.updated}
+
+    def call(self, x: Tensor) -> InnerCall:
+        """What the layer gives to `kvbind.ttt` for normalized input `[B, T, d]`."""
+        q, k, v = (split_heads(part, self.heads) for part in F.silu(self.to_qkv(x)).chunk(3, dim=-1))
+        return InnerCall(
+            self._inner, self.start_weights(), unit(q).to(v.dtype), unit(k).to(v.dtype), v, self.learning_rates(x)
+        )
+
+    def forward(
+        self, x: Tensor, update_tokens: slice | Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        """Write with some tokens, read with all.
+
+        Args:
+            x: normalized input `[B, T, d]`, the tokens of a scene's views one view after another.
+            update_tokens: which tokens write, as `kvbind.ttt` takes it; by default all. `slice(0, 0)` only reads.
+            state: what an earlier call on the same scenes returned, to write on top of it or to read it.
+
+        Returns:
+            `[B, T, d]`, and the fast weights after the update.
+
+        Raises:
+            ValueError: a state of another inner loop, batch or width.
+        """
+        output, after = self.call(x).run(update_tokens, state)
+        mixed: Tensor = self.c_proj(self.o_norm(output).flatten(2))
+        return mixed, after
+
+    def extra_repr(self) -> str:
+        """What `print` shows beside the modules."""
+        return f"heads={self.heads}, inner={self._inner!r}"
+
+
+def check_fits_views(inner: InnerLoop) -> None:
+    """Refuse an inner loop that the layer cannot run.
+
+    Raises:
+        TypeError: no InnerLoop.
+        ValueError: not `visibility="full"`, gates, which the layer has not, or a network that reads a grid.
+    """
+    check_sees_everything("inner", inner)
+    if isinstance(inner.network, DepthwiseConv):
+        raise ValueError("inner's network must read single tokens; DepthwiseConv reads a grid of them")

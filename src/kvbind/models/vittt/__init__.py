@@ -1,0 +1,28 @@
+"""ViTTT, the vision model with test-time training (arXiv 2512.01643): plain and hierarchical.
+
+Importing this registers the models with timm, where timm is installed, and `VitttForImageClassification` with transformers'
+`AutoModelForImageClassification` as "vittt".
+"""
+
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from kvbind.models.vittt.config import VitttConfig, VitttForImageClassification
+from kvbind.models.vittt.model import HierarchicalVittt, Vittt
+from kvbind.models.vittt.released import INNER_LOOPS, RELEASED_LOSSES, SIZES, build, from_released_config
+from kvbind.models.vittt.zoo import register
+
+AutoConfig.register(VitttConfig.model_type, VitttConfig)
+AutoModelForImageClassification.register(VitttConfig, VitttForImageClassification)
+register()
+
+__all__ = [
+    "INNER_LOOPS",
+    "RELEASED_LOSSES",
+    "SIZES",
+    "HierarchicalVittt",
+    "Vittt",
+    "VitttConfig",
+    "VitttForImageClassification",
+    "build",
+    "from_released_config",
+]

@@ -1,0 +1,212 @@
+"""ViTTT for transformers: its configuration, and the classifier that `AutoModelForImageClassification` loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+
+from kvbind.inner.spec import InnerLoop
+from kvbind.inner.systems import vittt
+from kvbind.models.vittt.blocks import init_weights, to_image
+from kvbind.models.vittt.model import HierarchicalVittt, ImageModel, Vittt
+from kvbind.models.vittt.released import read_released_config, released_inner_loops
+
+
+class VitttConfig(PretrainedConfig):
+    """Configuration of `VitttForImageClassification`; the defaults are the tiny plain model.
+
+    Widths, depths and heads given as one number each mean the plain model, as sequences the hierarchical one.
+
+    Args:
+        embed_dim: width, or the width of each stage.
+        depth: blocks, or those of each stage.
+        num_heads: heads of the fast weights, or those of each stage.
+        patch_size: side of a patch in pixels, or (height, width); the hierarchical model has none but 4.
+        img_size: the size trained at, in pixels; nothing is limited to it.
+        in_chans: channels of the images.
+        inner: inner loop of the heads, or its plain dict; read back as an `InnerLoop`, stored as plain data.
+        inner_conv: inner loop of the convolution, likewise.
+        mlp_ratio: hidden width of the MLPs over the width.
+        qkv_bias: a bias in the `qkv` projections.
+        drop_rate: dropout in the MLPs.
+        drop_path_rate: stochastic depth of the last block.
+        **kwargs: fields of transformers' `PretrainedConfig`, such as `num_labels` (also as `num_classes`).
+
+    Raises:
+        ValueError: a mixture of numbers and sequences, or an inner loop that does not fit.
+        TypeError: an inner loop that is neither an InnerLoop nor a dict.
+    """
+
+    model_type = "vittt"
+    attribute_map = {  # noqa: RUF012
+        "num_classes": "num_labels",
+        "image_size": "img_size",
+        "num_channels": "in_chans",
+        "hidden_size": "embed_dim",
+        "num_hidden_layers": "depth",
+        "num_attention_heads": "num_heads",
+    }
+
+    def __init__(
+        self,
+        embed_dim: int | Sequence[int] = 192,
+        depth: int | Sequence[int] = 12,
+        num_heads: int | Sequence[int] = 6,
+        patch_size: int | Sequence[int] = 16,
+        img_size: int | Sequence[int] = 224,
+        in_chans: int = 3,
+        inner: InnerLoop | dict[str, Any] | None = None,
+        inner_conv: InnerLoop | dict[str, Any] | None = None,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        if len({isinstance(value, int) for value in (embed_dim, depth, num_heads)}) > 1:
+            raise ValueError(
+                "embed_dim, depth and num_heads must be numbers (plain) or sequences with one entry per stage "
+                f"(hierarchical), all three alike; got {embed_dim!r}, {depth!r} and {num_heads!r}"
+            )
+        self.embed_dim, self.depth, self.num_heads = embed_dim, depth, num_heads
+        self.patch_size, self.img_size, self.in_chans = patch_size, img_size, in_chans
+        self.inner = vittt() if inner is None else inner
+        self.inner_conv = vittt("conv") if inner_conv is None else inner_conv
+        self.mlp_ratio, self.qkv_bias = mlp_ratio, qkv_bias
+        self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
+        super().__init__(**kwargs)
+
+    @property
+    def inner(self) -> InnerLoop:
+        """The inner loop of every layer's heads."""
+        return self._inner
+
+    @inner.setter
+    def inner(self, inner: InnerLoop | dict[str, Any]) -> None:
+        self._inner = _inner_loop("inner", inner)
+
+    @property
+    def inner_conv(self) -> InnerLoop:
+        """The inner loop of every layer's convolution."""
+        return self._inner_conv
+
+    @inner_conv.setter
+    def inner_conv(self, inner: InnerLoop | dict[str, Any]) -> None:
+        self._inner_conv = _inner_loop("inner_conv", inner)
+
+    @property
+    def hierarchical(self) -> bool:
+        """Whether this is the model of several stages."""
+        return not isinstance(self.embed_dim, int)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, the inner loops included."""
+        fields: dict[str, Any] = super().to_dict()
+        for name in ("_inner", "_inner_conv"):
+            fields.pop(name, None)
+        return {**fields, "inner": self.inner.to_dict(), "inner_conv": self.inner_conv.to_dict()}
+
+    @classmethod
+    def from_released_config(cls, fields: dict[str, Any]) -> Self:
+        """The configuration that a released one stands for.
+
+        Args:
+            fields: as `kvbind.models.vittt.from_released_config` takes them.
+
+        Raises:
+            ValueError: as there.
+        """
+        hierarchical, arguments = read_released_config(fields)
+        inner, inner_conv = released_inner_loops(fields.get("ttt_loss_type", "dot_product"))
+        if hierarchical:
+            arguments["embed_dim"], arguments["depth"] = arguments.pop("dim"), arguments.pop("depths")
+        arguments |= {name: fields[name] for name in ("img_size",) if name in fields}
+        arguments["num_labels"] = arguments.pop("num_classes", 1000)
+        return cls(**arguments, inner=inner, inner_conv=inner_conv)
+
+    def build(self) -> ImageModel:
+        """The model that this configures, with random weights and `num_labels` classes."""
+        common: dict[str, Any] = {
+            "num_classes": self.num_labels,
+            "in_chans": self.in_chans,
+            "inner": self.inner,
+            "inner_conv": self.inner_conv,
+            "mlp_ratio": self.mlp_ratio,
+            "qkv_bias": self.qkv_bias,
+            "drop_rate": self.drop_rate,
+            "drop_path_rate": self.drop_path_rate,
+        }
+        if self.hierarchical:
+            return HierarchicalVittt(self.embed_dim, self.depth, self.num_heads, **common)  # type: ignore[arg-type]
+        return Vittt(self.embed_dim, self.depth, self.num_heads, self.patch_size, **common)  # type: ignore[arg-type]
+
+
+def _inner_loop(argument: str, inner: InnerLoop | dict[str, Any]) -> InnerLoop:
+    if isinstance(inner, dict):
+        inner = InnerLoop.from_dict(inner)
+    if not isinstance(inner, InnerLoop):
+        raise TypeError(f"{argument} must be a kvbind.InnerLoop or its dict; got {type(inner).__name__}")
+    return inner
+
+
+class VitttForImageClassification(PreTrainedModel):
+    """A ViTTT model as transformers expects one; the model itself is the attribute `vittt`.
+
+    Args:
+        config: the configuration.
+    """
+
+    config: VitttConfig
+    config_class = VitttConfig
+    base_model_prefix = "vittt"
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VitttBlock"]  # noqa: RUF012
+
+    def __init__(self, config: VitttConfig) -> None:
+        super().__init__(config)
+        self.vittt = config.build()
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        init_weights(module)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutputWithNoAttention | tuple[Any, ...]:
+        """Classify images.
+
+        Args:
+            pixel_values: `[B, C, H, W]`.
+            labels: `[B]` class indices, or `[B, num_labels]` class probabilities, for the cross-entropy.
+            output_hidden_states: also return each layer's (or stage's) tokens as images `[B, d, h, w]`.
+            return_dict: False for a tuple.
+
+        Returns:
+            `loss` (float32 or wider), `logits` `[B, num_labels]`, `hidden_states`.
+        """
+        every, last = [], None
+        for x, grid in self.vittt.layers_of(*self.vittt.embed(pixel_values)):
+            last = x
+            if output_hidden_states:
+                every.append(to_image(x, grid))
+        logits = self.vittt.forward_head(self.vittt.norm(last))
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.to(logits.device))
+        output = ImageClassifierOutputWithNoAttention(
+            loss=loss, logits=logits, hidden_states=tuple(every) if output_hidden_states else None
+        )
+        return output.to_tuple() if return_dict is False else output

@@ -1,0 +1,545 @@
+"""The two ViTTT models, plain and hierarchical, as image classifiers in the manner of timm."""
+
+from __future__ import annotations
+
+import abc
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kvbind.inner.spec import InnerLoop
+from kvbind.inner.value import check_choice, check_positive_int
+from kvbind.layers.vittt import VitttLayer, rotary_angles
+from kvbind.models.vittt.blocks import Grid, VitttBlock, init_weights, to_image, to_tokens
+
+
+class ImageModel(nn.Module, abc.ABC):
+    """What both models share: pooling, classifier, intermediate layers, inner loops.
+
+    Attributes:
+        num_classes: classes of the head; 0 for none.
+        num_features: width of the features that the head reads.
+        global_pool: "avg" for the mean over tokens, or "" for none, which classifies every token.
+    """
+
+    norm: nn.Module
+    head: nn.Module
+
+    def __init__(self, num_features: int, num_classes: int, in_chans: int, global_pool: str) -> None:
+        super().__init__()
+        check_choice("global_pool", global_pool, ("avg", ""))
+        check_positive_int("in_chans", in_chans)
+        self.num_features, self.in_chans, self.global_pool = num_features, in_chans, global_pool
+        self.num_classes = _checked_classes(num_classes)
+        self.gradient_checkpointing = False
+
+    @abc.abstractmethod
+    def embed(self, image: Tensor) -> tuple[Tensor, Grid]:
+        """First tokens `[B, T, d]` of images `[B, C, H, W]`, and their grid."""
+
+    @abc.abstractmethod
+    def layers_of(self, x: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Grid]]:
+        """Tokens and grid after each layer that `get_intermediate_layers` counts."""
+
+    @property
+    @abc.abstractmethod
+    def depth(self) -> int:
+        """How many layers `get_intermediate_layers` counts."""
+
+    def _finish(self) -> None:
+        """The head and the starting parameters, once the rest is built."""
+        self.head = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
+        self.apply(init_weights)
+
+    @property
+    def mixers(self) -> tuple[VitttLayer, ...]:
+        """The fast-weight layers, first to last."""
+        return tuple(module for module in self.modules() if isinstance(module, VitttLayer))
+
+    @property
+    def inner(self) -> InnerLoop:
+        """The inner loop of the heads, of the first layer; assigning one gives it to every layer."""
+        return self.mixers[0].inner
+
+    @inner.setter
+    def inner(self, inner: InnerLoop) -> None:
+        for mixer in self.mixers:
+            mixer.inner = inner
+
+    @property
+    def inner_conv(self) -> InnerLoop:
+        """The inner loop of the convolution, of the first layer; assigning one gives it to every layer."""
+        return self.mixers[0].inner_conv
+
+    @inner_conv.setter
+    def inner_conv(self, inner: InnerLoop) -> None:
+        for mixer in self.mixers:
+            mixer.inner_conv = inner
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass in place of keeping its activations."""
+        self.gradient_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that optimizers usually decay but should not: none, beside the vectors they leave out anyway."""
+        return set()
+
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new, untrained head in place.
+
+        Args:
+            num_classes: its classes; 0 for no head, so that the model returns pooled features.
+            global_pool: "avg" or ""; None leaves it.
+
+        Raises:
+            ValueError: a negative number of classes, or another pooling.
+        """
+        if global_pool is not None:
+            check_choice("global_pool", global_pool, ("avg", ""))
+            self.global_pool = global_pool
+        self.num_classes = _checked_classes(num_classes)
+        if not self.num_classes:
+            self.head = nn.Identity()
+            return
+        like = next(self.parameters())
+        self.head = nn.Linear(self.num_features, self.num_classes, device=like.device, dtype=like.dtype)
+        init_weights(self.head)
+
+    def _run(self, block: nn.Module, *args: Any) -> Tensor:
+        recompute = self.gradient_checkpointing and self.training
+        output: Tensor = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+        return output
+
+    def _check_image(self, image: Tensor) -> None:
+        if image.dim() != 4 or image.shape[1] != self.in_chans:
+            raise ValueError(f"image must be [B, {self.in_chans}, height, width]; got shape {list(image.shape)}")
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """Normed tokens of the last layer, before pooling.
+
+        Args:
+            image: `[B, C, H, W]`.
+
+        Returns:
+            `[B, T, d]`.
+
+        Raises:
+            ValueError: images that do not fit.
+        """
+        for x, _ in self.layers_of(*self.embed(image)):
+            last = x
+        return self._normed(last)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits of normed tokens.
+
+        Args:
+            x: what `forward_features` returns.
+            pre_logits: stop before the classifier.
+
+        Returns:
+            `[B, num_classes]`, or `[B, d]` with `pre_logits` or without a head; an axis of tokens stays where nothing pools.
+        """
+        pooled = x.mean(1) if self.global_pool else x
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits `[B, num_classes]` of images `[B, C, H, W]`."""
+        return self.forward_head(self.forward_features(image))
+
+    def get_intermediate_layers(
+        self, image: Tensor, n: int | Sequence[int] = 1, reshape: bool = False, norm: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Features of some layers, first to last: blocks of the plain model, stages of the hierarchical one.
+
+        Args:
+            image: `[B, C, H, W]`.
+            n: of the last n layers, or of the layers at these indices from 0.
+            reshape: as images `[B, d, h, w]` in place of tokens `[B, T, d]`.
+            norm: apply the model's last norm, which the hierarchical model can do to its last stage alone.
+
+        Raises:
+            ValueError: images that do not fit, layers that do not exist, or a norm of another width.
+        """
+        if isinstance(n, int):
+            if not 1 <= n <= self.depth:
+                raise ValueError(
+                    f"n must be from 1 to {self.depth}, the number of layers, or a sequence of indices; got {n}"
+                )
+            wanted = set(range(self.depth - n, self.depth))
+        else:
+            wanted = set(n)
+            if not wanted or not all(0 <= i < self.depth for i in wanted):
+                raise ValueError(f"n must hold indices from 0 to {self.depth - 1}; got {list(n)}")
+        found = []
+        for i, (x, grid) in enumerate(itertools.islice(self.layers_of(*self.embed(image)), max(wanted) + 1)):
+            if i not in wanted:
+                continue
+            if norm:
+                if x.shape[-1] != self.num_features:
+                    raise ValueError(
+                        f"norm must be False for layer {i}, of width {x.shape[-1]}; the norm is of width {self.num_features}"
+                    )
+                x = self._normed(x)
+            found.append(to_image(x, grid) if reshape else x)
+        return tuple(found)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm(x)
+        return normed
+
+    @classmethod
+    def from_released_config(cls, fields: dict[str, Any]) -> Self:
+        """A model with random weights, built as a released configuration says.
+
+        Args:
+            fields: as `kvbind.models.vittt.from_released_config` takes them.
+
+        Raises:
+            ValueError: as there; or a configuration of the other model.
+        """
+        from kvbind.models.vittt.released import from_released_config
+
+        model = from_released_config(fields)
+        if not isinstance(model, cls):
+            raise ValueError(f"fields must be of a {cls.__name__}; they are of a {type(model).__name__}")
+        return model
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, projected: `[B, C, H, W]` to an image of tokens `[B, d, H / p, W / p]`.
+
+    Args:
+        patch: height and width of a patch, in pixels.
+        in_chans: channels of the images.
+        dim: width d.
+    """
+
+    def __init__(self, patch: tuple[int, int], in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, patch, patch)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Project the patches.
+
+        Raises:
+            ValueError: a side that is no multiple of the patch's.
+        """
+        for name, side, patch in zip(("height", "width"), image.shape[-2:], self.proj.kernel_size, strict=True):
+            if side % patch or not side:
+                raise ValueError(f"image's {name} must be a multiple of the patch's, {patch}; got {side}")
+        output: Tensor = self.proj(image)
+        return output
+
+
+class Vittt(ImageModel):
+    """Plain ViTTT: a vision transformer whose attention is two fast networks (arXiv 2512.01643).
+
+    Images of any size, square or not, that the patches tile. Nothing in it knows positions but its convolutions, so one
+    model runs at every size. Parameters have the released names (specification, section 6).
+
+    Args:
+        embed_dim: width d.
+        depth: blocks.
+        num_heads: heads of the fast weights in each.
+        patch_size: height and width of a patch in pixels, or one number for both.
+        num_classes: classes; 0 for no head.
+        in_chans: channels of the images.
+        inner: inner loop of the heads; by default `kvbind.systems.vittt()`.
+        inner_conv: inner loop of the convolution; by default `kvbind.systems.vittt("conv")`.
+        mlp_ratio: hidden width of the MLPs over d.
+        qkv_bias: a bias in the `qkv` projections.
+        drop_rate: dropout in the MLPs.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        global_pool: "avg", or "" for none.
+
+    Raises:
+        ValueError: numbers that do not fit together, or an inner loop that the layers cannot run.
+        TypeError: `inner` or `inner_conv` is no InnerLoop.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 6,
+        patch_size: int | Sequence[int] = 16,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        inner: InnerLoop | None = None,
+        inner_conv: InnerLoop | None = None,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+    ) -> None:
+        super().__init__(embed_dim, num_classes, in_chans, global_pool)
+        check_positive_int("depth", depth)
+        self.embed_dim = embed_dim
+        self.patch_embed = PatchEmbed(_pair("patch_size", patch_size), in_chans, embed_dim)
+        self.blocks = nn.ModuleList(
+            VitttBlock(
+                embed_dim,
+                num_heads,
+                inner,
+                inner_conv,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                drop_rate=drop_rate,
+                drop_path=rate,
+                norm_eps=1e-6,
+                mlp_convolution=False,
+            )
+            for rate in _drop_path_rates(drop_path_rate, depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self._finish()
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    def embed(self, image: Tensor) -> tuple[Tensor, Grid]:
+        self._check_image(image)
+        patches = self.patch_embed(image)
+        return to_tokens(patches), tuple(patches.shape[-2:])
+
+    def layers_of(self, x: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Grid]]:
+        for block in self.blocks:
+            x = self._run(block, x, grid)
+            yield x, grid
+
+
+class ConvUnit(nn.Module):
+    """A convolution, then, where asked for, batch norm and ReLU.
+
+    Args:
+        inputs: input channels.
+        outputs: output channels.
+        kernel: side of the kernel, which is padded to keep the size.
+        stride: of the convolution.
+        groups: of the convolution.
+        bias: of the convolution.
+        norm: batch norm.
+        act: ReLU.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        norm: bool = False,
+        act: bool = True,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)
+        self.norm = nn.BatchNorm2d(outputs) if norm else None
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, inputs, H, W]` to `[B, outputs, ceil(H / stride), ceil(W / stride)]`."""
+        x = self.conv(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        return F.relu(x) if self.act else x
+
+
+class Convs(nn.Module):
+    """Convolutions in a row, under the released name `conv`.
+
+    Args:
+        *units: the convolutions.
+    """
+
+    def __init__(self, *units: ConvUnit) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(*units)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """All of them, on an image `[B, C, H, W]`."""
+        output: Tensor = self.conv(image)
+        return output
+
+
+def stem(in_chans: int, dim: int) -> Convs:
+    """From pixels to tokens at a quarter of the resolution."""
+    half = dim // 2
+    return Convs(
+        ConvUnit(in_chans, half, 3, stride=2, bias=False, norm=True),
+        ConvUnit(half, half, 3, bias=False, norm=True),
+        ConvUnit(half, half, 3, bias=False, norm=True),
+        ConvUnit(half, 4 * dim, 3, stride=2, bias=False, norm=True),
+        ConvUnit(4 * dim, dim, 1, bias=False, norm=True, act=False),
+    )
+
+
+def downsampling(inputs: int, outputs: int) -> Convs:
+    """Half the resolution, another width."""
+    hidden = 4 * outputs
+    return Convs(
+        ConvUnit(inputs, hidden, 1),
+        ConvUnit(hidden, hidden, 3, stride=2, groups=hidden),
+        ConvUnit(hidden, outputs, 1, norm=True, act=False),
+    )
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Batch norm of the channels of tokens `[B, T, d]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mT).mT
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, and the downsampling behind them.
+
+    Args:
+        blocks: the blocks.
+        downsample: what leads to the next stage, or None.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, downsample: Convs | None) -> None:
+        super().__init__()
+        self.blocks, self.downsample = blocks, downsample
+        self.register_load_state_dict_pre_hook(_drop_rotations)
+
+
+def _drop_rotations(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Released checkpoints hold the tables of rotary positions for one image size, which we compute for any."""
+    for name in [name for name in state_dict if name.startswith(prefix) and name.endswith(".rope.rotations")]:
+        del state_dict[name]
+
+
+class HierarchicalVittt(ImageModel):
+    """Hierarchical ViTTT: a convolutional stem and four stages, each at half the resolution of the one before.
+
+    Its blocks have rotary positions on the grid, computed for whatever size comes, and a convolution in the MLP. Images of
+    any size; the stem takes 4x4 pixels to a token, and sides round up. Parameters have the released names.
+
+    Source: arXiv 2512.01643.
+
+    Args:
+        dim: width of each stage, a multiple of 4.
+        depths: blocks of each stage.
+        num_heads: heads of each stage's fast weights.
+        num_classes: classes; 0 for no head.
+        in_chans: channels of the images.
+        inner: inner loop of the heads; by default `kvbind.systems.vittt()`.
+        inner_conv: inner loop of the convolution; by default `kvbind.systems.vittt("conv")`.
+        mlp_ratio: hidden width of the MLPs over the stage's.
+        qkv_bias: a bias in the `qkv` projections.
+        drop_rate: dropout in the MLPs and behind the stem.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        global_pool: "avg", or "" for none.
+
+    Raises:
+        ValueError: numbers that do not fit together, or an inner loop that the layers cannot run.
+        TypeError: `inner` or `inner_conv` is no InnerLoop.
+    """
+
+    def __init__(
+        self,
+        dim: Sequence[int] = (64, 128, 320, 512),
+        depths: Sequence[int] = (1, 3, 9, 4),
+        num_heads: Sequence[int] = (2, 4, 10, 16),
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        inner: InnerLoop | None = None,
+        inner_conv: InnerLoop | None = None,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        global_pool: str = "avg",
+    ) -> None:
+        if not len(dim) == len(depths) == len(num_heads) or not len(dim):
+            raise ValueError(
+                f"dim, depths and num_heads must have one entry per stage; got {list(dim)}, {list(depths)} and "
+                f"{list(num_heads)}"
+            )
+        super().__init__(dim[-1], num_classes, in_chans, global_pool)
+        for name, values in (("dim", dim), ("depths", depths)):
+            for value in values:
+                check_positive_int(f"{name}'s entries", value)
+        for width in dim:
+            if width % 4:
+                raise ValueError(f"dim's entries must be multiples of 4, for rotary positions; got {list(dim)}")
+        self.dim = tuple(dim)
+        self.patch_embed = stem(in_chans, dim[0])
+        self.pos_drop = nn.Dropout(drop_rate)
+        rates = iter(_drop_path_rates(drop_path_rate, sum(depths)))
+        self.layers = nn.ModuleList()
+        for i, (width, depth, heads) in enumerate(zip(dim, depths, num_heads, strict=True)):
+            blocks = nn.ModuleList(
+                VitttBlock(
+                    width,
+                    heads,
+                    inner,
+                    inner_conv,
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    drop_rate=drop_rate,
+                    drop_path=next(rates),
+                    norm_eps=1e-5,
+                    mlp_convolution=True,
+                )
+                for _ in range(depth)
+            )
+            self.layers.append(Stage(blocks, downsampling(width, dim[i + 1]) if i + 1 < len(dim) else None))
+        self.norm = TokenBatchNorm(dim[-1])
+        self._finish()
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    def embed(self, image: Tensor) -> tuple[Tensor, Grid]:
+        self._check_image(image)
+        tokens = self.patch_embed(image)
+        return self.pos_drop(to_tokens(tokens)), tuple(tokens.shape[-2:])
+
+    def layers_of(self, x: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Grid]]:
+        for stage in self.layers:
+            rotary = rotary_angles(grid, x.shape[-1], x.device)
+            for block in stage.blocks:  # type: ignore[union-attr]
+                x = self._run(block, x, grid, rotary)
+            yield x, grid
+            if stage.downsample is not None:
+                image = stage.downsample(to_image(x, grid))  # type: ignore[operator]
+                x, grid = to_tokens(image), tuple(image.shape[-2:])
+
+
+def _checked_classes(num_classes: int) -> int:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+        raise ValueError(f"num_classes must be an int of at least 0; got {num_classes!r}")
+    return num_classes
+
+
+def _pair(argument: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of one number or two."""
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2:
+        raise ValueError(f"{argument} must be a number or (height, width); got {value!r}")
+    for side in pair:
+        check_positive_int(argument, side)
+    return pair
+
+
+def _drop_path_rates(last: float, depth: int) -> list[float]:
+    rates: list[float] = torch.linspace(0, last, depth, device="cpu").tolist()
+    return rates

@@ -1,0 +1,331 @@
+"""The language task: packed text, a LaCT language model, next-token loss, perplexity on held-out documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvbind.inner import InnerLoop, systems
+from kvbind.inner.value import nearest
+from kvbind.models.presets import PRESETS as SIZES
+from kvbind.tasks.documents import Split
+from kvbind.tasks.packing import IGNORED, Batch, PackedBatches, evaluation_batches, load_batches
+from kvbind.tasks.sources import Source
+from kvbind.tasks.tokenizers import Pretrained, Tokenizer, open_tokenizer
+from kvbind.train.checkpoint import latest_checkpoint
+from kvbind.train.config import TrainConfig, load_config
+
+if TYPE_CHECKING:
+    from kvbind.models import LactForCausalLM
+
+PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets" / "language").glob("*.yaml"))}
+"""The shipped configurations, by name."""
+
+POSITION_BINS = 64
+
+
+@dataclass
+class ModelConfig:
+    """The LaCT language model; its vocabulary is the tokenizer's.
+
+    Attributes:
+        size: where it starts: a preset of `kvbind.models`, "tiny", "30m", "125m", "760m" or "3b".
+        inner: edits of that size's inner loop, field by field; "system" names another to start from (`kvbind systems` lists
+            them).
+        fields: edits of any other field of `kvbind.models.LactConfig`.
+        ttt_form: how the inner loop is evaluated: "auto", "recurrent" or "parallel".
+        gradient_checkpointing: recompute each block in the backward pass, for memory.
+    """
+
+    size: str = "tiny"
+    inner: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
+    ttt_form: str = "auto"
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class DataConfig:
+    """Text, and how it is packed.
+
+    Attributes:
+        source: "stdlib" (the Python standard library's source), a folder or file of text, JSONL or parquet, or "hub:NAME".
+        column: of tables, the column that holds the text.
+        stream: read local JSONL or parquet as it comes, where it is too large to be gone through beforehand.
+        name: of hub data sets, the configuration.
+        part: of hub data sets, the published split.
+        held_out: the fraction of documents kept for evaluation, chosen by a stable hash.
+        held_out_source: other text to evaluate on, all of it; training then reads all of `source`.
+        held_out_name: of a hub `held_out_source`, the configuration.
+        held_out_part: of a hub `held_out_source`, the published split.
+        tokenizer: "bytes", or a name or folder that transformers' `AutoTokenizer` loads.
+        length: tokens in a sample.
+        batch: samples in a batch.
+        window: samples that are shuffled together.
+        separate: documents stay apart in attention and fast weights (`cu_seqlens`); else they run on as one text.
+        workers: processes that read; 0 for none besides the training one.
+        evaluation_samples: held-out samples, spread over the held-out text.
+        evaluation_batch: samples in an evaluation batch; 0 for as many as in training.
+    """
+
+    source: str = "stdlib"
+    column: str = "text"
+    stream: bool = False
+    name: str | None = None
+    part: str = "train"
+    held_out: float = 0.1
+    held_out_source: str | None = None
+    held_out_name: str | None = None
+    held_out_part: str = "test"
+    tokenizer: str = "bytes"
+    length: int = 512
+    batch: int = 8
+    window: int = 1024
+    separate: bool = False
+    workers: int = 0
+    evaluation_samples: int = 64
+    evaluation_batch: int = 0
+
+    def __post_init__(self) -> None:
+        for key, least in {"length": 2, "batch": 1, "window": 1, "workers": 0, "evaluation_samples": 1,
+                           "evaluation_batch": 0}.items():  # fmt: skip
+            if getattr(self, key) < least:
+                raise ValueError(f"data.{key} must be at least {least}; got {getattr(self, key)}")
+
+
+@dataclass
+class LanguageConfig:
+    """A whole run: its seed (of weights and data order), model, data and training."""
+
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def inner_loop(model: ModelConfig) -> InnerLoop:
+    """The inner loop that a model's configuration describes.
+
+    Raises:
+        ValueError, TypeError: an unknown size, system or field (the message gives the nearest known one), or a value that
+            does not fit.
+    """
+    edits = dict(model.inner)
+    start = systems.named(edits.pop("system")) if "system" in edits else model_fields(model)["inner"]
+    whole = start.to_dict()
+    for name, value in edits.items():
+        old = whole.get(name)
+        same_kind = (
+            isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind")
+        )
+        whole[name] = old | value if same_kind else value
+    return InnerLoop.from_dict(whole)
+
+
+def model_fields(model: ModelConfig) -> dict[str, Any]:
+    """The fields of `LactConfig` that `model.size` and `model.fields` give.
+
+    Raises:
+        ValueError: an unknown size, or a field that has its own place.
+    """
+    if model.size not in SIZES:
+        raise ValueError(f"model.size must be one of {', '.join(SIZES)}; got {model.size!r}{nearest(model.size, SIZES)}")
+    for name, where in {"inner": "model.inner", "ttt_form": "model.ttt_form", "vocab_size": "data.tokenizer"}.items():
+        if name in model.fields:
+            raise ValueError(f"model.fields must not hold {name!r}, which {where} gives")
+    return {**SIZES[model.size], **model.fields}
+
+
+def build_model(config: LanguageConfig, tokenizer: Tokenizer) -> LactForCausalLM:
+    """A model with fresh weights, drawn from the run's seed.
+
+    Raises:
+        ValueError, TypeError: a configuration that describes no model.
+    """
+    from kvbind.models import LactConfig, LactForCausalLM
+
+    fields = model_fields(config.model) | {
+        "vocab_size": tokenizer.vocab_size,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.end,
+        "inner": inner_loop(config.model),
+        "ttt_form": config.model.ttt_form,
+    }
+    torch.manual_seed(config.seed)
+    model = LactForCausalLM(LactConfig(**fields))
+    if config.model.gradient_checkpointing:
+        # its name since transformers 5.20 or so, and before
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return model
+
+
+def resolve(config: LanguageConfig) -> LanguageConfig:
+    """`config` with every field of its inner loop, and every field that its size gives, spelled out."""
+    fields = {name: x for name, x in model_fields(config.model).items() if name not in ("inner", "vocab_size")}
+    return replace(config, model=replace(config.model, inner=inner_loop(config.model).to_dict(), fields=fields))
+
+
+class LanguageTask:
+    """Data, model, loss and metrics of a language run; what `kvbind.train.train` asks of a task.
+
+    Opening it reads the held-out samples, so that a source that does not exist is known at once.
+
+    Args:
+        config: the run.
+        training: whether training text will be read; False to evaluate alone.
+    """
+
+    unit = "tokens"
+
+    def __init__(self, config: LanguageConfig, training: bool = True) -> None:
+        data = config.data
+        self.config = config
+        inner_loop(config.model)  # an inner loop that is none is better known before any text is read
+        self.tokenizer = open_tokenizer(data.tokenizer)
+        source = Source(data.source, data.held_out, data.column, data.stream, data.name, data.part)
+        split: Split | None = "train"
+        if data.held_out_source:
+            elsewhere = replace(source, where=data.held_out_source, name=data.held_out_name, part=data.held_out_part)
+            held_out, split = elsewhere.open(None), None
+        else:
+            held_out = source.open("held_out")
+        self.documents = source.open(split) if training else None
+        self.evaluation, self.bytes_per_token = evaluation_batches(
+            held_out, self.tokenizer, length=data.length, batch=data.evaluation_batch or data.batch,
+            samples=data.evaluation_samples, separate=data.separate,
+        )  # fmt: skip
+        self.held_out_fingerprint = held_out.fingerprint()
+
+    def build(self) -> LactForCausalLM:
+        """A model with fresh weights, drawn from the run's seed."""
+        return build_model(self.config, self.tokenizer)
+
+    def batches(self, position: dict[str, Any] | None) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Endless training batches, each with the position behind it."""
+        data = self.config.data
+        if self.documents is None:
+            raise ValueError("this task was opened with training=False")
+        packed = PackedBatches(
+            self.documents, self.tokenizer, length=data.length, batch=data.batch, window=data.window,
+            seed=self.config.seed, separate=data.separate,
+        )  # fmt: skip
+        return load_batches(packed, data.workers, position)
+
+    def size(self, batch: Batch) -> int:
+        """Tokens in a batch."""
+        return batch["input_ids"].numel()
+
+    def loss(self, model: LactForCausalLM, batch: Batch) -> Tensor:
+        """Mean next-token cross-entropy, in nats."""
+        loss: Tensor = model(**batch, use_cache=False).loss
+        return loss
+
+    def evaluate(self, model: LactForCausalLM) -> dict[str, Any]:
+        """Perplexity per token, bits per byte, loss in nats, the number of predicted tokens, and the loss by position.
+
+        "loss_by_position" is a list of `[position, loss]`: tokens at that place of their sequence and up to the next listed
+        one, averaged.
+        """
+        device = next(model.parameters()).device
+        longest = self.config.data.length
+        width = -(-longest // POSITION_BINS)
+        total, count = torch.zeros(POSITION_BINS, dtype=torch.float64), torch.zeros(POSITION_BINS, dtype=torch.float64)
+        for cpu_batch in self.evaluation:
+            batch = {name: x.to(device) for name, x in cpu_batch.items()}
+            labels = batch.pop("labels")
+            losses = token_losses(model(**batch, use_cache=False).logits, labels).cpu()
+            counted = (cpu_batch["labels"][:, 1:] != IGNORED).double()
+            bins = positions(cpu_batch)[:, 1:] // width
+            total += torch.bincount(bins.flatten(), (losses.double() * counted).flatten(), POSITION_BINS)
+            count += torch.bincount(bins.flatten(), counted.flatten(), POSITION_BINS)
+        loss = float(total.sum() / count.sum())
+        filled = [i for i in range(POSITION_BINS) if count[i]]
+        return {
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
+            "loss": loss,
+            "tokens": int(count.sum()),
+            "loss_by_position": [[i * width, float(total[i] / count[i])] for i in filled],
+        }
+
+    def save(self, model: LactForCausalLM, folder: Path) -> None:
+        """Write a model in transformers' format, with the tokenizer where it is one of transformers'."""
+        from transformers.utils import logging
+
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            model.save_pretrained(folder)
+        finally:
+            if bars:
+                logging.enable_progress_bar()
+        if isinstance(self.tokenizer, Pretrained):
+            self.tokenizer.inner.save_pretrained(folder)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What text this is, for telling runs apart."""
+        texts = {"held_out": self.held_out_fingerprint}
+        if self.documents is not None:
+            texts["train"] = self.documents.fingerprint()
+        return texts
+
+
+def positions(batch: Batch) -> Tensor:
+    """Each token's place in its own sequence, `[B, T]`."""
+    ids = batch["input_ids"]
+    places = torch.arange(ids.shape[1]).expand_as(ids)
+    if "cu_seqlens" in batch:
+        bounds = batch["cu_seqlens"].long()
+        places = places - torch.repeat_interleave(bounds[:-1], bounds.diff())
+    return places
+
+
+def token_losses(logits: Tensor, labels: Tensor, rows: int = 4096) -> Tensor:
+    """Cross-entropy of every token but the first, `[B, T - 1]`, float32; 0 where the label is ignored.
+
+    Args:
+        logits: `[B, T, vocabulary]`, any dtype.
+        labels: `[B, T]`; those of position t are compared with the logits of t - 1.
+        rows: tokens whose logits are in float32 at one time.
+    """
+    parts = zip(logits[:, :-1].flatten(0, 1).split(rows), labels[:, 1:].flatten().split(rows), strict=True)
+    losses = [F.cross_entropy(x.float(), y, ignore_index=IGNORED, reduction="none") for x, y in parts]
+    return torch.cat(losses).reshape(labels.shape[0], -1)
+
+
+def open_trained(folder: Path, tokenizer: str | None = None) -> tuple[Any, Tokenizer]:
+    """A trained model and its tokenizer, without any text.
+
+    Args:
+        folder: of a training run (its newest checkpoint counts), or a model in transformers' format.
+        tokenizer: for a model folder, a tokenizer's name; default the folder's own.
+
+    Raises:
+        ValueError: a folder that holds neither.
+    """
+    run = folder.parent if folder.name == "model" and (folder.parent / "config.yaml").is_file() else folder
+    if (run / "config.yaml").is_file():
+        config = load_config(LanguageConfig, run / "config.yaml")
+        words = open_tokenizer(tokenizer or config.data.tokenizer)
+        saved = latest_checkpoint(run)
+        if saved is None:
+            raise ValueError(f"run must have a checkpoint; {str(run)!r} has none yet")
+        model = build_model(config, words)
+        model.load_state_dict(saved["model"])
+        return model.eval(), words
+    if (folder / "config.json").is_file():
+        from kvbind.models import LactForCausalLM
+
+        return LactForCausalLM.from_pretrained(folder).eval(), open_tokenizer(tokenizer or str(folder))
+    raise ValueError(f"run must be the folder of a training run or of a model; got {str(folder)!r}")
+
+
+Config = LanguageConfig
+Task = LanguageTask

@@ -1,0 +1,179 @@
+"""`TrainConfig`, and typed configurations in general: YAML presets, `key=value` overrides, a hash of what matters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from kvbind.inner.value import check_choice, nearest
+
+T = TypeVar("T")
+
+_INDIFFERENT = {"device", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard"}
+
+
+@dataclass
+class TrainConfig:
+    """How a model is trained.
+
+    Attributes:
+        steps: optimizer steps.
+        accumulate: batches whose gradients are averaged into one step.
+        learning_rate: its peak.
+        warmup: steps of linear warm-up.
+        final: the cosine's end, as a fraction of the peak.
+        betas: of AdamW.
+        weight_decay: of AdamW, on matrices alone: not on norms, biases and other vectors.
+        clip: the largest gradient norm.
+        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 on GPUs.
+        tf32: on GPUs, let matrix products of float32 operands, those of the fast weights among them, run in TF32.
+        device: "auto", or any torch device.
+        evaluate_every: steps between evaluations; 0 for at the start and the end only.
+        checkpoint_every: steps between checkpoints; 0 for none by steps.
+        checkpoint_minutes: minutes between checkpoints; 0 for none by time.
+        keep: how many checkpoints to keep.
+        max_skipped: steps with non-finite loss or gradient in a row that end the run.
+        tensorboard: also write TensorBoard's event files, where it is installed.
+    """
+
+    steps: int = 1000
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    final: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    precision: str = "auto"
+    tf32: bool = True
+    device: str = "auto"
+    evaluate_every: int = 0
+    checkpoint_every: int = 0
+    checkpoint_minutes: float = 5.0
+    keep: int = 2
+    max_skipped: int = 10
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("train.precision", self.precision, ("auto", "float32", "bfloat16"))
+        for name, least in {"steps": 1, "accumulate": 1, "keep": 1, "max_skipped": 1, "warmup": 0, "evaluate_every": 0,
+                            "checkpoint_every": 0, "checkpoint_minutes": 0, "weight_decay": 0}.items():  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"train.{name} must be at least {least}; got {getattr(self, name)}")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"train.{name} must be greater than 0; got {getattr(self, name)}")
+
+
+def read_config(schema: type[T], presets: Mapping[str, Path], preset: str, overrides: Sequence[str] = ()) -> T:
+    """A configuration from a preset and edits.
+
+    Args:
+        schema: a dataclass of dataclasses, which gives every key its type and default.
+        presets: YAML files by name.
+        preset: a name among them, or the path of a YAML file.
+        overrides: "dotted.key=value" edits, later ones winning.
+
+    Raises:
+        ValueError: an unknown preset or key (the message gives the nearest known one), or a value that does not fit.
+    """
+    if preset in presets:
+        path = presets[preset]
+    elif preset.endswith((".yaml", ".yml")) and Path(preset).is_file():
+        path = Path(preset)
+    else:
+        raise ValueError(
+            f"preset must be one of {', '.join(presets)}, or a YAML file; got {preset!r}{nearest(preset, presets)}"
+        )
+    base = OmegaConf.structured(schema)
+    return to_object(merge(base, as_config(OmegaConf.load(path), str(path)), parse_overrides(overrides)), schema)
+
+
+def load_config(schema: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
+    """A configuration from the YAML that `to_yaml` gave, with edits."""
+    base = OmegaConf.structured(schema)
+    return to_object(merge(base, as_config(OmegaConf.load(path), str(path)), parse_overrides(overrides)), schema)
+
+
+def from_plain(schema: type[T], plain: dict[str, Any]) -> T:
+    """A configuration from what `to_plain` gave."""
+    return to_object(merge(OmegaConf.structured(schema), OmegaConf.create(plain)), schema)
+
+
+def as_config(loaded: Any, path: str) -> DictConfig:
+    """`loaded`, if it is a mapping."""
+    if not isinstance(loaded, DictConfig):
+        raise ValueError(f"{path} must hold a mapping of configuration keys")
+    return loaded
+
+
+def parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    """`key=value` edits as a nested configuration; values are read as YAML."""
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise ValueError(f"an override must be key=value, such as train.steps=100; got {override!r}")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except Exception as error:  # whatever YAML makes of a malformed value
+        raise ValueError(f"overrides must be key=value with a YAML value; got {list(overrides)}: {error}") from error
+
+
+def merge(base: Any, *changes: DictConfig) -> Any:
+    """`base` with changes, each checked against its keys and types."""
+    for change in changes:
+        try:
+            base = OmegaConf.merge(base, change)
+        except ConfigKeyError as error:
+            known = list(dotted_keys(OmegaConf.to_container(base)))
+            unknown = next(
+                (key for key in dotted_keys(OmegaConf.to_container(change)) if key == error.full_key), error.full_key
+            )
+            raise ValueError(f"no configuration key is named {unknown!r}{nearest(unknown, known)}") from error
+        except OmegaConfBaseException as error:
+            raise ValueError(f"configuration key {error.full_key!r}: {str(error).splitlines()[0]}") from error
+    return base
+
+
+def to_object(config: Any, schema: type[T]) -> T:
+    """The dataclass that a checked configuration describes."""
+    built = OmegaConf.to_object(config)
+    if not isinstance(built, schema):
+        raise TypeError(f"expected a configuration of {schema.__name__}; got {type(built).__name__}")
+    return built
+
+
+def dotted_keys(tree: Any, prefix: str = "") -> Iterator[str]:
+    """Every key of a nested mapping, branches and leaves, dotted."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield f"{prefix}{key}"
+            yield from dotted_keys(value, f"{prefix}{key}.")
+
+
+def to_yaml(config: Any) -> str:
+    """A configuration in full, as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A configuration as nested dicts, lists and numbers."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
+
+
+def what_matters(config: Any) -> dict[str, Any]:
+    """A run's configuration without the keys that change nothing of its result: device, checkpoints, event files."""
+    plain = to_plain(config)
+    plain["train"] = {name: value for name, value in plain["train"].items() if name not in _INDIFFERENT}
+    return plain
+
+
+def config_hash(plain: Any) -> str:
+    """Twelve hexadecimal digits that differ where the plain data do."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,194 @@
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kvbind import Linear, NewtonSchulz, systems
+from kvbind.tasks import language, open_task_module
+from kvbind.tasks.language import (
+    PRESETS,
+    LanguageConfig,
+    LanguageTask,
+    ModelConfig,
+    inner_loop,
+    positions,
+    resolve,
+    token_losses,
+)
+from kvbind.train import train
+from kvbind.train.config import read_config, to_yaml
+
+SMALL = [
+    "model.fields.hidden_size=32", "model.fields.num_hidden_layers=1", "model.fields.num_attn_heads=2",
+    "model.fields.window_size=16", "model.inner.chunk=16", "data.length=64", "data.batch=2", "data.evaluation_samples=4",
+    "train.device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    return path
+
+
+def small(text, *edits):
+    return read_config(LanguageConfig, PRESETS, "tiny", [*SMALL, f"data.source={text}", *edits])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_a_whole_configuration_that_reads_back_the_same(preset, tmp_path):
+    config = resolve(read_config(LanguageConfig, PRESETS, preset))
+    (tmp_path / "saved.yaml").write_text(to_yaml(config))
+    assert read_config(LanguageConfig, {}, str(tmp_path / "saved.yaml")) == config
+    assert resolve(config) == config
+
+
+def test_the_760m_preset_is_the_papers_setup():
+    config = resolve(read_config(LanguageConfig, PRESETS, "760m"))
+    fields, data = config.model.fields, config.data
+    shape = {"hidden_size": 1536, "num_hidden_layers": 24, "num_attn_heads": 24, "num_lact_heads": 4, "window_size": 2048}
+    assert {name: fields[name] for name in shape} == shape
+    assert inner_loop(config.model) == systems.lact_llm(chunk=2048)
+    assert (config.train.steps, data.batch * config.train.accumulate, data.length) == (20000, 32, 32768)
+    assert "fineweb-edu" in data.source
+
+
+def test_the_inner_loop_is_a_named_system_with_edits():
+    edits = {"update": "last", "network": "Linear", "orthogonalize": {"dtype": "float32"}}
+    expected = systems.lact_llm(chunk=64).replace(
+        update="last", network=Linear(), orthogonalize=NewtonSchulz(dtype=torch.float32)
+    )
+    assert inner_loop(ModelConfig(size="tiny", inner=edits)) == expected
+    assert inner_loop(ModelConfig(inner={"system": "delta_net", "chunk": 4})) == systems.delta_net(chunk=4)
+    assert inner_loop(ModelConfig(inner=expected.to_dict())) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (ModelConfig(size="tinny"), r"model\.size must be one of .*\(did you mean 'tiny'\?\)"),
+        (ModelConfig(inner={"system": "lact_lm"}), r"did you mean 'lact_llm'"),
+        (ModelConfig(inner={"updat": "last"}), r"did you mean 'update'"),
+        (ModelConfig(fields={"vocab_size": 3}), r"model\.fields must not hold 'vocab_size', which data\.tokenizer gives"),
+    ],
+)
+def test_a_wrong_model_is_named(model, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        inner_loop(model)
+
+
+def test_token_losses_are_the_cross_entropy_of_the_next_token():
+    logits, labels = torch.randn(2, 9, 11), torch.randint(11, (2, 9))
+    labels[0, 3] = -100
+    losses = token_losses(logits, labels, rows=4)
+    expected = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    torch.testing.assert_close(losses, expected)
+    assert losses[0, 2] == 0
+
+
+def test_the_evaluation_is_the_models_own_loss(text):
+    task = LanguageTask(small(text))
+    model = task.build().eval()
+    with torch.no_grad():
+        metrics = task.evaluate(model)
+        own = sum(model(**batch, use_cache=False).loss * len(batch["input_ids"]) for batch in task.evaluation)
+    samples = sum(len(batch["input_ids"]) for batch in task.evaluation)
+    assert metrics["loss"] == pytest.approx(float(own) / samples, rel=1e-5)
+    assert metrics["tokens"] == samples * 63
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
+    assert metrics["bits_per_byte"] == pytest.approx(metrics["loss"] / math.log(2))
+    places = [place for place, _ in metrics["loss_by_position"]]
+    assert places == list(range(1, 64))
+    assert sum(loss for _, loss in metrics["loss_by_position"]) / 63 == pytest.approx(metrics["loss"])
+
+
+def test_documents_kept_apart_are_evaluated_as_if_each_were_alone(tmp_path):
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_text("abcdefgh"[i % 5 :] * (i + 2))
+    config = small(tmp_path, "data.separate=true", "data.held_out=0.5", "data.length=48")
+    task = LanguageTask(config)
+    model = task.build().eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        metrics = task.evaluate(model)
+        for batch in task.evaluation:
+            bounds = batch["cu_seqlens"].tolist()
+            for start, end in itertools.pairwise(bounds):
+                alone = batch["input_ids"][:, start:end]
+                if end - start > 1:
+                    total += float(token_losses(model(alone, use_cache=False).logits, alone).sum())
+                    count += end - start - 1
+    assert metrics["tokens"] == count
+    assert metrics["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_positions_restart_at_every_sequence():
+    ids = torch.zeros(1, 9, dtype=torch.long)
+    assert positions({"input_ids": ids}).tolist() == [list(range(9))]
+    bounds = torch.tensor([0, 4, 5, 9], dtype=torch.int32)
+    assert positions({"input_ids": ids, "cu_seqlens": bounds}).tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("separate", ["false", "true"])
+def test_training_learns_the_text(text, tmp_path, separate):
+    config = small(text, "train.steps=40", "train.warmup=4", "train.learning_rate=1e-2", f"data.separate={separate}")
+    task = LanguageTask(config)
+    model = task.build()
+    done = train(model, task, config.train, tmp_path / "run")
+    assert done.units == 40 * 2 * 64
+    assert done.held_out["perplexity"] < 15 < 150 < 256
+
+
+@pytest.mark.parametrize("edit", ["train.precision=bfloat16", "model.gradient_checkpointing=true", "data.workers=1"])
+def test_training_learns_under_other_settings_too(text, tmp_path, edit):
+    config = small(text, "train.steps=15", "train.warmup=2", "train.learning_rate=1e-2", edit)
+    task = LanguageTask(config)
+    done = train(task.build(), task, config.train, tmp_path / "run")
+    assert done.skipped == 0
+    assert done.held_out["perplexity"] < 80
+
+
+def test_the_seed_decides_the_weights(text):
+    one, same, other = (LanguageTask(small(text, f"seed={seed}")).build() for seed in (1, 1, 2))
+    first = next(iter(one.parameters()))
+    assert torch.equal(first, next(iter(same.parameters())))
+    assert not torch.equal(first, next(iter(other.parameters())))
+
+
+def test_other_text_can_be_held_out_and_leaves_all_the_source_to_training(text, tmp_path):
+    (tmp_path / "other.txt").write_text("zebra " * 100)
+    task = LanguageTask(small(text, f"data.held_out_source={tmp_path / 'other.txt'}"))
+    assert "zebra" in task.tokenizer.decode(task.evaluation[0]["input_ids"][0].tolist())
+    assert list(task.documents.once()) == [text.read_text()]
+
+
+def test_evaluation_alone_reads_no_training_text(text):
+    task = LanguageTask(small(text), training=False)
+    with pytest.raises(ValueError, match="training=False"):
+        task.batches(None)
+
+
+def test_bytes_per_token_follow_the_tokenizer(text, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel()
+    inner.train_from_iterator([text.read_text()], trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<end>"]))
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", unk_token="<unk>").save_pretrained(tmp_path / "bpe")
+    task = LanguageTask(small(text, f"data.tokenizer={tmp_path / 'bpe'}"))
+    assert 2 < task.bytes_per_token < 8
+    model = task.build().eval()
+    assert model.config.vocab_size == task.tokenizer.vocab_size
+    with torch.no_grad():
+        metrics = task.evaluate(model)
+    assert metrics["bits_per_byte"] == pytest.approx(metrics["loss"] / math.log(2) / task.bytes_per_token)
+
+
+def test_unknown_tasks_are_answered_with_the_nearest():
+    assert open_task_module("language") is language
+    with pytest.raises(ValueError, match=r"got 'langauge' \(did you mean 'language'\?\)"):
+        open_task_module("langauge")

@@ -1,0 +1,244 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+import kvbind
+from kvbind.cli import main
+
+SMALL = [
+    "model.fields.hidden_size=16", "model.fields.num_hidden_layers=1", "model.fields.num_attn_heads=2",
+    "model.fields.window_size=8", "model.fields.intermediate_size=16", "model.inner.chunk=8", "data.length=32",
+    "data.batch=2", "data.window=8", "data.evaluation_samples=2", "train.steps=3", "train.warmup=1", "train.device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command; its exit code, and what it wrote on stdout and stderr."""
+
+    def call(*words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        written = capsys.readouterr()
+        return caught.value.code or 0, written.out, written.err
+
+    return call
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("it was the best of times, it was the worst of times. " * 60)
+    return path
+
+
+@pytest.fixture
+def trained(run, book, tmp_path):
+    code, _, errors = run("train", "language", "--data", str(book), "--out", str(tmp_path / "mine"), *SMALL)
+    assert (code, errors) == (0, "")
+    return tmp_path / "mine"
+
+
+def test_the_version_is_shown(run):
+    assert run("--version") == (0, f"kvbind {kvbind.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["systems"], ["explain"], ["reproduce"], ["train"], ["eval"], ["generate"], ["convert"]]
+)
+def test_every_command_explains_itself(run, command):
+    code, out, _ = run(*command, "--help")
+    assert code == 0
+    assert " ".join(["Usage: kvbind", *command]) in out
+    assert len(out.splitlines()) > 8
+
+
+def test_help_imports_neither_transformers_nor_matplotlib():
+    code = (
+        "import sys, kvbind.cli\nsys.exit(any(name in sys.modules for name in ('transformers', 'matplotlib', 'omegaconf')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_module_runs_as_the_command():
+    done = subprocess.run([sys.executable, "-m", "kvbind", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"kvbind {kvbind.__version__}\n"
+
+
+def test_systems_are_listed_with_whether_they_are_parallel(run):
+    code, out, _ = run("systems")
+    assert code == 0
+    answers = {line.split()[0]: line.split()[1] for line in out.splitlines() if line and not line.startswith(" ")}
+    assert {name: answers[name] for name in ("lact_llm", "linear_attention")} == {
+        "lact_llm": "no",
+        "linear_attention": "yes",
+    }
+    assert set(kvbind.systems.SYSTEMS) <= set(answers)
+
+
+def test_a_system_is_explained_at_the_asked_shapes(run):
+    code, out, _ = run("explain", "lact_llm", "--heads", "2", "--key-width", "64", "--tokens", "4096", "--chunk", "128")
+    assert code == 0
+    shapes = kvbind.forms.analysis.Shapes(2, 64, 64, 64, 4096)
+    assert out.strip() == str(kvbind.explain(kvbind.systems.lact_llm(128), shapes))
+
+
+@pytest.mark.parametrize("rung", [0, 2, 6])
+def test_a_rung_of_the_ladder_is_explained(run, rung):
+    _, out, _ = run("explain", "lact_llm", "--rung", str(rung))
+    inner = kvbind.systems.ladder(kvbind.systems.lact_llm())[f"rung{rung}"]
+    assert out.strip() == str(kvbind.explain(inner))
+
+
+def test_an_inner_loop_in_a_file_is_explained(run, tmp_path):
+    inner = kvbind.systems.titans(chunk=32)
+    inner.to_yaml(tmp_path / "mine.yaml")
+    _, out, _ = run("explain", str(tmp_path / "mine.yaml"))
+    assert out.strip() == str(kvbind.explain(inner))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["explain", "lact_lm"], "did you mean 'lact_llm'"),
+        (["explain", "missing.yaml"], "there is no 'missing.yaml'"),
+        (["explain", "lact_llm", "--rung", "9"], "--rung"),
+        (["reproduce", "tabel2"], "did you mean 'table2'"),
+        (["reproduce", "table2", "--scale", "smok"], "did you mean 'smoke'"),
+        (["reproduce", "table2", "--task", "langauge"], "did you mean 'language'"),
+        (["reproduce", "table2", "train.step=1"], "did you mean 'train.steps'"),
+        (["train", "langauge"], "did you mean 'language'"),
+        (["train", "language", "--preset", "tinny"], "did you mean 'tiny'"),
+        (["train", "language", "train.lerning_rate=1"], "did you mean 'train.learning_rate'"),
+        (["train", "language", "model.inner.updat=last"], "did you mean 'update'"),
+        (["train", "language", "model.fields.hiden_size=8"], "did you mean 'hidden_size'"),
+        (["train", "language", "--data", "nowhere"], "which does not exist"),
+        (["eval", "language", "nowhere"], "must be the folder of a training run"),
+        (["generate", "nowhere"], "must be the folder of a training run or of a model"),
+        (["convert", "nowhere", "there"], "config.json"),
+        (["explian"], "explain"),
+    ],
+)
+def test_a_mistake_ends_with_one_line_and_code_2(run, words, message):
+    code, _, errors = run(*words)
+    assert code == 2
+    assert message in " ".join(errors.replace("│", "").split())
+    assert "Traceback" not in errors
+
+
+def test_a_traceback_is_there_for_the_asking():
+    with pytest.raises(ValueError, match="did you mean 'lact_llm'"):
+        main(["explain", "lact_lm", "--traceback"])
+
+
+def test_training_prints_and_saves_the_whole_configuration(run, book, tmp_path):
+    code, out, _ = run("train", "language", "--data", str(book), "--out", str(tmp_path / "mine"), *SMALL)
+    assert code == 0
+    saved = (tmp_path / "mine" / "config.yaml").read_text()
+    for line in ("hidden_size: 16", "steps: 3", "visibility: past", "weight_decay: 0.1"):
+        assert line in out
+        assert line in saved
+    result = json.loads((tmp_path / "mine" / "result.json").read_text())
+    assert f"{result['held_out']['perplexity']:.4f}" in out
+
+
+def test_training_again_goes_on_and_fresh_starts_anew(run, trained, book):
+    before = (trained / "metrics.jsonl").stat().st_mtime_ns
+    words = ["train", "language", "--data", str(book), "--out", str(trained), *SMALL]
+    assert run(*words)[0] == 0
+    assert (trained / "metrics.jsonl").stat().st_mtime_ns == before
+    assert run(*words, "--fresh")[0] == 0
+    assert (trained / "metrics.jsonl").stat().st_mtime_ns > before
+    code, _, errors = run(*words, "seed=5")
+    assert code == 2
+    assert "seed was 0, is 5" in errors
+
+
+def test_training_without_a_folder_makes_one_by_configuration(run, book, tmp_path):
+    run("train", "language", "--data", str(book), *SMALL)
+    run("train", "language", "--data", str(book), *SMALL, "seed=1")
+    assert len(list((tmp_path / "runs").glob("language-tiny-*/result.json"))) == 2
+
+
+def test_a_run_is_evaluated_as_it_was_after_training(run, trained):
+    code, out, _ = run("eval", "language", str(trained), "--json", str(trained / "again.json"))
+    assert code == 0
+    held_out = json.loads((trained / "result.json").read_text())["held_out"]
+    assert json.loads((trained / "again.json").read_text()) == held_out
+    assert f"{held_out['perplexity']:.4f}" in out
+    assert "bits per byte" in out
+
+
+def test_a_run_is_evaluated_on_other_text_at_another_length(run, trained, tmp_path):
+    (tmp_path / "other.txt").write_text("zzzz " * 200)
+    run("eval", "language", str(trained), "--data", str(tmp_path / "other.txt"), "--json", "other.json", "data.length=64")
+    other = json.loads((tmp_path / "other.json").read_text())
+    assert other["tokens"] == 2 * 63
+    assert other["perplexity"] != json.loads((trained / "result.json").read_text())["held_out"]["perplexity"]
+
+
+@pytest.mark.parametrize("folder", ["", "model"])
+def test_a_run_writes_text_that_starts_with_the_prompt(run, trained, folder):
+    words = ("generate", str(trained / folder), "--prompt", "it was", "--tokens", "20", "--seed", "3")
+    code, out, errors = run(*words)
+    assert code == 0, errors
+    assert out.startswith("it was")
+    assert len(out) > len("it was\n")
+    assert run(*words)[1] == out
+
+
+def test_greedy_text_does_not_depend_on_the_seed(run, trained):
+    words = ("generate", str(trained), "--prompt", "it was", "--tokens", "12", "--temperature", "0", "--seed")
+    assert run(*words, "1")[1] == run(*words, "2")[1]
+
+
+def test_an_empty_prompt_is_refused(run, trained):
+    code, _, errors = run("generate", str(trained), "--prompt", "")
+    assert code == 2
+    assert "prompt must hold at least one token" in errors
+
+
+def test_a_trained_model_converts_to_the_released_layout_and_back(run, book, tmp_path):
+    trained = tmp_path / "mine"
+    words = [*SMALL, "model.inner.orthogonalize.dtype=bfloat16"]  # as the release has it
+    run("train", "language", "--data", str(book), "--out", str(trained), *words)
+    assert run("convert", str(trained / "model"), str(tmp_path / "released"), "--to", "released")[0] == 0
+    assert run("convert", str(tmp_path / "released"), str(tmp_path / "ours"))[0] == 0
+    from safetensors.torch import load_file
+
+    before, after = (load_file(folder / "model.safetensors") for folder in (trained / "model", tmp_path / "ours"))
+    assert before.keys() == after.keys()
+    assert all((before[name] == after[name]).all() for name in before)
+    assert run("generate", str(tmp_path / "ours"), "--tokenizer", "bytes", "--tokens", "4")[0] == 0
+
+
+def test_training_that_stops_says_why_without_a_traceback(run, book, monkeypatch):
+    from kvbind.tasks.language import LanguageTask
+
+    whole = LanguageTask.loss
+    monkeypatch.setattr(LanguageTask, "loss", lambda *args: float("nan") * whole(*args))
+    code, _, errors = run("train", "language", "--data", str(book), *SMALL, "train.max_skipped=2")
+    assert code == 1
+    assert "not finite in 2 steps in a row" in errors
+    assert "Traceback" not in errors
+
+
+def test_an_interruption_says_how_to_go_on(run, book, monkeypatch):
+    from kvbind.experiments import runs
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "train", interrupted)
+    code, _, errors = run("train", "language", "--data", str(book), *SMALL)
+    assert code == 130
+    assert "goes on from the last checkpoint" in errors

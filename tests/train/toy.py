@@ -1,0 +1,61 @@
+"""A small model and task for the loop: dropout, so that random numbers matter; a position, so that data order does."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kvbind.train import TrainConfig, train
+
+
+class Toy:
+    """Regression on noise; `faults` maps a batch's number to what happens there: a factor on the loss, or an exception."""
+
+    unit = "rows"
+
+    def __init__(self, faults=None, pause=0.0):
+        self.faults, self.pause, self.drawn = faults or {}, pause, 0
+
+    def batches(self, position):
+        self.drawn = position["next"] if position else 0
+        while True:
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(self.drawn))
+            self.drawn += 1
+            yield {"x": x, "number": self.drawn - 1}, {"next": self.drawn}
+
+    def size(self, batch):
+        return len(batch["x"])
+
+    def loss(self, model, batch):
+        fault = self.faults.get(batch["number"], 1.0)
+        if isinstance(fault, BaseException):
+            raise fault
+        time.sleep(self.pause)
+        return fault * (model(batch["x"]) - batch["x"].sum(1, keepdim=True)).square().mean()
+
+    def evaluate(self, model):
+        torch.rand(3)  # must not disturb what training draws
+        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(10**6))
+        return {"error": float((model(x) - x.sum(1, keepdim=True)).square().mean())}
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
+
+
+def config(**fields):
+    return TrainConfig(
+        **({"steps": 20, "warmup": 3, "learning_rate": 1e-2, "device": "cpu", "checkpoint_every": 4} | fields)
+    )
+
+
+def killed_config():
+    return config(steps=40, checkpoint_every=1)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(make_model(), Toy(pause=0.02), killed_config(), Path(sys.argv[1]))
