@@ -427,7 +427,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def keep_keys(kept: KeptKeys | None, k: Tensor, v: Tensor, window: int, lengths: tuple[int, ...] | None) -> KeptKeys:
-    """The last `window - 1` keys and values of each row, as later tokens will see them.
+    """The last `window - 1` keys and values of each row, as later tokens will see them; zeros before a row's first.
 
     Args:
         kept: what earlier calls kept.
@@ -443,11 +443,18 @@ def keep_keys(kept: KeptKeys | None, k: Tensor, v: Tensor, window: int, lengths:
         k, v = torch.cat((kept.keys, k), dim=1), torch.cat((kept.values, v), dim=1)
     lengths = lengths or (length,) * batch
     now = tuple(min(old + new, window - 1) for old, new in zip(held, lengths, strict=True))
-    size = max(now)
+    # always room for all of them: attention kernels are planned anew for every new number of keys
+    size = window - 1
     if len(set(lengths)) == 1:
-        # a copy, as a view would keep every key of a long prompt alive
         stop = offset + lengths[0]
-        return KeptKeys(k[:, stop - size : stop].clone(), v[:, stop - size : stop].clone(), now)
+        missing = max(size - stop, 0)
+
+        def latest(x: Tensor) -> Tensor:
+            # a copy, as a view would keep every key of a long prompt alive
+            x = x[:, stop - size + missing : stop]
+            return F.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x.clone()
+
+        return KeptKeys(latest(k), latest(v), now)
     stops = torch.tensor([offset + n for n in lengths], device=k.device)
     places = (stops[:, None] - size + torch.arange(size, device=k.device)).clamp(min=0)
     rows = torch.arange(batch, device=k.device)[:, None]
