@@ -33,7 +33,7 @@ def median_seconds(works: Sequence[Work], device: torch.device, *, least: int = 
         work()
     times: list[list[float]] = [[] for _ in works]
     begin = time.perf_counter()
-    while len(times[0]) < least or time.perf_counter() - begin < seconds:
+    while len(times[0]) < least or (seconds and time.perf_counter() - begin < seconds):
         for work, taken in zip(works, times, strict=True):
             synchronize(device)
             start = time.perf_counter()

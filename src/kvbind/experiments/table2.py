@@ -20,11 +20,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from kvbind.bench.forms import tokens_per_second
+from kvbind.bench.operands import Size
 from kvbind.experiments import figures, report
 from kvbind.experiments.paper import PUBLISHED, Published
 from kvbind.experiments.provenance import command, machine, versions
 from kvbind.experiments.runs import Run, discard, run_name
-from kvbind.experiments.throughput import Shape, tokens_per_second
 from kvbind.experiments.workers import Job, default_workers, train_all
 from kvbind.forms.analysis import explain
 from kvbind.forms.api import Form
@@ -205,7 +206,7 @@ def reproduce(
     by_row = {name: tuple(runs[i :: len(rows)]) for i, name in enumerate(rows)}
 
     fast_heads = base.model.fields["num_lact_heads"]
-    shape = Shape(base.data.batch, base.data.length, fast_heads, base.model.fields["hidden_size"] // fast_heads)
+    shape = Size(base.data.batch, base.data.length, fast_heads, base.model.fields["hidden_size"] // fast_heads)
     out.mkdir(parents=True, exist_ok=True)
     speeds = throughputs(out / "throughput.json", rows, shape, device, fresh)
     table = [Row(name, LABELS[name], inner, PUBLISHED[name], by_row[name], **speeds[name]) for name, inner in rows.items()]
@@ -235,7 +236,7 @@ def reproduce(
 
 
 def throughputs(
-    path: Path, inners: dict[str, InnerLoop], shape: Shape, device: torch.device, fresh: bool
+    path: Path, inners: dict[str, InnerLoop], shape: Size, device: torch.device, fresh: bool
 ) -> dict[str, dict[str, Any]]:
     """Tokens per second of each inner loop in both forms; None for a form that it does not have.
 
