@@ -14,6 +14,7 @@ from kvbind.forms.state import State
 from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
+from kvbind.layers.full import check_built
 from kvbind.layers.layout import Layout
 from kvbind.layers.norm import RMSNorm
 from kvbind.layers.rotary import Tables, rotary_tables, rotate
@@ -235,15 +236,7 @@ class LactLayer(nn.Module):
     @inner.setter
     def inner(self, inner: InnerLoop) -> None:
         check_fits_causal_layer(inner)
-        kind = type(inner.network).__name__
-        for name, shape in self._shapes_for(inner).items():
-            built = self._built_shapes.get(name)
-            if built != shape:
-                what = "has none of that name" if built is None else f"has it as {list(built)}"
-                raise ValueError(
-                    f"inner's network {kind} needs a fast matrix {name!r} of shape {list(shape)}; this layer {what} "
-                    f"(built: {', '.join(self._built_shapes)})"
-                )
+        check_built("inner", inner, self._shapes_for(inner), self._built_shapes)
         for gate in ("momentum", "retention"):
             if getattr(inner, gate) and getattr(self, f"{gate}_proj") is None:
                 raise ValueError(f"inner has {gate}=True, but this layer was built without a {gate} gate")
