@@ -242,3 +242,9 @@ def test_an_interruption_says_how_to_go_on(run, book, monkeypatch):
     code, _, errors = run("train", "language", "--data", str(book), *SMALL)
     assert code == 130
     assert "goes on from the last checkpoint" in errors
+
+
+def test_help_does_not_wait_for_pytorch():
+    code = "import sys\nfrom kvbind.cli import main\ntry:\n    main(['--help'])\nfinally:\n    print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("False")

@@ -1,12 +1,20 @@
-"""Test-time-training layers with key-value binding, run as the linear attention they are (arXiv 2602.21204)."""
+"""Test-time-training layers with key-value binding, run as the linear attention they are (arXiv 2602.21204).
 
+Names are imported when first asked for, so that the command `kvbind` answers without waiting for PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from kvbind.forms.analysis import Explanation, NoParallelFormError, explain
-from kvbind.forms.api import inner_loss, ttt
-from kvbind.forms.linearize import LinearAttention, linearize
-from kvbind.forms.state import State
-from kvbind.inner import GLU, MLP, DepthwiseConv, InnerLoop, Linear, Network, NewtonSchulz, SwiGLU, systems
+if TYPE_CHECKING:
+    from kvbind.forms.analysis import Explanation, NoParallelFormError, explain
+    from kvbind.forms.api import inner_loss, ttt
+    from kvbind.forms.linearize import LinearAttention, linearize
+    from kvbind.forms.state import State
+    from kvbind.inner import GLU, MLP, DepthwiseConv, InnerLoop, Linear, Network, NewtonSchulz, SwiGLU, systems
 
 try:
     __version__ = version("kvbind")
@@ -32,3 +40,25 @@ __all__ = [
     "systems",
     "ttt",
 ]
+
+_HOMES = {
+    "kvbind.forms.analysis": ("Explanation", "NoParallelFormError", "explain"),
+    "kvbind.forms.api": ("inner_loss", "ttt"),
+    "kvbind.forms.linearize": ("LinearAttention", "linearize"),
+    "kvbind.forms.state": ("State",),
+}
+_PACKAGES = ("bench", "experiments", "forms", "inner", "layers", "models", "tasks", "train")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"kvbind.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = next((home for home, names in _HOMES.items() if name in names), "kvbind.inner")
+    value = globals()[name] = getattr(import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PACKAGES})

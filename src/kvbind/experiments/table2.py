@@ -200,7 +200,7 @@ def reproduce(
     def finished(job: Job, run: Run) -> None:
         if console:
             note = "finished earlier" if run.reused else f"{run.result['training_seconds']:.0f} s"
-            console.print(f"{job.title:<18}perplexity {run.result['held_out']['perplexity']:.3f}, {note}", soft_wrap=True)
+            console.print(f"{job.title:<18} perplexity {run.result['held_out']['perplexity']:.3f}, {note}", soft_wrap=True)
 
     runs = train_all(jobs, workers or default_workers(device), console, finished)
     by_row = {name: tuple(runs[i :: len(rows)]) for i, name in enumerate(rows)}
