@@ -436,7 +436,7 @@ def keep_keys(kept: KeptKeys | None, k: Tensor, v: Tensor, window: int, lengths:
         k, v = torch.cat((kept.keys, k), dim=1), torch.cat((kept.values, v), dim=1)
     lengths = lengths or (length,) * batch
     now = tuple(min(old + new, window - 1) for old, new in zip(held, lengths, strict=True))
-    # always room for all of them: attention kernels are planned anew for every new number of keys
+    # always room for all of them, so that every decoding step has the same shapes
     size = window - 1
     if len(set(lengths)) == 1:
         stop = offset + lengths[0]
