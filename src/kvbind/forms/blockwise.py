@@ -73,38 +73,37 @@ class Coefficients:
         )
 
 
-def blockwise(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
-    """Run an inner loop whose writes add up; arguments and result are those of `recurrent`."""
-    if spec.chunk is None:
-        raise ValueError("chunk must be an int of at least 1; got None")
+def blockwise(spec: InnerLoop, chunk: int, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
+    """Run an inner loop whose writes add up, in chunks of `chunk` tokens; the rest is as for `recurrent`."""
     pending = state.pending()
     kept = 0 if pending is None else len(pending)
     joined = tokens if pending is None else pending.append(tokens)
     # pending tokens were read in an earlier call: zeros keep their places, and what they read is dropped
     q = F.pad(q, (0, 0, kept, 0))
-    total, size = len(joined), spec.chunk * max(1, BLOCK // spec.chunk)
+    total, size = len(joined), chunk * max(1, BLOCK // chunk)
     blocks = total // size * size
     remainder = total - blocks
 
     fast, outputs = state.fast, []
     if blocks:
         folded = joined.span(0, blocks).map(lambda x: x.unflatten(2, (-1, size)))
-        output, fast = _blocks(spec, q[:, :, :blocks].unflatten(2, (-1, size)), folded, fast)
+        output, fast = _blocks(spec, chunk, q[:, :, :blocks].unflatten(2, (-1, size)), folded, fast)
         outputs.append(output.flatten(2, 3))
     if remainder:
         folded = joined.span(blocks, total).map(lambda x: x.unsqueeze(2))
-        output, fast = _blocks(spec, q[:, :, blocks:].unsqueeze(2), folded, fast)
+        output, fast = _blocks(spec, chunk, q[:, :, blocks:].unsqueeze(2), folded, fast)
         outputs.append(output.flatten(2, 3))
-    rest = joined.span(total - total % spec.chunk, total)
+    rest = joined.span(total - total % chunk, total)
     output = torch.cat(outputs, dim=2) if outputs else q.new_empty(*q.shape[:3], tokens.v.shape[-1])
     return output[:, :, kept:], State.of(spec, fast, rest, len(rest))
 
 
-def _blocks(spec: InnerLoop, q: Tensor, tokens: Tokens, fast: FastWeights) -> tuple[Tensor, FastWeights]:
+def _blocks(spec: InnerLoop, chunk: int, q: Tensor, tokens: Tokens, fast: FastWeights) -> tuple[Tensor, FastWeights]:
     """Blocks of equal length, one after another.
 
     Args:
         spec: the inner loop.
+        chunk: tokens in a chunk.
         q: what is read, `[B, H, n, L, Dk]` for `n` blocks of `L` tokens.
         tokens: what writes, with the same axes.
         fast: weights before the first block.
@@ -112,7 +111,7 @@ def _blocks(spec: InnerLoop, q: Tensor, tokens: Tokens, fast: FastWeights) -> tu
     Returns:
         Outputs `[B, H, n, L, Dv]`, and the weights after the last complete chunk.
     """
-    network, chunk = spec.network, spec.chunk or 1
+    network = spec.network
     dtype, length = fast.weights["out"].dtype, q.shape[3]
     weights = {name: x.unsqueeze(2) for name, x in fast.weights.items()}
     k, v = tokens.k.to(dtype), tokens.v.to(dtype)
@@ -170,7 +169,7 @@ def _blocks(spec: InnerLoop, q: Tensor, tokens: Tokens, fast: FastWeights) -> tu
             state = state + block(keep[1], b) * momenta[-1]
             momentum = block(keep_momentum, b) * momentum + columns @ (block(into_momentum, b) * own)
 
-    on_state, on_momentum, on_tokens = _reads(spec, share, place, tokens)
+    on_state, on_momentum, on_tokens = _reads(spec, chunk, share, place, tokens)
     output = on_state[..., None] * (read @ torch.stack(states, 2))
     if momenta:
         output = output + on_momentum[..., None] * (read @ torch.stack(momenta, 2))
@@ -187,7 +186,7 @@ def _chunk_means(gate: Tensor | None, chunk: int) -> Tensor | None:
     return torch.stack([part.mean(-1) for part in gate.split(chunk, dim=-1)], dim=-1)
 
 
-def _reads(spec: InnerLoop, share: Coefficients, place: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+def _reads(spec: InnerLoop, chunk: int, share: Coefficients, place: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """What each token's output takes from the state, the buffer and the tokens of its block.
 
     Returns:
@@ -200,22 +199,19 @@ def _reads(spec: InnerLoop, share: Coefficients, place: Tensor, tokens: Tokens) 
             share.state_momentum[..., row],
             share.state_writes[..., row, :][..., place],
         )
-    chunk = spec.chunk or 1
     on_state, on_momentum = share.state_state[..., place], share.state_momentum[..., place]
     on_tokens = share.state_writes[..., place, :][..., place]
     if tokens.retention is not None:
-        kept = torch.cat([_means(part) for part in tokens.retention.split(chunk, dim=-1)], dim=-1)
+        kept = _chunk_prefix_means(tokens.retention, chunk)
         on_state, on_momentum, on_tokens = kept * on_state, kept * on_momentum, kept[..., None] * on_tokens
     if tokens.momentum is not None:
-        carried = spec.sign * torch.cat([_means(part) for part in tokens.momentum.split(chunk, dim=-1)], dim=-1)
+        carried = spec.sign * _chunk_prefix_means(tokens.momentum, chunk)
         on_momentum = on_momentum + carried * share.momentum_momentum[..., place]
         on_tokens = on_tokens + carried[..., None] * share.momentum_writes[..., place, :][..., place]
     own = (place[:, None] == place[None, :]).tril()
     return on_state, on_momentum, on_tokens + spec.sign * own
 
 
-def _means(gate: Tensor) -> Tensor:
-    means = prefix_means(gate)
-    if means is None:
-        raise ValueError("gate must be a tensor; got None")
-    return means
+def _chunk_prefix_means(gate: Tensor, chunk: int) -> Tensor:
+    """A per-token gate `[B, H, n, L]` averaged over its chunk's tokens up to each: the same shape."""
+    return torch.cat([prefix_means(part) for part in gate.split(chunk, dim=-1)], dim=-1)

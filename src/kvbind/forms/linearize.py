@@ -437,7 +437,8 @@ def _note_update(spec: InnerLoop, note: _Trajectory, fast: FastWeights, tokens: 
 
 def _partial(spec: InnerLoop, fast: FastWeights, each: FastWeights, chunk: Chunk) -> Partial:
     """A chunk's share of the factors of `visibility="token"`."""
-    momentum, retention = prefix_means(chunk.tokens.momentum), prefix_means(chunk.tokens.retention)
+    gates = (chunk.tokens.momentum, chunk.tokens.retention)
+    momentum, retention = (None if gate is None else prefix_means(gate) for gate in gates)
     rescaling = None
     if spec.normalize:
         if spec.normalize == "read":

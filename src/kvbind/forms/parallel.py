@@ -36,39 +36,36 @@ def parallel(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple[
         return recurrent(spec, q, tokens, state)
     adds_up = spec.orthogonalize is None and not spec.clip and not spec.normalize
     if adds_up and (spec.loss == "squared" or spec.visibility == "token" or spec.chunk < SHORT_CHUNK):
-        return blockwise(spec, q, tokens, state)
-    return chunkwise(spec, q, tokens, state)
+        return blockwise(spec, spec.chunk, q, tokens, state)
+    return chunkwise(spec, spec.chunk, q, tokens, state)
 
 
-def chunkwise(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
-    """All chunks at once, with the state of each in memory; on a CPU, as many at once as its caches hold."""
+def chunkwise(spec: InnerLoop, size: int, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
+    """All chunks of `size` tokens at once, with each state in memory; on a CPU, as many at once as its caches hold."""
     fast, rest = state.fast, state.pending() or tokens.span(0, 0)
     outputs: list[Tensor] = []
-    step, start, total = _segment_tokens(spec, q), 0, len(tokens)
+    step, start, total = _segment_tokens(size, q), 0, len(tokens)
     while start < total or not outputs:
         stop = total if step is None else min(start + step - len(rest), total)
-        output, fast, rest = _segment(spec, q[:, :, start:stop], tokens.span(start, stop), fast, rest)
+        output, fast, rest = _segment(spec, size, q[:, :, start:stop], tokens.span(start, stop), fast, rest)
         outputs.append(output)
         start = stop
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), State.of(spec, fast, rest, len(rest))
 
 
-def _segment_tokens(spec: InnerLoop, q: Tensor) -> int | None:
+def _segment_tokens(size: int, q: Tensor) -> int | None:
     """How many tokens to take at once, in whole chunks; None for all of them."""
-    if q.device.type != "cpu" or spec.chunk is None:
+    if q.device.type != "cpu":
         return None
-    chunk_bytes = q[:, :, 0].numel() * q.element_size() * spec.chunk
-    return spec.chunk * max(1, CPU_SEGMENT_BYTES // max(chunk_bytes, 1))
+    chunk_bytes = q[:, :, 0].numel() * q.element_size() * size
+    return size * max(1, CPU_SEGMENT_BYTES // max(chunk_bytes, 1))
 
 
 def _segment(
-    spec: InnerLoop, q: Tensor, tokens: Tokens, fast: FastWeights, pending: Tokens
+    spec: InnerLoop, size: int, q: Tensor, tokens: Tokens, fast: FastWeights, pending: Tokens
 ) -> tuple[Tensor, FastWeights, Tokens]:
     """All chunks of some tokens at once: outputs, the weights after the last complete chunk, and the tokens behind it."""
-    if spec.chunk is None:
-        raise ValueError("chunk must be an int of at least 1; got None")
-    size, new = spec.chunk, len(tokens)
-    kept, joined = len(pending), pending.append(tokens)
+    new, kept, joined = len(tokens), len(pending), pending.append(tokens)
     count = len(joined) // size
     complete, rest = joined.span(0, count * size), joined.span(count * size, len(joined))
 

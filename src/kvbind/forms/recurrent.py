@@ -148,19 +148,14 @@ def prefix_updates(spec: InnerLoop, fast: FastWeights, chunk: Chunk) -> FastWeig
         held = gradient(spec, fast.weights, old.k.to(dtype), old.v.to(dtype), old.column_rates())
         updates = {name: g + held[name].unsqueeze(2) for name, g in updates.items()}
 
-    momentum, retention = prefix_means(tokens.momentum), prefix_means(tokens.retention)
-    return apply_update(
-        spec,
-        each,
-        updates,
-        None if momentum is None else as_factor(momentum[:, :, len(old) :], updates["out"]),
-        None if retention is None else as_factor(retention[:, :, len(old) :], updates["out"]),
+    momentum, retention = (
+        None if gate is None else as_factor(prefix_means(gate)[:, :, len(old) :], updates["out"])
+        for gate in (tokens.momentum, tokens.retention)
     )
+    return apply_update(spec, each, updates, momentum, retention)
 
 
-def prefix_means(gate: Tensor | None) -> Tensor | None:
+def prefix_means(gate: Tensor) -> Tensor:
     """The mean of a gate over the tokens up to each, along the last axis."""
-    if gate is None:
-        return None
     count = torch.arange(1, gate.shape[-1] + 1, device=gate.device, dtype=gate.dtype)
     return gate.cumsum(-1) / count
