@@ -116,12 +116,12 @@ def test_gradcheck(name):
 
 
 def test_auto_takes_the_parallel_form_where_there_is_one_and_more_than_one_chunk():
-    from kvbind.forms.api import _engine
+    from kvbind.forms.api import chosen_form
 
     rungs = kvbind.systems.ladder(kvbind.systems.lact_llm(chunk=4))
-    assert [_engine(spec, "auto", 8).__name__ for spec in rungs.values()] == ["recurrent"] * 2 + ["parallel"] * 5
-    assert _engine(rungs["rung2"], "auto", 4).__name__ == "recurrent"
-    assert _engine(kvbind.systems.vittt(), "auto", 64).__name__ == "recurrent"
+    assert [chosen_form(spec, "auto", 8) for spec in rungs.values()] == ["recurrent"] * 2 + ["parallel"] * 5
+    assert chosen_form(rungs["rung2"], "auto", 4) == "recurrent"
+    assert chosen_form(kvbind.systems.vittt(), "auto", 64) == "recurrent"
 
 
 def test_blocks_of_a_long_sequence_do_not_hold_a_state_per_token():

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kvbind.forms import fused
 from kvbind.forms.analysis import NoParallelFormError, explain, parallel_obstacles
 from kvbind.forms.parallel import parallel
 from kvbind.forms.recurrent import chunk_update, chunks, recurrent
 from kvbind.forms.state import State
-from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import LearningRate, Operands, check_operands
 from kvbind.inner.losses import loss_value
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice
 
 Form = Literal["auto", "recurrent", "parallel"]
-Engine = Callable[[InnerLoop, Tensor, Tokens, State], tuple[Tensor, State]]
 
 
 def ttt(
@@ -78,20 +77,31 @@ def ttt(
     return output.transpose(1, 2).to(q.dtype), state
 
 
-def _engine(spec: InnerLoop, form: Form, tokens: int) -> Engine:
-    """The form for this many tokens, pending ones included."""
-    if form == "auto":
-        form = "recurrent"
-        if spec.chunk is not None and tokens > spec.chunk and not parallel_obstacles(spec):
-            form = "parallel"
-    return parallel if form == "parallel" else recurrent
+def chosen_form(spec: InnerLoop, form: Form, tokens: int) -> Literal["recurrent", "parallel"]:
+    """The form in which this many tokens, pending ones included, are run."""
+    if form != "auto":
+        return form
+    several = spec.chunk is not None and tokens > spec.chunk
+    return "parallel" if several and not parallel_obstacles(spec) else "recurrent"
+
+
+def _evaluate(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, State]:
+    """Run a call whose sequences all have equally many pending tokens, on a kernel where one fits.
+
+    Packed sequences of different lengths come here only where `fused.takes_packed` says so.
+    """
+    form = chosen_form(spec, form, call.state.pending_lengths[0] + len(call.tokens))
+    kernels = fused.engine(spec, call, form)
+    if kernels is not None:
+        return kernels(spec, call)
+    return (parallel if form == "parallel" else recurrent)(spec, call.q.to(call.state.dtype), call.tokens, call.state)
 
 
 def _run(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, State]:
     """Run a call, sequences of equal length and equally many pending tokens together."""
     lengths = call.state.pending_lengths
-    if call.cu_seqlens is None and len(set(lengths)) == 1:
-        return _engine(spec, form, lengths[0] + len(call.tokens))(spec, call.q, call.tokens, call.state)
+    if len(set(lengths)) == 1 and (call.cu_seqlens is None or fused.takes_packed(spec, call, form)):
+        return _evaluate(spec, call, form)
 
     total = call.q.shape[2]
     bounds = call.cu_seqlens or (0, total)
@@ -102,15 +112,15 @@ def _run(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, State]:
 
     outputs: dict[int, Tensor] = {}
     states, order = [], []
-    for (pending, length), members in groups.items():
+    for members in groups.values():
 
         def take(x: Tensor, members: list[int] = members) -> Tensor:
             if packed:
                 return torch.cat([x[:, :, bounds[i] : bounds[i + 1]] for i in members])
             return x[members]
 
-        engine = _engine(spec, form, pending + length)
-        output, after = engine(spec, take(call.q), call.tokens.map(take), call.state[members])
+        part = Operands(take(call.q), call.tokens.map(take), call.state[members], None)
+        output, after = _evaluate(spec, part, form)
         outputs |= dict(zip(members, output.split(1), strict=True))
         states.append(after)
         order += members

@@ -357,7 +357,7 @@ def linearize(
         update_tokens = mask
     call = check_operands(spec, weights, q, k, v, lr, momentum, retention, None, None, update_tokens)
     with torch.autocast(q.device.type, enabled=False):
-        return _linearize(spec, call.q, call.tokens, call.state.fast)
+        return _linearize(spec, call.q.to(call.state.dtype), call.tokens, call.state.fast)
 
 
 def _linearize(spec: InnerLoop, q: Tensor, tokens: Tokens, fast: FastWeights) -> LinearAttention:

@@ -80,6 +80,11 @@ class State:
         """The number of sequences."""
         return len(self.pending_lengths)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the fast weights are held in and the PyTorch forms compute in."""
+        return self.tensors["weights.out"].dtype
+
     def pending(self) -> Tokens | None:
         """The pending tokens, of sequences that all have equally many; None where there are none."""
         length = self.pending_lengths[0] if self.pending_lengths else 0

@@ -25,7 +25,7 @@ class Operands:
     """One validated call, heads first.
 
     Attributes:
-        q: what is read, `[B, H, T, Dk]` in the state's dtype.
+        q: what is read, `[B, H, T, Dk]`, in the dtype it came in.
         tokens: what writes.
         state: where the sequences start; its batch is that of `q`, or the number of packed sequences.
         cu_seqlens: boundaries of packed sequences, or None.
@@ -88,7 +88,7 @@ def check_operands(
     )
     read = k if spec.query == "key" else q
     tokens = choose_update_tokens(spec, tokens, update_tokens, bounds)
-    return Operands(read.transpose(1, 2).to(dtype), tokens, state, bounds)
+    return Operands(read.transpose(1, 2), tokens, state, bounds)
 
 
 def check_qkv(spec: InnerLoop, q: Tensor, k: Tensor, v: Tensor) -> None:

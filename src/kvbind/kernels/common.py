@@ -1,0 +1,114 @@
+"""What every kernel shares: where kernels run, how they are tuned, and in which precision they multiply."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEAST_CAPABILITY = (8, 0)
+"""Compute capability that kernels need: bfloat16 matrix units."""
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU instead of compiling them (`TRITON_INTERPRET=1`)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def capable(index: int) -> bool:
+    """Whether CUDA device `index` is an NVIDIA GPU of at least `LEAST_CAPABILITY`."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= LEAST_CAPABILITY
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels may run on tensors of `device`.
+
+    `KVBIND_KERNELS=0` turns them off; `KVBIND_KERNELS=force` takes them on the CPU too, where Triton interprets them.
+    """
+    wanted = os.environ.get("KVBIND_KERNELS", "1")
+    if wanted == "0" or not has_triton():
+        return False
+    if device.type != "cuda":
+        return wanted == "force" and interpreted()
+    return capable(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device; this makes it that of `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Triton's `input_precision` for products of operands of `dtype`.
+
+    Narrow operands are exact in any mode; float32 is multiplied in float32 unless PyTorch is told to use TF32
+    (`torch.set_float32_matmul_precision`).
+    """
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+class Tuned:
+    """A kernel with a short list of configurations, of which each combination of widths takes the fastest.
+
+    Triton's autotuner chooses, at the first call, and keeps its choice on disk beside the compiled kernels; later calls go
+    past it, as it takes longer than a launch.
+    """
+
+    def __init__(self, autotuner: Any) -> None:
+        self.autotuner = autotuner
+        self.chosen: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **constants: Any) -> None:
+            key = (args[0].dtype, args[0].device, *constants.values())
+            config = self.chosen.get(key)
+            if config is None:
+                self.autotuner.run(*args, grid=grid, warmup=False, **constants)
+                self.chosen[key] = self.autotuner.best_config.all_kwargs()
+            else:
+                self.autotuner.fn.run(*args, grid=grid, warmup=False, **constants, **config)
+
+        return launch
+
+
+def tuned(configs: Sequence[Any], key: Sequence[str], wide: Any = None) -> Callable[[Any], Tuned]:
+    """Make a kernel choose among configurations; it may run more than once on the same arguments.
+
+    All compile-time constants must be given by keyword. `key` must name widths, which a model has few of, and never a number
+    of tokens, so that a new length neither compiles nor tunes. The interpreter takes the first configuration.
+
+    Args:
+        configs: `triton.Config`s.
+        key: names of kernel arguments whose values choose.
+        wide: the one configuration for a first argument in float32, whose tiles take twice the room; None for those above.
+    """
+    import triton
+
+    def fitting(listed: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
+        first = next(iter(arguments.values()))
+        return [wide] if wide is not None and first.dtype.itemsize > 2 else [c for c in listed if c is not wide]
+
+    def time(call: Callable[[], Any], quantiles: Sequence[float]) -> Any:
+        return triton.testing.do_bench(call, warmup=3, rep=12, quantiles=quantiles)
+
+    def choose(kernel: Any) -> Tuned:
+        if interpreted():
+            return Tuned(triton.autotune(configs=list(configs)[:1], key=list(key))(kernel))
+        listed = [*configs, *([wide] if wide is not None else [])]
+        prune = {"early_config_prune": fitting}
+        return Tuned(triton.autotune(listed, list(key), prune_configs_by=prune, do_bench=time, cache_results=True)(kernel))
+
+    return choose

@@ -1,0 +1,252 @@
+"""Scans over the chunks of a sequence, element by element: momentum, then the (decayed) sum of writes, and their gradients.
+
+Everything is float32; states are also stored in the operands' dtype, for the products that read them. Gates multiply and
+never divide, so that nothing underflows into a quotient (specification, section 3).
+
+Tables, int32: `sequences` `[S, 4]`: first chunk, number of chunks, number of complete chunks, first state row (a sequence
+of N chunks has N + 1 rows: the state before each chunk and after the last); `pieces` `[chunks or rows, 2]`: the first
+partial sum of a chunk's write, or of the gradient of a state row, and their number.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvbind.kernels.common import on_device_of
+
+_BLOCK = 512
+
+
+@triton.jit
+def _forward_kernel(
+    parts, pieces, momentum, retention, velocity, state, sequences, velocities, rows, end_velocity, end_state,
+    state_index, state_head, velocity_index, velocity_head, sign,
+    SIZE: tl.constexpr, HEADS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, RETENTION: tl.constexpr,
+    KEEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    head, sequence = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < SIZE
+    first, count = tl.load(sequences + sequence * 4).to(tl.int64), tl.load(sequences + sequence * 4 + 1)
+    complete, row = tl.load(sequences + sequence * 4 + 2), tl.load(sequences + sequence * 4 + 3).to(tl.int64)
+    end = (sequence * HEADS + head) * SIZE + place
+
+    d = tl.zeros((BLOCK,), tl.float32)
+    if MOMENTUM:
+        d = tl.load(velocity + sequence * velocity_index + head * velocity_head + place, mask=inside, other=0.0)
+        if complete == 0:
+            tl.store(end_velocity + end, d, mask=inside)
+    s = tl.zeros((BLOCK,), tl.float32)
+    if STATE:
+        s = tl.load(state + sequence * state_index + head * state_head + place, mask=inside, other=0.0)
+        tl.store(rows + (row * HEADS + head) * SIZE + place, s.to(rows.dtype.element_ty), mask=inside)
+        if complete == 0:
+            tl.store(end_state + end, s, mask=inside)
+    for c in range(0, count):
+        chunk = first + c
+        piece, more = tl.load(pieces + chunk * 2).to(tl.int64), tl.load(pieces + chunk * 2 + 1)
+        g = tl.load(parts + (piece * HEADS + head) * SIZE + place, mask=inside, other=0.0).to(tl.float32)
+        for i in range(1, more):
+            g += tl.load(parts + ((piece + i) * HEADS + head) * SIZE + place, mask=inside, other=0.0).to(tl.float32)
+        if MOMENTUM:
+            d = g + tl.load(momentum + chunk * HEADS + head) * d
+            g = d
+            if c == complete - 1:
+                tl.store(end_velocity + end, d, mask=inside)
+        if KEEP:
+            tl.store(velocities + (chunk * HEADS + head) * SIZE + place, g, mask=inside)
+        if STATE:
+            if RETENTION:
+                s *= tl.load(retention + chunk * HEADS + head)
+            s += sign * g
+            tl.store(rows + ((row + c + 1) * HEADS + head) * SIZE + place, s.to(rows.dtype.element_ty), mask=inside)
+            if c == complete - 1:
+                tl.store(end_state + end, s, mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    parts, pieces, momentum, retention, velocity, velocities, rows, sequences, d_end_state, d_end_velocity,
+    d_writes, d_state, d_velocity, d_momentum, d_retention,
+    velocity_index, velocity_head, sign,
+    SIZE: tl.constexpr, HEADS: tl.constexpr, CHUNKS, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
+    RETENTION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block, head, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    inside = place < SIZE
+    first, count = tl.load(sequences + sequence * 4).to(tl.int64), tl.load(sequences + sequence * 4 + 1)
+    complete, row = tl.load(sequences + sequence * 4 + 2), tl.load(sequences + sequence * 4 + 3).to(tl.int64)
+    end = (sequence * HEADS + head) * SIZE + place
+
+    ds, dd = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    # from the last chunk to the first; at each, ds is the gradient of the state after it
+    for back in range(0, count):
+        c = count - 1 - back
+        chunk = first + c
+        if STATE:
+            reads = row + c + 1
+            piece, more = tl.load(pieces + reads * 2).to(tl.int64), tl.load(pieces + reads * 2 + 1)
+            for i in range(0, more):
+                ds += tl.load(parts + ((piece + i) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
+            if c == complete - 1:
+                ds += tl.load(d_end_state + end, mask=inside, other=0.0)
+            g = sign * ds
+            if RETENTION:
+                before = tl.load(rows + ((row + c) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
+                tl.store(d_retention + (block * CHUNKS + chunk) * HEADS + head, tl.sum(before.to(tl.float32) * ds))
+                ds *= tl.load(retention + chunk * HEADS + head)
+        else:
+            g = tl.load(parts + (chunk * HEADS + head) * SIZE + place, mask=inside, other=0.0).to(tl.float32)
+        if MOMENTUM:
+            if c == complete - 1:
+                dd += tl.load(d_end_velocity + end, mask=inside, other=0.0)
+            dd += g
+            g = dd
+            if c > 0:
+                before = tl.load(velocities + ((chunk - 1) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
+            else:
+                before = tl.load(velocity + sequence * velocity_index + head * velocity_head + place, mask=inside, other=0.0)
+            tl.store(d_momentum + (block * CHUNKS + chunk) * HEADS + head, tl.sum(before * dd))
+            dd *= tl.load(momentum + chunk * HEADS + head)
+        tl.store(d_writes + (chunk * HEADS + head) * SIZE + place, g.to(d_writes.dtype.element_ty), mask=inside)
+
+    if MOMENTUM:
+        if complete == 0:
+            dd += tl.load(d_end_velocity + end, mask=inside, other=0.0)
+        tl.store(d_velocity + end, dd, mask=inside)
+    if STATE:
+        piece, more = tl.load(pieces + row * 2).to(tl.int64), tl.load(pieces + row * 2 + 1)
+        for i in range(0, more):
+            ds += tl.load(parts + ((piece + i) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
+        if complete == 0:
+            ds += tl.load(d_end_state + end, mask=inside, other=0.0)
+        tl.store(d_state + end, ds, mask=inside)
+
+
+def scan(
+    parts: Tensor,
+    pieces: Tensor,
+    sequences: Tensor,
+    *,
+    state: Tensor | None,
+    sign: float,
+    rows: int,
+    dtype: torch.dtype,
+    momentum: Tensor | None = None,
+    velocity: Tensor | None = None,
+    retention: Tensor | None = None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Momentum, if there are gates for it, then the running state, if there is one.
+
+    Args:
+        parts: partial sums of writes `[parts, heads, M, N]`.
+        pieces: which of them make up each chunk's write.
+        sequences: the table above.
+        state: float32 `[S, heads, M, N]` to start from (any strides of the first two axes), or None to stop at momentum.
+        sign: what writes are multiplied by.
+        rows: state rows of all sequences.
+        dtype: of the stored states.
+        momentum: gates, float32 `[chunks, heads]`, with `velocity`.
+        velocity: the momentum buffer to start from, float32 `[S, heads, M, N]`.
+        retention: gates, float32 `[chunks, heads]`.
+        keep: return the writes after momentum.
+
+    Returns:
+        Those writes, float32 `[chunks, heads, M, N]`; states `[rows, heads, M, N]`; velocity and state after the last
+        complete chunk, float32 `[S, heads, M, N]`. What was not asked for is empty.
+    """
+    heads, height, width = parts.shape[1:]
+    chunks, count, size = len(pieces), len(sequences), height * width
+
+    def room(wanted: bool, leading: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty((leading, heads, height, width) if wanted else (0,), dtype=kind, device=parts.device)
+
+    velocities = room(keep, chunks)
+    states, end_state = room(state is not None, rows, dtype), room(state is not None, count)
+    end_velocity = room(momentum is not None, count)
+    first, start = (x if x is not None else parts for x in (velocity, state))
+    if count:
+        with on_device_of(parts):
+            _forward_kernel[triton.cdiv(size, _BLOCK), heads, count](
+                parts, pieces, parts if momentum is None else momentum, parts if retention is None else retention,
+                first, start, sequences, velocities, states, end_velocity, end_state,
+                start.stride(0), start.stride(1), first.stride(0), first.stride(1), sign,
+                SIZE=size, HEADS=heads, MOMENTUM=momentum is not None, STATE=state is not None,
+                RETENTION=retention is not None, KEEP=keep, BLOCK=_BLOCK, num_warps=4,
+            )  # fmt: skip
+    return velocities, states, end_velocity, end_state
+
+
+def scan_backward(
+    parts: Tensor,
+    pieces: Tensor,
+    sequences: Tensor,
+    *,
+    chunks: int,
+    sign: float,
+    dtype: torch.dtype,
+    rows: Tensor | None = None,
+    d_end_state: Tensor | None = None,
+    momentum: Tensor | None = None,
+    velocity: Tensor | None = None,
+    velocities: Tensor | None = None,
+    d_end_velocity: Tensor | None = None,
+    retention: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradient of `scan`, from the last chunk to the first.
+
+    Args:
+        parts: partial sums of the gradient of each state row, float32 `[parts, heads, M, N]`; without `d_end_state`, the
+            gradient of each chunk's write after momentum, `[chunks, heads, M, N]`.
+        pieces: which of them make up each state row's gradient, `[rows, 2]`; not read without `d_end_state`.
+        sequences: as `scan` took it.
+        chunks: how many there are.
+        sign: as `scan` took it.
+        dtype: of the writes' gradients.
+        rows: the states that `scan` returned; read where there is retention.
+        d_end_state: the gradient of the end state, float32; None where `scan` had no state.
+        momentum: as `scan` took it.
+        velocity: as `scan` took it.
+        velocities: the writes after momentum that `scan` returned; read where there is momentum.
+        d_end_velocity: the gradient of the end velocity, float32.
+        retention: as `scan` took it.
+
+    Returns:
+        The gradients of the writes, `[chunks, heads, M, N]` in `dtype`; of the starting state and of the starting velocity,
+        float32 `[S, heads, M, N]` or empty; of the momentum and of the retention gates, `[chunks, heads]` or None.
+    """
+    heads, height, width = parts.shape[1:]
+    count, size = len(sequences), height * width
+    blocks = triton.cdiv(size, _BLOCK)
+
+    def room(wanted: bool, shape: tuple[int, ...], kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape if wanted else (0,), dtype=kind, device=parts.device)
+
+    stated, moving = d_end_state is not None, momentum is not None
+    d_writes = room(True, (chunks, heads, height, width), dtype)
+    d_state, d_velocity = room(stated, (count, heads, height, width)), room(moving, (count, heads, height, width))
+    d_momentum, d_retention = room(moving, (blocks, chunks, heads)), room(retention is not None, (blocks, chunks, heads))
+    unused = parts
+    first = unused if velocity is None else velocity
+    if count:
+        with on_device_of(parts):
+            _backward_kernel[blocks, heads, count](
+                parts, pieces, unused if momentum is None else momentum, unused if retention is None else retention, first,
+                unused if velocities is None else velocities, unused if rows is None else rows, sequences,
+                unused if d_end_state is None else d_end_state, unused if d_end_velocity is None else d_end_velocity,
+                d_writes, d_state, d_velocity, d_momentum, d_retention, first.stride(0), first.stride(1), sign,
+                SIZE=size, HEADS=heads, CHUNKS=chunks, MOMENTUM=moving, STATE=stated, RETENTION=retention is not None,
+                BLOCK=_BLOCK, num_warps=4,
+            )  # fmt: skip
+    return (
+        d_writes,
+        d_state,
+        d_velocity,
+        d_momentum.sum(0) if moving else None,
+        d_retention.sum(0) if retention is not None else None,
+    )

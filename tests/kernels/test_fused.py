@@ -1,0 +1,114 @@
+"""Inner loops on kernels give what the recurrent form gives in float64: outputs, states and every gradient."""
+
+import pytest
+import torch
+
+from kvbind import GLU, MLP, InnerLoop, Linear, NewtonSchulz, SwiGLU, ttt
+from kvbind.kernels.common import has_triton, interpreted
+
+pytestmark = pytest.mark.skipif(
+    not has_triton() or not (interpreted() or torch.cuda.is_available()), reason="needs Triton's interpreter or a GPU"
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FULL = NewtonSchulz(dtype=torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch):
+    monkeypatch.setenv("KVBIND_KERNELS", "force")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def draw(spec, batch, tokens, heads, key_width, value_width, hidden, dtype, seed=0, packed=None):
+    """Operands whose values `dtype` holds exactly, with gradients."""
+    make = torch.Generator().manual_seed(seed)
+
+    def randn(*shape, kind=dtype):
+        return torch.randn(*shape, generator=make).to(kind).to(DEVICE).requires_grad_()
+
+    q, k, v = (randn(batch, tokens, heads, d) for d in (key_width, key_width, value_width))
+    weights = spec.network.initial(heads, key_width, value_width, hidden, generator=make)
+    operands = {"q": q, "k": k, "v": v}
+    operands |= {f"weights.{name}": x.to(DEVICE).requires_grad_() for name, x in weights.items()}
+    gate = (batch, tokens, heads)
+    if spec.token_lr:
+        operands["lr"] = (torch.rand(gate, generator=make) * 0.5 + 0.1).to(DEVICE).requires_grad_()
+    for name in ("momentum", "retention"):
+        if getattr(spec, name):
+            operands[name] = (torch.rand(gate, generator=make) * 0.6 + 0.3).to(DEVICE).requires_grad_()
+    return operands
+
+
+def run(spec, operands, form, splits=None, **options):
+    """Outputs and the last state of a call, or of several over `splits` of the tokens."""
+    weights = {name.removeprefix("weights."): x for name, x in operands.items() if name.startswith("weights.")}
+    named = {name: x for name, x in operands.items() if not name.startswith("weights.")}
+    state, outputs, start = None, [], 0
+    for stop in [*(splits or ()), operands["q"].shape[1]]:
+        part = {name: x[:, start:stop] for name, x in named.items()}
+        y, state = ttt(spec, weights if state is None else None, **part, state=state, form=form, **options)
+        outputs.append(y)
+        start = stop
+    return torch.cat(outputs, 1), state
+
+
+def compare(spec, operands, bound, form="parallel", splits=None, **options):
+    """Hold a call on kernels to the recurrent form in float64, by relative norms."""
+    exact = {name: x.detach().double().requires_grad_() for name, x in operands.items()}
+    results = []
+    for given, which in ((operands, form), (exact, "recurrent")):
+        y, state = run(spec, given, which, splits if given is operands else None, **options)
+        make = torch.Generator().manual_seed(7)
+        loss = (y.double() * torch.randn(y.shape, generator=make).to(DEVICE)).sum()
+        for x in (state.weights["out"], *state.momentum.values()):
+            loss = loss + (x.double() * torch.randn(x.shape, generator=make).to(DEVICE)).sum()
+        grads = torch.autograd.grad(loss, list(given.values()), allow_unused=True)
+        found = {"y": y, "state": state.weights["out"]} | dict(zip(given, grads, strict=True))
+        results.append({name: x for name, x in found.items() if x is not None})
+    ours, reference = results
+    assert ours.keys() == reference.keys()
+    assert ours["y"].dtype == operands["q"].dtype
+    for name, want in reference.items():
+        error = (ours[name].double() - want).norm() / want.norm().clamp(min=1e-30)
+        assert error < bound, f"{name}: {error:.2e}"
+
+
+RUNGS = {
+    "rung2": InnerLoop(network=SwiGLU(), update="last", momentum=True, orthogonalize=FULL, chunk=64),
+    "rung3": InnerLoop(network=Linear(), momentum=True, orthogonalize=FULL, chunk=64),
+    "rung4": InnerLoop(network=Linear(), momentum=True, orthogonalize=FULL, chunk=64, token_lr=False),
+    "rung5": InnerLoop(network=Linear(), orthogonalize=FULL, chunk=64, token_lr=False),
+    "rung6": InnerLoop(network=Linear(), chunk=64, token_lr=False),
+    "mlp": InnerLoop(network=MLP(), update="last", retention=True, momentum=True, chunk=64, visibility="chunk"),
+    "glu": InnerLoop(network=GLU(), update="last", retention=True, chunk=64, direction="ascent", query="key"),
+}
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_parallel_form_of_every_rung_equals_the_recurrent_form(name):
+    spec = RUNGS[name]
+    operands = draw(spec, 2, 150, 2, 24, 40, 24 if name == "mlp" else 48, torch.float32)
+    compare(spec, operands, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["rung2", "rung3", "rung6"])
+def test_bfloat16_operands_keep_their_precision(name):
+    spec = RUNGS[name]
+    compare(spec, draw(spec, 1, 200, 2, 32, 32, 32, torch.bfloat16), 4e-2)
+
+
+@pytest.mark.parametrize("name", ["rung2", "mlp"])
+def test_packed_sequences_stay_apart(name):
+    spec = RUNGS[name]
+    operands = draw(spec, 1, 300, 1, 16, 32, 16, torch.float32)
+    weights = {k: v for k, v in operands.items() if k.startswith("weights.")}
+    assert weights
+    compare(spec, operands, 1e-5, cu_seqlens=[0, 0, 130, 131, 259, 300])
+
+
+def test_any_split_into_calls_gives_the_same():
+    spec = RUNGS["rung2"]
+    compare(spec, draw(spec, 2, 200, 1, 16, 16, 16, torch.float32), 1e-5, splits=[70, 71, 130])
