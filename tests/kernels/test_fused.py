@@ -112,3 +112,48 @@ def test_packed_sequences_stay_apart(name):
 def test_any_split_into_calls_gives_the_same():
     spec = RUNGS["rung2"]
     compare(spec, draw(spec, 2, 200, 1, 16, 16, 16, torch.float32), 1e-5, splits=[70, 71, 130])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        InnerLoop(network=Linear(), chunk=1, visibility="token", retention=True),
+        InnerLoop(network=Linear(), chunk=8, visibility="token", direction="ascent"),
+        InnerLoop(network=GLU(), update="last", chunk=16, visibility="past"),
+        InnerLoop(network=Linear(), chunk=16, visibility="chunk", token_lr=False),
+    ],
+    ids=["gated", "token", "past", "chunk"],
+)
+def test_token_visibility_and_short_chunks_equal_the_recurrent_form(spec):
+    compare(spec, draw(spec, 2, 85, 2, 16, 24, 16, torch.float32), 1e-5)
+
+
+def test_packed_sequences_stay_apart_under_token_visibility():
+    spec = InnerLoop(network=Linear(), chunk=1, visibility="token", retention=True)
+    compare(spec, draw(spec, 1, 120, 1, 16, 16, 16, torch.float32), 1e-5, cu_seqlens=[0, 40, 41, 41, 120])
+
+
+@pytest.mark.parametrize("update_tokens", [None, slice(0, 90), "mask"])
+def test_one_update_from_all_tokens_equals_the_recurrent_form(update_tokens):
+    spec = InnerLoop(network=SwiGLU(), update="last", orthogonalize=FULL, visibility="full")
+    operands = draw(spec, 2, 130, 1, 16, 16, 32, torch.float32)
+    if update_tokens == "mask":
+        update_tokens = torch.rand(2, 130, generator=torch.Generator().manual_seed(3)).to(DEVICE) < 0.5
+    compare(spec, operands, 1e-5, form="auto", update_tokens=update_tokens)
+
+
+def test_kernels_are_really_taken(monkeypatch):
+    """What the tests above compare with the recurrent form is the kernels' work."""
+    from kvbind.forms import fused
+
+    taken = []
+    for name in ("chunked_form", "causal_form"):
+        run_form = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda spec, call, f=run_form, n=name: taken.append(n) or f(spec, call))
+    for spec, tokens in ((RUNGS["rung6"], 70), (InnerLoop(network=Linear(), chunk=1, visibility="token"), 40)):
+        operands = draw(spec, 1, tokens, 1, 16, 16, 16, torch.float32)
+        run(spec, operands, "auto")
+        monkeypatch.setenv("KVBIND_KERNELS", "0")
+        run(spec, operands, "auto")
+        monkeypatch.setenv("KVBIND_KERNELS", "force")
+    assert taken == ["chunked_form", "causal_form"]

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kvbind.forms.analysis import parallel_obstacles
+from kvbind.forms.recurrent import recurrent
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import Operands
@@ -38,14 +40,20 @@ def engine(spec: InnerLoop, call: Operands, form: str) -> Engine | None:
     """What runs this call on kernels in this form ("recurrent" or "parallel"), or None where nothing does."""
     if not operands_fit(call):
         return None
+    if spec.visibility == "full":
+        return chunked_form if chunked_fits(spec) and not (call.tokens.mask is not None and spec.momentum) else None
     if form == "parallel" and chunked_fits(spec):
         return chunked_form
+    if form == "parallel" and causal_fits(spec) and not any(call.state.pending_lengths):
+        return causal_form
     return None
 
 
 def takes_packed(spec: InnerLoop, call: Operands, form: str) -> bool:
     """Whether packed sequences of any lengths run in one go: on kernels, where none has tokens pending."""
-    fits = form != "recurrent" and not parallel_obstacles(spec) and chunked_fits(spec)
+    if form == "recurrent" or spec.visibility == "full" or parallel_obstacles(spec) or isinstance(spec.network, GLU):
+        return False
+    fits = chunked_fits(spec) or (causal_fits(spec) and spec.chunk == 1)
     return fits and not any(call.state.pending_lengths) and operands_fit(call)
 
 
@@ -57,21 +65,27 @@ def operands_fit(call: Operands) -> bool:
     return out.dtype == torch.float32 and min(q.shape[-1], *out.shape[-2:]) >= NARROWEST and q.numel() > 0
 
 
+def writes_add_up(spec: InnerLoop) -> bool:
+    """Whether the last layer alone is updated, once per chunk, by writes that do not read it."""
+    theta = spec.network.theta if spec.update == "all" else ()
+    return not theta and spec.loss == "dot" and spec.steps == 1 and not spec.clip and not spec.normalize
+
+
 def chunked_fits(spec: InnerLoop) -> bool:
-    """Whether an inner loop that has a parallel form is one of `kvbind.kernels.chunked`."""
+    """Whether an inner loop is one of `kvbind.kernels.chunked`."""
     network = spec.network
-    return (
-        isinstance(network, Linear | SwiGLU | GLU)
-        or (isinstance(network, MLP) and network.depth == 1)
-    ) and (
-        spec.loss == "dot"
-        and not spec.clip
-        and not spec.normalize
-        and spec.visibility in ("past", "chunk")
-        and spec.chunk is not None
-        and spec.chunk >= SHORT_CHUNK
-        and (spec.orthogonalize is None or orthogonal_dtype(spec.orthogonalize) is not None)
-    )  # fmt: skip
+    known = isinstance(network, Linear | SwiGLU | GLU) or (isinstance(network, MLP) and network.depth == 1)
+    long = spec.chunk is None or spec.chunk >= SHORT_CHUNK
+    products = spec.orthogonalize is None or orthogonal_dtype(spec.orthogonalize) is not None
+    return known and long and products and spec.visibility != "token" and writes_add_up(spec)
+
+
+def causal_fits(spec: InnerLoop) -> bool:
+    """Whether an inner loop is one of `kvbind.kernels.causal`."""
+    short = spec.visibility == "token" or (spec.chunk is not None and spec.chunk < SHORT_CHUNK)
+    gates = not spec.momentum and (not spec.retention or (spec.visibility == "token" and spec.chunk == 1))
+    known = isinstance(spec.network, Linear | GLU) and spec.visibility != "full" and spec.orthogonalize is None
+    return known and short and gates and writes_add_up(spec)
 
 
 def orthogonal_dtype(rule: NewtonSchulz) -> torch.dtype | None:
@@ -85,8 +99,25 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.dim() == 2 or rows.stride(-1) == 1 else rows.contiguous()
 
 
+def column_of(rate: Tensor | float, tokens: Tokens) -> Tensor | None:
+    """A rate as kernels take it, `[B, H, T]` float32, zero for tokens that do not write; None for the constant 1."""
+    if not isinstance(rate, Tensor):
+        if rate == 1 and tokens.mask is None:
+            return None
+        rate = torch.full(tokens.k.shape[:3], float(rate), device=tokens.k.device)
+    return rate if tokens.mask is None else rate * tokens.mask
+
+
+def between_gates(network: Network, fast: FastWeights, q: Tensor, tokens: Tokens) -> tuple[Tensor | None, Tokens]:
+    """What multiplies the outputs of a GLU, or None for other networks, and its tokens with gated values."""
+    if not isinstance(network, GLU):
+        return None, tokens
+    values = gated(network.gate(fast.weights, tokens.k.float()), tokens.v.float()).to(tokens.v.dtype)
+    return network.gate(fast.weights, q.float()), replace(tokens, v=values)
+
+
 def chunked_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
-    """The chunkwise parallel form on kernels.
+    """The chunkwise parallel form on kernels; under `visibility="full"`, all tokens that write are one chunk.
 
     Args:
         spec: an inner loop that `chunked_fits`.
@@ -98,45 +129,79 @@ def chunked_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
     from kvbind.kernels.chunked import chunked
     from kvbind.kernels.spans import TILE, chunked_layout
 
-    assert spec.chunk is not None
-    q, tokens, state, bounds = call.q, call.tokens, call.state, call.cu_seqlens
+    q, state, bounds = call.q, call.state, call.cu_seqlens
+    if spec.visibility == "full" and not len(call.tokens):
+        return recurrent(spec, q.to(state.dtype), call.tokens, state)
     pending = state.pending()
-    joined = tokens if pending is None else pending.append(tokens)
-    kept, new, total = 0 if pending is None else len(pending), q.shape[2], len(joined)
-    lengths = (new,) * q.shape[0] if bounds is None else tuple(b - a for a, b in itertools.pairwise(bounds))
-    fast, network = state.fast, spec.network
-    count, heads = len(lengths), q.shape[1]
+    joined = call.tokens if pending is None else pending.append(call.tokens)
+    kept = 0 if pending is None else len(pending)
+    lengths = (q.shape[2],) * q.shape[0] if bounds is None else tuple(b - a for a, b in itertools.pairwise(bounds))
+    writers = tuple(kept + n for n in lengths) if spec.chunk else (len(joined),) * len(lengths)
+    fast, network, orthogonalize = state.fast, spec.network, spec.orthogonalize
 
     theta, shared = theta_of(network, fast)
     start = fast.weights["out"]
-    tiles = -(-start.shape[-2] // TILE) * -(-start.shape[-1] // TILE)
+    tiles = q.shape[1] * -(-start.shape[-2] // TILE) * -(-start.shape[-1] // TILE)
+    own = spec.visibility != "past"
     layout = chunked_layout(
-        lengths, (kept,) * count, tuple(kept + n for n in lengths), spec.chunk, spec.visibility == "chunk", shared,
-        heads * tiles, q.device,
-    )  # fmt: skip
+        lengths, (kept,) * len(lengths), writers, spec.chunk or len(joined), own, shared, tiles, q.device
+    )
 
     def per_chunk(gate: Tensor | None) -> Tensor | None:
         return None if gate is None else layout.chunk_means(as_rows(gate).float())
 
-    rate, k, v = joined.rates["out"], joined.k, joined.v
-    sign, rates = spec.sign, None
-    if isinstance(rate, Tensor):
-        rates = as_rows(rate).contiguous()
-    elif rate != 1:
-        rates = torch.full((count and k.shape[0] * total, heads), float(rate), device=k.device)
-    gate_of = {x: network.gate(fast.weights, y.float()) for x, y in (("q", q), ("k", k))} if isinstance(network, GLU) else {}
-    if gate_of:
-        v = gated(gate_of["k"], v.float()).to(v.dtype)
-    moving = spec.momentum
+    rate = column_of(joined.rates["out"], joined)
+    output_gate, gated_tokens = between_gates(network, fast, q, joined)
     output, end, velocity = chunked(
-        as_rows(q), as_rows(k), as_rows(v), layout, dense(start), theta=theta, activation=activation_of(network),
-        rates=rates, momentum=per_chunk(joined.momentum), velocity=dense(fast.momentum["out"]) if moving else None,
-        retention=per_chunk(joined.retention), coefficients=spec.orthogonalize.coefficients if spec.orthogonalize else (),
-        orthogonal_dtype=(spec.orthogonalize and orthogonal_dtype(spec.orthogonalize)) or torch.bfloat16, sign=sign,
+        as_rows(q), as_rows(gated_tokens.k), as_rows(gated_tokens.v), layout, dense(start), theta=theta,
+        activation=activation_of(network), rates=None if rate is None else as_rows(rate).contiguous(),
+        momentum=per_chunk(joined.momentum), velocity=dense(fast.momentum["out"]) if spec.momentum else None,
+        retention=per_chunk(joined.retention), coefficients=orthogonalize.coefficients if orthogonalize else (),
+        orthogonal_dtype=orthogonalize.dtype if orthogonalize else torch.bfloat16, sign=spec.sign,
     )  # fmt: skip
-    after = FastWeights(dict(fast.weights) | {"out": end}, {"out": velocity} if moving else {}, fast.norms)
-    shaped = output.unflatten(0, (q.shape[0], new)).transpose(1, 2)
-    return gated(gate_of.get("q"), shaped), settle(spec, after, joined, lengths, kept, bounds)
+    after = FastWeights(dict(fast.weights) | {"out": end}, {"out": velocity} if spec.momentum else {}, fast.norms)
+    output = gated(output_gate, output.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2))
+    return output, settle(spec, after, joined, lengths, kept, bounds)
+
+
+def causal_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
+    """Attention inside blocks of tokens on kernels: `visibility="token"`, and short chunks.
+
+    Args:
+        spec: an inner loop that `causal_fits`.
+        call: its sequences have nothing pending; packed ones have `spec.chunk == 1`.
+
+    Returns:
+        Outputs `[B, H, T, Dv]`, and the state after this call.
+    """
+    from kvbind.kernels.causal import causal_linear_attention
+
+    chunk = spec.chunk or 1
+    q, tokens, state, bounds = call.q, call.tokens, call.state, call.cu_seqlens
+    fast, length = state.fast, q.shape[2]
+    output_gate, gated_tokens = between_gates(spec.network, fast, q, tokens)
+    rates = column_of(tokens.rates["out"], tokens)
+    packed = None if bounds is None else torch.tensor(bounds, device=q.device)
+    rest = length % chunk if bounds is None else 0
+
+    def run(start: int, stop: int, before: Tensor) -> tuple[Tensor, Tensor | None]:
+        def part(x: Tensor) -> Tensor:
+            return x[:, :, start:stop].transpose(1, 2)
+
+        return causal_linear_attention(
+            part(q), part(gated_tokens.k), part(gated_tokens.v), None if rates is None else part(rates),
+            None if tokens.retention is None else part(tokens.retention), before,
+            chunk=1 if spec.visibility == "token" else chunk, mode=spec.visibility, cu_seqlens=packed,
+            sign=spec.sign, return_state=stop == length - rest,
+        )  # fmt: skip
+
+    output, end = run(0, length - rest, fast.weights["out"])
+    assert end is not None
+    if rest:
+        output = torch.cat((output, run(length - rest, length, end)[0]), dim=1)
+    after = FastWeights(dict(fast.weights) | {"out": end}, {}, {})
+    counts = (0,) * state.batch if bounds is not None else (length,) * state.batch
+    return gated(output_gate, output.transpose(1, 2)), settle(spec, after, tokens, counts, 0, None)
 
 
 def theta_of(network: Network, fast: FastWeights) -> tuple[Tensor | None, bool]:
@@ -166,7 +231,8 @@ def settle(
     spec: InnerLoop, fast: FastWeights, tokens: Tokens, lengths: tuple[int, ...], kept: int, bounds: tuple[int, ...] | None
 ) -> State:
     """The state after a call: the weights, and the tokens of each sequence's incomplete chunk."""
-    assert spec.chunk is not None
+    if spec.chunk is None:
+        return State.of(spec, fast, None, 0)
     chunk = spec.chunk
     if bounds is None:
         rest = (kept + lengths[0]) % chunk

@@ -3,3 +3,10 @@
 Modules here know tensors, not inner loops; `kvbind.forms.fused` turns an inner loop into their calls. Importing one needs
 Triton. Each operator is opaque to `torch.compile`, with fake and autograd registrations, and tested against a PyTorch twin.
 """
+
+from kvbind.kernels.common import has_triton, interpreted
+
+if interpreted() and has_triton():
+    from kvbind.kernels.interpreter import repair
+
+    repair()

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbind.kernels.common import dot_precision, on_device_of
+from kvbind.kernels.common import Launcher, dot_precision, on_device_of
 
 EPSILON = 1e-7
 """What is added to the norm, as in the twin."""
@@ -83,6 +83,7 @@ def _inverse_norm(squares, PARTS: tl.constexpr):
     return 1.0 / (norm + _EPSILON), norm
 
 
+@Launcher
 @triton.jit
 def _cast(
     x, out, squares, stride_batch, stride_row, stride_column,
@@ -104,6 +105,7 @@ def _cast(
         tl.store(squares + program, tl.sum(tl.sum(value * value, 1), 0))
 
 
+@Launcher
 @triton.jit(do_not_specialize=["power"])
 def _product(
     c, l1, r1, l2, r2, p, squares, dots, alpha, beta, power,
@@ -176,6 +178,7 @@ def _product(
         tl.store(dots + program, tl.sum(tl.sum(acc * other, 1), 0))
 
 
+@Launcher
 @triton.jit
 def _undo_norm(
     out, grad, x, squares, dots,
@@ -211,6 +214,7 @@ def _coefficient(values: tl.constexpr, iteration, WHICH: tl.constexpr):
     return value
 
 
+@Launcher
 @triton.jit(do_not_specialize=["n"])
 def _whole_forward(
     x, out, kept, squares, n, stride_batch, stride_row, stride_column,
@@ -241,6 +245,7 @@ def _whole_forward(
     tl.store(out + rows[:, None] * OUT_ROW + columns[None, :] * OUT_COLUMN, value.to(out.dtype.element_ty), mask=inside)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["n"])
 def _whole_backward(
     kept, squares, grad, out, n, stride_batch, stride_row, stride_column,

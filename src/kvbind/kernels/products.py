@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kvbind.kernels.activations import activate, slope
 from kvbind.kernels.common import dot_precision, on_device_of, tuned
-from kvbind.kernels.dots import dot
 
 STATE, THETA = 2, 3
 """The columns of a table of spans that name matrices."""
@@ -31,7 +30,7 @@ def _tile(spans, tiles_m, tiles_n):
 
 @triton.jit
 def _accumulate(
-    acc, x, x_row, rows, inside, w, w_in, w_out, columns,
+    acc, x, x_row, rows, w, w_in, w_out, columns,
     K: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`acc + x[rows] @ w[:, columns]`, with pointers at the head's first element."""
@@ -42,13 +41,13 @@ def _accumulate(
     ws = w + inner[:, None] * w_in + columns[None, :] * w_out
     for k in range(0, K, BK):
         if K % BK == 0:
-            a = tl.load(xs, mask=inside[:, None], other=0.0)
+            a = tl.load(xs)
             b = tl.load(ws)
         else:
             within = k + inner < K
-            a = tl.load(xs, mask=inside[:, None] & within[None, :], other=0.0)
+            a = tl.load(xs, mask=within[None, :], other=0.0)
             b = tl.load(ws, mask=within[:, None], other=0.0)
-        acc = dot(a, b, acc, PRECISION)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
         xs += BK
         ws += BK * w_in
     return acc
@@ -63,7 +62,7 @@ _WIDE = triton.Config({"BM": 64, "BN": 32, "BK": 32}, num_warps=4, num_stages=2)
 
 
 @tuned(_CONFIGS, ["K", "N", "COLUMN", "w_out"], _WIDE)
-@triton.jit(do_not_specialize=["longest"])
+@triton.jit(do_not_specialize=["longest", "partial_tile"])
 def _product_kernel(
     x, w, y, z, rates, partial, spans, longest,
     x_row, x_head, w_index, w_head, w_in, w_out, y_row, y_head, z_row, z_head, partial_tile, partial_row,
@@ -76,10 +75,10 @@ def _product_kernel(
     if m * BM >= length:
         return
     local = m * BM + tl.arange(0, BM)
-    inside, rows = local < length, first + local
+    inside, rows = local < length, first + tl.minimum(local, length - 1)
     columns = n * BN + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), tl.float32)
-    acc = _accumulate(acc, x + head * x_head, x_row, rows, inside, w + index * w_index + head * w_head, w_in, w_out, columns,
+    acc = _accumulate(acc, x + head * x_head, x_row, rows, w + index * w_index + head * w_head, w_in, w_out, columns,
                       K, N, BK, PRECISION)  # fmt: skip
     stored = inside[:, None] & (columns < N)[None, :]
     if DOT:
@@ -144,7 +143,7 @@ def product(
 
 @triton.jit
 def _preactivations(
-    x, x_row, rows, inside, w, w_up, w_in, columns, D: tl.constexpr, F: tl.constexpr, UP: tl.constexpr,
+    x, x_row, rows, w, w_up, w_in, columns, D: tl.constexpr, F: tl.constexpr, UP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`x[rows] @ w[:, columns]`, and the same of `w_up` if `UP`; matrices with contiguous rows."""
@@ -155,16 +154,16 @@ def _preactivations(
     u, p = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
     for k in range(0, D, BK):
         if D % BK == 0:
-            a = tl.load(xs, mask=inside[:, None], other=0.0)
-            u = dot(a, tl.load(ws), u, PRECISION)
+            a = tl.load(xs)
+            u = tl.dot(a, tl.load(ws), u, input_precision=PRECISION)
             if UP:
-                p = dot(a, tl.load(ups), p, PRECISION)
+                p = tl.dot(a, tl.load(ups), p, input_precision=PRECISION)
         else:
             within = k + inner < D
-            a = tl.load(xs, mask=inside[:, None] & within[None, :], other=0.0)
-            u = dot(a, tl.load(ws, mask=within[:, None], other=0.0), u, PRECISION)
+            a = tl.load(xs, mask=within[None, :], other=0.0)
+            u = tl.dot(a, tl.load(ws, mask=within[:, None], other=0.0), u, input_precision=PRECISION)
             if UP:
-                p = dot(a, tl.load(ups, mask=within[:, None], other=0.0), p, PRECISION)
+                p = tl.dot(a, tl.load(ups, mask=within[:, None], other=0.0), p, input_precision=PRECISION)
         xs += BK
         ws += BK * w_in
         ups += BK * w_in
@@ -192,10 +191,10 @@ def _features_kernel(
     if m * BM >= length:
         return
     local = m * BM + tl.arange(0, BM)
-    inside, rows = local < length, first + local
+    inside, rows = local < length, first + tl.minimum(local, length - 1)
     columns = n * BN + tl.arange(0, BN)
     offset = index * w_index + head * w_head
-    u, p = _preactivations(x + head * x_head, x_row, rows, inside, w + offset, w_up + offset, w_in, columns,
+    u, p = _preactivations(x + head * x_head, x_row, rows, w + offset, w_up + offset, w_in, columns,
                            D, F, UP, BM, BN, BK, PRECISION)  # fmt: skip
     h = activate(u, ACTIVATION)
     if UP:
@@ -246,7 +245,7 @@ _BACKWARD_CONFIGS = [
 
 
 @tuned(_BACKWARD_CONFIGS, ["D", "E", "F", "UP"], _WIDE)
-@triton.jit(do_not_specialize=["longest"])
+@triton.jit(do_not_specialize=["longest", "partial_tile"])
 def _features_backward_kernel(
     x, w, w_up, g, m, y, du, rates, partial, spans, longest,
     x_row, x_head, w_index, w_head, w_in, g_row, g_head, m_index, m_head, m_row, y_row, y_head, du_row, du_head,
@@ -261,16 +260,16 @@ def _features_backward_kernel(
     if tile * BM >= length:
         return
     local = tile * BM + tl.arange(0, BM)
-    inside, rows = local < length, first + local
+    inside, rows = local < length, first + tl.minimum(local, length - 1)
     columns = n * BN + tl.arange(0, BN)
 
     # the gradient of the features: g times the transposed state or update
     dh = tl.zeros((BM, BN), tl.float32)
-    dh = _accumulate(dh, g + head * g_head, g_row, rows, inside, m + index * m_index + head * m_head, 1, m_row, columns,
+    dh = _accumulate(dh, g + head * g_head, g_row, rows, m + index * m_index + head * m_head, 1, m_row, columns,
                      E, F, BK, PRECISION)  # fmt: skip
 
     offset = other * w_index + head * w_head
-    u, p = _preactivations(x + head * x_head, x_row, rows, inside, w + offset, w_up + offset, w_in, columns,
+    u, p = _preactivations(x + head * x_head, x_row, rows, w + offset, w_up + offset, w_in, columns,
                            D, F, UP, BM, BN, BK, PRECISION)  # fmt: skip
     s = activate(u, ACTIVATION)
     h = s
@@ -358,16 +357,21 @@ def _write_kernel(
     xs = x + head * x_head + (first + tokens)[:, None] * x_row + (channels % M)[None, :]
     gs = g + head * g_head + (first + tokens)[:, None] * g_row + (columns % N)[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
-    for t in range(0, length, BK):
-        inside = tokens < length - t
-        a = tl.load(xs, mask=inside[:, None], other=0.0)
-        b = tl.load(gs, mask=inside[:, None], other=0.0)
+    whole = length // BK * BK
+    for t in range(0, whole, BK):
+        b = tl.load(gs)
         if RATED:
-            rate = tl.load(rates + (first + t + tokens) * rate_row + head, mask=inside, other=0.0)
-            b = (b * rate[:, None]).to(x.dtype.element_ty)
-        acc = dot(tl.trans(a), b, acc, PRECISION)
+            b = (b * tl.load(rates + (first + t + tokens) * rate_row + head)[:, None]).to(x.dtype.element_ty)
+        acc = tl.dot(tl.trans(tl.load(xs)), b, acc, input_precision=PRECISION)
         xs += BK * x_row
         gs += BK * g_row
+    if whole < length:
+        inside = tokens < length - whole
+        b = tl.load(gs, mask=inside[:, None], other=0.0)
+        if RATED:
+            rate = tl.load(rates + (first + whole + tokens) * rate_row + head, mask=inside, other=0.0)
+            b = (b * rate[:, None]).to(x.dtype.element_ty)
+        acc = tl.dot(tl.trans(tl.load(xs, mask=inside[:, None], other=0.0)), b, acc, input_precision=PRECISION)
     place = y + span.to(tl.int64) * y_span + head * y_head + channels[:, None] * N + columns[None, :]
     tl.store(place, acc, mask=(channels < M)[:, None] & (columns < N)[None, :])
 

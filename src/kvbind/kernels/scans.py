@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbind.kernels.common import on_device_of
+from kvbind.kernels.common import Launcher, on_device_of
 
 _BLOCK = 512
 
 
+@Launcher
 @triton.jit
 def _forward_kernel(
     parts, pieces, momentum, retention, velocity, state, sequences, velocities, rows, end_velocity, end_state,
@@ -67,12 +68,13 @@ def _forward_kernel(
                 tl.store(end_state + end, s, mask=inside)
 
 
-@triton.jit
+@Launcher
+@triton.jit(do_not_specialize=["chunks"])
 def _backward_kernel(
     parts, pieces, momentum, retention, velocity, velocities, rows, sequences, d_end_state, d_end_velocity,
     d_writes, d_state, d_velocity, d_momentum, d_retention,
-    velocity_index, velocity_head, sign,
-    SIZE: tl.constexpr, HEADS: tl.constexpr, CHUNKS, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
+    velocity_index, velocity_head, sign, chunks,
+    SIZE: tl.constexpr, HEADS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
     RETENTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block, head, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -97,7 +99,7 @@ def _backward_kernel(
             g = sign * ds
             if RETENTION:
                 before = tl.load(rows + ((row + c) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
-                tl.store(d_retention + (block * CHUNKS + chunk) * HEADS + head, tl.sum(before.to(tl.float32) * ds))
+                tl.store(d_retention + (block * chunks + chunk) * HEADS + head, tl.sum(before.to(tl.float32) * ds))
                 ds *= tl.load(retention + chunk * HEADS + head)
         else:
             g = tl.load(parts + (chunk * HEADS + head) * SIZE + place, mask=inside, other=0.0).to(tl.float32)
@@ -110,7 +112,7 @@ def _backward_kernel(
                 before = tl.load(velocities + ((chunk - 1) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
             else:
                 before = tl.load(velocity + sequence * velocity_index + head * velocity_head + place, mask=inside, other=0.0)
-            tl.store(d_momentum + (block * CHUNKS + chunk) * HEADS + head, tl.sum(before * dd))
+            tl.store(d_momentum + (block * chunks + chunk) * HEADS + head, tl.sum(before * dd))
             dd *= tl.load(momentum + chunk * HEADS + head)
         tl.store(d_writes + (chunk * HEADS + head) * SIZE + place, g.to(d_writes.dtype.element_ty), mask=inside)
 
@@ -239,8 +241,8 @@ def scan_backward(
                 parts, pieces, unused if momentum is None else momentum, unused if retention is None else retention, first,
                 unused if velocities is None else velocities, unused if rows is None else rows, sequences,
                 unused if d_end_state is None else d_end_state, unused if d_end_velocity is None else d_end_velocity,
-                d_writes, d_state, d_velocity, d_momentum, d_retention, first.stride(0), first.stride(1), sign,
-                SIZE=size, HEADS=heads, CHUNKS=chunks, MOMENTUM=moving, STATE=stated, RETENTION=retention is not None,
+                d_writes, d_state, d_velocity, d_momentum, d_retention, first.stride(0), first.stride(1), sign, chunks,
+                SIZE=size, HEADS=heads, MOMENTUM=moving, STATE=stated, RETENTION=retention is not None,
                 BLOCK=_BLOCK, num_warps=4,
             )  # fmt: skip
     return (
