@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvbind import GLU, MLP, InnerLoop, Linear, NewtonSchulz, SwiGLU, ttt
+from kvbind.inner.systems import vittt
 from kvbind.kernels.common import has_triton, interpreted
 
 pytestmark = pytest.mark.skipif(
@@ -142,18 +143,35 @@ def test_one_update_from_all_tokens_equals_the_recurrent_form(update_tokens):
     compare(spec, operands, 1e-5, form="auto", update_tokens=update_tokens)
 
 
+VITTT = {
+    "heads": vittt(),
+    "ascent": vittt().replace(direction="ascent", update="last", query="key"),
+    "squared": vittt().replace(loss="squared"),
+    "linear": vittt().replace(network=Linear(), update="last"),
+    "conv": vittt("conv"),
+}
+
+
+@pytest.mark.parametrize("name", VITTT)
+def test_vittt_branches_equal_the_recurrent_form(name):
+    spec = VITTT[name]
+    operands = draw(spec, 2, 49, 2, 16, 16, 16, torch.float32)
+    compare(spec, operands, 1e-5, form="auto", lr=0.1)
+
+
 def test_kernels_are_really_taken(monkeypatch):
     """What the tests above compare with the recurrent form is the kernels' work."""
     from kvbind.forms import fused
 
     taken = []
-    for name in ("chunked_form", "causal_form"):
+    for name in ("chunked_form", "causal_form", "glu_form", "conv_form"):
         run_form = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda spec, call, f=run_form, n=name: taken.append(n) or f(spec, call))
-    for spec, tokens in ((RUNGS["rung6"], 70), (InnerLoop(network=Linear(), chunk=1, visibility="token"), 40)):
+    token = InnerLoop(network=Linear(), chunk=1, visibility="token")
+    for spec, tokens in ((RUNGS["rung6"], 70), (token, 40), (vittt(), 16), (vittt("conv"), 16)):
         operands = draw(spec, 1, tokens, 1, 16, 16, 16, torch.float32)
         run(spec, operands, "auto")
         monkeypatch.setenv("KVBIND_KERNELS", "0")
         run(spec, operands, "auto")
         monkeypatch.setenv("KVBIND_KERNELS", "force")
-    assert taken == ["chunked_form", "causal_form"]
+    assert taken == ["chunked_form", "causal_form", "glu_form", "conv_form"]

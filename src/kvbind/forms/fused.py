@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from kvbind.forms.analysis import parallel_obstacles
-from kvbind.forms.recurrent import recurrent
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import Operands
-from kvbind.inner.networks import GLU, MLP, Linear, Network, SwiGLU, gated
+from kvbind.inner.networks import GLU, MLP, DepthwiseConv, Linear, Network, SwiGLU, gated
 from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
@@ -29,6 +28,9 @@ Engine = Callable[[InnerLoop, Operands], tuple[Tensor, State]]
 
 SHORT_CHUNK = 64
 """Below this many tokens in a chunk, a state for every chunk costs more than attention inside blocks."""
+
+WIDEST_CAUSAL = 512
+"""The greatest width of a head that `kvbind.kernels.causal` takes."""
 
 NARROWEST = 16
 """The least width of an operand of a matrix unit."""
@@ -41,11 +43,17 @@ def engine(spec: InnerLoop, call: Operands, form: str) -> Engine | None:
     if not operands_fit(call):
         return None
     if spec.visibility == "full":
-        return chunked_form if chunked_fits(spec) and not (call.tokens.mask is not None and spec.momentum) else None
-    if form == "parallel" and chunked_fits(spec):
-        return chunked_form
-    if form == "parallel" and causal_fits(spec) and not any(call.state.pending_lengths):
-        return causal_form
+        if glu_fits(spec, call):
+            return glu_form
+        if conv_fits(spec, call):
+            return conv_form
+        fits = chunked_fits(spec) and wide_enough(call) and not (call.tokens.mask is not None and spec.momentum)
+        return chunked_form if fits and len(call.tokens) else None
+    if form == "parallel" and wide_enough(call):
+        if chunked_fits(spec):
+            return chunked_form
+        if causal_fits(spec, call) and not any(call.state.pending_lengths):
+            return causal_form
     return None
 
 
@@ -53,16 +61,21 @@ def takes_packed(spec: InnerLoop, call: Operands, form: str) -> bool:
     """Whether packed sequences of any lengths run in one go: on kernels, where none has tokens pending."""
     if form == "recurrent" or spec.visibility == "full" or parallel_obstacles(spec) or isinstance(spec.network, GLU):
         return False
-    fits = chunked_fits(spec) or (causal_fits(spec) and spec.chunk == 1)
-    return fits and not any(call.state.pending_lengths) and operands_fit(call)
+    fits = chunked_fits(spec) or (causal_fits(spec, call) and spec.chunk == 1)
+    return fits and not any(call.state.pending_lengths) and operands_fit(call) and wide_enough(call)
 
 
 def operands_fit(call: Operands) -> bool:
-    """Whether kernels run on a call's device, dtypes and widths at all."""
-    q, tokens, out = call.q, call.tokens, call.state.tensors["weights.out"]
+    """Whether kernels run on a call's device and dtypes at all."""
+    q, tokens = call.q, call.tokens
     if not runs_on(q.device) or q.dtype not in DTYPES or len({q.dtype, tokens.k.dtype, tokens.v.dtype}) > 1:
         return False
-    return out.dtype == torch.float32 and min(q.shape[-1], *out.shape[-2:]) >= NARROWEST and q.numel() > 0
+    return call.state.dtype == torch.float32 and q.numel() > 0
+
+
+def wide_enough(call: Operands) -> bool:
+    """Whether every width is one that a matrix unit takes."""
+    return min(call.q.shape[-1], *call.state.tensors["weights.out"].shape[-2:]) >= NARROWEST
 
 
 def writes_add_up(spec: InnerLoop) -> bool:
@@ -80,11 +93,38 @@ def chunked_fits(spec: InnerLoop) -> bool:
     return known and long and products and spec.visibility != "token" and writes_add_up(spec)
 
 
-def causal_fits(spec: InnerLoop) -> bool:
+def glu_fits(spec: InnerLoop, call: Operands) -> bool:
+    """Whether an inner loop under `visibility="full"` is one of `kvbind.kernels.full_glu`: ViTTT's heads."""
+    network, tokens = spec.network, call.tokens
+    if not (isinstance(network, GLU) or (isinstance(network, Linear) and spec.clip)) or not len(tokens):
+        return False
+    plain = not spec.momentum and not spec.retention and not spec.normalize and spec.orthogonalize is None
+    if not plain or spec.steps > 1 or (spec.loss == "squared" and not isinstance(network, GLU)):
+        return False
+    from kvbind.kernels.full_glu import covers
+
+    return covers(tokens.k.shape[-1], tokens.v.shape[-1], call.q.dtype)
+
+
+def conv_fits(spec: InnerLoop, call: Operands) -> bool:
+    """Whether an inner loop under `visibility="full"` is one of `kvbind.kernels.full_conv`: ViTTT's convolution."""
+    if not isinstance(spec.network, DepthwiseConv) or len(call.tokens) != call.q.shape[2]:
+        return False
+    plain = not spec.momentum and not spec.retention and not spec.normalize
+    if not plain or spec.steps > 1 or spec.loss != "dot":
+        return False
+    from kvbind.kernels.full_conv import covers
+
+    return covers(call.q.shape[-1], call.q.dtype)
+
+
+def causal_fits(spec: InnerLoop, call: Operands) -> bool:
     """Whether an inner loop is one of `kvbind.kernels.causal`."""
     short = spec.visibility == "token" or (spec.chunk is not None and spec.chunk < SHORT_CHUNK)
     gates = not spec.momentum and (not spec.retention or (spec.visibility == "token" and spec.chunk == 1))
     known = isinstance(spec.network, Linear | GLU) and spec.visibility != "full" and spec.orthogonalize is None
+    if max(call.q.shape[-1], call.tokens.v.shape[-1]) > WIDEST_CAUSAL:
+        return False
     return known and short and gates and writes_add_up(spec)
 
 
@@ -130,8 +170,6 @@ def chunked_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
     from kvbind.kernels.spans import TILE, chunked_layout
 
     q, state, bounds = call.q, call.state, call.cu_seqlens
-    if spec.visibility == "full" and not len(call.tokens):
-        return recurrent(spec, q.to(state.dtype), call.tokens, state)
     pending = state.pending()
     joined = call.tokens if pending is None else pending.append(call.tokens)
     kept = 0 if pending is None else len(pending)
@@ -202,6 +240,66 @@ def causal_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
     after = FastWeights(dict(fast.weights) | {"out": end}, {}, {})
     counts = (0,) * state.batch if bounds is not None else (length,) * state.batch
     return gated(output_gate, output.transpose(1, 2)), settle(spec, after, tokens, counts, 0, None)
+
+
+def glu_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
+    """One update of a gated linear unit from all tokens, and a read, on kernels.
+
+    Args:
+        spec: an inner loop that `glu_fits`.
+        call: its operands.
+
+    Returns:
+        Outputs `[B, H, T, Dv]`, and the state after this call.
+    """
+    from kvbind.kernels.full_glu import full_glu
+
+    tokens, weights = call.tokens, call.state.weights
+    both = "gate" in spec.updated
+    output, out, gate = full_glu(
+        heads_last(call.q), heads_last(tokens.k), heads_last(tokens.v), weights["out"], weights.get("gate"),
+        masked_rate(tokens, "out"), masked_rate(tokens, "gate") if both else 1.0, update_gate=both, clip=spec.clip,
+        sign=spec.sign, squared=spec.loss == "squared",
+    )  # fmt: skip
+    after = {"out": out} if gate is None else {"gate": gate, "out": out}
+    return output.transpose(1, 2), State.of(spec, FastWeights(after, {}, {}), None, 0)
+
+
+def conv_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
+    """One update of depthwise kernels from a grid of tokens, and a read, on kernels.
+
+    Args:
+        spec: an inner loop that `conv_fits`.
+        call: its operands.
+
+    Returns:
+        Outputs `[B, H, T, D]`, and the state after this call.
+    """
+    from kvbind.kernels.full_conv import full_conv
+
+    assert isinstance(spec.network, DepthwiseConv)
+    tokens = call.tokens
+    output, kernel = full_conv(
+        heads_last(call.q), heads_last(tokens.k), heads_last(tokens.v), call.state.weights["out"],
+        masked_rate(tokens, "out"), grid=spec.network.grid_of(call.q.shape[2]), clip=spec.clip, sign=spec.sign,
+    )  # fmt: skip
+    return output.transpose(1, 2), State.of(spec, FastWeights({"out": kernel}, {}, {}), None, 0)
+
+
+def heads_last(x: Tensor) -> Tensor:
+    """`[B, H, T, ...]` to `[B, T, H, ...]`, channels side by side."""
+    x = x.transpose(1, 2)
+    return x if x.dim() == 3 or x.stride(-1) == 1 else x.contiguous()
+
+
+def masked_rate(tokens: Tokens, matrix: str) -> Tensor | float:
+    """A matrix's rate, a number or `[B, T, H]`, zero for tokens that do not write."""
+    rate = tokens.rates[matrix]
+    if tokens.mask is None:
+        return heads_last(rate) if isinstance(rate, Tensor) else float(rate)
+    column = column_of(rate, tokens)
+    assert column is not None
+    return heads_last(column).contiguous()
 
 
 def theta_of(network: Network, fast: FastWeights) -> tuple[Tensor | None, bool]:

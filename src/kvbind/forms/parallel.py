@@ -57,7 +57,7 @@ def _segment_tokens(size: int, q: Tensor) -> int | None:
     """How many tokens to take at once, in whole chunks; None for all of them."""
     if q.device.type != "cpu":
         return None
-    chunk_bytes = q[:, :, 0].numel() * q.element_size() * size
+    chunk_bytes = q.shape[0] * q.shape[1] * q.shape[3] * q.element_size() * size
     return size * max(1, CPU_SEGMENT_BYTES // max(chunk_bytes, 1))
 
 

@@ -15,7 +15,7 @@ from kvbind.layers.full import InnerCall, check_built, check_sees_everything
 from kvbind.layers.lact import split_heads, wide
 
 INIT_STD = 0.02
-"""Standard deviation of the fast weights at the start."""
+"""Standard deviation of the fast weights at the start, where nothing else is said."""
 
 LOSS_SCALE = 1 / 3
 """What the mean of the inner loss over tokens is multiplied by: `9^-1/2`, for the nine weights of a 3x3 kernel."""
@@ -107,10 +107,10 @@ class VitttLayer(nn.Module):
         width, network = self.head_width, inner.network
         return network.shapes(width, width, (width,) * network.hidden_layers)
 
-    def reset_parameters(self) -> None:
-        """Draw the starting fast weights anew."""
+    def reset_parameters(self, std: float = INIT_STD) -> None:
+        """Draw the starting fast weights anew, normal of standard deviation `std`."""
         for name in (*map(parameter_name, self._built_shapes), "w3"):
-            nn.init.trunc_normal_(self.get_parameter(name), std=INIT_STD)
+            nn.init.trunc_normal_(self.get_parameter(name), std=std)
 
     @property
     def inner(self) -> InnerLoop:
@@ -165,8 +165,11 @@ class VitttLayer(nn.Module):
         q, k, v, conv_q, conv_k, conv_v = torch.split(self.qkv(x), [self.dim] * 3 + [width] * 3, dim=-1)
         if rotary is not None:
             q, k = rotate_pairs(q, rotary), rotate_pairs(k, rotary)
-        q, k, v = (split_heads(part, self.heads) for part in (wide(q), k, v))
-        conv_q, conv_k, conv_v = (split_heads(part, 1) for part in (wide(conv_q), conv_k, conv_v))
+            q, k = (x.to(v.dtype) if v.dtype == torch.bfloat16 else x for x in (q, k))
+        # an output has its query's dtype: float16 would overflow, bfloat16 does not
+        q, conv_q = (x if x.dtype == torch.bfloat16 else wide(x) for x in (q, conv_q))
+        q, k, v = (split_heads(part, self.heads) for part in (q, k, v))
+        conv_q, conv_k, conv_v = (split_heads(part, 1) for part in (conv_q, conv_k, conv_v))
         return (
             InnerCall(self._inner, self.start_weights(), q, k, v, lr),
             InnerCall(self._conv_on[grid], {"out": self.w3[:, 0]}, conv_q, conv_k, conv_v, lr),

@@ -1,0 +1,498 @@
+"""`kvbind bench verify`: kernels held to the PyTorch forms in float64, at full size.
+
+Three evaluations of one call, on the same rounded operands:
+
+- *reference*: PyTorch's recurrent form in float64 (`KVBIND_KERNELS=0`); under token visibility at full size, where it needs
+  a state for every token, the parallel form in float64, which other tests hold to it.
+- *ours*: `ttt` as it comes.
+- *twin*: the PyTorch form with operands, state and every product in the working precision, from `twin`.
+
+Newton-Schulz runs in float64 in the reference, in float32 for float32 operands, and for bfloat16 operands in bfloat16, as
+released, unless a case says otherwise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvbind.bench.events import first_line
+from kvbind.bench.kernels import release
+from kvbind.bench.leaves import Leaves, arguments, draw_leaves, in_precision, weights_of
+from kvbind.bench.operands import Size
+from kvbind.bench.record import provenance
+from kvbind.bench.switch import VARIABLE, operators_of, without_kernels
+from kvbind.forms.analysis import parallel_obstacles
+from kvbind.forms.api import Form, ttt
+from kvbind.forms.parallel import parallel
+from kvbind.forms.recurrent import recurrent
+from kvbind.forms.state import State
+from kvbind.forms.validation import Operands, check_operands
+from kvbind.inner import systems
+from kvbind.inner.networks import MLP, Linear, SwiGLU
+from kvbind.inner.orthogonalize import NewtonSchulz
+from kvbind.inner.spec import InnerLoop
+from kvbind.kernels.common import interpreted
+
+DTYPES = ("float32", "bfloat16")
+
+BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2}
+"""Bounds on relative errors in norm."""
+
+TWINS = 2.0
+"""Bound in units of the twin's own error."""
+
+SHAPED_GRADIENT, SHAPED_TWINS = 1e-4, 4.0
+"""Both for gradients through Newton-Schulz, which magnifies rounding some hundred times: there the errors of two correct
+evaluations differ by more than a factor of two, and PyTorch's own form exceeds it."""
+
+RULES = (
+    "float32: output, state and every gradient within 1e-5; through Newton-Schulz output and state within that or twice the "
+    "twin's own error, gradients within 1e-4 or four times it. bfloat16: all within twice the twin's own error, output and "
+    "state also within 1e-2; through Newton-Schulz within twice the twin's own error, gradients within four times it. "
+    "Norms and pending tokens in the state within 1e-5 always."
+)
+"""Relative errors in norm; what is not finite breaks them."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One inner loop at one size.
+
+    Attributes:
+        name: of the case.
+        spec: the inner loop.
+        size: of the call.
+        form: that is verified.
+        reference: form of the float64 reference.
+        hidden: hidden width, where it is not the keys'.
+        value_width: width of the values, where it is not the keys'.
+        splits: places at which the sequence is cut into calls that hand on their state.
+        cu_seqlens: boundaries of packed sequences.
+        update_tokens: tokens that write, of visibility "full".
+        wide_newton_schulz: Newton-Schulz runs in float32 for bfloat16 operands too.
+    """
+
+    name: str
+    spec: InnerLoop
+    size: Size
+    form: Form
+    reference: Form = "recurrent"
+    hidden: int | None = None
+    value_width: int | None = None
+    splits: tuple[int, ...] = ()
+    cu_seqlens: tuple[int, ...] | None = None
+    update_tokens: slice | None = None
+    wide_newton_schulz: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `ttt` that are no operands."""
+        given = {"cu_seqlens": self.cu_seqlens, "update_tokens": self.update_tokens}
+        return {name: x for name, x in given.items() if x is not None}
+
+    def spec_in(self, dtype: torch.dtype) -> InnerLoop:
+        """The inner loop for operands of `dtype`."""
+        if self.spec.orthogonalize is None:
+            return self.spec
+        if self.wide_newton_schulz and dtype == torch.bfloat16:
+            dtype = torch.float32
+        return self.spec.replace(orthogonalize=self.spec.orthogonalize.replace(dtype=dtype))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The sizes that cases are made of.
+
+    Attributes:
+        width: of a head; that of the 760M model's layer.
+        heads: fast heads.
+        chunk: tokens in a chunk.
+        narrow: a small width, a power of two.
+        odd: a small width that is none.
+        many: sequences in a batch of many.
+        short: tokens of cases that keep a state for every token or loop over tokens.
+        grid: side of an image in tokens.
+    """
+
+    width: int
+    heads: int
+    chunk: int
+    narrow: int
+    odd: int
+    many: int
+    short: int
+    grid: int
+
+
+FULL = Scale(width=384, heads=4, chunk=2048, narrow=64, odd=96, many=8, short=293, grid=14)
+SMALL = Scale(width=32, heads=2, chunk=64, narrow=16, odd=24, many=2, short=133, grid=8)
+
+
+def cases(scale: Scale) -> list[Case]:
+    """Everything that is verified: four chunks each, or four and an incomplete one."""
+    s = scale
+    found: list[Case] = []
+    chunk, small_chunk = s.chunk, max(s.chunk // 4, 64)
+    whole, ragged = 4 * chunk, 4 * chunk + chunk // 3 + 1
+    full = Size(1, whole, s.heads, s.width)
+
+    def add(name: str, spec: InnerLoop, size: Size = full, *, both: bool = True, **fields: Any) -> None:
+        forms: list[Form] = ["recurrent"]
+        if not parallel_obstacles(spec) and spec.visibility != "full":
+            forms = ["recurrent", "parallel"] if both else ["parallel"]
+        found.extend(Case(f"{name}, {form}", spec, size, form, **fields) for form in forms)
+
+    def at(width: int, batch: int = 1, tokens: int = ragged) -> Size:
+        return Size(batch, tokens, s.heads, width)
+
+    rungs = systems.ladder(systems.lact_llm(chunk))
+    small = systems.ladder(systems.lact_llm(small_chunk))
+    rung0, rung2, rung6 = rungs["rung0"], rungs["rung2"], rungs["rung6"]
+    for name, spec in rungs.items():
+        add(name.replace("rung", "rung "), spec)
+    add("rung 2, Newton-Schulz in float32", rung2, wide_newton_schulz=True)
+
+    for name, spec in (("rung 0", rung0), ("rung 2", rung2), ("rung 6", rung6)):
+        add(f"{name}, ragged end", spec, replace(full, tokens=ragged))
+        add(f"{name}, visibility chunk", spec.replace(visibility="chunk"), replace(full, tokens=ragged))
+        add(f"{name}, ascent", spec.replace(direction="ascent"))
+        cuts = (chunk - chunk // 4, chunk - chunk // 4 + 1, 3 * chunk + 1)
+        add(f"{name}, state through four calls", spec, replace(full, tokens=ragged), splits=cuts)
+        bounds = (0, 1, 1, chunk // 2, 2 * chunk + chunk // 2, ragged)
+        add(f"{name}, packed sequences", spec, replace(full, tokens=ragged), cu_seqlens=bounds)
+    add("rung 0, reads keys", rung0.replace(query="key"))
+    add("rung 0, two steps", rung0.replace(steps=2))
+    add("rung 0, norms of what is read", rung0.replace(normalize="read"))
+    add("rung 2, norms of what is read", rung2.replace(normalize="read"))
+    add("rung 2, clipped", rung2.replace(orthogonalize=None, clip=True))
+    add("rung 2, retention", rung2.replace(retention=True))
+    add("rung 6, retention and momentum", rung6.replace(retention=True, momentum=True))
+
+    ends = {
+        name: replace(at(s.width), tokens=4 * small_chunk + small_chunk // 3 + 1) for name in ("rung0", "rung2", "rung6")
+    }
+    for name, size in ends.items():
+        title = name.replace("rung", "rung ")
+        add(f"{title}, width {s.narrow}", small[name], replace(size, width=s.narrow))
+        add(f"{title}, width {s.odd}", small[name], replace(size, width=s.odd))
+        add(f"{title}, batch {s.many}", small[name], replace(size, width=s.narrow, batch=s.many))
+        add(f"{title}, values half as wide", small[name], size, value_width=s.width // 2)
+    for name in ("rung0", "rung2"):
+        title = name.replace("rung", "rung ")
+        add(f"{title}, hidden twice as wide", small[name], ends[name], hidden=2 * s.width)
+
+    plain = InnerLoop(network=SwiGLU(), chunk=small_chunk)
+    add("SwiGLU, no shaping", plain.replace(update="last"), ends["rung2"])
+    add("MLP, last layer", plain.replace(network=MLP(), update="last", momentum=True), ends["rung2"])
+    for name, spec in (
+        ("Titans", systems.titans(64)),
+        ("Titans of depth 2", systems.titans(64, 2)),
+        ("Atlas", systems.atlas(64)),
+    ):
+        add(name, spec, at(s.odd, tokens=s.short))
+
+    # the recurrent form keeps a state for every token, or loops over them
+    narrow, causal = at(s.narrow, 2, s.short), systems.linear_attention()
+    decayed = InnerLoop(network=Linear(), chunk=1, visibility="token", momentum=True, retention=True)
+    add("linear attention", causal, narrow)
+    add("linear attention in chunks", causal.replace(chunk=16, token_lr=True), narrow, both=False)
+    add("linear attention, momentum and retention", decayed, narrow, both=False)
+    for split in (1, 3, 6):
+        size = replace(full, heads=split * s.heads, width=s.width // split)
+        add(f"linear attention, {size.heads} heads", causal, size, both=False, reference="parallel")
+    add("linear attention, state through three calls", causal, narrow, both=False, splits=(1, s.short // 2))
+    packed = (0, 3, 3, s.short // 2, s.short)
+    add("linear attention, packed sequences", causal, replace(narrow, batch=1), both=False, cu_seqlens=packed)
+    add("SwiGLU under token visibility", plain.replace(update="last", visibility="token", chunk=16), narrow, both=False)
+    add("DeltaNet", systems.delta_net(), narrow)
+    add("DeltaNet with retention", systems.gated_delta_net(), narrow, both=False)
+    add("TTT-Linear", systems.ttt_linear(), narrow, both=False)
+    add("TTT-MLP", systems.ttt_mlp(), narrow)
+
+    views = Size(2, ragged, s.heads, s.width)
+    add("LaCT view synthesis", systems.lact_nvs(), views, hidden=2 * s.width, update_tokens=slice(0, whole // 2))
+    image = Size(s.many, s.grid**2, s.heads, s.narrow)
+    add("ViTTT, GLU", systems.vittt(), image)
+    add("ViTTT, GLU, last layer", systems.vittt().replace(update="last"), image)
+    add("GLU in chunks", systems.vittt().replace(visibility="past", chunk=64, update="last"), image)
+    add("ViTTT, depthwise convolution", systems.vittt("conv"), replace(image, heads=1))
+    return found
+
+
+@dataclass
+class Evaluation:
+    """What one evaluation of a case gave.
+
+    Attributes:
+        output: `[B, T, H, Dv]`.
+        states: the tensors of the last state, by name.
+        gradients: by leaf; zeros where nothing reaches one.
+    """
+
+    output: Tensor
+    states: dict[str, Tensor]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+Call = Callable[..., tuple[Tensor, State]]
+
+
+def evaluate(case: Case, spec: InnerLoop, leaves: Leaves, slopes: Leaves, form: Form, call: Call) -> Evaluation:
+    """Run a case, in the calls that it is cut into, and take the gradients of one number that all results enter.
+
+    Args:
+        case: what to run.
+        spec: its inner loop, in the precision of this evaluation.
+        leaves: with gradients.
+        slopes: by which output ("output") and the states' tensors are multiplied.
+        form: to run.
+        call: `ttt`, or another function of its arguments.
+    """
+    edges = (0, *case.splits, case.size.tokens)
+    state, outputs = None, []
+    for start, stop in pairwise(edges):
+        given = arguments(spec, leaves, start, stop)
+        y, state = call(spec, weights_of(leaves), state=state, form=form, **given, **case.options)
+        outputs.append(y)
+    assert state is not None
+    output = torch.cat(outputs, dim=1)
+    results = {"output": output} | {name: x for name, x in state.tensors.items() if moves(name)}
+    moved = [name for name, x in results.items() if x.requires_grad]
+    grads = torch.autograd.grad(
+        [results[name] for name in moved],
+        list(leaves.values()),
+        [slope_of(slopes, name, results[name]) for name in moved],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return Evaluation(
+        output.detach(),
+        {name: x.detach() for name, x in state.tensors.items()},
+        dict(zip(leaves, grads, strict=True)),
+    )
+
+
+def slope_of(slopes: Leaves, name: str, result: Tensor) -> Tensor:
+    """What a result is multiplied by, the same in every precision; drawn when first asked for."""
+    if name not in slopes:
+        generator = torch.Generator(result.device).manual_seed(len(slopes))
+        drawn = torch.randn(result.shape, generator=generator, device=result.device)
+        slopes[name] = drawn.to(torch.bfloat16)
+    return slopes[name].to(result.dtype)
+
+
+def twin(dtype: torch.dtype) -> Call:
+    """`ttt` by the PyTorch forms with operands, rates, gates and state in `dtype`, so that every product is too.
+
+    `ttt` itself keeps state, rates and gates in float32 at the least. Packed sequences run one after another, and the
+    delta rule under bfloat16 in its recurrent form, as there is no triangular solver for it.
+    """
+
+    def call(spec: InnerLoop, weights: Leaves, *, state: State | None, form: Form, **given: Any) -> tuple[Tensor, State]:
+        bounds = given.pop("cu_seqlens", None)
+        if bounds is not None:
+            parts = [
+                call(spec, weights, state=None, form=form, **_span(given, start, stop)) for start, stop in pairwise(bounds)
+            ]
+            return torch.cat([y for y, _ in parts], dim=1), State.cat([after for _, after in parts])
+        chosen = given.pop("update_tokens", None)
+        q, k, v, lr = (given[name] for name in ("q", "k", "v", "lr"))
+        gates = given.get("momentum"), given.get("retention")
+        checked = check_operands(spec, weights, q, k, v, lr, *gates, state, None, chosen)
+        solves = spec.loss == "squared" and dtype == torch.bfloat16
+        engine = parallel if form == "parallel" and not solves else recurrent
+        low = _cast(checked, dtype)
+        output, after = engine(spec, low.q, low.tokens, low.state)
+        return output.transpose(1, 2).to(q.dtype), after
+
+    return call
+
+
+def _span(given: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Arguments for the tokens of one packed sequence."""
+
+    def cut(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {name: cut(y) for name, y in x.items()}
+        return x[:, start:stop] if isinstance(x, Tensor) else x
+
+    return {name: cut(x) for name, x in given.items()}
+
+
+def _cast(call: Operands, dtype: torch.dtype) -> Operands:
+    # rates that are numbers would join pending ones in float32
+    def change(x: Tensor) -> Tensor:
+        return x.to(dtype) if x.is_floating_point() else x
+
+    return replace(call, q=change(call.q), tokens=call.tokens.spread().map(change), state=call.state.map(change))
+
+
+def relative_errors(result: Evaluation, reference: Evaluation) -> dict[str, Any]:
+    """Relative errors of the output, of each gradient, and of the worst of the state's tensors.
+
+    Those of "state" are the fast weights and what else updates enter; of "kept", norms and pending tokens, which none does.
+    """
+    states = {name: _relative(x, reference.states[name]) for name, x in result.states.items()}
+    return {
+        "output": _relative(result.output, reference.output),
+        "state": max(error for name, error in states.items() if moves(name)),
+        "kept": max((error for name, error in states.items() if not moves(name)), default=0.0),
+        "gradients": {name: _relative(x, reference.gradients[name]) for name, x in result.gradients.items()},
+    }
+
+
+def moves(name: str) -> bool:
+    """Whether updates enter a state's tensor of that name."""
+    return name.partition(".")[0] in ("weights", "momentum", "accumulated")
+
+
+def _relative(x: Tensor, reference: Tensor) -> float:
+    size = float(reference.double().norm())
+    # what is zero in exact arithmetic, such as the gradient of an unused gate, must be zero
+    return float((x.double() - reference.double()).norm()) / (size or 1.0)
+
+
+def problems(errors: dict[str, Any], twins: dict[str, Any], dtype: str, *, shaped: bool) -> list[str]:
+    """What breaks `RULES`.
+
+    Args:
+        errors: ours, from `relative_errors`.
+        twins: the twin's.
+        dtype: of the operands.
+        shaped: the inner loop has Newton-Schulz.
+    """
+    found = []
+
+    def hold(name: str, error: float, bound: float) -> None:
+        # not (error <= bound) is also true of NaN
+        if not error <= bound:
+            found.append(f"{name}: {error:.1e} > {bound:.1e}")
+
+    def bound(own: float, gradient: bool) -> float:
+        if not shaped:
+            return BOUNDS[dtype] if dtype == "float32" else TWINS * own if gradient else min(BOUNDS[dtype], TWINS * own)
+        by_twin = (SHAPED_TWINS if gradient else TWINS) * own
+        return by_twin if dtype == "bfloat16" else max(SHAPED_GRADIENT if gradient else BOUNDS[dtype], by_twin)
+
+    for name in ("output", "state"):
+        hold(name, errors[name], bound(twins[name], False))
+    hold("norms and pending tokens", errors["kept"], BOUNDS["float32"])
+    for name, error in errors["gradients"].items():
+        hold(f"gradient of {name}", error, bound(twins["gradients"][name], True))
+    return found
+
+
+def described(case: Case, dtype: str) -> dict[str, Any]:
+    """A case as plain data."""
+    facts = {"form": case.form, "reference": case.reference, "newton_schulz": case.spec.orthogonalize is not None}
+    return {"case": case.name, "dtype": dtype, **facts}
+
+
+def verify(case: Case, dtype: str, device: torch.device) -> dict[str, Any]:
+    """One case in one dtype: errors of ours and of the twin, the operators that ran, and what breaks the rules."""
+    narrow = getattr(torch, dtype)
+    wide, exact = torch.float32, torch.float64
+    drawn = draw_leaves(case.spec, case.size, device, hidden=case.hidden, value_width=case.value_width, dtype=exact)
+    rounded = in_precision(drawn, narrow, wide)
+    del drawn
+    slopes: Leaves = {}
+
+    def of(spec: InnerLoop, form: Form, call: Call, low: torch.dtype, high: torch.dtype) -> Evaluation:
+        return evaluate(case, spec, in_precision(rounded, low, high, grad=True), slopes, form, call)
+
+    row = described(case, dtype)
+    spec = case.spec_in(narrow)
+    with without_kernels():
+        reference = of(case.spec_in(exact), case.reference, ttt, exact, exact)
+        twins = relative_errors(of(spec, case.form, twin(narrow), narrow, wide), reference)
+    results: list[Evaluation] = []
+    row["operators"] = operators_of(lambda: results.append(of(spec, case.form, ttt, narrow, wide)))
+    errors = relative_errors(results[0], reference)
+    found = problems(errors, twins, dtype, shaped=spec.orthogonalize is not None)
+    return row | {"errors": errors, "twin_errors": twins, "problems": found, "passed": not found}
+
+
+def verified(
+    device: torch.device, *, dtypes: Sequence[str] | None = None, small: bool = False, only: str = "", budget: float = 540.0
+) -> Iterator[dict[str, Any]]:
+    """Verify every case; the record so far, first without rows and then after each.
+
+    Args:
+        device: where to run.
+        dtypes: of the operands; default all that the device computes in: float32 alone where kernels are interpreted.
+        small: sizes for kernels that are interpreted.
+        only: run only cases whose name has this in it.
+        budget: seconds after which no further case is begun. The record then says `complete: false`.
+
+    Yields:
+        The record: where it comes from, the rules, `kernels` (whether any runs on this device; without, there are no rows,
+        and `why_off` says why), and a row for each case and dtype.
+
+    Raises:
+        ValueError: `only` is in no case's name, or bfloat16 is asked of interpreted kernels.
+    """
+    deadline = time.monotonic() + budget
+    if dtypes is None:
+        dtypes = DTYPES[:1] if interpreted() else DTYPES
+    elif interpreted() and "bfloat16" in dtypes:
+        raise ValueError("dtype must be float32 under TRITON_INTERPRET=1, whose bfloat16 arithmetic is not that of a GPU")
+    chosen = [(case, dtype) for case in cases(SMALL if small else FULL) if only in case.name for dtype in dtypes]
+    if not chosen:
+        raise ValueError(f"only must be part of a case's name, such as 'rung 2' or 'packed'; got {only!r}")
+    reason = why_off(device)
+    record: dict[str, Any] = provenance(device, ("triton",)) | {
+        "config": {"small": small, "only": only, "dtypes": list(dtypes)},
+        "rules": RULES,
+        "kernels": reason is None,
+        "why_off": reason,
+        "planned": len(chosen),
+        "complete": False,
+        "rows": [],
+    }
+    yield record
+    if reason is not None:
+        return
+    with exact_products():
+        for case, dtype in chosen:
+            if time.monotonic() > deadline:
+                return
+            try:
+                row = verify(case, dtype, device)
+            except Exception as problem:  # one case that fails must not stop the others
+                row = described(case, dtype) | {"passed": False, "problems": [first_line(problem)]}
+            release()
+            rows = [*record["rows"], row]
+            record = record | {"rows": rows, "complete": len(rows) == len(chosen)}
+            yield record
+
+
+def why_off(device: torch.device) -> str | None:
+    """Why no kernel runs on this device, found by trying; None where one does."""
+    spec = systems.ladder(systems.lact_llm(chunk=64))["rung2"].replace(orthogonalize=NewtonSchulz(dtype=torch.float32))
+    leaves = in_precision(draw_leaves(spec, Size(1, 128, 1, 32), device), torch.float32, torch.float32)
+
+    def run() -> object:
+        return ttt(spec, weights_of(leaves), form="parallel", **arguments(spec, leaves))
+
+    if operators_of(run):
+        return None
+    return f"`ttt` used none (kernels need an NVIDIA GPU, Triton, and {VARIABLE} other than 0)"
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 operands in float32, without TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,298 @@
+"""Token-causal linear attention, as kernels, against the recurrence in float64."""
+
+import os
+from itertools import pairwise
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+    pytest.skip("kernels need a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvbind
+from kvbind.kernels import causal
+from kvbind.kernels.causal import causal_linear_attention, segment_table
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("q", "k", "v", "rates", "retention", "initial_state")
+
+
+@pytest.fixture(autouse=True)
+def _exact(monkeypatch):
+    """Several segments even for short sequences, and float32 products in float32."""
+    monkeypatch.setattr(causal, "LEAST_SEGMENT", 64)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def recurrence(q, k, v, rates=None, retention=None, initial_state=None, *, chunk=1, mode="token", sign=1.0):
+    """The definition: one state after another."""
+    if mode == "token":
+        chunk = 1
+    state = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1]) if initial_state is None else initial_state
+    writes = sign * k[..., :, None] * v[..., None, :]
+    if rates is not None:
+        writes = rates[..., None, None] * writes
+    outputs = []
+    for start in range(0, q.shape[1], chunk):
+        before = state if retention is None else retention[:, start, :, None, None] * state
+        state = before + writes[:, start : start + chunk].sum(1)
+        outputs.append(torch.einsum("bthd,bhde->bthe", q[:, start : start + chunk], before if mode == "past" else state))
+    return torch.cat(outputs, 1), state
+
+
+def draw(tokens, key=16, value=16, batch=1, heads=1, *, names=NAMES, dtype=torch.float32, sequences=None, seed=0):
+    """Operands that `dtype` holds exactly, by name."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return torch.randn(*shape, generator=g) * scale
+
+    made = {
+        "q": normal(batch, tokens, heads, key, scale=key**-0.5).to(dtype),
+        "k": normal(batch, tokens, heads, key).to(dtype),
+        "v": normal(batch, tokens, heads, value).to(dtype),
+        "rates": torch.rand(batch, tokens, heads, generator=g),
+        "retention": 0.5 + 0.5 * torch.rand(batch, tokens, heads, generator=g),
+        "initial_state": normal(sequences or batch, heads, key, value),
+    }
+    return {name: x.to(DEVICE) for name, x in made.items() if name in names}
+
+
+def results(function, operands, options, dtype=None):
+    """Outputs, end state and every gradient, by name, for cotangents that depend on shapes alone."""
+    operands = {name: (x if dtype is None else x.to(dtype)).detach().requires_grad_() for name, x in operands.items()}
+    found = function(**operands, **options)
+    g = torch.Generator().manual_seed(7)
+    cotangents = [torch.randn(x.shape, generator=g).bfloat16().to(x) for x in found]
+    gradients = torch.autograd.grad(found, list(operands.values()), cotangents)
+    return dict(zip(("output", "state", *operands), (*found, *gradients), strict=True))
+
+
+def error(found, exact):
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def worst(found, exact):
+    assert found.keys() == exact.keys()
+    errors = {name: error(x, exact[name]) for name, x in found.items()}
+    name = max(errors, key=errors.get)
+    return errors[name], name
+
+
+PLAIN = ("q", "k", "v")
+CASES = {
+    "plain": (PLAIN, {"tokens": 70}, {}),
+    "rates, a state and two segments": ((*PLAIN, "rates", "initial_state"), {"tokens": 100, "key": 48, "heads": 2}, {}),
+    "ascent": ((*PLAIN, "initial_state"), {"tokens": 70, "value": 48}, {"sign": -1.0}),
+    "gates": ((*PLAIN, "retention"), {"tokens": 130, "key": 32, "value": 16}, {}),
+    "gates, one segment, no state": ((*PLAIN, "retention"), {"tokens": 64}, {}),
+    "everything": (NAMES, {"tokens": 150, "key": 16, "value": 40}, {"sign": -1.0}),
+    "values wider than a block": (NAMES, {"tokens": 66, "key": 24, "value": 96}, {}),
+    "more segments than a scan takes at once": ((*PLAIN, "retention", "initial_state"), {"tokens": 390}, {}),
+    "two sequences": (NAMES, {"tokens": 20, "batch": 2}, {}),
+    "past": ((*PLAIN, "rates", "initial_state"), {"tokens": 100}, {"mode": "past", "chunk": 5}),
+    "past, odd": (PLAIN, {"tokens": 100}, {"mode": "past", "chunk": 37}),
+    "chunk": ((*PLAIN, "rates"), {"tokens": 100, "value": 32}, {"mode": "chunk", "chunk": 48, "sign": -1.0}),
+    "strictly past tokens": (PLAIN, {"tokens": 70}, {"mode": "past"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_recurrence(case):
+    names, sizes, options = CASES[case]
+    operands = draw(**sizes, names=names)
+    exact = results(recurrence, operands, options, torch.float64)
+    size, name = worst(results(causal_linear_attention, operands, options), exact)
+    assert size < 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_operands_lose_no_more_than_the_recurrence_in_their_dtype(dtype):
+    operands = draw(80, 32, 16, dtype=dtype)
+    exact = results(recurrence, operands, {}, torch.float64)
+    found = results(causal_linear_attention, operands, {})
+    twin = results(recurrence, operands, {}, dtype)
+    assert found["output"].dtype == found["q"].dtype == dtype
+    assert found["state"].dtype == found["rates"].dtype == torch.float32
+    for name, x in found.items():
+        assert error(x, exact[name]) < min(1e-2, 2 * error(twin[name], exact[name])), name
+
+
+def test_operands_may_be_views():
+    """Queries, keys and values side by side in one projection; heads before tokens; widths apart."""
+    sizes = {"tokens": 70, "heads": 2}
+    operands = draw(**sizes)
+    exact = results(recurrence, operands, {}, torch.float64)
+    joined = torch.stack([operands[name] for name in PLAIN], 2)
+    views = dict(zip(PLAIN, joined.unbind(2), strict=True)) | {"rates": operands["rates"].transpose(1, 2).contiguous().mT}
+    views["v"] = operands["v"].transpose(1, 2).contiguous().transpose(1, 2)
+    views["k"] = operands["k"].mT.contiguous().mT
+    assert not any(x.is_contiguous() for x in views.values())
+    size, name = worst(results(causal_linear_attention, operands | views, {}), exact)
+    assert size < 1e-5, name
+
+
+@pytest.mark.parametrize("names", [PLAIN, NAMES], ids=["plain", "everything"])
+def test_packed_sequences_are_apart(names):
+    bounds = [0, 1, 1, 90, 100]
+    operands = draw(100, names=names, sequences=4)
+    cu = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+
+    def apart(**o):
+        each = []
+        for n, (start, stop) in enumerate(pairwise(bounds)):
+            part = {name: x[n : n + 1] if name == "initial_state" else x[:, start:stop] for name, x in o.items()}
+            if stop > start:
+                each.append(recurrence(**part))
+            else:
+                empty = part["q"].new_zeros(1, 1, 16, 16) if "initial_state" not in part else part["initial_state"]
+                each.append((part["v"], empty))
+        return torch.cat([y for y, _ in each], 1), torch.cat([state for _, state in each])
+
+    exact = results(apart, operands, {}, torch.float64)
+    size, name = worst(results(causal_linear_attention, operands, {"cu_seqlens": cu}), exact)
+    assert size < 1e-5, name
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=6), st.sampled_from([60, 64, 128]))
+def test_segments_cover_every_packed_sequence_once(lengths, size):
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    table, offsets = segment_table(bounds, int(bounds[-1]), size)
+    assert len(table) >= offsets[-1]
+    assert (table[offsets[-1] :, 0] == -1).all()
+    for n in range(len(lengths)):
+        rows = table[offsets[n] : offsets[n + 1]]
+        assert len(rows) >= 1
+        assert (rows[:, 0] == n).all()
+        assert rows[0, 1] == bounds[n]
+        assert rows[-1, 2] == bounds[n + 1]
+        assert (rows[1:, 1] == rows[:-1, 2]).all()
+        assert (rows[:-1, 2] - rows[:-1, 1] == size).all()
+        assert rows[-1, 2] - rows[-1, 1] <= size
+        assert rows[:, 3].tolist() == [(i == 0) + 2 * (i == len(rows) - 1) for i in range(len(rows))]
+
+
+def test_gates_that_are_shut_cut_the_sequence():
+    operands = draw(140, heads=2, names=(*PLAIN, "retention", "initial_state"))
+    shut = torch.zeros(140, dtype=torch.bool, device=DEVICE)
+    shut[[3, 4, 40, 64, 100, 139]] = True
+    operands["retention"][:, shut] = 0.0
+    operands["retention"][:, 50] = 1e-30
+    exact = results(recurrence, operands, {}, torch.float64)
+    found = results(causal_linear_attention, operands, {})
+    assert found["retention"].isfinite().all()
+    assert (found["retention"][:, shut] == 0).all()
+    shut[50] = True
+    found["retention"], exact["retention"] = found["retention"][:, ~shut], exact["retention"][:, ~shut]
+    size, name = worst(found, exact)
+    assert size < 1e-5, name
+
+
+def test_gates_that_shut_quickly_do_not_underflow():
+    """Products of a tile's gates are under float32's least number."""
+    operands = draw(100, names=(*PLAIN, "retention"))
+    operands["retention"] = operands["retention"] * 0.1
+    exact = results(recurrence, operands, {}, torch.float64)
+    size, name = worst(results(causal_linear_attention, operands, {}), exact)
+    assert size < 2e-5, name
+
+
+def test_goes_on_from_a_state():
+    operands = draw(90, names=(*PLAIN, "rates", "retention"))
+    exact, end = recurrence(**{name: x.double() for name, x in operands.items()})
+    head, state = causal_linear_attention(**{name: x[:, :50] for name, x in operands.items()})
+    tail, state = causal_linear_attention(**{name: x[:, 50:] for name, x in operands.items()}, initial_state=state)
+    assert error(torch.cat((head, tail), 1), exact) < 1e-5
+    assert error(state, end) < 1e-5
+
+
+def test_gradients_of_outputs_alone_and_of_the_state_alone():
+    operands = draw(70, names=PLAIN)
+    for part in (0, 1):
+        low = [x.clone().requires_grad_() for x in operands.values()]
+        high = [x.double().requires_grad_() for x in operands.values()]
+        outputs = causal_linear_attention(*low)[part], recurrence(*high)[part]
+        cotangent = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+        found = torch.autograd.grad(outputs[0], low, cotangent)
+        exact = torch.autograd.grad(outputs[1], high, cotangent.double(), allow_unused=True, materialize_grads=True)
+        for x, y in zip(found, exact, strict=True):
+            assert (x - y).norm() <= 1e-5 * y.norm()
+
+
+@pytest.mark.parametrize("system", ["linear_attention", "gated"])
+def test_equals_the_inner_loop(system):
+    spec = kvbind.InnerLoop(network=kvbind.Linear(), chunk=1, visibility="token", retention=system == "gated")
+    names = NAMES if spec.retention else ("q", "k", "v", "rates", "initial_state")
+    o = draw(70, 16, 32, names=names)
+    y, state = causal_linear_attention(**o)
+    high = {name: x.double().cpu() for name, x in o.items()}
+    gates = {"retention": high["retention"]} if spec.retention else {}
+    weights = {"out": high["initial_state"]}
+    z, after = kvbind.ttt(spec, weights, high["q"], high["k"], high["v"], lr=high["rates"], form="recurrent", **gates)
+    assert error(y.cpu(), z) < 1e-5
+    assert error(state.cpu(), after.weights["out"]) < 1e-5
+
+
+def test_no_tokens_leave_the_state():
+    o = draw(0)
+    y, state = causal_linear_attention(**o)
+    assert y.shape == (1, 0, 1, 16)
+    assert torch.equal(state, o["initial_state"])
+    assert causal_linear_attention(**o, return_state=False)[1] is None
+
+
+def test_operators_keep_their_contract():
+    operands = draw(20)
+    low = [operands[name].requires_grad_() for name in NAMES]
+    plan = 1, False, 1
+    torch.library.opcheck(causal._forward, (*low, None, *plan, True))
+    packed = [*low[:5], None, torch.tensor([0, 6, 20], device=DEVICE)]
+    with torch.no_grad():
+        _, _, starts = causal._forward(*packed, *plan, False)
+        cotangent = torch.ones_like(low[2])
+        torch.library.opcheck(causal._backward, (cotangent, None, *packed[:6], starts, packed[6], *plan, True, False))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_into_one_graph_for_any_length(packed):
+    compiled = torch.compile(causal_linear_attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (20, 30):
+        o = {name: x.requires_grad_() for name, x in draw(tokens, names=(*PLAIN, "rates")).items()}
+        options = {"cu_seqlens": torch.tensor([0, 9, tokens], device=DEVICE)} if packed else {}
+        found, exact = (function(**o, **options) for function in (compiled, causal_linear_attention))
+        for x, y in zip(found, exact, strict=True):
+            assert torch.equal(x, y)
+        again = [torch.autograd.grad([y.sum() for y in ys], list(o.values())) for ys in (found, exact)]
+        for x, y in zip(*again, strict=True):
+            assert torch.equal(x, y)
+
+
+BAD = {
+    "q must be float32": (TypeError, lambda o: {"q": o["q"].double()}),
+    "k must have q's shape": (ValueError, lambda o: {"k": o["k"][:, 1:]}),
+    "v must be": (ValueError, lambda o: {"v": o["v"][:, 1:]}),
+    "q must have a width": (ValueError, lambda o: {"q": o["q"][..., :8], "k": o["k"][..., :8]}),
+    "rates must be": (ValueError, lambda o: {"rates": o["rates"][..., None]}),
+    "initial_state must be": (ValueError, lambda o: {"initial_state": o["initial_state"][0]}),
+    "mode must be one of": (ValueError, lambda o: {"mode": "tokens"}),
+    "chunk must be at most 64": (ValueError, lambda o: {"mode": "past", "chunk": 65, "retention": None}),
+    "retention must be None": (ValueError, lambda o: {"mode": "past", "chunk": 4}),
+    "sign must be": (ValueError, lambda o: {"sign": 0.5}),
+    "cu_seqlens must be int32": (TypeError, lambda o: {"cu_seqlens": torch.tensor([0.0, 20.0])}),
+    "cu_seqlens must be .n": (ValueError, lambda o: {"cu_seqlens": torch.tensor([0])}),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments_are_named(message):
+    kind, change = BAD[message]
+    operands = draw(20)
+    with pytest.raises(kind, match=message):
+        causal_linear_attention(**(operands | change(operands)))
