@@ -143,6 +143,27 @@ def test_one_update_from_all_tokens_equals_the_recurrent_form(update_tokens):
     compare(spec, operands, 1e-5, form="auto", update_tokens=update_tokens)
 
 
+LACT = InnerLoop(network=SwiGLU(), momentum=True, orthogonalize=FULL, normalize=True, chunk=64)
+
+
+@pytest.mark.parametrize(
+    "spec", [LACT, LACT.replace(update="last", visibility="chunk", retention=True)], ids=["rung0", "rung1"]
+)
+def test_recurrent_form_on_kernels_equals_that_in_float64(spec):
+    compare(spec, draw(spec, 2, 150, 1, 16, 16, 32, torch.float32), 2e-5, form="auto")
+
+
+def test_recurrent_form_goes_on_where_an_earlier_call_stopped():
+    spec = LACT.replace(orthogonalize=None)
+    compare(spec, draw(spec, 1, 200, 1, 16, 16, 16, torch.float32), 2e-5, form="auto", splits=[70, 71, 130])
+
+
+@pytest.mark.parametrize("update_tokens", [None, slice(0, 66)])
+def test_full_update_of_every_matrix_equals_the_recurrent_form(update_tokens):
+    spec = LACT.replace(visibility="full", chunk=None, momentum=False)
+    compare(spec, draw(spec, 2, 100, 1, 16, 16, 32, torch.float32), 2e-5, form="auto", update_tokens=update_tokens)
+
+
 VITTT = {
     "heads": vittt(),
     "ascent": vittt().replace(direction="ascent", update="last", query="key"),
@@ -164,14 +185,14 @@ def test_kernels_are_really_taken(monkeypatch):
     from kvbind.forms import fused
 
     taken = []
-    for name in ("chunked_form", "causal_form", "glu_form", "conv_form"):
+    for name in ("chunked_form", "causal_form", "glu_form", "conv_form", "recurrent_form"):
         run_form = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda spec, call, f=run_form, n=name: taken.append(n) or f(spec, call))
     token = InnerLoop(network=Linear(), chunk=1, visibility="token")
-    for spec, tokens in ((RUNGS["rung6"], 70), (token, 40), (vittt(), 16), (vittt("conv"), 16)):
+    for spec, tokens in ((RUNGS["rung6"], 70), (token, 40), (vittt(), 16), (vittt("conv"), 16), (LACT, 64)):
         operands = draw(spec, 1, tokens, 1, 16, 16, 16, torch.float32)
         run(spec, operands, "auto")
         monkeypatch.setenv("KVBIND_KERNELS", "0")
         run(spec, operands, "auto")
         monkeypatch.setenv("KVBIND_KERNELS", "force")
-    assert taken == ["chunked_form", "causal_form", "glu_form", "conv_form"]
+    assert taken == ["chunked_form", "causal_form", "glu_form", "conv_form", "recurrent_form"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvbind.forms.analysis import parallel_obstacles
+from kvbind.forms.recurrent import recurrent
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import Operands
@@ -47,13 +48,18 @@ def engine(spec: InnerLoop, call: Operands, form: str) -> Engine | None:
             return glu_form
         if conv_fits(spec, call):
             return conv_form
-        fits = chunked_fits(spec) and wide_enough(call) and not (call.tokens.mask is not None and spec.momentum)
-        return chunked_form if fits and len(call.tokens) else None
+        gated_mask = call.tokens.mask is not None and (spec.momentum or spec.retention)
+        if gated_mask or not len(call.tokens) or not wide_enough(call):
+            return None
+        return chunked_form if chunked_fits(spec) else full_form if recurrent_fits(spec, call) else None
     if form == "parallel" and wide_enough(call):
         if chunked_fits(spec):
             return chunked_form
         if causal_fits(spec, call) and not any(call.state.pending_lengths):
             return causal_form
+    if form == "recurrent" and wide_enough(call) and recurrent_fits(spec, call):
+        completes = spec.chunk is not None and call.state.pending_lengths[0] + len(call.tokens) >= spec.chunk
+        return recurrent_form if completes else None
     return None
 
 
@@ -116,6 +122,19 @@ def conv_fits(spec: InnerLoop, call: Operands) -> bool:
     from kvbind.kernels.full_conv import covers
 
     return covers(call.q.shape[-1], call.q.dtype)
+
+
+def recurrent_fits(spec: InnerLoop, call: Operands) -> bool:
+    """Whether an inner loop is one of `kvbind.kernels.recurrent`."""
+    if not isinstance(spec.network, SwiGLU | Linear) or spec.loss != "dot" or spec.steps > 1 or spec.clip:
+        return False
+    if spec.normalize == "read" or spec.visibility == "token" or (spec.chunk is not None and spec.chunk < SHORT_CHUNK):
+        return False
+    if spec.orthogonalize is not None and orthogonal_dtype(spec.orthogonalize) is None:
+        return False
+    from kvbind.kernels.recurrent import covers
+
+    return covers(call.q.dtype, call.q.shape[-1], *call.state.tensors["weights.out"].shape[-2:])
 
 
 def causal_fits(spec: InnerLoop, call: Operands) -> bool:
@@ -300,6 +319,95 @@ def masked_rate(tokens: Tokens, matrix: str) -> Tensor | float:
     column = column_of(rate, tokens)
     assert column is not None
     return heads_last(column).contiguous()
+
+
+def recurrent_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
+    """The recurrent form on kernels; an incomplete last chunk is run on PyTorch behind them.
+
+    Args:
+        spec: an inner loop that `recurrent_fits`.
+        call: its sequences all have equally much pending, and at least one chunk to complete.
+
+    Returns:
+        Outputs `[B, H, T, Dv]`, and the state after this call.
+    """
+    assert spec.chunk is not None
+    q, pending = call.q, call.state.pending()
+    joined = call.tokens if pending is None else pending.append(call.tokens)
+    kept = 0 if pending is None else len(pending)
+    if kept:
+        # the chunk's earlier queries were answered in earlier calls
+        q = torch.cat((q.new_zeros(*q.shape[:2], kept, q.shape[3]), q), dim=2)
+    whole = len(joined) // spec.chunk * spec.chunk
+    output, after = sweep(spec, q[:, :, :whole], joined.span(0, whole), call.state.fast, spec.chunk)
+    rest = joined.span(whole, len(joined))
+    if not len(rest):
+        return output[:, :, kept:], State.of(spec, after, rest, 0)
+    start = State.of(spec, after, None, 0)
+    last, state = recurrent(spec, q[:, :, whole:].to(start.dtype), rest, start)
+    return torch.cat((output[:, :, kept:], last.to(output.dtype)), dim=2), state
+
+
+def full_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
+    """One update of every matrix from all tokens that write, and a read by all queries, on kernels.
+
+    Args:
+        spec: an inner loop under `visibility="full"` that `recurrent_fits`.
+        call: its operands.
+
+    Returns:
+        Outputs `[B, H, T, Dv]`, and the state after this call.
+    """
+    q, count = call.q, len(call.tokens)
+    first, after = sweep(spec, q[:, :, :count], call.tokens, call.state.fast, count)
+    if q.shape[2] == count:
+        return first, State.of(spec, after, None, 0)
+    last = read(spec.network, after, q[:, :, count:])
+    return torch.cat((first, last), dim=2), State.of(spec, after, None, 0)
+
+
+def sweep(spec: InnerLoop, q: Tensor, tokens: Tokens, fast: FastWeights, chunk: int) -> tuple[Tensor, FastWeights]:
+    """Whole chunks of the recurrent form on kernels; queries `[B, H, T, Dk]` of as many tokens, or of fewer."""
+    from kvbind.kernels.recurrent import recurrent_swiglu
+
+    missing = len(tokens) - q.shape[2]
+    padded = torch.cat((q, q.new_zeros(*q.shape[:2], missing, q.shape[3])), dim=2) if missing else q
+    weights, updated = fast.weights, spec.updated
+
+    def per_chunk(gate: Tensor | None) -> Tensor | None:
+        return None if gate is None else gate.unflatten(2, (-1, chunk)).mean(3)
+
+    rates: dict[str, Tensor] = {}
+    for name in updated:
+        rate = column_of(tokens.rates[name], tokens)
+        full = torch.ones(tokens.k.shape[:3], device=q.device) if rate is None else rate
+        rates[name] = heads_last(full).contiguous()
+    output, gate, up, out, velocity = recurrent_swiglu(
+        heads_last(padded), heads_last(tokens.k), heads_last(tokens.v), weights.get("gate"), weights.get("up"),
+        weights["out"], rates.get("gate"), rates.get("up"), rates["out"], per_chunk(tokens.momentum),
+        per_chunk(tokens.retention), [fast.momentum[name] for name in updated] if spec.momentum else None,
+        [fast.norms[name] for name in updated] if spec.normalize else None, chunk=chunk, update_all=len(updated) > 1,
+        normalize=bool(spec.normalize), coefficients=spec.orthogonalize.coefficients if spec.orthogonalize else None,
+        sign=spec.sign, own_chunk=spec.visibility != "past",
+        precision=spec.orthogonalize.dtype if spec.orthogonalize else torch.bfloat16,
+    )  # fmt: skip
+    after = {name: x for name, x in (("gate", gate), ("up", up), ("out", out)) if x is not None}
+    moved = dict(zip(updated, velocity, strict=True)) if velocity is not None else {}
+    return output.transpose(1, 2)[:, :, : q.shape[2]], FastWeights(after, moved, fast.norms)
+
+
+def read(network: Network, fast: FastWeights, q: Tensor) -> Tensor:
+    """The fast network at queries `[B, H, T, Dk]` on kernels, `[B, H, T, Dv]`."""
+    from kvbind.kernels.chunked import chunked
+    from kvbind.kernels.spans import chunked_layout
+
+    theta, shared = theta_of(network, fast)
+    batch, heads, length, _ = q.shape
+    layout = chunked_layout((length,) * batch, (0,) * batch, (0,) * batch, 1, False, shared, heads, q.device)
+    out = fast.weights["out"]
+    none = q.new_empty(0, heads, q.shape[3]), q.new_empty(0, heads, out.shape[-1])
+    output, _, _ = chunked(as_rows(q), *none, layout, dense(out), theta=theta, activation=activation_of(network))
+    return output.unflatten(0, (batch, length)).transpose(1, 2)
 
 
 def theta_of(network: Network, fast: FastWeights) -> tuple[Tensor | None, bool]:

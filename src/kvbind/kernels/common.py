@@ -65,9 +65,12 @@ class Launcher:
     """A `triton.jit` kernel with a shorter way to the GPU, for arguments like those of an earlier launch.
 
     What Triton's own way takes per launch, 40 to 60 us of Python on the machines measured, is longer than many kernels run.
-    Compiled kernels are found here by what Triton specializes them on: constants, dtypes, and whether integers are 1 or
-    divisible by 16 and pointers aligned.
+    Compiled kernels are found here by constants, dtypes and integers, those left out on which Triton does not specialize;
+    pointers that are not aligned, and integers beyond 32 bits, go Triton's way.
     """
+
+    MOST = 1024
+    """Kernels remembered; more come about only where strides differ from call to call."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -81,16 +84,23 @@ class Launcher:
 
     def launch(self, grid: Any, *args: Any, **constants: Any) -> None:
         """Launch on `grid`, a tuple or a function of the constants; constants are given by keyword."""
-        key: list[Any] = [torch.cuda.current_device() if torch.cuda.is_available() else None, *constants.items()]
+        key: list[Any] = [args[0].device.index, *constants.values()]
+        pointers = largest = 0
         for value, plain in zip(args, self.plain, strict=False):
             if isinstance(value, Tensor):
-                key += (value.dtype, value.data_ptr() % 16 == 0)
-            elif isinstance(value, int):
-                key.append((value >= 2**31 or value < -(2**31)) if plain else (value == 1, value % 16 == 0, value >= 2**31))
+                key.append(value.dtype)
+                pointers |= value.data_ptr()
+            elif plain:
+                largest = max(largest, abs(value))
             else:
-                key.append(type(value))
+                key.append(value if value.__class__ is int else value.__class__)
+        if pointers % 16 or largest >= 2**31:
+            self.kernel[grid](*args, **constants)
+            return
         found = self.compiled.get(tuple(key))
         if found is None:
+            if len(self.compiled) >= self.MOST:
+                self.compiled.clear()
             self.compiled[tuple(key)] = self.kernel[grid](*args, **constants)
             return
         if callable(grid):
