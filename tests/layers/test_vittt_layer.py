@@ -3,6 +3,7 @@ import torch
 
 from kvbind import MLP, DepthwiseConv, InnerLoop, Linear, NewtonSchulz, SwiGLU, systems
 from kvbind.layers.vittt import VitttLayer, narrow, rotary_angles, rotate_pairs
+from kvbind.models.vittt import INNER_LOOPS
 
 GLU_LOOP, CONV_LOOP = systems.vittt(), systems.vittt("conv")
 
@@ -172,6 +173,30 @@ def test_half_precision_at_large_activations_gives_finite_outputs_and_gradients(
     assert ((output.float() - exact).norm() / exact.norm()) < (0.02 if dtype == torch.float16 else 0.1)
     output.float().mean().backward()
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("row", [row for row in INNER_LOOPS if row != "rung6"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_clipped_updates_do_not_overflow_in_any_row(row, dtype):
+    inner, inner_conv = INNER_LOOPS[row]
+    layer, x = layer_and_input(grid=(8, 8), inner=inner, inner_conv=inner_conv)
+    with torch.no_grad():
+        for start, width in ((16, 32), (56, 16)):  # keys and values in the thousands, queries as they were
+            layer.qkv.weight[start : start + width] *= 1000
+    if row == "key":  # which is read too
+        layer.qkv.weight.data[[*range(16, 32), *range(56, 64)]] /= 1000
+    with torch.autocast("cpu", dtype=dtype):
+        calls = layer.calls(x, (8, 8))
+        assert max(float(call.v.detach().abs().max()) for call in calls) > 1000
+        output = layer(x, (8, 8))
+    for call in calls:
+        for name, weight in call.run()[1].weights.items():
+            # what clipping promises of every output channel, to rounding
+            moved = torch.linalg.vector_norm(weight - call.weights[name], dim=call.inner.network.input_axes)
+            assert float(moved.detach().max()) < 1 + 1e-5, name
+    assert output.isfinite().all()
+    output.float().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters() if parameter.grad is not None)
 
 
 def test_outputs_beyond_float16_saturate():

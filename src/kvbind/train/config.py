@@ -32,6 +32,8 @@ class TrainConfig:
         betas: of AdamW.
         weight_decay: of AdamW, on matrices alone: not on norms, biases and other vectors.
         clip: the largest gradient norm.
+        ema: decay, per step, of an exponential average of the weights, which is then what is evaluated and saved in the end;
+            0 for none. It starts from the weights after the first step.
         precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 on GPUs.
         tf32: on GPUs, let matrix products of float32 operands, those of the fast weights among them, run in TF32.
         device: "auto", or any torch device.
@@ -51,6 +53,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip: float = 1.0
+    ema: float = 0.0
     precision: str = "auto"
     tf32: bool = True
     device: str = "auto"
@@ -67,6 +70,8 @@ class TrainConfig:
                             "checkpoint_every": 0, "checkpoint_minutes": 0, "weight_decay": 0}.items():  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"train.{name} must be at least {least}; got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"train.ema must be at least 0 and below 1; got {self.ema}")
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} must be greater than 0; got {getattr(self, name)}")

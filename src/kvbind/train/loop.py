@@ -2,7 +2,8 @@
 
 A step: `accumulate` batches forward and backward, one clipped AdamW step at the schedule's rate, one line of metrics. A step
 whose loss or gradient is not finite changes nothing and is counted. Every so often a checkpoint holds all that the next step
-depends on, so that a run that was interrupted goes on exactly as if it had not been.
+depends on, so that a run that was interrupted goes on exactly as if it had not been. Where an average of the weights is
+kept, it is what evaluations see, what a checkpoint calls "model", and what is left in the model in the end.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import _pytree as pytree
 
 from kvbind.train.bars import Watch
@@ -88,7 +90,7 @@ def train(
     """Train `model` on `task`, or go on from the newest checkpoint in `folder`.
 
     Args:
-        model: any module; moved to the device.
+        model: any module; moved to the device. In the end it holds the weights that were evaluated.
         task: its data, loss and evaluation.
         config: how.
         folder: of the run; metrics and checkpoints go there.
@@ -107,10 +109,16 @@ def train(
     optimizer = make_optimizer(model, config)
     folder.mkdir(parents=True, exist_ok=True)
 
+    average = averaged(model, config.ema) if config.ema else None
+    evaluated = model if average is None else average.module
+
     done = Progress()
     saved = latest_checkpoint(folder, device)
     if saved is not None:
-        model.load_state_dict(saved["model"])
+        evaluated.load_state_dict(saved["model"])
+        if average is not None:
+            model.load_state_dict(saved["trained"])
+            average.n_averaged.fill_(saved["averaged"])
         optimizer.load_state_dict(saved["optimizer"])
         restore_random_state(saved["random"])
         done = Progress(**saved["done"])
@@ -119,7 +127,7 @@ def train(
 
     with closing(Metrics(folder, done.step, config.tensorboard)) as metrics:
         if saved is None:
-            done.held_out = evaluate(model, task, config, device)
+            done.held_out = evaluate(evaluated, task, config, device)
             metrics.write(0, **{f"held_out/{name}": value for name, value in done.held_out.items()})
 
         while done.step < config.steps:
@@ -142,6 +150,8 @@ def train(
             finite = math.isfinite(loss_value) and math.isfinite(norm_value)
             if finite:
                 optimizer.step()
+                if average is not None:
+                    average.update_parameters(model)
                 done.units, done.skipped_in_a_row = done.units + size, 0
             else:
                 done.skipped, done.skipped_in_a_row = done.skipped + 1, done.skipped_in_a_row + 1
@@ -168,19 +178,28 @@ def train(
                 )
             last = done.step == config.steps
             if last or every(config.evaluate_every, done.step):
-                done.held_out = evaluate(model, task, config, device)
+                done.held_out = evaluate(evaluated, task, config, device)
                 metrics.write(done.step, **{f"held_out/{name}": value for name, value in done.held_out.items()})
             overdue = 0 < 60 * config.checkpoint_minutes <= time.monotonic() - last_saved
             if last or overdue or every(config.checkpoint_every, done.step):
-                content = {
-                    "model": model.state_dict(),
+                content: dict[str, Any] = {
+                    "model": evaluated.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "random": random_state(),
                     "done": asdict(done),
                 }
+                if average is not None:
+                    content |= {"trained": model.state_dict(), "averaged": int(average.n_averaged)}
                 save_checkpoint(folder, done.step, content, config.keep)
                 last_saved = time.monotonic()
+    if average is not None:
+        model.load_state_dict(evaluated.state_dict())
     return done
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential average of a model's weights and buffers, which `update_parameters` moves by one step."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def every(interval: int, step: int) -> bool:

@@ -7,12 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvbind.inner.spec import InnerLoop
-from kvbind.layers.vittt import VitttLayer
+from kvbind.layers.vittt import INIT_STD, VitttLayer
 
 Grid = tuple[int, int]
 """Height and width in tokens."""
-
-LINEAR_STD = 0.02
 
 
 def to_image(x: Tensor, grid: Grid) -> Tensor:
@@ -128,11 +126,20 @@ class VitttBlock(nn.Module):
         return x
 
 
-def init_weights(module: nn.Module) -> None:
-    """Draw one module's own parameters anew: truncated normal linear layers, unit norms, PyTorch's default convolutions."""
+def init_weights(module: nn.Module, std: float = INIT_STD) -> None:
+    """Draw one module's own parameters anew.
+
+    Linear layers and fast weights are truncated normal, norms start at one, convolutions as PyTorch has it.
+
+    Args:
+        module: whose parameters.
+        std: standard deviation of linear layers and fast weights.
+    """
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=LINEAR_STD)
+        nn.init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm | nn.Conv2d | nn.BatchNorm1d | nn.BatchNorm2d | VitttLayer):
+    elif isinstance(module, VitttLayer):
+        module.reset_parameters(std)
+    elif isinstance(module, nn.LayerNorm | nn.Conv2d | nn.BatchNorm1d | nn.BatchNorm2d):
         module.reset_parameters()

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import vittt
+from kvbind.layers.vittt import INIT_STD
 from kvbind.models.vittt.blocks import init_weights, to_image
 from kvbind.models.vittt.model import HierarchicalVittt, ImageModel, Vittt
 from kvbind.models.vittt.released import read_released_config, released_inner_loops
@@ -36,6 +37,7 @@ class VitttConfig(PretrainedConfig):
         qkv_bias: a bias in the `qkv` projections.
         drop_rate: dropout in the MLPs.
         drop_path_rate: stochastic depth of the last block.
+        initializer_range: standard deviation of linear layers and fast weights at the start.
         **kwargs: fields of transformers' `PretrainedConfig`, such as `num_labels` (also as `num_classes`).
 
     Raises:
@@ -67,6 +69,7 @@ class VitttConfig(PretrainedConfig):
         qkv_bias: bool = True,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        initializer_range: float = INIT_STD,
         **kwargs: Any,
     ) -> None:
         if len({isinstance(value, int) for value in (embed_dim, depth, num_heads)}) > 1:
@@ -80,6 +83,7 @@ class VitttConfig(PretrainedConfig):
         self.inner_conv = vittt("conv") if inner_conv is None else inner_conv
         self.mlp_ratio, self.qkv_bias = mlp_ratio, qkv_bias
         self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
+        self.initializer_range = initializer_range
         super().__init__(**kwargs)
 
     @property
@@ -141,6 +145,7 @@ class VitttConfig(PretrainedConfig):
             "qkv_bias": self.qkv_bias,
             "drop_rate": self.drop_rate,
             "drop_path_rate": self.drop_path_rate,
+            "initializer_range": self.initializer_range,
         }
         if self.hierarchical:
             return HierarchicalVittt(self.embed_dim, self.depth, self.num_heads, **common)  # type: ignore[arg-type]
@@ -177,7 +182,7 @@ class VitttForImageClassification(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        init_weights(module)
+        init_weights(module, self.config.initializer_range)
 
     def forward(
         self,

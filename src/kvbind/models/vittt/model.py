@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
-from kvbind.layers.vittt import VitttLayer, rotary_angles
+from kvbind.layers.vittt import INIT_STD, VitttLayer, rotary_angles
 from kvbind.models.vittt.blocks import Grid, VitttBlock, init_weights, to_image, to_tokens
 
 
@@ -30,11 +31,14 @@ class ImageModel(nn.Module, abc.ABC):
     norm: nn.Module
     head: nn.Module
 
-    def __init__(self, num_features: int, num_classes: int, in_chans: int, global_pool: str) -> None:
+    def __init__(
+        self, num_features: int, num_classes: int, in_chans: int, global_pool: str, initializer_range: float
+    ) -> None:
         super().__init__()
         check_choice("global_pool", global_pool, ("avg", ""))
         check_positive_int("in_chans", in_chans)
         self.num_features, self.in_chans, self.global_pool = num_features, in_chans, global_pool
+        self.initializer_range = initializer_range
         self.num_classes = _checked_classes(num_classes)
         self.gradient_checkpointing = False
 
@@ -54,7 +58,7 @@ class ImageModel(nn.Module, abc.ABC):
     def _finish(self) -> None:
         """The head and the starting parameters, once the rest is built."""
         self.head = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
-        self.apply(init_weights)
+        self.apply(partial(init_weights, std=self.initializer_range))
 
     @property
     def mixers(self) -> tuple[VitttLayer, ...]:
@@ -112,7 +116,7 @@ class ImageModel(nn.Module, abc.ABC):
             return
         like = next(self.parameters())
         self.head = nn.Linear(self.num_features, self.num_classes, device=like.device, dtype=like.dtype)
-        init_weights(self.head)
+        init_weights(self.head, self.initializer_range)
 
     def _run(self, block: nn.Module, *args: Any) -> Tensor:
         recompute = self.gradient_checkpointing and self.training
@@ -261,6 +265,7 @@ class Vittt(ImageModel):
         drop_rate: dropout in the MLPs.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
         global_pool: "avg", or "" for none.
+        initializer_range: standard deviation of linear layers and fast weights at the start.
 
     Raises:
         ValueError: numbers that do not fit together, or an inner loop that the layers cannot run.
@@ -282,8 +287,9 @@ class Vittt(ImageModel):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         global_pool: str = "avg",
+        initializer_range: float = INIT_STD,
     ) -> None:
-        super().__init__(embed_dim, num_classes, in_chans, global_pool)
+        super().__init__(embed_dim, num_classes, in_chans, global_pool, initializer_range)
         check_positive_int("depth", depth)
         self.embed_dim = embed_dim
         self.patch_embed = PatchEmbed(_pair("patch_size", patch_size), in_chans, embed_dim)
@@ -446,6 +452,7 @@ class HierarchicalVittt(ImageModel):
         drop_rate: dropout in the MLPs and behind the stem.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
         global_pool: "avg", or "" for none.
+        initializer_range: standard deviation of linear layers and fast weights at the start.
 
     Raises:
         ValueError: numbers that do not fit together, or an inner loop that the layers cannot run.
@@ -466,13 +473,14 @@ class HierarchicalVittt(ImageModel):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
         global_pool: str = "avg",
+        initializer_range: float = INIT_STD,
     ) -> None:
         if not len(dim) == len(depths) == len(num_heads) or not len(dim):
             raise ValueError(
                 f"dim, depths and num_heads must have one entry per stage; got {list(dim)}, {list(depths)} and "
                 f"{list(num_heads)}"
             )
-        super().__init__(dim[-1], num_classes, in_chans, global_pool)
+        super().__init__(dim[-1], num_classes, in_chans, global_pool, initializer_range)
         for name, values in (("dim", dim), ("depths", depths)):
             for value in values:
                 check_positive_int(f"{name}'s entries", value)

@@ -1,0 +1,383 @@
+"""The image task: a ViTTT classifier, DeiT's augmentation, top-1 accuracy on held-out images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvbind.inner import InnerLoop
+from kvbind.inner.systems import ladder, vittt
+from kvbind.inner.value import check_choice, nearest
+from kvbind.models.saving import without_bars
+from kvbind.tasks import preset_files
+from kvbind.tasks.images.augment import Augment, AugmentConfig, ReadEvaluation, ReadTraining, check_reads_files, normalized
+from kvbind.tasks.images.loading import Batch, Order, Reads, evaluation_batches, training_batches
+from kvbind.tasks.images.sources import Images, InMemory, Source, Splits
+from kvbind.tasks.inner_loops import edited
+from kvbind.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from kvbind.models.vittt import VitttForImageClassification
+
+PRESETS = preset_files("images")
+"""The shipped configurations, by name."""
+
+BRANCHES = {"heads": vittt("glu"), "conv": vittt("conv")}
+"""The inner loops of ViTTT's two branches, by the keys of `model.inner`."""
+
+MODEL_FIELDS = (
+    "embed_dim", "depth", "num_heads", "patch_size", "mlp_ratio", "qkv_bias", "drop_rate", "drop_path_rate",
+    "initializer_range",
+)  # fmt: skip
+"""What `model.fields` may hold."""
+
+
+@dataclass
+class ModelConfig:
+    """ViTTT; its classes and the size of its images are the data's.
+
+    Attributes:
+        size: where it starts: a published size, such as "vittt_tiny" or "vittt_base" (`kvbind.models.vittt.SIZES`).
+        inner: edits of the inner loops, field by field, under "heads" (the gated linear units) and "conv" (the convolution).
+        fields: edits of that size: `embed_dim`, `depth`, `num_heads`, `patch_size`, `mlp_ratio`, `qkv_bias`, `drop_rate`,
+            `drop_path_rate`, `initializer_range`.
+        gradient_checkpointing: recompute each block in the backward pass, for memory.
+        compile: let `torch.compile` make the model's kernels.
+    """
+
+    size: str = "vittt_tiny"
+    inner: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
+    gradient_checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass
+class DataConfig:
+    """Images, and how they are read.
+
+    Attributes:
+        source: "digits" (scikit-learn's, 8 x 8), a folder of IDX files, of class folders, or of parquet or arrow files, or
+            "hub:NAME". Digits and IDX files are held in memory, on the device that trains; other images are read as they are
+            needed.
+        name: of hub data sets, the configuration.
+        part: of tables, the split to train on.
+        held_out_part: of tables, the split to evaluate on.
+        image_column: of tables, that of the images.
+        label_column: of tables, that of the classes.
+        held_out: the fraction of each class kept for evaluation where the source has no split of its own.
+        images: training images, where they should not be counted to know how long an epoch is; 0 to count them.
+        size: side of the images in pixels; those held in memory must have it, others are resized.
+        channels: 1 for grey, 3 for colour.
+        mean: of each channel, of pixels from 0 to 1.
+        std: of each channel, likewise.
+        kept: in evaluation, the side of the central square that is seen over the image's shorter side.
+        batch: images in a batch.
+        workers: processes that read; 0 for none besides the training one. Nothing but speed depends on it.
+        evaluation_batch: images in an evaluation batch; 0 for as many as in training.
+    """
+
+    source: str = "digits"
+    name: str | None = None
+    part: str = "train"
+    held_out_part: str = "validation"
+    image_column: str = "image"
+    label_column: str = "label"
+    held_out: float = 0.2
+    images: int = 0
+    size: int = 224
+    channels: int = 3
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    kept: float = 1.0
+    batch: int = 64
+    workers: int = 0
+    evaluation_batch: int = 0
+
+    def __post_init__(self) -> None:
+        for key, least in {"images": 0, "size": 1, "batch": 1, "workers": 0, "evaluation_batch": 0}.items():
+            if getattr(self, key) < least:
+                raise ValueError(f"data.{key} must be at least {least}; got {getattr(self, key)}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"data.channels must be 1 or 3; got {self.channels}")
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) != self.channels:
+                raise ValueError(
+                    f"data.{key} must hold a number per channel, {self.channels}; got {list(getattr(self, key))}"
+                )
+        if min(self.std) <= 0:
+            raise ValueError(f"data.std must be above 0; got {list(self.std)}")
+        if not 0 < self.kept <= 1:
+            raise ValueError(f"data.kept must be above 0 and at most 1; got {self.kept}")
+
+    def open(self) -> Splits:
+        """The images.
+
+        Raises:
+            ValueError: a source that does not exist or does not hold what it should.
+            ImportError: a source that needs a library which is not installed.
+        """
+        source = Source(
+            self.source, self.held_out, self.name, self.part, self.held_out_part, self.image_column, self.label_column
+        )
+        return source.open()
+
+
+@dataclass
+class ImagesConfig:
+    """A whole run: its seed (of weights, data order and augmentation), model, data, augmentation and training.
+
+    Attributes:
+        seed: of everything random.
+        epochs: how often the training images are gone through; 0 where `train.steps` says how long training is.
+        warmup_epochs: likewise, in place of `train.warmup`.
+        model: the model.
+        data: the images.
+        augment: how they are varied.
+        train: how the model is trained.
+    """
+
+    seed: int = 0
+    epochs: float = 0.0
+    warmup_epochs: float = 0.0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for name, key in (("epochs", "steps"), ("warmup_epochs", "warmup")):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
+            if getattr(self, name) and getattr(self.train, key) != getattr(TrainConfig, key):
+                raise ValueError(
+                    f"{name}={getattr(self, name):g} and train.{key}={getattr(self.train, key)} both say how long; set "
+                    f"{name}=0 to count steps"
+                )
+
+
+def inner_loops(model: ModelConfig) -> dict[str, InnerLoop]:
+    """The inner loops of the heads and of the convolution that a model's configuration describes, under "heads" and "conv".
+
+    Raises:
+        ValueError, TypeError: another key or an unknown field (the message gives the nearest known one), or a value that
+            does not fit.
+    """
+    for key in model.inner:
+        check_choice("model.inner's keys", key, tuple(BRANCHES))
+    return {key: edited(start, model.inner.get(key, {})) for key, start in BRANCHES.items()}
+
+
+def rows(config: ImagesConfig) -> dict[str, dict[str, Any]]:
+    """The rows of the paper's tables 1 and 2 that apply to ViTTT, each as a value of `config.model.inner`.
+
+    Rungs change the heads alone: the convolution is one linear layer as it stands, and the published ablations clip it
+    throughout. Rungs 2, 4 and 5 do not apply: there are no weight normalization, learned rates or momentum to remove.
+    Ascent is the heads' alone, as published; the key takes the query's place in both branches.
+
+    Args:
+        config: whose own inner loops are "rung0".
+    """
+    loops = inner_loops(config.model)
+    heads, conv = loops["heads"], loops["conv"]
+    rungs = {
+        name: {"heads": rung, "conv": conv}
+        for name, rung in ladder(heads).items()
+        if name not in ("rung2", "rung4", "rung5")
+    }
+    controls = {
+        "ascent": {"heads": heads.replace(direction="ascent"), "conv": conv},
+        "key_for_query": {"heads": heads.replace(query="key"), "conv": conv.replace(query="key")},
+    }
+    return {name: {key: inner.to_dict() for key, inner in row.items()} for name, row in (rungs | controls).items()}
+
+
+def model_fields(model: ModelConfig) -> dict[str, Any]:
+    """The fields of `kvbind.models.vittt.VitttConfig` that `model.size` and `model.fields` give.
+
+    Raises:
+        ValueError: an unknown size or field.
+    """
+    from kvbind.models.vittt import SIZES
+
+    if model.size not in SIZES:
+        raise ValueError(f"model.size must be one of {', '.join(SIZES)}; got {model.size!r}{nearest(model.size, SIZES)}")
+    for name in model.fields:
+        check_choice("model.fields' keys", name, MODEL_FIELDS)
+    stages = {"dim": "embed_dim", "depths": "depth"}
+    size = {stages.get(name, name): list(x) if isinstance(x, tuple) else x for name, x in SIZES[model.size].items()}
+    return size | model.fields
+
+
+def resolve(config: ImagesConfig) -> ImagesConfig:
+    """`config` with every field of its inner loops and of its model spelled out, and its epochs as steps.
+
+    Images are counted where `epochs` says how long training is and `data.images` does not say how many there are.
+    """
+    model = replace(
+        config.model,
+        inner={key: inner.to_dict() for key, inner in inner_loops(config.model).items()},
+        fields=model_fields(config.model),
+    )
+    train = config.train
+    if config.epochs or config.warmup_epochs:
+        images = config.data.images or len(config.data.open().train.labels)
+        per_epoch = Order(images, config.data.batch, config.seed).per_epoch / train.accumulate
+        if config.epochs:
+            train = replace(train, steps=math.ceil(config.epochs * per_epoch))
+        if config.warmup_epochs:
+            train = replace(train, warmup=math.ceil(config.warmup_epochs * per_epoch))
+    return replace(config, epochs=0.0, warmup_epochs=0.0, model=model, train=train)
+
+
+class ImagesTask:
+    """Data, model, loss and metrics of an image run; what `kvbind.train.train` asks of a task.
+
+    Opening it opens both splits, so that a source that does not exist is known at once.
+
+    Args:
+        config: the run, as `resolve` gives it.
+        training: whether training images will be read; False to evaluate alone.
+
+    Raises:
+        ValueError: a configuration that does not fit the images, or that still counts in epochs.
+        ImportError: a library that is asked for and not installed.
+    """
+
+    unit = "images"
+
+    def __init__(self, config: ImagesConfig, training: bool = True) -> None:
+        data, self.config = config.data, config
+        if config.epochs or config.warmup_epochs:
+            raise ValueError(
+                "config must count in steps: kvbind.tasks.images.resolve(config) writes out what its epochs come to"
+            )
+        inner_loops(config.model)  # inner loops that are none are better known before any image is read
+        splits = data.open()
+        self.names = splits.names
+        counted = len(splits.train.labels)
+        if data.images not in (0, counted):
+            raise ValueError(f"data.images must be 0 or the number of training images, {counted}; got {data.images}")
+        self.splits = {"train": splits.train, "held_out": splits.held_out} if training else {"held_out": splits.held_out}
+        self.sources = {split: self._source(split, images) for split, images in self.splits.items()}
+        self.augment = Augment(config.augment, data.mean, data.std, len(self.names))
+        self._resident: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def _source(self, split: str, images: Images) -> InMemory | Reads:
+        """What batches of a split are made of: images that have the task's size, or that are given it as they are read."""
+        data, augment = self.config.data, self.config.augment
+        if not isinstance(images, InMemory):
+            prepare = ReadTraining(augment, data.size) if split == "train" else ReadEvaluation(data.size, data.kept)
+            return Reads(images, prepare, data.channels, self.config.seed)
+        shape = tuple(images.images.shape[1:])
+        if shape != (data.channels, data.size, data.size):
+            raise ValueError(
+                f"data.channels and data.size must be those of the images of {data.source}, which are {list(shape)}; got "
+                f"{data.channels} and {data.size}"
+            )
+        check_reads_files(augment)
+        return images
+
+    def build(self) -> VitttForImageClassification:
+        """A model with fresh weights, drawn from the run's seed."""
+        from kvbind.models.vittt import VitttConfig, VitttForImageClassification
+
+        model, data, loops = self.config.model, self.config.data, inner_loops(self.config.model)
+        described = VitttConfig(
+            **model_fields(model),
+            img_size=data.size,
+            in_chans=data.channels,
+            inner=loops["heads"],
+            inner_conv=loops["conv"],
+            id2label=dict(enumerate(self.names)),
+            label2id={name: i for i, name in enumerate(self.names)},
+        )
+        torch.manual_seed(self.config.seed)
+        built = VitttForImageClassification(described)
+        built.vittt.set_grad_checkpointing(model.gradient_checkpointing)
+        if model.compile:
+            built.compile()
+        return built
+
+    def batches(self, position: dict[str, Any] | None) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Endless training batches, each with the position behind it."""
+        if "train" not in self.sources:
+            raise ValueError("this task was opened with training=False")
+        data, images = self.config.data, self.sources["train"]
+        order = Order(len(self.splits["train"].labels), data.batch, self.config.seed)
+        return training_batches(images, order, data.workers, position)
+
+    def size(self, batch: Batch) -> int:
+        """Images in a batch."""
+        return len(batch["rows"] if "rows" in batch else batch["labels"])
+
+    def pixels(self, batch: Batch, split: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The images of a batch, uint8 `[B, C, H, W]`, and their classes `[B]`, on `device`.
+
+        Those that are held in memory move there whole when they are first asked for.
+        """
+        if "rows" not in batch:
+            return batch["images"].to(device), batch["labels"].to(device)
+        if (split, device) not in self._resident:
+            held = self.splits[split]
+            self._resident[split, device] = held.images.to(device), held.classes.to(device)  # type: ignore[union-attr]
+        images, classes = self._resident[split, device]
+        chosen = batch["rows"].to(device)
+        return images[chosen], classes[chosen]
+
+    def loss(self, model: VitttForImageClassification, batch: Batch) -> Tensor:
+        """Mean cross-entropy against the augmented targets, in nats."""
+        images, labels = self.pixels(batch, "train", model.device)
+        x, targets = self.augment(images, labels, batch["seed"])
+        loss: Tensor = model(x, labels=targets).loss
+        return loss
+
+    def evaluate(self, model: VitttForImageClassification) -> dict[str, Any]:
+        """Top-1 and top-5 accuracy in percent, cross-entropy in nats, and the number of images, all of them held out."""
+        data, device = self.config.data, model.device
+        most = min(5, len(self.names))
+        total = torch.zeros(3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+        count = 0
+        for batch in evaluation_batches(self.sources["held_out"], data.evaluation_batch or data.batch, data.workers):
+            images, labels = self.pixels(batch, "held_out", device)
+            logits = model(normalized(images, data.mean, data.std)).logits.float()
+            hits = logits.topk(most).indices == labels[:, None]
+            losses = F.cross_entropy(logits, labels, reduction="sum")
+            total += torch.stack([hits[:, 0].sum(), hits.sum(), losses]).to(total)
+            count += len(labels)
+        top1, top5, loss = (total / count).tolist()
+        return {"top1": 100 * top1, "top5": 100 * top5, "loss": loss, "images": count}
+
+    def held_out_image(self, number: int) -> tuple[Tensor, int]:
+        """A held-out image as the model sees it but for normalization, uint8 `[C, H, W]`, and its class.
+
+        Raises:
+            ValueError: a number that is none of theirs.
+        """
+        images = self.sources["held_out"]
+        count = len(self.splits["held_out"].labels)
+        if not 0 <= number < count:
+            raise ValueError(f"image must be from 0 to {count - 1}, the held-out images; got {number}")
+        if isinstance(images, InMemory):
+            return images.images[number], int(images.classes[number])
+        return images[0, number]
+
+    def save(self, model: VitttForImageClassification, folder: Path) -> None:
+        """Write a model in transformers' format."""
+        with without_bars():
+            model.save_pretrained(folder)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What images these are, for telling runs apart."""
+        return {split: images.fingerprint() for split, images in self.splits.items()}
+
+
+Config = ImagesConfig
+Task = ImagesTask

@@ -1,0 +1,152 @@
+"""Batches of images: in an order that the seed decides, from any place in it, whoever reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from kvbind.tasks.images.sources import InMemory, Readable
+
+Batch = dict[str, Any]
+"""`labels` int64 `[B]` and `images` uint8 `[B, C, H, W]`, or, of images held in memory, `rows` int64 `[B]`; in training also
+`seed`, an int from which whatever is random about the batch is drawn."""
+
+Position = dict[str, Any]
+
+MODES = {1: "L", 3: "RGB"}
+"""PIL's names of images of so many channels."""
+
+
+class Prepare(Protocol):
+    """Makes an image of the task's size of one of any size."""
+
+    def __call__(self, image: Image, seed: tuple[int, ...]) -> Image:
+        """The image; `seed` decides whatever is random."""
+        ...
+
+
+class Order:
+    """Every image once per epoch, in an order of the epoch's own; what a last batch lacks is left out.
+
+    Args:
+        images: how many there are.
+        batch: how many make a batch.
+        seed: of every order.
+
+    Raises:
+        ValueError: fewer images than a batch has.
+    """
+
+    def __init__(self, images: int, batch: int, seed: int) -> None:
+        if images < batch:
+            raise ValueError(f"data.batch must be at most the number of training images, {images}; got {batch}")
+        self.images, self.batch, self.seed = images, batch, seed
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return self.images // self.batch
+
+    def rows(self, start: int) -> Iterator[tuple[int, list[int]]]:
+        """Endless batches from number `start` on, counted over all epochs: its epoch, and the images in it."""
+        while True:
+            epoch, within = divmod(start, self.per_epoch)
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.images).tolist()
+            for number in range(within, self.per_epoch):
+                yield epoch, order[number * self.batch : (number + 1) * self.batch]
+            start = (epoch + 1) * self.per_epoch
+
+    def seed_of(self, number: int) -> int:
+        """The seed of what is random about batch `number`."""
+        return int(np.random.default_rng((self.seed, number, 1)).integers(2**62))
+
+
+Place = tuple[int, int]
+"""Epoch, and number of the image."""
+
+
+class Reads(Dataset[tuple[Tensor, int]]):
+    """Images read, prepared and turned into uint8 tensors, by place.
+
+    Args:
+        images: where they come from.
+        prepare: what makes them all of one size.
+        channels: 1 for grey, 3 for colour.
+        seed: with a place, of whatever is random about an image.
+    """
+
+    def __init__(self, images: Readable, prepare: Prepare, channels: int, seed: int) -> None:
+        self.images, self.prepare, self.channels, self.seed = images, prepare, channels, seed
+
+    def __len__(self) -> int:
+        return len(self.images.labels)
+
+    def __getitem__(self, place: Place) -> tuple[Tensor, int]:
+        epoch, index = place
+        image = self.images.read(index).convert(MODES[self.channels])
+        pixels = np.asarray(self.prepare(image, (self.seed, epoch, index)))
+        tensor = torch.from_numpy(pixels.reshape(*pixels.shape[:2], self.channels).transpose(2, 0, 1).copy())
+        return tensor, int(self.images.labels[index])
+
+
+class Places(Sampler[list[Place]]):
+    """An order as a `DataLoader` takes it.
+
+    Args:
+        order: the order.
+        start: number of the first batch.
+    """
+
+    def __init__(self, order: Order, start: int) -> None:
+        self.order, self.start = order, start
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        for epoch, rows in self.order.rows(self.start):
+            yield [(epoch, row) for row in rows]
+
+
+def training_batches(
+    images: InMemory | Reads, order: Order, workers: int, position: Position | None
+) -> Iterator[tuple[Batch, Position]]:
+    """Endless batches, each with the position behind it; the same whatever the number of workers.
+
+    Args:
+        images: held in memory (batches are then rows alone), or read.
+        order: of the images.
+        workers: processes that read; 0 for none besides this one.
+        position: where to start; None for the beginning.
+    """
+    number = position["batches"] if position else 0
+    batches: Iterator[Batch]
+    if isinstance(images, InMemory):
+        batches = ({"rows": torch.tensor(rows)} for _, rows in order.rows(number))
+    else:
+        batches = loaded(images, Places(order, number), workers)
+    for batch in batches:
+        yield {**batch, "seed": order.seed_of(number)}, {"batches": number + 1}
+        number += 1
+
+
+def evaluation_batches(images: InMemory | Reads, batch: int, workers: int) -> Iterator[Batch]:
+    """All images once, in their own order."""
+    if isinstance(images, InMemory):
+        yield from ({"rows": rows} for rows in torch.arange(len(images.labels)).split(batch))
+    else:
+        places = [[(0, row) for row in range(i, min(i + batch, len(images)))] for i in range(0, len(images), batch)]
+        yield from loaded(images, places, workers)
+
+
+def loaded(images: Reads, places: Any, workers: int) -> Iterator[Batch]:
+    """Batches of images that are read at `places`, a list of batches or a sampler of them."""
+    # its own generator: the loader draws a seed for its workers, which must not come out of the model's randomness
+    loader: Any = DataLoader(
+        images, batch_sampler=places, num_workers=workers, pin_memory=torch.cuda.is_available(), generator=torch.Generator()
+    )
+    for pixels, labels in loader:
+        yield {"images": pixels, "labels": labels}
