@@ -141,13 +141,33 @@ def test_one_camera_becomes_the_origin():
     torch.testing.assert_close(normalize_cameras(c2w), torch.eye(4, dtype=torch.float64)[None])
 
 
-def test_a_full_ring_has_no_mean_camera():
-    ring = torch.eye(4, dtype=torch.float64).repeat(4, 1, 1)
-    for i, angle in enumerate((0, 0.5 * math.pi, math.pi, 1.5 * math.pi)):
-        c, s = math.cos(angle), math.sin(angle)
-        ring[i, :3, :3] = torch.tensor([[c, 0, s], [0, 1, 0], [-s, 0, c]])
-    with pytest.raises(ValueError, match="c2w must be of cameras that have a mean camera"):
-        normalize_cameras(ring)
+def ring(tilt, count=4):
+    """Cameras at distance 2 all around the origin, which they look at; `tilt` radians downwards."""
+    c2w = torch.eye(4, dtype=torch.float64).repeat(count, 1, 1)
+    c, s = math.cos(tilt), math.sin(tilt)
+    down = torch.tensor([[1, 0, 0], [0, c, s], [0, -s, c]], dtype=torch.float64)
+    for i in range(count):
+        c, s = math.cos(2 * math.pi * i / count), math.sin(2 * math.pi * i / count)
+        c2w[i, :3, :3] = torch.tensor([[c, 0, s], [0, 1, 0], [-s, 0, c]], dtype=torch.float64) @ down
+    c2w[:, :3, 3] = -2 * c2w[:, :3, 2]
+    return c2w
+
+
+@pytest.mark.parametrize("tilt", [0.0, 0.4])
+def test_cameras_all_around_take_the_first_ones_axes(tilt):
+    """A level ring has no mean z axis; in a tilted one it is parallel to the mean y axis."""
+    world = ring(tilt)
+    frame = mean_frame(world)
+    torch.testing.assert_close(frame.pose[:3, :3], world[0, :3, :3])
+    torch.testing.assert_close(frame.pose[:3, 3], world[:, :3, 3].mean(0))
+    inside = frame.normalize(world)
+    check_poses("c2w", inside)
+    assert inside[:, :3, 3].abs().max().item() == pytest.approx(1)
+    torch.testing.assert_close(inside[0, :3, :3], torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(frame.restore(inside), world)
+    # a scene beside it in the batch is normalized as it would be alone
+    other = looking_ahead(4)
+    torch.testing.assert_close(normalize_cameras(torch.stack((world, other)))[1], normalize_cameras(other))
 
 
 def broken(change):

@@ -141,6 +141,10 @@ def mean_frame(c2w: Tensor) -> SceneFrame:
     a right angle to it; its scale the largest coordinate of a camera in that frame (1 where all cameras sit in one place).
     This is how the scenes of the released models are normalized (arXiv 2505.23884).
 
+    Cameras all around an object have no mean camera: their mean z axis vanishes or is parallel to their mean y axis. There,
+    and only there, the axes are those of the first camera. A pose like those of the other cameras is what a model has been
+    trained to expect; the world's own axes, or those of the rounding errors that such means come down to, are not.
+
     Args:
         c2w: poses of the scene's cameras `[..., V, 4, 4]`.
 
@@ -148,19 +152,15 @@ def mean_frame(c2w: Tensor) -> SceneFrame:
         The frame, to apply to these and to all further cameras of the scene.
 
     Raises:
-        ValueError: cameras whose mean z axis vanishes or is parallel to their mean y axis, as for a full ring around an
-            object: they have no mean camera. Leave such scenes in their own coordinates, centred and scaled by hand.
+        TypeError, ValueError: matrices that are no rigid motions.
     """
     check_poses("c2w", c2w)
     centre, forward, down = (c2w[..., :3, axis].mean(-2) for axis in (3, 2, 1))
     forward, flat = _unit(forward)
     right, parallel = _unit(torch.linalg.cross(down, forward, dim=-1))
-    if bool((flat | parallel).any()):
-        raise ValueError(
-            "c2w must be of cameras that have a mean camera; their mean z axis vanishes or is parallel to their mean y "
-            "axis, as for a full ring around an object"
-        )
-    axes = torch.stack((right, torch.linalg.cross(forward, right, dim=-1), forward, centre), dim=-1)
+    turn = torch.stack((right, torch.linalg.cross(forward, right, dim=-1), forward), dim=-1)
+    turn = torch.where((flat | parallel)[..., None, None], c2w[..., 0, :3, :3], turn)
+    axes = torch.cat((turn, centre[..., None]), dim=-1)
     bottom = torch.zeros_like(axes[..., :1, :])
     bottom[..., 3] = 1
     pose = torch.cat((axes, bottom), dim=-2)
@@ -178,7 +178,7 @@ def normalize_cameras(c2w: Tensor) -> Tensor:
     """A scene's poses `[..., V, 4, 4]` in the frame of their mean camera, `mean_frame(c2w).normalize(c2w)`.
 
     Raises:
-        ValueError: as `mean_frame`.
+        TypeError, ValueError: as `mean_frame`.
     """
     return mean_frame(c2w).normalize(c2w)
 
@@ -219,7 +219,7 @@ def check_poses(argument: str, c2w: Tensor, values: bool = True) -> None:
             where = torch.nonzero(bad)[0].tolist()
             rows = [[round(x, 4) for x in row] for row in pose[tuple(where)].tolist()]
             raise ValueError(
-                f"{argument} must hold rigid motions from camera to world: {argument}{where} {reason}; got {rows}"
+                f"{argument} must hold rigid motions, a rotation and a shift each: {argument}{where} {reason}; got {rows}"
             )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +25,8 @@ from kvbind.models.lact_nvs.config import LactNvsConfig
 from kvbind.models.lact_nvs.scene import Scene
 
 INIT_STD = 0.02
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MODEL_TYPE, ASSIGNED = "lact_nvs", "assigned_inner"
 MARK_LENGTH = 4096
 MARK_TOLERANCE = 0.02
 """How far the marks of one model may differ: rounding its weights to bfloat16 moves them by about a tenth of this."""
@@ -168,6 +173,48 @@ class LactNvs(nn.Module):
             ValueError: as there.
         """
         return cls(LactNvsConfig.from_released_config(fields))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
+        """The model that `save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            folder: where it is.
+            device: where to put its parameters.
+
+        Raises:
+            ValueError: a folder that holds no such model.
+        """
+        config, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
+        fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if fields.pop("model_type", None) != MODEL_TYPE or not weights.is_file():
+            raise ValueError(f"folder must be one that LactNvs.save_pretrained wrote; got {str(folder)!r}")
+        assigned = fields.pop(ASSIGNED, None)
+        with torch.device("meta"):
+            model = cls(LactNvsConfig.from_dict(fields))
+        model.load_state_dict(load_file(weights, str(device)), assign=True)
+        if assigned is not None:
+            model.inner = InnerLoop.from_dict(assigned)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the configuration, the inner loop where another was assigned since, and the parameters.
+
+        Args:
+            folder: where to; made if need be. It will hold `config.json` and `model.safetensors`.
+
+        Raises:
+            ValueError: layers with different inner loops, which one configuration cannot describe.
+        """
+        if any(mixer.inner != self.inner for mixer in self.mixers):
+            raise ValueError("a model must have one inner loop in all layers to be saved; those of this one differ")
+        home = Path(folder)
+        home.mkdir(parents=True, exist_ok=True)
+        fields = {"model_type": MODEL_TYPE} | self.config.to_dict()
+        if self.inner != self.config.inner:
+            fields[ASSIGNED] = self.inner.to_dict()
+        (home / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        save_file({name: x.detach().contiguous() for name, x in self.state_dict().items()}, str(home / WEIGHTS))
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""

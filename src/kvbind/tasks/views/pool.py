@@ -1,0 +1,54 @@
+"""The source "procedural": scenes made by chance, rendered once and held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kvbind.tasks.views.config import PROCEDURAL, ProceduralConfig
+from kvbind.tasks.views.procedural import VERSION, Cameras, make_cameras, make_scenes
+from kvbind.tasks.views.raycast import render
+from kvbind.tasks.views.scenes import Source, Split, Views, digest
+
+
+class Pool(Source):
+    """Procedural scenes, rendered on the device that first asks for their pixels.
+
+    Args:
+        config: their views and cameras.
+        split: which of them.
+        scenes: how many.
+        size: height and width of the images.
+    """
+
+    def __init__(self, config: ProceduralConfig, split: Split, scenes: int, size: tuple[int, int]) -> None:
+        self.config, self.split, self.image_size = config, split, size
+        self.what, self.chunks = PROCEDURAL, (scenes,)
+        self._images: Tensor | None = None
+
+    @cached_property
+    def cameras(self) -> tuple[Tensor, Tensor]:
+        """Poses `[scenes, views, 4, 4]` and intrinsics `[scenes, views, 4]`."""
+        return make_cameras(self.split, len(self), self.config.views, self.image_size, Cameras(sector=self.config.sector))
+
+    def name(self, scene: int) -> str:
+        return f"scene {scene} of {self.what}, split {self.split}"
+
+    def count(self, scene: int) -> int:
+        return self.config.views
+
+    def read(self, scene: int, views: Sequence[int]) -> Views:
+        c2w, intrinsics = (x[scene, list(views)] for x in self.cameras)
+        return {"image": torch.tensor(views) + scene * self.config.views, "c2w": c2w, "fxfycxcy": intrinsics}
+
+    def pixels(self, image: Tensor, device: torch.device) -> Tensor:
+        if self._images is None or self._images.device != image.to(device).device:
+            world = make_scenes(self.split, len(self)).to(device)
+            self._images = render(world, *self.cameras, self.image_size, self.config.samples).flatten(0, 1)
+        return self._images[image.to(device)].float() / 255
+
+    def fingerprint(self) -> str:
+        return digest([PROCEDURAL, str(VERSION), self.split, str(len(self)), str(self.config), str(self.image_size)])

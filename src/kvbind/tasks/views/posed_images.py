@@ -1,0 +1,120 @@
+"""The source of posed images: per scene a JSON file that lists image files with their cameras, as LaCT's release reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from kvbind.models.lact_nvs.cameras import invert_pose
+from kvbind.tasks.documents import belongs
+from kvbind.tasks.views.pictures import open_picture, resize_and_crop
+from kvbind.tasks.views.scenes import Source, Split, Views, check_cameras, digest
+
+INTRINSICS = ("fx", "fy", "cx", "cy")
+
+
+class PosedImages(Source):
+    """Scenes, each a JSON file: a list of `{"file_path", "fx", "fy", "cx", "cy", "w2c"}`.
+
+    `file_path` is relative to the file; intrinsics are in pixels of the image; `w2c` is a 4x4 matrix, by rows.
+
+    Args:
+        root: the folder below which scenes are named.
+        files: of the scenes, below it.
+        size: height and width of the images that are read.
+    """
+
+    def __init__(self, root: Path, files: Sequence[str], size: tuple[int, int]) -> None:
+        self.root, self.files, self.image_size = root, tuple(files), size
+        self.what, self.chunks = str(root), (len(self.files),)
+
+    @classmethod
+    def open(cls, path: Path, split: Split | None, held_out: float, size: tuple[int, int]) -> Self:
+        """The scenes of a split.
+
+        Args:
+            path: a scene's file, a JSON file that lists the files of scenes, or a folder of scenes.
+            split: which, by a hash of each file's path; None for all.
+            held_out: the fraction that is held out.
+            size: height and width of the images that are read.
+
+        Raises:
+            ValueError: a file that is neither.
+        """
+        if path.is_dir():
+            root = path
+            names = sorted(str(file.relative_to(path)) for file in path.rglob("*.json") if _begins_as_scene(file))
+        else:
+            root, content = path.parent, load_json(path)
+            whole = isinstance(content, list) and bool(content) and all(isinstance(x, str) for x in content)
+            names = content if whole else [path.name]
+        return cls(root, [name for name in names if belongs(name, split, held_out)], size)
+
+    def name(self, scene: int) -> str:
+        return str(self.root / self.files[scene])
+
+    def count(self, scene: int) -> int:
+        return len(scene_entries(self.root / self.files[scene]))
+
+    def read(self, scene: int, views: Sequence[int]) -> Views:
+        path = self.root / self.files[scene]
+        entries = [scene_entries(path)[i] for i in views]
+        w2c = torch.tensor([entry["w2c"] for entry in entries], dtype=torch.float64)
+        given = torch.tensor([[entry[name] for name in INTRINSICS] for entry in entries], dtype=torch.float64)
+        check_cameras(str(path), "w2c", w2c, given)
+        images, intrinsics = [], []
+        for entry, fxfycxcy in zip(entries, given, strict=True):
+            image, moved = resize_and_crop(open_picture(path.parent / entry["file_path"]), fxfycxcy, self.image_size)
+            images.append(image)
+            intrinsics.append(moved)
+        return {
+            "image": torch.stack(images),
+            "c2w": invert_pose(w2c).float(),
+            "fxfycxcy": torch.stack(intrinsics).float(),
+        }
+
+    def fingerprint(self) -> str:
+        return digest(f"{name}:{(self.root / name).stat().st_size}" for name in self.files)
+
+
+def load_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: a file that is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} must be a JSON file; {error}") from error
+
+
+@lru_cache(maxsize=256)
+def scene_entries(path: Path) -> list[dict[str, Any]]:
+    """The views that a scene's file lists.
+
+    Raises:
+        ValueError: a file that is no scene; the message says what is missing.
+    """
+    entries = load_json(path)
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path} must hold a scene: a list of views, each with file_path, fx, fy, cx, cy and w2c")
+    for i, entry in enumerate(entries):
+        for name in ("file_path", *INTRINSICS, "w2c"):
+            if name not in entry:
+                raise ValueError(f"{path}: view {i} must have {name}; it has {', '.join(entry) or 'nothing'}")
+        shape = [len(row) if isinstance(row, list) else 0 for row in entry["w2c"]]
+        if shape != [4, 4, 4, 4]:
+            raise ValueError(f"{path}: view {i}'s w2c must be 4 rows of 4 numbers; got rows of {shape}")
+    return entries
+
+
+def _begins_as_scene(path: Path) -> bool:
+    """Whether a file begins as a list of mappings, which an index of scenes does not."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return "".join(file.read(256).split()).startswith("[{")

@@ -1,0 +1,126 @@
+"""The view synthesis task: posed images, LaCT view synthesis, squared error, PSNR of held-out views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvbind.models.lact_nvs import LactNvs
+from kvbind.tasks.views.config import ViewsConfig, model_config
+from kvbind.tasks.views.drawing import Batch, Batches, evaluation_batches, load_batches
+from kvbind.tasks.views.metrics import nearest_inputs, psnr, ssim
+from kvbind.tasks.views.perceptual import open_lpips, perceptual_loss
+from kvbind.tasks.views.sources import open_held_out, open_training
+
+
+class ViewsTask:
+    """Data, model, loss and metrics of a view synthesis run; what `kvbind.train.train` asks of a task.
+
+    Opening it opens both splits, so that a source that does not exist is known at once.
+
+    Args:
+        config: the run.
+        training: whether scenes will be trained on; False to evaluate alone.
+
+    Raises:
+        ValueError, TypeError: a configuration that describes no model, sizes that its patches do not tile, or a source that
+            does not exist or holds no scenes.
+        ImportError: a perceptual loss that is asked for and not installed.
+    """
+
+    unit = "views"
+
+    def __init__(self, config: ViewsConfig, training: bool = True) -> None:
+        self.config = config
+        patch, size = model_config(config.model).patch_size, config.data.size
+        if size[0] % patch or size[1] % patch:
+            raise ValueError(f"data.size must be multiples of the model's patch_size, {patch}; got {list(size)}")
+        self.held_out = open_held_out(config.data)
+        self.scenes = open_training(config.data) if training else None
+        self._perceptual: nn.Module | None = open_lpips() if training and config.loss.perceptual else None
+        self._evaluation: list[Batch] = []
+
+    def build(self) -> LactNvs:
+        """A model with fresh weights, drawn from the run's seed."""
+        torch.manual_seed(self.config.seed)
+        model = LactNvs(model_config(self.config.model))
+        model.set_grad_checkpointing(self.config.model.gradient_checkpointing)
+        return model
+
+    def batches(self, position: dict[str, Any] | None) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Endless training batches, each with the position behind it."""
+        if self.scenes is None:
+            raise ValueError("this task was opened with training=False")
+        data = self.config.data
+        return load_batches(Batches(self.scenes, data, self.config.seed), data.workers, position)
+
+    def size(self, batch: Batch) -> int:
+        """Views in a batch, those that are read and those that are rendered."""
+        return batch["c2w"].shape[0] * (batch["c2w"].shape[1] + batch["target_c2w"].shape[1])
+
+    def loss(self, model: LactNvs, batch: Batch) -> Tensor:
+        """Mean squared error of the targets, RGB in [0, 1]; with the perceptual loss where the configuration has it."""
+        if self.scenes is None:
+            raise ValueError("this task was opened with training=False")
+        device = batch["c2w"].device
+        true = self.scenes.pixels(batch["target_image"], device)
+        predicted = predict(model, self.scenes.pixels(batch["image"], device), batch)
+        loss = F.mse_loss(predicted, true)
+        extra, step = self.config.loss, batch["number"] // self.config.train.accumulate
+        if self._perceptual is not None and step >= extra.perceptual_from:
+            network = self._perceptual.to(device)
+            loss = loss + extra.perceptual * perceptual_loss(network, predicted.flatten(0, 1), true.flatten(0, 1))
+        return loss
+
+    def evaluate(self, model: LactNvs) -> dict[str, Any]:
+        """Held-out metrics, averaged over target views.
+
+        "psnr" in dB, "ssim", "mse"; "nearest_view_psnr", that of the nearest input view taken as it is; and the numbers of
+        targets and scenes.
+        """
+        device = next(model.parameters()).device
+        if not self._evaluation:
+            self._evaluation = list(evaluation_batches(self.held_out, self.config.data))
+        found: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", "mse", "nearest_view_psnr")}
+        scenes = 0
+        for cpu_batch in self._evaluation:
+            batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in cpu_batch.items()}
+            inputs, true = (self.held_out.pixels(batch[name], device) for name in ("image", "target_image"))
+            nearest = torch.stack([views[chosen] for views, chosen in zip(inputs, nearest_inputs(batch), strict=True)])
+            true, predicted, nearest = (x.flatten(0, 1) for x in (true, predict(model, inputs, batch), nearest))
+            with torch.autocast(device.type, enabled=False):
+                found["psnr"].append(psnr(predicted, true))
+                found["ssim"].append(ssim(predicted, true))
+                found["mse"].append((predicted - true).square().flatten(1).mean(1))
+                found["nearest_view_psnr"].append(psnr(nearest, true))
+            scenes += len(inputs)
+        targets = sum(len(part) for part in found["psnr"])
+        return {name: float(torch.cat(parts).mean()) for name, parts in found.items()} | {"views": targets, "scenes": scenes}
+
+    def save(self, model: LactNvs, folder: Path) -> None:
+        """Write a model as `LactNvs.from_pretrained` reads it."""
+        model.save_pretrained(folder)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What scenes these are, for telling runs apart."""
+        found = {"held_out": self.held_out.fingerprint()}
+        if self.scenes is not None:
+            found["train"] = self.scenes.fingerprint()
+        return found
+
+
+def predict(model: LactNvs, image: Tensor, batch: Batch) -> Tensor:
+    """The targets of a batch as a model renders them, float32 `[B, Vt, 3, h, w]`.
+
+    Args:
+        model: any.
+        image: the inputs, RGB in [0, 1], `[B, V, 3, h, w]`.
+        batch: with the cameras of inputs and targets.
+    """
+    rendered: Tensor = model(image, batch["c2w"], batch["fxfycxcy"], batch["target_c2w"], batch["target_fxfycxcy"])
+    return rendered.float()
