@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 import kvbind
 from kvbind import InnerLoop, Linear
@@ -70,8 +71,160 @@ def decoding() -> None:
         axes[0].legend()
 
 
+def kernels() -> None:
+    """Speed of kernels by the number of tokens, the chunk and the width; forward, and forward and backward."""
+    record = json.loads((RESULTS / "bench" / "kernels-h100.json").read_text())
+    lines = {
+        ("rung0", "kvbind"): ("rung 0", RED, "o-"),
+        ("rung2", "kvbind"): ("rung 2", BLUE, "o-"),
+        ("rung6", "kvbind"): ("rung 6", GREEN, "o-"),
+        ("rung2", "pytorch"): ("rung 2, PyTorch", BLUE, "s:"),
+        ("softmax_attention", "sdpa"): ("softmax attention", ORANGE, "s--"),
+    }
+    for part, axis, label in (
+        ("lengths", "tokens", "tokens"),
+        ("chunks", "chunk", "tokens in a chunk"),
+        ("widths", "width", "width of a head, with 1536 / width heads"),
+    ):
+        rows = [row for row in record["rows"] if row["what"] == part]
+        if not rows:
+            continue
+        with figure(IMAGES / f"kernels-{part}.png", 9, 3.4) as drawing:
+            axes = drawing.subplots(1, 2)
+            for ax, (name, title) in zip(
+                axes, {"forward": "forward", "training": "forward and backward"}.items(), strict=True
+            ):
+                for (rung, by), (called, colour, style) in lines.items():
+                    found = [row for row in rows if (row["name"], row["by"]) == (rung, by) and name in row]
+                    points = sorted((row[axis], row[name]["mtok_per_s"]) for row in found)
+                    if points:
+                        ax.plot(*zip(*points, strict=True), style, color=colour, label=called, linewidth=1.4, markersize=4)
+                ax.set(title=title, xscale="log", yscale="log", xlabel=label)
+                ticks = sorted({row[axis] for row in rows})
+                ax.set_xticks(ticks, [f"{x // 1024}k" if x >= 1024 else str(x) for x in ticks], minor=False)
+                ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+                ax.minorticks_off()
+            axes[0].set_ylabel("million tokens per second")
+            handles, called_lines = axes[0].get_legend_handles_labels()
+            drawing.legend(handles, called_lines, loc="outside right center", fontsize=8.5)
+
+
+def scenes() -> None:
+    """Procedural scenes, one per row, eight views each."""
+    from PIL import Image
+
+    from kvbind.tasks.views.procedural import Cameras, make_cameras, make_scenes
+    from kvbind.tasks.views.raycast import render
+
+    count, views, side = 6, 8, 128
+    c2w, intrinsics = make_cameras("train", count, views, (side, side), Cameras(sector=360))
+    pictures = render(make_scenes("train", count), c2w, intrinsics, (side, side), samples=3)
+    sheet = pictures.permute(0, 3, 1, 4, 2).reshape(count * side, views * side, 3)
+    Image.fromarray(sheet.numpy()).save(IMAGES / "views-scenes.png", optimize=True)
+
+
+def cameras() -> None:
+    """A camera in the world, seen from another one, and what it sees: the conventions of view synthesis."""
+    from kvbind.models.lact_nvs import project
+    from kvbind.tasks.views.orbit import look_at
+
+    up = torch.tensor([0.0, 0, 1])
+    width, height, focal = 12, 8, 11.0
+    fxfycxcy = torch.tensor([focal, focal, width / 2, height / 2])
+    camera = look_at(torch.tensor([-3.0, 0.4, 1.0]), torch.tensor([0.0, 0, 0.2]), up)
+    viewer = look_at(torch.tensor([-3.9, -6.4, 3.0]), torch.tensor([-1.35, 0, 0.15]), up)
+    corners = torch.cartesian_prod(*[torch.tensor([-0.5, 0.5])] * 3)
+    edges = [(i, j) for i in range(8) for j in range(i) if (corners[i] - corners[j]).norm() < 1.1]
+
+    def seen(points: torch.Tensor, pose: torch.Tensor, intrinsics: torch.Tensor) -> list[list[float]]:
+        return project(points, pose, intrinsics)[0].tolist()
+
+    with figure(IMAGES / "views-cameras.png", 9.5, 3.9) as drawing:
+        world, image = drawing.subplots(1, 2, width_ratios=(1.25, 1))
+        flat = torch.tensor([1.0, 1, 0, 0])
+
+        def line(points: torch.Tensor, **style: object) -> None:
+            world.plot(*zip(*seen(points, viewer, flat), strict=True), **style)
+
+        def at(point: torch.Tensor) -> list[float]:
+            return seen(point[None], viewer, flat)[0]
+
+        for i, j in edges:
+            line(corners[[i, j]], color="0.45", linewidth=1.2)
+        for axis, name in enumerate("xyz"):
+            end = torch.zeros(3)
+            end[axis] = 1.25
+            world.annotate("", at(end), at(torch.zeros(3)), arrowprops={"arrowstyle": "->", "color": "0.65"})
+            world.text(*at(end * 1.08), name, color="0.55", fontsize=9)
+        centre, turn = camera[:3, 3], camera[:3, :3]
+        places = [(0, 0), (width, 0), (width, height), (0, height)]
+        frame = torch.tensor([[(u - width / 2) / focal, (v - height / 2) / focal, 1.0] for u, v in places])
+        plane = centre + 1.1 * frame @ turn.T
+        line(torch.cat((plane, plane[:1])), color=BLUE, linewidth=1.2)
+        for corner in plane:
+            line(torch.stack((centre, corner)), color=BLUE, linewidth=0.7)
+        for axis, (name, colour) in enumerate({"x right": RED, "y down": GREEN, "z forward": ORANGE}.items()):
+            end = centre + (0.85, 0.85, 1.7)[axis] * turn[:, axis]
+            arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.8}
+            world.annotate("", at(end), at(centre), arrowprops=arrow)
+            world.text(
+                *at(end + (0.12, 0.12, 0.4)[axis] * turn[:, axis]), name, color=colour, fontsize=9, ha="center", va="center"
+            )
+        world.text(*at(centre - 0.35 * turn[:, 0]), "camera", color=BLUE, fontsize=9, ha="right")
+        world.set(title="c2w: the camera's axes and centre in the world", xticks=[], yticks=[], aspect="equal")
+        world.invert_yaxis()
+        world.margins(0.12)
+        for side in world.spines.values():
+            side.set_visible(False)
+
+        for i, j in edges:
+            image.plot(*zip(*seen(corners[[i, j]], camera, fxfycxcy), strict=True), color="0.45", linewidth=1.2)
+        columns, rows = torch.meshgrid(torch.arange(width) + 0.5, torch.arange(height) + 0.5, indexing="xy")
+        image.plot(columns.flatten(), rows.flatten(), ".", color="0.75", markersize=2.5)
+        image.plot(width / 2, height / 2, "+", color=ORANGE, markersize=9, markeredgewidth=1.8)
+        image.text(width / 2 + 0.2, height / 2 - 0.2, "(cx, cy)", color=ORANGE, fontsize=9)
+        image.plot(2.5, 1.5, "o", color=BLUE, markersize=4)
+        image.text(2.9, 1.6, "pixel in row 1, column 2:\nray through (2.5, 1.5)", color=BLUE, fontsize=8, va="center")
+        image.set(
+            title="pixels: u to the right, v down", xlim=(0, width), ylim=(height, 0), aspect="equal", xlabel="u",
+            ylabel="v", xticks=range(width + 1), yticks=range(height + 1),
+        )  # fmt: skip
+
+
+def views(path: Path) -> None:
+    """Time and memory of view synthesis by the number of input views, beside full attention."""
+    record = json.loads(path.read_text())
+    models = {"LaCT": ("fast weights", BLUE, "o-"), "full attention": ("full attention", ORANGE, "s--")}
+    panels = {
+        "read_seconds": ("reading a scene", "seconds", 1.0),
+        "frames_per_second": ("rendering", "frames per second", 1.0),
+        "scene_bytes": ("what is kept of a scene", "MiB", 2.0**20),
+        "read_bytes": ("peak while reading", "GiB", 2.0**30),
+    }
+    with figure(IMAGES / f"{path.stem}.png", 11.5, 3.2) as drawing:
+        axes = drawing.subplots(1, 4)
+        for ax, (name, (title, unit, scale)) in zip(axes, panels.items(), strict=True):
+            for model, (called, colour, style) in models.items():
+                points = [
+                    (row["views"], row[name] / scale) for row in record["rows"] if row["model"] == model and row["fits"]
+                ]
+                ax.plot(*zip(*points, strict=True), style, color=colour, label=called, linewidth=1.4, markersize=4)
+            ticks = sorted({row["views"] for row in record["rows"]})
+            ax.set(title=title, xscale="log", yscale="log", xlabel="input views", ylabel=unit)
+            ax.set_xticks(ticks, [str(x) for x in ticks], minor=False)
+            ax.xaxis.minorticks_off()
+        axes[0].legend(fontsize=8)
+
+
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
     visibility()
     language_30m()
     decoding()
+    if (RESULTS / "bench" / "kernels-h100.json").is_file():
+        kernels()
+    scenes()
+    cameras()
+    for bench in sorted((RESULTS / "bench").glob("views-*.json")):
+        views(bench)

@@ -1,11 +1,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import kvbind
+import kvbind.models.lact_nvs
 from kvbind.cli import main
+from kvbind.experiments.subjects import SUBJECTS
+from kvbind.tasks import TASKS, open_task_module
 
 SMALL = [
     "model.fields.hidden_size=16", "model.fields.num_hidden_layers=1", "model.fields.num_attn_heads=2",
@@ -62,6 +66,19 @@ def test_every_command_explains_itself(run, command):
     assert len(out.splitlines()) > 8
 
 
+@pytest.mark.parametrize("command", ["reproduce", "train", "eval"])
+def test_help_names_every_task(run, command):
+    _, out, _ = run(command, "--help")
+    assert all(task in out for task in TASKS)
+
+
+def test_help_names_the_shipped_configurations_of_every_task(run):
+    _, out, _ = run("train", "--help")
+    text = " ".join(out.replace("│", "").split())
+    for task in TASKS:
+        assert f"{task.capitalize()}: {', '.join(open_task_module(task).PRESETS)}." in text
+
+
 def test_help_imports_neither_transformers_nor_matplotlib():
     code = (
         "import sys, kvbind.cli\nsys.exit(any(name in sys.modules for name in ('transformers', 'matplotlib', 'omegaconf')))"
@@ -116,6 +133,11 @@ def test_an_inner_loop_in_a_file_is_explained(run, tmp_path):
         (["reproduce", "table2", "--scale", "smok"], "did you mean 'smoke'"),
         (["reproduce", "table2", "--task", "langauge"], "did you mean 'language'"),
         (["reproduce", "table2", "train.step=1"], "did you mean 'train.steps'"),
+        (["reproduce", "table1", "--task", "views", "data.input=2"], "did you mean 'data.inputs'"),
+        (["reproduce", "table1", "--task", "images", "--scale", "larg"], "scale must be one of 'smoke'"),
+        (["reproduce", "table1", "--task", "all", "--data", "book.txt"], "data must be None for task='all'"),
+        (["train", "views", "--preset", "smal", "--preset", "huge"], "preset must be one of"),
+        (["train", "images", "data.batc=1"], "did you mean 'data.batch'"),
         (["train", "langauge"], "did you mean 'language'"),
         (["train", "language", "--preset", "tinny"], "did you mean 'tiny'"),
         (["train", "language", "train.lerning_rate=1"], "did you mean 'train.learning_rate'"),
@@ -125,6 +147,8 @@ def test_an_inner_loop_in_a_file_is_explained(run, tmp_path):
         (["eval", "language", "nowhere"], "must be the folder of a training run"),
         (["generate", "nowhere"], "must be the folder of a training run or of a model"),
         (["convert", "nowhere", "there"], "config.json"),
+        (["convert", "nowhere", "there"], "does not exist"),
+        (["convert", "nowhere", "there", "--to", "release"], "--to"),
         (["explian"], "explain"),
     ],
 )
@@ -176,6 +200,49 @@ def test_a_run_is_evaluated_as_it_was_after_training(run, trained):
     assert json.loads((trained / "again.json").read_text()) == held_out
     assert f"{held_out['perplexity']:.4f}" in out
     assert "bits per byte" in out
+
+
+TINY = {
+    "images": ["model.fields.embed_dim=12", "model.fields.num_heads=2", "model.fields.depth=1"],
+    "views": ["data.procedural.scenes=2", "data.procedural.views=8", "data.evaluation_scenes=1", "data.batch=1"],
+}
+
+
+@pytest.mark.parametrize("task", TINY)
+def test_other_tasks_train_from_their_smallest_preset_and_show_their_own_metrics(run, task, tmp_path):
+    if task == "images":
+        pytest.importorskip("sklearn")
+    code, out, errors = run("train", task, *TINY[task], "train.steps=1", "train.warmup=1", "train.device=cpu")
+    assert (code, errors) == (0, "")
+    folder = next((tmp_path / "runs").glob(f"{task}-{SUBJECTS[task].scales['smoke'].preset}-*"))
+    held_out = json.loads((folder / "result.json").read_text())["held_out"]
+    assert next(iter(held_out)) == SUBJECTS[task].metric.name
+    code, again, _ = run("eval", task, str(folder))
+    assert code == 0
+    for name, value in held_out.items():
+        if isinstance(value, float):
+            assert f"{name.replace('_', ' ')}" in again
+            assert f"{value:.4f}" in again
+    assert again.strip() in out
+
+
+def test_a_released_checkpoint_of_another_family_converts(run, tmp_path):
+    import torch
+    from safetensors import safe_open
+
+    fixture = Path(__file__).parent / "fixtures" / "lact_nvs_tiny.safetensors"
+    with safe_open(str(fixture), framework="pt") as file:
+        config, names = file.metadata()["config"], list(file.keys())
+        weights = {name.removeprefix("weight/"): file.get_tensor(name) for name in names if name.startswith("weight/")}
+    torch.save({"model": weights}, tmp_path / "lact.pt")
+    code, _, errors = run("convert", str(tmp_path / "lact.pt"), str(tmp_path / "ours"))
+    assert code == 2
+    assert "config must name it" in " ".join(errors.split())
+    (tmp_path / "lact.json").write_text(config)
+    code, out, _ = run("convert", str(tmp_path / "lact.pt"), str(tmp_path / "ours"), "--config", str(tmp_path / "lact.json"))
+    assert code == 0
+    assert "ours" in out
+    assert kvbind.models.lact_nvs.LactNvs.from_pretrained(tmp_path / "ours").config.dim == json.loads(config)["dim"]
 
 
 def test_a_run_is_evaluated_on_other_text_at_another_length(run, trained, tmp_path):

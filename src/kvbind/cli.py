@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvbind.bench.app import app as bench
+from kvbind.tasks import TASKS, preset_files
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,10 +36,14 @@ Overrides = Annotated[
 ]
 Data = Annotated[
     str | None,
-    typer.Option("--data", help="Text to use: a folder or file of text, JSONL or parquet, or hub:NAME.", metavar="PATH"),
+    typer.Option(
+        "--data", help="Data to use in place of the configuration's: a file, a folder, or hub:NAME.", metavar="PATH"
+    ),
 ]
 
 Layout = Literal["kvbind", "released"]
+
+TASK_NAMES = ", ".join(TASKS)
 
 
 def console() -> Console:
@@ -58,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError, ImportError, OSError) as error:
         fail(error, 2)
     except RuntimeError as error:
-        if type(error).__name__ != "TrainingStoppedError":
+        if type(error).__name__ not in ("TrainingStoppedError", "OutOfMemoryError"):
             raise
         fail(error, 1)
 
@@ -163,8 +168,11 @@ def named_or_file(system: str) -> Any:
 
 @app.command()
 def reproduce(
-    experiment: Annotated[str, typer.Argument(help="Which: table2 (the ladder).")],
-    task: Annotated[str, typer.Option(help="What is trained: language.")] = "language",
+    experiment: Annotated[
+        str,
+        typer.Argument(help="Which: table1 (gradient ascent, and keys for queries) or table2 (the ladder)."),
+    ],
+    task: Annotated[str, typer.Option(help=f"What is trained: {TASK_NAMES}, or all.")] = "language",
     scale: Annotated[str, typer.Option(help="smoke (minutes on two CPU cores), small (one GPU), or paper.")] = "smoke",
     seeds: Annotated[int, typer.Option(help="Training runs per row, each from another seed.", min=1)] = 1,
     out: Annotated[
@@ -177,7 +185,9 @@ def reproduce(
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Runs trained at once; default one per CPU core up to 4, on a GPU one.", min=1, show_default=False
+            help="Runs trained at once; default one per CPU core up to 4, on a GPU one. Several small runs may share a GPU.",
+            min=1,
+            show_default=False,
         ),
     ] = None,
     data: Data = None,
@@ -185,8 +195,10 @@ def reproduce(
 ) -> None:
     """Reproduce a table or figure of the paper: train, evaluate, time, and write the report.
 
-    [bold]kvbind reproduce table2 --task language --scale smoke[/] trains all seven rungs of the ladder and two controls
-    on the Python standard library's own source, on a laptop, in minutes. Interrupt it and run it again: it goes on.
+    [bold]kvbind reproduce table2 --task language --scale smoke[/] trains all seven
+    rungs of the ladder and two controls on the Python standard library's own
+    source, on a laptop, in minutes. Interrupt it and run it again: it goes on.
+    Rows that tables share are trained once.
     """
     from kvbind.experiments import EXPERIMENTS, open_experiment
     from kvbind.inner.value import nearest
@@ -211,11 +223,16 @@ def reproduce(
 
 @app.command()
 def train(
-    task: Annotated[str, typer.Argument(help="What to train: language.")],
+    task: Annotated[str, typer.Argument(help=f"What to train: {TASK_NAMES}.")],
     overrides: Overrides = None,
     preset: Annotated[
-        str, typer.Option(help="A shipped configuration (tiny, 30m, 125m, 760m, 3b), or a YAML file.")
-    ] = "tiny",
+        str | None,
+        typer.Option(
+            help="A YAML file, or a shipped configuration; default the smallest. "
+            + " ".join(f"{task.capitalize()}: {', '.join(preset_files(task))}." for task in TASKS),
+            show_default=False,
+        ),
+    ] = None,
     data: Data = None,
     out: Annotated[
         Path | None,
@@ -233,11 +250,12 @@ def train(
     For example: [bold]kvbind train language --preset tiny model.inner.update=last train.steps=500[/]
     """
     from kvbind.experiments.runs import discard, run_name, train_run
+    from kvbind.experiments.subjects import named_subject
     from kvbind.tasks import open_task_module
     from kvbind.train.bars import progress_bars
     from kvbind.train.config import read_config, to_yaml
 
-    module = open_task_module(task)
+    module, preset = open_task_module(task), preset or named_subject(task).scales["smoke"].preset
     edits = [*(overrides or []), *([f"data.source={json.dumps(data)}"] if data else [])]
     config = module.resolve(read_config(module.Config, module.PRESETS, preset, edits))
     folder = out or Path("runs") / run_name(task, config).replace(task, f"{task}-{Path(preset).stem}", 1)
@@ -254,7 +272,7 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    task: Annotated[str, typer.Argument(help="What was trained: language.")],
+    task: Annotated[str, typer.Argument(help=f"What was trained: {TASK_NAMES}.")],
     run: Annotated[Path, typer.Argument(help="Folder of the training run.")],
     overrides: Overrides = None,
     data: Data = None,
@@ -262,7 +280,9 @@ def evaluate(
         Path | None, typer.Option("--json", help="Also write all metrics to this file.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Evaluate a run on its held-out text, or on any other: perplexity, bits per byte, loss by position.
+    """Evaluate a run on its held-out data, or on others.
+
+    Language: perplexity, bits per byte, loss by position. Images: top-1 and top-5 accuracy. Views: PSNR and SSIM.
 
     For example: [bold]kvbind eval language runs/mine --data book.txt data.length=4096[/]
     """
@@ -273,7 +293,9 @@ def evaluate(
     from kvbind.train.loop import pick_device
 
     module = open_task_module(task)
-    trained_on, config = open_run(run, [*(overrides or []), *([f"data.held_out_source={json.dumps(data)}"] if data else [])])
+    # where a task tells them apart, the source of what is held out
+    source = "held_out_source" if hasattr(module.Config().data, "held_out_source") else "source"
+    trained_on, config = open_run(run, [*(overrides or []), *([f"data.{source}={json.dumps(data)}"] if data else [])])
     if trained_on != task:
         raise ValueError(f"run must be one of task {task!r}; {str(run)!r} is one of {trained_on!r}")
     opened = module.Task(config, training=False)
@@ -336,13 +358,97 @@ def generate(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A checkpoint: its folder, or a .pt file with config.json beside it.")],
+    source: Annotated[
+        Path, typer.Argument(help="A checkpoint: its folder, or a file of weights with its configuration beside it.")
+    ],
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[
         Layout, typer.Option(help="What to write: a model of this library, or one for the released code.")
     ] = "kvbind",
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="The released configuration, where it is not beside the weights: a JSON or YAML file, or a published size, "
+            "such as vittt_base or 24x768.",
+            show_default=False,
+            metavar="FILE|NAME",
+        ),
+    ] = None,
 ) -> None:
-    """Convert a LaCT language model of the released code to this library's, or back."""
+    """Convert a checkpoint of the released code to this library's, or back.
+
+    LaCT language models, ViTTT and LaCT view synthesis are told apart by their
+    parameters. ViTTT's weights say all sizes; a language model needs its JSON
+    file, view synthesis its YAML file.
+
+    For example: [bold]kvbind convert vittt_base.pth mine[/], or
+    [bold]kvbind convert lact.pt mine --config lact_l24_d768_ttt2x.yaml[/]
+    """
     from kvbind.models.convert import convert as run_conversion
 
-    console().print(f"wrote {run_conversion(source, target, to=to)}")
+    console().print(f"wrote {run_conversion(source, target, to=to, config=config)}")
+
+
+@app.command()
+def show(
+    task: Annotated[str, typer.Argument(help="What was trained: images.")],
+    run: Annotated[Path, typer.Argument(help="Folder of the training run.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")],
+    image: Annotated[int, typer.Option(help="Number of the held-out image.", min=0)] = 0,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A query's place, as fractions of the image's height and width; may be given several times. Default: three "
+            "places down the middle.",
+            metavar="Y,X",
+            show_default=False,
+        ),
+    ] = None,
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="A layer to draw, from 0; may be given several times. Default: up to four over the depth.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Draw what a trained image model attends to: the linear attention that each layer's inner loops are.
+
+    For example: [bold]kvbind show images runs/mine --out picture.png --image 7 --at 0.3,0.6[/]
+    """
+    from kvbind.experiments.show_images import PLACES, read_place
+    from kvbind.experiments.show_images import show as draw
+
+    if task != "images":
+        raise ValueError(f"task must be 'images'; got {task!r}")
+    places = [read_place(text) for text in at] if at else PLACES
+    answer = draw(run, out, image=image, places=places, layers=layer or ())
+    console().print(f"class {answer['class']}, predicted {answer['predicted']}; wrote {out}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def render(
+    run: Annotated[Path, typer.Argument(help="Folder of a training run of task views.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to; default `pictures` in the run's.", show_default=False)
+    ] = None,
+    scenes: Annotated[int, typer.Option(help="How many held-out scenes.", min=1)] = 4,
+    frames: Annotated[int, typer.Option(help="Of the turntable.", min=1)] = 48,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Other scenes to show: a folder or JSON file of posed images.", metavar="PATH"),
+    ] = None,
+) -> None:
+    """Draw what a trained view synthesis model sees: inputs, predictions and errors, and a camera moving around scenes."""
+    from kvbind.experiments.runs import load_model, open_run
+    from kvbind.tasks.views import Task
+    from kvbind.tasks.views.render import write_pictures
+    from kvbind.train.loop import pick_device
+
+    trained_on, config = open_run(run, [f"data.held_out_source={json.dumps(data)}"] if data else [])
+    if trained_on != "views":
+        raise ValueError(f"run must be one of task 'views'; {str(run)!r} is one of {trained_on!r}")
+    opened = Task(config, training=False)
+    model = load_model(run, opened).to(pick_device(config.train.device))
+    for path in write_pictures(model, opened, out or run / "pictures", scenes=scenes, frames=frames):
+        console().print(f"wrote {path}", markup=False, soft_wrap=True)

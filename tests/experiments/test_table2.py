@@ -5,11 +5,14 @@ import re
 import pytest
 from rich.console import Console
 
-from kvbind import explain, systems
-from kvbind.experiments import runs, table2
-from kvbind.experiments.paper import PUBLISHED
+from kvbind import InnerLoop, explain, systems
+from kvbind.experiments import runs, speed
+from kvbind.experiments.paper import LANGUAGE
+from kvbind.experiments.reproduce import configuration, with_inner
 from kvbind.experiments.runs import open_run, run_name, train_run
-from kvbind.experiments.table2 import configuration, reproduce, variants
+from kvbind.experiments.table2 import TABLE, reproduce
+from kvbind.experiments.tables import LABELS
+from kvbind.tasks import language
 from kvbind.train import latest_checkpoint
 from kvbind.train.metrics import read_metrics
 
@@ -25,8 +28,8 @@ SMALL = [
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    whole = table2.tokens_per_second
-    monkeypatch.setattr(table2, "tokens_per_second", lambda *args: whole(*args, rounds=1))
+    whole = speed.tokens_per_second
+    monkeypatch.setattr(speed, "tokens_per_second", lambda *args: whole(*args, rounds=1))
 
 
 @pytest.fixture(scope="module")
@@ -45,32 +48,30 @@ def made(book, tmp_path_factory):
     out = tmp_path_factory.mktemp("made")
     console = Console(record=True, width=200, force_terminal=False)
     with pytest.MonkeyPatch.context() as patch:
-        whole = table2.tokens_per_second
-        patch.setattr(table2, "tokens_per_second", lambda *args: whole(*args, rounds=1))
+        whole = speed.tokens_per_second
+        patch.setattr(speed, "tokens_per_second", lambda *args: whole(*args, rounds=1))
         results = small(out, book, console=console, seeds=2)
     return out, results, console.export_text()
 
 
 def test_every_row_is_the_row_above_with_one_change():
-    system = systems.lact_llm(chunk=64)
-    rows = variants(system)
-    assert list(rows) == NAMES == list(table2.LABELS)
+    config = configuration("language", "smoke", 0, ["model.inner.chunk=32"])
+    system = language.inner_loop(config.model)
+    assert system.chunk == 32
+    rows = {name: InnerLoop.from_dict(inner) for name, inner in language.rows(config).items()}
+    assert tuple(rows) == tuple(NAMES) == TABLE.rows == tuple(LABELS)
     assert {name: rows[name] for name in NAMES[:7]} == systems.ladder(system)
     assert rows["ascent"] == system.replace(direction="ascent")
     assert rows["key_for_query"] == system.replace(query="key")
 
 
 def test_rows_differ_in_their_inner_loop_alone():
-    one, other = (configuration("smoke", 3, inner) for inner in list(variants(systems.lact_llm(64)).values())[:2])
+    config = configuration("language", "smoke", 3)
+    one, other = (with_inner("language", config, inner) for inner in list(language.rows(config).values())[:2])
     assert one.model.inner != other.model.inner
     other.model.inner = one.model.inner
     assert one == other
-
-
-@pytest.mark.parametrize("scale", table2.SCALES)
-def test_every_scale_is_a_whole_configuration(scale):
-    config = configuration(scale, 0, None)
-    assert config.data.length >= 4 * config.model.inner["chunk"]
+    assert config == configuration("language", "smoke", 3)
 
 
 def test_all_rows_are_trained_evaluated_and_timed(made):
@@ -82,7 +83,7 @@ def test_all_rows_are_trained_evaluated_and_timed(made):
         assert row["perplexity_std"] > 0
         assert all(run["steps"] == 4 for run in row["runs"])
         assert row["recurrent_tokens_per_second"] > 0
-        parallel = explain(variants(systems.lact_llm(8))[row["name"]]).parallel
+        parallel = explain(InnerLoop.from_dict(row["inner"])).parallel
         assert (row["parallel_tokens_per_second"] is not None) == parallel
         assert row["perplexity"] != row["untrained_perplexity"]
     assert len({row["perplexity"] for row in results["rows"]}) == len(NAMES)
@@ -90,14 +91,14 @@ def test_all_rows_are_trained_evaluated_and_timed(made):
 
 def test_all_rows_read_the_same_text_from_the_same_seed(made):
     _, results, _ = made
-    assert len({json.dumps(run["text"]) for row in results["rows"] for run in row["runs"]}) == 1
+    assert len({json.dumps(run["data"]) for row in results["rows"] for run in row["runs"]}) == 1
     firsts = [run["untrained"]["perplexity"] for run in (results["rows"][0]["runs"][0], results["rows"][7]["runs"][0])]
     assert firsts[0] == pytest.approx(firsts[1], rel=0.05)
 
 
 def test_the_papers_numbers_stand_beside_ours(made):
     _, results, shown = made
-    assert {row["name"]: row["paper"]["perplexity"] for row in results["rows"]} == {n: PUBLISHED[n].language for n in NAMES}
+    assert {row["name"]: row["paper"]["perplexity"] for row in results["rows"]} == {n: LANGUAGE[n].value for n in NAMES}
     for number in ("16.43", "15.93", "16.31", "16.23", "16.12", "15.97", "16.80", "16.19", "16.18", "124.60", "4.30"):
         assert number in shown
     for row in results["rows"]:
@@ -145,7 +146,7 @@ def test_the_page_needs_no_other_file(made):
 def test_a_second_call_trains_and_measures_nothing(made, book, monkeypatch):
     out, results, _ = made
     monkeypatch.setattr(runs, "train", None)
-    monkeypatch.setattr(table2, "tokens_per_second", None)
+    monkeypatch.setattr(speed, "tokens_per_second", None)
     again = small(out, book, seeds=2)
     assert again["rows"] == results["rows"]
 
@@ -188,8 +189,11 @@ def test_a_fresh_table_is_trained_anew(made, book, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": "smok"}, r"scale must be one of smoke, small, paper; got 'smok' \(did you mean 'smoke'\?\)"),
-        ({"task": "languag"}, r"task must be 'language'; got 'languag' \(did you mean 'language'\?\)"),
+        ({"scale": "smok"}, r"scale must be one of 'smoke', 'small', 'paper'; got 'smok' \(did you mean 'smoke'\?\)"),
+        (
+            {"task": "languag"},
+            r"task must be one of language, images, views, all; got 'languag' \(did you mean 'language'\?\)",
+        ),
         ({"seeds": 0}, r"seeds must be an int of at least 1; got 0"),
         ({"workers": 0}, r"workers must be an int of at least 1; got 0"),
         ({"overrides": ["seed=3"]}, r"overrides must not set seed"),
@@ -204,7 +208,9 @@ def test_wrong_arguments_are_named(tmp_path, options, message):
 def test_a_run_is_named_by_its_configuration_and_its_text(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).write_text(f"{name} text. " * 100)
-    one, other = (configuration("smoke", 0, None, [*SMALL, f"data.source={tmp_path / name}"]) for name in ("one", "two"))
+    one, other = (
+        configuration("language", "smoke", 0, [*SMALL, f"data.source={tmp_path / name}"]) for name in ("one", "two")
+    )
     assert run_name("language", one) == run_name("language", one)
     before = run_name("language", one)
     (tmp_path / "one").write_text("three text. " * 100)
@@ -212,7 +218,7 @@ def test_a_run_is_named_by_its_configuration_and_its_text(tmp_path):
 
 
 def test_a_folder_keeps_to_one_configuration(tmp_path, book):
-    config = configuration("smoke", 0, None, [*SMALL, f"data.source={book}"])
+    config = configuration("language", "smoke", 0, [*SMALL, f"data.source={book}"])
     run = train_run("language", config, tmp_path)
     assert not run.reused
     assert train_run("language", config, tmp_path).reused
@@ -227,7 +233,7 @@ def test_a_folder_keeps_to_one_configuration(tmp_path, book):
 def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path, book):
     import fcntl
 
-    config = configuration("smoke", 0, None, [*SMALL, f"data.source={book}"])
+    config = configuration("language", "smoke", 0, [*SMALL, f"data.source={book}"])
     with (tmp_path / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another process is training in"):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kvbind.experiments import workers
+from kvbind.experiments.reproduce import configuration
 from kvbind.experiments.runs import run_name
-from kvbind.experiments.table2 import configuration
 from kvbind.experiments.workers import Job, Worker, default_workers, train_all
 from kvbind.train import TrainingStoppedError, latest_checkpoint
 from kvbind.train.config import to_plain
@@ -27,7 +27,9 @@ def job(tmp_path):
     (tmp_path / "book.txt").write_text("it was the best of times, it was the worst of times. " * 60)
 
     def make(name, *edits):
-        config = configuration("smoke", 0, None, [*SMALL, f"data.source={tmp_path / 'book.txt'}", "train.steps=4", *edits])
+        config = configuration(
+            "language", "smoke", 0, [*SMALL, f"data.source={tmp_path / 'book.txt'}", "train.steps=4", *edits]
+        )
         return Job("language", config, tmp_path / name / run_name("language", config), name)
 
     return make
@@ -101,13 +103,16 @@ def test_a_worker_ends_when_its_parent_has(job):
     assert latest_checkpoint(mine.folder) is None
 
 
-def test_a_run_that_stops_says_so_through_the_worker(job, monkeypatch):
-    message = json.dumps({"error": "stopped at step 3", "kind": "TrainingStoppedError"})
+@pytest.mark.parametrize(
+    ("kind", "raised"), [("stopped", TrainingStoppedError), ("value", ValueError), ("memory", torch.OutOfMemoryError)]
+)
+def test_what_a_run_raises_is_raised_here(job, kind, raised):
+    message = json.dumps({"error": "stopped at step 3", "kind": kind})
     worker = Worker.__new__(Worker)
     worker.process = subprocess.Popen(
         [sys.executable, "-c", f"print({message!r})"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    with pytest.raises(TrainingStoppedError, match="stopped at step 3"):
+    with pytest.raises(raised, match="stopped at step 3"):
         worker.train(job("mine"), lambda step, note: None)
     worker.stop()
 

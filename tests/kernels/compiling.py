@@ -43,7 +43,7 @@ def compile_call(fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any],
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(fn.params):
         name = parameter.name
-        value = values[name] if name in values else parameter.default
+        value = values.get(name, parameter.default)
         plain = parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not plain):
             signature[name], constants[name] = "constexpr", value

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from kvbind.bench.kernel_tables import Grid
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed, memory and exactness on the device at hand.")
 console = Console()
@@ -176,6 +179,206 @@ def step(
     _write(out, place, {"config": {"preset": preset, "tokens": length, "steps": steps}, "rows": [asdict(r) for r in rows]})
 
 
+@app.command()
+def kernels(
+    what: Annotated[
+        str, typer.Option(help="targets, token, lengths, chunks, widths, first; some of them, or all.")
+    ] = "targets",
+    rungs: Annotated[str, typer.Option(help="Rungs of the ladder, such as 0,2,6.")] = "0,1,2,3,4,5,6",
+    tokens: Tokens = 32768,
+    chunk: Chunk = 2048,
+    width: Width = 384,
+    heads: Heads = 4,
+    batch: Batch = 1,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to time each pass, and each again as a graph.")] = 0.2,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also time PyTorch's forms under torch.compile.")] = False,
+    compile_limit: Annotated[float, typer.Option(min=1.0, help="Give up on one torch.compile after this, seconds.")] = 60,
+    budget: Annotated[float, typer.Option(min=0.0, help="Begin no further row after this, seconds.")] = 300,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Time `ttt` with kernels: every rung, by length, chunk and width, beside PyTorch, peers and the device's limit."""
+    from kvbind.bench.kernel_tables import speed_grids
+    from kvbind.bench.kernels import WHATS, Settings, measured
+    from kvbind.bench.operands import Size
+    from kvbind.bench.record import save
+    from kvbind.inner.systems import RUNGS
+
+    place = _device(device)
+    if dtype not in ("float32", "bfloat16"):
+        raise typer.BadParameter(f"dtype must be float32 or bfloat16; got {dtype!r}")
+    chosen = _some(",".join(f"rung{x.strip().removeprefix('rung')}" for x in rungs.split(",")), RUNGS, "rungs")
+    settings = Settings(Size(batch, tokens, heads, width), chunk, dtype, chosen, compiled)
+    record: dict[str, Any] = {}
+    parts = _some(what, WHATS, "what")
+    for record in measured(parts, settings, place, seconds=seconds, compile_limit=compile_limit, budget=budget):
+        save(out, record)
+    for grid in speed_grids(record):
+        _show(grid)
+    if not record["complete"]:
+        console.print(f"stopped after {budget:.0f} s: {len(record['rows'])} of {record['planned']} rows")
+    if out is not None:
+        console.print(f"written to {out}")
+
+
+@app.command()
+def verify(
+    only: Annotated[str, typer.Option(help="Only cases whose name has this in it.")] = "",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto for what the device computes in.")] = "auto",
+    small: Annotated[bool, typer.Option("--small", help="Small sizes, for kernels interpreted on a CPU.")] = False,
+    budget: Annotated[float, typer.Option(min=0.0, help="Begin no further case after this, seconds.")] = 540,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Hold kernels to the PyTorch forms in float64: outputs, states and every gradient, over many inner loops.
+
+    Exits with code 1 where a case fails, where one was not run, and where no kernel runs on the device at all.
+    """
+    from kvbind.bench.kernel_tables import summary_grid, verify_grid
+    from kvbind.bench.record import save
+    from kvbind.bench.verify import DTYPES, verified
+
+    place = _device(device)
+    dtypes = None if dtype == "auto" else _some(dtype, DTYPES, "dtype")
+    record: dict[str, Any] = {}
+    for record in verified(place, dtypes=dtypes, small=small, only=only, budget=budget):
+        save(out, record)
+    if not record["kernels"]:
+        console.print(f"kernels are off on {place}: {record['why_off']}; nothing was verified", style="bold red")
+        raise typer.Exit(1)
+    _show(verify_grid(record))
+    _show(summary_grid(record))
+    failed = sum(not row["passed"] for row in record["rows"])
+    console.print(
+        f"{len(record['rows'])} of {record['planned']} cases, {failed} failed, "
+        f"{sum(not row.get('operators') for row in record['rows'])} that no kernel took part in"
+    )
+    if out is not None:
+        console.print(f"written to {out}")
+    if failed or not record["complete"]:
+        raise typer.Exit(1)
+
+
+def _some(names: str, known: Iterable[str], option: str) -> tuple[Any, ...]:
+    """Names with commas between them, or all of those known."""
+    from kvbind.inner.value import nearest
+
+    known = tuple(known)
+    if names == "all":
+        return known
+    chosen = tuple(x.strip() for x in names.split(","))
+    for name in chosen:
+        if name not in known:
+            raise typer.BadParameter(f"{option} must be of {', '.join(known)}; got {name!r}{nearest(name, known)}")
+    return chosen
+
+
+def _show(grid: Grid) -> None:
+    from rich.markup import escape
+
+    table = Table(
+        title=escape(grid.title), caption=escape(grid.note), caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for i, name in enumerate(grid.header):
+        table.add_column(name, justify="left" if i < grid.left else "right", no_wrap=0 < i < grid.left)
+    for row in grid.rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+@app.command()
+def views(
+    preset: Annotated[str, typer.Option(help="Size of the view synthesis model: tiny, small, 114m, 14x768, ...")] = "114m",
+    counts: Annotated[
+        str, typer.Option("--views", help="Numbers of input views, rising, separated by commas.")
+    ] = "8,16,32,64,128,256",
+    size: Annotated[int, typer.Option(min=1, help="Height and width of all images in pixels.")] = 256,
+    frames: Annotated[int, typer.Option(min=1, help="Frames rendered in one pass.")] = 8,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to time each case.")] = 1.0,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Time reading and rendering scenes, beside the same transformer with full attention to all input views."""
+    from dataclasses import asdict
+
+    from kvbind.bench.views import bench_views
+    from kvbind.inner.value import nearest
+    from kvbind.models.lact_nvs import PRESETS
+
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}{nearest(preset, PRESETS)}")
+    if size % PRESETS[preset].patch_size:
+        raise typer.BadParameter(f"size must be a multiple of the patches' side, {PRESETS[preset].patch_size}; got {size}")
+    place = _device(device)
+    numbers = [int(x) for x in counts.split(",")]
+    rows = bench_views(PRESETS[preset], numbers, (size, size), place, frames=frames, seconds=seconds)
+    table = Table(title=f"{preset}, {size} x {size} pixels, {place}")
+    for name in ("views", "model", "read s", "frames/s", "read GiB", "render GiB", "scene MiB"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for row in rows:
+        held = (row.read_bytes, row.render_bytes)
+        table.add_row(
+            str(row.views),
+            row.model,
+            f"{row.read_seconds:.3f}" if row.read_seconds is not None else "does not fit",
+            f"{row.frames_per_second:.1f}" if row.frames_per_second is not None else "-",
+            *(f"{x / 2**30:.2f}" if x is not None else "-" for x in held),
+            f"{row.scene_bytes / 2**20:.1f}" if row.scene_bytes is not None else "-",
+        )
+    console.print(table)
+    config = {"preset": preset, "size": size, "frames": frames, "dtype": "bfloat16" if place.type == "cuda" else "float32"}
+    _write(out, place, {"config": config, "rows": [asdict(row) for row in rows]})
+
+
+@app.command()
+def vision(
+    model: Annotated[str, typer.Option(help="Size of ViTTT: vittt_tiny, vittt_small or vittt_base.")] = "vittt_base",
+    peer: Annotated[
+        str, typer.Option(help="The vision transformer of timm's beside it, with softmax attention, or none.")
+    ] = "vit_base_patch16_224",
+    sizes: Annotated[str, typer.Option(help="Sides of the images in pixels, separated by commas.")] = "224,512,1024",
+    batch: Annotated[
+        int, typer.Option(min=0, help="Images at once; 0 for about 50,000 patches, halved until training fits in memory.")
+    ] = 0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to time each size, forward and training each.")] = 3.0,
+    compiled: Annotated[bool, typer.Option("--compile", help="Let torch.compile make both models' kernels.")] = False,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Time ViTTT beside a vision transformer at growing image sizes, forward and training, with their memory."""
+    from dataclasses import asdict
+
+    from kvbind.bench.record import provenance, save
+    from kvbind.bench.vision import bench_vision, compare
+
+    place = _device(device)
+    other = None if peer == "none" else peer
+    sides = sorted({int(x) for x in sizes.split(",")})
+    rows = bench_vision(model, other, sides, place, batch=batch, seconds=seconds, compiled=compiled)
+    table = Table(title=f"images per second and memory per image, {place}", box=SIMPLE_HEAD)
+    for name in ("size", "model", "batch", "forward", "training", "forward MiB", "training MiB"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for row in rows:
+        speeds = [f"{x:.1f}" for x in (row.forward, row.training)]
+        memory = [f"{x / 2**20:.1f}" for x in (row.forward_bytes, row.training_bytes)]
+        table.add_row(str(row.size), row.model, str(row.batch), *speeds, *memory)
+    console.print(table)
+    compared = compare(rows, model, other) if other else None
+    for work, found in (compared or {}).items():
+        ratios = ", ".join(f"{ratio:.2f} at {size}" for size, ratio in found["speed"].items())
+        where = f"; equal at about {found['crossing']:.0f} pixels" if found["crossing"] else ""
+        console.print(f"{work}: {model} over {peer} {ratios}{where}", soft_wrap=True)
+    config = {
+        "model": model,
+        "peer": other,
+        "dtype": "bfloat16 autocast, TF32" if place.type == "cuda" else "float32",
+        "compiled": compiled,
+    }
+    results = {"config": config, "rows": [asdict(row) for row in rows], "compared": compared}
+    save(out, provenance(place, ("timm",)) | results)
+
+
 def _preset(name: str) -> str:
     from kvbind.inner.value import nearest
     from kvbind.models import PRESETS
@@ -202,14 +405,7 @@ def _device(name: str) -> Any:
 def _write(out: Path | None, device: Any, results: dict[str, Any]) -> None:
     if out is None:
         return
-    from kvbind.experiments.provenance import command, machine, versions
+    from kvbind.bench.record import provenance, save
 
-    record = {
-        "command": command(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": machine(device),
-        "versions": versions(),
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record | results, indent=1) + "\n", encoding="utf-8")
+    save(out, provenance(device) | results)
     console.print(f"written to {out}")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-EXPERIMENTS = {"table2": "the ladder: from the full system down to linear attention, one change at a time"}
+EXPERIMENTS = {
+    "table1": "the full system beside gradient ascent and the key in place of the query",
+    "table2": "the ladder: from the full system down to linear attention, one change at a time",
+}
 """What `kvbind reproduce` knows, and what each shows; the module has the same name and a function `reproduce`."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from kvbind.train.checkpoint import write_with
 
 INK, MUTED, GRID = "#1b1f24", "#6a737d", "#e3e6ea"
 BLUE, ORANGE, GREEN, RED = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+
+_PATCH = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+"""Behind a text, so that no line crosses it."""
 
 _STYLE: Any = {
     "font.size": 10,
@@ -80,6 +83,8 @@ def rung_dots(
     spread: Sequence[float] | None = None,
     digits: int = 2,
     joined: int = 0,
+    hollow: Collection[int] = (),
+    notes: Mapping[int, str] | None = None,
 ) -> None:
     """One dot per row, rows from top to bottom, the first row's value as a dashed line.
 
@@ -92,6 +97,8 @@ def rung_dots(
         spread: half-length of each row's error bar.
         digits: after the point, in the numbers beside the dots.
         joined: how many rows from the top a line joins.
+        hollow: rows whose dots are circles.
+        notes: texts in rows without a value.
     """
     rows = range(len(labels))
     there = [(x, row) for row, x in enumerate(values) if x is not None]
@@ -107,16 +114,37 @@ def rung_dots(
             [x for x, _ in there], [row for _, row in there], xerr=[spread[row] for _, row in there], fmt="none",
             ecolor=colour, elinewidth=1.2, capsize=2.5,
         )  # fmt: skip
-    ax.plot([x for x, _ in there], [row for _, row in there], "o", color=colour, markersize=7)
+    for x, row in there:
+        ax.plot(x, row, "o", color=colour, markersize=7, markerfacecolor="white" if row in hollow else colour)
     for x, row in there:
         ax.annotate(
-            f"{x:.{digits}f}", (x, row), (0, 7), textcoords="offset points", ha="center", fontsize=8, color=MUTED,
-            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-        )  # fmt: skip
+            f"{x:.{digits}f}",
+            (x, row),
+            (0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=MUTED,
+            bbox=_PATCH,
+        )
+    for row, text in (notes or {}).items():
+        ax.annotate(
+            text,
+            (0.5, row),
+            xycoords=("axes fraction", "data"),
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=MUTED,
+            bbox=_PATCH,
+        )
     if there:
-        low, high = min(x for x, _ in there), max(x for x, _ in there)
+        reach = [spread[row] if spread is not None else 0.0 for _, row in there]
+        low = min(x - bar for (x, _), bar in zip(there, reach, strict=True))
+        high = max(x + bar for (x, _), bar in zip(there, reach, strict=True))
         pad = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
         ax.set_xlim(low - pad, high + pad)
+    ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.set_title(title)
 
 
@@ -128,7 +156,6 @@ def curves(
     x: str,
     y: str,
     rungs: int,
-    digits: int = 3,
 ) -> None:
     """Lines of one quantity, one per run: as they are, and against the first, where small differences show.
 
@@ -139,7 +166,6 @@ def curves(
         x: of the horizontal axis.
         y: of the vertical axis.
         rungs: how many lines from the first are rungs of a ladder, in the order of a colour map; the others are dashed.
-        digits: after the point, on the vertical axes.
     """
     shades = mpl.colormaps["viridis"]
     first_label, first = next(iter(series.items()))
@@ -157,7 +183,9 @@ def curves(
             late = [value for line in ax.lines for value in list(line.get_ydata())[len(line.get_ydata()) // 5 :]]
             pad = 0.06 * (max(late) - min(late)) or 0.1
             ax.set_ylim(min(late) - pad, max(late) + pad)
-            ax.yaxis.set_major_formatter(FormatStrFormatter(f"%.{digits}f"))
+            plain = ScalarFormatter(useOffset=False)
+            plain.set_powerlimits((-6, 6))
+            ax.yaxis.set_major_formatter(plain)
             ax.set_xlabel(x)
         left.set_ylabel(y)
         left.set_title(title)
@@ -195,7 +223,7 @@ def table_image(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]
         max(max(len(part) for part in head[i]), *(len(row[i]) for row in rows)) + (2 if i else 1) for i in range(len(header))
     ]
     total, lines = sum(widths), max(len(parts) for parts in head)
-    lines_of_note = textwrap.wrap(note, int(1.15 * total))
+    lines_of_note = textwrap.wrap(note, int(1.5 * total))
     height = 0.27 * (len(rows) + lines + 1.9 + 0.65 * len(lines_of_note))
     with figure(path, 0.088 * total + 0.3, height) as fig:
         ax = fig.subplots()

@@ -17,16 +17,17 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 66rem; margin: 2.5rem auto; padding: 0 1.2rem }}
 h1 {{ font-size: 1.6rem; margin-bottom: .2rem }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem }}
 .lead {{ color: #57606a; margin-top: 0 }}
 .wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }}
-th, td {{ padding: .3rem .7rem; text-align: right; white-space: pre-line; border-bottom: 1px solid #e3e6ea }}
+th, td {{ padding: .3rem .5rem; text-align: right; white-space: pre; border-bottom: 1px solid #e3e6ea }}
 th {{ color: #57606a; font-weight: 600; vertical-align: bottom }}
 th:first-child, td:first-child {{ text-align: left }}
 img {{ max-width: 100%; height: auto }}
-pre {{ background: #f6f8fa; padding: .8rem 1rem; overflow-x: auto; font-size: .82rem; line-height: 1.4 }}
+pre {{ background: #f6f8fa; padding: .8rem 1rem; font-size: .82rem; line-height: 1.4 }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere }}
 summary {{ cursor: pointer }}
 </style></head><body>
 <h1>{title}</h1>

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbind.experiments.provenance import machine, versions
+from kvbind.models.saving import without_bars
 from kvbind.tasks import open_task_module
 from kvbind.train import latest_checkpoint, train
 from kvbind.train.bars import Watch
@@ -42,9 +43,9 @@ class Run:
 
 
 def run_name(task: str, config: Any) -> str:
-    """A folder name that differs where anything differs that the result depends on, the text itself included."""
-    text = open_task_module(task).Task(config).fingerprint()
-    return f"{task}-{config_hash([what_matters(config), text])}"
+    """A folder name that differs where anything differs that the result depends on, the data themselves included."""
+    data = open_task_module(task).Task(config).fingerprint()
+    return f"{task}-{config_hash([what_matters(config), data])}"
 
 
 def train_run(task: str, config: Any, folder: Path, watch: Watch | None = None) -> Run:
@@ -69,7 +70,8 @@ def train_run(task: str, config: Any, folder: Path, watch: Watch | None = None) 
     with only_one(folder):
         write_text(folder / CONFIG, f"# kvbind train {task}\n{to_yaml(config)}")
         done = train(model, opened, config.train, folder, watch)
-        opened.save(model, folder / WEIGHTS)
+        with without_bars():
+            opened.save(model, folder / WEIGHTS)
     untrained = next((row for row in read_metrics(folder) if row["step"] == 0), {})
     result = {
         "task": task,
@@ -78,9 +80,10 @@ def train_run(task: str, config: Any, folder: Path, watch: Watch | None = None) 
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": done.step,
         "skipped": done.skipped,
-        f"{opened.unit}": done.units,
-        "training_seconds": round(done.seconds, 2),
-        "text": opened.fingerprint(),
+        "unit": opened.unit,
+        opened.unit: done.units,
+        "training_seconds": round(done.seconds, 4),
+        "data": opened.fingerprint(),
         "versions": versions(),
         "machine": machine(pick_device(config.train.device)),
     }

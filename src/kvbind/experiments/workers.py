@@ -1,7 +1,8 @@
-"""Training runs side by side: processes of one thread each.
+"""Training runs side by side: processes of one CPU thread each.
 
 A small model gains little from a second thread, and loses it again where the machine has other work to do. Rows of a table
-are independent, so a CPU trains as many at once as it has cores; and numbers then do not depend on how many those are.
+are independent, so a CPU trains as many at once as it has cores; and numbers then do not depend on how many those are. On a
+GPU, which a small model leaves idle most of the time, as many share it as are asked for.
 
 A worker is `python -m kvbind.experiments.workers`: jobs come in and progress goes out as lines of JSON. One whose parent has
 died notices at its next step, when nobody reads any more, and ends.
@@ -60,6 +61,13 @@ def default_workers(device: torch.device) -> int:
     return min(usable, MOST_WORKERS)
 
 
+ERRORS: dict[str, type[Exception]] = {
+    "stopped": TrainingStoppedError,
+    "value": ValueError,
+    "memory": torch.OutOfMemoryError,
+}
+"""What a run may raise that its parent should hear of, by the word for it in a message."""
+
 AddBar = Callable[[str, int], Watch]
 Finished = Callable[[Job, Run], None]
 
@@ -77,7 +85,7 @@ def train_all(jobs: Sequence[Job], workers: int, console: Console | None, finish
         The runs, in the order of the jobs.
 
     Raises:
-        TrainingStoppedError, ValueError: as a run did.
+        TrainingStoppedError, ValueError, torch.OutOfMemoryError: as a run did.
         RuntimeError: a worker ended without a word.
     """
     unique = {job.folder: job for job in jobs}
@@ -144,7 +152,7 @@ class Worker:
         """Train a job to its end.
 
         Raises:
-            TrainingStoppedError, ValueError: as the run did.
+            TrainingStoppedError, ValueError, torch.OutOfMemoryError: as the run did.
             RuntimeError: the process failed otherwise.
         """
         order = {"task": job.task, "config": to_plain(job.config), "folder": str(job.folder)}
@@ -156,8 +164,7 @@ class Worker:
             if "step" in message:
                 watch(message["step"], message["note"])
             elif "error" in message:
-                kinds = {"TrainingStoppedError": TrainingStoppedError, "ValueError": ValueError}
-                raise kinds.get(message["kind"], RuntimeError)(message["error"])
+                raise ERRORS[message["kind"]](message["error"])
             else:
                 return
         raise RuntimeError(f"the process that trained {job.title} ended with code {self.process.wait()}")
@@ -196,10 +203,13 @@ def main() -> None:
             config = from_plain(open_task_module(job["task"]).Config, job["config"])
             try:
                 train_run(job["task"], config, Path(job["folder"]), watch)
-            except (TrainingStoppedError, ValueError) as error:
-                send(error=str(error), kind=type(error).__name__)
+            except tuple(ERRORS.values()) as error:
+                kind = next(name for name, known in ERRORS.items() if isinstance(error, known))
+                send(error=str(error), kind=kind)
             else:
                 send(done=True)
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()  # others share the device, and the next run may want less of it
 
 
 if __name__ == "__main__":

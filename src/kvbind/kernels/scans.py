@@ -98,8 +98,8 @@ def _backward_kernel(
                 ds += tl.load(d_end_state + end, mask=inside, other=0.0)
             g = sign * ds
             if RETENTION:
-                before = tl.load(rows + ((row + c) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
-                tl.store(d_retention + (block * chunks + chunk) * HEADS + head, tl.sum(before.to(tl.float32) * ds))
+                held = tl.load(rows + ((row + c) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
+                tl.store(d_retention + (block * chunks + chunk) * HEADS + head, tl.sum(held.to(tl.float32) * ds))
                 ds *= tl.load(retention + chunk * HEADS + head)
         else:
             g = tl.load(parts + (chunk * HEADS + head) * SIZE + place, mask=inside, other=0.0).to(tl.float32)

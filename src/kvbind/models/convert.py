@@ -1,27 +1,31 @@
-"""Language-model checkpoints of the released code (arXiv 2505.23884) turned into this library's, and back.
-
-Both give parameters the same names and layouts; they differ in the configuration and in the files.
-"""
+"""Checkpoints of the released code turned into this library's, and back."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvbind.inner.value import check_choice
-from kvbind.models.lact import LactConfig, LactForCausalLM
+from kvbind.models.families import Family, Fields, family_of, load_into
+from kvbind.models.saving import without_bars
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pt", "checkpoint.pt")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pt", "model.pth", "checkpoint.pt", "checkpoint.pth")
 """The single files in which a folder may hold its weights, in the order in which they are looked for."""
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 """The indices of weights in several files."""
+
+FIELD_FILES = ("config.json", "config.yaml", "config.yml")
+"""Where a configuration is looked for, in that order."""
 
 WRAPPERS = ("model", "state_dict", "module")
 """Keys under which training code stores the weights beside other things."""
@@ -30,45 +34,55 @@ COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*
 """Files that go along unchanged."""
 
 
-def convert(source: str | Path, target: str | Path, to: Literal["kvbind", "released"] = "kvbind") -> Path:
-    """Convert a language-model checkpoint.
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: Literal["kvbind", "released"] = "kvbind",
+    config: str | Path | None = None,
+) -> Path:
+    """Convert a checkpoint of any of the three model families, which is told from its parameters.
 
     Args:
-        source: a folder with config.json and weights (safetensors or `.bin`, in one file or several, or `.pt`), or a
-            `.pt` or `.bin` file with config.json beside it.
+        source: a folder with weights (safetensors, `.bin`, `.pt` or `.pth`, in one file or several) and configuration, or a
+            file of weights with the configuration (config.json or config.yaml) beside it.
         target: the folder to write, made where it is missing.
         to: "kvbind" from a released checkpoint, or "released" from one of this library's.
+        config: the released configuration, where it is not beside the weights: a JSON or YAML file, or for ViTTT and view
+            synthesis a published size by name (`kvbind.models.vittt.SIZES`, `kvbind.models.lact_nvs.PRESETS`). ViTTT needs
+            none, as its weights say all sizes; then it is the full system, not one of the ablations (`ttt_loss_type`).
 
     Returns:
-        `target`: config.json, model.safetensors (several where it is large), and tokenizer files that `source` had. Weights
-        keep their dtype.
+        `target`. To "kvbind": config.json, model.safetensors (several where it is large). To "released": config.json and
+        model.safetensors of a language model, config.json and checkpoint.pth of ViTTT, config.yaml and model.pt of view
+        synthesis, the weights of the latter two under the key "model". Tokenizer files of `source` go along; weights keep
+        their dtype.
 
     Raises:
         FileNotFoundError: `source` lacks its configuration or weights.
-        ValueError: the checkpoint is of the target's kind already, its configuration is not supported by the target, or
-            its weights do not fit its configuration.
+        ValueError: the checkpoint is of none of the families or of the target's kind already, its configuration is not
+            supported by the target, or its weights do not fit its configuration.
     """
     check_choice("to", to, ("kvbind", "released"))
     source, target = Path(source), Path(target)
     folder = source if source.is_dir() else source.parent
-    fields = _read_fields(folder)
-    kind = "kvbind" if "inner" in fields else "released"
-    if kind == to:
-        raise ValueError(f"source must be a {'released' if to == 'kvbind' else 'kvbind'} checkpoint; {source} is {kind}")
-    config: LactConfig = LactConfig.from_dict(fields)
-    released_fields = config.to_released_config() if to == "released" else None
     weights = read_weights(source)
-    model = _model_with(config, weights, source)
+    family = family_of(weights, source)
+    fields = read_fields(folder, config, family)
+    released = family.is_released(fields, weights)
+    if released != (to == "kvbind"):
+        wanted, found = ("released", "kvbind") if to == "kvbind" else ("kvbind", "released")
+        raise ValueError(f"source must be a {wanted} checkpoint; {source} is {found}, of a {family.title}")
 
-    target.mkdir(parents=True, exist_ok=True)
-    if released_fields is None:
-        model.save_pretrained(target)
+    model, named = family.build(fields, weights, released)
+    load_into(model, named, source)
+    if to == "kvbind":
+        if hasattr(model, "tie_weights"):
+            model.tie_weights()
+        target.mkdir(parents=True, exist_ok=True)
+        with without_bars():
+            model.save_pretrained(target)
     else:
-        (target / "config.json").write_text(json.dumps(released_fields, indent=2) + "\n", encoding="utf-8")
-        named = {name: x.detach().contiguous() for name, x in model.state_dict().items()}
-        if config.tie_word_embeddings:
-            del named["lm_head.weight"]
-        save_file(named, target / "model.safetensors", metadata={"format": "pt"})
+        write_released(target, family, *family.release(model))
     for pattern in COPIED:
         for path in folder.glob(pattern):
             shutil.copy2(path, target / path.name)
@@ -83,6 +97,7 @@ def read_weights(source: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there are none.
+        ValueError: a file that holds something else.
     """
     if source.is_file():
         return _read_file(source)
@@ -94,48 +109,72 @@ def read_weights(source: Path) -> dict[str, Tensor]:
             return _read_file(path)
         parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
         return {key: x for part in parts for key, x in _read_file(source / part).items()}
-    raise FileNotFoundError(f"source must hold weights ({', '.join((*WEIGHT_FILES, *INDEX_FILES))}); {source} has none")
+    raise FileNotFoundError(
+        f"source must hold weights ({', '.join((*WEIGHT_FILES, *INDEX_FILES))}) beside a config.json or config.yaml; "
+        f"{source} {'has none' if source.is_dir() else 'does not exist'}"
+    )
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return load_file(path)
-    held: Any = torch.load(path, map_location="cpu", weights_only=True)
-    while not any(isinstance(x, Tensor) for x in held.values()):
-        inside = next((held[name] for name in WRAPPERS if isinstance(held.get(name), dict)), None)
+    try:
+        # training scripts like to keep their command line beside the weights
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            held: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"source must be a file of weights that torch.load reads safely; {path} is not: {reason}"
+        ) from error
+    while not (isinstance(held, dict) and any(isinstance(x, Tensor) for x in held.values())):
+        inside = None
+        if isinstance(held, dict):
+            inside = next((held[name] for name in WRAPPERS if isinstance(held.get(name), dict)), None)
         if inside is None:
-            raise ValueError(
-                f"source must hold a state dict, alone or under {' or '.join(WRAPPERS)}; {path} has {list(held)}"
-            )
+            found = list(held) if isinstance(held, dict) else type(held).__name__
+            raise ValueError(f"source must hold a state dict, alone or under {' or '.join(WRAPPERS)}; {path} has {found}")
         held = inside
     # what torch.compile and DistributedDataParallel put before every name
     return {name.replace("_orig_mod.", "").removeprefix("module."): x for name, x in held.items()}
 
 
-def _read_fields(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"source must have a config.json; {folder} has none")
-    fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+def read_fields(folder: Path, config: str | Path | None, family: Family) -> Fields | None:
+    """A checkpoint's configuration as it stands; None where there is none.
+
+    Args:
+        folder: where the weights are.
+        config: its file or name, or None to look in `folder`.
+        family: whose names these are.
+
+    Raises:
+        ValueError: a file that holds no mapping, or an unknown name.
+    """
+    if config is None:
+        path = next((folder / name for name in FIELD_FILES if (folder / name).is_file()), None)
+    elif Path(config).is_file():
+        path = Path(config)
+    else:
+        return family.named(str(config))
+    if path is None:
+        return None
+    # JSON is YAML, but for numbers such as 1e-5, which YAML takes for text
+    text = path.read_text(encoding="utf-8")
+    fields = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    if not isinstance(fields, dict):
+        raise ValueError(f"config must hold a mapping of fields; {path} holds {type(fields).__name__}")
     return fields
 
 
-def _model_with(config: LactConfig, weights: dict[str, Tensor], source: Path) -> LactForCausalLM:
-    """The model of `config` with `weights` in their own dtypes."""
-    with torch.device("meta"):
-        model = LactForCausalLM(config)
-    needed = model.state_dict()
-    if config.tie_word_embeddings:
-        weights = {"lm_head.weight": weights.get("model.embeddings.weight"), **weights}  # type: ignore[dict-item]
-    missing, extra = sorted(needed.keys() - weights.keys()), sorted(weights.keys() - needed.keys())
-    if missing or extra:
-        raise ValueError(f"the weights of {source} do not fit its configuration: missing {missing}, not expected {extra}")
-    for name, x in weights.items():
-        if x.shape != needed[name].shape:
-            raise ValueError(
-                f"the weights of {source} do not fit its configuration: {name} must be {list(needed[name].shape)}; got "
-                f"{list(x.shape)}"
-            )
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
-    return model
+def write_released(target: Path, family: Family, fields: Fields, weights: dict[str, Tensor]) -> None:
+    """Write a checkpoint as the released code reads it."""
+    target.mkdir(parents=True, exist_ok=True)
+    plain = {name: x.detach().contiguous() for name, x in weights.items()}
+    path = target / family.weights_file
+    if path.suffix == ".safetensors":
+        save_file(plain, path, metadata={"format": "pt"})
+    else:
+        torch.save({"model": plain}, path)
+    as_json = family.fields_file.endswith(".json")
+    text = json.dumps(fields, indent=2) + "\n" if as_json else yaml.safe_dump(fields, sort_keys=False)
+    (target / family.fields_file).write_text(text, encoding="utf-8")

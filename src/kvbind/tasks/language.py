@@ -15,6 +15,7 @@ from torch import Tensor
 from kvbind.inner import InnerLoop, systems
 from kvbind.inner.value import nearest
 from kvbind.models.presets import PRESETS as SIZES
+from kvbind.tasks import preset_files
 from kvbind.tasks.documents import Split
 from kvbind.tasks.packing import IGNORED, Batch, PackedBatches, evaluation_batches, load_batches
 from kvbind.tasks.sources import Source
@@ -25,7 +26,7 @@ from kvbind.train.config import TrainConfig, load_config
 if TYPE_CHECKING:
     from kvbind.models import LactForCausalLM
 
-PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets" / "language").glob("*.yaml"))}
+PRESETS = preset_files("language")
 """The shipped configurations, by name."""
 
 POSITION_BINS = 64
@@ -172,6 +173,20 @@ def resolve(config: LanguageConfig) -> LanguageConfig:
     return replace(config, model=replace(config.model, inner=inner_loop(config.model).to_dict(), fields=fields))
 
 
+def rows(config: LanguageConfig) -> dict[str, Any]:
+    """What `config.model.inner` is in each row of the paper's tables 1 and 2.
+
+    Args:
+        config: the full system's; its other edits of the inner loop hold for every row.
+
+    Returns:
+        By name: "rung0" to "rung6", the ladder; "ascent" and "key_for_query", each one change of the full system.
+    """
+    system = inner_loop(config.model)
+    controls = {"ascent": system.replace(direction="ascent"), "key_for_query": system.replace(query="key")}
+    return {name: inner.to_dict() for name, inner in (systems.ladder(system) | controls).items()}
+
+
 class LanguageTask:
     """Data, model, loss and metrics of a language run; what `kvbind.train.train` asks of a task.
 
@@ -257,15 +272,7 @@ class LanguageTask:
 
     def save(self, model: LactForCausalLM, folder: Path) -> None:
         """Write a model in transformers' format, with the tokenizer where it is one of transformers'."""
-        from transformers.utils import logging
-
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
-            model.save_pretrained(folder)
-        finally:
-            if bars:
-                logging.enable_progress_bar()
+        model.save_pretrained(folder)
         if isinstance(self.tokenizer, Pretrained):
             self.tokenizer.inner.save_pretrained(folder)
 

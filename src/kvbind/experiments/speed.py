@@ -1,0 +1,152 @@
+"""Throughput, beside quality: of the inner loop alone in both of its forms, or of whole training steps.
+
+A task's table has one of the two. Both offer `columns`, the names of their figures; `measure`, those figures by row;
+`published`, the paper's; and `about`, a sentence on what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvbind.bench.forms import tokens_per_second
+from kvbind.bench.operands import Size
+from kvbind.experiments import report
+from kvbind.experiments.provenance import machine, versions
+from kvbind.experiments.runs import Run
+from kvbind.forms.analysis import explain
+from kvbind.forms.api import Form
+from kvbind.inner import InnerLoop
+from kvbind.train.config import config_hash
+
+Speeds = dict[str, dict[str, float | None]]
+"""Units per second by row and column; None for what a row does not have."""
+
+
+@dataclass(frozen=True)
+class InnerLoopSpeed:
+    """Forward and backward of the inner loop alone, recurrent and parallel, on operands like a trained layer's.
+
+    Attributes:
+        size: the operands' sizes, from a configuration whose `model.inner` is one whole inner loop.
+        paper: millions of tokens per second by row and form.
+        unit: what is counted.
+        per: how many of them make 1 in a table.
+        title: of such columns.
+        axis: below a figure.
+        pattern: of the numbers.
+    """
+
+    size: Callable[[Any], Size]
+    paper: Mapping[str, Mapping[str, float]]
+    unit: str = "tokens"
+    per: float = 1e6
+    title: str = "training of the inner loop, million tokens/s"
+    axis: str = "million tokens per second"
+    pattern: str = ".3f"
+    columns: Mapping[str, str] = field(default_factory=lambda: {"recurrent": "recurrent", "parallel": "parallel"})
+
+    def published(self, row: str) -> dict[str, float | None]:
+        """The paper's figures for a row, in millions of tokens per second."""
+        return {form: self.paper.get(row, {}).get(form) for form in self.columns}
+
+    def setting(self, config: Any) -> dict[str, Any]:
+        """The sizes, as plain data."""
+        return dict(vars(self.size(config)))
+
+    def about(self, setting: Mapping[str, Any], device: str) -> str:
+        """What was measured, and where."""
+        return (
+            "Throughput is forward and backward of the inner loop alone, in millions of tokens per second, at "
+            f"{setting['batch']} x {setting['tokens']} tokens, {setting['heads']} heads of {setting['width']}, on {device}."
+        )
+
+    def measure(
+        self, configs: Mapping[str, Any], runs: Mapping[str, Sequence[Run]], device: torch.device, path: Path, fresh: bool
+    ) -> Speeds:
+        """Tokens per second of each row's inner loop in both forms; None for a form that it does not have.
+
+        Args:
+            configs: by row.
+            runs: of each row; not looked at.
+            device: where to run.
+            path: keeps the figures, so that a continued command does not measure twice.
+            fresh: measure anew.
+        """
+        inners = {name: InnerLoop.from_dict(config.model.inner) for name, config in configs.items()}
+        size = self.size(next(iter(configs.values())))
+        plain = {name: inner.to_dict() for name, inner in inners.items()}
+        key = config_hash([plain, vars(size), machine(device), versions()])
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not fresh else {}
+        if kept.get("key") != key:
+            forms: tuple[Form, ...] = ("recurrent", "parallel")
+            cases = [
+                (name, form) for form in forms for name in inners if form == "recurrent" or explain(inners[name]).parallel
+            ]
+            measured = tokens_per_second([(inners[name], form) for name, form in cases], size, device)
+            speeds: dict[str, dict[str, Any]] = {name: dict.fromkeys(forms) for name in inners}
+            for (name, form), speed in zip(cases, measured, strict=True):
+                speeds[name][form] = speed
+            kept = {"key": key, "tokens_per_second": speeds}
+            report.write_json(path, kept)
+        found: Speeds = kept["tokens_per_second"]
+        return found
+
+
+@dataclass(frozen=True)
+class TrainingSpeed:
+    """Whole training steps, as the rows' own runs went.
+
+    Attributes:
+        unit: what is counted; the task's own unit.
+        per: how many of them make 1 in a table.
+        pattern: of the numbers.
+    """
+
+    unit: str
+    per: float = 1.0
+    pattern: str = ",.0f"
+
+    @property
+    def title(self) -> str:
+        """Of such columns."""
+        return f"training, {self.unit}/s"
+
+    @property
+    def axis(self) -> str:
+        """Below a figure."""
+        return f"{self.unit} per second"
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """The one column and its heading."""
+        return {"training": f"{self.unit}/s"}
+
+    def published(self, row: str) -> dict[str, float | None]:
+        """Nothing: the paper times inner loops alone."""
+        return {}
+
+    def setting(self, config: Any) -> dict[str, Any]:
+        """Nothing further: the configuration says it."""
+        return {}
+
+    def about(self, setting: Mapping[str, Any], device: str) -> str:
+        """What was measured, and where."""
+        return f"Throughput is of whole training steps, beside the runs trained at the same time, on {device}."
+
+    def measure(
+        self, configs: Mapping[str, Any], runs: Mapping[str, Sequence[Run]], device: torch.device, path: Path, fresh: bool
+    ) -> Speeds:
+        """Units per second of training, over all of a row's runs."""
+        return {
+            name: {"training": sum(r.result[self.unit] for r in of_row) / sum(r.result["training_seconds"] for r in of_row)}
+            for name, of_row in runs.items()
+        }
+
+
+Speed = InnerLoopSpeed | TrainingSpeed
