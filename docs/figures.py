@@ -36,24 +36,52 @@ def visibility() -> None:
     drawing.savefig(IMAGES / "visibility.png", dpi=150)
 
 
+def training_losses(name: str) -> torch.Tensor:
+    """The training loss of every step of a run of the 30m preset."""
+    lines = (RESULTS / "language-30m" / f"{name}.jsonl").read_text().splitlines()
+    return torch.tensor([row["loss"] for row in map(json.loads, lines) if "loss" in row])
+
+
+def smooth(x: torch.Tensor, steps: int = 10) -> torch.Tensor:
+    """The mean over the last few steps."""
+    return torch.stack([x[max(0, i - steps + 1) : i + 1].mean() for i in range(len(x))])
+
+
 def language_30m() -> None:
-    """Training loss of four rungs on one H100, by tokens and by time."""
-    colours = {"rung0": RED, "rung1": ORANGE, "rung2": BLUE, "rung6": GREEN}
-    with figure(IMAGES / "language-30m.png", 9, 3.4) as drawing:
-        by_tokens, by_time = drawing.subplots(1, 2, sharey=True)
-        for rung, colour in colours.items():
-            lines = (RESULTS / "language-30m" / f"{rung}.jsonl").read_text().splitlines()
-            steps = [row for row in map(json.loads, lines) if "loss" in row]
-            loss = torch.tensor([row["loss"] for row in steps])
-            smooth = torch.stack([loss[max(0, i - 9) : i + 1].mean() for i in range(len(loss))])
-            for ax, x in (
-                (by_tokens, [row["step"] * 3 * 8192 / 1e6 for row in steps]),
-                (by_time, [row["seconds"] for row in steps]),
-            ):
-                ax.plot(x, smooth, color=colour, label=rung.replace("rung", "rung "), linewidth=1.4)
-        by_tokens.set(xlabel="million tokens (bytes)", ylabel="training loss, mean of 10 steps", ylim=(1.3, 3.5))
-        by_time.set(xlabel="seconds, four runs at once")
-        by_tokens.legend()
+    """Training loss of four rungs on one H100."""
+    with figure(IMAGES / "language-30m.png", 6.4, 3.4) as drawing:
+        ax = drawing.subplots()
+        for rung, colour in {"rung0": RED, "rung1": ORANGE, "rung2": BLUE, "rung6": GREEN}.items():
+            loss = smooth(training_losses(rung))
+            millions = [(i + 1) * 3 * 8192 / 1e6 for i in range(len(loss))]
+            ax.plot(millions, loss, color=colour, label=rung.replace("rung", "rung "), linewidth=1.4)
+        ax.set(xlabel="million tokens (bytes)", ylabel="training loss, mean of 10 steps", ylim=(1.3, 3.5))
+        ax.legend()
+
+
+def kernels_training() -> None:
+    """Training on kernels against training on PyTorch, beside the spread of runs that should be the same."""
+    kernels, pytorch, other = (training_losses(name) for name in ("rung2", "rung2-pytorch", "rung2-seed1"))
+    once, again = training_losses("rung0"), training_losses("rung0-again")
+    with figure(IMAGES / "kernels-training.png", 9, 3.4) as drawing:
+        left, right = drawing.subplots(1, 2)
+        for loss, colour, label in (
+            (other, "0.7", "kernels, another seed"),
+            (pytorch, ORANGE, "PyTorch"),
+            (kernels, BLUE, "kernels"),
+        ):
+            left.plot(range(1, len(loss) + 1), smooth(loss), color=colour, label=label, linewidth=1.4)
+        left.set(title="rung 2, 30m", xlabel="step", ylabel="training loss, mean of 10 steps", ylim=(1.3, 3.5))
+        left.legend()
+        for first, second, colour, label in (
+            (once, again, "0.7", "rung 0 on kernels, the same run twice"),
+            (kernels, pytorch, BLUE, "rung 2, kernels and PyTorch"),
+        ):
+            shared = min(len(first), len(second))
+            apart = smooth((first[:shared] - second[:shared]).abs())
+            right.plot(range(1, shared + 1), apart, color=colour, label=label, linewidth=1.4)
+        right.set(title="how far two runs from one seed are apart", xlabel="step", ylabel="|difference|, mean of 10 steps")
+        right.legend()
 
 
 def decoding() -> None:
@@ -73,7 +101,7 @@ def decoding() -> None:
 
 def kernels() -> None:
     """Speed of kernels by the number of tokens, the chunk and the width; forward, and forward and backward."""
-    record = json.loads((RESULTS / "bench" / "kernels-h100.json").read_text())
+    record = json.loads((RESULTS / "bench" / "kernels-shapes-h100.json").read_text())
     lines = {
         ("rung0", "kvbind"): ("rung 0", RED, "o-"),
         ("rung2", "kvbind"): ("rung 2", BLUE, "o-"),
@@ -221,8 +249,9 @@ if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
     visibility()
     language_30m()
+    kernels_training()
     decoding()
-    if (RESULTS / "bench" / "kernels-h100.json").is_file():
+    if (RESULTS / "bench" / "kernels-shapes-h100.json").is_file():
         kernels()
     scenes()
     cameras()
