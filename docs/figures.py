@@ -222,26 +222,55 @@ def cameras() -> None:
 
 def views(path: Path) -> None:
     """Time and memory of view synthesis by the number of input views, beside full attention."""
-    record = json.loads(path.read_text())
+    rows = json.loads(path.read_text())["rows"]
     models = {"LaCT": ("fast weights", BLUE, "o-"), "full attention": ("full attention", ORANGE, "s--")}
     panels = {
         "read_seconds": ("reading a scene", "seconds", 1.0),
         "frames_per_second": ("rendering", "frames per second", 1.0),
-        "scene_bytes": ("what is kept of a scene", "MiB", 2.0**20),
+        "scene_bytes": ("kept of a scene", "GiB", 2.0**30),
         "read_bytes": ("peak while reading", "GiB", 2.0**30),
     }
+    ticks = sorted({row["views"] for row in rows})
     with figure(IMAGES / f"{path.stem}.png", 11.5, 3.2) as drawing:
         axes = drawing.subplots(1, 4)
         for ax, (name, (title, unit, scale)) in zip(axes, panels.items(), strict=True):
             for model, (called, colour, style) in models.items():
-                points = [
-                    (row["views"], row[name] / scale) for row in record["rows"] if row["model"] == model and row["fits"]
-                ]
+                points = [(row["views"], row[name] / scale) for row in rows if row["model"] == model and row["fits"]]
                 ax.plot(*zip(*points, strict=True), style, color=colour, label=called, linewidth=1.4, markersize=4)
-            ticks = sorted({row["views"] for row in record["rows"]})
             ax.set(title=title, xscale="log", yscale="log", xlabel="input views", ylabel=unit)
             ax.set_xticks(ticks, [str(x) for x in ticks], minor=False)
-            ax.xaxis.minorticks_off()
+            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            ax.minorticks_off()
+        axes[1].set_ylim(bottom=10)  # the same work takes fast weights up to 1.5 times as long: no more than that shows
+        shared = [limit for ax in axes[2:] for limit in ax.get_ylim()]
+        for ax in axes[2:]:
+            ax.set_ylim(min(shared), max(shared))
+        axes[0].legend(fontsize=8)
+
+
+def vision() -> None:
+    """Speed and memory of ViTTT-B by the size of the images, beside a ViT-B."""
+    rows = json.loads((RESULTS / "bench" / "vision-h100.json").read_text())["rows"]
+    models = {"vittt_base": ("ViTTT-B", BLUE, "o-"), "vit_base_patch16_224": ("ViT-B", ORANGE, "s--")}
+    panels = {
+        "forward": ("forward", "images per second", 1.0),
+        "training": ("training", "images per second", 1.0),
+        "forward_bytes": ("forward", "MiB per image", 2.0**20),
+        "training_bytes": ("training", "MiB per image", 2.0**20),
+    }
+    sizes = sorted({row["size"] for row in rows})
+    with figure(IMAGES / "vision.png", 11.5, 3.2) as drawing:
+        axes = drawing.subplots(1, 4)
+        for ax, (name, (title, unit, scale)) in zip(axes, panels.items(), strict=True):
+            for model, (called, colour, style) in models.items():
+                points = [(row["size"], row[name] / scale) for row in rows if row["model"] == model]
+                ax.plot(*zip(*points, strict=True), style, color=colour, label=called, linewidth=1.4, markersize=4)
+            ax.set(title=title, xscale="log", yscale="log", xlabel="side of the image, pixels", ylabel=unit)
+            ax.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            ax.minorticks_off()
         axes[0].legend(fontsize=8)
 
 
@@ -255,5 +284,6 @@ if __name__ == "__main__":
         kernels()
     scenes()
     cameras()
+    vision()
     for bench in sorted((RESULTS / "bench").glob("views-*.json")):
         views(bench)

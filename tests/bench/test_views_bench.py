@@ -73,9 +73,14 @@ def test_a_model_that_does_not_fit_is_not_tried_on_more_views(monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--preset", "tinny"], "tiny"), (["--preset", "tiny", "--size", "20"], "multiple")],
+    [
+        (["--preset", "tinny"], "tiny"),
+        (["--preset", "tiny", "--size", "20"], "multiple"),
+        (["--preset", "tiny", "--views", "2,x"], "whole numbers"),
+        (["--preset", "tiny", "--views", "0"], "whole numbers"),
+    ],
 )
-def test_unknown_presets_and_sizes_are_refused(arguments, message):
+def test_unknown_presets_sizes_and_numbers_are_refused(arguments, message):
     result = CliRunner().invoke(app, ["views", "--device", "cpu", *arguments])
     assert result.exit_code == 2
     assert message in result.output

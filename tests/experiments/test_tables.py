@@ -160,6 +160,16 @@ def test_table_1_takes_its_rows_from_the_runs_of_table_2(ladder, monkeypatch):
     assert {path.name for path in out.glob("*.png")} >= {"rows.png", "loss.png"}
 
 
+def test_throughput_is_said_to_be_of_the_machines_that_trained(tmp_path):
+    run(table2, tmp_path)
+    for number, path in enumerate(sorted(tmp_path.glob("trained/*/result.json"))):
+        result = json.loads(path.read_text())
+        result["machine"]["device"] = ("Abacus", "Slide rule")[number % 2]
+        path.write_text(json.dumps(result))
+    _, shown = run(table2, tmp_path)
+    assert "on Abacus and Slide rule." in " ".join(shown.split())
+
+
 def test_all_tasks_stand_side_by_side_and_keep_their_own_reports(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SUBJECTS", {"toy": TOY})
     results, shown = run(table1, tmp_path, task="all")

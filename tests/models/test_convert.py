@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
+from kvbind.inner.orthogonalize import VIEWS_COEFFICIENTS, NewtonSchulz
 from kvbind.models import lact_nvs, vittt
 from kvbind.models.convert import convert
 from kvbind.models.lact_nvs import LactNvs, LactNvsConfig
@@ -201,3 +202,16 @@ def test_what_is_converted_already_is_not_converted_again(tmp_path, make):
         convert(target, tmp_path / "other")
     with pytest.raises(ValueError, match=r"source must be a kvbind checkpoint; .* is released"):
         convert(source, tmp_path / "other", to="released")
+
+
+def test_an_inner_loop_that_was_assigned_goes_along(tmp_path):
+    torch.manual_seed(0)
+    model = LactNvs(LactNvsConfig(dim=16, layers=1, patch_size=4, head_dim=8, fast_head_dim=16))
+    model.inner = model.inner.replace(orthogonalize=NewtonSchulz(VIEWS_COEFFICIENTS[:1] * 2))
+    model.save_pretrained(tmp_path / "ours")
+    back = convert(convert(tmp_path / "ours", tmp_path / "released", to="released"), tmp_path / "back")
+    assert LactNvs.from_pretrained(back).config.inner == model.inner
+    model.inner = model.inner.replace(direction="ascent")
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="they have no direction='ascent'"):
+        convert(tmp_path / "ours", tmp_path / "released", to="released")

@@ -96,6 +96,26 @@ def test_rays_are_in_full_precision_under_autocast_and_for_half_cameras():
     assert ray_maps(c2w.half(), intrinsics.half(), (4, 4)).dtype == torch.float32
 
 
+def test_no_cameras_have_no_mean():
+    with pytest.raises(ValueError, match=r"c2w must hold at least one camera; got shape \[2, 0, 4, 4\]"):
+        mean_frame(torch.zeros(2, 0, 4, 4))
+
+
+def test_cameras_keep_their_digits_under_autocast():
+    c2w = looking_ahead().float()
+    points, intrinsics = torch.randn(5, 4, 3), torch.tensor([30.0, 30, 8, 8]).expand(5, 4)
+
+    def worked_out():
+        frame = mean_frame(c2w)
+        inside = frame.normalize(c2w)
+        return frame.pose, inside, frame.restore(inside), invert_pose(c2w), *project(points, c2w, intrinsics)
+
+    expected = worked_out()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for found, known in zip(worked_out(), expected, strict=True):
+            torch.testing.assert_close(found, known, rtol=0, atol=0)
+
+
 def test_poses_invert():
     c2w, _ = random_cameras(3)
     torch.testing.assert_close(invert_pose(c2w) @ c2w, torch.eye(4, dtype=torch.float64).expand(3, 4, 4))

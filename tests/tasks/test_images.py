@@ -74,6 +74,8 @@ def test_epochs_become_steps_of_whole_batches(idx):
     config = small(idx, "epochs=2.5", "train.steps=1000", "warmup_epochs=0.5", "train.warmup=100", "train.accumulate=2")
     assert (config.train.steps, config.train.warmup) == (10, 2)
     assert (config.epochs, config.warmup_epochs) == (0, 0)
+    # 1.1 x 10 is a little more than 11 in floating point
+    assert small(idx, "data.batch=6", "epochs=1.1", "train.steps=1000").train.steps == 11
 
 
 def test_epochs_and_steps_together_are_refused(idx):
@@ -116,6 +118,10 @@ def test_rows_start_from_the_configured_inner_loops(idx):
     [
         (ModelConfig(size="vittt_basee"), r"model\.size must be one of .*did you mean 'vittt_base'"),
         (ModelConfig(fields={"dept": 3}), r"model\.fields' keys must be one of .*did you mean 'depth'"),
+        (
+            ModelConfig("h_vittt_tiny", fields={"patch_size": 8}),
+            r"must not hold 'patch_size' with model\.size='h_vittt_tiny'",
+        ),
         (ModelConfig(inner={"head": {}}), r"model\.inner's keys must be one of 'heads', 'conv'; got 'head'"),
         (ModelConfig(inner={"heads": {"updat": "last"}}), "did you mean 'update'"),
     ],
@@ -134,6 +140,7 @@ def test_a_wrong_model_is_named(model, message):
         (["augment.randaugment=1"], r"augment\.randaugment 0 for images held in memory; got .*, randaugment=1"),
         (["data.images=63"], r"data\.images must be 0 or the number of training images, 64; got 63"),
         (["data.mean=[0.1,0.2]"], r"data\.mean must hold a number per channel, 1"),
+        (["seed=-1"], r"seed must be at least 0; got -1"),
         (["data.channels=2"], r"data\.channels must be 1 or 3; got 2"),
     ],
 )
@@ -251,6 +258,22 @@ def test_training_learns_from_files(folders, tmp_path):
     config = small(folders, *COLOUR, *LEARN, "train.steps=30")
     task = ImagesTask(config)
     assert train(task.build(), task, config.train, tmp_path).held_out["top1"] > 90
+
+
+def test_a_hierarchical_model_trains_averages_and_reads_back(folders, tmp_path):
+    edits = [*SMALL[-4:], *COLOUR, f"data.source={folders}", "data.size=16", "train.ema=0.5", "model.size=h_vittt_tiny",
+             "model.fields={embed_dim: [8, 16], depth: [1, 1], num_heads: [2, 2], mlp_ratio: 2}"]  # fmt: skip
+    path = tmp_path / "hierarchical.yaml"
+    path.write_text("model: {}")
+    config = resolve(read_config(ImagesConfig, {}, str(path), [*edits, "data.batch=8"]))
+    assert "patch_size" not in config.model.fields
+    task = ImagesTask(config)
+    model = task.build()
+    done = train(model, task, config.train, tmp_path / "run")
+    task.save(model, tmp_path / "model")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        assert task.evaluate(loaded)["loss"] == pytest.approx(done.held_out["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("row", ["rung1", "rung3", "rung6", "ascent", "key_for_query"])

@@ -3,7 +3,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from image_files import class_folders, idx_arrays, idx_folder, parquet_folder, write_idx
+from image_files import class_folders, colour_image, idx_arrays, idx_folder, parquet_folder, write_idx
 
 from kvbind.tasks.images.sources import Source, idx_array
 
@@ -76,6 +76,7 @@ def test_class_folders_without_a_split_are_divided_class_by_class(tmp_path):
     [
         ({"train": {"red": 1}, "val": {"blue": 1}}, "blue must be a class that training has: red"),
         ({"train": {"red": 0}}, r"must hold images \(.bmp, .jpeg, .jpg, .png, .webp\)"),
+        ({"val": {"red": 1, "blue": 1}}, r"data\.source must hold the folder train/ beside val/"),
         ({}, "must hold IDX files, parquet files, or a folder of images per class"),
         ({"": {"red": 1, "blue": 1}}, r"data\.held_out must leave images for training and evaluation; got 0\.2 of 2"),
     ],
@@ -111,6 +112,29 @@ def test_columns_and_splits_that_a_table_has_not_are_refused(tmp_path, fields, m
     root = parquet_folder(tmp_path / "x", {"train": {"red": 1}, "validation": {"red": 1}})
     with pytest.raises(ValueError, match=message):
         Source(str(root), **fields).open()
+
+
+def test_labels_that_are_no_classes_are_refused(tmp_path):
+    folder = idx_folder(tmp_path / "idx", compress=False)
+    write_idx(folder / "t10k-labels-idx1-ubyte", np.full(24, 2, np.uint8), compress=False)
+    with pytest.raises(ValueError, match=r"labels from 0 to 1, the classes of training; its held-out images have .* 0 to 2"):
+        Source(str(folder)).open()
+    names = datasets_of(tmp_path / "names", ["cat", "dog"])
+    with pytest.raises(ValueError, match=r"data\.label_column must hold the classes as integers; 'label' holds string"):
+        Source(str(names)).open()
+    hidden = datasets_of(tmp_path / "hidden", [0, -1])
+    with pytest.raises(ValueError, match="its training images have labels from -1 to 0"):
+        Source(str(hidden)).open()
+
+
+def datasets_of(folder, labels):
+    import datasets
+
+    folder.mkdir()
+    for split in ("train", "validation"):
+        table = datasets.Dataset.from_dict({"image": [colour_image("red", 0)] * len(labels), "label": labels})
+        table.cast_column("image", datasets.Image()).to_parquet(folder / f"{split}.parquet")
+    return folder
 
 
 def test_a_table_of_one_split_is_divided(tmp_path):

@@ -1,6 +1,7 @@
 """The views task: presets, rows, training, evaluation, exact resumption, pictures."""
 
 import json
+import pickle
 import sys
 from types import ModuleType
 
@@ -10,10 +11,11 @@ from PIL import Image
 from torch import nn
 
 from kvbind import Linear, systems
-from kvbind.experiments.runs import load_model, open_run, train_run
+from kvbind.experiments.runs import load_model, open_run, run_name, train_run
 from kvbind.inner import InnerLoop
 from kvbind.models.lact_nvs import LactNvs, LactNvsConfig
 from kvbind.tasks import open_task_module, views
+from kvbind.tasks.views import pool
 from kvbind.tasks.views.config import LossConfig, ModelConfig, ProceduralConfig
 from kvbind.tasks.views.metrics import nearest_inputs, psnr, ssim
 from kvbind.tasks.views.render import first_scenes, turntable, write_pictures
@@ -32,6 +34,16 @@ SMALL = [
 
 def small(*edits):
     return views.resolve(read_config(views.Config, views.PRESETS, "tiny", [*SMALL, *edits]))
+
+
+def interrupting(at):
+    """What a run is watched by that is interrupted in a step."""
+
+    def watch(step, note):
+        if step == at:
+            raise KeyboardInterrupt
+
+    return watch
 
 
 @pytest.mark.parametrize("preset", views.PRESETS)
@@ -111,12 +123,8 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path):
     task = views.Task(whole)
     train(task.build(), task, whole.train, tmp_path / "whole")
 
-    def stop(step, note):
-        if step == 5:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train_run("views", parts, tmp_path / "parts", stop)
+        train_run("views", parts, tmp_path / "parts", interrupting(5))
     train_run("views", parts, tmp_path / "parts")
     curves = [[row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row] for name in ("whole", "parts")]
     assert curves[0] == curves[1]
@@ -142,6 +150,39 @@ def test_the_evaluation_is_that_of_each_target_by_itself():
     copies = torch.stack([inputs[i, distance[i].argmin(1)] for i in range(3)])
     nearest = -10 * (copies - true).square().mean((2, 3, 4)).log10()
     assert found["nearest_view_psnr"] == pytest.approx(float(nearest.mean()), rel=1e-5)
+
+
+def test_evaluation_runs_in_bfloat16_with_cameras_in_full():
+    task = views.Task(small(), training=False)
+    model = task.build().eval()
+    with torch.no_grad():
+        full = task.evaluate(model)
+        other = views.Task(small(), training=False)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = other.evaluate(model)
+    assert low["nearest_view_psnr"] == full["nearest_view_psnr"]
+    assert low["psnr"] == pytest.approx(full["psnr"], abs=0.05)
+
+
+def test_scenes_are_rendered_before_the_first_step_and_stay_out_of_readers(monkeypatch):
+    task = views.Task(small())
+    task.batches(None)
+    batch = task.scenes.read(1, [0, 2])
+    known = task.scenes.pixels(batch["image"], torch.device("cpu"))
+    copy = pickle.loads(pickle.dumps(task.scenes))
+    assert len(pickle.dumps(task.scenes)) < 6 * 8 * 3 * 16 * 16  # the pictures alone are more
+    assert torch.equal(copy.pixels(batch["image"], torch.device("cpu")), known)
+    monkeypatch.setattr(pool, "render", None)
+    assert torch.equal(task.scenes.pixels(batch["image"], torch.device("cpu")), known)
+
+
+def test_a_run_goes_on_with_another_number_of_workers(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train_run("views", small("train.checkpoint_every=1"), tmp_path, interrupting(3))
+    assert train_run("views", small("data.workers=1"), tmp_path).result["steps"] == 6
+    assert run_name("views", small()) == run_name("views", small("data.workers=2"))
+    with pytest.raises(ValueError, match=r"data\.batch was 2, is 3"):
+        train_run("views", small("data.batch=3"), tmp_path)
 
 
 def test_the_nearest_view_of_an_input_is_itself():
@@ -194,6 +235,7 @@ def test_the_perceptual_loss_needs_its_package_and_counts_from_its_step(monkeypa
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
+        (views.Config, {"seed": -1}, "seed must be at least 0; got -1"),
         (LossConfig, {"perceptual": -1}, r"loss\.perceptual must be at least 0"),
         (ProceduralConfig, {"sector": 400}, r"data\.procedural\.sector must be above 0 and at most 360"),
         (ProceduralConfig, {"views": 1}, r"data\.procedural\.views must be at least 2"),

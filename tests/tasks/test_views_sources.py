@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from kvbind.models.lact_nvs import invert_pose, project
+from kvbind.tasks.views.chunks import load_chunk
 from kvbind.tasks.views.config import DataConfig
 from kvbind.tasks.views.drawing import Batches, draw_views, evaluation_batches, load_batches, scene_order
 from kvbind.tasks.views.orbit import look_at
@@ -238,6 +239,9 @@ def mirrored(w2c):
             {"fx": lambda f: f / 20, "fy": lambda f: f / 12, "cx": lambda c: 0.5, "cy": lambda c: 0.5},
             "fractions of the image's size",
         ),
+        ({"w2c": lambda m: [[None, *m[0][1:]], *m[1:]]}, r"view 0's intrinsics and w2c must be numbers; got None"),
+        ({"w2c": lambda m: 1}, r"view 0's w2c must be 4 rows of 4 numbers; got rows of \[\]"),
+        ({"fx": str}, r"view 0's intrinsics and w2c must be numbers; got '30\.0'"),
         ({"file_path": lambda name: "gone.png"}, r"gone\.png must be an image"),
     ],
 )
@@ -256,6 +260,21 @@ def test_cameras_in_pixels_are_refused_in_chunks(tmp_path):
     source = open_training(small(source=str(tmp_path), held_out_source=str(tmp_path)))
     with pytest.raises(ValueError, match=r"scene k0: cameras must begin with fx, fy, cx, cy as fractions"):
         source.read(0, [0])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_chunks_are_read_in_either_format_and_refused_where_they_are_cut_short(tmp_path, legacy):
+    write_chunks(tmp_path, 1)
+    path = tmp_path / "000000.torch"
+    data = small(source=str(tmp_path), held_out_source=str(tmp_path))
+    expected = open_training(data).read(0, [3])["image"]
+    load_chunk.cache_clear()
+    torch.save(torch.load(path), path, _use_new_zipfile_serialization=not legacy)
+    assert torch.equal(open_training(data).read(0, [3])["image"], expected)
+    load_chunk.cache_clear()
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"000000\.torch must be a chunk of scenes that torch\.load reads safely"):
+        open_training(data).read(0, [3])
 
 
 @pytest.mark.parametrize(
@@ -286,6 +305,7 @@ def test_sources_that_are_not_there_are_named(tmp_path):
     [
         ({"normalize": "median"}, "did you mean 'mean'"),
         ({"span": 4}, r"data\.span must be 0 or at least data\.inputs \+ data\.targets = 5"),
+        ({"size": (4, 8)}, r"data\.size must be a height and a width of at least 6; got \[4, 8\]"),
         ({"inputs": 0}, r"data\.inputs must be at least 1"),
         ({"inputs": 14}, r"data\.procedural\.views must be at least data\.inputs \+ data\.targets = 17"),
         ({"held_out": 1.0}, r"data\.held_out must lie between 0 and 1"),

@@ -80,3 +80,14 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_run_of_many_gpus_goes_on_on_a_machine_of_one(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", list)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.extend)
+    state = checkpoint.random_state() | {"cuda": [torch.zeros(2), torch.ones(2)]}
+    checkpoint.restore_random_state(state)
+    assert [x.tolist() for x in given] == [[0, 0]]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from toy import Toy, config, killed_config, make_model
 
-from kvbind.train import TrainingStoppedError, latest_checkpoint, train
+from kvbind.train import TrainingStoppedError, latest_checkpoint, loop, train
 from kvbind.train.loop import evaluate
 from kvbind.train.metrics import read_metrics
 from kvbind.train.optimizer import learning_rate, make_optimizer
@@ -91,6 +92,38 @@ def test_weights_stay_as_they_are_through_skipped_steps(tmp_path):
     model, before = make_model(), weights(make_model())
     train(model, Toy(dict.fromkeys(range(4), math.nan)), config(steps=4), tmp_path)
     assert torch.equal(weights(model), before)
+
+
+def test_running_statistics_stay_as_they_are_through_skipped_steps(tmp_path):
+    class Spoilt(Toy):
+        def loss(self, model, batch):
+            return super().loss(model, batch | {"x": batch["x"] * self.faults.get(batch["number"], 1.0)})
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    done = train(model, Spoilt({2: math.nan}), config(steps=4, ema=0.5), tmp_path)
+    assert done.skipped == 1
+    assert math.isfinite(done.held_out["error"])
+    assert latest_checkpoint(tmp_path)["trained"]["1.num_batches_tracked"] == 3
+
+
+def test_a_resumed_run_does_not_hold_on_to_its_checkpoint(tmp_path, monkeypatch):
+    read, alive = [], []
+
+    def remembered(folder):
+        saved = latest_checkpoint(folder)
+        read.append(weakref.ref(saved["model"]["0.weight"]))
+        return saved
+
+    class Looking(Toy):
+        def loss(self, model, batch):
+            alive.append(read[0]() is not None)
+            return super().loss(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_model(), Toy({8: KeyboardInterrupt()}), config(), tmp_path)
+    monkeypatch.setattr(loop, "latest_checkpoint", remembered)
+    train(make_model(), Looking(), config(), tmp_path)
+    assert alive == [False] * 12
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):

@@ -127,7 +127,7 @@ def decode(
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     model = build(_preset(preset), place, dtype)
     model.train(False)
-    rows = bench_decoding(model, [int(x) for x in prompts.split(",")], tokens=tokens, piece=piece)
+    rows = bench_decoding(model, _numbers(prompts, "prompts"), tokens=tokens, piece=piece)
     table = Table(title=f"{preset}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {place}, {dtype}")
     for name in ("prompt", "prefill s", "ms per token", "slowest token ms", "prompt read again ms", "cache MiB"):
         table.add_column(name, justify="right")
@@ -260,6 +260,14 @@ def verify(
         raise typer.Exit(1)
 
 
+def _numbers(text: str, option: str) -> list[int]:
+    """Numbers with commas between them, rising."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise typer.BadParameter(f"{option} must be whole numbers of at least 1 with commas between them; got {text!r}")
+    return sorted(map(int, parts))
+
+
 def _some(names: str, known: Iterable[str], option: str) -> tuple[Any, ...]:
     """Names with commas between them, or all of those known."""
     from kvbind.inner.value import nearest
@@ -291,7 +299,7 @@ def _show(grid: Grid) -> None:
 def views(
     preset: Annotated[str, typer.Option(help="Size of the view synthesis model: tiny, small, 114m, 14x768, ...")] = "114m",
     counts: Annotated[
-        str, typer.Option("--views", help="Numbers of input views, rising, separated by commas.")
+        str, typer.Option("--views", help="Numbers of input views, separated by commas.")
     ] = "8,16,32,64,128,256",
     size: Annotated[int, typer.Option(min=1, help="Height and width of all images in pixels.")] = 256,
     frames: Annotated[int, typer.Option(min=1, help="Frames rendered in one pass.")] = 8,
@@ -311,7 +319,7 @@ def views(
     if size % PRESETS[preset].patch_size:
         raise typer.BadParameter(f"size must be a multiple of the patches' side, {PRESETS[preset].patch_size}; got {size}")
     place = _device(device)
-    numbers = [int(x) for x in counts.split(",")]
+    numbers = _numbers(counts, "views")
     rows = bench_views(PRESETS[preset], numbers, (size, size), place, frames=frames, seconds=seconds)
     table = Table(title=f"{preset}, {size} x {size} pixels, {place}")
     for name in ("views", "model", "read s", "frames/s", "read GiB", "render GiB", "scene MiB"):
@@ -354,7 +362,7 @@ def vision(
 
     place = _device(device)
     other = None if peer == "none" else peer
-    sides = sorted({int(x) for x in sizes.split(",")})
+    sides = _numbers(sizes, "sizes")
     rows = bench_vision(model, other, sides, place, batch=batch, seconds=seconds, compiled=compiled)
     table = Table(title=f"images per second and memory per image, {place}", box=SIMPLE_HEAD)
     for name in ("size", "model", "batch", "forward", "training", "forward MiB", "training MiB"):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,8 +21,6 @@ from kvbind.models.vittt import SIZES, build
 CLASSES = 1000
 TOKENS = 50176
 """Patches in a batch unless it is given or does not fit: 256 images of 224 x 224 in patches of 16."""
-
-Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -78,15 +77,16 @@ def bench_vision(
     if model not in plain:
         raise ValueError(f"model must be one of {', '.join(plain)}; got {model!r}")
     patch = plain[model]["patch_size"]
+    for size in sizes:
+        if size % patch or size < patch:
+            raise ValueError(f"sizes must be multiples of the patch's side, {patch}; got {size}")
     rows = []
     with matmul_precision("high"):
         for size in sizes:
-            if size % patch or size < patch:
-                raise ValueError(f"sizes must be multiples of the patch's side, {patch}; got {size}")
             tokens = (size // patch) ** 2
-            makers: dict[str, Callable[[], nn.Module]] = {model: lambda: build(model, num_classes=CLASSES)}
+            makers: dict[str, Callable[[], nn.Module]] = {model: partial(build, model, num_classes=CLASSES)}
             if peer is not None:
-                makers[peer] = lambda size=size: vision_transformer(peer, size)  # type: ignore[misc]
+                makers[peer] = partial(vision_transformer, peer, size)
             rows += _bench_size(makers, size, tokens, batch or fitting_batch(tokens), device, seconds, compiled)
     return rows
 
@@ -147,8 +147,8 @@ def _bench_size(
         batch //= 2
     images, labels = draw(batch, size, device)
 
-    trainings: list[Work] = [lambda step=step: step(images, labels) for step in steps.values()]  # type: ignore[misc]
-    forwards: list[Work] = [lambda module=module: forward(module, images) for module in models.values()]  # type: ignore[misc]
+    trainings = [partial(step, images, labels) for step in steps.values()]
+    forwards = [partial(forward, module, images) for module in models.values()]
     training_seconds = median_seconds(trainings, device, least=3, seconds=seconds)
     training_bytes = [peak_bytes(work, device) for work in trainings]
     forward_seconds = median_seconds(forwards, device, least=3, seconds=seconds)

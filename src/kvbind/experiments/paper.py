@@ -12,7 +12,8 @@ class Published:
 
     Attributes:
         value: in the task's metric.
-        applies: False for a figure in brackets: the row's change is none for this task, and the figure is the row's above.
+        applies: False for a figure in brackets: the row's change is none for this task; the figure is
+            about the row's above.
     """
 
     value: float

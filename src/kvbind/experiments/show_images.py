@@ -125,7 +125,7 @@ def draw(path: Path, pixels: Tensor, layers: Sequence[Attention], places: Sequen
         axes[0, 0].set_title(title.replace(", ", "\n"), fontsize=8.5)
         for i, layer in enumerate(layers):
             for j, word in enumerate(BRANCHES.values()):
-                axes[0, 1 + len(BRANCHES) * i + j].set_title(f"layer {layer.layer + 1}\n{word}", fontsize=8.5)
+                axes[0, 1 + len(BRANCHES) * i + j].set_title(f"layer {layer.layer}\n{word}", fontsize=8.5)
         fig.supxlabel(
             "How much the output at the outlined patch holds of each patch's effective value: red positive, blue negative, "
             "each panel to its own scale.\n"

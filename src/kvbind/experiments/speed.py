@@ -1,7 +1,8 @@
 """Throughput, beside quality: of the inner loop alone in both of its forms, or of whole training steps.
 
 A task's table has one of the two. Both offer `columns`, the names of their figures; `measure`, those figures by row;
-`published`, the paper's; and `about`, a sentence on what was measured.
+`published`, the paper's; `about`, a sentence on what was measured; and `measured_now`, whether that is done on the machine
+that writes the report: runs may have been trained earlier, elsewhere.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -50,6 +51,8 @@ class InnerLoopSpeed:
     axis: str = "million tokens per second"
     pattern: str = ".3f"
     columns: Mapping[str, str] = field(default_factory=lambda: {"recurrent": "recurrent", "parallel": "parallel"})
+
+    measured_now: ClassVar[bool] = True
 
     def published(self, row: str) -> dict[str, float | None]:
         """The paper's figures for a row, in millions of tokens per second."""
@@ -111,6 +114,8 @@ class TrainingSpeed:
     unit: str
     per: float = 1.0
     pattern: str = ",.0f"
+
+    measured_now: ClassVar[bool] = False
 
     @property
     def title(self) -> str:

@@ -43,7 +43,7 @@ def comparison(outcome: Outcome) -> tuple[list[str], list[str], list[str], list[
     metric, rows = outcome.subject.metric, outcome.rows
     first, published = rows[0].mean(metric.name), rows[0].published
     ours = [value_cell(row, metric) if row.applies else NOT_APPLICABLE for row in rows]
-    # the full system against itself is no change worth a number, nor is a figure in brackets, which is that of the row above
+    # the full system against itself is no change worth a number, nor is a figure in brackets, whose row changes nothing
     change = [metric.changed(row.mean(metric.name), first) if row is not rows[0] else NONE for row in rows]
     paper_change = [
         metric.changed(row.published, published) if row is not rows[0] and row.paper and row.paper.applies else NONE
@@ -125,7 +125,9 @@ def describe(outcome: Outcome) -> str:
         sentences.append("Where a change does not apply to this task, the paper's figure is in brackets.")
     sentences += [outcome.table.about, f"Change is of {metric.title} against the full system; {metric.better} is better."]
     if outcome.table.speed:
-        sentences.append(subject.speed.about(results["throughput"], results["machine"]["device"]))
+        trained_on = {run.result["machine"]["device"] for row in outcome.trained for run in row.runs}
+        device = results["machine"]["device"] if subject.speed.measured_now else " and ".join(sorted(trained_on))
+        sentences.append(subject.speed.about(results["throughput"], device))
     return " ".join(sentences)
 
 

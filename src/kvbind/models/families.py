@@ -179,20 +179,20 @@ class Views:
         return nvs_fields(PRESETS[name])
 
     def build(self, fields: Fields | None, weights: Weights, released: bool) -> tuple[Any, Weights]:
-        from kvbind.models.lact_nvs import LactNvs, LactNvsConfig
+        from kvbind.models.lact_nvs import LactNvs
 
         if fields is None:
             raise FileNotFoundError(
                 "source must have its configuration beside it, or config must name it: the weights do not say how often "
                 "updates are orthogonalized, nor at which rate"
             )
-        own = {name: x for name, x in fields.items() if name != "model_type"}
-        config = LactNvsConfig.from_released_config(fields) if released else LactNvsConfig.from_dict(own)
+        if not released:
+            return LactNvs.from_saved_config(fields), weights
         with torch.device("meta"):
-            return LactNvs(config), weights
+            return LactNvs.from_released_config(fields), weights
 
     def release(self, model: Any) -> tuple[Fields, Weights]:
-        return nvs_fields(model.config), dict(model.state_dict())
+        return nvs_fields(model.config.replace(inner=model.inner)), dict(model.state_dict())
 
 
 FAMILIES: tuple[Family, ...] = (Language(), Images(), Views())

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbind.inner import InnerLoop, systems
+from kvbind.inner import InnerLoop
 from kvbind.inner.value import nearest
 from kvbind.models.presets import PRESETS as SIZES
 from kvbind.tasks import preset_files
 from kvbind.tasks.documents import Split
+from kvbind.tasks.inner_loops import edited, table_rows
 from kvbind.tasks.packing import IGNORED, Batch, PackedBatches, evaluation_batches, load_batches
 from kvbind.tasks.sources import Source
 from kvbind.tasks.tokenizers import Pretrained, Tokenizer, open_tokenizer
@@ -118,16 +119,7 @@ def inner_loop(model: ModelConfig) -> InnerLoop:
         ValueError, TypeError: an unknown size, system or field (the message gives the nearest known one), or a value that
             does not fit.
     """
-    edits = dict(model.inner)
-    start = systems.named(edits.pop("system")) if "system" in edits else model_fields(model)["inner"]
-    whole = start.to_dict()
-    for name, value in edits.items():
-        old = whole.get(name)
-        same_kind = (
-            isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind")
-        )
-        whole[name] = old | value if same_kind else value
-    return InnerLoop.from_dict(whole)
+    return edited(model_fields(model)["inner"], model.inner)
 
 
 def model_fields(model: ModelConfig) -> dict[str, Any]:
@@ -182,9 +174,7 @@ def rows(config: LanguageConfig) -> dict[str, Any]:
     Returns:
         By name: "rung0" to "rung6", the ladder; "ascent" and "key_for_query", each one change of the full system.
     """
-    system = inner_loop(config.model)
-    controls = {"ascent": system.replace(direction="ascent"), "key_for_query": system.replace(query="key")}
-    return {name: inner.to_dict() for name, inner in (systems.ladder(system) | controls).items()}
+    return table_rows(inner_loop(config.model))
 
 
 class LanguageTask:

@@ -64,10 +64,10 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / FOLDER).glob(f"{_PREFIX}*{_SUFFIX}"))
 
 
-def latest_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-    """The content of a run's newest checkpoint, or None where it has none."""
+def latest_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The content of a run's newest checkpoint, on the CPU, or None where it has none."""
     found = checkpoints(folder)
-    return torch.load(found[-1], map_location=device, weights_only=True) if found else None
+    return torch.load(found[-1], map_location="cpu", weights_only=True) if found else None
 
 
 def random_state() -> dict[str, Any]:
@@ -85,7 +85,8 @@ def restore_random_state(state: dict[str, Any]) -> None:
     """Put back what `random_state` gave."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([x.cpu() for x in state["cuda"]])
+        # a run may go on on a machine of fewer GPUs
+        torch.cuda.set_rng_state_all([x.cpu() for x in state["cuda"][: torch.cuda.device_count()]])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]

@@ -173,9 +173,14 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def what_matters(config: Any) -> dict[str, Any]:
-    """A run's configuration without the keys that change nothing of its result: device, checkpoints, event files."""
+    """A run's configuration without the keys that change nothing of its result: device, checkpoints, event files.
+
+    The data's own such keys are those that their dataclass lists as `INDIFFERENT`.
+    """
     plain = to_plain(config)
-    plain["train"] = {name: value for name, value in plain["train"].items() if name not in _INDIFFERENT}
+    indifferent = {"train": _INDIFFERENT, "data": getattr(getattr(config, "data", None), "INDIFFERENT", ())}
+    for section in indifferent.keys() & plain.keys():
+        plain[section] = {name: value for name, value in plain[section].items() if name not in indifferent[section]}
     return plain
 
 

@@ -1,9 +1,10 @@
 """The training loop, from the first line of this file to the last.
 
 A step: `accumulate` batches forward and backward, one clipped AdamW step at the schedule's rate, one line of metrics. A step
-whose loss or gradient is not finite changes nothing and is counted. Every so often a checkpoint holds all that the next step
-depends on, so that a run that was interrupted goes on exactly as if it had not been. Where an average of the weights is
-kept, it is what evaluations see, what a checkpoint calls "model", and what is left in the model in the end.
+whose loss or gradient is not finite changes nothing, no running statistics either, and is counted. Every so often a
+checkpoint holds all that the next step depends on, so that a run that was interrupted goes on exactly as if it had not been.
+Where an average of the weights is kept, it is what evaluations see, what a checkpoint calls "model", and what is left in the
+model in the end.
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ def train(
     evaluated = model if average is None else average.module
 
     done = Progress()
-    saved = latest_checkpoint(folder, device)
+    saved = latest_checkpoint(folder)
+    resumed = saved is not None
     if saved is not None:
         evaluated.load_state_dict(saved["model"])
         if average is not None:
@@ -122,11 +124,12 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
         restore_random_state(saved["random"])
         done = Progress(**saved["done"])
+    del saved  # as large as the model and its optimizer together
     batches = task.batches(done.position)
     last_saved = time.monotonic()
 
     with closing(Metrics(folder, done.step, config.tensorboard)) as metrics:
-        if saved is None:
+        if not resumed:
             done.held_out = evaluate(evaluated, task, config, device)
             metrics.write(0, **{f"held_out/{name}": value for name, value in done.held_out.items()})
 
@@ -136,6 +139,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss, size = torch.zeros((), device=device), 0
+            buffers = [x.clone() for x in model.buffers()]
             for _ in range(config.accumulate):
                 batch, done.position = next(batches)
                 batch = to_device(batch, device)
@@ -154,6 +158,8 @@ def train(
                     average.update_parameters(model)
                 done.units, done.skipped_in_a_row = done.units + size, 0
             else:
+                for buffer, before in zip(model.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
                 done.skipped, done.skipped_in_a_row = done.skipped + 1, done.skipped_in_a_row + 1
             optimizer.zero_grad(set_to_none=True)
             took = time.perf_counter() - started

@@ -49,15 +49,12 @@ def rays(c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int]) -> tuple[Tensor, 
     dtype = torch.promote_types(torch.promote_types(c2w.dtype, fxfycxcy.dtype), torch.float32)
     c2w, fxfycxcy = c2w.to(dtype), fxfycxcy.to(dtype)
     height, width = size
-    with torch.autocast(c2w.device.type, enabled=False):
-        fx, fy, cx, cy = (part[..., None] for part in fxfycxcy.unbind(-1))
-        x = (torch.arange(width, dtype=dtype, device=c2w.device) + 0.5 - cx) / fx
-        y = (torch.arange(height, dtype=dtype, device=c2w.device) + 0.5 - cy) / fy
-        x = x[..., None, :].expand(*x.shape[:-1], height, width)
-        y = y[..., :, None].expand(*y.shape[:-1], height, width)
-        in_camera = torch.stack((x, y, torch.ones_like(x)), dim=-3)
-        turned = (c2w[..., :3, :3] @ in_camera.flatten(-2)).reshape(in_camera.shape)
-        directions = turned / torch.linalg.vector_norm(turned, dim=-3, keepdim=True)
+    fx, fy, cx, cy = (part[..., None] for part in fxfycxcy.unbind(-1))
+    x = (torch.arange(width, dtype=dtype, device=c2w.device) + 0.5 - cx) / fx
+    y = (torch.arange(height, dtype=dtype, device=c2w.device) + 0.5 - cy) / fy
+    right, down, forward = (axis[..., None, None] for axis in c2w[..., :3, :3].unbind(-1))
+    turned = x[..., None, None, :] * right + y[..., None, :, None] * down + forward
+    directions = turned / torch.linalg.vector_norm(turned, dim=-3, keepdim=True)
     origins = c2w[..., :3, 3, None, None].expand_as(directions)
     return origins, directions
 
@@ -90,7 +87,7 @@ def project(points: Tensor, c2w: Tensor, fxfycxcy: Tensor) -> tuple[Tensor, Tens
         camera where its depth is above 0.
     """
     relative = points - c2w[..., None, :3, 3]
-    x, y, depth = (relative @ c2w[..., :3, :3]).unbind(-1)
+    x, y, depth = _product(relative, c2w[..., :3, :3]).unbind(-1)
     fx, fy, cx, cy = (part[..., None] for part in fxfycxcy.unbind(-1))
     return torch.stack((fx * x / depth + cx, fy * y / depth + cy), dim=-1), depth
 
@@ -100,7 +97,7 @@ def invert_pose(pose: Tensor) -> Tensor:
     turn = pose[..., :3, :3].mT
     inverse = torch.zeros_like(pose)
     inverse[..., :3, :3] = turn
-    inverse[..., :3, 3] = -(turn @ pose[..., :3, 3, None])[..., 0]
+    inverse[..., :3, 3] = -_product(turn, pose[..., :3, 3:])[..., 0]
     inverse[..., 3, 3] = 1
     return inverse
 
@@ -119,13 +116,18 @@ class SceneFrame:
 
     def normalize(self, c2w: Tensor) -> Tensor:
         """Poses `[..., V, 4, 4]` in world coordinates, as poses in this frame."""
-        inside = invert_pose(self.pose).unsqueeze(-3) @ c2w
+        inside = _product(invert_pose(self.pose).unsqueeze(-3), c2w)
         return _with_centres(inside, inside[..., :3, 3] / self.scale[..., None, None])
 
     def restore(self, c2w: Tensor) -> Tensor:
         """Poses `[..., V, 4, 4]` in this frame, as poses in world coordinates."""
         scaled = _with_centres(c2w, c2w[..., :3, 3] * self.scale[..., None, None])
-        return self.pose.unsqueeze(-3) @ scaled
+        return _product(self.pose.unsqueeze(-3), scaled)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of small matrices, in their own dtype: autocast and TF32 leave a camera three digits."""
+    return (a[..., None] * b[..., None, :, :]).sum(-2)
 
 
 def _with_centres(pose: Tensor, centres: Tensor) -> Tensor:
@@ -152,9 +154,11 @@ def mean_frame(c2w: Tensor) -> SceneFrame:
         The frame, to apply to these and to all further cameras of the scene.
 
     Raises:
-        TypeError, ValueError: matrices that are no rigid motions.
+        TypeError, ValueError: matrices that are no rigid motions, or none at all.
     """
     check_poses("c2w", c2w)
+    if not c2w.shape[-3]:
+        raise ValueError(f"c2w must hold at least one camera; got shape {list(c2w.shape)}")
     centre, forward, down = (c2w[..., :3, axis].mean(-2) for axis in (3, 2, 1))
     forward, flat = _unit(forward)
     right, parallel = _unit(torch.linalg.cross(down, forward, dim=-1))
@@ -164,7 +168,7 @@ def mean_frame(c2w: Tensor) -> SceneFrame:
     bottom = torch.zeros_like(axes[..., :1, :])
     bottom[..., 3] = 1
     pose = torch.cat((axes, bottom), dim=-2)
-    extent = (invert_pose(pose).unsqueeze(-3) @ c2w)[..., :3, 3].abs().amax((-2, -1))
+    extent = _product(invert_pose(pose).unsqueeze(-3), c2w)[..., :3, 3].abs().amax((-2, -1))
     return SceneFrame(pose, torch.where(extent > 0, extent, torch.ones_like(extent)))
 
 

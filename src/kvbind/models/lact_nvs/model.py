@@ -187,15 +187,28 @@ class LactNvs(nn.Module):
         """
         config, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
         fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        if fields.pop("model_type", None) != MODEL_TYPE or not weights.is_file():
+        if fields.get("model_type") != MODEL_TYPE or not weights.is_file():
             raise ValueError(f"folder must be one that LactNvs.save_pretrained wrote; got {str(folder)!r}")
-        assigned = fields.pop(ASSIGNED, None)
-        with torch.device("meta"):
-            model = cls(LactNvsConfig.from_dict(fields))
+        model = cls.from_saved_config(fields)
         model.load_state_dict(load_file(weights, str(device)), assign=True)
-        if assigned is not None:
-            model.inner = InnerLoop.from_dict(assigned)
         return model.eval()
+
+    @classmethod
+    def from_saved_config(cls, fields: dict[str, Any]) -> Self:
+        """A model without weights, on the meta device, built as the `config.json` of `save_pretrained` says.
+
+        Args:
+            fields: the content of that file.
+
+        Raises:
+            TypeError, ValueError: as `LactNvsConfig.from_dict`.
+        """
+        sizes = {name: value for name, value in fields.items() if name not in ("model_type", ASSIGNED)}
+        with torch.device("meta"):
+            model = cls(LactNvsConfig.from_dict(sizes))
+        if ASSIGNED in fields:
+            model.inner = InnerLoop.from_dict(fields[ASSIGNED])
+        return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the configuration, the inner loop where another was assigned since, and the parameters.

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvbind.inner import InnerLoop
-from kvbind.inner.systems import ladder, vittt
+from kvbind.inner.systems import vittt
 from kvbind.inner.value import check_choice, nearest
 from kvbind.models.saving import without_bars
 from kvbind.tasks import preset_files
-from kvbind.tasks.images.augment import Augment, AugmentConfig, ReadEvaluation, ReadTraining, check_reads_files, normalized
+from kvbind.tasks.images.augment import Augment, AugmentConfig, ReadEvaluation, ReadTraining, check_fits_memory, normalized
 from kvbind.tasks.images.loading import Batch, Order, Reads, evaluation_batches, training_batches
 from kvbind.tasks.images.sources import Images, InMemory, Source, Splits
-from kvbind.tasks.inner_loops import edited
+from kvbind.tasks.inner_loops import edited, table_rows
 from kvbind.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -47,9 +46,10 @@ class ModelConfig:
         size: where it starts: a published size, such as "vittt_tiny" or "vittt_base" (`kvbind.models.vittt.SIZES`).
         inner: edits of the inner loops, field by field, under "heads" (the gated linear units) and "conv" (the convolution).
         fields: edits of that size: `embed_dim`, `depth`, `num_heads`, `patch_size`, `mlp_ratio`, `qkv_bias`, `drop_rate`,
-            `drop_path_rate`, `initializer_range`.
+            `drop_path_rate`, `initializer_range`. Hierarchical sizes have no `patch_size`.
         gradient_checkpointing: recompute each block in the backward pass, for memory.
-        compile: let `torch.compile` make the model's kernels.
+        compile: let `torch.compile` make the kernels of the model that is trained; an average of weights (`train.ema`) is
+            evaluated without.
     """
 
     size: str = "vittt_tiny"
@@ -100,6 +100,8 @@ class DataConfig:
     batch: int = 64
     workers: int = 0
     evaluation_batch: int = 0
+
+    INDIFFERENT: ClassVar[tuple[str, ...]] = ("workers",)
 
     def __post_init__(self) -> None:
         for key, least in {"images": 0, "size": 1, "batch": 1, "workers": 0, "evaluation_batch": 0}.items():
@@ -153,6 +155,8 @@ class ImagesConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0; got {self.seed}")
         for name, key in (("epochs", "steps"), ("warmup_epochs", "warmup")):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
@@ -186,24 +190,16 @@ def rows(config: ImagesConfig) -> dict[str, dict[str, Any]]:
         config: whose own inner loops are "rung0".
     """
     loops = inner_loops(config.model)
-    heads, conv = loops["heads"], loops["conv"]
-    rungs = {
-        name: {"heads": rung, "conv": conv}
-        for name, rung in ladder(heads).items()
-        if name not in ("rung2", "rung4", "rung5")
-    }
-    controls = {
-        "ascent": {"heads": heads.replace(direction="ascent"), "conv": conv},
-        "key_for_query": {"heads": heads.replace(query="key"), "conv": conv.replace(query="key")},
-    }
-    return {name: {key: inner.to_dict() for key, inner in row.items()} for name, row in (rungs | controls).items()}
+    heads, conv = table_rows(loops["heads"], without=("rung2", "rung4", "rung5")), loops["conv"]
+    conv_of = dict.fromkeys(heads, conv) | {"key_for_query": conv.replace(query="key")}
+    return {name: {"heads": inner, "conv": conv_of[name].to_dict()} for name, inner in heads.items()}
 
 
 def model_fields(model: ModelConfig) -> dict[str, Any]:
     """The fields of `kvbind.models.vittt.VitttConfig` that `model.size` and `model.fields` give.
 
     Raises:
-        ValueError: an unknown size or field.
+        ValueError: an unknown size or field, or one that the size has not.
     """
     from kvbind.models.vittt import SIZES
 
@@ -211,6 +207,10 @@ def model_fields(model: ModelConfig) -> dict[str, Any]:
         raise ValueError(f"model.size must be one of {', '.join(SIZES)}; got {model.size!r}{nearest(model.size, SIZES)}")
     for name in model.fields:
         check_choice("model.fields' keys", name, MODEL_FIELDS)
+    if "patch_size" in model.fields and "patch_size" not in SIZES[model.size]:
+        raise ValueError(
+            f"model.fields must not hold 'patch_size' with model.size={model.size!r}, whose patches are of 4 x 4 pixels"
+        )
     stages = {"dim": "embed_dim", "depths": "depth"}
     size = {stages.get(name, name): list(x) if isinstance(x, tuple) else x for name, x in SIZES[model.size].items()}
     return size | model.fields
@@ -231,9 +231,9 @@ def resolve(config: ImagesConfig) -> ImagesConfig:
         images = config.data.images or len(config.data.open().train.labels)
         per_epoch = Order(images, config.data.batch, config.seed).per_epoch / train.accumulate
         if config.epochs:
-            train = replace(train, steps=math.ceil(config.epochs * per_epoch))
+            train = replace(train, steps=max(round(config.epochs * per_epoch), 1))
         if config.warmup_epochs:
-            train = replace(train, warmup=math.ceil(config.warmup_epochs * per_epoch))
+            train = replace(train, warmup=round(config.warmup_epochs * per_epoch))
     return replace(config, epochs=0.0, warmup_epochs=0.0, model=model, train=train)
 
 
@@ -282,7 +282,7 @@ class ImagesTask:
                 f"data.channels and data.size must be those of the images of {data.source}, which are {list(shape)}; got "
                 f"{data.channels} and {data.size}"
             )
-        check_reads_files(augment)
+        check_fits_memory(augment)
         return images
 
     def build(self) -> VitttForImageClassification:
@@ -324,12 +324,12 @@ class ImagesTask:
         Those that are held in memory move there whole when they are first asked for.
         """
         if "rows" not in batch:
-            return batch["images"].to(device), batch["labels"].to(device)
+            return batch["images"].to(device, non_blocking=True), batch["labels"].to(device, non_blocking=True)
         if (split, device) not in self._resident:
             held = self.splits[split]
             self._resident[split, device] = held.images.to(device), held.classes.to(device)  # type: ignore[union-attr]
         images, classes = self._resident[split, device]
-        chosen = batch["rows"].to(device)
+        chosen = batch["rows"].to(device, non_blocking=True)
         return images[chosen], classes[chosen]
 
     def loss(self, model: VitttForImageClassification, batch: Batch) -> Tensor:

@@ -149,11 +149,24 @@ class Splits:
         train: images to train on.
         held_out: images to evaluate on.
         names: of the classes.
+
+    Raises:
+        ValueError: a label that is no class.
     """
 
     train: Images
     held_out: Images
     names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        # on a GPU such a label would end the process long after, and without saying why
+        for part, images in (("training", self.train), ("held-out", self.held_out)):
+            low, high = int(images.labels.min(initial=0)), int(images.labels.max(initial=0))
+            if low < 0 or high >= len(self.names):
+                raise ValueError(
+                    f"data.source must hold labels from 0 to {len(self.names) - 1}, the classes of training; its {part} "
+                    f"images have labels from {low} to {high}"
+                )
 
 
 @dataclass(frozen=True)
@@ -223,6 +236,10 @@ class Source:
     def _class_folders(self, path: Path) -> Splits:
         train = next((path / name for name in TRAIN_FOLDERS if (path / name).is_dir()), None)
         held_out = next((path / name for name in HELD_OUT_FOLDERS if (path / name).is_dir()), None)
+        if held_out and not train and any(entry.is_dir() for entry in held_out.iterdir()):
+            raise ValueError(
+                f"data.source must hold the folder {TRAIN_FOLDERS[0]}/ beside {held_out.name}/; {str(path)!r} does not"
+            )
         home = train or path
         names = tuple(sorted(entry.name for entry in home.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
         if not names:
@@ -251,6 +268,9 @@ class Source:
                     f"data.{key} must be a column of {self.where}: {', '.join(features)}; got {getattr(self, key)!r}"
                 )
         label = features[self.label_column]
+        kind = getattr(label, "dtype", label)
+        if "int" not in str(kind):
+            raise ValueError(f"data.label_column must hold the classes as integers; {self.label_column!r} holds {kind}")
         train = self._rows(parts[self.part])
         names = tuple(getattr(label, "names", None) or map(str, range(int(train.labels.max()) + 1)))
         if self.held_out_part in parts:

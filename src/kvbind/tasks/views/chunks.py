@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
+import zipfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -134,9 +136,12 @@ def load_chunk(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path} must be a chunk of scenes, as {INDEX} says; there is no such file")
     try:
-        entries = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # written in the format of before PyTorch 1.6
-        entries = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(entries, list) or not all({"key", "images", "cameras"} <= entry.keys() for entry in entries):
+        # the format of before PyTorch 1.6 is no zip file, and cannot be mapped into memory
+        entries = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().partition("\n")[0] or "it ends too early"
+        raise ValueError(f"{path} must be a chunk of scenes that torch.load reads safely; {reason}") from error
+    needed = {"key", "images", "cameras"}
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and needed <= entry.keys() for entry in entries):
         raise ValueError(f"{path} must be a list of scenes with key, images and cameras")
     return {entry["key"]: entry for entry in entries}

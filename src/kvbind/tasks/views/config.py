@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from kvbind.inner import InnerLoop, systems
+from kvbind.inner import InnerLoop
 from kvbind.inner.value import check_choice, nearest
 from kvbind.models.lact_nvs import PRESETS as SIZES
 from kvbind.models.lact_nvs import LactNvsConfig
-from kvbind.tasks.inner_loops import edited
+from kvbind.tasks import preset_files
+from kvbind.tasks.inner_loops import edited, table_rows
 from kvbind.train.config import TrainConfig
 
-PRESETS = {path.stem: path for path in sorted((Path(__file__).parent.parent / "presets" / "views").glob("*.yaml"))}
+PRESETS = preset_files("views")
 """The shipped configurations, by name."""
 
 PROCEDURAL = "procedural"
 NORMALIZATIONS = ("mean", "none")
+LEAST_SIDE = 6
+"""Of an image, in pixels: SSIM pads its window of 11 by reflection."""
 
 
 @dataclass
@@ -100,6 +102,8 @@ class DataConfig:
     evaluation_scenes: int = 64
     evaluation_batch: int = 0
 
+    INDIFFERENT: ClassVar[tuple[str, ...]] = ("workers",)
+
     def __post_init__(self) -> None:
         check_choice("data.normalize", self.normalize, NORMALIZATIONS)
         for key, least in {"inputs": 1, "targets": 1, "span": 0, "batch": 1, "window": 1, "workers": 0,
@@ -108,8 +112,8 @@ class DataConfig:
                 raise ValueError(f"data.{key} must be at least {least}; got {getattr(self, key)}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"data.held_out must lie between 0 and 1; got {self.held_out}")
-        if min(self.size) < 1:
-            raise ValueError(f"data.size must be a height and a width of at least 1; got {list(self.size)}")
+        if min(self.size) < LEAST_SIDE:
+            raise ValueError(f"data.size must be a height and a width of at least {LEAST_SIDE}; got {list(self.size)}")
         if self.span and self.span < self.views:
             raise ValueError(
                 f"data.span must be 0 or at least data.inputs + data.targets = {self.views}, as no view is drawn twice; got "
@@ -154,6 +158,10 @@ class ViewsConfig:
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0; got {self.seed}")
 
 
 def model_config(model: ModelConfig) -> LactNvsConfig:
@@ -200,7 +208,4 @@ def rows(config: ViewsConfig) -> dict[str, Any]:
         By name: "rung0", "rung1", "rung2", "rung3" and "rung6" of the ladder; "ascent" and "key_for_query", each one change
         of the full system.
     """
-    system = inner_loop(config.model)
-    rungs = {name: rung for name, rung in systems.ladder(system).items() if name not in ("rung4", "rung5")}
-    controls = {"ascent": system.replace(direction="ascent"), "key_for_query": system.replace(query="key")}
-    return {name: inner.to_dict() for name, inner in (rungs | controls).items()}
+    return table_rows(inner_loop(config.model), without=("rung4", "rung5"))

@@ -36,5 +36,6 @@ def nearest_inputs(batch: Batch) -> Tensor:
     Nearest is the least distance between the cameras' centres plus that between the ends of their unit z axes.
     """
     c2w, target = batch["c2w"], batch["target_c2w"]
-    apart = torch.cdist(target[..., :3, 3], c2w[..., :3, 3]) + torch.cdist(target[..., :3, 2], c2w[..., :3, 2])
-    return apart.argmin(-1)
+    # not torch.cdist, which takes products of many views, on a GPU perhaps in TF32
+    place, ahead = ((target[:, :, None, :3, axis] - c2w[:, None, :, :3, axis]).norm(dim=-1) for axis in (3, 2))
+    return (place + ahead).argmin(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,11 +45,22 @@ class Pool(Source):
         c2w, intrinsics = (x[scene, list(views)] for x in self.cameras)
         return {"image": torch.tensor(views) + scene * self.config.views, "c2w": c2w, "fxfycxcy": intrinsics}
 
+    def prepare(self, device: torch.device) -> None:
+        self._rendered(device)
+
     def pixels(self, image: Tensor, device: torch.device) -> Tensor:
-        if self._images is None or self._images.device != image.to(device).device:
+        return self._rendered(device)[image.to(device)].float() / 255
+
+    def _rendered(self, device: torch.device) -> Tensor:
+        # "cuda" and "cuda:0" are one device to a tensor alone
+        if self._images is None or self._images.device != torch.empty(0, device=device).device:
             world = make_scenes(self.split, len(self)).to(device)
             self._images = render(world, *self.cameras, self.image_size, self.config.samples).flatten(0, 1)
-        return self._images[image.to(device)].float() / 255
+        return self._images
+
+    def __getstate__(self) -> dict[str, Any]:
+        # processes that read need no pictures, least of all those on a GPU
+        return vars(self) | {"_images": None}
 
     def fingerprint(self) -> str:
         return digest([PROCEDURAL, str(VERSION), self.split, str(len(self)), str(self.config), str(self.image_size)])

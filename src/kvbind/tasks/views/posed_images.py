@@ -48,7 +48,7 @@ class PosedImages(Source):
         """
         if path.is_dir():
             root = path
-            names = sorted(str(file.relative_to(path)) for file in path.rglob("*.json") if _begins_as_scene(file))
+            names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.json") if _begins_as_scene(file))
         else:
             root, content = path.parent, load_json(path)
             whole = isinstance(content, list) and bool(content) and all(isinstance(x, str) for x in content)
@@ -108,9 +108,13 @@ def scene_entries(path: Path) -> list[dict[str, Any]]:
         for name in ("file_path", *INTRINSICS, "w2c"):
             if name not in entry:
                 raise ValueError(f"{path}: view {i} must have {name}; it has {', '.join(entry) or 'nothing'}")
-        shape = [len(row) if isinstance(row, list) else 0 for row in entry["w2c"]]
+        rows = entry["w2c"] if isinstance(entry["w2c"], list) else []
+        shape = [len(row) if isinstance(row, list) else 0 for row in rows]
         if shape != [4, 4, 4, 4]:
             raise ValueError(f"{path}: view {i}'s w2c must be 4 rows of 4 numbers; got rows of {shape}")
+        for x in (*(entry[name] for name in INTRINSICS), *(x for row in entry["w2c"] for x in row)):
+            if not isinstance(x, int | float):
+                raise ValueError(f"{path}: view {i}'s intrinsics and w2c must be numbers; got {x!r}")
     return entries
 
 

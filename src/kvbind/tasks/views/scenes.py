@@ -61,6 +61,9 @@ class Source(abc.ABC):
     def fingerprint(self) -> str:
         """A short text that differs where the scenes do."""
 
+    def prepare(self, device: torch.device) -> None:  # noqa: B027
+        """Do beforehand what `pixels` would have to do once."""
+
     def pixels(self, image: Tensor, device: torch.device) -> Tensor:
         """RGB in [0, 1] on `device`, float32 `[..., 3, h, w]`, of what `read` gave as `image`, stacked in any way."""
         return image.to(device, non_blocking=True).float() / 255

@@ -16,6 +16,7 @@ from kvbind.tasks.views.drawing import Batch, Batches, evaluation_batches, load_
 from kvbind.tasks.views.metrics import nearest_inputs, psnr, ssim
 from kvbind.tasks.views.perceptual import open_lpips, perceptual_loss
 from kvbind.tasks.views.sources import open_held_out, open_training
+from kvbind.train.loop import pick_device
 
 
 class ViewsTask:
@@ -57,6 +58,7 @@ class ViewsTask:
         if self.scenes is None:
             raise ValueError("this task was opened with training=False")
         data = self.config.data
+        self.scenes.prepare(pick_device(self.config.train.device))  # here it counts for no step
         return load_batches(Batches(self.scenes, data, self.config.seed), data.workers, position)
 
     def size(self, batch: Batch) -> int:
