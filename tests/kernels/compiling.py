@@ -6,7 +6,7 @@ import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
+
+from kvbind.kernels.common import Tuned
 
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
@@ -73,8 +75,11 @@ def compile_call(fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 
 @contextlib.contextmanager
-def compiling(capability: int = 90) -> Iterator[list[Compiled]]:
-    """Inside, launches compile instead of running; each configuration of a tuned kernel is compiled once."""
+def compiling(capability: int = 90, enough: Callable[[Compiled], bool] = lambda _: False) -> Iterator[list[Compiled]]:
+    """Inside, launches compile instead of running; each configuration of a tuned kernel is compiled once.
+
+    Of a tuned kernel, configurations after one that is `enough` are left out.
+    """
     found: list[Compiled] = []
     seen: set[str] = set()
 
@@ -90,10 +95,16 @@ def compiling(capability: int = 90) -> Iterator[list[Compiled]]:
         for config in self.prune_configs(kwargs):
             self.fn.run(*args, **kwargs, **config.all_kwargs())
             self.best_config = config
+            if enough(found[-1]):
+                break
 
-    before = JITFunction.run, Autotuner.run
-    JITFunction.run, Autotuner.run = run, tune  # type: ignore[method-assign]
+    def choose(self: Tuned, grid: Any, *args: Any, **constants: Any) -> None:
+        # what was chosen for another device, or is chosen here, is of no use to others
+        self.autotuner.run(*args, grid=grid, warmup=False, **constants)
+
+    before = JITFunction.run, Autotuner.run, Tuned.launch
+    JITFunction.run, Autotuner.run, Tuned.launch = run, tune, choose  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        JITFunction.run, Autotuner.run = before  # type: ignore[method-assign]
+        JITFunction.run, Autotuner.run, Tuned.launch = before  # type: ignore[method-assign]

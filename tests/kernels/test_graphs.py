@@ -40,7 +40,9 @@ def cuda(monkeypatch):
         graph=capture,
         is_current_stream_capturing=lambda: state.outer,
     )
-    monkeypatch.setattr(graphs, "torch", SimpleNamespace(cuda=fake, device=torch.device))
+    monkeypatch.setattr(
+        graphs, "torch", SimpleNamespace(cuda=fake, device=torch.device, inference_mode=torch.inference_mode)
+    )
     monkeypatch.delenv("KVBIND_GRAPHS", raising=False)
     graphs.clear()
     yield state
@@ -107,6 +109,20 @@ def test_nothing_is_captured_where_it_cannot_or_must_not_be(cuda, monkeypatch, w
     assert [step.runs for step in steps] == [1, 1, 1]
     assert len({id(step) for step in steps}) == 3
     assert cuda.log == []
+
+
+def test_buffers_made_for_inference_serve_training(cuda):
+    made = []
+
+    def make():
+        made.append(torch.zeros(2))
+        return Step(cuda)
+
+    with torch.inference_mode():
+        for _ in range(2):
+            with graphs.repeated("a", DEVICE, make) as (_, run):
+                run()
+    assert [x.is_inference() for x in made] == [True, False]
 
 
 def test_a_step_is_free_again_after_an_error(cuda):

@@ -33,6 +33,9 @@ SHORT_CHUNK = 64
 WIDEST_CAUSAL = 512
 """The greatest width of a head that `kvbind.kernels.causal` takes."""
 
+MOST_RECURRENT = 65535
+"""The most sequences times heads that `kvbind.kernels.recurrent` takes, as many as an axis of a grid."""
+
 NARROWEST = 16
 """The least width of an operand of a matrix unit."""
 
@@ -132,6 +135,8 @@ def recurrent_fits(spec: InnerLoop, call: Operands) -> bool:
         return False
     if spec.orthogonalize is not None and orthogonal_dtype(spec.orthogonalize) is None:
         return False
+    if call.q.shape[0] * call.q.shape[1] > MOST_RECURRENT:
+        return False
     from kvbind.kernels.recurrent import covers
 
     return covers(call.q.dtype, call.q.shape[-1], *call.state.tensors["weights.out"].shape[-2:])
@@ -186,7 +191,7 @@ def chunked_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
         Outputs `[B, H, T, Dv]`, and the state after this call.
     """
     from kvbind.kernels.chunked import chunked
-    from kvbind.kernels.spans import TILE, chunked_layout
+    from kvbind.kernels.spans import TILE, chunk_means, chunked_layout
 
     q, state, bounds = call.q, call.state, call.cu_seqlens
     pending = state.pending()
@@ -205,7 +210,7 @@ def chunked_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
     )
 
     def per_chunk(gate: Tensor | None) -> Tensor | None:
-        return None if gate is None else layout.chunk_means(as_rows(gate).float())
+        return None if gate is None else chunk_means(layout, as_rows(gate).float())
 
     rate = column_of(joined.rates["out"], joined)
     output_gate, gated_tokens = between_gates(network, fast, q, joined)
@@ -442,8 +447,10 @@ def settle(
     chunk = spec.chunk
     if bounds is None:
         rest = (kept + lengths[0]) % chunk
-        return State.of(spec, fast, tokens.span(len(tokens) - rest, len(tokens)), rest)
+        return State.of(spec, fast, tokens.span(len(tokens) - rest, len(tokens)) if rest else tokens, rest)
     rests = [n % chunk for n in lengths]
+    if not any(rests):
+        return State.of(spec, fast, tokens, 0)
     spread, device = tokens.spread(), tokens.k.device
     stops, counts = torch.tensor(bounds[1:], device=device), torch.tensor(rests, device=device)
     places = torch.arange(chunk - 1, device=device)
@@ -456,5 +463,5 @@ def settle(
         mask = there[:, None].reshape(there.shape[0], 1, -1, *(1,) * (picked.dim() - 3))
         return torch.where(mask, picked, torch.zeros((), dtype=x.dtype, device=device))
 
-    state = State.of(spec, fast, spread.map(gather) if chunk > 1 else None, 0)
+    state = State.of(spec, fast, spread.map(gather), chunk - 1)
     return State(spec, state.tensors, tuple(rests))

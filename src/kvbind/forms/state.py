@@ -41,13 +41,14 @@ class State:
 
     @staticmethod
     def of(spec: InnerLoop, fast: FastWeights, pending: Tokens | None, length: int) -> State:
-        """A state of sequences that all have `length` pending tokens."""
+        """A state of sequences that all have `length` tokens pending, or none, with `pending` any tokens like theirs."""
         tensors = {f"weights.{name}": x for name, x in fast.weights.items()}
         tensors |= {f"momentum.{name}": x for name, x in fast.momentum.items()}
         tensors |= {f"norms.{name}": x for name, x in fast.norms.items()}
         tensors |= {f"accumulated.{name}": x for name, x in fast.accumulated.items()}
         if pending is not None and spec.chunk is not None and spec.chunk > 1:
-            kept = pending.padded(spec.chunk - 1)
+            batch, room = tensors["weights.out"].shape[0], spec.chunk - 1
+            kept = pending.padded(room) if length else pending.blank(batch, room)
             tensors |= {f"pending.{name}": x for name, x in kept.tensors().items()}
         return State(spec, tensors, (length,) * tensors["weights.out"].shape[0])
 

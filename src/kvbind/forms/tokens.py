@@ -92,6 +92,15 @@ class Tokens:
         short = length - len(self)
         return self.spread().map(lambda x: F.pad(x, (0, 0) * (x.dim() - 3) + (0, short)))
 
+    def blank(self, batch: int, length: int) -> Tokens:
+        """Zeros in place of tokens like these, of so many sequences."""
+
+        def zeros(x: Tensor) -> Tensor:
+            return x.new_zeros(batch, x.shape[1], length, *x.shape[3:])
+
+        # rates that are numbers have no tensor to be like: make them of no tokens
+        return self.span(0, 0).spread().map(zeros)
+
     def column_rates(self) -> dict[str, Tensor | float]:
         """Rates as they multiply rows: numbers or `[B, H, T, 1]`, zero for tokens that do not write."""
         columns: dict[str, Tensor | float] = {}

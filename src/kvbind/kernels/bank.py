@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import triton
 from torch import Tensor
 
+from kvbind.kernels.common import cdiv
+
 
 @dataclass(frozen=True)
 class Bank:
@@ -52,8 +54,8 @@ class Bank:
 
     def blocks(self, columns: int) -> int:
         """How many blocks of so many columns the matrices have."""
-        each = triton.cdiv(self.hidden, columns) if self.theta else 0
-        return 2 * each + triton.cdiv(self.value, columns)
+        each = cdiv(self.hidden, columns) if self.theta else 0
+        return 2 * each + cdiv(self.value, columns)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`[..., P]` as W_gate with W_up, `[..., 2 * Dk * Dh]`, and the last layer, `[..., Dh * Dv]`; views."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from kvbind.inner.value import check_choice, check_positive_int
 from kvbind.kernels.causal_kernels import TILE, Segments, gate_gradients, segment_states, sweep, sweep_blocks
+from kvbind.kernels.common import cdiv
 
 MODES = ("token", "past", "chunk")
 LEAST_SEGMENT = 4 * TILE
@@ -52,7 +52,7 @@ def segment_length(q: Tensor, v: Tensor, step: int, gated: bool) -> int:
     """
     batch, tokens, heads, width = v.shape
     blocks = sweep_blocks(q.dtype, q.shape[-1], width)
-    programs = int(batch) * int(heads) * triton.cdiv(int(width), blocks.columns)
+    programs = int(batch) * int(heads) * cdiv(int(width), blocks.columns)
     each = _segments_each(programs, blocks.resident * _multiprocessors(v.device))
     length = max((tokens + each - 1) // each, LEAST_SEGMENT)
     if gated:

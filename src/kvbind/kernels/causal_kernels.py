@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbind.kernels.common import dot_precision, on_device_of
+from kvbind.kernels.common import cdiv, dot_precision, on_device_of
 
 TILE = 64
 """Tokens of one tile."""
@@ -468,7 +468,7 @@ def sweep_blocks(dtype: torch.dtype, read_width: int, value_width: int) -> Block
     most = 64 if narrow and rows <= 256 else 32
 
     def cost(columns: int) -> int:
-        return triton.cdiv(value_width, columns) * (TILE * (rows + columns) + 2 * rows * columns)
+        return cdiv(value_width, columns) * (TILE * (rows + columns) + 2 * rows * columns)
 
     columns = min((b for b in (64, 32, 16) if b <= most), key=cost)
     if not narrow:
@@ -478,7 +478,7 @@ def sweep_blocks(dtype: torch.dtype, read_width: int, value_width: int) -> Block
 
 def write_block(width: int) -> int:
     """Block of a state's rows or columns where a program sums one block alone."""
-    return next((b for b in (128, 64, 32) if triton.cdiv(width, b) * b * 3 <= width * 4), 16)
+    return next((b for b in (128, 64, 32) if cdiv(width, b) * b * 3 <= width * 4), 16)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -537,7 +537,7 @@ def sweep(
     """
     batch, tokens, heads, width = value.shape
     blocks = sweep_blocks(read.dtype, read.shape[-1], width)
-    parts = triton.cdiv(width, blocks.columns)
+    parts = cdiv(width, blocks.columns)
     out = torch.empty_like(value, memory_format=torch.contiguous_format)
     dots = None if primal is None else value.new_empty((parts, batch, tokens, heads), dtype=torch.float32)
     anchors = None if starts is None else value.new_empty((segments.count, heads, parts), dtype=torch.float32)
@@ -587,7 +587,7 @@ def segment_states(
     states = key.new_empty((segments.count, heads, inner, width), dtype=torch.float32)
     keeps = None if gates is None else states.new_empty((segments.count, heads))
     bk, bv = write_block(inner), write_block(width)
-    grid = (segments.count * heads * triton.cdiv(inner, bk) * triton.cdiv(width, bv),)
+    grid = (segments.count * heads * cdiv(inner, bk) * cdiv(width, bv),)
     if grid[0]:
         with on_device_of(key):
             _write_kernel[grid](
@@ -597,7 +597,7 @@ def segment_states(
                 PRECISION=_precision(key.dtype), BK=bk, BV=bv, num_warps=8 if bk * bv > 64 * 64 else 4,
                 num_stages=3 if key.dtype != torch.float32 else 2,
             )  # fmt: skip
-            _scan_kernel[(segments.sequences * heads * triton.cdiv(inner * width, _SCAN_BLOCK),)](
+            _scan_kernel[(segments.sequences * heads * cdiv(inner * width, _SCAN_BLOCK),)](
                 states, keeps, initial, segments.offsets, segments.each, heads,
                 SIZE=inner * width, REVERSE=reverse, BLOCK=_SCAN_BLOCK, num_warps=4,
             )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbind.kernels.common import dot_precision, on_device_of
+from kvbind.kernels.common import cdiv, dot_precision, on_device_of
 
 
 class Tile(NamedTuple):
@@ -143,8 +143,8 @@ def outer(
     z, chunks = batch * heads, tokens // chunk
 
     def tiles(tile: Tile) -> int:
-        first = 2 * triton.cdiv(key, tile.rows) * triton.cdiv(hidden, tile.columns) if theta else 0
-        return first + (triton.cdiv(hidden, tile.rows) * triton.cdiv(value, tile.columns) if last else 0)
+        first = 2 * cdiv(key, tile.rows) * cdiv(hidden, tile.columns) if theta else 0
+        return first + (cdiv(hidden, tile.rows) * cdiv(value, tile.columns) if last else 0)
 
     tile = tile_for(x.dtype, tiles(WIDE) * z * chunks, key)
     added, copied = add or (None, None), copy or (None, None)
@@ -211,11 +211,11 @@ def rows(x: Tensor, matrices: Tensor, out: Tensor, chunk: int, *, transposed: bo
     """
     sources, batch, tokens, heads, inner = x.shape
     width, chunks = out.shape[-1], tokens // chunk
-    programs = triton.cdiv(chunk, WIDE.rows) * triton.cdiv(width, WIDE.columns) * chunks * batch * heads
+    programs = cdiv(chunk, WIDE.rows) * cdiv(width, WIDE.columns) * chunks * batch * heads
     tile = tile_for(x.dtype, programs, chunk)
     m_bank, m_c, m_z, m_j = matrices.stride()[:4]
     with on_device_of(x):
-        _rows_kernel[(triton.cdiv(width, tile.columns) * triton.cdiv(chunk, tile.rows) * chunks, batch * heads)](
+        _rows_kernel[(cdiv(width, tile.columns) * cdiv(chunk, tile.rows) * chunks, batch * heads)](
             x, matrices, out, heads, chunk, *x.stride()[:4], m_bank, m_c, m_z, m_j, *out.stride()[:3],
             K=inner, N=width, SOURCES=sources, EACH=sources // matrices.shape[0], TRANSPOSED=transposed,
             PRECISION=dot_precision(x.dtype), BM=tile.rows, BN=tile.columns, BK=tile.depth,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -33,8 +34,9 @@ def capable(index: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(index) >= LEAST_CAPABILITY
 
 
+@torch.compiler.assume_constant_result
 def runs_on(device: torch.device) -> bool:
-    """Whether kernels may run on tensors of `device`.
+    """Whether kernels may run on tensors of `device`; `torch.compile` asks once for all calls.
 
     `KVBIND_KERNELS=0` turns them off; `KVBIND_KERNELS=force` takes them on the CPU too, where Triton interprets them.
     """
@@ -61,6 +63,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
+def cdiv(a: int, b: int) -> int:
+    """`a / b`, rounded up; `triton.cdiv` is slower on the host than all else that a launch computes there."""
+    return -(-a // b)
+
+
 class Launcher:
     """A `triton.jit` kernel with a shorter way to the GPU, for arguments like those of an earlier launch.
 
@@ -73,35 +80,43 @@ class Launcher:
     """Kernels remembered; more come about only where strides differ from call to call."""
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+        self.kernel, self.interpreted = kernel, interpreted()
         self.compiled: dict[tuple[Any, ...], Any] = {}
-        if not interpreted():
+        if not self.interpreted:
             self.names = kernel.arg_names
             self.plain = [parameter.do_not_specialize for parameter in kernel.params]
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return partial(self.kernel[grid] if interpreted() else self.launch, *(() if interpreted() else (grid,)))
+        return partial(self.launch, grid)
 
     def launch(self, grid: Any, *args: Any, **constants: Any) -> None:
         """Launch on `grid`, a tuple or a function of the constants; constants are given by keyword."""
-        key: list[Any] = [args[0].device.index, *constants.values()]
+        if self.interpreted:
+            self.kernel[grid](*args, **constants)
+            return
+        key: list[Any] = [args[0].device.index, *constants, *constants.values()]
         pointers = largest = 0
         for value, plain in zip(args, self.plain, strict=False):
-            if isinstance(value, Tensor):
+            kind = value.__class__
+            if kind is int:
+                if not plain:
+                    key.append(value)
+                elif abs(value) > largest:
+                    largest = abs(value)
+            elif isinstance(value, Tensor):
                 key.append(value.dtype)
                 pointers |= value.data_ptr()
-            elif plain:
-                largest = max(largest, abs(value))
             else:
-                key.append(value if value.__class__ is int else value.__class__)
+                key.append(kind)
         if pointers % 16 or largest >= 2**31:
             self.kernel[grid](*args, **constants)
             return
-        found = self.compiled.get(tuple(key))
+        fixed = tuple(key)
+        found = self.compiled.get(fixed)
         if found is None:
             if len(self.compiled) >= self.MOST:
                 self.compiled.clear()
-            self.compiled[tuple(key)] = self.kernel[grid](*args, **constants)
+            self.compiled[fixed] = self.kernel[grid](*args, **constants)
             return
         if callable(grid):
             grid = grid(constants)
@@ -120,19 +135,24 @@ class Tuned:
         self.autotuner = autotuner
         self.launcher = Launcher(autotuner.fn)
         self.chosen: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self.places = [place for place, name in enumerate(autotuner.arg_names) if name in autotuner.keys]
+        # Triton's autotuner is for one thread, and gradients are computed in others
+        self.lock = threading.Lock()
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return partial(self.launch, grid)
 
     def launch(self, grid: Any, *args: Any, **constants: Any) -> None:
         """Launch on `grid`, a function of the constants; constants are given by keyword."""
-        key = (args[0].dtype, args[0].device, *constants.values())
+        chooses = [args[place] for place in self.places if place < len(args)]
+        key = (args[0].dtype, args[0].device, *constants, *constants.values(), *chooses)
         config = self.chosen.get(key)
         if config is None:
-            self.autotuner.run(*args, grid=grid, warmup=False, **constants)
-            self.chosen[key] = self.autotuner.best_config.all_kwargs()
+            with self.lock:
+                self.autotuner.run(*args, grid=grid, warmup=False, **constants)
+                self.chosen[key] = self.autotuner.best_config.all_kwargs()
         else:
-            self.launcher[grid](*args, **constants, **config)
+            self.launcher.launch(grid, *args, **constants, **config)
 
 
 def tuned(configs: Sequence[Any], key: Sequence[str], wide: Any = None) -> Callable[[Any], Tuned]:

@@ -69,7 +69,7 @@ def _program(heads, D: tl.constexpr, BC: tl.constexpr):
     return program // heads, program % heads, program, channels, channels < D
 
 
-@triton.jit(do_not_specialize=["heads", "height", "width", "span"])
+@triton.jit(do_not_specialize=["heads", "height", "width", "span", "rate_batch"])
 def _products_kernel(
     x, y, rate, partial, scale, heads, height, width, span,
     x_batch, x_row, x_head, y_batch, y_row, y_head, rate_batch, rate_row, rate_head,
@@ -194,7 +194,7 @@ def _read_kernel(
     _convolve(k, q, q_row, o, heads * D, q, 0, q, 0, o, 0, start, stop, height, width, channels, inside, 1, False, False, BT)
 
 
-@triton.jit(do_not_specialize=["heads", "height", "width", "span"])
+@triton.jit(do_not_specialize=["heads", "height", "width", "span", "rate_batch"])
 def _backward_kernel(
     k, v, do, kernel, rate, new, norms, dnew, partial, dq, dk, dv, dkernel, drate, scale, sign, heads, height, width, span,
     k_batch, k_row, k_head, v_batch, v_row, v_head, do_batch, do_row, do_head, kernel_batch, kernel_head,

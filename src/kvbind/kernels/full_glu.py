@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbind.kernels.activations import activate, slope
-from kvbind.kernels.common import dot_precision, on_device_of
+from kvbind.kernels.common import cdiv, dot_precision, on_device_of
 
 MAX_WIDTH = 64
 """The widest head, in keys and in values: the matrices of wider ones do not fit into registers."""
@@ -137,7 +137,7 @@ def _enter_backward(d, w, new, sign, scale, norms, width, CLIP: tl.constexpr, WI
     return scale * d
 
 
-@triton.jit(do_not_specialize=["heads", "writers", "readers", "write_span", "read_span"])
+@triton.jit(do_not_specialize=["heads", "writers", "readers", "write_span", "read_span", "ro_batch", "rg_batch"])
 def _forward_kernel(
     q, k, v, w, wg, rate_out, rate_gate, o, new, newg, norms, partial,
     scale_out, scale_gate, sign, heads, writers, readers, write_span, read_span,
@@ -306,7 +306,7 @@ def _enter_backward_kernel(
     tl.store(dread + to, d, mask=there)
 
 
-@triton.jit(do_not_specialize=["heads", "writers", "readers", "write_span", "read_span"])
+@triton.jit(do_not_specialize=["heads", "writers", "readers", "write_span", "read_span", "ro_batch", "rg_batch"])
 def _backward_kernel(
     q, k, v, w, wg, rate_out, rate_gate, new, newg, norms, do, dnew, dnewg,
     dq, dk, dv, dw, drate_out, drate_gate, partial, dread, dupdate,
@@ -568,7 +568,7 @@ class _Call:
 
     def over_parts(self, kernel: Any, matrices: int, *arguments: Any, **flags: bool) -> None:
         """Launch a kernel that adds the parts of `matrices` matrices of each program."""
-        grid = self.programs, triton.cdiv(self.flags["DV"], self.enter_flags["BN"]), matrices
+        grid = self.programs, cdiv(self.flags["DV"], self.enter_flags["BN"]), matrices
         kernel[grid](
             *self.operands[3:5], *arguments, self.heads, self.parts, *self.matrix_strides,
             MATRICES=matrices, **flags, **self.enter_flags,

@@ -102,7 +102,9 @@ def _find(key: Hashable, make: Callable[[], S]) -> _Captured[S] | None:
             if len(_seen) > REMEMBERED:
                 _seen.popitem(last=False)
             return None
-        entry = _captured[key] = _Captured(make())
+        # buffers made for inference serve training too
+        with torch.inference_mode(False):
+            entry = _captured[key] = _Captured(make())
         if len(_captured) > CAPACITY:
             _captured.popitem(last=False)
         return entry

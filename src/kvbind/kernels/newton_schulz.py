@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbind.kernels.common import Launcher, dot_precision, on_device_of
+from kvbind.kernels.common import Launcher, cdiv, dot_precision, on_device_of
 
 EPSILON = 1e-7
 """What is added to the norm, as in the twin."""
@@ -309,12 +309,12 @@ def _piece(rows: int, columns: int) -> tuple[int, int]:
 
 def _pieces(rows: int, columns: int) -> int:
     height, width = _piece(rows, columns)
-    return triton.cdiv(rows, height) * triton.cdiv(columns, width)
+    return cdiv(rows, height) * cdiv(columns, width)
 
 
 def _tiles(rows: int, columns: int, tile: int, symmetric: bool) -> int:
-    down = triton.cdiv(rows, tile)
-    return down * (down + 1) // 2 if symmetric else down * triton.cdiv(columns, tile)
+    down = cdiv(rows, tile)
+    return down * (down + 1) // 2 if symmetric else down * cdiv(columns, tile)
 
 
 def _whole_options(rows: int, columns: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbind.kernels.activations import activate, slope
-from kvbind.kernels.common import dot_precision, on_device_of, tuned
+from kvbind.kernels.common import cdiv, dot_precision, on_device_of, tuned
 
 STATE, THETA = 2, 3
 """The columns of a table of spans that name matrices."""
@@ -126,7 +126,7 @@ def product(
     partial = torch.zeros(-(-width // 32), rows, heads, device=x.device) if against is not None else None
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
-        return len(spans) * triton.cdiv(longest, meta["BM"]) * triton.cdiv(width, meta["BN"]), heads
+        return len(spans) * cdiv(longest, meta["BM"]) * cdiv(width, meta["BN"]), heads
 
     if rows and len(spans):
         other = x if against is None else against
@@ -224,7 +224,7 @@ def features(x: Tensor, theta: Tensor, spans: Tensor, longest: int, activation: 
     y = torch.empty(rows, heads, hidden, dtype=x.dtype, device=x.device)
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
-        return len(spans) * triton.cdiv(longest, meta["BM"]) * triton.cdiv(hidden, meta["BN"]), heads
+        return len(spans) * cdiv(longest, meta["BM"]) * cdiv(hidden, meta["BN"]), heads
 
     if rows and len(spans):
         with on_device_of(x):
@@ -324,7 +324,7 @@ def features_backward(
     partial = torch.zeros(-(-hidden // 32), rows, heads, device=x.device) if rates is not None else None
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
-        return len(spans) * triton.cdiv(longest, meta["BM"]) * triton.cdiv(hidden, meta["BN"]), heads
+        return len(spans) * cdiv(longest, meta["BM"]) * cdiv(hidden, meta["BN"]), heads
 
     if rows and len(spans):
         with on_device_of(x):
@@ -392,7 +392,7 @@ def write(x: Tensor, g: Tensor, spans: Tensor, rates: Tensor | None = None) -> T
     y = torch.empty(len(spans), heads, width, columns, device=x.device)
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
-        return len(spans) * triton.cdiv(width, meta["BM"]) * triton.cdiv(columns, meta["BN"]), heads
+        return len(spans) * cdiv(width, meta["BM"]) * cdiv(columns, meta["BN"]), heads
 
     if len(spans):
         with on_device_of(x):

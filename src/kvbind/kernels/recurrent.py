@@ -166,7 +166,7 @@ def _recurrent_backward(
     call = _Call(q, k, v, theta, rates, momentum, retention, norms, chunk, hidden, update_all, sign, own_chunk,
                  coefficients, precision)  # fmt: skip
     shape, bank, rule, z = call.shape, call.rule.bank, call.rule, call.shape.z
-    grad_out = torch.zeros_like(v) if d_out is None else aligned(d_out)
+    grad_out = aligned(torch.zeros_like(v) if d_out is None else d_out)
     dq, dk, dv = (shape.rows(shape.tokens, width) for width in (bank.key, bank.key, bank.value))
     d_rates = shape.room(shape.chunks, len(rates), shape.batch, chunk, shape.heads)
 

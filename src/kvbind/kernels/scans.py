@@ -15,9 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbind.kernels.common import Launcher, on_device_of
+from kvbind.kernels.common import Launcher, cdiv, on_device_of
 
 _BLOCK = 512
+
+
+@triton.jit
+def _program(SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's block of elements, head and sequence; sequences may be more than a grid's other axes take."""
+    blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    return program % blocks, tl.program_id(1).to(tl.int64), (program // blocks).to(tl.int64)
 
 
 @Launcher
@@ -28,8 +36,8 @@ def _forward_kernel(
     SIZE: tl.constexpr, HEADS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, RETENTION: tl.constexpr,
     KEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    head, sequence = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block, head, sequence = _program(SIZE, BLOCK)
+    place = block * BLOCK + tl.arange(0, BLOCK)
     inside = place < SIZE
     first, count = tl.load(sequences + sequence * 4).to(tl.int64), tl.load(sequences + sequence * 4 + 1)
     complete, row = tl.load(sequences + sequence * 4 + 2), tl.load(sequences + sequence * 4 + 3).to(tl.int64)
@@ -77,7 +85,8 @@ def _backward_kernel(
     SIZE: tl.constexpr, HEADS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
     RETENTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    block, head, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    block, head, sequence = _program(SIZE, BLOCK)
+    block = block.to(tl.int64)
     place = block * BLOCK + tl.arange(0, BLOCK)
     inside = place < SIZE
     first, count = tl.load(sequences + sequence * 4).to(tl.int64), tl.load(sequences + sequence * 4 + 1)
@@ -174,7 +183,7 @@ def scan(
     first, start = (x if x is not None else parts for x in (velocity, state))
     if count:
         with on_device_of(parts):
-            _forward_kernel[triton.cdiv(size, _BLOCK), heads, count](
+            _forward_kernel[cdiv(size, _BLOCK) * count, heads](
                 parts, pieces, parts if momentum is None else momentum, parts if retention is None else retention,
                 first, start, sequences, velocities, states, end_velocity, end_state,
                 start.stride(0), start.stride(1), first.stride(0), first.stride(1), sign,
@@ -224,7 +233,7 @@ def scan_backward(
     """
     heads, height, width = parts.shape[1:]
     count, size = len(sequences), height * width
-    blocks = triton.cdiv(size, _BLOCK)
+    blocks = cdiv(size, _BLOCK)
 
     def room(wanted: bool, shape: tuple[int, ...], kind: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape if wanted else (0,), dtype=kind, device=parts.device)
@@ -237,7 +246,7 @@ def scan_backward(
     first = unused if velocity is None else velocity
     if count:
         with on_device_of(parts):
-            _backward_kernel[blocks, heads, count](
+            _backward_kernel[blocks * count, heads](
                 parts, pieces, unused if momentum is None else momentum, unused if retention is None else retention, first,
                 unused if velocities is None else velocities, unused if rows is None else rows, sequences,
                 unused if d_end_state is None else d_end_state, unused if d_end_velocity is None else d_end_velocity,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,17 +63,13 @@ class Layout:
     rows: int
     chunk: int | None
 
-    @property
-    def chunks(self) -> int:
-        """The number of chunks that write."""
-        return len(self.chunk_pieces)
 
-    def chunk_means(self, gate: Tensor) -> Tensor:
-        """Per-token gates `[rows, heads]` averaged over each writing chunk, `[chunks, heads]`."""
-        if self.chunk is not None:
-            return gate.unflatten(0, (-1, self.chunk)).mean(1)
-        means = torch.segment_reduce(gate.contiguous(), "mean", lengths=self.chunk_lengths, axis=0)
-        return means if self.writing_chunks is None else means[self.writing_chunks]
+def chunk_means(layout: Layout, gate: Tensor) -> Tensor:
+    """Per-token gates `[rows, heads]` averaged over each chunk of a layout that writes, `[chunks, heads]`."""
+    if layout.chunk is not None:
+        return gate.unflatten(0, (-1, layout.chunk)).mean(1)
+    means = torch.segment_reduce(gate.contiguous(), "mean", lengths=layout.chunk_lengths, axis=0)
+    return means if layout.writing_chunks is None else means[layout.writing_chunks]
 
 
 def cut(start: int, length: int, parts: int) -> list[tuple[int, int]]:
@@ -81,7 +79,6 @@ def cut(start: int, length: int, parts: int) -> list[tuple[int, int]]:
     return [(start + at, min(size, length - at)) for at in range(0, length, size)] or [(start, 0)]
 
 
-@lru_cache(maxsize=64)
 def chunked_layout(
     queries: tuple[int, ...],
     kept: tuple[int, ...],
@@ -92,7 +89,7 @@ def chunked_layout(
     programs: int,
     device: torch.device,
 ) -> Layout:
-    """The tables of sequences that lie one after another.
+    """The tables of sequences that lie one after another; made once, and constants of what `torch.compile` makes.
 
     Args:
         queries: query rows of each sequence.
@@ -104,6 +101,33 @@ def chunked_layout(
         programs: how many programs one span keeps busy; spans are cut where all together are too few.
         device: of the tables.
     """
+
+    def known(lengths: tuple[int, ...]) -> tuple[int, ...]:
+        # where a trace has lengths as symbols, this takes their values
+        return tuple(operator.index(n) for n in lengths)
+
+    sizes = operator.index(chunk), own, shared, operator.index(programs)
+    return _constant_layout(known(queries), known(kept), known(writers), *sizes, device)
+
+
+@torch.compiler.assume_constant_result
+def _constant_layout(*key: Any) -> Layout:
+    return _chunked_layout(*key)
+
+
+@lru_cache(maxsize=64)
+# tables made for inference serve training too
+@torch.inference_mode(False)
+def _chunked_layout(
+    queries: tuple[int, ...],
+    kept: tuple[int, ...],
+    writers: tuple[int, ...],
+    chunk: int,
+    own: bool,
+    shared: bool,
+    programs: int,
+    device: torch.device,
+) -> Layout:
     total_chunks = sum(-(-n // chunk) for n in writers)
     parts = -(-ENOUGH_PROGRAMS // max(programs * total_chunks, 1))
     reads: list[tuple[int, ...]] = []

@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbind.kernels.chunk_matmul import Tile
-from kvbind.kernels.common import dot_precision, on_device_of
+from kvbind.kernels.common import cdiv, dot_precision, on_device_of
 
 FACTORS = Tile(128, 64, 32, 8, 3)
 SECOND = Tile(64, 64, 64, 8, 2)
@@ -157,14 +157,14 @@ def factors(
     batch, tokens, heads, key = x.shape
     z, hidden, chunks = batch * heads, out.shape[-1], tokens // chunk
     tile = FULL_PRECISION if x.dtype == torch.float32 else FACTORS
-    across = triton.cdiv(hidden, tile.columns)
+    across = cdiv(hidden, tile.columns)
     partial = torch.empty(across, z, tokens, device=x.device) if sums else None
     pulled, through, rate, summed = (
         fallback if t is None else t
         for t, fallback in ((y, x), (last, theta), (rates, x.unsqueeze(0)), (partial, x.flatten(2)))
     )
     with on_device_of(x):
-        _factors_kernel[(across * triton.cdiv(chunk, tile.rows) * chunks, z)](
+        _factors_kernel[(across * cdiv(chunk, tile.rows) * chunks, z)](
             x, pulled, theta, through, rate, out, summed, heads, chunk,
             *x.stride()[:3], *pulled.stride()[:3], *theta.stride()[:2], *through.stride()[:2], *rate.stride()[:4],
             *out.stride()[:2], *summed.stride()[:2],
@@ -269,10 +269,10 @@ def second_factors(
     batch, chunk, heads, key = k.shape
     z, hidden, value = batch * heads, out.shape[-1], v.shape[-1]
     tile = FULL_PRECISION if k.dtype == torch.float32 else SECOND
-    across = triton.cdiv(hidden, tile.columns)
+    across = cdiv(hidden, tile.columns)
     sums = torch.empty(3, across, z, chunk, device=k.device)
     with on_device_of(k):
-        _second_kernel[(across * triton.cdiv(chunk, tile.rows), z)](
+        _second_kernel[(across * cdiv(chunk, tile.rows), z)](
             k, v, *weights, *grads, rates, out, sums, heads, chunk,
             *k.stride()[:3], *v.stride()[:3], weights[0].stride(0), *rates.stride(), *out.stride()[:2], *sums.stride()[:3],
             KEY=key, HIDDEN=hidden, VALUE=value, PRECISION=dot_precision(k.dtype),

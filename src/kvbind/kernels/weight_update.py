@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbind.kernels.bank import Bank
-from kvbind.kernels.common import on_device_of
+from kvbind.kernels.common import cdiv, on_device_of
 
 EPSILON = tl.constexpr(1e-5)
 """What is added to a channel's norm, as in the twin."""
@@ -229,7 +229,7 @@ def momentum_forward(velocity: Tensor, gradients: Tensor, gates: Tensor, velocit
     """
     count, z, size = gradients.shape
     with on_device_of(velocity):
-        _momentum_kernel[(triton.cdiv(size, BLOCK), z)](
+        _momentum_kernel[(cdiv(size, BLOCK), z)](
             velocity, gradients, gates, velocities, count, z, SIZE=size, BLOCK=BLOCK, num_warps=4
         )
 
@@ -271,7 +271,7 @@ def momentum_backward(
         The gradient of the gates.
     """
     count, z, size = d_velocities.shape
-    blocks = triton.cdiv(size, BLOCK)
+    blocks = cdiv(size, BLOCK)
     d_gates = torch.empty(count, z, blocks, device=d_velocity.device)
     with on_device_of(d_velocity):
         _momentum_backward_kernel[(blocks, z)](

@@ -1,0 +1,81 @@
+"""The kernels of the chunkwise parallel form compile for GPUs that are not there, at LaCT's real width, and fit them.
+
+They do so in a process of its own: whether kernels are compiled or interpreted is settled when they are imported.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+
+pytest.importorskip("triton")
+
+WIDTH, CHUNK, TOKENS = 384, 256, 512
+SHARED = {90: 227 << 10, 80: 163 << 10}
+"""Bytes of shared memory that a block may have, by compute capability."""
+STACK = 64
+"""Bytes of stack per thread, beyond which a kernel spills in earnest."""
+PRODUCTS = {"_product_kernel", "_features_kernel", "_features_backward_kernel", "_write_kernel", "_product"}
+OTHERS = {"_forward_kernel", "_backward_kernel", "_cast", "_undo_norm"}
+
+
+def fits(kernel, capability):
+    """Whether a device can run a kernel, and without spilling."""
+    return kernel.stack <= STACK and kernel.shared <= SHARED[capability]
+
+
+def compile_for(capability):
+    """What the launches of a forward and a backward call compile to; of configurations, those up to one that fits."""
+    import torch
+    from compiling import compiling
+
+    from kvbind import NewtonSchulz
+    from kvbind.kernels.chunked import chunked
+    from kvbind.kernels.spans import chunked_layout
+
+    def zeros(*shape, dtype=torch.float32):
+        return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+    q, k, v = (zeros(TOKENS, 1, WIDTH, dtype=torch.bfloat16) for _ in range(3))
+    layout = chunked_layout((TOKENS,), (0,), (TOKENS,), CHUNK, False, True, 9, q.device)
+    with compiling(capability, lambda kernel: fits(kernel, capability)) as found:
+        output, *_ = chunked(
+            q, k, v, layout, zeros(1, 1, WIDTH, WIDTH), theta=zeros(2, 1, 1, WIDTH, WIDTH), activation="silu",
+            rates=zeros(TOKENS, 1), momentum=zeros(TOKENS // CHUNK, 1), velocity=zeros(1, 1, WIDTH, WIDTH),
+            coefficients=NewtonSchulz().coefficients,
+        )  # fmt: skip
+        output.sum().backward()
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """By compute capability, every kernel that was compiled."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return {int(capability): kernels for capability, kernels in json.loads(run.stdout).items()}
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_every_kernel_has_a_configuration_that_fits_without_spilling(compiled, capability):
+    best = {}
+    for kernel in compiled[capability]:
+        tiling = ("BM", "BN", "BK", "TILE", "num_warps", "num_stages", "num_ctas")
+        work = kernel["name"], *sorted((n, x) for n, x in kernel["options"].items() if n not in tiling)
+        best[work] = best.get(work, False) or kernel["fits"]
+    assert {work[0] for work in best} == PRODUCTS | OTHERS
+    assert [work for work, found in best.items() if not found] == []
+
+
+@pytest.mark.parametrize(("capability", "units"), [(90, "wgmma"), (80, "mma")])
+def test_products_of_bfloat16_are_on_tensor_cores(compiled, capability, units):
+    assert {kernel["tensor_cores"] for kernel in compiled[capability] if kernel["name"] in PRODUCTS} == {units}
+
+
+if __name__ == "__main__":
+    json.dump({n: [asdict(x) | {"fits": fits(x, n)} for x in compile_for(n)] for n in SHARED}, sys.stdout)
