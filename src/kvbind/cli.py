@@ -170,7 +170,10 @@ def named_or_file(system: str) -> Any:
 def reproduce(
     experiment: Annotated[
         str,
-        typer.Argument(help="Which: table1 (gradient ascent, and keys for queries) or table2 (the ladder)."),
+        typer.Argument(
+            help="Which: table1 (gradient ascent, and keys for queries), table2 (the ladder), theorems, figure1 (more inner "
+            "steps at test time), figure2 (queries beside keys) or figure3 (loss by position)."
+        ),
     ],
     task: Annotated[str, typer.Option(help=f"What is trained: {TASK_NAMES}, or all.")] = "language",
     scale: Annotated[str, typer.Option(help="smoke (minutes on two CPU cores), small (one GPU), or paper.")] = "smoke",

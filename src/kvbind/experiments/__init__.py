@@ -8,6 +8,10 @@ from types import ModuleType
 EXPERIMENTS = {
     "table1": "the full system beside gradient ascent and the key in place of the query",
     "table2": "the ladder: from the full system down to linear attention, one change at a time",
+    "theorems": "every inner loop beside the linear attention that it is, compared in float64",
+    "figure1": "more steps of the inner loop at test time: the inner loss against the metric",
+    "figure2": "queries beside keys and outputs beside values: t-SNE, and numbers that need no eyes",
+    "figure3": "loss by position in the sequence, every row of table 2",
 }
 """What `kvbind reproduce` knows, and what each shows; the module has the same name and a function `reproduce`."""
 

@@ -1,0 +1,172 @@
+"""Figure 1: more steps of the inner loop at test time.
+
+A memory that is written better should be read better. The full system, trained with one step per chunk, is evaluated with up
+to eight: the inner loss, of which every step is a gradient step, against the metric of the task.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvbind import inner_loss
+from kvbind.experiments import figures
+from kvbind.experiments.calls import Call, seen_calls
+from kvbind.experiments.findings import Findings, Request, Verdict, picture, write_findings
+from kvbind.experiments.shared import train_rows
+from kvbind.experiments.subjects import Metric
+from kvbind.layers.lact import LactLayer
+from kvbind.layers.lact_nvs import LactNvsLayer
+from kvbind.train.loop import evaluate
+
+ROW, TASKS = "rung0", ("language", "views")
+
+STEPS = range(1, 9)
+
+
+@dataclass(frozen=True)
+class AtSteps:
+    """A trained model with some number of steps at test time.
+
+    Attributes:
+        steps: how many.
+        metric: the task's.
+        inner_loss: after the update of each chunk, averaged over chunks, heads, held-out data and layers.
+        by_layer: the same of each layer.
+    """
+
+    steps: int
+    metric: float
+    inner_loss: float
+    by_layer: tuple[float, ...]
+
+
+def reproduce(**options: Any) -> dict[str, Any]:
+    """Evaluate the full system with more steps than it was trained with, and write the report.
+
+    Args:
+        options: the fields of `kvbind.experiments.findings.Request`; the task is among `TASKS`.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        ValueError: another task, an unknown scale, or an edit that does not fit.
+    """
+    request = Request(**options)
+    trained = train_rows("figure1", [ROW], TASKS, request)
+    metric = trained.subject.metric
+    found: dict[int, list[AtSteps]] = {steps: [] for steps in STEPS}
+    for seed in range(request.seeds):
+        model, task, job = trained.open(ROW, seed)
+        for steps in STEPS:
+            found[steps].append(evaluated(model, task, job.config, trained.device, steps, metric.name))
+            request.say(f"seed {seed}, {steps} step(s): {metric.title} {found[steps][-1].metric:.{metric.digits}f}")
+    means = [mean_of(own) for own in found.values()]
+    draw(trained.out / "steps.png", means, metric)
+    lines = [[str(x.steps), f"{x.inner_loss:.5g}", f"{x.metric:.{metric.digits}f}"] for x in means]
+    findings = Findings(
+        experiment="figure1",
+        title=f"Figure 1: steps of the inner loop, {request.task}, scale {request.scale}",
+        lead="The full system, trained with one step per chunk, evaluated with more. The inner loss is that of the weights "
+        f"after each chunk's update, on held-out data, averaged over layers; {metric.title}: {metric.better} is better.",
+        config=trained.config,
+        data={"metric": metric.name, "steps": [asdict(x) for x in means], "runs": trained.folders()},
+        verdicts=judge(means, metric),
+        tables={"By steps": (["steps", "inner loss", metric.label], lines)},
+        pictures={"By steps": ("steps.png", f"inner loss and {metric.title} by steps of the inner loop")},
+    )
+    return write_findings(trained.out, request, findings, trained.device)
+
+
+def evaluated(model: nn.Module, task: Any, config: Any, device: torch.device, steps: int, metric: str) -> AtSteps:
+    """Evaluate a model with `steps` steps in every layer."""
+    layers = [module for module in model.modules() if isinstance(module, LactLayer | LactNvsLayer)]
+    for layer in layers:
+        layer.inner = layer.inner.replace(steps=steps)
+    losses: list[float] = []
+    with seen_calls(lambda call: losses.append(loss_after(call))):
+        held_out = evaluate(model, task, config.train, device)
+    # every batch runs through the layers in their order
+    by_layer = tuple(statistics.fmean(losses[i :: len(layers)]) for i in range(len(layers)))
+    return AtSteps(steps, float(held_out[metric]), statistics.fmean(by_layer), by_layer)
+
+
+@torch.no_grad()
+def loss_after(call: Call) -> float:
+    """The inner loss of a call at the weights after each chunk's update, averaged over chunks, heads and sequences."""
+    if call.weights is None:
+        raise ValueError("a call that goes on from a state has no inner loss from the start")
+    rates, total, tokens = call.options.get("lr", 1.0), 0.0, 0
+    bounds = call.options.get("cu_seqlens")
+    bounds = [0, call.k.shape[1]] if bounds is None else torch.as_tensor(bounds).tolist()
+    for start, stop in pairwise(bounds):
+
+        def own(x: Any, start: int = start, stop: int = stop) -> Any:
+            return x[:, start:stop] if isinstance(x, Tensor) else x
+
+        loss = inner_loss(
+            call.spec,
+            call.weights,
+            own(call.k),
+            own(call.v),
+            lr={name: own(x) for name, x in rates.items()} if isinstance(rates, dict) else own(rates),
+            momentum=own(call.options.get("momentum")),
+            retention=own(call.options.get("retention")),
+            update_tokens=call.options.get("update_tokens"),
+        )
+        total, tokens = total + float(loss.mean()) * (stop - start), tokens + stop - start
+    return total / tokens
+
+
+def mean_of(seeds: Sequence[AtSteps]) -> AtSteps:
+    """Averaged over seeds."""
+    layers = tuple(statistics.fmean(own) for own in zip(*(x.by_layer for x in seeds), strict=True))
+    return AtSteps(
+        seeds[0].steps, statistics.fmean(x.metric for x in seeds), statistics.fmean(x.inner_loss for x in seeds), layers
+    )
+
+
+def judge(found: Sequence[AtSteps], metric: Metric) -> list[Verdict]:
+    """Whether steps do to the inner loss what they are for, and whether that serves the task."""
+    first, last = found[0], found[-1]
+    losses = [x.inner_loss for x in found]
+    sign = 1 if metric.better == "lower" else -1
+    worse = [x.steps for x in found[1:] if sign * (x.metric - first.metric) > 0]
+    return [
+        Verdict(
+            "more steps lower the inner loss",
+            "it is lower with every further step",
+            all(b < a for a, b in pairwise(losses)),
+            f"{first.inner_loss:.5g} after 1 step, {last.inner_loss:.5g} after {last.steps}, lowest {min(losses):.5g}",
+        ),
+        Verdict(
+            f"more steps worsen {metric.title}",
+            "with any number of further steps it is worse than with the one step of training",
+            len(worse) == len(found) - 1,
+            f"{first.metric:.{metric.digits}f} with 1 step, {last.metric:.{metric.digits}f} with {last.steps}; worse than "
+            f"with 1 in {len(worse)} of {len(found) - 1} cases",
+        ),
+    ]
+
+
+def draw(path: Path, found: Sequence[AtSteps], metric: Metric) -> None:
+    """The inner loss and the metric, side by side."""
+    steps = [x.steps for x in found]
+    sides: Mapping[str, tuple[list[float], str]] = {
+        "Inner loss, mean over layers": ([x.inner_loss for x in found], figures.BLUE),
+        f"{metric.title[0].upper()}{metric.title[1:]}": ([x.metric for x in found], figures.ORANGE),
+    }
+    with picture(path, 9.2, 3.4) as fig:
+        for ax, (title, (values, colour)) in zip(fig.subplots(1, 2), sides.items(), strict=True):
+            ax.plot(steps, values, "o-", color=colour, linewidth=1.4, markersize=5)
+            ax.set_xticks(steps)
+            ax.set_xlabel("steps per chunk at test time (1 in training)")
+            ax.set_title(f"{title}: {'lower' if colour == figures.BLUE else metric.better} is better")

@@ -1,0 +1,130 @@
+"""Figure 3: what each row's loss does along the sequence.
+
+A model that uses its context predicts late tokens better than early ones. The rows of table 2 are evaluated by position, to
+see whether all of them do, and whether the row that is better overall is also better where the context is long.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from kvbind.experiments import figures
+from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
+from kvbind.experiments.shared import Trained, train_rows
+from kvbind.experiments.table2 import TABLE
+
+SERIES = "loss_by_position"
+
+AGREEMENT = 0.9
+"""The share of pairs of rows from which on two orders count as the same."""
+
+Curve = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Along:
+    """A row's loss along the sequence, averaged over seeds.
+
+    Attributes:
+        curve: position and loss in nats.
+        overall: the loss of all held-out tokens.
+    """
+
+    curve: Curve
+    overall: float
+
+    @property
+    def early(self) -> float:
+        """The mean over the first quarter of the positions."""
+        return statistics.fmean(loss for _, loss in self.curve[: self._quarter])
+
+    @property
+    def late(self) -> float:
+        """The mean over the last quarter."""
+        return statistics.fmean(loss for _, loss in self.curve[-self._quarter :])
+
+    @property
+    def _quarter(self) -> int:
+        return max(len(self.curve) // 4, 1)
+
+
+def reproduce(**options: Any) -> dict[str, Any]:
+    """Draw every row's loss by position, and write the report.
+
+    Args:
+        options: the fields of `kvbind.experiments.findings.Request`; the task is "language".
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        ValueError: another task, an unknown scale, or an edit that does not fit.
+    """
+    request = Request(**options)
+    trained = train_rows("figure3", TABLE.rows, ["language"], request)
+    rows = {name: read(trained, name) for name in trained.runs}
+    names = {name: f"{i}  {label}" if i < TABLE.rungs else label for i, (name, label) in enumerate(trained.labels.items())}
+    for kind in ("png", "svg"):
+        figures.curves(
+            trained.out / f"positions.{kind}",
+            {names[name]: figures.pooled(along.curve, 16) for name, along in rows.items()},
+            title="Held-out loss by position", x="position in the sequence", y="nats per token", rungs=TABLE.rungs,
+        )  # fmt: skip
+    lines = [
+        [names[name], *(f"{x:.3f}" for x in (along.early, along.late, along.late - along.early, along.overall))]
+        for name, along in rows.items()
+    ]
+    findings = Findings(
+        experiment="figure3",
+        title=f"Figure 3: loss by position, scale {request.scale}",
+        lead=f"Held-out loss in nats per token, {request.seeds} seed(s). Early and late are the first and the last quarter "
+        "of the positions.",
+        config=trained.config,
+        data={
+            "rows": [
+                {"name": name, "label": trained.labels[name], "early": along.early, "late": along.late,
+                 "overall": along.overall, SERIES: [list(point) for point in along.curve]}
+                for name, along in rows.items()
+            ],
+            "runs": trained.folders(),
+        },
+        verdicts=judge(rows),
+        tables={"Each row": (["inner loop", "early", "late", "late - early", "overall"], lines)},
+        pictures={"Along the sequence": ("positions.png", "held-out loss by position, every row")},
+    )  # fmt: skip
+    return write_findings(trained.out, request, findings, trained.device)
+
+
+def read(trained: Trained, row: str) -> Along:
+    """A row's held-out losses, averaged over seeds, whose evaluations have the same positions."""
+    held_out = [run.result["held_out"] for run in trained.runs[row]]
+    places = [place for place, _ in held_out[0][SERIES]]
+    losses = zip(*([loss for _, loss in one[SERIES]] for one in held_out), strict=True)
+    curve = [(float(place), statistics.fmean(own)) for place, own in zip(places, losses, strict=True)]
+    return Along(curve, statistics.fmean(one["loss"] for one in held_out))
+
+
+def judge(rows: Mapping[str, Along]) -> list[Verdict]:
+    """Whether context helps every row, and whether rows keep their order where there is much of it."""
+    worst = max(rows, key=lambda name: rows[name].late - rows[name].early)
+    pairs = list(combinations(rows.values(), 2))
+    agreeing = sum((a.late - b.late) * (a.overall - b.overall) > 0 for a, b in pairs)
+    best_late, best = (min(rows, key=key) for key in (lambda name: rows[name].late, lambda name: rows[name].overall))
+    return [
+        Verdict(
+            "every row predicts late tokens better than early ones",
+            "the loss over the last quarter of the positions is below that over the first, in every row",
+            all(along.late < along.early for along in rows.values()),
+            f"the row that gains least, {worst}, gains {rows[worst].early - rows[worst].late:.3f} nats",
+        ),
+        Verdict(
+            "rows have the same order at late positions as overall",
+            f"of all pairs of rows, at least {AGREEMENT:.0%} are in the same order by late loss as by overall loss",
+            agreeing >= AGREEMENT * len(pairs),
+            f"{agreeing} of {len(pairs)} pairs agree; best late {best_late}, best overall {best}",
+        ),
+    ]

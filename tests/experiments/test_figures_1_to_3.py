@@ -1,0 +1,229 @@
+import builtins
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kvbind import inner_loss, systems, ttt
+from kvbind.experiments import figure1, figure2, figure3
+from kvbind.experiments.calls import Call, seen_calls
+from kvbind.experiments.figure1 import AtSteps, loss_after
+from kvbind.experiments.figure2 import Numbers, energy_distance, measure
+from kvbind.experiments.figure3 import Along
+from kvbind.experiments.subjects import SUBJECTS
+from kvbind.layers import lact
+
+SMALL = [
+    "model.fields.hidden_size=16", "model.fields.num_hidden_layers=2", "model.fields.num_attn_heads=2",
+    "model.fields.num_lact_heads=2", "model.fields.window_size=8", "model.fields.intermediate_size=16",
+    "model.inner.chunk=8",
+    "data.length=32", "data.batch=2", "data.window=8", "data.evaluation_samples=4", "train.steps=3", "train.warmup=1",
+    "train.device=cpu",
+]  # fmt: skip
+
+VIEWS = [
+    "model.fields.dim=32", "model.fields.head_dim=16", "model.fields.fast_head_dim=32", "model.fields.layers=2",
+    "data.size=[16,16]", "data.procedural.scenes=6", "data.procedural.views=8", "data.inputs=3", "data.targets=2",
+    "data.batch=2", "data.evaluation_scenes=3", "train.device=cpu", "train.steps=2", "train.warmup=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("figures")
+    (folder / "book.txt").write_text("it was the best of times, it was the worst of times. " * 80)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at_place(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def small(figure, **options):
+    return figure.reproduce(**{"data": "book.txt", "overrides": SMALL, "workers": 1} | options)
+
+
+@pytest.fixture(scope="module")
+def third(place):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        return small(figure3, seeds=2)
+
+
+def check_report(folder, results, *pictures):
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert {"config", "seeds", "versions", "machine", "wall_seconds", "command", "verdicts"} <= set(results)
+    page = (folder / "index.html").read_text()
+    for verdict in results["verdicts"]:
+        assert verdict["rule"].partition(";")[0] in page
+    for name in pictures:
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (folder / f"{name}.svg").read_text()
+
+
+def test_figure_3_averages_every_rows_losses_by_position_over_seeds(third, place):
+    check_report(place / "runs/figure3-language-smoke", third, "positions")
+    assert [row["name"] for row in third["rows"]] == list(figure3.TABLE.rows)
+    for row in third["rows"]:
+        runs = [json.loads((place / folder / "result.json").read_text()) for folder in third["runs"][row["name"]]]
+        assert len(runs) == 2
+        curves = [run["held_out"]["loss_by_position"] for run in runs]
+        assert row["loss_by_position"][5] == [curves[0][5][0], pytest.approx((curves[0][5][1] + curves[1][5][1]) / 2)]
+        assert row["overall"] == pytest.approx(sum(run["held_out"]["loss"] for run in runs) / 2)
+
+
+def falling(late, overall):
+    return Along([(float(i), 4.0 - (4.0 - late) * (i >= 6)) for i in range(8)], overall)
+
+
+def test_figure_3_judges_by_its_rules():
+    context, order = figure3.judge({"a": falling(2.0, 2.0), "b": falling(3.0, 2.5), "c": falling(3.5, 3.0)})
+    assert context.holds
+    assert order.holds
+    context, order = figure3.judge({"a": falling(2.0, 2.0), "b": falling(3.0, 1.5), "c": falling(4.5, 3.0)})
+    assert not context.holds
+    assert "c, gains -0.500" in context.found
+    assert not order.holds
+    assert order.found.startswith("2 of 3")
+
+
+def test_figure_1_evaluates_the_shared_run_with_more_steps(third, place):
+    before = {path: path.stat().st_mtime_ns for path in (place / "runs/trained").rglob("*.safetensors")}
+    results = small(figure1)
+    assert before
+    assert {path: path.stat().st_mtime_ns for path in (place / "runs/trained").rglob("*.safetensors")} == before
+    check_report(place / "runs/figure1-language-smoke", results, "steps")
+    assert [x["steps"] for x in results["steps"]] == list(range(1, 9))
+    run = json.loads((place / third["runs"]["rung0"][0] / "result.json").read_text())
+    assert results["runs"]["rung0"] == third["runs"]["rung0"][:1]
+    assert results["steps"][0]["metric"] == pytest.approx(run["held_out"]["perplexity"], rel=1e-5)
+    assert len({x["metric"] for x in results["steps"]}) == 8
+    assert all(len(x["by_layer"]) == 2 and math.isfinite(x["inner_loss"]) for x in results["steps"])
+
+
+def test_figure_1_takes_views_too(place):
+    results = figure1.reproduce(task="views", overrides=VIEWS, workers=1)
+    check_report(place / "runs/figure1-views-smoke", results, "steps")
+    run = json.loads((place / results["runs"]["rung0"][0] / "result.json").read_text())
+    assert results["metric"] == "psnr"
+    assert results["steps"][0]["metric"] == pytest.approx(run["held_out"]["psnr"], rel=1e-5)
+    assert results["steps"][7]["inner_loss"] != results["steps"][0]["inner_loss"]
+
+
+@pytest.mark.parametrize(("task", "worse"), [("language", 1.0), ("views", -1.0)])
+def test_figure_1_knows_which_way_is_worse(task, worse):
+    metric = SUBJECTS[task].metric
+    found = [AtSteps(steps, 10 + worse * steps, -float(steps), ()) for steps in range(1, 9)]
+    assert [verdict.holds for verdict in figure1.judge(found, metric)] == [True, True]
+    found[3] = AtSteps(4, 10 - worse, 0.0, ())
+    assert [verdict.holds for verdict in figure1.judge(found, metric)] == [False, False]
+
+
+def layer_and_input():
+    torch.manual_seed(0)
+    layer = lact.LactLayer(16, 2, 2, systems.lact_llm(chunk=4), window_size=4)
+    return layer, torch.randn(2, 10, 16)
+
+
+def test_seen_calls_are_the_layers_own_and_change_nothing():
+    layer, x = layer_and_input()
+    expected = layer(x)[0]
+    calls = []
+    with seen_calls(calls.append):
+        assert torch.equal(layer(x)[0], expected)
+    assert lact.ttt is ttt
+    (call,) = calls
+    assert torch.equal(call.output, ttt(call.spec, call.weights, call.q, call.k, call.v, **call.options)[0])
+    gates = {name: call.options[name] for name in ("lr", "momentum")}
+    expected_loss = inner_loss(call.spec, call.weights, call.k, call.v, **gates).mean()
+    assert loss_after(call) == pytest.approx(expected_loss.item(), rel=1e-6)
+
+
+def test_the_inner_loss_of_packed_sequences_is_that_of_each_by_itself():
+    layer, x = layer_and_input()
+    calls = []
+    with seen_calls(calls.append), torch.no_grad():
+        layer(x[:1, :6])
+    (call,) = calls
+    rates, momentum = call.options["lr"], call.options["momentum"]
+    twice = Call(
+        call.spec, call.weights, *(torch.cat([y, y], dim=1) for y in (call.q, call.k, call.v)),
+        {"lr": {name: torch.cat([y, y], dim=1) for name, y in rates.items()}, "momentum": torch.cat([momentum] * 2, dim=1),
+         "cu_seqlens": torch.tensor([0, 6, 12])},
+        call.output,
+    )  # fmt: skip
+    assert loss_after(twice) == pytest.approx(loss_after(call), rel=1e-6)
+
+
+def test_figure_2_measures_and_draws_every_layer(third, place):
+    pytest.importorskip("sklearn")
+    results = small(figure2)
+    check_report(place / "runs/figure2-language-smoke", results, "sets")
+    assert [(x["layer"], x["sets"]) for x in results["layers"]] == [(i, pair) for i in range(2) for pair in figure2.PAIRS]
+    assert all(0 <= x["probe"] <= 1 and 0 <= x["near"] <= 1 and 0 <= x["energy"] <= 1 for x in results["layers"])
+    assert results["runs"]["rung0"] == third["runs"]["rung0"][:1]
+
+
+def clouds(shift, copies=1):
+    random = np.random.default_rng(0)
+    one, other = random.normal(size=(300, 4)), random.normal(size=(300, 4))
+    one[:, 0] += shift
+    return one, np.repeat(other[: 300 // copies], copies, axis=0)
+
+
+def test_numbers_say_that_sets_of_one_kind_are():
+    pytest.importorskip("sklearn")
+    found = measure(*clouds(0.0))
+    assert 0.4 < found.probe < 0.6
+    assert found.energy < 2 * found.energy_of_halves
+    assert 0.85 < found.near <= 1
+
+
+def test_numbers_say_that_sets_lie_apart():
+    pytest.importorskip("sklearn")
+    found = measure(*clouds(20.0))
+    assert found.probe == 1
+    assert found.energy > 0.5
+    assert found.near == 0
+
+
+def test_keys_that_occur_twice_do_not_make_every_query_far():
+    pytest.importorskip("sklearn")
+    assert measure(*clouds(0.0, copies=3)).near > 0.85
+
+
+def test_the_energy_distance_is_none_to_itself_and_knows_no_scale():
+    one, other = clouds(1.0)
+    assert energy_distance(one, one) == pytest.approx(0, abs=1e-12)
+    assert energy_distance(one, other) == pytest.approx(energy_distance(other, one))
+    assert energy_distance(7 * one, 7 * other) == pytest.approx(energy_distance(one, other))
+
+
+def test_figure_2_judges_by_the_worst_layer():
+    apart, mixed = Numbers(0.99, 0.5, 0.01, 0.1), Numbers(0.7, 0.1, 0.01, 0.8)
+    every = {(layer, pair): apart for layer in range(2) for pair in figure2.PAIRS}
+    assert all(verdict.holds for verdict in figure2.judge(every))
+    every[1, "queries and keys"] = mixed
+    assert [verdict.holds for verdict in figure2.judge(every)] == [False, False, True, True]
+
+
+def test_figure_2_says_what_to_install(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **options):
+        if name.startswith("sklearn"):
+            raise ImportError(name)
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
+        figure2.reproduce()
+
+
+@pytest.mark.parametrize(("figure", "task"), [(figure1, "images"), (figure2, "views"), (figure3, "images")])
+def test_tasks_that_a_figure_is_not_made_for_are_refused(figure, task):
+    with pytest.raises(ValueError, match=f"task must be .*got '{task}'"):
+        figure.reproduce(task=task)
