@@ -42,6 +42,10 @@ def ttt(
     Differentiable in every tensor. State, norms and accumulation are in float32 (float64 where an input is float64),
     also under autocast. Values of weights are checked for NaN on the CPU alone, as reading them from a GPU stalls it.
 
+    On NVIDIA GPUs of compute capability 8.0 and up, with Triton installed, kernels run what they cover; their products take
+    operands in the dtype of q, k and v, and round a state to it where they read it. Elsewhere, and with `KVBIND_KERNELS=0`,
+    products are in the state's dtype.
+
     Args:
         spec: the inner loop.
         weights: starting fast weights, by matrix name `[H, in, out]` or `[B, H, in, out]` (a depthwise convolution:
