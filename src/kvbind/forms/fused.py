@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvbind.forms.analysis import parallel_obstacles
+from kvbind.forms.parallel import SHORT_CHUNK
 from kvbind.forms.recurrent import recurrent
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
@@ -26,9 +27,6 @@ from kvbind.inner.spec import InnerLoop
 from kvbind.kernels.common import runs_on
 
 Engine = Callable[[InnerLoop, Operands], tuple[Tensor, State]]
-
-SHORT_CHUNK = 64
-"""Below this many tokens in a chunk, a state for every chunk costs more than attention inside blocks."""
 
 WIDEST_CAUSAL = 512
 """The greatest width of a head that `kvbind.kernels.causal` takes."""
@@ -98,8 +96,12 @@ def chunked_fits(spec: InnerLoop) -> bool:
     network = spec.network
     known = isinstance(network, Linear | SwiGLU | GLU) or (isinstance(network, MLP) and network.depth == 1)
     long = spec.chunk is None or spec.chunk >= SHORT_CHUNK
-    products = spec.orthogonalize is None or orthogonal_dtype(spec.orthogonalize) is not None
-    return known and long and products and spec.visibility != "token" and writes_add_up(spec)
+    return known and long and products_fit(spec.orthogonalize) and spec.visibility != "token" and writes_add_up(spec)
+
+
+def bare(spec: InnerLoop) -> bool:
+    """Whether nothing but clipping stands between a gradient and the weights, and there is one step."""
+    return not spec.momentum and not spec.retention and not spec.normalize and spec.steps == 1
 
 
 def glu_fits(spec: InnerLoop, call: Operands) -> bool:
@@ -107,8 +109,7 @@ def glu_fits(spec: InnerLoop, call: Operands) -> bool:
     network, tokens = spec.network, call.tokens
     if not (isinstance(network, GLU) or (isinstance(network, Linear) and spec.clip)) or not len(tokens):
         return False
-    plain = not spec.momentum and not spec.retention and not spec.normalize and spec.orthogonalize is None
-    if not plain or spec.steps > 1 or (spec.loss == "squared" and not isinstance(network, GLU)):
+    if not bare(spec) or spec.orthogonalize is not None or (spec.loss == "squared" and not isinstance(network, GLU)):
         return False
     from kvbind.kernels.full_glu import covers
 
@@ -119,8 +120,7 @@ def conv_fits(spec: InnerLoop, call: Operands) -> bool:
     """Whether an inner loop under `visibility="full"` is one of `kvbind.kernels.full_conv`: ViTTT's convolution."""
     if not isinstance(spec.network, DepthwiseConv) or len(call.tokens) != call.q.shape[2]:
         return False
-    plain = not spec.momentum and not spec.retention and not spec.normalize
-    if not plain or spec.steps > 1 or spec.loss != "dot":
+    if not bare(spec) or spec.loss != "dot":
         return False
     from kvbind.kernels.full_conv import covers
 
@@ -133,7 +133,7 @@ def recurrent_fits(spec: InnerLoop, call: Operands) -> bool:
         return False
     if spec.normalize == "read" or spec.visibility == "token" or (spec.chunk is not None and spec.chunk < SHORT_CHUNK):
         return False
-    if spec.orthogonalize is not None and orthogonal_dtype(spec.orthogonalize) is None:
+    if not products_fit(spec.orthogonalize):
         return False
     if call.q.shape[0] * call.q.shape[1] > MOST_RECURRENT:
         return False
@@ -152,9 +152,9 @@ def causal_fits(spec: InnerLoop, call: Operands) -> bool:
     return known and short and gates and writes_add_up(spec)
 
 
-def orthogonal_dtype(rule: NewtonSchulz) -> torch.dtype | None:
-    """The precision of Newton-Schulz's products as kernels take it, or None where they have no such."""
-    return rule.dtype if rule.dtype in (torch.bfloat16, torch.float16, torch.float32) else None
+def products_fit(rule: NewtonSchulz | None) -> bool:
+    """Whether kernels have products in the precision of Newton-Schulz, where there is one."""
+    return rule is None or rule.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 def as_rows(x: Tensor) -> Tensor:

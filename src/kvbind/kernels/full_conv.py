@@ -319,18 +319,7 @@ def _outputs(q: Tensor, clip: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_full_conv.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kernel: Tensor,
-    rate: Tensor | None,
-    scale: float,
-    height: int,
-    width: int,
-    clip: bool,
-    sign: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(q, k, v, kernel, rate, scale, height, width, clip, *_):
     return _outputs(q, clip)
 
 
@@ -382,22 +371,7 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, rate: Tensor | None) -> tuple[Te
 
 
 @_full_conv_backward.register_fake
-def _(
-    do: Tensor,
-    dnew: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kernel: Tensor,
-    rate: Tensor | None,
-    new: Tensor,
-    norms: Tensor,
-    scale: float,
-    height: int,
-    width: int,
-    clip: bool,
-    sign: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(do, dnew, q, k, v, kernel, rate, *_):
     return _gradients(q, k, v, rate)
 
 

@@ -628,21 +628,7 @@ def _outputs(q: Tensor, v: Tensor, update_gate: bool, clip: bool) -> tuple[Tenso
 
 
 @_full_glu.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    gate: Tensor | None,
-    rate_out: Tensor | None,
-    rate_gate: Tensor | None,
-    scale_out: float,
-    scale_gate: float,
-    update_gate: bool,
-    clip: bool,
-    sign: float,
-    squared: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(q, k, v, weight, gate, rate_out, rate_gate, scale_out, scale_gate, update_gate, clip, *_):
     return _outputs(q, v, update_gate, clip)
 
 
@@ -724,27 +710,7 @@ def _gradients(
 
 
 @_full_glu_backward.register_fake
-def _(
-    do: Tensor,
-    dnew: Tensor | None,
-    dnewg: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    gate: Tensor | None,
-    rate_out: Tensor | None,
-    rate_gate: Tensor | None,
-    new: Tensor,
-    newg: Tensor,
-    norms: Tensor,
-    scale_out: float,
-    scale_gate: float,
-    update_gate: bool,
-    clip: bool,
-    sign: float,
-    squared: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(do, dnew, dnewg, q, k, v, weight, gate, rate_out, rate_gate, *_):
     return _gradients(q, k, v, gate, rate_out, rate_gate)
 
 
