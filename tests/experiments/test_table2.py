@@ -8,7 +8,7 @@ from rich.console import Console
 from kvbind import InnerLoop, explain, systems
 from kvbind.experiments import runs, speed
 from kvbind.experiments.paper import LANGUAGE
-from kvbind.experiments.reproduce import configuration, with_inner
+from kvbind.experiments.plan import configuration, with_inner
 from kvbind.experiments.runs import open_run, run_name, train_run
 from kvbind.experiments.table2 import TABLE, reproduce
 from kvbind.experiments.tables import LABELS

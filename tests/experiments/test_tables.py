@@ -15,7 +15,7 @@ from kvbind import tasks
 from kvbind.experiments import reproduce as module
 from kvbind.experiments import runs, subjects, table1, table2
 from kvbind.experiments.paper import INNER_LOOP_SPEED, Published
-from kvbind.experiments.reproduce import configuration, with_inner
+from kvbind.experiments.plan import configuration, with_inner
 from kvbind.experiments.speed import TrainingSpeed
 from kvbind.experiments.subjects import NONE, SUBJECTS, Metric, Scale, Series, Subject
 from kvbind.experiments.tables import LABELS

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvbind.experiments import workers
-from kvbind.experiments.reproduce import configuration
+from kvbind.experiments.plan import configuration
 from kvbind.experiments.runs import run_name
 from kvbind.experiments.workers import Job, Worker, default_workers, train_all
 from kvbind.train import TrainingStoppedError, latest_checkpoint

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kvbind.bench.timing import synchronize
 from kvbind.inner.spec import InnerLoop
 from kvbind.models import PRESETS, LactCache, LactConfig, LactForCausalLM
+from kvbind.precision import matmul_precision
 
 
 def build(preset: str, device: torch.device, dtype: torch.dtype, **fields: Any) -> LactForCausalLM:
@@ -161,16 +162,12 @@ def bench_step(
         steps: measured, after one to warm up.
     """
     rows = []
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with matmul_precision("high"):
         for name, (inner, form) in rungs.items():
             model = build(preset, device, torch.float32, inner=inner, ttt_form=form).train()
             model.gradient_checkpointing_enable()
             rows.append(_steps(name, form, model, length, device, steps))
             del model
-    finally:
-        torch.set_float32_matmul_precision(before)
     return rows
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -40,6 +39,7 @@ from kvbind.inner.networks import MLP, Linear, SwiGLU
 from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.spec import InnerLoop
 from kvbind.kernels.common import interpreted
+from kvbind.precision import matmul_precision
 
 DTYPES = ("float32", "bfloat16")
 
@@ -460,7 +460,7 @@ def verified(
     yield record
     if reason is not None:
         return
-    with exact_products():
+    with matmul_precision("highest"):
         for case, dtype in chosen:
             if time.monotonic() > deadline:
                 return
@@ -485,14 +485,3 @@ def why_off(device: torch.device) -> str | None:
     if operators_of(run):
         return None
     return f"`ttt` used none (kernels need an NVIDIA GPU, Triton, and {VARIABLE} other than 0)"
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Products of float32 operands in float32, without TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

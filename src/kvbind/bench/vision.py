@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from kvbind.bench.timing import median_seconds, peak_bytes
 from kvbind.models.vittt import SIZES, build
+from kvbind.precision import matmul_precision
 
 CLASSES = 1000
 TOKENS = 50176
@@ -111,17 +111,6 @@ def vision_transformer(name: str, size: int) -> nn.Module:
         ) from error
     model: nn.Module = timm.create_model(name, pretrained=False, img_size=size, num_classes=CLASSES)
     return model
-
-
-@contextmanager
-def matmul_precision(name: str) -> Iterator[None]:
-    """The precision of products of float32 matrices inside: "high" is TF32, as in training."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _bench_size(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,41 +10,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from kvbind.experiments.plan import plan_runs, report_folder
 from kvbind.experiments.provenance import command, machine, versions
-from kvbind.experiments.runs import Run, discard, run_name
+from kvbind.experiments.runs import Run
 from kvbind.experiments.speed import Speeds
 from kvbind.experiments.subjects import ALL, SUBJECTS, Subject, named_subject
 from kvbind.experiments.table_report import write_overview, write_report
 from kvbind.experiments.table_text import describe, terminal_tables
 from kvbind.experiments.tables import Outcome, Row, Table, as_data, row_labels
-from kvbind.experiments.workers import Job, default_workers, train_all
-from kvbind.inner.value import check_choice, check_positive_int
-from kvbind.tasks import open_task_module
-from kvbind.train.config import read_config, to_plain, to_yaml
-from kvbind.train.loop import pick_device
-
-
-def configuration(task: str, scale: str, seed: int = 0, overrides: Sequence[str] = ()) -> Any:
-    """The training run of the full system, as its preset and edits say it.
-
-    Raises:
-        ValueError: an unknown task or scale, or an edit that does not fit, such as one of the seed.
-    """
-    subject = named_subject(task)
-    check_choice("scale", scale, tuple(subject.scales))
-    if any(edit.startswith("seed=") for edit in overrides):
-        raise ValueError("overrides must not set seed: seeds says how many there are, counted from 0")
-    module, chosen = open_task_module(task), subject.scales[scale]
-    config = read_config(module.Config, module.PRESETS, chosen.preset, [*chosen.overrides, *overrides])
-    config.seed = seed
-    return config
-
-
-def with_inner(task: str, config: Any, inner: Any) -> Any:
-    """`config` with another inner loop (what the task's `rows` gives for it), everything spelled out."""
-    changed = copy.deepcopy(config)
-    changed.model.inner = inner
-    return open_task_module(task).resolve(changed)
+from kvbind.experiments.workers import Job
+from kvbind.train.config import to_plain, to_yaml
 
 
 def reproduce_table(
@@ -94,34 +67,14 @@ def reproduce_table(
         return dict(reproduce_task(table, task, out=out, data=data, **options).results)
     if data is not None:
         raise ValueError(f"data must be None for task={ALL!r}, as each task has data of its own; got {data!r}")
-    folder = out or Path(f"runs/{table.name}-{ALL}-{scale}")
-    places = {name: out / name if out else report_folder(table, name, scale) for name in SUBJECTS}
+    folder = out or report_folder(table.name, ALL, scale)
+    places = {name: out / name if out else report_folder(table.name, name, scale) for name in SUBJECTS}
     outcomes = {name: reproduce_task(table, name, out=out and places[name], data=None, **options) for name in SUBJECTS}
     folder.mkdir(parents=True, exist_ok=True)
     write_overview(folder, outcomes, places)
     if console:
         console.print(f"All tasks side by side: {folder / 'index.html'}")
     return {name: outcome.results for name, outcome in outcomes.items()}
-
-
-def report_folder(table: Table, task: str, scale: str) -> Path:
-    """Where a report goes that was not given a folder."""
-    return Path(f"runs/{table.name}-{task}-{scale}")
-
-
-def plan_runs(
-    table: Table, task: str, scale: str, seeds: int, edits: Sequence[str], trained: Path
-) -> dict[tuple[str, int], Job]:
-    """The runs of every row that applies to the task, by row and seed."""
-    inners = open_task_module(task).rows(configuration(task, scale, 0, edits))
-    names = [name for name in table.rows if name in inners]
-    jobs = {}
-    for seed in range(seeds):
-        for number, name in enumerate(names, start=1):
-            config = with_inner(task, configuration(task, scale, seed, edits), inners[name])
-            title = f"{number}/{len(names)} {name}" + (f" seed {seed}" if seeds > 1 else "")
-            jobs[name, seed] = Job(task, config, trained / run_name(task, config), title)
-    return jobs
 
 
 def gather_rows(
@@ -178,24 +131,17 @@ def reproduce_task(
 ) -> Outcome:
     """`reproduce_table` of one task."""
     started = time.monotonic()
-    subject, module = named_subject(task), open_task_module(task)
-    for name, value in (("seeds", seeds), ("workers", 1 if workers is None else workers)):
-        check_positive_int(name, value)
-    edits = [*overrides, *([f"data.source={json.dumps(data)}"] if data else [])]
-    base = module.resolve(configuration(task, scale, 0, edits))
-    device = pick_device(base.train.device)
-    trained = out / "trained" if out else Path("runs/trained")
-    out = out or report_folder(table, task, scale)
-    jobs = plan_runs(table, task, scale, seeds, edits, trained)
+    subject = named_subject(task)
+    plan = plan_runs(
+        table.name, table.rows, task, scale=scale, seeds=seeds, out=out, data=data, workers=workers, overrides=overrides
+    )
+    jobs, device, out = plan.jobs, plan.device, plan.out
     if console:
         console.print(
             f"[bold]{table.title}, {task}, scale {scale}[/]: {len(jobs) // seeds} rows x {seeds} seed(s) on {device}; "
             f"report in {out}"
         )
-        console.print(to_yaml(base), style="dim", highlight=False, markup=False, soft_wrap=True)
-    if fresh:
-        for job in jobs.values():
-            discard(job.folder)
+        console.print(to_yaml(plan.config), style="dim", highlight=False, markup=False, soft_wrap=True)
     longest = max(len(job.title) for job in jobs.values())
 
     def finished(job: Job, run: Run) -> None:
@@ -205,7 +151,7 @@ def reproduce_task(
             shown = f"{subject.metric.title} {value:.{subject.metric.digits}f}"
             console.print(f"{job.title:<{longest}} {shown}, {note}", soft_wrap=True)
 
-    done = train_all(list(jobs.values()), workers or default_workers(device), console, finished)
+    done = plan.train(fresh, console, finished)
     out.mkdir(parents=True, exist_ok=True)
     rows = gather_rows(table, subject, jobs, done, device, out / "throughput.json", fresh)
     results = {
@@ -219,11 +165,11 @@ def reproduce_task(
         "versions": versions(),
         "machine": machine(device),
         "data": done[0].result["data"],
-        "config": to_plain(base),
-        "throughput": subject.speed.setting(base) if table.speed else None,
-        "rows": [as_data(row, subject, trained.parent) for row in rows],
+        "config": to_plain(plan.config),
+        "throughput": subject.speed.setting(plan.config) if table.speed else None,
+        "rows": [as_data(row, subject, plan.trained.parent) for row in rows],
     }
-    outcome = Outcome(table, subject, rows, results, to_yaml(base))
+    outcome = Outcome(table, subject, rows, results, to_yaml(plan.config))
     write_report(out, outcome)
     if console:
         for part in terminal_tables(outcome):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,14 @@ from typing import Any
 import torch
 
 from kvbind.experiments.findings import Request
-from kvbind.experiments.reproduce import configuration, plan_runs
-from kvbind.experiments.runs import Run, discard, load_model
+from kvbind.experiments.plan import plan_runs
+from kvbind.experiments.runs import Run, load_model
 from kvbind.experiments.subjects import Subject, named_subject
-from kvbind.experiments.tables import Table, row_labels
-from kvbind.experiments.workers import Job, default_workers, train_all
-from kvbind.inner.value import check_choice, check_positive_int
+from kvbind.experiments.tables import row_labels
+from kvbind.experiments.workers import Job
+from kvbind.inner.value import check_choice
 from kvbind.tasks import open_task_module
 from kvbind.train.config import to_plain
-from kvbind.train.loop import pick_device
 
 
 @dataclass(frozen=True)
@@ -69,32 +67,24 @@ def train_rows(name: str, rows: Sequence[str], tasks: Sequence[str], request: Re
         TrainingStoppedError: as `kvbind.train.train`.
     """
     check_choice("task", request.task, tuple(tasks))
-    if request.workers is not None:
-        check_positive_int("workers", request.workers)
-    task, scale, module = request.task, request.scale, open_task_module(request.task)
-    edits = [*request.overrides, *([f"data.source={json.dumps(request.data)}"] if request.data else [])]
-    config = module.resolve(configuration(task, scale, 0, edits))
-    device = pick_device(config.train.device)
-    out = request.out or Path(f"runs/{name}-{task}-{scale}")
-    table = Table(name=name, title=name, rows=tuple(rows), rungs=0, speed=False, about="")
-    trained = request.out / "trained" if request.out else Path("runs/trained")
-    jobs = plan_runs(table, task, scale, request.seeds, edits, trained)
-    if request.fresh:
-        for job in jobs.values():
-            discard(job.folder)
-    request.say(f"{name}, {task}, scale {scale}: {len(jobs)} training run(s) on {device}; report in {out}")
+    task, scale = request.task, request.scale
+    plan = plan_runs(
+        name, rows, task, scale=scale, seeds=request.seeds, out=request.out, data=request.data, workers=request.workers,
+        overrides=request.overrides,
+    )  # fmt: skip
+    request.say(f"{name}, {task}, scale {scale}: {len(plan.jobs)} training run(s) on {plan.device}; report in {plan.out}")
 
     def finished(job: Job, run: Run) -> None:
         note = "finished earlier" if run.reused else f"{run.result['training_seconds']:.0f} s"
         request.say(f"{job.title}: {note}")
 
-    done = train_all(list(jobs.values()), request.workers or default_workers(device), request.console, finished)
+    done = plan.train(request.fresh, request.console, finished)
     own_runs: dict[str, list[Run]] = {}
     own_jobs: dict[str, list[Job]] = {}
-    for ((row, _), job), run in zip(jobs.items(), done, strict=True):
+    for ((row, _), job), run in zip(plan.jobs.items(), done, strict=True):
         own_runs.setdefault(row, []).append(run)
         own_jobs.setdefault(row, []).append(job)
-    out.mkdir(parents=True, exist_ok=True)
+    plan.out.mkdir(parents=True, exist_ok=True)
     subject = named_subject(task)
     labels = {row: label for row, label in row_labels(rows, subject).items() if row in own_runs}
-    return Trained(subject, labels, own_runs, own_jobs, to_plain(config), device, out)
+    return Trained(subject, labels, own_runs, own_jobs, to_plain(plan.config), plan.device, plan.out)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvbind.models.lact_nvs.cameras import rays
+from kvbind.precision import matmul_precision
 
 Point = tuple[Tensor, Tensor, Tensor]
 
@@ -71,13 +72,8 @@ class World:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Matrix products in float32 proper, whatever training does: TF32 would show as ragged edges."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False), torch.no_grad():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with matmul_precision("highest"), torch.autocast(device.type, enabled=False), torch.no_grad():
+        yield
 
 
 def render(world: World, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int], samples: int = 2) -> Tensor:

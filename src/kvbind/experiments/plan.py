@@ -1,0 +1,134 @@
+"""The training runs that an experiment asks for: planned, and trained where they are not finished."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from kvbind.experiments.runs import Run, discard, run_name
+from kvbind.experiments.subjects import named_subject
+from kvbind.experiments.workers import Finished, Job, default_workers, train_all
+from kvbind.inner.value import check_choice, check_positive_int
+from kvbind.tasks import open_task_module
+from kvbind.train.config import read_config
+from kvbind.train.loop import pick_device
+
+
+def configuration(task: str, scale: str, seed: int = 0, overrides: Sequence[str] = ()) -> Any:
+    """The training run of the full system, as its preset and edits say it.
+
+    Raises:
+        ValueError: an unknown task or scale, or an edit that does not fit, such as one of the seed.
+    """
+    subject = named_subject(task)
+    check_choice("scale", scale, tuple(subject.scales))
+    if any(edit.startswith("seed=") for edit in overrides):
+        raise ValueError("overrides must not set seed: seeds says how many there are, counted from 0")
+    module, chosen = open_task_module(task), subject.scales[scale]
+    config = read_config(module.Config, module.PRESETS, chosen.preset, [*chosen.overrides, *overrides])
+    config.seed = seed
+    return config
+
+
+def with_inner(task: str, config: Any, inner: Any) -> Any:
+    """`config` with another inner loop (what the task's `rows` gives for it), everything spelled out."""
+    changed = copy.deepcopy(config)
+    changed.model.inner = inner
+    return open_task_module(task).resolve(changed)
+
+
+def report_folder(name: str, task: str, scale: str) -> Path:
+    """Where a report goes that was not given a folder."""
+    return Path(f"runs/{name}-{task}-{scale}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of some rows, and where they and the report on them go.
+
+    Attributes:
+        config: of all of them, but for their inner loop.
+        device: where they are trained.
+        out: folder of the report.
+        trained: folder of the training runs.
+        jobs: by row and seed, seeds outermost.
+        workers: how many are trained at once.
+    """
+
+    config: Any
+    device: torch.device
+    out: Path
+    trained: Path
+    jobs: dict[tuple[str, int], Job]
+    workers: int
+
+    def train(self, fresh: bool, console: Console | None, finished: Finished) -> list[Run]:
+        """Train every run, or read what it came to earlier, in the order of the jobs.
+
+        Args:
+            fresh: train everything anew.
+            console: where progress is drawn; None for nowhere.
+            finished: called with each job and its run as soon as there is one.
+
+        Raises:
+            TrainingStoppedError: as `kvbind.train.train`.
+        """
+        if fresh:
+            for job in self.jobs.values():
+                discard(job.folder)
+        return train_all(list(self.jobs.values()), self.workers, console, finished)
+
+
+def plan_runs(
+    name: str,
+    rows: Sequence[str],
+    task: str,
+    *,
+    scale: str,
+    seeds: int,
+    out: Path | None,
+    data: str | None,
+    workers: int | None,
+    overrides: Sequence[str],
+) -> Plan:
+    """The runs of every row that applies to a task.
+
+    Args:
+        name: of the experiment.
+        rows: names among `kvbind.experiments.tables.LABELS`.
+        task: one of `kvbind.experiments.subjects.SUBJECTS`.
+        scale: one of the task's scales.
+        seeds: how many, counted from 0.
+        out: the report's folder, whose `trained/` holds the training runs; default `report_folder`, with the runs in
+            `runs/trained`, where other experiments find them.
+        data: another source of data.
+        workers: runs trained at once; None for as many as suit the device.
+        overrides: further `key=value` edits of every run's configuration.
+
+    Raises:
+        ValueError: an unknown task or scale, or an edit that does not fit.
+    """
+    module = open_task_module(task)
+    check_positive_int("seeds", seeds)
+    if workers is not None:
+        check_positive_int("workers", workers)
+    edits = [*overrides, *([f"data.source={json.dumps(data)}"] if data else [])]
+    inners = module.rows(configuration(task, scale, 0, edits))
+    config = module.resolve(configuration(task, scale, 0, edits))
+    device = pick_device(config.train.device)
+    trained = out / "trained" if out else Path("runs/trained")
+    names = [row for row in rows if row in inners]
+    jobs = {}
+    for seed in range(seeds):
+        for number, row in enumerate(names, start=1):
+            own = with_inner(task, configuration(task, scale, seed, edits), inners[row])
+            title = f"{number}/{len(names)} {row}" + (f" seed {seed}" if seeds > 1 else "")
+            jobs[row, seed] = Job(task, own, trained / run_name(task, own), title)
+    return Plan(config, device, out or report_folder(name, task, scale), trained, jobs, workers or default_workers(device))
