@@ -237,6 +237,8 @@ def views(path: Path) -> None:
             for model, (called, colour, style) in models.items():
                 points = [(row["views"], row[name] / scale) for row in rows if row["model"] == model and row["fits"]]
                 ax.plot(*zip(*points, strict=True), style, color=colour, label=called, linewidth=1.4, markersize=4)
+                if too_many := [row["views"] for row in rows if row["model"] == model and not row["fits"]]:
+                    ax.axvline(min(too_many), color=colour, linestyle=":", linewidth=1.2, label=f"{called}: does not fit")
             ax.set(title=title, xscale="log", yscale="log", xlabel="input views", ylabel=unit)
             ax.set_xticks(ticks, [str(x) for x in ticks], minor=False)
             ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
