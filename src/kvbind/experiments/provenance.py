@@ -49,4 +49,6 @@ def processor() -> str:
 
 def command() -> str:
     """The command line of this process, as one would type it."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0]).name
+    # of `python -m kvbind`, the program is the module's file
+    return shlex.join(["kvbind" if program == "__main__.py" else program, *sys.argv[1:]])
