@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from kvbind import NewtonSchulz, systems
-from kvbind.bench import kernels, verify
+from kvbind.bench import fresh, kernels, profiles, verify
 from kvbind.bench.app import app
 from kvbind.bench.ceilings import Ceilings, attention_work, forward_work, training_work
 from kvbind.bench.events import duration
@@ -87,16 +88,16 @@ def test_the_plan_measures_every_goal_at_the_call_it_was_set_for():
     assert {(case.heads, case.width) for case in spans["widths"]} == {
         (24, 64), (12, 128), (8, 192), (6, 256), (4, 384), (3, 512)
     }  # fmt: skip
-    assert {(case.name, case.form) for case in spans["first"]} == {("rung0", "recurrent"), ("rung2", "parallel")}
-    assert not any(case.by == "compiled" for case in cases)
+    assert [(case.name, case.form) for case in spans["first"]] == [("rung2", "parallel"), ("rung0", "recurrent")]
+    assert [case.by for case in spans["token"]] == ["kvbind"] * 3 + ["sdpa"] * 3 + ["fla"] * 3
+    assert [case.name for case in spans["compiled"]] == ["rung2", "rung3", "rung4", "rung5", "rung6", "rung0", "rung1"]
+    assert {case.by for case in spans["compiled"]} == {"compiled"}
     assert len(cases) == len(set(cases))
 
 
-def test_compiling_and_choosing_rungs_change_the_plan():
-    cases = plan(["targets"], replace(TINY, compile=True))
-    assert {(case.name, case.form) for case in cases if case.by == "compiled"} == {
-        ("rung0", "recurrent"), ("rung2", "parallel")
-    }  # fmt: skip
+def test_the_rungs_chosen_are_those_measured_kernels_first():
+    cases = plan(["targets"], TINY)
+    assert [case.by for case in cases] == ["kvbind"] * 3 + ["sdpa"] + ["pytorch"] * 3
     assert {case.name for case in cases} == {"rung0", "rung2", "softmax_attention"}
 
 
@@ -258,6 +259,7 @@ def test_bench_kernels_stops_at_its_budget_and_keeps_what_it_has(tmp_path):
         (["kernels", "--what", "target"], "did you mean 'targets'"),
         (["kernels", "--rungs", "7"], "rung7"),
         (["kernels", "--dtype", "float8"], "float32 or bfloat16"),
+        (["kernels", "--profile", "profile.json"], "the device is cpu"),
         (["verify", "--dtype", "float16"], "float32, bfloat16"),
     ],
 )
@@ -280,6 +282,51 @@ def test_a_job_that_takes_too_long_is_ended_and_one_that_fails_says_why():
         in_fresh_process("first_calls", {"case": asdict(tiny()), "device": "cpu"}, {}, 0.05)
     with pytest.raises(RuntimeError, match="KeyError: 'unheard of'"):
         in_fresh_process("unheard of", {}, {}, 60)
+
+
+def test_whatever_may_compile_for_long_has_a_process_and_a_limit_of_its_own(monkeypatch):
+    asked = []
+
+    def refuse(job, fields, environment, limit):
+        asked.append((job, fields["case"]["by"], limit))
+        raise TookTooLongError("no result after 7 s")
+
+    monkeypatch.setattr(kernels, "in_fresh_process", refuse)
+    cases = [tiny(by="fla"), tiny(by="compiled"), replace(tiny(), what="first")]
+    rows = list(bench_kernels(cases, H100, CPU, compile_limit=7.0))
+    assert asked == [("measured", "fla", 7.0), ("measured", "compiled", 7.0), ("first_calls", "kvbind", 7.0)]
+    assert {row["error"] for row in rows} == {"TookTooLongError: no result after 7 s"}
+
+
+def test_configurations_are_compiled_together_before_an_autotuner_chooses(monkeypatch):
+    pytest.importorskip("triton")
+    from triton.runtime.autotuner import Autotuner
+
+    from kvbind.kernels.ahead import rehearsing
+
+    class Choices:
+        def warmup(self, *args, **kwargs):
+            done.append(("compiled", rehearsing(), args, kwargs))
+
+    done: list[tuple] = []
+    monkeypatch.setattr(Autotuner, "run", lambda self, *args, **kwargs: done.append(("run", rehearsing(), args, kwargs)))
+    before, choices = Autotuner.run, Choices()
+    with fresh.compiling_configurations():
+        for x in (1, 2):
+            Autotuner.run(choices, x, grid=(4,), warmup=False)
+    assert Autotuner.run is before
+    launched = {"grid": (4,), "warmup": False}
+    expected = [("compiled", True, (1,), {"grid": (4,)}), ("run", False, (1,), launched), ("run", False, (2,), launched)]
+    assert done == expected
+
+
+def test_kernels_of_pytorch_have_short_names():
+    inside = "at::native::(anonymous namespace)::"
+    assert (
+        profiles.short(f"void {inside}multi_tensor_apply_kernel<{inside}Copy<2>>({inside}Copy<2>)")
+        == "multi_tensor_apply_kernel"
+    )
+    assert profiles.short("_product_kernel") == "_product_kernel"
 
 
 # the tables
@@ -335,6 +382,48 @@ def test_the_documentation_holds_the_tables_of_its_data(documentation):
     for page in documentation.DOCS.glob("*.md"):
         text = page.read_text(encoding="utf-8")
         assert documentation.fill(text, documentation.DOCS.parent) == text, f"{page.name}: run python docs/tables.py"
+
+
+def event(name, microseconds, grid, **more):
+    given = {"grid": grid, "block": [128, 1, 1], "registers per thread": 90, "shared memory": 1024} | more
+    return {"name": name, "dur": microseconds, "args": given}
+
+
+def test_a_profile_sums_launches_by_kernel_and_shows_those_that_take_longest(documentation, tmp_path):
+    events = [
+        event("_product_kernel", 200, [64, 4, 1]),
+        event("_product_kernel", 400, [96, 4, 1]),
+        event("void at::native::elementwise_kernel<128, float>(int, float)", 30, [7, 1, 1]),
+        {"name": "Memset (Device)", "dur": 2, "args": {}},
+    ]
+    found = profiles.summary(events, 2)
+    assert found["device_ms"] == pytest.approx(0.316)
+    assert found["launches"] == 2
+    product, elementwise, fill = found["kernels"]
+    assert (product["name"], product["launches"], product["ms"]) == ("_product_kernel", 1, pytest.approx(0.3))
+    assert (product["programs"], product["threads"], product["registers"]) == (384, 128, 90)
+    assert product["share"] == pytest.approx(600 / 632)
+    assert elementwise["name"] == "elementwise_kernel"
+    assert (fill["programs"], fill["registers"]) == (0, None)
+
+    record = {
+        "config": asdict(SIZE) | {"chunk": CHUNK, "dtype": "bfloat16"},
+        "multiprocessors": 132, "rows": [asdict(tiny()) | {"pass": "forward"} | found], "planned": 1, "complete": True,
+        "command": "kvbind bench kernels", "machine": {"device": "a GPU"}, "versions": {"torch": "2"},
+    }  # fmt: skip
+    (tmp_path / "p.json").write_text(json.dumps(record))
+    text = documentation.table("p.json", "profile", tmp_path)
+    assert "| rung 2 | parallel | fwd | product_kernel | 1 | 0.300 | 95% | 384 | 90 | 1 |" in text
+    assert "elementwise" not in text
+
+
+def test_every_rung_is_profiled_once_in_its_fastest_form():
+    cases = profiles.to_profile(Settings(SIZE, CHUNK, "bfloat16"))
+    assert {case.name: case.form for case in cases} == {"rung0": "recurrent", "rung1": "recurrent"} | {
+        f"rung{i}": "parallel" for i in range(2, 7)
+    }
+    with pytest.raises(ValueError, match="device must be cuda"):
+        next(profiles.profiled(TINY, CPU))
 
 
 # verification
@@ -407,6 +496,20 @@ def test_the_twin_computes_in_the_precision_it_is_asked_for(form):
     assert (same - exact).norm() <= 1e-6 * exact.norm()
     assert (low - exact).norm() > 1e-3 * exact.norm()
     assert {x.dtype for x in state.tensors.values()} == {torch.bfloat16}
+
+
+def test_several_processes_verify_what_one_does():
+    places = {case.name: place for place, case in enumerate(verify.cases(verify.SMALL))}
+    chosen = [(places[name], "float32") for name in ("rung 6, packed sequences, parallel", "DeltaNet, parallel")]
+    one, several = (
+        dict(verify.attempts(chosen, CPU, small=True, workers=workers, deadline=time.monotonic() + 120))
+        for workers in (1, 2)
+    )
+    assert one.keys() == several.keys() == {0, 1}
+    for place, row in one.items():
+        assert (row["case"], row["passed"]) == (several[place]["case"], several[place]["passed"])
+        assert several[place]["errors"]["output"] < 1e-5
+    assert not list(verify.attempts(chosen, CPU, small=True, workers=1, deadline=0))
 
 
 def test_cases_cover_every_rung_visibility_network_and_way_to_call():

@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 from kvbind import GLU, MLP, InnerLoop, Linear, NewtonSchulz, SwiGLU, ttt
+from kvbind.bench.switch import operators_of
 from kvbind.inner.systems import vittt
 from kvbind.kernels.common import has_triton, interpreted
 
@@ -99,9 +100,10 @@ def test_parallel_form_of_every_rung_equals_the_recurrent_form(name):
 
 
 @pytest.mark.parametrize("name", ["rung2", "rung3", "rung6"])
-def test_bfloat16_operands_keep_their_precision(name):
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
+def test_narrow_operands_keep_their_precision(name, dtype, bound):
     spec = RUNGS[name]
-    compare(spec, draw(spec, 1, 200, 2, 32, 32, 32, torch.bfloat16), 4e-2)
+    compare(spec, draw(spec, 1, 200, 2, 32, 32, 32, dtype), bound)
 
 
 @pytest.mark.parametrize("name", ["rung2", "mlp"])
@@ -111,6 +113,11 @@ def test_packed_sequences_stay_apart(name):
     weights = {k: v for k, v in operands.items() if k.startswith("weights.")}
     assert weights
     compare(spec, operands, 1e-5, cu_seqlens=[0, 0, 130, 131, 259, 300])
+
+
+def test_packed_sequences_that_are_shorter_than_a_chunk_together_stay_apart():
+    spec = RUNGS["rung6"]
+    compare(spec, draw(spec, 1, 50, 1, 16, 16, 16, torch.float32), 1e-5, form="auto", cu_seqlens=[0, 43, 50])
 
 
 def test_any_split_into_calls_gives_the_same():
@@ -165,6 +172,20 @@ def test_recurrent_form_goes_on_where_an_earlier_call_stopped():
 def test_full_update_of_every_matrix_equals_the_recurrent_form(update_tokens):
     spec = LACT.replace(visibility="full", chunk=None, momentum=False)
     compare(spec, draw(spec, 2, 100, 1, 16, 16, 32, torch.float32), 2e-5, form="auto", update_tokens=update_tokens)
+
+
+@pytest.mark.parametrize("name", ["token", "chunks", "recurrent", "vittt", "conv"])
+def test_float16_runs_on_every_kernel_and_keeps_its_precision(name):
+    spec = {
+        "token": InnerLoop(network=Linear(), chunk=1, visibility="token", retention=True),
+        "chunks": InnerLoop(network=GLU(), update="last", chunk=16, visibility="past"),
+        "recurrent": LACT.replace(orthogonalize=None),
+        "vittt": vittt(),
+        "conv": vittt("conv"),
+    }[name]
+    operands = draw(spec, 1, 81, 1, 16, 16, 16, torch.float16)
+    assert operators_of(lambda: run(spec, operands, "auto"))
+    compare(spec, operands, 5e-3, form="auto")
 
 
 VITTT = {

@@ -266,3 +266,13 @@ def test_graphs_replay_what_was_launched(name, monkeypatch):
     for one, reference in zip(found, expected, strict=True):
         for what, error in errors(one, reference).items():
             assert error < 1e-6, what
+
+
+@pytest.mark.parametrize("together", [0, 1 << 30], ids=["in one launch", "large ones alone"])
+def test_copies_reach_every_tensor_whether_they_share_a_launch_or_not(monkeypatch, together):
+    monkeypatch.setattr(sweep, "TOGETHER", together)
+    monkeypatch.setattr(sweep, "ALONE", 20)
+    sources = [torch.randn(shape) for shape in ((5, 4), (3,), (6, 7), (2, 2))] + [torch.randn(4, 6).T, torch.arange(25)]
+    targets = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in sources]
+    sweep.copy(list(zip(targets, sources, strict=True)))
+    assert all(torch.equal(x, y) for x, y in zip(targets, sources, strict=True))

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvbind.bench.events import first_line
@@ -95,16 +96,44 @@ def first_calls(fields: dict[str, Any]) -> dict[str, Any]:
     return {"first_seconds": first, "again_seconds": again, "new_length_seconds": others}
 
 
-def compiled(fields: dict[str, Any]) -> dict[str, Any]:
-    """A case under `torch.compile`: the fields of its row, with the seconds of its first forward and training calls."""
+def measured(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a case's row: under `torch.compile`, with the seconds of its first forward and training calls."""
     import torch
 
     from kvbind.bench.kernels import Case, measure
 
-    return measure(Case.of(fields["case"]), torch.device(fields["device"]), fields["seconds"])
+    case = Case.of(fields["case"])
+    with compiling_configurations() if case.by == "fla" else contextlib.nullcontext():
+        return measure(case, torch.device(fields["device"]), fields["seconds"])
 
 
-JOBS = {"first_calls": first_calls, "compiled": compiled}
+@contextlib.contextmanager
+def compiling_configurations() -> Iterator[None]:
+    """Inside, all that an autotuner of Triton's chooses from is compiled at once, at its first launch.
+
+    fla's kernels of linear attention choose from up to 48 configurations each, some 120 in all, compiled one by one.
+    """
+    from triton.runtime.autotuner import Autotuner
+
+    from kvbind.kernels.ahead import compiling_ahead
+
+    before, met = Autotuner.run, set()
+
+    def run(self: Any, *args: Any, warmup: bool = False, **kwargs: Any) -> Any:
+        if self not in met:
+            met.add(self)
+            with compiling_ahead():
+                self.warmup(*args, **kwargs)
+        return before(self, *args, warmup=warmup, **kwargs)
+
+    Autotuner.run = run
+    try:
+        yield
+    finally:
+        Autotuner.run = before
+
+
+JOBS = {"first_calls": first_calls, "measured": measured}
 
 
 def main() -> None:

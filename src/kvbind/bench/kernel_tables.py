@@ -8,6 +8,7 @@ from typing import Any
 
 from kvbind.bench.goals import FIRST_CALL_SECONDS, TRAINING_BYTES
 from kvbind.bench.kernels import BY, PASSES, WHATS
+from kvbind.bench.profiles import short
 
 Row = Mapping[str, Any]
 
@@ -44,12 +45,17 @@ def speed_grids(record: Mapping[str, Any]) -> list[Grid]:
         if what == "first":
             found.append(_first_grid(rows))
             continue
+        if what == "targets":
+            rows.sort(
+                key=lambda row: (row["by"] == "sdpa", row["name"], row["form"] != "recurrent", list(BY).index(row["by"]))
+            )
         titles = {
             "targets": f"Every rung; {at}, chunk {config['chunk']}",
             "token": f"Token visibility; {config['dtype']}, T = {config['tokens']}",
             "lengths": f"By number of tokens; chunk {config['chunk']}, {config['heads']} heads x {config['width']}",
             "chunks": f"By chunk; {at}",
             "widths": f"By width; T = {config['tokens']}, chunk {config['chunk']}",
+            "compiled": f"PyTorch's forms under torch.compile; {at}, chunk {config['chunk']}",
         }
         found.append(_speed_grid(what, titles[what], rows))
     return found
@@ -62,6 +68,7 @@ def _speed_grid(what: str, title: str, rows: Sequence[Row]) -> Grid:
         "lengths": ("tokens", lambda row: f"{row['tokens']}"),
         "chunks": ("chunk", lambda row: f"{row['chunk']}"),
         "widths": ("heads", _heads),
+        "compiled": ("form", lambda row: row["form"]),
     }
     place, cell = varies[what]
     graphs = any((row.get(name) or {}).get("graph_mtok_per_s") for row in rows for name in PASSES)
@@ -143,6 +150,42 @@ def _first_grid(rows: Sequence[Row]) -> Grid:
             )
     note = "forward and backward, import and compilation of kernels included, in a fresh process with PyTorch started"
     return Grid("first", "First calls", header, tuple(lines), left=3, note=". ".join([note, *_failures(rows)]))
+
+
+LEAST_SHARE = 0.05
+"""The share of a call's time on the device from which a kernel is listed."""
+
+
+def profile_grid(record: Mapping[str, Any]) -> Grid:
+    """The table of a record of `kvbind bench kernels --profile`: where each call's time on the device goes."""
+    header = ("rung", "form", "pass", "kernel", "launches", "ms", "share", "blocks", "registers", "KiB shared")
+    lines = []
+    for row in record["rows"]:
+        called = (_name(row), row["form"], "fwd" if row["pass"] == PASSES[0] else "f+b")
+        lines.append((*called, "all", f"{row['launches']:.0f}", f"{row['device_ms']:.3f}", "100%", "-", "-", "-"))
+        for kernel in row["kernels"]:
+            if kernel["share"] < LEAST_SHARE:
+                continue
+            registers, shared = kernel["registers"], kernel["shared_bytes"]
+            lines.append(
+                (
+                    *called,
+                    short(kernel["name"]).strip("_"),
+                    f"{kernel['launches']:.0f}",
+                    f"{kernel['ms']:.3f}",
+                    f"{kernel['share']:.0%}",
+                    f"{kernel['programs']}",
+                    "-" if registers is None else f"{registers}",
+                    "-" if shared is None else f"{shared / 1024:.0f}",
+                )
+            )
+    config = record["config"]
+    at = f"{config['dtype']}, batch {config['batch']}, {config['heads']} heads x {config['width']}, T = {config['tokens']}"
+    note = (
+        f"ms: per call, summed over launches; blocks: of the largest launch (multiprocessors: {record['multiprocessors']}); "
+        f"registers: per thread; kernels of at least {LEAST_SHARE:.0%}"
+    )
+    return Grid("profile", f"Time on the device; {at}, chunk {config['chunk']}", header, tuple(lines), left=4, note=note)
 
 
 def verify_grid(record: Mapping[str, Any]) -> Grid:

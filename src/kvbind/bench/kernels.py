@@ -34,8 +34,8 @@ from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import RUNGS, lact_llm, ladder, linear_attention
 
-What = Literal["targets", "token", "lengths", "chunks", "widths", "first"]
-WHATS: tuple[What, ...] = ("targets", "token", "lengths", "chunks", "widths", "first")
+What = Literal["targets", "token", "lengths", "chunks", "widths", "first", "compiled"]
+WHATS: tuple[What, ...] = ("targets", "token", "lengths", "chunks", "widths", "first", "compiled")
 """The parts of the benchmark, in the order in which "all" takes them."""
 
 By = Literal["kvbind", "pytorch", "compiled", "fla", "sdpa"]
@@ -120,25 +120,24 @@ class Settings:
         chunk: tokens in a chunk.
         dtype: of q, k, v and Newton-Schulz.
         rungs: of the ladder, by name.
-        compile: also measure PyTorch's forms under `torch.compile`.
     """
 
     size: Size
     chunk: int
     dtype: str
     rungs: tuple[str, ...] = tuple(RUNGS)
-    compile: bool = False
 
 
 def plan(what: Sequence[What], settings: Settings) -> list[Case]:
     """The cases of some parts of the benchmark, in order.
 
-    - targets: every rung in every form, with kernels and without; softmax attention.
-    - token: linear attention under token visibility at three widths of the same total, beside two peers.
-    - lengths: from 1/16 to 16 times the tokens; without kernels up to 4 times, softmax attention up to 8 times.
+    - targets: every rung in every form, first with kernels, then softmax attention, then without kernels.
+    - token: linear attention under token visibility at three widths of the same total, then two peers.
+    - lengths: from 1/16 to 16 times the tokens; without kernels, and softmax attention, up to 4 times.
     - chunks: from 1/8 to twice the chunk.
     - widths: from 1/6 to 4/3 of the width, with as many heads as keep the total.
     - first: first calls in fresh processes.
+    - compiled: the rungs that have a parallel form in it, and then the others, without kernels under `torch.compile`.
     """
     size, chunk = settings.size, settings.chunk
 
@@ -159,24 +158,24 @@ def plan(what: Sequence[What], settings: Settings) -> list[Case]:
     cases = []
     for part in what:
         if part == "targets":
-            for name in settings.rungs:
-                forms: list[Form] = ["recurrent"] if fastest(name) == "recurrent" else ["recurrent", "parallel"]
-                cases += [case(part, name, by, form) for form in forms for by in ("kvbind", "pytorch")]
-                if settings.compile:
-                    cases.append(case(part, name, "compiled", fastest(name)))
+            forms: list[Form] = ["recurrent", "parallel"]
+            every = [(name, form) for name in settings.rungs for form in forms if form in ("recurrent", fastest(name))]
+            cases += [case(part, name, "kvbind", form) for name, form in every]
             cases.append(case(part, "softmax_attention", "sdpa", "auto"))
+            cases += [case(part, name, "pytorch", form) for name, form in every]
         elif part == "token":
-            for at in shapes[1], shapes[0], shapes[3]:
-                # each write is a chunk of its own: the system as it is named
-                cases += [case(part, "linear_attention", by, "parallel", at, 1) for by in ("kvbind", "fla")]
-                cases.append(case(part, "softmax_attention", "sdpa", "auto", at))
+            found = shapes[1], shapes[0], shapes[3]
+            # each write is a chunk of its own: the system as it is named
+            cases += [case(part, "linear_attention", "kvbind", "parallel", at, 1) for at in found]
+            cases += [case(part, "softmax_attention", "sdpa", "auto", at) for at in found]
+            cases += [case(part, "linear_attention", "fla", "parallel", at, 1) for at in found]
         elif part == "lengths":
             for power in range(-4, 5):
                 at = replace(size, tokens=max(1, int(size.tokens * 2.0**power)))
                 cases += [case(part, name, "kvbind", fastest(name), at) for name in kinds]
                 if "rung2" in kinds and power <= 2:
                     cases.append(case(part, "rung2", "pytorch", "parallel", at))
-                if power <= 3:
+                if power <= 2:
                     # beyond, one training call takes seconds
                     cases.append(case(part, "softmax_attention", "sdpa", "auto", at, graph=False))
         elif part == "chunks":
@@ -189,7 +188,11 @@ def plan(what: Sequence[What], settings: Settings) -> list[Case]:
             for at in shapes:
                 cases += [case(part, name, "kvbind", fastest(name), at, graph=False) for name in kinds]
         elif part == "first":
-            cases += [case(part, name, "kvbind", fastest(name)) for name in kinds if name != "rung6"]
+            cases += [case(part, name, "kvbind", fastest(name)) for name in reversed(kinds) if name != "rung6"]
+        elif part == "compiled":
+            # a loop over chunks takes a compiler longest
+            names = sorted(settings.rungs, key=lambda name: fastest(name) == "recurrent")
+            cases += [case(part, name, "compiled", fastest(name)) for name in names]
     return cases
 
 
@@ -209,7 +212,7 @@ def bench_kernels(
         ceilings: of this device.
         device: where to run.
         seconds: how long to time each pass, and each again as a graph.
-        compile_limit: after how long `torch.compile` is given up on, per case.
+        compile_limit: seconds after which a process of its own is given up on: each first call, `torch.compile` and fla.
         deadline: by `time.monotonic`.
 
     Yields:
@@ -222,11 +225,12 @@ def bench_kernels(
             return
         try:
             if case.what == "first":
-                row = first_call_row(case, device, min(left, 300.0))
-            elif case.by == "compiled":
+                row = first_call_row(case, device, min(left, compile_limit))
+            elif case.by in ("compiled", "fla"):
+                # both compile for long at first, and nothing here can stop them
                 release()
                 fields = {"case": asdict(case), "device": str(device), "seconds": seconds}
-                row = in_fresh_process("compiled", fields, {"KVBIND_KERNELS": "0"}, min(left, compile_limit))
+                row = in_fresh_process("measured", fields, {"KVBIND_KERNELS": "0"}, min(left, compile_limit))
             else:
                 row = measure(case, device, seconds)
         except Exception as problem:  # one case that fails must not stop the others
@@ -251,7 +255,7 @@ def measured(
     deadline = time.monotonic() + budget
     dtype = getattr(torch, settings.dtype)
     cases, ceilings = plan(what, settings), measure_ceilings(device, dtype)
-    record: dict[str, Any] = provenance(device, ("triton", "flash-linear-attention")) | {
+    record: dict[str, Any] = provenance(device, ("triton", "fla-core")) | {
         "config": asdict(settings.size) | {"chunk": settings.chunk, "dtype": settings.dtype, "what": list(what)},
         "goals": SOURCE,
         "ceilings": asdict(ceilings),

@@ -13,8 +13,10 @@ released, unless a case says otherwise.
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -420,8 +422,76 @@ def verify(case: Case, dtype: str, device: torch.device) -> dict[str, Any]:
     return row | {"errors": errors, "twin_errors": twins, "problems": found, "passed": not found}
 
 
+def attempt(case: Case, dtype: str, device: torch.device) -> dict[str, Any]:
+    """`verify`, with TF32 off; a case that fails with an error is a row that says so, and does not stop the others."""
+    try:
+        with matmul_precision("highest"):
+            return verify(case, dtype, device)
+    except Exception as problem:  # whatever it is
+        return described(case, dtype) | {"passed": False, "problems": [first_line(problem)]}
+    finally:
+        release()
+
+
+def _attempt_by_place(place: int, small: bool, dtype: str, device: str) -> dict[str, Any]:
+    """`attempt` for processes that are told where a case stands in `cases`."""
+    return attempt(cases(SMALL if small else FULL)[place], dtype, torch.device(device))
+
+
+def attempts(
+    chosen: Sequence[tuple[int, str]], device: torch.device, *, small: bool, workers: int, deadline: float
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Verify cases, in this process or in several that share the device.
+
+    Nearly all of a case's time is Python's, so that several processes finish sooner than one.
+
+    Args:
+        chosen: cases by their place in `cases`, with a dtype.
+        device: where to run.
+        small: as `verified` takes it.
+        workers: how many processes; 1 for this one.
+        deadline: by `time.monotonic`, after which no further case is begun.
+
+    Yields:
+        The place in `chosen` and the row of each case, as they are done.
+    """
+    listed = cases(SMALL if small else FULL)
+    if workers == 1:
+        for place, (index, dtype) in enumerate(chosen):
+            if time.monotonic() > deadline:
+                return
+            yield place, attempt(listed[index], dtype, device)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        places = {
+            pool.submit(_attempt_by_place, index, small, dtype, str(device)): place
+            for place, (index, dtype) in enumerate(chosen)
+        }
+        try:
+            for done in as_completed(places, timeout=max(0.0, deadline - time.monotonic())):
+                index, dtype = chosen[places[done]]
+                lost = done.exception()
+                row = (
+                    described(listed[index], dtype) | {"passed": False, "problems": [first_line(lost)]}
+                    if lost
+                    else done.result()
+                )
+                yield places[done], row
+        except TimeoutError:
+            pass
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
 def verified(
-    device: torch.device, *, dtypes: Sequence[str] | None = None, small: bool = False, only: str = "", budget: float = 540.0
+    device: torch.device,
+    *,
+    dtypes: Sequence[str] | None = None,
+    small: bool = False,
+    only: str = "",
+    budget: float = 540.0,
+    workers: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """Verify every case; the record so far, first without rows and then after each.
 
@@ -431,6 +501,7 @@ def verified(
         small: sizes for kernels that are interpreted.
         only: run only cases whose name has this in it.
         budget: seconds after which no further case is begun. The record then says `complete: false`.
+        workers: processes that share the device.
 
     Yields:
         The record: where it comes from, the rules, `kernels` (whether any runs on this device; without, there are no rows,
@@ -444,7 +515,8 @@ def verified(
         dtypes = DTYPES[:1] if interpreted() else DTYPES
     elif interpreted() and "bfloat16" in dtypes:
         raise ValueError("dtype must be float32 under TRITON_INTERPRET=1, whose bfloat16 arithmetic is not that of a GPU")
-    chosen = [(case, dtype) for case in cases(SMALL if small else FULL) if only in case.name for dtype in dtypes]
+    listed = cases(SMALL if small else FULL)
+    chosen = [(index, dtype) for index, case in enumerate(listed) if only in case.name for dtype in dtypes]
     if not chosen:
         raise ValueError(f"only must be part of a case's name, such as 'rung 2' or 'packed'; got {only!r}")
     reason = why_off(device)
@@ -460,18 +532,11 @@ def verified(
     yield record
     if reason is not None:
         return
-    with matmul_precision("highest"):
-        for case, dtype in chosen:
-            if time.monotonic() > deadline:
-                return
-            try:
-                row = verify(case, dtype, device)
-            except Exception as problem:  # one case that fails must not stop the others
-                row = described(case, dtype) | {"passed": False, "problems": [first_line(problem)]}
-            release()
-            rows = [*record["rows"], row]
-            record = record | {"rows": rows, "complete": len(rows) == len(chosen)}
-            yield record
+    rows: dict[int, dict[str, Any]] = {}
+    for place, row in attempts(chosen, device, small=small, workers=workers, deadline=deadline):
+        rows[place] = row
+        record = record | {"rows": [rows[i] for i in sorted(rows)], "complete": len(rows) == len(chosen)}
+        yield record
 
 
 def why_off(device: torch.device) -> str | None:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbind.kernels.common import cdiv, dot_precision, on_device_of
+from kvbind.kernels.common import Launcher, cdiv, dot_precision, on_device_of
 
 
 class Tile(NamedTuple):
@@ -75,6 +75,7 @@ def _finish(acc, i, j, z, out, add, copy, gates, M: tl.constexpr, N: tl.constexp
         tl.store(copy + place, acc.to(copy.dtype.element_ty), mask=inside)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["heads", "chunk"])
 def _outer_kernel(
     x, a, h, y, theta, last, add_theta, add_last, copy_theta, copy_last, gates, heads, chunk,
@@ -160,6 +161,7 @@ def outer(
         )  # fmt: skip
 
 
+@Launcher
 @triton.jit(do_not_specialize=["heads", "chunk"])
 def _rows_kernel(
     x, matrices, out, heads, chunk, x_j, x_b, x_t, x_h, m_bank, m_c, m_z, m_j, out_b, out_t, out_h,

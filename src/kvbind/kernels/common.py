@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvbind.kernels.ahead import compiling_ahead, is_new, rehearsing
+
 LEAST_CAPABILITY = (8, 0)
 """Compute capability that kernels need: bfloat16 matrix units."""
 
@@ -81,7 +83,7 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel, self.interpreted = kernel, interpreted()
-        self.compiled: dict[tuple[Any, ...], Any] = {}
+        self.compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
         if not self.interpreted:
             self.names = kernel.arg_names
             self.plain = [parameter.do_not_specialize for parameter in kernel.params]
@@ -92,7 +94,8 @@ class Launcher:
     def launch(self, grid: Any, *args: Any, **constants: Any) -> None:
         """Launch on `grid`, a tuple or a function of the constants; constants are given by keyword."""
         if self.interpreted:
-            self.kernel[grid](*args, **constants)
+            if not rehearsing():
+                self.kernel[grid](*args, **constants)
             return
         key: list[Any] = [args[0].device.index, *constants, *constants.values()]
         pointers = largest = 0
@@ -108,33 +111,41 @@ class Launcher:
                 pointers |= value.data_ptr()
             else:
                 key.append(kind)
-        if pointers % 16 or largest >= 2**31:
+        fixed, ordinary = tuple(key), pointers % 16 == 0 and largest < 2**31
+        if rehearsing():
+            if not ordinary or is_new((self, fixed)):
+                self.kernel.warmup(*args, grid=grid, **constants)
+            return
+        if not ordinary:
             self.kernel[grid](*args, **constants)
             return
-        fixed = tuple(key)
         found = self.compiled.get(fixed)
         if found is None:
             if len(self.compiled) >= self.MOST:
                 self.compiled.clear()
-            self.compiled[fixed] = self.kernel[grid](*args, **constants)
+            compiled = self.kernel[grid](*args, **constants)
+            # Triton has none to give where something other than it compiles
+            if compiled is not None:
+                self.compiled[fixed] = compiled, [constants[name] for name in self.names[len(args) :]]
             return
         if callable(grid):
             grid = grid(constants)
-        rest = [constants[name] for name in self.names[len(args) :]]
-        found[(*grid, 1, 1)[:3]](*args, *rest)
+        kernel, rest = found
+        kernel[(*grid, 1, 1)[:3]](*args, *rest)
 
 
 class Tuned:
     """A kernel with a short list of configurations, of which each combination of widths takes the fastest.
 
     Triton's autotuner chooses, at the first call, and keeps its choice on disk beside the compiled kernels; later calls go
-    past it, as it takes longer than a launch.
+    past it, as it takes longer than a launch. What it chooses from is compiled all at once.
     """
 
     def __init__(self, autotuner: Any) -> None:
         self.autotuner = autotuner
         self.launcher = Launcher(autotuner.fn)
         self.chosen: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self.tuned: set[tuple[Any, ...]] = set()
         self.places = [place for place, name in enumerate(autotuner.arg_names) if name in autotuner.keys]
         # Triton's autotuner is for one thread, and gradients are computed in others
         self.lock = threading.Lock()
@@ -147,12 +158,25 @@ class Tuned:
         chooses = [args[place] for place in self.places if place < len(args)]
         key = (args[0].dtype, args[0].device, *constants, *constants.values(), *chooses)
         config = self.chosen.get(key)
-        if config is None:
-            with self.lock:
-                self.autotuner.run(*args, grid=grid, warmup=False, **constants)
-                self.chosen[key] = self.autotuner.best_config.all_kwargs()
-        else:
+        if config is not None:
             self.launcher.launch(grid, *args, **constants, **config)
+        elif not rehearsing():
+            with self.lock:
+                self.tune(grid, args, constants, chooses)
+                self.chosen[key] = self.autotuner.best_config.all_kwargs()
+        elif not self.launcher.interpreted and is_new((self, key)):
+            with self.lock:
+                self.autotuner.warmup(*args, grid=grid, **constants)
+
+    def tune(self, grid: Any, args: tuple[Any, ...], constants: dict[str, Any], chooses: list[Any]) -> None:
+        """Launch with what the autotuner chooses."""
+        dtypes = [x.dtype for x in args if isinstance(x, Tensor)]
+        choice = (*dtypes, *chooses, *(x for name, x in constants.items() if name in self.autotuner.keys))
+        if choice not in self.tuned and args[0].is_cuda and not self.launcher.interpreted:
+            with compiling_ahead():
+                self.autotuner.warmup(*args, grid=grid, **constants)
+        self.autotuner.run(*args, grid=grid, warmup=False, **constants)
+        self.tuned.add(choice)
 
 
 def tuned(configs: Sequence[Any], key: Sequence[str], wide: Any = None) -> Callable[[Any], Tuned]:

@@ -15,6 +15,8 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from kvbind.kernels.ahead import rehearsing
+
 CAPACITY = 8
 """Steps kept with their buffers and graphs; the one unused for longest goes first."""
 
@@ -71,7 +73,7 @@ def repeated(key: Hashable, device: torch.device, make: Callable[[], S]) -> Iter
         device: where it runs.
         make: makes the step.
     """
-    if device.type != "cuda" or not switched_on():
+    if device.type != "cuda" or rehearsing() or not switched_on():
         step = make()
         yield step, step.run
         return

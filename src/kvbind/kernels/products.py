@@ -54,8 +54,8 @@ def _accumulate(
 
 
 _CONFIGS = [
-    triton.Config({"BM": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=3),
     triton.Config({"BM": 128, "BN": 128, "BK": 64}, num_warps=4, num_stages=3),
+    triton.Config({"BM": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=3),
     triton.Config({"BM": 128, "BN": 64, "BK": 64}, num_warps=4, num_stages=4),
 ]
 _WIDE = triton.Config({"BM": 64, "BN": 32, "BK": 32}, num_warps=4, num_stages=2)
@@ -171,9 +171,8 @@ def _preactivations(
 
 
 _FEATURES_CONFIGS = [
-    triton.Config({"BM": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=3),
-    triton.Config({"BM": 128, "BN": 64, "BK": 64}, num_warps=8, num_stages=3),
     triton.Config({"BM": 128, "BN": 64, "BK": 64}, num_warps=4, num_stages=3),
+    triton.Config({"BM": 128, "BN": 64, "BK": 64}, num_warps=8, num_stages=3),
 ]
 
 
@@ -238,9 +237,8 @@ def features(x: Tensor, theta: Tensor, spans: Tensor, longest: int, activation: 
 
 
 _BACKWARD_CONFIGS = [
-    triton.Config({"BM": 128, "BN": 64, "BK": 64}, num_warps=8, num_stages=3),
-    triton.Config({"BM": 64, "BN": 128, "BK": 64}, num_warps=8, num_stages=3),
     triton.Config({"BM": 64, "BN": 64, "BK": 64}, num_warps=4, num_stages=4),
+    triton.Config({"BM": 128, "BN": 64, "BK": 64}, num_warps=8, num_stages=3),
 ]
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvbind.kernels.ahead import rehearsed
 from kvbind.kernels.bank import Bank
 from kvbind.kernels.graphs import repeated
 from kvbind.kernels.sweep import LastLayer, Reader, Rule, Shape, Write, WriteBackward, aligned, by_chunk, chunk_of, copy
@@ -72,6 +73,7 @@ class _Call:
 
 
 @torch.library.custom_op("kvbind::recurrent_swiglu", mutates_args=())
+@rehearsed("momentum", "retention")
 def _recurrent(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor | None, weights: Tensor, rates: Tensor, momentum: Tensor | None,
     retention: Tensor | None, velocity: Tensor | None, norms: Tensor | None, chunk: int, hidden: int, update_all: bool,
@@ -156,6 +158,7 @@ def _(
 
 
 @torch.library.custom_op("kvbind::recurrent_swiglu_backward", mutates_args=())
+@rehearsed("momentum", "retention")
 def _recurrent_backward(
     d_out: Tensor | None, d_weights: Tensor | None, d_velocity: Tensor | None,
     states: Tensor, velocities: Tensor, found: Tensor,

@@ -21,6 +21,12 @@ SEGMENT_ROWS = 1 << 16
 SEGMENT_ELEMENTS = 1 << 24
 """Elements of the weights that they read, at most."""
 
+TOGETHER = 1 << 24
+"""Elements from which one launch for several tensors keeps a GPU busy: it has a block for every 2^16."""
+
+ALONE = 1 << 20
+"""Elements from which a tensor is copied by itself where one launch would not."""
+
 Kept = tuple[Tensor, Tensor]
 """What Newton-Schulz keeps for its gradient."""
 
@@ -97,7 +103,7 @@ def chunk_of(kept: Sequence[Kept], place: int, count: int) -> list[Kept]:
 
 
 def copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy tensors to (first) from (second), in a launch per dtype where both are contiguous."""
+    """Copy tensors to (first) from (second); those that are contiguous in a launch per dtype, or alone if that is faster."""
     to: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in pairs:
         if target.dtype == source.dtype and target.is_contiguous() and source.is_contiguous():
@@ -108,7 +114,12 @@ def copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         else:
             target.copy_(source)
     for targets, sources in to.values():
-        torch._foreach_copy_(targets, sources)
+        if sum(x.numel() for x in targets) < TOGETHER:
+            large = [i for i, x in enumerate(targets) if x.numel() >= ALONE]
+            for i in reversed(large):
+                targets.pop(i).copy_(sources.pop(i))
+        if targets:
+            torch._foreach_copy_(targets, sources)
 
 
 def _joined(groups: Sequence[Tensor]) -> Tensor:

@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbind.kernels.chunk_matmul import Tile
-from kvbind.kernels.common import cdiv, dot_precision, on_device_of
+from kvbind.kernels.common import Launcher, cdiv, dot_precision, on_device_of
 
 FACTORS = Tile(128, 64, 32, 8, 3)
 SECOND = Tile(64, 64, 64, 8, 2)
@@ -64,6 +64,7 @@ def _where(tiles_n, chunk, heads, BM: tl.constexpr):
     return n, c, c * chunk + m * BM, chunk - m * BM, z, z // heads, z % heads
 
 
+@Launcher
 @triton.jit(do_not_specialize=["heads", "chunk", "rate_r", "rate_b", "rate_t", "rate_h", "sum_n", "sum_z"])
 def _factors_kernel(
     x, y, theta, last, rates, out, sums, heads, chunk,
@@ -175,6 +176,7 @@ def factors(
     return None if partial is None else partial.sum(0)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["heads", "chunk", "rate_r", "rate_b", "rate_t", "rate_h", "sum_r", "sum_n", "sum_z"])
 def _second_kernel(
     k, v, theta, last, d_theta, d_last, rates, out, sums, heads, chunk,

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbind.kernels.bank import Bank
-from kvbind.kernels.common import cdiv, on_device_of
+from kvbind.kernels.common import Launcher, cdiv, on_device_of
 
 EPSILON = tl.constexpr(1e-5)
 """What is added to a channel's norm, as in the twin."""
@@ -51,6 +51,7 @@ def _channels(KEY: tl.constexpr, HIDDEN: tl.constexpr, VALUE: tl.constexpr, THET
     return place, (i < height)[:, None] & (j < width)[None, :], which * HIDDEN + j, j < width
 
 
+@Launcher
 @triton.jit(do_not_specialize=["count", "heads"])
 def _apply_kernel(
     weights, updates, states, retention, norms, found, count, heads, sign, update_c, state_c,
@@ -113,6 +114,7 @@ def apply(
         )  # fmt: skip
 
 
+@Launcher
 @triton.jit(do_not_specialize=["count", "heads", "blocks"])
 def _apply_backward_kernel(
     grad, carry, states, reads, retention, norms, found, d_updates, d_retention, d_norms, count, heads, blocks, sign,
@@ -203,6 +205,7 @@ def apply_backward(
     return None if d_retention is None else d_retention.sum(-1)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["count", "heads"])
 def _momentum_kernel(velocity, gradients, gates, velocities, count, heads, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     z, heads = tl.program_id(1).to(tl.int64), heads.to(tl.int64)
@@ -234,6 +237,7 @@ def momentum_forward(velocity: Tensor, gradients: Tensor, gates: Tensor, velocit
         )
 
 
+@Launcher
 @triton.jit(do_not_specialize=["count", "heads", "blocks"])
 def _momentum_backward_kernel(
     d_velocity, d_velocities, velocities, gates, d_gradients, d_gates, count, heads, blocks,

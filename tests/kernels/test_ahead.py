@@ -1,0 +1,137 @@
+"""Kernels are compiled before the call that needs them, once for each kind of call, and rehearsals run nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvbind.kernels import ahead
+from kvbind.kernels.common import Launcher, Tuned
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """What a body was called with, "rehearsal" before a call that compiles only; on the CPU as it would be on a GPU."""
+    calls = []
+
+    class Rehearsal(nullcontext):
+        def __enter__(self):
+            calls.append("rehearsal")
+
+    monkeypatch.setattr(ahead, "_can_rehearse", lambda args: True)
+    monkeypatch.setattr(ahead, "compiling_ahead", Rehearsal)
+    return calls
+
+
+def operator(calls):
+    @ahead.rehearsed("gates")
+    def body(x: torch.Tensor, gates: torch.Tensor | None, chunk: int) -> torch.Tensor:
+        calls.append(len(x))
+        return x + chunk
+
+    return body
+
+
+def test_each_kind_of_call_is_rehearsed_once(log):
+    body, x = operator(log), torch.zeros(4, 8)
+    assert torch.equal(body(x, None, 3), x + 3)
+    assert log == ["rehearsal", 4, 4]
+    body(x, None, 3)
+    assert log[3:] == [4]
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ({"x": torch.zeros(7, 8)}, False),
+        ({"gates": torch.zeros(2, 5)}, False),
+        ({"x": torch.zeros(4, 16)}, True),
+        ({"x": torch.zeros(4, 8, dtype=torch.bfloat16)}, True),
+        ({"gates": None}, True),
+        ({"chunk": 4}, True),
+    ],
+    ids=["rows", "gates' length", "width", "dtype", "no gates", "chunk"],
+)
+def test_lengths_make_no_kind_and_all_else_does(log, change, again):
+    body, given = operator(log), {"x": torch.zeros(4, 8), "gates": torch.zeros(2, 3), "chunk": 3}
+    body(*given.values())
+    body(*(given | change).values())
+    assert log.count("rehearsal") == 1 + again
+
+
+def test_kinds_that_keep_changing_are_no_longer_rehearsed(log, monkeypatch):
+    monkeypatch.setattr(ahead, "MOST", 3)
+    body = operator(log)
+    for chunk in range(6):
+        body(torch.zeros(2, 2), None, chunk)
+    assert log.count("rehearsal") == 3
+
+
+def test_a_call_on_the_cpu_runs_once():
+    calls = []
+    operator(calls)(torch.zeros(4, 8), None, 3)
+    assert calls == [4]
+
+
+def test_an_operator_made_of_a_rehearsed_body_has_its_schema(log):
+    made = torch.library.custom_op("kvbind_test::rehearsed", operator(log), mutates_args=())
+    assert torch.equal(made(torch.ones(2, 2), None, 3), torch.full((2, 2), 4.0))
+    schema = str(torch.ops.kvbind_test.rehearsed.default._schema)
+    assert schema == "kvbind_test::rehearsed(Tensor x, Tensor? gates, SymInt chunk) -> Tensor"
+
+
+def test_launches_in_a_rehearsal_compile_each_kernel_once_and_run_none(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    warmed = []
+    kernel = SimpleNamespace(
+        arg_names=("x", "WIDTH"),
+        params=(SimpleNamespace(do_not_specialize=False),) * 2,
+        warmup=lambda *args, grid, **constants: warmed.append(constants),
+    )
+    launcher = Launcher(kernel)
+    choices = SimpleNamespace(fn=kernel, arg_names=kernel.arg_names, keys=["WIDTH"], warmup=kernel.warmup)
+    monkeypatch.setattr(ahead._here, "noted", set())
+    for launch in (launcher.launch, Tuned(choices).launch):
+        for width in (8, 8, 16):
+            launch((1,), torch.zeros(8), WIDTH=width)
+    assert warmed == [{"WIDTH": 8}, {"WIDTH": 16}] * 2
+    assert launcher.compiled == {}
+
+
+def rehearse_for_hopper():
+    """Names of what a forward and a backward call of Newton-Schulz compile in a rehearsal, for a GPU that is not there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from kvbind.kernels import newton_schulz
+
+    target = SimpleNamespace(
+        get_current_device=lambda: 0, get_current_stream=lambda _: 0, get_current_target=lambda: GPUTarget("cuda", 90, 32)
+    )
+    triton.runtime.driver.set_active(target)
+    x = torch.ones(2, 16, 16, requires_grad=True)
+    with ahead.compiling_ahead():
+        newton_schulz.newton_schulz(x, ((3.0, -3.0, 1.0),)).sum().backward()
+        rehearsing = ahead.rehearsing()
+    launchers = {name: x for name, x in vars(newton_schulz).items() if isinstance(x, Launcher)}
+    compiled = sorted(name for name, x in launchers.items() if x.kernel.device_caches[0][0])
+    return {"compiled": compiled, "inside": rehearsing, "after": ahead.rehearsing()}
+
+
+def test_a_rehearsal_compiles_with_triton_what_launches_need(tmp_path):
+    pytest.importorskip("triton")
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found == {"compiled": ["_whole_backward", "_whole_forward"], "inside": True, "after": False}
+
+
+if __name__ == "__main__":
+    json.dump(rehearse_for_hopper(), sys.stdout)

@@ -1,0 +1,84 @@
+"""Launches past Triton's own way run what Triton would have run."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvbind.kernels.common import Launcher
+
+
+class Kernel:
+    """Stands for a `triton.jit` kernel of two tensors, two integers and two constants."""
+
+    arg_names = ("x", "y", "length", "stride", "WIDTH", "TILE")
+    params = tuple(SimpleNamespace(do_not_specialize=name == "length") for name in arg_names)
+
+    def __init__(self):
+        self.made, self.ran = [], []
+
+    def __getitem__(self, grid):
+        def make(*args, **constants):
+            number = len(self.made)
+            self.made.append((grid, args, constants))
+            return Compiled(self.ran, number)
+
+        return make
+
+
+class Compiled:
+    def __init__(self, ran, number):
+        self.ran, self.number = ran, number
+
+    def __getitem__(self, grid):
+        return lambda *args: self.ran.append((self.number, grid, args))
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    return Kernel()
+
+
+def test_a_launch_like_an_earlier_one_runs_what_that_compiled_on_its_own_arguments(kernel):
+    launcher, x, y = Launcher(kernel), torch.zeros(8), torch.ones(8)
+    launcher[(4,)](x, y, 100, 8, WIDTH=8, TILE=16, num_warps=4)
+    # another length is none that Triton specializes on; constants may come in any order, as may what the grid is made from
+    launcher[lambda constants: (constants["TILE"], 2)](y, x, 57, 8, WIDTH=8, TILE=16, num_warps=4)
+    assert len(kernel.made) == 1
+    ((number, grid, args),) = kernel.ran
+    assert (number, grid) == (0, (16, 2, 1))
+    assert args[0] is y
+    assert args[2:] == (57, 8, 8, 16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.zeros(8, dtype=torch.bfloat16)},
+        {"x": None},
+        {"stride": 1},
+        {"WIDTH": 4},
+        {"num_warps": 8},
+        {"x": torch.zeros(9)[1:]},
+        {"length": 2**31},
+    ],
+    ids=["dtype", "no tensor", "stride", "constant", "warps", "not aligned", "beyond 32 bits"],
+)
+def test_what_triton_would_compile_anew_goes_through_triton(kernel, change):
+    launcher = Launcher(kernel)
+    given = {"x": torch.zeros(8), "y": torch.zeros(8), "length": 5, "stride": 8, "WIDTH": 8, "TILE": 16, "num_warps": 4}
+    for fields in (given, given | change):
+        constants = {name: fields[name] for name in ("WIDTH", "TILE", "num_warps")}
+        launcher[(1,)](torch.zeros(8), *(fields[name] for name in ("x", "length", "stride")), **constants)
+    assert len(kernel.made) == 2
+    assert kernel.ran == []
+
+
+def test_kernels_remembered_have_a_limit(kernel, monkeypatch):
+    monkeypatch.setattr(Launcher, "MOST", 3)
+    launcher, x = Launcher(kernel), torch.zeros(8)
+    for stride in range(2, 9):
+        launcher[(1,)](x, x, 5, stride, WIDTH=8, TILE=16)
+    assert len(kernel.made) == 7
+    assert len(launcher.compiled) <= 3
