@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from kvbind.forms.linearize import LinearAttention, linearize
     from kvbind.forms.state import State
     from kvbind.inner import GLU, MLP, DepthwiseConv, InnerLoop, Linear, Network, NewtonSchulz, SwiGLU, systems
+    from kvbind.models.lact.sharding import shard_batch
+    from kvbind.sequence import SequenceShard, count_bytes, sequence_parallel
 
 try:
     __version__ = version("kvbind")
@@ -32,11 +34,15 @@ __all__ = [
     "Network",
     "NewtonSchulz",
     "NoParallelFormError",
+    "SequenceShard",
     "State",
     "SwiGLU",
+    "count_bytes",
     "explain",
     "inner_loss",
     "linearize",
+    "sequence_parallel",
+    "shard_batch",
     "systems",
     "ttt",
 ]
@@ -46,8 +52,10 @@ _HOMES = {
     "kvbind.forms.api": ("inner_loss", "ttt"),
     "kvbind.forms.linearize": ("LinearAttention", "linearize"),
     "kvbind.forms.state": ("State",),
+    "kvbind.models.lact.sharding": ("shard_batch",),
+    "kvbind.sequence": ("SequenceShard", "count_bytes", "sequence_parallel"),
 }
-_PACKAGES = ("bench", "experiments", "forms", "inner", "layers", "models", "tasks", "train")
+_PACKAGES = ("bench", "experiments", "forms", "inner", "layers", "models", "sequence", "tasks", "train")
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -74,16 +74,44 @@ def parallel_obstacles(spec: InnerLoop) -> tuple[Obstacle, ...]:
 
 
 class NoParallelFormError(ValueError):
-    """`form="parallel"` was asked of an inner loop that has none.
+    """A parallel form was asked of an inner loop that has none.
+
+    Args:
+        explanation: the whole analysis.
+        asked: the argument that asked for it.
 
     Attributes:
         explanation: the whole analysis.
     """
 
-    def __init__(self, explanation: Explanation) -> None:
+    def __init__(self, explanation: Explanation, asked: str = "form='parallel'") -> None:
         self.explanation = explanation
         reasons = "\n".join(f"  - {obstacle}" for obstacle in explanation.obstacles)
-        super().__init__(f"form='parallel' needs an inner loop that has a parallel form; this one has none:\n{reasons}")
+        super().__init__(f"{asked} needs an inner loop that has a parallel form; this one has none:\n{reasons}")
+
+
+def sequence_schedule(
+    spec: InnerLoop, schedule: Literal["auto", "scan", "ring"] = "auto", form: str = "auto"
+) -> Literal["scan", "ring"]:
+    """How an inner loop runs over a row that is cut over ranks: all ranks at once and a scan, or rank after rank.
+
+    Args:
+        spec: the inner loop.
+        schedule: what `kvbind.SequenceShard` asks for.
+        form: what `kvbind.ttt` was asked for; "recurrent" leaves the ring.
+
+    Raises:
+        ValueError: `visibility="full"`, under which every token sees all others; or "scan" beside `form="recurrent"`.
+        NoParallelFormError: "scan" for an inner loop that has no parallel form.
+    """
+    if spec.visibility == "full":
+        raise ValueError("sequence parallelism needs a causal inner loop; got visibility='full'")
+    obstacles = parallel_obstacles(spec)
+    if schedule == "scan" and form == "recurrent":
+        raise ValueError("schedule='scan' runs the parallel form; got form='recurrent', which runs in schedule='ring'")
+    if schedule == "scan" and obstacles:
+        raise NoParallelFormError(explain(spec), "schedule='scan'")
+    return "ring" if obstacles or schedule == "ring" or form == "recurrent" else "scan"
 
 
 @dataclass(frozen=True, repr=False)
@@ -128,26 +156,85 @@ class Cost:
     state_bytes: int
 
 
-def cost(spec: InnerLoop, shapes: Shapes) -> Cost:
-    """Operations, bytes and state size of `spec` at `shapes`."""
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of an inner loop's matrix products, all heads; two per multiply-add.
+
+    What is elementwise (activations, gates, rates, norms) is not among them.
+
+    Attributes:
+        read: of one token's output, its features included.
+        write: of one token's gradients, over all steps, the features at its key included.
+        orthogonalize: of one update, over all steps and matrices, without use of symmetry.
+    """
+
+    read: float
+    write: float
+    orthogonalize: float
+
+
+def work(spec: InnerLoop, shapes: Shapes) -> Work:
+    """Operations of the parts that every form of `spec` is made of, at `shapes`."""
     network, h = spec.network, shapes.heads
     dims = network.shapes(shapes.key_width, shapes.value_width, (shapes.hidden,) * network.hidden_layers)
     sizes = {name: math.prod(shape) for name, shape in dims.items()}
     theta, everything = sum(sizes[name] for name in network.theta), sum(sizes.values())
 
     write = theta + sizes["out"]
-    if spec.loss == "squared":
+    moves_theta = spec.update == "all" and bool(network.theta)
+    if spec.loss == "squared" and not (isinstance(network, GLU) and moves_theta):
+        # a GLU's gate has its gradient from the same output
         write += sizes["out"]
-    if spec.update == "all" and network.theta:
+    if moves_theta:
         first = network.theta[:1] if isinstance(network, MLP) else network.theta
         write += theta + everything - sum(sizes[name] for name in first)
-    chunk = min(spec.chunk or shapes.tokens, shapes.tokens)
     orthogonalize = 0.0
     if spec.orthogonalize is not None:
         for name in spec.updated:
             short, long = sorted(dims[name])
-            orthogonalize += len(spec.orthogonalize.coefficients) * (4 * short**2 * long + 2 * short**3) / chunk
-    orthogonalize *= spec.steps * h
+            orthogonalize += len(spec.orthogonalize.coefficients) * (4 * short**2 * long + 2 * short**3)
+    return Work(2 * h * everything, 2 * h * spec.steps * write, h * spec.steps * orthogonalize)
+
+
+def training_flops(spec: InnerLoop, shapes: Shapes, written: int | None = None) -> float:
+    """Model FLOPs of one training step on one sequence: what its outputs need, forward and backward.
+
+    The backward pass has two products for each of the forward pass, one for either factor's gradient. Nothing that an
+    implementation computes again is counted twice, and an update that no token of the sequence sees (that of the last chunk
+    under `visibility="past"`) is not counted.
+
+    Args:
+        spec: the inner loop.
+        shapes: sizes; `shapes.tokens` is the sequence's length.
+        written: under `visibility="full"`, how many of the tokens write; default all.
+
+    Raises:
+        ValueError: `written` under another visibility, or not from 0 to `shapes.tokens`.
+    """
+    tokens = shapes.tokens
+    if written is not None and spec.visibility != "full":
+        raise ValueError(f"written must be None unless visibility is 'full'; got {written} under {spec.visibility!r}")
+    if written is not None and not 0 <= written <= tokens:
+        raise ValueError(f"written must be from 0 to the number of tokens, {tokens}; got {written}")
+    if spec.chunk is None:
+        seen = tokens if written is None else written
+        updates = int(seen > 0)
+    elif spec.visibility == "past":
+        updates = (tokens - 1) // spec.chunk
+        seen = updates * spec.chunk
+    else:
+        seen, updates = tokens, -(-tokens // spec.chunk)
+    parts = work(spec, shapes)
+    return 3 * (tokens * parts.read + seen * parts.write + updates * parts.orthogonalize)
+
+
+def cost(spec: InnerLoop, shapes: Shapes) -> Cost:
+    """Operations, bytes and state size of `spec` at `shapes`."""
+    network, h = spec.network, shapes.heads
+    dims = network.shapes(shapes.key_width, shapes.value_width, (shapes.hidden,) * network.hidden_layers)
+    sizes = {name: math.prod(shape) for name, shape in dims.items()}
+    chunk = min(spec.chunk or shapes.tokens, shapes.tokens)
+    parts = work(spec, shapes)
     updated = sum(sizes[name] for name in spec.updated)
     channels = sum(math.prod(dims[name]) // math.prod(dims[name][a] for a in network.input_axes) for name in spec.updated)
     gates = spec.momentum + spec.retention
@@ -155,12 +242,13 @@ def cost(spec: InnerLoop, shapes: Shapes) -> Cost:
     width, itemsize = shapes.key_width + shapes.value_width, shapes.dtype.itemsize
     pending = (chunk - 1) * (width * itemsize + 4 * (len(spec.updated) + gates)) if spec.chunk else 0
     return Cost(
-        flops_per_token=2 * h * (everything + spec.steps * write) + orthogonalize,
-        orthogonalize_flops_per_token=orthogonalize,
+        flops_per_token=parts.read + parts.write + parts.orthogonalize / chunk,
+        orthogonalize_flops_per_token=parts.orthogonalize / chunk,
         bytes_per_token=2 * h * width * itemsize + 4 * h * (rates + gates),
         state_bytes=h
         * (
-            4 * (everything + updated * (spec.momentum + (spec.normalize == "read")) + channels * bool(spec.normalize))
+            4 * (sum(sizes.values()) + updated * (spec.momentum + (spec.normalize == "read")))
+            + 4 * channels * bool(spec.normalize)
             + pending
         ),
     )
@@ -199,6 +287,11 @@ class Explanation:
         return not self.obstacles
 
     @property
+    def sequence_schedule(self) -> Literal["scan", "ring"] | None:
+        """How it runs over a row cut over ranks (`kvbind.SequenceShard`); None where it is not causal."""
+        return None if self.spec.visibility == "full" else sequence_schedule(self.spec)
+
+    @property
     def nearest_name(self) -> str | None:
         """The rung of the inner loop's own ladder that `nearest` is, or None."""
         return next((name for name, rung in ladder(self.spec).items() if rung == self.nearest), None)
@@ -217,6 +310,7 @@ class Explanation:
             name = self.nearest_name
             rung = f"{name.replace('rung', 'rung ')} ({RUNGS[name]}), that is, " if name else ""
             lines.append(f"nearest parallel relative: {rung}replace({edit})")
+        lines.append(f"over ranks: {_OVER_RANKS[self.sequence_schedule]}")
         s, c = self.shapes, self.cost
         lines += [
             "",
@@ -228,6 +322,13 @@ class Explanation:
             f"  {c.state_bytes / 2**20:.2f} MiB of state per sequence, whatever its length",
         ]
         return "\n".join(lines)
+
+
+_OVER_RANKS = {
+    "scan": "all at once, with an exclusive scan of states across ranks",
+    "ring": "one after another, each from the state of the one before (no parallel form)",
+    None: "no, every token sees all others",
+}
 
 
 def explain(spec: InnerLoop, shapes: Shapes | None = None) -> Explanation:

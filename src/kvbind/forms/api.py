@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,11 +14,13 @@ from kvbind.forms import fused
 from kvbind.forms.analysis import NoParallelFormError, explain, parallel_obstacles
 from kvbind.forms.parallel import parallel
 from kvbind.forms.recurrent import chunk_update, chunks, recurrent
+from kvbind.forms.sharded import sharded
 from kvbind.forms.state import State
-from kvbind.forms.validation import LearningRate, Operands, check_operands
+from kvbind.forms.validation import LearningRate, Operands, check_operands, check_shard
 from kvbind.inner.losses import loss_value
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice
+from kvbind.sequence.shard import SequenceShard
 
 Form = Literal["auto", "recurrent", "parallel"]
 
@@ -36,6 +39,7 @@ def ttt(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     update_tokens: slice | Tensor | None = None,
     form: Form = "auto",
+    sequence: SequenceShard | None = None,
 ) -> tuple[Tensor, State]:
     """Run an inner loop over sequences of keys and values, and read it with queries.
 
@@ -62,22 +66,30 @@ def ttt(
         update_tokens: for `visibility="full"`, a slice or a bool mask (`[T]` or `[B, T]`) of the tokens that write.
         form: "recurrent", "parallel", or "auto": the parallel form where there is one and more than one chunk to run it
             on, else the recurrent one.
+        sequence: q, k and v, rates and gates are this rank's slice of a row that is cut over ranks, all of which call with
+            the same shard. Excludes `state` and `cu_seqlens`.
 
     Returns:
-        Outputs `[B, T, H, Dv]` in q's dtype, and the state after the last token. Any split of a sequence into calls gives
+        Outputs `[B, T, H, Dv]` in q's dtype, and the state after the last token (of a slice: the state of each of its
+        documents after its last token here). Any split of a sequence into calls gives
         the same outputs under `visibility` "past" and "token"; under "chunk", splits between chunks do, and an
         incomplete chunk is read after the tokens it has.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
-        NoParallelFormError: `form="parallel"` for an inner loop that has none.
+        NoParallelFormError: `form="parallel"`, or a `sequence` with `schedule="scan"`, for an inner loop that has none.
     """
     check_choice("form", form, ("auto", "recurrent", "parallel"))
+    if sequence is not None:
+        cu_seqlens = check_shard(spec, sequence, q, state, cu_seqlens)
     call = check_operands(spec, weights, q, k, v, lr, momentum, retention, state, cu_seqlens, update_tokens)
     if form == "parallel" and parallel_obstacles(spec):
         raise NoParallelFormError(explain(spec))
     with torch.autocast(q.device.type, enabled=False):
-        output, state = _run(spec, call, form)
+        if sequence is None:
+            output, state = _run(spec, call, form)
+        else:
+            output, state = sharded(spec, call, sequence, form, partial(_run, form=form))
     return output.transpose(1, 2).to(q.dtype), state
 
 
@@ -103,11 +115,11 @@ def _evaluate(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, Stat
 
 def _run(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, State]:
     """Run a call, sequences of equal length and equally many pending tokens together."""
-    lengths = call.state.pending_lengths
-    if len(set(lengths)) == 1 and (call.cu_seqlens is None or fused.takes_packed(spec, call, form)):
+    lengths, total = call.state.pending_lengths, call.q.shape[2]
+    together = call.cu_seqlens is None or fused.takes_packed(spec, call, chosen_form(spec, form, total))
+    if len(set(lengths)) == 1 and together:
         return _evaluate(spec, call, form)
 
-    total = call.q.shape[2]
     bounds = call.cu_seqlens or (0, total)
     packed = call.cu_seqlens is not None
     groups = defaultdict(list)

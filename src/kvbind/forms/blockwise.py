@@ -11,6 +11,7 @@ triangular system for each block, `(I + N) g = v - phi (coefficients of S and D)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -80,48 +81,61 @@ def blockwise(spec: InnerLoop, chunk: int, q: Tensor, tokens: Tokens, state: Sta
     joined = tokens if pending is None else pending.append(tokens)
     # pending tokens were read in an earlier call: zeros keep their places, and what they read is dropped
     q = F.pad(q, (0, 0, kept, 0))
-    total, size = len(joined), chunk * max(1, BLOCK // chunk)
-    blocks = total // size * size
-    remainder = total - blocks
-
-    fast, outputs = state.fast, []
-    if blocks:
-        folded = joined.span(0, blocks).map(lambda x: x.unflatten(2, (-1, size)))
-        output, fast = _blocks(spec, chunk, q[:, :, :blocks].unflatten(2, (-1, size)), folded, fast)
+    fast, outputs, start = state.fast, [], 0
+    for part in _folded(joined, chunk):
+        length = part.k.shape[2] * part.k.shape[3]
+        queries = q[:, :, start : start + length].unflatten(2, part.k.shape[2:4])
+        output, fast = _blocks(spec, chunk, queries, part, fast)
         outputs.append(output.flatten(2, 3))
-    if remainder:
-        folded = joined.span(blocks, total).map(lambda x: x.unsqueeze(2))
-        output, fast = _blocks(spec, chunk, q[:, :, blocks:].unsqueeze(2), folded, fast)
-        outputs.append(output.flatten(2, 3))
+        start += length
+    total = len(joined)
     rest = joined.span(total - total % chunk, total)
     output = torch.cat(outputs, dim=2) if outputs else q.new_empty(*q.shape[:3], tokens.v.shape[-1])
     return output[:, :, kept:], State.of(spec, fast, rest, len(rest))
 
 
-def _blocks(spec: InnerLoop, chunk: int, q: Tensor, tokens: Tokens, fast: FastWeights) -> tuple[Tensor, FastWeights]:
+def advance(spec: InnerLoop, tokens: Tokens, fast: FastWeights) -> FastWeights:
+    """The fast weights after some complete chunks, of which nothing is read."""
+    assert spec.chunk is not None
+    for part in _folded(tokens, spec.chunk):
+        fast = _blocks(spec, spec.chunk, None, part, fast)[1]
+    return fast
+
+
+def _folded(tokens: Tokens, chunk: int) -> Iterator[Tokens]:
+    """Tokens in blocks, `[B, H, n, L]`: the whole ones together, then the rest."""
+    total, size = len(tokens), chunk * max(1, BLOCK // chunk)
+    blocks = total // size * size
+    if blocks:
+        yield tokens.span(0, blocks).map(lambda x: x.unflatten(2, (-1, size)))
+    if blocks < total:
+        yield tokens.span(blocks, total).map(lambda x: x.unsqueeze(2))
+
+
+def _blocks(spec: InnerLoop, chunk: int, q: Tensor | None, tokens: Tokens, fast: FastWeights) -> tuple[Tensor, FastWeights]:
     """Blocks of equal length, one after another.
 
     Args:
         spec: the inner loop.
         chunk: tokens in a chunk.
-        q: what is read, `[B, H, n, L, Dk]` for `n` blocks of `L` tokens.
+        q: what is read, `[B, H, n, L, Dk]` for `n` blocks of `L` tokens; None to read nothing.
         tokens: what writes, with the same axes.
         fast: weights before the first block.
 
     Returns:
-        Outputs `[B, H, n, L, Dv]`, and the weights after the last complete chunk.
+        Outputs `[B, H, n, L, Dv]`, empty where nothing is read, and the weights after the last complete chunk.
     """
     network = spec.network
-    dtype, length = fast.weights["out"].dtype, q.shape[3]
+    dtype, length = fast.weights["out"].dtype, tokens.k.shape[3]
     weights = {name: x.unsqueeze(2) for name, x in fast.weights.items()}
     k, v = tokens.k.to(dtype), tokens.v.to(dtype)
-    read, write = network.features(weights, q), network.features(weights, k)
+    write = network.features(weights, k)
     g = gated(network.gate(weights, k), v)
     rate = tokens.column_rates()["out"]
 
     # an incomplete last chunk has a column like any other, but the state that goes on stands before it
     count, complete = -(-length // chunk), length // chunk
-    place = torch.arange(length, device=q.device) // chunk
+    place = torch.arange(length, device=k.device) // chunk
     share = Coefficients.of(spec.sign, _chunk_means(tokens.momentum, chunk), _chunk_means(tokens.retention, chunk), count, v)
     interacting = count > 1 or spec.visibility != "past"
 
@@ -153,7 +167,7 @@ def _blocks(spec: InnerLoop, chunk: int, q: Tensor, tokens: Tokens, fast: FastWe
 
     state, momentum = fast.weights["out"], fast.momentum.get("out")
     states, momenta, descents = [], [], []
-    for b in range(q.shape[2]):
+    for b in range(k.shape[2]):
         states.append(state)
         own = g[:, :, b]
         if solved_state is not None:
@@ -169,13 +183,16 @@ def _blocks(spec: InnerLoop, chunk: int, q: Tensor, tokens: Tokens, fast: FastWe
             state = state + block(keep[1], b) * momenta[-1]
             momentum = block(keep_momentum, b) * momentum + columns @ (block(into_momentum, b) * own)
 
+    end = FastWeights(dict(fast.weights) | {"out": state}, {} if momentum is None else {"out": momentum}, fast.norms)
+    if q is None:
+        return v.new_empty(0), end
+    read = network.features(weights, q)
     on_state, on_momentum, on_tokens = _reads(spec, chunk, share, place, tokens)
     output = on_state[..., None] * (read @ torch.stack(states, 2))
     if momenta:
         output = output + on_momentum[..., None] * (read @ torch.stack(momenta, 2))
     if interacting:
         output = output + (on_tokens * (read @ write.mT)) @ (rate * torch.stack(descents, 2))
-    end = FastWeights(dict(fast.weights) | {"out": state}, {} if momentum is None else {"out": momentum}, fast.norms)
     return gated(network.gate(weights, q), output), end
 
 

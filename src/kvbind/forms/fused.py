@@ -1,7 +1,7 @@
 """Inner loops on the kernels of `kvbind.kernels`: which of them a call can take, and how its operands become theirs.
 
-A kernel is taken where it computes the same form of the same inner loop. Its products take operands in q's dtype (bfloat16
-or float32) with sums, scans, gates and states in float32; the PyTorch forms first turn operands into float32.
+A kernel is taken where it computes the same form of the same inner loop. Its products take operands in q's dtype (bfloat16,
+float16 or float32) with sums, scans, gates and states in float32; the PyTorch forms first turn operands into float32.
 `KVBIND_KERNELS=0` keeps to those.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 from kvbind.kernels.common import runs_on
+from kvbind.sequence.shard import SequenceShard
+
+if TYPE_CHECKING:
+    from kvbind.kernels.across import Across
 
 Engine = Callable[[InnerLoop, Operands], tuple[Tensor, State]]
 
@@ -37,7 +42,7 @@ MOST_RECURRENT = 65535
 NARROWEST = 16
 """The least width of an operand of a matrix unit."""
 
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def engine(spec: InnerLoop, call: Operands, form: str) -> Engine | None:
@@ -190,24 +195,75 @@ def chunked_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
     Returns:
         Outputs `[B, H, T, Dv]`, and the state after this call.
     """
+    pending = call.state.pending()
+    joined = call.tokens if pending is None else pending.append(call.tokens)
+    kept = 0 if pending is None else len(pending)
+    sequences = call.q.shape[0] if call.cu_seqlens is None else len(call.cu_seqlens) - 1
+    return _chunked(spec, call, joined, (kept,) * sequences)
+
+
+def chunked_across(spec: InnerLoop, call: Operands) -> bool:
+    """Whether the slice of a row that is cut over ranks runs on `kvbind.kernels.chunked`, exchanges included."""
+    # a GLU's gates are made by each sequence's own matrix, without tables
+    alike = call.cu_seqlens is None or len(call.cu_seqlens) == 2 or not isinstance(spec.network, GLU)
+    return alike and chunked_fits(spec) and operands_fit(call) and wide_enough(call)
+
+
+def chunked_shard(spec: InnerLoop, call: Operands, joined: Tokens, kept: int, shard: SequenceShard) -> tuple[Tensor, State]:
+    """The chunkwise parallel form on kernels of a slice of a row.
+
+    Args:
+        spec: an inner loop that `chunked_fits`.
+        call: the slice.
+        joined: its tokens behind `kept` others of the first document (or of every row).
+        kept: as said.
+        shard: how the row is cut.
+
+    Returns:
+        As `chunked_form`.
+    """
+    if call.cu_seqlens is None:
+        return _chunked(spec, call, joined, (kept,) * call.q.shape[0], shard)
+    return _chunked(spec, call, joined, (kept,) + (0,) * (len(call.cu_seqlens) - 2), shard)
+
+
+def _across(shard: SequenceShard, writers: tuple[int, ...], chunk: int, own: bool, packed: bool) -> Across:
+    """Where a slice's first and last sequences go on, of `writers` tokens each; `own` as `chunked_layout` takes it."""
+    from kvbind.kernels.across import Across
+
+    here, count = shard.here, 1 if packed else len(writers)
+    starts = list(itertools.accumulate((-(-n // chunk) if own else n // chunk for n in writers), initial=0))
+    return Across(
+        group=shard.group_name,
+        rank=shard.rank,
+        size=shard.size,
+        first=here.first,
+        last=here.last,
+        alone=len(here.bounds) == 2,
+        count=count,
+        complete=writers[-1] // chunk,
+        chunks=tuple(starts[len(writers) - count : -1]),
+    )
+
+
+def _chunked(
+    spec: InnerLoop, call: Operands, joined: Tokens, kept: tuple[int, ...], shard: SequenceShard | None = None
+) -> tuple[Tensor, State]:
+    """What `chunked_form` says, of tokens behind those that each sequence has had pending."""
     from kvbind.kernels.chunked import chunked
     from kvbind.kernels.spans import TILE, chunk_means, chunked_layout
 
     q, state, bounds = call.q, call.state, call.cu_seqlens
-    pending = state.pending()
-    joined = call.tokens if pending is None else pending.append(call.tokens)
-    kept = 0 if pending is None else len(pending)
     lengths = (q.shape[2],) * q.shape[0] if bounds is None else tuple(b - a for a, b in itertools.pairwise(bounds))
-    writers = tuple(kept + n for n in lengths) if spec.chunk else (len(joined),) * len(lengths)
+    writers = tuple(old + n for old, n in zip(kept, lengths, strict=True)) if spec.chunk else (len(joined),) * len(lengths)
     fast, network, orthogonalize = state.fast, spec.network, spec.orthogonalize
 
     theta, shared = theta_of(network, fast)
     start = fast.weights["out"]
     tiles = q.shape[1] * -(-start.shape[-2] // TILE) * -(-start.shape[-1] // TILE)
     own = spec.visibility != "past"
-    layout = chunked_layout(
-        lengths, (kept,) * len(lengths), writers, spec.chunk or len(joined), own, shared, tiles, q.device
-    )
+    layout = chunked_layout(lengths, kept, writers, spec.chunk or len(joined), own, shared, tiles, q.device)
+    across = _across(shard, writers, spec.chunk, own, bounds is not None) if shard is not None and spec.chunk else None
 
     def per_chunk(gate: Tensor | None) -> Tensor | None:
         return None if gate is None else chunk_means(layout, as_rows(gate).float())
@@ -219,7 +275,7 @@ def chunked_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
         activation=activation_of(network), rates=None if rate is None else as_rows(rate).contiguous(),
         momentum=per_chunk(joined.momentum), velocity=dense(fast.momentum["out"]) if spec.momentum else None,
         retention=per_chunk(joined.retention), coefficients=orthogonalize.coefficients if orthogonalize else (),
-        orthogonal_dtype=orthogonalize.dtype if orthogonalize else torch.bfloat16, sign=spec.sign,
+        orthogonal_dtype=orthogonalize.dtype if orthogonalize else torch.bfloat16, sign=spec.sign, across=across,
     )  # fmt: skip
     after = FastWeights(dict(fast.weights) | {"out": end}, {"out": velocity} if spec.momentum else {}, fast.norms)
     output = gated(output_gate, output.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2))
@@ -263,7 +319,7 @@ def causal_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
         output = torch.cat((output, run(length - rest, length, end)[0]), dim=1)
     after = FastWeights(dict(fast.weights) | {"out": end}, {}, {})
     counts = (0,) * state.batch if bounds is not None else (length,) * state.batch
-    return gated(output_gate, output.transpose(1, 2)), settle(spec, after, tokens, counts, 0, None)
+    return gated(output_gate, output.transpose(1, 2)), settle(spec, after, tokens, counts, (0,) * len(counts), None)
 
 
 def glu_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
@@ -439,20 +495,34 @@ def dense(matrices: Tensor) -> Tensor:
 
 
 def settle(
-    spec: InnerLoop, fast: FastWeights, tokens: Tokens, lengths: tuple[int, ...], kept: int, bounds: tuple[int, ...] | None
+    spec: InnerLoop,
+    fast: FastWeights,
+    tokens: Tokens,
+    lengths: tuple[int, ...],
+    kept: tuple[int, ...],
+    bounds: tuple[int, ...] | None,
 ) -> State:
-    """The state after a call: the weights, and the tokens of each sequence's incomplete chunk."""
+    """The state after a call: the weights, and the tokens of each sequence's incomplete chunk.
+
+    Args:
+        spec: the inner loop.
+        fast: the weights.
+        tokens: what wrote: of each sequence those that were pending and the call's.
+        lengths: the call's tokens of each sequence.
+        kept: how many of each were pending before; of packed ones only the first's.
+        bounds: boundaries of the call's packed sequences.
+    """
     if spec.chunk is None:
         return State.of(spec, fast, None, 0)
     chunk = spec.chunk
     if bounds is None:
-        rest = (kept + lengths[0]) % chunk
+        rest = (kept[0] + lengths[0]) % chunk
         return State.of(spec, fast, tokens.span(len(tokens) - rest, len(tokens)) if rest else tokens, rest)
-    rests = [n % chunk for n in lengths]
+    rests = [(old + n) % chunk for old, n in zip(kept, lengths, strict=True)]
     if not any(rests):
         return State.of(spec, fast, tokens, 0)
     spread, device = tokens.spread(), tokens.k.device
-    stops, counts = torch.tensor(bounds[1:], device=device), torch.tensor(rests, device=device)
+    stops, counts = torch.tensor(bounds[1:], device=device) + kept[0], torch.tensor(rests, device=device)
     places = torch.arange(chunk - 1, device=device)
     rows = (stops - counts)[:, None] + places
     there = places < counts[:, None]

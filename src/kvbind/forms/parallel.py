@@ -10,6 +10,9 @@ Two schedules, by what the inner loop needs:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -29,15 +32,36 @@ CPU_SEGMENT_BYTES = 2 << 20
 """Bytes of one operand that a CPU works on at once. Beyond its caches, batching chunks costs more than it saves."""
 
 
+class Carry(Protocol):
+    """Where a sequence's first chunk starts from, when earlier chunks are on other ranks (`kvbind.forms.sharded`)."""
+
+    def momentum(self, gates: Tensor, writes: Tensor, start: Tensor) -> Tensor:
+        """The momentum buffer before the first chunk, from this rank's gates `[B, H, N]`, writes and own start."""
+        ...
+
+    def state(self, gates: Tensor | None, writes: Tensor, start: Tensor, meanwhile: Callable[[], None] | None) -> Tensor:
+        """The last layer before the first chunk, likewise; `meanwhile` is called while ranks exchange it."""
+        ...
+
+    @property
+    def renormalizes(self) -> bool:
+        """Whether that state has had updates, after which `normalize="read"` reads it rescaled."""
+        ...
+
+
 def parallel(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
     """Run an inner loop that has a parallel form; arguments and result are those of `recurrent`."""
     if spec.chunk is None:
         # one update from all tokens: there is nothing sequential to remove
         return recurrent(spec, q, tokens, state)
+    return (blockwise if runs_blockwise(spec) else chunkwise)(spec, spec.chunk, q, tokens, state)
+
+
+def runs_blockwise(spec: InnerLoop) -> bool:
+    """Whether the parallel form of `spec` is the blockwise schedule."""
     adds_up = spec.orthogonalize is None and not spec.clip and not spec.normalize
-    if adds_up and (spec.loss == "squared" or spec.visibility == "token" or spec.chunk < SHORT_CHUNK):
-        return blockwise(spec, spec.chunk, q, tokens, state)
-    return chunkwise(spec, spec.chunk, q, tokens, state)
+    short = spec.chunk is not None and spec.chunk < SHORT_CHUNK
+    return adds_up and (spec.loss == "squared" or spec.visibility == "token" or short)
 
 
 def chunkwise(spec: InnerLoop, size: int, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
@@ -47,7 +71,7 @@ def chunkwise(spec: InnerLoop, size: int, q: Tensor, tokens: Tokens, state: Stat
     step, start, total = _segment_tokens(size, q), 0, len(tokens)
     while start < total or not outputs:
         stop = total if step is None else min(start + step - len(rest), total)
-        output, fast, rest = _segment(spec, size, q[:, :, start:stop], tokens.span(start, stop), fast, rest)
+        output, fast, rest = segment(spec, size, q[:, :, start:stop], tokens.span(start, stop), fast, rest)
         outputs.append(output)
         start = stop
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), State.of(spec, fast, rest, len(rest))
@@ -61,23 +85,34 @@ def _segment_tokens(size: int, q: Tensor) -> int | None:
     return size * max(1, CPU_SEGMENT_BYTES // max(chunk_bytes, 1))
 
 
-def _segment(
-    spec: InnerLoop, size: int, q: Tensor, tokens: Tokens, fast: FastWeights, pending: Tokens
+def segment(
+    spec: InnerLoop,
+    size: int,
+    q: Tensor,
+    tokens: Tokens,
+    fast: FastWeights,
+    pending: Tokens,
+    carry: Carry | None = None,
 ) -> tuple[Tensor, FastWeights, Tokens]:
     """All chunks of some tokens at once: outputs, the weights after the last complete chunk, and the tokens behind it."""
     new, kept, joined = len(tokens), len(pending), pending.append(tokens)
     count = len(joined) // size
     complete, rest = joined.span(0, count * size), joined.span(count * size, len(joined))
 
-    states, end = chunk_states(spec, fast, complete, count)
+    network, weights = spec.network, fast.weights
+    early: list[Tensor] = []
+
+    def read_early() -> None:
+        early.append(network.features(weights, q))
+
+    states, end = chunk_states(spec, fast, complete, count, carry, read_early)
     # row c of `seen` is what chunk c reads; an incomplete last chunk reads row `count`
     own_included = spec.visibility != "past"
     seen = states[:, :, 1:] if own_included else states
     if own_included and len(rest):
         seen = torch.cat((seen, chunk_update(spec, end, rest).weights["out"].unsqueeze(2)), dim=2)
 
-    network, weights = spec.network, fast.weights
-    features, outputs = network.features(weights, q), []
+    features, outputs = early[0] if early else network.features(weights, q), []
     head = min(size - kept, new) if kept else 0
     first = 1 if kept else 0
     whole = (new - head) // size
@@ -93,39 +128,60 @@ def _segment(
     return gated(network.gate(weights, q), output), end, rest
 
 
-def chunk_states(spec: InnerLoop, fast: FastWeights, tokens: Tokens, count: int) -> tuple[Tensor, FastWeights]:
+def chunk_states(
+    spec: InnerLoop,
+    fast: FastWeights,
+    tokens: Tokens,
+    count: int,
+    carry: Carry | None = None,
+    meanwhile: Callable[[], None] | None = None,
+) -> tuple[Tensor, FastWeights]:
     """The last layer before each of `count` complete chunks and after the last, and the fast weights after it.
+
+    Args:
+        spec: an inner loop whose parallel form is chunkwise.
+        fast: the fast weights before the first chunk.
+        tokens: those of the chunks.
+        count: how many chunks.
+        carry: what tells momentum and state before the first chunk where `fast` does not.
+        meanwhile: what may be done while `carry` waits for other ranks.
 
     Returns:
         `[B, H, count + 1, F, Dv]`, and the fast weights at the end.
     """
     start = fast.accumulated.get("out", fast.weights["out"])
-    if not count:
+    if not count and carry is None:
         return fast.weights["out"].unsqueeze(2), fast
     network, weights = spec.network, fast.weights
     k, v = tokens.k.to(start.dtype), tokens.v.to(start.dtype)
     g = tokens.column_rates()["out"] * gated(network.gate(weights, k), v)
 
     def fold(x: Tensor) -> Tensor:
-        return x.unflatten(2, (count, -1))
+        return x.unflatten(2, (count, spec.chunk))
 
     updates = network.write(fold(network.features(weights, k)), fold(g))
     momentum: dict[str, Tensor] = {}
     if tokens.momentum is not None:
-        updates = linear_scan(fold(tokens.momentum).mean(-1), updates, fast.momentum["out"])
-        momentum = {"out": updates[:, :, -1]}
+        gates, before = fold(tokens.momentum).mean(-1), fast.momentum["out"]
+        if carry is not None:
+            before = carry.momentum(gates, updates, before)
+        updates = linear_scan(gates, updates, before)
+        momentum = {"out": updates[:, :, -1] if count else before}
     writes = spec.sign * shape_update(spec, updates)
-    if tokens.retention is not None:
-        after = linear_scan(fold(tokens.retention).mean(-1), writes, start)
-    else:
-        after = start.unsqueeze(2) + writes.cumsum(2)
+    kept = None if tokens.retention is None else fold(tokens.retention).mean(-1)
+    first = fast.weights["out"]
+    if carry is not None:
+        start = carry.state(kept, writes, start, meanwhile)
+        first = start * rescale(network, start, fast.norms["out"]) if carry.renormalizes and spec.normalize else start
+    after = start.unsqueeze(2) + writes.cumsum(2) if kept is None else linear_scan(kept, writes, start)
     used = after
     if spec.normalize == "read":
         used = after * rescale(network, after, fast.norms["out"].unsqueeze(2))
+    states = torch.cat((first.unsqueeze(2), used), dim=2)
     end = FastWeights(
-        dict(fast.weights) | {"out": used[:, :, -1]},
+        dict(fast.weights) | {"out": states[:, :, -1]},
         momentum,
         fast.norms,
-        {"out": after[:, :, -1]} if fast.accumulated else {},
+        {"out": after[:, :, -1] if count else start} if fast.accumulated else {},
     )
-    return torch.cat((fast.weights["out"].unsqueeze(2), used), dim=2), end
+    return states, end

@@ -40,6 +40,12 @@ def decay_matrix(gates: Tensor) -> Tensor:
     return spans[..., 0, :n, :n]
 
 
+def products_after(gates: Tensor) -> Tensor:
+    """The product of all gates behind each, along the last axis: `prod_{s>c} g_s`, 1 for the last."""
+    behind = F.pad(gates[..., 1:], (0, 1), value=1.0) if gates.shape[-1] else gates
+    return behind.flip(-1).cumprod(-1).flip(-1)
+
+
 def linear_scan(gates: Tensor, writes: Tensor, initial: Tensor) -> Tensor:
     """All states of `y_c = g_c y_{c-1} + x_c`.
 

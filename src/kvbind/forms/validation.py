@@ -16,6 +16,7 @@ from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import nearest
+from kvbind.sequence.shard import SequenceShard
 
 LearningRate = float | Tensor | Mapping[str, float | Tensor]
 
@@ -89,6 +90,28 @@ def check_operands(
     read = k if spec.query == "key" else q
     tokens = choose_update_tokens(spec, tokens, update_tokens, bounds)
     return Operands(read.transpose(1, 2), tokens, state, bounds)
+
+
+def check_shard(
+    spec: InnerLoop, shard: SequenceShard, q: Tensor, state: State | None, cu_seqlens: Tensor | Sequence[int] | None
+) -> tuple[int, ...] | None:
+    """A slice of a row: what it excludes, and the boundaries of its documents where the row is packed."""
+    if not isinstance(shard, SequenceShard):
+        raise TypeError(f"sequence must be a kvbind.SequenceShard; got {type(shard).__name__}")
+    if state is not None:
+        raise ValueError("state must be None beside sequence: where a slice starts from is on the rank before it")
+    if cu_seqlens is not None:
+        raise ValueError("cu_seqlens must be None beside sequence, whose cu_seqlens are those of the whole row")
+    if isinstance(q, Tensor) and q.dim() == 4 and q.shape[1] != shard.here.length:
+        raise ValueError(
+            f"q, k and v must have the {shard.here.length} tokens of rank {shard.rank}'s slice; got {q.shape[1]}"
+        )
+    if spec.visibility == "chunk" and spec.chunk is not None and any(shard.pending(spec.chunk)):
+        raise ValueError(
+            f"sequence's slices must end between chunks under visibility='chunk', whose tokens see the end of their chunk; "
+            f"tokens of incomplete chunks before each rank: {list(shard.pending(spec.chunk))}"
+        )
+    return None if shard.cu_seqlens is None else shard.here.bounds
 
 
 def check_qkv(spec: InnerLoop, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -12,6 +12,9 @@ Backward, from `dO`: `dS_c = Phi(Q_c)^T dO_c`; from the last chunk to the first 
 `dPhi(K) = diag(lr) V dG^T`, `dV = diag(lr) Phi(K) dG`, `dlr = <Phi(K), V dG^T>`. Features are computed anew and never
 stored; kept are the states in the operands' dtype, the momentum buffers (float32, where there is momentum) and
 Newton-Schulz's iterates.
+
+Over ranks (`kvbind.kernels.across`), each scan is preceded by an exchange of where ranks end from nothing, during which the
+queries' features are found; backward, by one of the gradients of where they start.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kvbind.kernels.across import Across
+from kvbind.kernels.ahead import rehearsed
 from kvbind.kernels.newton_schulz import kept_shapes, newton_schulz_backward, newton_schulz_forward
 from kvbind.kernels.products import THETA, features, features_backward, product, write
 from kvbind.kernels.scans import scan, scan_backward
@@ -29,6 +34,8 @@ from kvbind.kernels.spans import Layout
 
 
 @torch.library.custom_op("kvbind::chunked", mutates_args=())
+# ranks exchange what they compute
+@rehearsed("tables", "sizes", "numbers", unless="group")
 def _chunked(
     q: Tensor,
     k: Tensor,
@@ -46,7 +53,9 @@ def _chunked(
     orthogonal_dtype: torch.dtype,
     sign: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    group: str,
+    numbers: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     reads, _, _, writes, chunk_pieces, whole_chunks, sequences, *_ = tables
     longest_read, longest_write, rows = sizes
     cast = None if theta is None else theta.to(q.dtype)
@@ -56,26 +65,46 @@ def _chunked(
         parts = write(features(k, cast, writes, longest_write, activation, rates), v, writes)
     run = partial(scan, sign=sign, rows=rows, dtype=q.dtype)
     iterates, squares = state.new_empty(0, dtype=orthogonal_dtype), state.new_empty(0)
-    if coefficients:
+    across, seen, entered = Across.of(group, numbers), None, state.new_empty(0)
+    staged = bool(coefficients) or (across is not None and momentum is not None)
+    if staged:
+        if across is not None and momentum is not None and velocity is not None:
+            sent = across.send_end(parts, chunk_pieces, sequences, momentum)
+            seen = q if cast is None else features(q, cast, reads, longest_read, activation)
+            velocity = across.receive_start(sent, velocity)
+            # where nothing came in, the backward pass has what was given
+            entered = velocity if across.continues else entered
         velocities, _, end_velocity, _ = run(
             parts, chunk_pieces, sequences, state=None, keep=True, momentum=momentum, velocity=velocity
         )
-        del parts
-        shaped, (iterates, squares) = newton_schulz_forward(
-            velocities, triples(coefficients), orthogonal_dtype, keep, out_dtype=orthogonal_dtype
-        )
-        _, states, _, end_state = run(shaped, whole_chunks, sequences, state=state, retention=retention, keep=False)
+        parts, pieces = velocities, whole_chunks
+        if coefficients:
+            parts, (iterates, squares) = newton_schulz_forward(
+                velocities, triples(coefficients), orthogonal_dtype, keep, out_dtype=orthogonal_dtype
+            )
+    else:
+        pieces = chunk_pieces
+    if across is not None:
+        sent = across.send_end(parts, pieces, sequences, retention, state, sign)
+        if seen is None:
+            seen = q if cast is None else features(q, cast, reads, longest_read, activation)
+        state = across.receive_start(sent, state)
+    if staged:
+        _, states, _, end_state = run(parts, pieces, sequences, state=state, retention=retention, keep=False)
         if not keep or momentum is None:
             velocities = velocities.new_empty(0)
     else:
         velocities, states, end_velocity, end_state = run(
-            parts, chunk_pieces, sequences, state=state, momentum=momentum, velocity=velocity, retention=retention,
+            parts, pieces, sequences, state=state, momentum=momentum, velocity=velocity, retention=retention,
             keep=keep and momentum is not None,
         )  # fmt: skip
-        del parts
-    seen = q if cast is None else features(q, cast, reads, longest_read, activation)
+    del parts
+    if seen is None:
+        seen = q if cast is None else features(q, cast, reads, longest_read, activation)
     output, _ = product(seen, states, reads, longest_read)
-    return output, end_state, end_velocity, states if keep else states.new_empty(0), velocities, iterates, squares
+    if not keep:
+        states, entered = states.new_empty(0), entered.new_empty(0)
+    return output, end_state, end_velocity, states, velocities, iterates, squares, entered
 
 
 def triples(coefficients: Sequence[float]) -> list[tuple[float, float, float]]:
@@ -86,13 +115,13 @@ def triples(coefficients: Sequence[float]) -> list[tuple[float, float, float]]:
 @_chunked.register_fake
 def _(
     q, k, v, theta, rates, momentum, velocity, retention, state, tables, sizes, activation, coefficients, orthogonal_dtype,
-    sign, keep,
+    sign, keep, group, numbers,
 ):  # fmt: skip
     rows, heads = sizes[2], q.shape[1]
     matrix = state.shape[2:]
     chunks, count = len(tables[4]), len(tables[6])
     none = q.new_empty(0, dtype=torch.float32)
-    stored = keep and momentum is not None
+    stored, across = keep and momentum is not None, Across.of(group, numbers)
     iterates, squares = (0,), (0,)
     if coefficients:
         iterates, squares = kept_shapes((chunks, heads, *matrix), len(coefficients) // 3, orthogonal_dtype, keep)
@@ -104,10 +133,13 @@ def _(
         state.new_empty(chunks, heads, *matrix) if stored else none,
         state.new_empty(iterates, dtype=orthogonal_dtype),
         state.new_empty(squares),
+        state.new_empty(count, heads, *matrix) if stored and across is not None and across.continues else none,
     )
 
 
 @torch.library.custom_op("kvbind::chunked_backward", mutates_args=())
+# ranks exchange what they compute
+@rehearsed("tables", "sizes", "numbers", unless="group")
 def _chunked_backward(
     d_output: Tensor,
     d_end_state: Tensor,
@@ -130,6 +162,8 @@ def _chunked_backward(
     coefficients: Sequence[float],
     orthogonal_dtype: torch.dtype,
     sign: float,
+    group: str,
+    numbers: Sequence[int],
 ) -> list[Tensor]:
     reads, read_pieces, row_pieces, writes, chunk_pieces, whole_chunks, sequences, query_runs, key_runs, idle = tables
     longest_read, longest_write, _ = sizes
@@ -138,36 +172,68 @@ def _chunked_backward(
     both = None if cast is None else torch.cat(cast.unbind(0), dim=-1)
 
     if cast is None or both is None:
-        seen, dq = q, product(d_output, states, reads, longest_read, transposed=True)[0]
+        seen, du = q, None
     else:
         seen, du, _ = features_backward(q, cast, d_output, states, reads, longest_read, activation)
-        dq, _ = product(du, both, reads, longest_read, column=THETA, transposed=True)
-        d_theta = write(q, du, query_runs)
-        del du
     parts = write(seen, d_output, read_pieces)
     del seen
 
-    back = partial(scan_backward, sequences=sequences, chunks=chunks, sign=sign)
-    moving = partial(
-        back, momentum=momentum, velocity=velocity, velocities=velocities, d_end_velocity=d_end_velocity, dtype=dtype
-    )
+    across = Across.of(group, numbers)
+    staged = bool(coefficients) or (across is not None and momentum is not None)
+    back = partial(scan_backward, chunks=chunks, sign=sign)
+    running = partial(back, parts, row_pieces, retention=retention)
+    moving = partial(back, momentum=momentum, velocity=velocity, dtype=dtype)
+    sent = None
+    if across is not None:
+        gradient = d_end_state[: across.count]
+        if across.continues:
+            first = sequences[: across.count]
+            _, gradient, *_ = running(sequences=first, d_end_state=d_end_state, dtype=torch.float32, start_only=True)
+        sent = across.send_start_gradient(gradient, retention)
+    if du is None or both is None:
+        dq, _ = product(d_output, states, reads, longest_read, transposed=True)
+    else:
+        dq, _ = product(du, both, reads, longest_read, column=THETA, transposed=True)
+        d_theta = write(q, du, query_runs)
+    del du
+    if across is not None and sent is not None:
+        d_end_state = across.receive_end_gradient(sent, d_end_state)
+
     d_velocity, d_momentum = None, None
-    if coefficients:
-        d_shaped, d_state, _, _, d_retention = back(
-            parts, row_pieces, dtype=torch.float32, rows=states, d_end_state=d_end_state, retention=retention
+    if staged:
+        d_shaped, d_state, _, _, d_retention = running(
+            sequences=sequences, dtype=torch.float32, rows=states, d_end_state=d_end_state
         )
-        del parts
-        kept = iterates, squares
-        if momentum is None:
-            d_writes = newton_schulz_backward(kept, d_shaped, triples(coefficients), orthogonal_dtype, out_dtype=dtype)
+        del parts, running
+        if not coefficients:
+            d_moved = d_shaped
+        elif momentum is None:
+            d_writes = newton_schulz_backward(
+                (iterates, squares), d_shaped, triples(coefficients), orthogonal_dtype, out_dtype=dtype
+            )
         else:
-            d_moved = newton_schulz_backward(kept, d_shaped, triples(coefficients), orthogonal_dtype)
-            d_writes, _, d_velocity, d_momentum, _ = moving(d_moved, whole_chunks)
+            d_moved = newton_schulz_backward((iterates, squares), d_shaped, triples(coefficients), orthogonal_dtype)
+        if momentum is not None:
+            if across is not None and d_end_velocity is not None:
+                gradient = d_end_velocity[: across.count]
+                if across.continues:
+                    first = sequences[: across.count]
+                    _, _, gradient, *_ = moving(
+                        d_moved, whole_chunks, sequences=first, d_end_velocity=d_end_velocity, start_only=True
+                    )
+                sent = across.send_start_gradient(gradient, momentum)
+                d_end_velocity = across.receive_end_gradient(sent, d_end_velocity)
+            d_writes, _, d_velocity, d_momentum, _ = moving(
+                d_moved, whole_chunks, sequences=sequences, velocities=velocities, d_end_velocity=d_end_velocity
+            )
     else:
         d_writes, d_state, d_velocity, d_momentum, d_retention = moving(
-            parts, row_pieces, rows=states, d_end_state=d_end_state, retention=retention
-        )
-        del parts
+            parts, row_pieces, sequences=sequences, velocities=velocities, d_end_velocity=d_end_velocity, rows=states,
+            d_end_state=d_end_state, retention=retention,
+        )  # fmt: skip
+    if across is not None:
+        d_state = across.without_start(d_state)
+        d_velocity = None if d_velocity is None else across.without_start(d_velocity)
 
     if cast is None or both is None:
         dk, d_rates = product(
@@ -198,7 +264,7 @@ def _chunked_backward(
 @_chunked_backward.register_fake
 def _(
     d_output, d_end_state, d_end_velocity, q, k, v, theta, rates, momentum, velocity, retention, states, velocities,
-    iterates, squares, tables, sizes, activation, coefficients, orthogonal_dtype, sign,
+    iterates, squares, tables, sizes, activation, coefficients, orthogonal_dtype, sign, group, numbers,
 ):  # fmt: skip
     found = [q, k, v, d_end_state, theta, rates, momentum, None if momentum is None else velocity, retention]
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in found if x is not None]
@@ -207,19 +273,31 @@ def _(
 def _setup(ctx, inputs, output) -> None:
     q, k, v, theta, rates, momentum, velocity, retention, _, tables, sizes, *flags = inputs
     kept = output[3:]
+    # or autograd would fill gradients of all that is kept with zeros
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*kept)
     ctx.save_for_backward(q, k, v, theta, rates, momentum, velocity, retention, *kept, *tables)
     ctx.sizes, ctx.flags = sizes, flags
 
 
 def _backward(ctx, d_output, d_end_state, d_end_velocity, *_):
-    q, k, v, theta, rates, momentum, velocity, retention, states, velocities, iterates, squares, *tables = ctx.saved_tensors
-    activation, coefficients, orthogonal_dtype, sign, _ = ctx.flags
+    q, k, v, theta, rates, momentum, velocity, retention, *saved = ctx.saved_tensors
+    states, velocities, iterates, squares, entered, *tables = saved
+    activation, coefficients, orthogonal_dtype, sign, _, group, numbers = ctx.flags
+    if len(entered):
+        velocity = entered
+    if d_output is None:
+        d_output = q.new_zeros(*q.shape[:2], v.shape[2])
     d_output = d_output if d_output.stride(-1) == 1 else d_output.contiguous()
+    end = len(tables[6]), *states.shape[1:]
+
+    def at_end(grad):
+        return grad.contiguous() if grad is not None else torch.zeros(end, device=q.device)
+
     grads = _chunked_backward(
-        d_output, d_end_state.contiguous(), None if momentum is None else d_end_velocity.contiguous(),
+        d_output, at_end(d_end_state), None if momentum is None else at_end(d_end_velocity),
         q, k, v, theta, rates, momentum, velocity, retention, states, velocities, iterates, squares, tables,
-        ctx.sizes, activation, coefficients, orthogonal_dtype, sign,
+        ctx.sizes, activation, coefficients, orthogonal_dtype, sign, group, numbers,
     )  # fmt: skip
     found = iter(grads)
     dq, dk, dv, d_state = (next(found) for _ in range(4))
@@ -227,10 +305,10 @@ def _backward(ctx, d_output, d_end_state, d_end_velocity, *_):
         None if x is None else next(found) for x in (theta, rates, momentum, velocity, retention)
     )
     # autograd takes a list without elements for one of tensors
-    no_coefficients = None if coefficients else []
+    no_coefficients, no_numbers = None if coefficients else [], None if numbers else []
     return (
         dq, dk, dv, d_theta, d_rates, d_momentum, d_velocity, d_retention, d_state,
-        [None] * len(tables), None, None, no_coefficients, None, None, None,
+        [None] * len(tables), None, None, no_coefficients, None, None, None, None, no_numbers,
     )  # fmt: skip
 
 
@@ -253,11 +331,12 @@ def chunked(
     coefficients: Sequence[Sequence[float]] = (),
     orthogonal_dtype: torch.dtype = torch.bfloat16,
     sign: float = 1.0,
+    across: Across | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run an inner loop whose writes add up, over the chunks of a layout.
 
-    Products take operands in q's dtype (bfloat16 or float32) and accumulate in float32; gates, scans and states are float32,
-    and a state is rounded to q's dtype where a product reads it. Differentiable in every tensor.
+    Products take operands in q's dtype (bfloat16, float16 or float32) and accumulate in float32; gates, scans and states are
+    float32, and a state is rounded to q's dtype where a product reads it. Differentiable in every tensor.
 
     Args:
         q: queries `[query rows, heads, D]`, the last axis contiguous.
@@ -275,6 +354,7 @@ def chunked(
         coefficients: Newton-Schulz's; empty for no orthogonalization.
         orthogonal_dtype: the precision of its products.
         sign: 1 for descent, -1 for ascent.
+        across: how the first and last sequences go on over ranks; `velocity` is then zero.
 
     Returns:
         Outputs `[query rows, heads, Dv]` in q's dtype, and the state and the momentum buffer after each sequence's last
@@ -290,6 +370,7 @@ def chunked(
     output, end_state, end_velocity, *_ = _chunked(
         q, k, v, theta, rates, momentum, velocity, retention, state, tables,
         [layout.longest_read, layout.longest_write, layout.rows], activation,
-        [x for row in coefficients for x in row], orthogonal_dtype, sign, keep,
+        [x for row in coefficients for x in row], orthogonal_dtype, sign, keep, "" if across is None else across.group,
+        [] if across is None else across.numbers(),
     )  # fmt: skip
     return output, end_state, end_velocity

@@ -83,7 +83,7 @@ def _backward_kernel(
     d_writes, d_state, d_velocity, d_momentum, d_retention,
     velocity_index, velocity_head, sign, chunks,
     SIZE: tl.constexpr, HEADS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
-    RETENTION: tl.constexpr, BLOCK: tl.constexpr,
+    RETENTION: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block, head, sequence = _program(SIZE, BLOCK)
     block = block.to(tl.int64)
@@ -107,8 +107,9 @@ def _backward_kernel(
                 ds += tl.load(d_end_state + end, mask=inside, other=0.0)
             g = sign * ds
             if RETENTION:
-                held = tl.load(rows + ((row + c) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
-                tl.store(d_retention + (block * chunks + chunk) * HEADS + head, tl.sum(held.to(tl.float32) * ds))
+                if WRITES:
+                    held = tl.load(rows + ((row + c) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
+                    tl.store(d_retention + (block * chunks + chunk) * HEADS + head, tl.sum(held.to(tl.float32) * ds))
                 ds *= tl.load(retention + chunk * HEADS + head)
         else:
             g = tl.load(parts + (chunk * HEADS + head) * SIZE + place, mask=inside, other=0.0).to(tl.float32)
@@ -117,13 +118,17 @@ def _backward_kernel(
                 dd += tl.load(d_end_velocity + end, mask=inside, other=0.0)
             dd += g
             g = dd
-            if c > 0:
-                before = tl.load(velocities + ((chunk - 1) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
-            else:
-                before = tl.load(velocity + sequence * velocity_index + head * velocity_head + place, mask=inside, other=0.0)
-            tl.store(d_momentum + (block * chunks + chunk) * HEADS + head, tl.sum(before * dd))
+            if WRITES:
+                if c > 0:
+                    before = tl.load(velocities + ((chunk - 1) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
+                else:
+                    before = tl.load(
+                        velocity + sequence * velocity_index + head * velocity_head + place, mask=inside, other=0.0
+                    )
+                tl.store(d_momentum + (block * chunks + chunk) * HEADS + head, tl.sum(before * dd))
             dd *= tl.load(momentum + chunk * HEADS + head)
-        tl.store(d_writes + (chunk * HEADS + head) * SIZE + place, g.to(d_writes.dtype.element_ty), mask=inside)
+        if WRITES:
+            tl.store(d_writes + (chunk * HEADS + head) * SIZE + place, g.to(d_writes.dtype.element_ty), mask=inside)
 
     if MOMENTUM:
         if complete == 0:
@@ -208,6 +213,7 @@ def scan_backward(
     velocities: Tensor | None = None,
     d_end_velocity: Tensor | None = None,
     retention: Tensor | None = None,
+    start_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradient of `scan`, from the last chunk to the first.
 
@@ -226,6 +232,7 @@ def scan_backward(
         velocities: the writes after momentum that `scan` returned; read where there is momentum.
         d_end_velocity: the gradient of the end velocity, float32.
         retention: as `scan` took it.
+        start_only: find the gradients of the starting state and velocity alone; all others are empty or None.
 
     Returns:
         The gradients of the writes, `[chunks, heads, M, N]` in `dtype`; of the starting state and of the starting velocity,
@@ -239,9 +246,10 @@ def scan_backward(
         return torch.empty(shape if wanted else (0,), dtype=kind, device=parts.device)
 
     stated, moving = d_end_state is not None, momentum is not None
-    d_writes = room(True, (chunks, heads, height, width), dtype)
+    d_writes = room(not start_only, (chunks, heads, height, width), dtype)
     d_state, d_velocity = room(stated, (count, heads, height, width)), room(moving, (count, heads, height, width))
-    d_momentum, d_retention = room(moving, (blocks, chunks, heads)), room(retention is not None, (blocks, chunks, heads))
+    gated = retention is not None and not start_only
+    d_momentum, d_retention = room(moving and not start_only, (blocks, chunks, heads)), room(gated, (blocks, chunks, heads))
     unused = parts
     first = unused if velocity is None else velocity
     if count:
@@ -252,12 +260,12 @@ def scan_backward(
                 unused if d_end_state is None else d_end_state, unused if d_end_velocity is None else d_end_velocity,
                 d_writes, d_state, d_velocity, d_momentum, d_retention, first.stride(0), first.stride(1), sign, chunks,
                 SIZE=size, HEADS=heads, MOMENTUM=moving, STATE=stated, RETENTION=retention is not None,
-                BLOCK=_BLOCK, num_warps=4,
+                WRITES=not start_only, BLOCK=_BLOCK, num_warps=4,
             )  # fmt: skip
     return (
         d_writes,
         d_state,
         d_velocity,
-        d_momentum.sum(0) if moving else None,
-        d_retention.sum(0) if retention is not None else None,
+        d_momentum.sum(0) if moving and not start_only else None,
+        d_retention.sum(0) if gated else None,
     )

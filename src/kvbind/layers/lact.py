@@ -18,7 +18,8 @@ from kvbind.layers.full import check_built
 from kvbind.layers.layout import Layout
 from kvbind.layers.norm import RMSNorm
 from kvbind.layers.rotary import Tables, rotary_tables, rotate
-from kvbind.layers.window_attention import KeptKeys, window_attention
+from kvbind.layers.window_attention import KeptKeys, halo_of, window_attention
+from kvbind.sequence.exchanges import Exchanges
 
 NORM_EPS = 1e-5
 """Of the norms inside the layer: queries, keys, output, and the L2 norm of fast queries and keys."""
@@ -287,7 +288,7 @@ class LactLayer(nn.Module):
             `[B, T, d]`, of no meaning at padding, and the state or None.
 
         Raises:
-            ValueError: a state together with packed sequences, or of another batch or inner loop.
+            ValueError: a state together with packed sequences or a slice of a row, or of another batch or inner loop.
         """
         batch, length, _ = x.shape
         seen = state.seen if state is not None else (0,) * batch
@@ -297,6 +298,8 @@ class LactLayer(nn.Module):
             layout = Layout.rows(length, x.device, seen)
         if layout.cu_seqlens is not None and (state is not None or return_state):
             raise ValueError("cu_seqlens must be None where a state is given or wanted: a packed row has no one state")
+        if layout.sequence is not None and (state is not None or return_state):
+            raise ValueError("a row that is cut over ranks has no state to go on from or to return")
         if tables is None:
             tables = rotary_tables(layout.positions, self.head_width, self.rope_theta)
 
@@ -308,8 +311,17 @@ class LactLayer(nn.Module):
         q, k, v = (split_heads(part, self.num_attn_heads) for part in (q, k, v))
         q, k = rotate(q, tables), rotate(k, tables)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        kept = None if state is None else state.kept
-        mixed = window_attention(q, k, v, self.window_size, cu_seqlens=layout.cu_seqlens, kept=kept).flatten(2)
+        kept, ahead, seen_k, seen_v = None if state is None else state.kept, 0, k, v
+        if layout.sequence is not None and layout.sequence.connected:
+            exchanges = Exchanges(layout.sequence, (q, k, v, fast_k))
+            wanted = layout.sequence.reaching(halo_of(self.window_size))
+            ahead = wanted[layout.sequence.rank]
+            seen_k, seen_v = exchanges.extended((k, v), wanted, axis=1)
+            # backward, what the fast weights exchange comes first on every rank
+            fast_k = exchanges.tie(fast_k)
+        mixed = window_attention(
+            q, seen_k, seen_v, self.window_size, cu_seqlens=layout.cu_seqlens, kept=kept, ahead=ahead
+        ).flatten(2)
 
         fast, fast_state = self._fast_weights(x, fast_q, fast_k, fast_v, layout, state, return_state)
         fast = self.ttt_norm(fast)
@@ -353,8 +365,10 @@ class LactLayer(nn.Module):
         weights = self.start_weights() if before is None else None
         if layout.lengths is None or not return_state:
             # padding sits behind a row's tokens, which do not see it; only what they leave behind would
+            shard = layout.sequence
+            packed = layout.cu_seqlens if shard is None else None
             output, after = ttt(
-                inner, weights, q, k, v, lr=rates, **gates, state=before, cu_seqlens=layout.cu_seqlens, form=self.form
+                inner, weights, q, k, v, lr=rates, **gates, state=before, cu_seqlens=packed, form=self.form, sequence=shard
             )
             return output, after if return_state else None
 
@@ -363,7 +377,7 @@ class LactLayer(nn.Module):
         for length in layout.lengths:
             bounds.append(bounds[-1] + length)
         packed_rates = rates if isinstance(rates, float) else {name: rate[real][None] for name, rate in rates.items()}
-        packed, after = ttt(
+        joined, after = ttt(
             inner,
             weights,
             q[real][None],
@@ -374,9 +388,10 @@ class LactLayer(nn.Module):
             state=before,
             cu_seqlens=bounds,
             form=self.form,
+            sequence=None,
         )
-        output = packed.new_zeros(*q.shape[:2], *packed.shape[2:])
-        output[real] = packed[0]
+        output = joined.new_zeros(*q.shape[:2], *joined.shape[2:])
+        output[real] = joined[0]
         return output, after
 
     def extra_repr(self) -> str:
@@ -404,7 +419,7 @@ def check_fits_causal_layer(inner: InnerLoop) -> None:
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """`[B, T, H D]` to `[B, T, H, D]`."""
-    return x.reshape(*x.shape[:-1], heads, -1)
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -10,24 +10,28 @@ import torch
 from torch import Tensor
 
 from kvbind.forms.validation import check_cu_seqlens
+from kvbind.sequence.shard import SequenceShard
 
 
 @dataclass(frozen=True)
 class Layout:
     """The places of a batch's tokens, `[B, T]`, in one of three arrangements.
 
-    Rows of equal length (neither field below is set), sequences packed into one row (`cu_seqlens`), or rows of
-    different lengths with their tokens at the left and padding behind them (`lengths`).
+    Rows of equal length (neither of `cu_seqlens` and `lengths` is set), sequences packed into one row (`cu_seqlens`), or
+    rows of different lengths with their tokens at the left and padding behind them (`lengths`). The first two may be this
+    rank's slice of longer rows (`sequence`).
 
     Attributes:
         positions: each token's place in its sequence, int64 `[B, T]`, or `[1, T]` where all rows agree.
         cu_seqlens: boundaries of packed sequences, from 0 to T; then `B` is 1.
         lengths: how many tokens of each row are no padding.
+        sequence: how longer rows are cut over ranks, of which these tokens are one slice.
     """
 
     positions: Tensor
     cu_seqlens: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
+    sequence: SequenceShard | None = None
 
     @staticmethod
     def rows(length: int, device: torch.device, seen: Sequence[int] = ()) -> Layout:
@@ -51,6 +55,25 @@ class Layout:
             raise ValueError("cu_seqlens must be boundaries of packed sequences, [n + 1]; got None")
         starts = sequence_starts(bounds, device)
         return Layout((torch.arange(length, device=device) - starts)[None], bounds)
+
+    @staticmethod
+    def sharded(shard: SequenceShard, batch: int, length: int, device: torch.device) -> Layout:
+        """This rank's slice of rows that are cut over ranks.
+
+        Raises:
+            ValueError: another length than the slice's, or more than one packed row.
+        """
+        here = shard.here
+        if length != here.length:
+            raise ValueError(f"the input must be the {here.length} tokens of rank {shard.rank}'s slice; got {length}")
+        bounds = check_cu_seqlens(None if shard.cu_seqlens is None else here.bounds, batch, length)
+        places = torch.arange(length, device=device)
+        if bounds is not None:
+            places = places - sequence_starts(bounds, device)
+        # the first document has had tokens on earlier ranks
+        first = here.bounds[1]
+        places = torch.cat((places[:first] + here.before, places[first:]))
+        return Layout(places[None], bounds, sequence=shard)
 
     def after(self, seen: Sequence[int], length: int) -> tuple[int, ...]:
         """How many tokens each row has had after this batch, of `seen` before it."""

@@ -49,40 +49,56 @@ def window_attention(
     *,
     cu_seqlens: tuple[int, ...] | None = None,
     kept: KeptKeys | None = None,
+    ahead: int = 0,
 ) -> Tensor:
     """Softmax attention of each token to itself and the `window - 1` before it.
 
     Args:
         q: queries `[B, T, H, D]`, rotated already.
-        k: keys `[B, T, H, D]`, likewise.
-        v: values `[B, T, H, D]`.
+        k: keys `[B, ahead + T, H, D]`, likewise.
+        v: values `[B, ahead + T, H, D]`.
         window: how many tokens a token sees, itself among them.
-        cu_seqlens: boundaries of sequences packed into one row; nothing crosses them.
-        kept: keys and values of earlier calls.
+        cu_seqlens: boundaries of sequences packed into q's row; nothing crosses them.
+        kept: keys and values of earlier calls; excludes `cu_seqlens` and `ahead`.
+        ahead: how many keys stand before the first query's own; they belong to its sequence.
 
     Returns:
         `[B, T, H, D]` in q's dtype.
     """
+    if not q.shape[1]:
+        # an empty slice of a row
+        return q
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    short = q.shape[2] <= window and kept is None and cu_seqlens is None
+    short = q.shape[2] <= window and kept is None and cu_seqlens is None and not ahead
     trained = torch.is_grad_enabled() and q.requires_grad
     if trained and q.is_cuda and kept is None and not short and q.dtype != torch.float64:
-        return _flex(q, k, v, window, cu_seqlens).transpose(1, 2)
-    return _blocked(q, k, v, window, cu_seqlens, kept).transpose(1, 2)
+        return _flex(q, k, v, window, cu_seqlens, ahead).transpose(1, 2)
+    return _blocked(q, k, v, window, cu_seqlens, kept, ahead).transpose(1, 2)
+
+
+def halo_of(window: int) -> int:
+    """How many keys before its own a slice of a sequence asks for: those it may see, up to whole blocks of the mask."""
+    return -(-(window - 1) // MASK_BLOCK) * MASK_BLOCK
 
 
 def _blocked(
-    q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: tuple[int, ...] | None, kept: KeptKeys | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    cu_seqlens: tuple[int, ...] | None,
+    kept: KeptKeys | None,
+    ahead: int,
 ) -> Tensor:
     """Queries in blocks, each against the keys that its window reaches; all `[B, H, T, D]`."""
-    offset, uneven = 0, None
+    offset, uneven = ahead, None
     if kept is not None:
         offset = kept.keys.shape[1]
         k = torch.cat((kept.keys.transpose(1, 2), k), dim=2)
         v = torch.cat((kept.values.transpose(1, 2), v), dim=2)
         if set(kept.held) != {offset}:
             uneven = offset - torch.tensor(kept.held, device=q.device)
-    starts = None if cu_seqlens is None else sequence_starts(cu_seqlens, q.device)
+    starts = None if cu_seqlens is None else sequence_starts(behind(cu_seqlens, ahead), q.device)[ahead:]
 
     length, block = q.shape[2], max(window, QUERY_BLOCK)
     outputs = []
@@ -104,8 +120,13 @@ def _blocked(
     return torch.cat(outputs, dim=2) if len(outputs) != 1 else outputs[0]
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: tuple[int, ...] | None) -> Tensor:
-    place = (q.shape[2], window, cu_seqlens, str(q.device))
+def behind(cu_seqlens: tuple[int, ...], ahead: int) -> tuple[int, ...]:
+    """Boundaries of sequences, the first of which has `ahead` more tokens."""
+    return (0, *(b + ahead for b in cu_seqlens[1:]))
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: tuple[int, ...] | None, ahead: int) -> Tensor:
+    place = (q.shape[2], window, cu_seqlens, str(q.device), ahead)
     if torch.compiler.is_compiling():
         # inside a compiled model the plain function is what the compiler knows, and it keeps no cache of masks
         inside: Tensor = flex_attention(q, k, v, block_mask=window_block_mask.__wrapped__(*place))
@@ -118,7 +139,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: tuple[int, .
         output: Tensor = _compiled_flex_attention()(q, k, v, block_mask=mask)
     except FailOnRecompileLimitHit:
         # without fullgraph, FlexAttention would go on uncompiled and form all T x T scores
-        return _blocked(q, k, v, window, cu_seqlens, None)
+        return _blocked(q, k, v, window, cu_seqlens, None, ahead)
     return output
 
 
@@ -128,7 +149,9 @@ def _compiled_flex_attention() -> Any:
 
 
 @functools.lru_cache(maxsize=32)
-def window_block_mask(length: int, window: int, cu_seqlens: tuple[int, ...] | None, device: str) -> BlockMask:
+def window_block_mask(
+    length: int, window: int, cu_seqlens: tuple[int, ...] | None, device: str, ahead: int = 0
+) -> BlockMask:
     """FlexAttention's mask of a causal window inside packed sequences.
 
     Which blocks hold any allowed pair, and which hold nothing else, follows from each block's first and last token, so
@@ -139,31 +162,38 @@ def window_block_mask(length: int, window: int, cu_seqlens: tuple[int, ...] | No
         window: how many tokens a token sees, itself among them.
         cu_seqlens: boundaries of packed sequences, or None for one sequence.
         device: where the mask lives.
+        ahead: how many keys stand before the first query's own.
     """
     where = torch.device(device)
-    starts = sequence_starts(cu_seqlens or (0, length), where)
+    starts = sequence_starts(behind(cu_seqlens or (0, length), ahead), where)
 
-    places = torch.arange(length, device=where)
-    earliest = torch.maximum(places - window + 1, starts)
+    # among the keys: of each query, its own and the first that it sees
+    own = torch.arange(ahead, ahead + length, device=where)
+    earliest = torch.maximum(own - window + 1, starts[ahead:])
 
-    # one function with its numbers in a tensor: other windows and boundaries then need no other compilation
+    # functions with their numbers in tensors: other windows and boundaries then need no other compilation
     def seen(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return (column <= row) & (column >= earliest[row])
 
-    blocks = -(-length // MASK_BLOCK)
-    first = torch.arange(blocks, device=where) * MASK_BLOCK
-    last = (first + MASK_BLOCK - 1).clamp(max=length - 1)
-    # the first query of a block sees the furthest back, its last query the least of what lies before the block
-    some = (first[None, :] <= first[:, None]) & (last[None, :] >= earliest[first][:, None])
-    every = some & (first[None, :] < first[:, None]) & (first[None, :] >= earliest[last][:, None])
-    every &= (last == first + MASK_BLOCK - 1)[:, None]
+    def seen_ahead(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return (column <= own[row]) & (column >= earliest[row])
+
+    def blocks(tokens: int) -> tuple[Tensor, Tensor]:
+        first = torch.arange(-(-tokens // MASK_BLOCK), device=where) * MASK_BLOCK
+        return first, (first + MASK_BLOCK - 1).clamp(max=tokens - 1)
+
+    (first_row, last_row), (first, last) = blocks(length), blocks(ahead + length)
+    # the first query of a block sees the furthest back, the last the furthest on
+    some = (first[None, :] <= own[last_row][:, None]) & (last[None, :] >= earliest[first_row][:, None])
+    every = (last[None, :] <= own[first_row][:, None]) & (first[None, :] >= earliest[last_row][:, None])
+    every &= (last == first + MASK_BLOCK - 1)[None, :] & (last_row == first_row + MASK_BLOCK - 1)[:, None]
     partial = some & ~every
     return BlockMask.from_kv_blocks(
         *_block_lists(partial),
         *_block_lists(every),
         BLOCK_SIZE=MASK_BLOCK,
-        mask_mod=seen,
-        seq_lengths=(length, length),
+        mask_mod=seen_ahead if ahead else seen,
+        seq_lengths=(length, ahead + length),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvbind.layers.layout import Layout
+from kvbind.sequence.shard import current_shard
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def arrange(
     seen: tuple[int, ...] = (),
     columns: int = 0,
 ) -> Arrangement:
-    """Lay out one call's tokens.
+    """Lay out one call's tokens: inside `kvbind.sequence_parallel` those of a slice, whose documents its shard knows.
 
     Padding may sit anywhere in a row: a row's tokens close up at its left, so that padding is neither attended to nor
     written, and positions count tokens alone.
@@ -69,9 +70,16 @@ def arrange(
         columns: how many columns it has had, padding included.
 
     Raises:
-        ValueError: an argument of a wrong shape, or packing beside padding.
+        ValueError: an argument of a wrong shape, packing beside padding, or any of them beside a shard.
     """
     batch, length = shape
+    shard = current_shard()
+    if shard is not None:
+        for name, x in (("attention_mask", attention_mask), ("position_ids", position_ids), ("cu_seqlens", cu_seqlens)):
+            if x is not None:
+                raise ValueError(f"{name} must be None inside sequence_parallel, whose shard says where documents start")
+        reason = "no cache can be made inside sequence_parallel, where a row's state is spread over ranks"
+        return Arrangement(shape, Layout.sharded(shard, batch, length, device), uncacheable=reason)
     seen = seen or (0,) * batch
     if len(seen) != batch:
         raise ValueError(f"past_key_values must hold {batch} sequences, as the input has; it holds {len(seen)}")

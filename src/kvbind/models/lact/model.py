@@ -24,6 +24,7 @@ from kvbind.models.lact.cache import LactCache
 from kvbind.models.lact.config import LactConfig
 from kvbind.models.lact.inputs import Arrangement, arrange
 from kvbind.models.lact.loss import IGNORE, linear_cross_entropy, next_token_labels
+from kvbind.sequence.shard import current_shard
 
 
 class LactMLP(nn.Module):
@@ -278,6 +279,7 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | Sequence[int] | None = None,
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -300,6 +302,9 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
             logits_to_keep: of how many last positions (0: all), or of which (an index tensor), to return logits. By
                 default of all, but of none in training with labels.
             num_items_in_batch: what the summed loss is divided by; by default the number of predicted tokens.
+            shift_labels: `[B, T]` in place of `labels`: what each position has to predict, shifted already, -100 where
+                nothing. Inside `kvbind.sequence_parallel` there is no other way, and `num_items_in_batch` is needed, of the
+                whole row: losses and gradients then add up over ranks. `kvbind.shard_batch` makes both.
             output_attentions: must not be set.
             output_hidden_states: also return every hidden state.
             return_dict: False for a tuple.
@@ -312,6 +317,7 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
             ValueError, TypeError: arguments that do not fit; the message names them.
         """
         cu_seqlens = _collated_bounds(cu_seqlens, kwargs)
+        _check_labels(labels, shift_labels, num_items_in_batch)
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -324,18 +330,21 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
             output_hidden_states,
         )
         hidden = outputs.last_hidden_state
-        loss = None
-        if labels is not None:
+        targets, loss = None, None
+        if shift_labels is not None:
+            targets = shift_labels.to(hidden.device)
+        elif labels is not None:
             targets = next_token_labels(
                 labels.to(hidden.device),
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 cu_seqlens=cu_seqlens,
             )
+        if targets is not None:
             count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE).sum().clamp(min=1)
             loss = linear_cross_entropy(hidden, self.lm_head.weight, targets) / count
         logits = None
-        if logits_to_keep is not None or labels is None or not self.training:
+        if logits_to_keep is not None or targets is None or not self.training:
             logits = self.lm_head(hidden[:, _kept(logits_to_keep)])
         output = CausalLMOutputWithPast(
             loss=loss,
@@ -355,6 +364,21 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = LactCache()
+
+
+def _check_labels(labels: Tensor | None, shift_labels: Tensor | None, count: Tensor | int | None) -> None:
+    """One kind of labels; on a slice of a row those that need no token of the next slice, and the count of the whole row."""
+    if labels is not None and shift_labels is not None:
+        raise ValueError("at most one of labels and shift_labels may be given")
+    if current_shard() is None:
+        return
+    if labels is not None:
+        raise ValueError("labels must be shift_labels inside sequence_parallel, as kvbind.shard_batch makes them")
+    if shift_labels is not None and count is None:
+        raise ValueError(
+            "num_items_in_batch must be the whole row's number of predicted tokens inside sequence_parallel, as "
+            "kvbind.shard_batch makes it; got None"
+        )
 
 
 def _kept(logits_to_keep: int | Tensor | None) -> slice | Tensor:

@@ -1,0 +1,120 @@
+"""A row cut over 1 to 4 ranks gives what one process gives: outputs, end states and every gradient."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jobs import check, distance, model_alone, model_over_ranks, refusals
+from lact_small import LADDER, tokens
+from ranks import started
+
+from strategies import parallel_specs, specs
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with started() as pool:
+        yield pool
+
+
+@st.composite
+def rows(draw, spec, most=4):
+    """How many tokens each rank has, and the documents of the whole row or None."""
+    size = draw(st.integers(1, most))
+    unit = spec.chunk if spec.visibility == "chunk" else 1
+    longest = max(1, 12 // unit)
+    lengths = [unit * n for n in draw(st.lists(st.integers(0, longest), min_size=size, max_size=size))]
+    if not sum(lengths):
+        lengths[0] = unit
+    if not draw(st.booleans()):
+        return lengths, None
+    total = sum(lengths) // unit
+    cuts = draw(st.lists(st.integers(1, max(total - 1, 1)), max_size=4, unique=True)) if total > 1 else []
+    return lengths, [0, *(unit * c for c in sorted(cuts)), sum(lengths)]
+
+
+def sizes(draw, lengths, bounds, dtype=torch.float64):
+    batch = 1 if bounds is not None else draw(st.integers(1, 2))
+    return {
+        "batch": batch, "tokens": sum(lengths), "heads": 2, "key_width": 3, "value_width": 4, "hidden": 5,
+        "seed": draw(st.integers(0, 1000)), "dtype": dtype,
+    }  # fmt: skip
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_any_inner_loop_that_has_a_parallel_form(ranks, data):
+    spec = data.draw(parallel_specs(visibilities=("past", "token", "chunk")))
+    lengths, bounds = data.draw(rows(spec))
+    check(ranks, spec, sizes(data.draw, lengths, bounds), bounds, lengths, 1e-9)
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_any_causal_inner_loop_in_the_ring(ranks, data):
+    spec = data.draw(specs(visibilities=("past", "token", "chunk")))
+    lengths, bounds = data.draw(rows(spec))
+    check(ranks, spec, sizes(data.draw, lengths, bounds), bounds, lengths, 1e-9, schedule="ring")
+
+
+@given(st.data())
+@settings(max_examples=25)
+def test_the_language_model(ranks, data):
+    rung = data.draw(st.sampled_from(sorted(LADDER)))
+    lengths = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(sum))
+    total, bounds = sum(lengths), None
+    if data.draw(st.booleans()) and total > 1:
+        bounds = [0, *sorted(data.draw(st.lists(st.integers(1, total - 1), max_size=3, unique=True))), total]
+    rows = 1 if bounds else data.draw(st.integers(1, 2))
+    ids = tokens(rows, total, seed=data.draw(st.integers(0, 99)))
+    batch = {"input_ids": ids, "labels": ids, "cu_seqlens": bounds}
+    loss, grads = model_alone(LADDER[rung], batch, {})
+    results = ranks.run(model_over_ranks, len(lengths), LADDER[rung], batch, lengths, "auto", {}, data.draw(st.booleans()))
+    assert distance(sum(r[0] for r in results), loss) < 1e-9
+    for name, want in grads.items():
+        # what reduces gradients over ranks needs one from every rank
+        assert distance(sum(r[1][name] for r in results), want) < 1e-9, name
+
+
+@pytest.mark.parametrize("name", LADDER)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_rung_in_float32(ranks, name, size):
+    lengths = [13, 3, 21, 8][:size]
+    given = {"batch": 1, "tokens": sum(lengths), "heads": 2, "key_width": 6, "value_width": 6, "hidden": 6, "seed": size}
+    for bounds in (None, [0, 14, 15, sum(lengths)]):
+        check(ranks, LADDER[name], given | {"dtype": torch.float32}, bounds, lengths, 1e-5)
+
+
+def test_rounding_to_bfloat16_comes_at_the_same_places_over_ranks(ranks):
+    ids = tokens(1, 60)
+    batch = {"input_ids": ids, "labels": ids}
+    for rung in ("rung2", "rung0"):
+        loss, grads = model_alone(LADDER[rung], batch, {"dtype": torch.float32}, autocast=True)
+        results = ranks.run(model_over_ranks, 2, LADDER[rung], batch, [36, 24], "auto", {"dtype": torch.float32}, True, True)
+        assert distance(sum(r[0] for r in results), loss) < 1e-4
+        both = [torch.cat([g.flatten() for g in found.values()]) for found in (grads, *(r[1] for r in results))]
+        assert distance(both[1] + both[2], both[0]) < 1e-2
+
+
+@pytest.mark.parametrize("rung", ["rung2", "rung6", "rung0"])
+def test_bytes_do_not_grow_with_the_row(ranks, rung):
+    """Nor, but for the number of states that a scan gathers, with the ranks."""
+
+    def received(size, each):
+        ids = tokens(1, size * each)
+        batch = {"input_ids": ids, "labels": ids}
+        results = ranks.run(model_over_ranks, size, LADDER[rung], batch, [each] * size, "auto", {}, False)
+        return [r[2] for r in results]
+
+    few, many = received(2, 136), received(2, 272)
+    assert few == many
+    assert all(sum(kinds.values()) > 0 for kinds in few)
+    # a state's worth for each layer, scan and direction: last layer of 2 heads, 16 x 16, and the gates' products
+    if rung != "rung0":
+        scans = 2 if rung == "rung2" else 1
+        assert {kinds["scan"] for kinds in few} == {2 * 2 * scans * 8 * (2 * 16 * 16 + 2)}
+        assert {kinds["scan"] for kinds in received(3, 136)} == {2 * few[0]["scan"]}
+
+
+def test_the_model_refuses_what_a_slice_cannot_have(ranks):
+    ranks.run(refusals, 2)
