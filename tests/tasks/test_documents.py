@@ -35,6 +35,14 @@ def folder(tmp_path):
     return tmp_path / "texts"
 
 
+def test_an_installed_package_is_a_source_of_its_own_files():
+    found = open_documents("package:json", None)
+    assert set(found.names) == {"__init__.py", "decoder.py", "encoder.py", "scanner.py", "tool.py"}
+    for name in ("package:no_such_package", "package:json.no_such_part", "package:re.no", "package:bisect"):
+        with pytest.raises(ValueError, match=f"data.source must be 'package:' and the name .* got '{name}'"):
+            open_documents(name, None)
+
+
 def test_the_standard_library_is_split_into_disjoint_files_without_tests_or_installed_packages():
     train, held_out = (open_documents("stdlib", split) for split in ("train", "held_out"))
     assert isinstance(train, Files)
@@ -88,7 +96,7 @@ def test_shards_share_the_documents_out():
 
 
 def test_more_readers_than_documents_are_refused():
-    with pytest.raises(ValueError, match=r"data\.workers must be at most the 40 documents"):
+    with pytest.raises(ValueError, match=r"data\.streams must be at most the 40 documents"):
         next(Texts(WORDS).forever(0, None, (0, 41)))
 
 
@@ -162,7 +170,7 @@ def test_a_stream_is_shared_out_by_files(tmp_path):
     parts = [[text for text, _ in read(stream(tmp_path, shards=4), 60, shard=(i, 2))] for i in range(2)]
     assert set(parts[0]) | set(parts[1]) == set(kept)
     assert not set(parts[0]) & set(parts[1])
-    with pytest.raises(ValueError, match=r"data\.workers must be at most the 4 files"):
+    with pytest.raises(ValueError, match=r"data\.streams must be at most the 4 files"):
         next(stream(tmp_path, shards=4).forever(0, None, (0, 5)))
 
 

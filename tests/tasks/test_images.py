@@ -188,7 +188,7 @@ def test_read_batches_are_the_same_whoever_reads_and_from_any_position(kind, fol
 
 
 def comparable(folder):
-    drop = {"seconds", "images_per_second"}
+    drop = {"seconds", "images_per_second", "data_wait"}
     return [{name: x for name, x in row.items() if name not in drop} for row in read_metrics(folder)]
 
 

@@ -8,19 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbind.tasks.documents import Texts
-from kvbind.tasks.packing import IGNORED, PackedBatches, collate, cut, evaluation_batches, load_batches
+from kvbind.tasks.packing import IGNORED, Packed, Place, Stream, collate, cut, evaluation_batches, load_batches
 from kvbind.tasks.tokenizers import Bytes
+from kvbind.train.ranks import Share, united
 
 TEXTS = [chr(97 + i % 26) * (3 + 7 * i % 41) for i in range(60)]
 
 
 def packed(texts=TEXTS, **options):
     options = {"length": 8, "batch": 3, "window": 7, "seed": 0} | options
-    return PackedBatches(Texts(texts), Bytes(), **options)
+    return Packed(Texts(texts), Bytes(), **options)
 
 
-def take(batches, count, workers=0, position=None):
-    return list(itertools.islice(load_batches(batches, workers, position), count))
+def take(count, workers=0, separate=False, **options):
+    return list(itertools.islice(load_batches(packed(**options), separate, workers), count))
 
 
 def ids(batches):
@@ -28,11 +29,11 @@ def ids(batches):
 
 
 def test_a_window_holds_consecutive_text_and_the_next_goes_on_where_it_stopped():
-    reader = packed()
-    here, texts = {"documents": None, "offset": 0, "window": 0, "spent": 0}, []
+    stream = Stream(packed(window=9), 0, Place())
+    here, texts = Place(), []
     for _ in range(5):
-        samples, here = reader.fill(here, (0, 1))
-        assert len(samples) == 9  # 7 rounded up to whole batches of 3
+        samples, here = stream.fill(here)
+        assert len(samples) == 9
         texts += [sample.ids for sample in samples]
     whole = [np.append(Bytes().encode(text), 0) for text, _ in itertools.islice(Texts(TEXTS).forever(0), 200)]
     joined = np.concatenate(whole)[: 5 * 9 * 8]
@@ -55,38 +56,88 @@ def test_starts_are_exactly_where_documents_start(lengths, length, fresh):
 
 
 @pytest.mark.parametrize("separate", [False, True])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_reading_resumes_at_the_exact_sample(workers, separate):
-    whole = take(packed(separate=separate), 16, workers)
-    for stop in (1, 2, 3, 5, 10) if workers == 0 else (3, 4):
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_reading_resumes_at_the_exact_sample(streams, separate):
+    whole = take(16, separate=separate, streams=streams)
+    for stop in (1, 2, 3, 5, 10):
         position = json.loads(json.dumps(whole[stop - 1][1]))
-        assert len(json.dumps(position)) < 500
-        rest = take(packed(separate=separate), 16 - stop, workers, position)
+        assert len(json.dumps(position)) < 300
+        rest = take(16 - stop, separate=separate, streams=streams, position=position)
         assert ids(rest) == ids(whole[stop:])
         assert [p for _, p in rest] == [p for _, p in whole[stop:]]
 
 
+def test_workers_change_nothing():
+    whole = take(12, streams=3)
+    helped = take(5, workers=2, streams=3)
+    rest = take(7, workers=4, streams=3, position=helped[-1][1])
+    assert ids(helped + rest) == ids(whole)
+    assert [p for _, p in helped + rest] == [p for _, p in whole]
+
+
+def samples(batches):
+    return sorted(tuple(row) for batch in ids(batches) for row in batch)
+
+
+@given(
+    streams=st.integers(1, 5),
+    batch=st.sampled_from([1, 2, 4, 6]),
+    count=st.sampled_from([1, 2, 3, 4, 6]),
+    others=st.sampled_from([1, 2, 4]),
+)
+def test_ranks_read_together_what_one_reads_and_others_go_on_from_there(streams, batch, count, others):
+    options = {"streams": streams, "batch": batch, "window": 8}
+    accumulate = 12  # a step's batches, whatever number of ranks divides them
+    step = take(2 * accumulate, **options)
+
+    def together(ranks, position):
+        shares = [Share.of(i, ranks, batch, accumulate) for i in range(ranks)]
+        parts = [take(accumulate // shares[0].turns, position=position, share=share, **options) for share in shares]
+        return [x for part in parts for x in part], united([part[-1][1] for part in parts])
+
+    first, position = together(count, None)
+    assert samples(first) == samples(step[:accumulate])
+    second, position = together(others, json.loads(json.dumps(position)))
+    assert samples(second) == samples(step[accumulate:])
+    assert ids(take(3, position=position, **options)) == ids(take(2 * accumulate + 3, **options)[2 * accumulate :])
+
+
+def test_ranks_with_a_stream_each_read_no_document_twice():
+    read = []
+
+    class Watched(Texts):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    for share in (Share.of(i, 4, batch=2, accumulate=2) for i in range(4)):
+        reader = Packed(Watched(TEXTS), Bytes(), length=8, batch=2, window=4, seed=0, streams=4, share=share)
+        assert len(reader.own) == 1
+        next(load_batches(reader, False, 0))
+    assert len(read) == len(set(read)) >= 4
+
+
 def test_the_order_goes_by_the_seed():
-    assert ids(take(packed(), 6)) == ids(take(packed(), 6))
-    assert ids(take(packed(), 6)) != ids(take(packed(seed=1), 6))
+    assert ids(take(6)) == ids(take(6))
+    assert ids(take(6)) != ids(take(6, seed=1))
 
 
 def test_reading_leaves_torchs_random_numbers_alone():
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    take(packed(), 2)
+    take(2)
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_resuming_with_other_workers_is_refused():
-    position = take(packed(), 1)[0][1]
-    with pytest.raises(ValueError, match=r"data\.workers must stay as it was .*, 1; got 2"):
-        take(packed(), 1, 2, position)
+def test_resuming_with_other_streams_is_refused():
+    position = take(1)[0][1]
+    with pytest.raises(ValueError, match=r"data\.streams must stay as it was .*, 1; got 2"):
+        take(1, streams=2, position=position)
 
 
 def test_documents_kept_apart_have_boundaries_and_no_first_labels():
-    (batch, _), *_ = take(packed(separate=True), 1)
+    (batch, _), *_ = take(1, separate=True)
     row, bounds, labels = batch["input_ids"][0], batch["cu_seqlens"], batch["labels"][0]
     assert row.shape == labels.shape == (24,)
     assert bounds.dtype == torch.int32
@@ -102,7 +153,7 @@ def test_documents_kept_apart_have_boundaries_and_no_first_labels():
 
 
 def test_joined_documents_are_plain_rows():
-    (batch, _), *_ = take(packed(), 1)
+    (batch, _), *_ = take(1)
     assert set(batch) == {"input_ids", "labels"}
     assert batch["input_ids"].shape == (3, 8)
     assert torch.equal(batch["input_ids"], batch["labels"])
@@ -110,10 +161,10 @@ def test_joined_documents_are_plain_rows():
 
 def test_a_document_longer_than_a_window_is_read_to_its_end():
     long = "".join(chr(97 + i % 26) for i in range(1000))
-    reader = packed([long], window=3)
-    here, seen = {"documents": None, "offset": 0, "window": 0, "spent": 0}, ""
+    stream = Stream(packed([long], window=3), 0, Place())
+    here, seen = Place(), ""
     for _ in range(13):
-        samples, here = reader.fill(here, (0, 1))
+        samples, here = stream.fill(here)
         seen += "".join(Bytes().decode(sample.ids.tolist()) for sample in samples)
     assert seen == long[: 13 * 24]
 

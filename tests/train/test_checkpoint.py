@@ -1,4 +1,5 @@
 import json
+from contextlib import closing
 
 import pytest
 import torch
@@ -8,45 +9,78 @@ from kvbind.train.metrics import Metrics, read_metrics
 
 
 def save(folder, step, keep=2):
-    return checkpoint.save_checkpoint(folder, step, {"step": step, "weight": torch.full((3,), float(step))}, keep)
+    with closing(checkpoint.Saver(folder, keep)) as saver:
+        saver.save(step, {"model": {"weight": torch.full((3,), float(step))}}, {"step": step})
+
+
+def names(folder):
+    return sorted(p.name for p in (folder / "checkpoints").iterdir())
 
 
 def test_the_newest_is_read_and_the_last_few_are_kept(tmp_path):
     for step in (9, 10, 100):
         save(tmp_path, step)
-    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000010.pt", "step-00000100.pt"]
-    assert torch.equal(checkpoint.latest_checkpoint(tmp_path)["weight"], torch.full((3,), 100.0))
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == names(tmp_path) == ["step-00000010", "step-00000100"]
+    newest = checkpoint.latest_checkpoint(tmp_path)
+    assert newest["step"] == 100
+    assert torch.equal(newest["model"]["weight"], torch.full((3,), 100.0))
 
 
 def test_a_run_without_checkpoints_has_no_latest(tmp_path):
     assert checkpoint.latest_checkpoint(tmp_path) is None
 
 
-def test_a_write_that_breaks_off_leaves_the_one_before_and_is_cleared_away_later(tmp_path, monkeypatch):
-    save(tmp_path, 1)
-    whole = torch.save
-
-    def half(content, file):
-        file.write(b"PK\x03\x04 half a checkpoint")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, 2)
-    assert checkpoint.latest_checkpoint(tmp_path)["step"] == 1
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
-    monkeypatch.setattr(torch, "save", whole)
-    save(tmp_path, 3)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000001.pt", "step-00000003.pt"]
+def test_parts_are_read_alone(tmp_path):
+    tensors = {"model": {"a.weight": torch.randn(2, 3)}, "optimizer": {"a.weight.step": torch.tensor(3.0)}}
+    with closing(checkpoint.Saver(tmp_path, 1)) as saver:
+        saver.save(1, tensors, {"done": {"step": 1}})
+    assert checkpoint.latest_checkpoint(tmp_path).keys() == {"model", "optimizer", "done"}
+    found = checkpoint.latest_checkpoint(tmp_path, ("model",))
+    assert found.keys() == {"model", "done"}
+    assert torch.equal(found["model"]["a.weight"], tensors["model"]["a.weight"])
 
 
-def test_the_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_what_is_saved_is_what_there_was_when_it_was_asked_for(tmp_path):
+    weight = torch.zeros(1000, 100)
+    with closing(checkpoint.Saver(tmp_path, 1)) as saver:
+        saver.save(1, {"model": {"weight": weight}}, {})
+        weight += 1
+    assert not checkpoint.latest_checkpoint(tmp_path)["model"]["weight"].any()
+
+
+@pytest.mark.parametrize("broken", ["write_text", "shutil"])
+def test_a_write_that_breaks_off_leaves_the_one_before_and_is_cleared_away_later(tmp_path, monkeypatch, broken):
+    save(tmp_path, 1, keep=1)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        if broken == "write_text":  # everything but the mark is on disk
+            patch.setattr(checkpoint, "write_text", fail)
+        else:  # the new one is whole, and the old one half gone
+            patch.setattr(checkpoint.shutil, "rmtree", fail)
+        with pytest.raises(OSError, match="disk full"):
+            save(tmp_path, 2, keep=1)
+    assert checkpoint.latest_checkpoint(tmp_path)["step"] == (1 if broken == "write_text" else 2)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+    save(tmp_path, 3, keep=2)
+    assert "step-00000003" in names(tmp_path)
+    assert len(names(tmp_path)) == 2
+    assert len(checkpoint.checkpoints(tmp_path)) == 2
+
+
+def test_the_mark_is_written_when_everything_else_is_on_disk(tmp_path, monkeypatch):
     events = []
     fsync, replace = checkpoint.os.fsync, checkpoint.Path.replace
     monkeypatch.setattr(checkpoint.os, "fsync", lambda handle: (events.append("sync"), fsync(handle))[1])
-    monkeypatch.setattr(checkpoint.Path, "replace", lambda a, b: (events.append("rename"), replace(a, b))[1])
+    monkeypatch.setattr(checkpoint.Path, "replace", lambda a, b: (events.append(b.name), replace(a, b))[1])
     save(tmp_path, 1)
-    assert events == ["sync", "rename", "sync"]
+    files = {p.name for p in (tmp_path / "checkpoints" / "step-00000001").iterdir()}
+    assert files == {"complete", "plain.pt", ".metadata", "__0_0.distcp"}
+    assert events[-3:] == ["sync", "complete", "sync"]
+    assert events[:-3].count("sync") >= 4  # plain data and their folder, tensors, and their index
+    assert "plain.pt" in events
 
 
 def test_random_states_survive_a_checkpoint(tmp_path):
@@ -59,10 +93,11 @@ def test_random_states_survive_a_checkpoint(tmp_path):
 
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     draw()
-    checkpoint.save_checkpoint(tmp_path, 1, {"random": checkpoint.random_state()}, keep=1)
+    with closing(checkpoint.Saver(tmp_path, 1)) as saver:
+        saver.save(1, {"model": {"weight": torch.zeros(1)}}, {"random": checkpoint.random_states()})
     expected = draw()
     draw()
-    checkpoint.restore_random_state(checkpoint.latest_checkpoint(tmp_path)["random"])
+    checkpoint.restore_random_states(checkpoint.latest_checkpoint(tmp_path)["random"], stream=0)
     assert draw() == expected
 
 
@@ -82,12 +117,14 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
-def test_a_run_of_many_gpus_goes_on_on_a_machine_of_one(monkeypatch):
-    given = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_rng_state_all", list)
-    monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.extend)
-    state = checkpoint.random_state() | {"cuda": [torch.zeros(2), torch.ones(2)]}
-    checkpoint.restore_random_state(state)
-    assert [x.tolist() for x in given] == [[0, 0]]
+def test_processes_that_take_over_another_number_of_states_draw_each_otherwise_and_always_the_same():
+    states = [checkpoint.random_state() | {"cuda": None} for _ in range(3)]
+
+    def first_draw(stream):
+        torch.manual_seed(stream)  # whatever it was before
+        checkpoint.restore_random_states(states, stream)
+        return torch.rand(1).item()
+
+    draws = [first_draw(stream) for stream in range(4)]
+    assert len(set(draws)) == 4
+    assert draws == [first_draw(stream) for stream in range(4)]

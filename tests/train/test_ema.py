@@ -4,7 +4,7 @@ from torch import nn
 from toy import Toy, config, make_model
 
 from kvbind.train import TrainConfig, latest_checkpoint, train
-from kvbind.train.loop import averaged
+from kvbind.train.average import Average
 from kvbind.train.metrics import read_metrics
 
 DECAY = 0.8
@@ -65,7 +65,7 @@ def test_an_interrupted_run_with_an_average_goes_on_bit_for_bit(tmp_path, stop):
     torch.manual_seed(99)  # whatever another process starts with
     rest = make_model()
     train(rest, Toy(), settings, tmp_path / "parts")
-    drop = {"seconds", "rows_per_second"}
+    drop = {"seconds", "rows_per_second", "data_wait"}
     lines = [
         [{name: x for name, x in row.items() if name not in drop} for row in read_metrics(tmp_path / part)]
         for part in ("whole", "parts")
@@ -91,11 +91,11 @@ def test_skipped_steps_do_not_enter_the_average(tmp_path):
 
 def test_buffers_are_averaged_with_the_weights():
     model = nn.BatchNorm1d(2)
-    average = averaged(model, 0.5)
+    average = Average(model, 0.5)
     means = []
     for mean in (1.0, 3.0, 7.0):
         model.running_mean.fill_(mean)
-        average.update_parameters(model)
+        average.update(model)
         means.append(average.module.running_mean[0].item())
     assert means == [1.0, 2.0, 4.5]
 

@@ -76,7 +76,7 @@ class Indexed(Documents):
     ) -> Iterator[tuple[str, Position]]:
         index, count = shard
         if count > len(self):
-            raise ValueError(f"data.workers must be at most the {len(self)} documents of {self.what}; got {count} readers")
+            raise ValueError(f"data.streams must be at most the {len(self)} documents of {self.what}; got {count}")
         epoch, start = (position["epoch"], position["next"]) if position else (0, 0)
         while True:
             order = np.random.default_rng((seed, epoch)).permutation(len(self))[index::count]
@@ -172,9 +172,7 @@ class Stream(Documents):
     ) -> Iterator[tuple[str, Position]]:
         index, count = shard
         if count > self.table.num_shards:
-            raise ValueError(
-                f"data.workers must be at most the {self.table.num_shards} files of {self.what}; got {count} readers"
-            )
+            raise ValueError(f"data.streams must be at most the {self.table.num_shards} files of {self.what}; got {count}")
         epoch = position["epoch"] if position else 0
         while True:
             # a copy, as a table that has loaded a state starts from it in every later iteration too

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvbind.inner import InnerLoop
 from kvbind.inner.value import nearest
 from kvbind.models.presets import PRESETS as SIZES
-from kvbind.tasks import preset_files
+from kvbind.sequence import SequenceShard, sequence_parallel
+from kvbind.tasks import check_recomputed_once, preset_files
 from kvbind.tasks.documents import Split
 from kvbind.tasks.inner_loops import edited, table_rows
-from kvbind.tasks.packing import IGNORED, Batch, PackedBatches, evaluation_batches, load_batches
+from kvbind.tasks.packing import IGNORED, Batch, Packed, evaluation_batches, load_batches
 from kvbind.tasks.sources import Source
 from kvbind.tasks.tokenizers import Pretrained, Tokenizer, open_tokenizer
 from kvbind.train.checkpoint import latest_checkpoint
 from kvbind.train.config import TrainConfig, load_config
+from kvbind.train.ranks import WHOLE, Share
 
 if TYPE_CHECKING:
     from kvbind.models import LactForCausalLM
@@ -58,7 +61,8 @@ class DataConfig:
     """Text, and how it is packed.
 
     Attributes:
-        source: "stdlib" (the Python standard library's source), a folder or file of text, JSONL or parquet, or "hub:NAME".
+        source: "stdlib" (the Python standard library's source), "package:NAME" (an installed package's), a folder or file of
+            text, JSONL or parquet, or "hub:NAME".
         column: of tables, the column that holds the text.
         stream: read local JSONL or parquet as it comes, where it is too large to be gone through beforehand.
         name: of hub data sets, the configuration.
@@ -71,8 +75,11 @@ class DataConfig:
         length: tokens in a sample.
         batch: samples in a batch.
         window: samples that are shuffled together.
+        streams: readings of the text that take turns, sample by sample, each of its own documents. Several processes or
+            workers that train together read no text twice where there is a stream for each; the order depends on it.
         separate: documents stay apart in attention and fast weights (`cu_seqlens`); else they run on as one text.
-        workers: processes that read; 0 for none besides the training one.
+        workers: processes that read, for each one that trains, at most as many as it has streams; 0 for none besides it.
+            Nothing but speed depends on it.
         evaluation_samples: held-out samples, spread over the held-out text.
         evaluation_batch: samples in an evaluation batch; 0 for as many as in training.
     """
@@ -90,13 +97,16 @@ class DataConfig:
     length: int = 512
     batch: int = 8
     window: int = 1024
+    streams: int = 1
     separate: bool = False
     workers: int = 0
     evaluation_samples: int = 64
     evaluation_batch: int = 0
 
+    INDIFFERENT: ClassVar[tuple[str, ...]] = ("workers",)
+
     def __post_init__(self) -> None:
-        for key, least in {"length": 2, "batch": 1, "window": 1, "workers": 0, "evaluation_samples": 1,
+        for key, least in {"length": 2, "batch": 1, "window": 1, "streams": 1, "workers": 0, "evaluation_samples": 1,
                            "evaluation_batch": 0}.items():  # fmt: skip
             if getattr(self, key) < least:
                 raise ValueError(f"data.{key} must be at least {least}; got {getattr(self, key)}")
@@ -110,6 +120,9 @@ class LanguageConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check_recomputed_once(self.model.gradient_checkpointing, self.train)
 
 
 def inner_loop(model: ModelConfig) -> InnerLoop:
@@ -191,7 +204,7 @@ class LanguageTask:
 
     def __init__(self, config: LanguageConfig, training: bool = True) -> None:
         data = config.data
-        self.config = config
+        self.config, self.batch = config, data.batch
         inner_loop(config.model)  # an inner loop that is none is better known before any text is read
         self.tokenizer = open_tokenizer(data.tokenizer)
         source = Source(data.source, data.held_out, data.column, data.stream, data.name, data.part)
@@ -212,27 +225,55 @@ class LanguageTask:
         """A model with fresh weights, drawn from the run's seed."""
         return build_model(self.config, self.tokenizer)
 
-    def batches(self, position: dict[str, Any] | None) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    def batches(self, position: dict[str, Any] | None, share: Share = WHOLE) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Endless training batches, each with the position behind it."""
         data = self.config.data
         if self.documents is None:
             raise ValueError("this task was opened with training=False")
-        packed = PackedBatches(
+        packed = Packed(
             self.documents, self.tokenizer, length=data.length, batch=data.batch, window=data.window,
-            seed=self.config.seed, separate=data.separate,
+            seed=self.config.seed, streams=data.streams, position=position, share=share,
         )  # fmt: skip
-        return load_batches(packed, data.workers, position)
+        return load_batches(packed, data.separate, data.workers)
 
     def size(self, batch: Batch) -> int:
         """Tokens in a batch."""
         return batch["input_ids"].numel()
+
+    def weight(self, batch: Batch) -> float:
+        """Tokens that a batch predicts, over those that samples of joined text do."""
+        length = self.config.data.length
+        most = batch["labels"].numel() // length * (length - 1)
+        return float((batch["labels"][:, 1:] != IGNORED).sum()) / most if "cu_seqlens" in batch else 1.0
+
+    def flops(self, model: LactForCausalLM) -> float:
+        """Model FLOPs of training for each unit."""
+        from kvbind.tasks.flops import flops_per_unit
+
+        return flops_per_unit(model.config, self.config.data)
 
     def loss(self, model: LactForCausalLM, batch: Batch) -> Tensor:
         """Mean next-token cross-entropy, in nats."""
         loss: Tensor = model(**batch, use_cache=False).loss
         return loss
 
-    def evaluate(self, model: LactForCausalLM) -> dict[str, Any]:
+    def shard(self, batch: Batch, group: Any) -> SequenceShard:
+        """How the processes of a group divide the rows of a batch: evenly, and between chunks of the inner loop."""
+        ids, chunk = batch["input_ids"], inner_loop(self.config.model).chunk
+        return SequenceShard.even(ids.shape[1], group, cu_seqlens=batch.get("cu_seqlens"), multiple=chunk or 1)
+
+    def cut(self, batch: Batch, group: Any) -> tuple[Batch, AbstractContextManager[None]]:
+        """This process's part of every sequence of a batch, and the context in which a model sees the others'."""
+        from kvbind.models.lact.sharding import shard_batch
+
+        shard = self.shard(batch, group)
+        return shard_batch(batch, shard), sequence_parallel(shard)
+
+    def blocks(self, model: LactForCausalLM) -> Iterable[nn.Module]:
+        """The model's layers."""
+        return model.model.layers
+
+    def evaluate(self, model: LactForCausalLM, share: Share = WHOLE) -> dict[str, Any]:
         """Perplexity per token, bits per byte, loss in nats, the number of predicted tokens, and the loss by position.
 
         "loss_by_position" is a list of `[position, loss]`: tokens at that place of their sequence and up to the next listed
@@ -241,15 +282,23 @@ class LanguageTask:
         device = next(model.parameters()).device
         longest = self.config.data.length
         width = -(-longest // POSITION_BINS)
-        total, count = torch.zeros(POSITION_BINS, dtype=torch.float64), torch.zeros(POSITION_BINS, dtype=torch.float64)
-        for cpu_batch in self.evaluation:
-            batch = {name: x.to(device) for name, x in cpu_batch.items()}
-            labels = batch.pop("labels")
-            losses = token_losses(model(**batch, use_cache=False).logits, labels).cpu()
-            counted = (cpu_batch["labels"][:, 1:] != IGNORED).double()
-            bins = positions(cpu_batch)[:, 1:] // width
-            total += torch.bincount(bins.flatten(), (losses.double() * counted).flatten(), POSITION_BINS)
-            count += torch.bincount(bins.flatten(), counted.flatten(), POSITION_BINS)
+        sums = torch.zeros(2, POSITION_BINS, dtype=torch.float64)
+        for whole, counts in share.of_items(self.evaluation):
+            labels, places = (F.pad(x[:, 1:], (0, 1), value=IGNORED) for x in (whole["labels"], positions(whole)))
+            batch: Batch = {name: x for name, x in whole.items() if name != "labels"}
+            inside: AbstractContextManager[None] = nullcontext()
+            if share.sequence is not None:
+                shard = self.shard(whole, share.sequence)
+                labels, places = shard.take(labels), shard.take(places)
+                batch, inside = self.cut(batch, share.sequence)
+            with inside:
+                logits = model(**{name: x.to(device) for name, x in batch.items()}, use_cache=False).logits
+            losses = token_losses(logits, labels.to(device)).cpu().double()
+            counted = (labels != IGNORED).double() * counts
+            bins = places.clamp(min=0) // width
+            sums[0] += torch.bincount(bins.flatten(), (losses * counted).flatten(), POSITION_BINS)
+            sums[1] += torch.bincount(bins.flatten(), counted.flatten(), POSITION_BINS)
+        total, count = share.sum(sums)
         loss = float(total.sum() / count.sum())
         filled = [i for i in range(POSITION_BINS) if count[i]]
         return {
@@ -284,17 +333,17 @@ def positions(batch: Batch) -> Tensor:
     return places
 
 
-def token_losses(logits: Tensor, labels: Tensor, rows: int = 4096) -> Tensor:
-    """Cross-entropy of every token but the first, `[B, T - 1]`, float32; 0 where the label is ignored.
+def token_losses(logits: Tensor, targets: Tensor, rows: int = 4096) -> Tensor:
+    """Cross-entropy of every token, `[B, T]`, float32; 0 where the target is ignored.
 
     Args:
         logits: `[B, T, vocabulary]`, any dtype.
-        labels: `[B, T]`; those of position t are compared with the logits of t - 1.
+        targets: `[B, T]`, what each of them predicts.
         rows: tokens whose logits are in float32 at one time.
     """
-    parts = zip(logits[:, :-1].flatten(0, 1).split(rows), labels[:, 1:].flatten().split(rows), strict=True)
+    parts = zip(logits.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
     losses = [F.cross_entropy(x.float(), y, ignore_index=IGNORED, reduction="none") for x, y in parts]
-    return torch.cat(losses).reshape(labels.shape[0], -1)
+    return torch.cat(losses).reshape(targets.shape)
 
 
 def open_trained(folder: Path, tokenizer: str | None = None) -> tuple[Any, Tokenizer]:
@@ -311,7 +360,7 @@ def open_trained(folder: Path, tokenizer: str | None = None) -> tuple[Any, Token
     if (run / "config.yaml").is_file():
         config = load_config(LanguageConfig, run / "config.yaml")
         words = open_tokenizer(tokenizer or config.data.tokenizer)
-        saved = latest_checkpoint(run)
+        saved = latest_checkpoint(run, ("model",))
         if saved is None:
             raise ValueError(f"run must have a checkpoint; {str(run)!r} has none yet")
         model = build_model(config, words)

@@ -1,13 +1,17 @@
 """Packing: documents joined, cut to one length, shuffled, batched, and resumed at the exact sample.
 
-Reading is by *windows*: `window` samples' worth of tokens is read from the documents, cut, and permuted; then the next. A
-position therefore needs no tokens: it says where in the documents a window starts and how many batches of it are spent.
+Reading is by *windows*: so many samples' worth of tokens is read from the documents, cut, and permuted; then the next. A
+position therefore needs no tokens: it says where in the documents windows start and how many samples of the run are spent.
+Text may be read in several *streams* that take turns, sample by sample. Processes that share a batch, and workers of each,
+read the streams that their samples come from; more streams let more of them read without reading the same text twice.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from kvbind.tasks.documents import Documents, Position
 from kvbind.tasks.tokenizers import Tokenizer
+from kvbind.train.ranks import WHOLE, Share
 
 Batch = dict[str, Tensor]
 IGNORED = -100
@@ -71,18 +76,37 @@ def collate(samples: list[Sample], separate: bool) -> Batch:
     return {"input_ids": ids.reshape(1, -1), "labels": labels[None], "cu_seqlens": bounds}
 
 
-class PackedBatches(IterableDataset[tuple[Batch, Position]]):
+@dataclass(frozen=True)
+class Place:
+    """Where a stream is read: the documents behind which a window of samples starts.
+
+    Attributes:
+        window: its number.
+        documents: position behind the last document that was read to its end before the window.
+        offset: tokens of the following document that belong to earlier windows.
+    """
+
+    window: int = 0
+    documents: Position | None = None
+    offset: int = 0
+
+
+class Packed(IterableDataset[tuple[list[tuple[int, Sample]], dict[str, Any]]]):
     """Endless batches of packed documents, each with the position behind it.
+
+    Samples are numbered; sample q comes from stream q mod `streams`, each of which reads every `streams`-th document. What a
+    sample is therefore depends on the seed and the number of streams alone: not on batches, nor on who reads.
 
     Args:
         documents: where text comes from.
         tokenizer: what makes ids of it.
         length: tokens in a sample.
         batch: samples in a batch.
-        window: samples that are shuffled together, rounded up to whole batches.
+        window: samples that are shuffled together, in all streams.
         seed: of every order.
-        separate: whether documents stay apart (`cu_seqlens`), or run on into each other as one text.
-        positions: by reader, what the last batch of each came with; None for the beginning.
+        streams: how many.
+        position: what the last batch came with; None for the beginning.
+        share: which samples to read: every `parts`-th of a batch, in every `turns`-th batch.
     """
 
     def __init__(
@@ -94,43 +118,75 @@ class PackedBatches(IterableDataset[tuple[Batch, Position]]):
         batch: int,
         window: int,
         seed: int,
-        separate: bool = False,
-        positions: list[Position | None] | None = None,
-        first: int = 0,
+        streams: int = 1,
+        position: Position | None = None,
+        share: Share = WHOLE,
     ) -> None:
         self.documents, self.tokenizer = documents, tokenizer
-        self.length, self.batch, self.separate, self.seed = length, batch, separate, seed
-        self.batches_per_window = -(-window // batch)
-        self.positions, self.first = positions, first
+        self.length, self.batch, self.seed, self.streams, self.share = length, batch, seed, streams, share
+        self.window = -(-window // streams)
+        if position and position["streams"] != streams:
+            raise ValueError(
+                f"data.streams must stay as it was when the run was interrupted, {position['streams']}; got {streams}"
+            )
+        self.first = position["samples"] if position else 0
+        self.places = {int(s): Place(*place) for s, place in position["places"].items()} if position else {}
 
-    def __iter__(self) -> Iterator[tuple[Batch, Position]]:
+    @property
+    def own(self) -> list[int]:
+        """The streams that this share reads."""
+        each = self.batch * self.share.turns
+        rounds = itertools.islice(self.numbers(), math.lcm(self.streams, each) // each)
+        return sorted({q % self.streams for numbers in rounds for q in numbers})
+
+    def numbers(self) -> Iterator[range]:
+        """The numbers of the samples of each of this share's batches, endlessly."""
+        share = self.share
+        for begin in itertools.count(self.first + share.turn * self.batch, share.turns * self.batch):
+            yield range(begin + share.part, begin + self.batch, share.parts)
+
+    def __iter__(self) -> Iterator[tuple[list[tuple[int, Sample]], dict[str, Any]]]:
+        """For each batch, those of its samples that this worker reads, by number, and where its streams are."""
         worker = get_worker_info()
-        readers = worker.num_workers if worker else 1
-        # torch asks its workers in turn from the first on, whoever's turn it was when the run stopped
-        reader = (self.first + (worker.id if worker else 0)) % readers
-        position = self.positions[reader] if self.positions else None
-        for batch, behind in self.read(position, (reader, readers)):
-            yield batch, {"reader": reader, "position": behind}
+        mine = self.own[worker.id :: worker.num_workers] if worker else self.own
+        streams = {s: Stream(self, s, self.places.get(s, Place())) for s in mine}
+        for numbers in self.numbers():
+            read = [(q, streams[q % self.streams].sample(q // self.streams)) for q in numbers if q % self.streams in streams]
+            yield read, {str(s): list(astuple(stream.place)) for s, stream in streams.items()}
 
-    def read(self, position: Position | None, shard: tuple[int, int]) -> Iterator[tuple[Batch, Position]]:
-        """One reader's batches, each with that reader's position behind it."""
-        here: Position = position or {"documents": None, "offset": 0, "window": 0, "spent": 0}
-        while True:
-            samples, following = self.fill(here, shard)
-            order = np.random.default_rng((self.seed, shard[0], here["window"])).permutation(len(samples))
-            for n in range(here["spent"], self.batches_per_window):
-                rows = order[n * self.batch : (n + 1) * self.batch]
-                here = here | {"spent": n + 1}
-                yield collate([samples[i] for i in rows], self.separate), here
-            here = following
 
-    def fill(self, here: Position, shard: tuple[int, int]) -> tuple[list[Sample], Position]:
-        """The samples of the window that starts at `here`, and where the next window starts."""
-        wanted = self.batches_per_window * self.batch * self.length
+class Stream:
+    """One reading of the text, window by window.
+
+    Args:
+        packed: what is read, and how.
+        number: of the stream.
+        place: where a window starts.
+    """
+
+    def __init__(self, packed: Packed, number: int, place: Place) -> None:
+        self.packed, self.number, self.place = packed, number, place
+        self.samples: list[Sample] = []
+        self.following = place
+
+    def sample(self, index: int) -> Sample:
+        """The stream's sample of that number, which is in this window or in one behind."""
+        size = self.packed.window
+        while not self.samples or index >= (self.place.window + 1) * size:
+            self.place = self.following
+            self.samples, self.following = self.fill(self.place)
+            order = np.random.default_rng((self.packed.seed, self.number, self.place.window)).permutation(size)
+            self.samples = [self.samples[i] for i in order]
+        return self.samples[index - self.place.window * size]
+
+    def fill(self, here: Place) -> tuple[list[Sample], Place]:
+        """The samples of the window at `here`, in the text's order, and where the next window starts."""
+        packed = self.packed
+        wanted = packed.window * packed.length
         pieces: list[tuple[NDArray[np.int64], bool]] = []
-        before, offset = here["documents"], here["offset"]
-        for text, behind in self.documents.forever(self.seed, before, shard):
-            ids = np.append(self.tokenizer.encode(text), self.tokenizer.end)[offset:]
+        before, offset = here.documents, here.offset
+        for text, behind in packed.documents.forever(packed.seed, before, (self.number, packed.streams)):
+            ids = np.append(packed.tokenizer.encode(text), packed.tokenizer.end)[offset:]
             pieces.append((ids[:wanted], offset == 0))
             if len(ids) > wanted:
                 offset += wanted
@@ -139,30 +195,39 @@ class PackedBatches(IterableDataset[tuple[Batch, Position]]):
             before, offset = behind, 0
             if not wanted:
                 break
-        return cut(pieces, self.length), {"documents": before, "offset": offset, "window": here["window"] + 1, "spent": 0}
+        return cut(pieces, packed.length), Place(here.window + 1, before, offset)
 
 
-def load_batches(batches: PackedBatches, workers: int, position: Position | None) -> Iterator[tuple[Batch, Position]]:
-    """Batches, read in this process (`workers=0`) or in others, from `position` on.
+def load_batches(packed: Packed, separate: bool, workers: int) -> Iterator[tuple[Batch, Position]]:
+    """Batches, read in this process (`workers=0`) or in others; the same whatever their number.
 
-    The order depends on the number of workers, and on nothing else; each batch comes with the position behind it.
+    Args:
+        packed: where from.
+        separate: whether documents stay apart (`cu_seqlens`), or run on into each other as one text.
+        workers: how many read at most: each has streams of its own.
 
-    Raises:
-        ValueError: a position that was taken with another number of workers.
+    Yields:
+        A batch, and the position behind it, and behind those of the other ranks' shares that belong to the same turn.
     """
-    readers = max(workers, 1)
-    positions: list[Position | None] = list(position["readers"]) if position else [None] * readers
-    if len(positions) != readers:
-        raise ValueError(f"data.workers must stay as it was when the run was interrupted, {len(positions)}; got {workers}")
-    batches.positions = list(positions)
-    batches.first = position["next"] if position else 0
+    workers = min(workers, len(packed.own))
     # its own generator: the loader draws a seed for its workers, which must not come out of the model's randomness
-    loader: Any = DataLoader(
-        batches, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(), generator=torch.Generator()
-    )
-    for batch, stamp in loader:
-        positions[stamp["reader"]] = stamp["position"]
-        yield batch, {"readers": list(positions), "next": (stamp["reader"] + 1) % readers}
+    loader: Any = DataLoader(packed, batch_size=None, num_workers=workers, collate_fn=_as_read, generator=torch.Generator())
+    read = iter(loader)
+    places: dict[str, Any] = {}
+    for turn in itertools.count(1):
+        parts = [next(read) for _ in range(max(workers, 1))]  # torch asks its workers in turn
+        samples = sorted((numbered for part, _ in parts for numbered in part), key=lambda numbered: numbered[0])
+        for _, behind in parts:
+            places |= behind
+        behind = packed.first + turn * packed.share.turns * packed.batch
+        yield (
+            collate([sample for _, sample in samples], separate),
+            {"streams": packed.streams, "samples": behind, "places": dict(places)},
+        )
+
+
+def _as_read(item: Any) -> Any:
+    return item
 
 
 def evaluation_batches(
@@ -176,7 +241,7 @@ def evaluation_batches(
         length: tokens in a sample.
         batch: samples in a batch.
         samples: at most how many.
-        separate: as `PackedBatches` takes it.
+        separate: as `load_batches` takes it.
 
     Returns:
         The batches, and how many bytes of UTF-8 a token stands for, on the average over the text that was read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sysconfig
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from kvbind.tasks.documents import Documents, Files, Rows, Split, Stream, Texts,
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".html")
 TABLE_SUFFIXES = {".jsonl": "json", ".parquet": "parquet"}
 """The files that the `datasets` library reads, and the name of its reader."""
-HUB = "hub:"
+HUB, PACKAGE = "hub:", "package:"
 
 # Packages of the standard library that are absent from some installations, written for one machine, or tables of numbers.
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "encodings", "pydoc_data"}
@@ -25,8 +26,9 @@ class Source:
     """Text, and how to read it.
 
     Attributes:
-        where: "stdlib", the Python standard library's own source; a folder of text, JSONL or parquet files; one such file;
-            or "hub:" and the name of a data set to stream from the Hugging Face hub.
+        where: "stdlib", the Python standard library's own source; "package:" and the name of an installed Python package,
+            for its source; a folder of text, JSONL or parquet files; one such file; or "hub:" and the name of a data set to
+            stream from the Hugging Face hub.
         held_out: the fraction of documents that is held out, chosen by a hash of each file's path below the folder, or of
             each row's text. A lone text file is one document: its last part of that size is held out.
         column: of tables, the column that holds the text.
@@ -59,7 +61,9 @@ class Source:
             name = self.where.removeprefix(HUB)
             table = self._library().load_dataset(name, self.name, split=self.part, streaming=True)
             return Stream(table, self.column, split, self.held_out, self.where)
-        if self.where == "stdlib":
+        if self.where.startswith(PACKAGE):
+            found = self._files(package_folder(self.where.removeprefix(PACKAGE)), (".py",), split, _hidden)
+        elif self.where == "stdlib":
             found = self._files(Path(sysconfig.get_path("stdlib")), (".py",), split, _stdlib_skips)
         elif path.is_dir():
             tables = [p for p in sorted(path.rglob("*")) if p.suffix in TABLE_SUFFIXES]
@@ -68,11 +72,12 @@ class Source:
             found = self._tables([path], split) if path.suffix in TABLE_SUFFIXES else self._one_text(path, split)
         else:
             raise ValueError(
-                f"data.source must be 'stdlib', a folder or file of text, JSONL or parquet, or '{HUB}NAME' for a data set "
-                f"on the Hugging Face hub; got {self.where!r}, which does not exist"
+                f"data.source must be 'stdlib', '{PACKAGE}NAME', a folder or file of text, JSONL or parquet, or '{HUB}NAME' "
+                f"for a data set on the Hugging Face hub; got {self.where!r}, which does not exist"
             )
         if not isinstance(found, Stream) and next(found.once(), None) is None:
-            kinds = "Python source" if self.where == "stdlib" else f"text ({', '.join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))})"
+            python = self.where == "stdlib" or self.where.startswith(PACKAGE)
+            kinds = "Python source" if python else f"text ({', '.join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))})"
             raise ValueError(f"data.source {self.where!r} holds no {kinds} for the split {split!r}")
         return found
 
@@ -114,6 +119,23 @@ class Source:
                 "install kvbind with its extra 'data', or datasets itself"
             ) from error
         return datasets
+
+
+def package_folder(name: str) -> Path:
+    """The folder of an installed Python package.
+
+    Raises:
+        ValueError: there is none of that name, or it is no folder.
+    """
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # a part of a package that is none
+        found = None
+    if found is None or not found.submodule_search_locations:
+        raise ValueError(
+            f"data.source must be '{PACKAGE}' and the name of an installed Python package; got {PACKAGE + name!r}"
+        )
+    return Path(found.submodule_search_locations[0])
 
 
 def _stdlib_skips(name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,7 +16,33 @@ from kvbind.inner.value import check_choice, nearest
 
 T = TypeVar("T")
 
-_INDIFFERENT = {"device", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard"}
+_INDIFFERENT = {
+    "device", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "parallel", "activation_checkpointing",
+}  # fmt: skip
+
+
+@dataclass
+class ParallelConfig:
+    """How a model is spread over the processes that `torchrun` starts. A run's result depends on it by rounding alone.
+
+    Attributes:
+        strategy: "ddp" (every process holds the whole model), "fsdp" (FSDP2: each holds a shard of it), or "auto": "fsdp"
+            from half a billion parameters on. A single process needs neither.
+        shard: data ranks among which one copy of the model is divided, each such group holding a copy; 0 for all of them.
+        sequence: ranks that share each sequence; the task must be able to cut its batches.
+        reshard: give up a block's gathered weights between its forward and backward pass, for memory.
+    """
+
+    strategy: str = "auto"
+    shard: int = 0
+    sequence: int = 1
+    reshard: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("train.parallel.strategy", self.strategy, ("auto", "ddp", "fsdp"))
+        for name, least in {"shard": 0, "sequence": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"train.parallel.{name} must be at least {least}; got {getattr(self, name)}")
 
 
 @dataclass
@@ -25,7 +51,8 @@ class TrainConfig:
 
     Attributes:
         steps: optimizer steps.
-        accumulate: batches whose gradients are averaged into one step.
+        accumulate: batches whose gradients are averaged into one step. Processes divide a step's batches, and their rows,
+            among them: how many there are changes nothing of what a step learns from.
         learning_rate: its peak.
         warmup: steps of linear warm-up.
         final: the cosine's end, as a fraction of the peak.
@@ -35,6 +62,9 @@ class TrainConfig:
         ema: decay, per step, of an exponential average of the weights, which is then what is evaluated and saved in the end;
             0 for none. It starts from the weights after the first step.
         precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 on GPUs.
+        gather: the dtype in which FSDP sends weights to those that compute with them. "bfloat16" halves that traffic and
+            rounds all weights, those outside of matrix products too, where `precision` is bfloat16; "float32" computes as a
+            single process would.
         tf32: on GPUs, let matrix products of float32 operands, those of the fast weights among them, run in TF32.
         device: "auto", or any torch device.
         evaluate_every: steps between evaluations; 0 for at the start and the end only.
@@ -43,6 +73,9 @@ class TrainConfig:
         keep: how many checkpoints to keep.
         max_skipped: steps with non-finite loss or gradient in a row that end the run.
         tensorboard: also write TensorBoard's event files, where it is installed.
+        activation_checkpointing: what is computed again in the backward pass, for memory: "none"; "block", everything but
+            each block's input; "selective", everything but that and the outputs of matrix products, attention and kernels.
+        parallel: over several processes.
     """
 
     steps: int = 1000
@@ -55,6 +88,7 @@ class TrainConfig:
     clip: float = 1.0
     ema: float = 0.0
     precision: str = "auto"
+    gather: str = "float32"
     tf32: bool = True
     device: str = "auto"
     evaluate_every: int = 0
@@ -63,9 +97,13 @@ class TrainConfig:
     keep: int = 2
     max_skipped: int = 10
     tensorboard: bool = False
+    activation_checkpointing: str = "none"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         check_choice("train.precision", self.precision, ("auto", "float32", "bfloat16"))
+        check_choice("train.gather", self.gather, ("float32", "bfloat16"))
+        check_choice("train.activation_checkpointing", self.activation_checkpointing, ("none", "block", "selective"))
         for name, least in {"steps": 1, "accumulate": 1, "keep": 1, "max_skipped": 1, "warmup": 0, "evaluate_every": 0,
                             "checkpoint_every": 0, "checkpoint_minutes": 0, "weight_decay": 0}.items():  # fmt: skip
             if getattr(self, name) < least:
@@ -173,9 +211,10 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def what_matters(config: Any) -> dict[str, Any]:
-    """A run's configuration without the keys that change nothing of its result: device, checkpoints, event files.
+    """A run's configuration without the keys that change nothing of its result.
 
-    The data's own such keys are those that their dataclass lists as `INDIFFERENT`.
+    Those are the device, checkpoints, event files, and how the run is spread over processes. The data's own are those that
+    their dataclass lists as `INDIFFERENT`.
     """
     plain = to_plain(config)
     indifferent = {"train": _INDIFFERENT, "data": getattr(getattr(config, "data", None), "INDIFFERENT", ())}

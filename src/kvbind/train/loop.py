@@ -5,28 +5,47 @@ whose loss or gradient is not finite changes nothing, no running statistics eith
 checkpoint holds all that the next step depends on, so that a run that was interrupted goes on exactly as if it had not been.
 Where an average of the weights is kept, it is what evaluations see, what a checkpoint calls "model", and what is left in the
 model in the end.
+
+Several processes, started by `torchrun`, take the steps that a single one would: they divide the rows of each step among
+them, gradients are means over all, and every decision follows from numbers that all of them have.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import _pytree as pytree
 
+from kvbind.hardware import peak_flops
+from kvbind.train.average import Average, local
 from kvbind.train.bars import Watch
-from kvbind.train.checkpoint import latest_checkpoint, random_state, restore_random_state, save_checkpoint
+from kvbind.train.checkpoint import (
+    Saver,
+    empty_optimizer_state,
+    latest_path,
+    load_into,
+    optimizer_tensors,
+    part_ways,
+    random_state,
+    random_states,
+    read_plain,
+    restore_random_state,
+    restore_random_states,
+)
 from kvbind.train.config import TrainConfig
-from kvbind.train.metrics import Metrics
+from kvbind.train.metrics import Metrics, Silence
 from kvbind.train.optimizer import learning_rate, make_optimizer
+from kvbind.train.parallel import Distributed, Layout, clip_, reshard
+from kvbind.train.ranks import WHOLE, Share, average_, connected, from_all, rank, ranks, stacked, united
+from kvbind.train.recompute import recompute
 
 Model = TypeVar("Model", bound=nn.Module, contravariant=True)
 
@@ -59,25 +78,48 @@ class Progress:
 
 
 class Task(Protocol[Model]):
-    """What the loop asks of a task: batches, a loss, and an evaluation."""
+    """What the loop asks of a task: batches, a loss, and an evaluation.
+
+    A task whose samples are sequences may have a method `cut(batch, group)`, for ranks that divide each sequence: it gives
+    this rank's part of a batch, and a context in which the parts' losses add up to that of the whole. By a method
+    `flops(model)`, the operations that a unit takes in training, the utilization of GPUs is known.
+    """
 
     unit: str
     """What the size of a batch counts, such as "tokens"."""
 
-    def batches(self, position: dict[str, Any] | None) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Endless batches (pytrees of tensors), each with the position behind it: plain data to go on from."""
+    batch: int
+    """Rows of a batch, which data ranks may divide."""
+
+    def batches(self, position: dict[str, Any] | None, share: Share = WHOLE) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Endless batches (pytrees of tensors), each with the position behind it: plain data to go on from.
+
+        The shares of all data ranks make up what `WHOLE` is. At the end of a step their positions, united key by key, are
+        one from which any number of ranks can go on.
+        """
         ...
 
     def size(self, batch: Any) -> int:
         """How many units a batch holds."""
         ...
 
+    def weight(self, batch: Any) -> float:
+        """How much the loss of a batch counts beside others of its step: in proportion to what it is a mean over."""
+        ...
+
     def loss(self, model: Model, batch: Any) -> Tensor:
         """The loss of one batch, a scalar."""
         ...
 
-    def evaluate(self, model: Model) -> dict[str, Any]:
-        """Held-out metrics, the first of them the one to show; called without gradients, under the run's precision."""
+    def evaluate(self, model: Model, share: Share = WHOLE) -> dict[str, Any]:
+        """Held-out metrics, the first of them the one to show; called without gradients, under the run's precision.
+
+        Every rank calls `model` equally often, and returns the same: metrics of all shares together.
+        """
+        ...
+
+    def blocks(self, model: Model) -> Iterable[nn.Module]:
+        """The model's repeated parts, which are sharded and checkpointed one by one."""
         ...
 
 
@@ -90,11 +132,14 @@ def train(
 ) -> Progress:
     """Train `model` on `task`, or go on from the newest checkpoint in `folder`.
 
+    Under `torchrun` every process calls this with the same arguments.
+
     Args:
-        model: any module; moved to the device. In the end it holds the weights that were evaluated.
+        model: any module, the same on every process; moved to the device. In the end it holds the weights that were
+            evaluated, in shards (DTensors) where `config.parallel` shards it.
         task: its data, loss and evaluation.
         config: how.
-        folder: of the run; metrics and checkpoints go there.
+        folder: of the run; metrics and checkpoints go there. All processes must see the same.
         watch: told of every step; `kvbind.train.bars.progress_bars` makes one that draws.
 
     Returns:
@@ -102,35 +147,67 @@ def train(
 
     Raises:
         TrainingStoppedError: `config.max_skipped` steps in a row were not finite.
+        ValueError: processes among which a step's rows cannot be divided.
     """
-    device = pick_device(config.device)
-    model.to(device).train()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    optimizer = make_optimizer(model, config)
-    folder.mkdir(parents=True, exist_ok=True)
+    with connected(config.device):
+        return _train(model, task, config, folder, watch)
 
-    average = averaged(model, config.ema) if config.ema else None
+
+def _train(model: nn.Module, task: Task[Any], config: TrainConfig, folder: Path, watch: Watch | None) -> Progress:
+    device = pick_device(config.device)
+    if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    if config.gather == "bfloat16" and not in_bfloat16(config, device):
+        raise ValueError(f"train.gather must be float32 where products are; got {config.gather!r} with {config.precision!r}")
+    layout = Layout.of(config.parallel, device)
+    sequences = layout.sequence[1]
+    cut = getattr(task, "cut", None)
+    if sequences > 1 and cut is None:
+        raise ValueError(f"train.parallel.sequence must be 1 for a task whose samples are not cut; got {sequences}")
+    share = layout.share(task.batch, config.accumulate)
+    accumulate = config.accumulate // share.turns
+
+    average = Average(model, config.ema) if config.ema else None
+    if average is not None:
+        Distributed(average.module, task.blocks(average.module), layout, config, device, trained=False)
     evaluated = model if average is None else average.module
+    recompute(task.blocks(model), config.activation_checkpointing)
+    together = Distributed(model.train(), task.blocks(model), layout, config, device)
+    optimizer = make_optimizer(model, config)
+    statistics = [x for x in model.buffers() if x.is_floating_point()]
+    fastest = peak_rate(task, model, device)
+    first = rank() == 0
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def state() -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds of tensors, in place."""
+        trained = {} if average is None else {"trained": model.state_dict()}
+        return {"model": evaluated.state_dict(), "optimizer": optimizer_tensors(model, optimizer), **trained}
 
     done = Progress()
-    saved = latest_checkpoint(folder)
-    resumed = saved is not None
-    if saved is not None:
-        evaluated.load_state_dict(saved["model"])
+    path = latest_path(folder)
+    if path is None:
+        part_ways(layout.data[0])
+    else:
+        plain = read_plain(path)
+        empty_optimizer_state(model, optimizer, path)
+        load_into(path, state())
         if average is not None:
-            model.load_state_dict(saved["trained"])
-            average.n_averaged.fill_(saved["averaged"])
-        optimizer.load_state_dict(saved["optimizer"])
-        restore_random_state(saved["random"])
-        done = Progress(**saved["done"])
-    del saved  # as large as the model and its optimizer together
-    batches = task.batches(done.position)
+            average.updates = plain["averaged"]
+        done = Progress(**plain["done"])
+        restore_random_states(plain["random"], layout.data[0])
+    batches = task.batches(done.position, share)
     last_saved = time.monotonic()
 
-    with closing(Metrics(folder, done.step, config.tensorboard)) as metrics:
-        if not resumed:
-            done.held_out = evaluate(evaluated, task, config, device)
+    with (
+        closing(Saver(folder, config.keep)) as saver,
+        closing(Metrics(folder, done.step, config.tensorboard) if first else Silence()) as metrics,
+    ):
+        if path is None:
+            done.held_out = evaluate(evaluated, task, config, device, share)
             metrics.write(0, **{f"held_out/{name}": value for name, value in done.held_out.items()})
 
         while done.step < config.steps:
@@ -138,25 +215,43 @@ def train(
             rate = learning_rate(config, done.step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss, size = torch.zeros((), device=device), 0
+            loss, weights, size, waited = torch.zeros((), device=device), 0.0, 0, 0.0
             buffers = [x.clone() for x in model.buffers()]
-            for _ in range(config.accumulate):
+            for i in range(accumulate):
+                asked = time.perf_counter()
                 batch, done.position = next(batches)
+                waited += time.perf_counter() - asked
+                weight = task.weight(batch)
+                size, weights = size + task.size(batch), weights + weight
+                inside: AbstractContextManager[None] = nullcontext()
+                if sequences > 1 and cut is not None:
+                    batch, inside = cut(batch, share.sequence)
                 batch = to_device(batch, device)
-                with precision(config, device):
-                    part = task.loss(model, batch) / config.accumulate
-                part.backward()
-                loss, size = loss + part.detach(), size + task.size(batch)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+                with together.accumulating(last=i == accumulate - 1), inside:
+                    with precision(config, device):
+                        part = task.loss(together.module, batch) * weight / accumulate
+                    part.backward()
+                loss = loss + part.detach()
 
-            # one transfer for both numbers, as each would make a GPU wait
-            loss_value, norm_value = torch.stack([loss.float(), norm.float()]).tolist()
+            # what all processes tell each other outside of gradients; a loss that is not finite makes the sum so
+            # ranks that divide a sequence have the same batch, and each a part of its loss
+            counted = [weights / accumulate / sequences, size / sequences]
+            now = [*counted, waited, peak_memory(device), time.monotonic() - last_saved]
+            own = torch.tensor(now, dtype=exact(device)).to(device)
+            told = stacked(torch.cat([loss.to(own.dtype)[None], own]))
+            total, most = told.sum(0), told.amax(0)
+            scale = total[1] / len(told)
+            norm = clip_(model.parameters(), config.clip, scale.float())
+            # one transfer for all numbers, as each would make a GPU wait
+            numbers = torch.stack([total[0] / total[1], norm.to(total.dtype), total[2], most[3], most[4], told[0, 5]])
+            loss_value, norm_value, size, waited, peak, unsaved = numbers.tolist()
             finite = math.isfinite(loss_value) and math.isfinite(norm_value)
             if finite:
                 optimizer.step()
+                average_(statistics)
                 if average is not None:
-                    average.update_parameters(model)
-                done.units, done.skipped_in_a_row = done.units + size, 0
+                    average.update(model)
+                done.units, done.skipped_in_a_row = done.units + round(size), 0
             else:
                 for buffer, before in zip(model.buffers(), buffers, strict=True):
                     buffer.copy_(before)
@@ -173,6 +268,9 @@ def train(
                 skipped=done.skipped,
                 seconds=round(done.seconds, 3),
                 **{f"{task.unit}_per_second": round(size / took, 1)},
+                data_wait=round(waited / took, 4),
+                **({"mfu": round(size / took / fastest, 4)} if fastest else {}),
+                **({"peak_memory_gib": round(peak, 3)} if device.type == "cuda" else {}),
             )
             if watch is not None:
                 watch(done.step, f"loss {loss_value:.3f}  {size / took:,.0f} {task.unit}/s")
@@ -184,28 +282,42 @@ def train(
                 )
             last = done.step == config.steps
             if last or every(config.evaluate_every, done.step):
-                done.held_out = evaluate(evaluated, task, config, device)
+                done.held_out = evaluate(evaluated, task, config, device, share)
                 metrics.write(done.step, **{f"held_out/{name}": value for name, value in done.held_out.items()})
-            overdue = 0 < 60 * config.checkpoint_minutes <= time.monotonic() - last_saved
+            if len(told) == 1:
+                unsaved = time.monotonic() - last_saved
+            overdue = 0 < 60 * config.checkpoint_minutes <= unsaved  # by the first process's clock: all must agree
             if last or overdue or every(config.checkpoint_every, done.step):
-                content: dict[str, Any] = {
-                    "model": evaluated.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "random": random_state(),
-                    "done": asdict(done),
-                }
-                if average is not None:
-                    content |= {"trained": model.state_dict(), "averaged": int(average.n_averaged)}
-                save_checkpoint(folder, done.step, content, config.keep)
+                done.position = united(from_all(done.position))
+                plain = {"done": asdict(done), "random": random_states()}
+                saver.save(done.step, state(), plain | ({} if average is None else {"averaged": average.updates}))
                 last_saved = time.monotonic()
     if average is not None:
-        model.load_state_dict(evaluated.state_dict())
+        with torch.no_grad():
+            for mine, theirs in zip(model.state_dict().values(), evaluated.state_dict().values(), strict=True):
+                local(mine).copy_(local(theirs))
     return done
 
 
-def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential average of a model's weights and buffers, which `update_parameters` moves by one step."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+def exact(device: torch.device) -> torch.dtype:
+    """The widest floating point numbers of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def peak_rate(task: Task[Any], model: nn.Module, device: torch.device) -> float | None:
+    """Units per second at which all GPUs would compute at their peak, which model FLOP utilization (MFU) is a fraction of.
+
+    Returns:
+        None where the task does not tell its operations, or the GPU's peak is not known.
+    """
+    flops = getattr(task, "flops", None)
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return ranks() * peak / flops(model) if peak and flops is not None else None
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that tensors have taken on a GPU so far, in GiB; 0 elsewhere."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
 
 
 def every(interval: int, step: int) -> bool:
@@ -213,12 +325,15 @@ def every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def evaluate(model: nn.Module, task: Task[Any], config: TrainConfig, device: torch.device) -> dict[str, Any]:
+def evaluate(
+    model: nn.Module, task: Task[Any], config: TrainConfig, device: torch.device, share: Share = WHOLE
+) -> dict[str, Any]:
     """The task's held-out metrics; leaves the model in training mode, and random numbers as they were."""
     before = random_state()
     model.eval()
     with torch.no_grad(), precision(config, device):
-        held_out = task.evaluate(model)
+        held_out = task.evaluate(model, share)
+    reshard(model)
     model.train()
     restore_random_state(before)
     return held_out
@@ -240,8 +355,12 @@ def pick_device(name: str) -> torch.device:
 
 def precision(config: TrainConfig, device: torch.device) -> torch.autocast:
     """The autocast context that `config.precision` means on `device`."""
-    low = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_bfloat16(config, device))
+
+
+def in_bfloat16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether matrix products run in bfloat16."""
+    return config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

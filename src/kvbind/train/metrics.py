@@ -63,3 +63,13 @@ class Metrics:
         self.file.close()
         if self.events is not None:
             self.events.close()
+
+
+class Silence:
+    """Metrics of the processes that do not write any."""
+
+    def write(self, step: int, **values: Any) -> None:
+        """Write nothing."""
+
+    def close(self) -> None:
+        """Close nothing."""

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvbind.inner import InnerLoop
 from kvbind.inner.systems import vittt
 from kvbind.inner.value import check_choice, nearest
 from kvbind.models.saving import without_bars
-from kvbind.tasks import preset_files
+from kvbind.tasks import check_recomputed_once, preset_files
 from kvbind.tasks.images.augment import Augment, AugmentConfig, ReadEvaluation, ReadTraining, check_fits_memory, normalized
 from kvbind.tasks.images.loading import Batch, Order, Reads, evaluation_batches, training_batches
 from kvbind.tasks.images.sources import Images, InMemory, Source, Splits
 from kvbind.tasks.inner_loops import edited, table_rows
 from kvbind.train.config import TrainConfig
+from kvbind.train.ranks import WHOLE, Share
 
 if TYPE_CHECKING:
     from kvbind.models.vittt import VitttForImageClassification
@@ -165,6 +166,7 @@ class ImagesConfig:
                     f"{name}={getattr(self, name):g} and train.{key}={getattr(self.train, key)} both say how long; set "
                     f"{name}=0 to count steps"
                 )
+        check_recomputed_once(self.model.gradient_checkpointing, self.train)
 
 
 def inner_loops(model: ModelConfig) -> dict[str, InnerLoop]:
@@ -237,6 +239,33 @@ def resolve(config: ImagesConfig) -> ImagesConfig:
     return replace(config, epochs=0.0, warmup_epochs=0.0, model=model, train=train)
 
 
+def build_model(config: ImagesConfig, names: Sequence[str]) -> VitttForImageClassification:
+    """A model with fresh weights, drawn from the run's seed.
+
+    Args:
+        config: the run, as `resolve` gives it.
+        names: of the classes.
+    """
+    from kvbind.models.vittt import VitttConfig, VitttForImageClassification
+
+    model, data, loops = config.model, config.data, inner_loops(config.model)
+    described = VitttConfig(
+        **model_fields(model),
+        img_size=data.size,
+        in_chans=data.channels,
+        inner=loops["heads"],
+        inner_conv=loops["conv"],
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+    )
+    torch.manual_seed(config.seed)
+    built = VitttForImageClassification(described)
+    built.vittt.set_grad_checkpointing(model.gradient_checkpointing)
+    if model.compile:
+        built.compile()
+    return built
+
+
 class ImagesTask:
     """Data, model, loss and metrics of an image run; what `kvbind.train.train` asks of a task.
 
@@ -254,7 +283,7 @@ class ImagesTask:
     unit = "images"
 
     def __init__(self, config: ImagesConfig, training: bool = True) -> None:
-        data, self.config = config.data, config
+        data, self.config, self.batch = config.data, config, config.data.batch
         if config.epochs or config.warmup_epochs:
             raise ValueError(
                 "config must count in steps: kvbind.tasks.images.resolve(config) writes out what its epochs come to"
@@ -287,36 +316,30 @@ class ImagesTask:
 
     def build(self) -> VitttForImageClassification:
         """A model with fresh weights, drawn from the run's seed."""
-        from kvbind.models.vittt import VitttConfig, VitttForImageClassification
+        return build_model(self.config, self.names)
 
-        model, data, loops = self.config.model, self.config.data, inner_loops(self.config.model)
-        described = VitttConfig(
-            **model_fields(model),
-            img_size=data.size,
-            in_chans=data.channels,
-            inner=loops["heads"],
-            inner_conv=loops["conv"],
-            id2label=dict(enumerate(self.names)),
-            label2id={name: i for i, name in enumerate(self.names)},
-        )
-        torch.manual_seed(self.config.seed)
-        built = VitttForImageClassification(described)
-        built.vittt.set_grad_checkpointing(model.gradient_checkpointing)
-        if model.compile:
-            built.compile()
-        return built
-
-    def batches(self, position: dict[str, Any] | None) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    def batches(self, position: dict[str, Any] | None, share: Share = WHOLE) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Endless training batches, each with the position behind it."""
         if "train" not in self.sources:
             raise ValueError("this task was opened with training=False")
         data, images = self.config.data, self.sources["train"]
         order = Order(len(self.splits["train"].labels), data.batch, self.config.seed)
-        return training_batches(images, order, data.workers, position)
+        return training_batches(images, order, data.workers, position, share, self.augment.mixes)
 
     def size(self, batch: Batch) -> int:
         """Images in a batch."""
-        return len(batch["rows"] if "rows" in batch else batch["labels"])
+        lead = batch["among"].lead if "among" in batch else 0
+        return len(batch["rows"] if "rows" in batch else batch["labels"]) - lead
+
+    def weight(self, batch: Batch) -> float:
+        """All batches count alike: they are of one size."""
+        return 1.0
+
+    def blocks(self, model: VitttForImageClassification) -> Iterable[nn.Module]:
+        """The model's layers."""
+        from kvbind.models.vittt.blocks import VitttBlock
+
+        return [module for module in model.modules() if isinstance(module, VitttBlock)]
 
     def pixels(self, batch: Batch, split: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """The images of a batch, uint8 `[B, C, H, W]`, and their classes `[B]`, on `device`.
@@ -332,28 +355,36 @@ class ImagesTask:
         chosen = batch["rows"].to(device, non_blocking=True)
         return images[chosen], classes[chosen]
 
+    def flops(self, model: VitttForImageClassification) -> float:
+        """Model FLOPs of training for each unit."""
+        from kvbind.tasks.flops import flops_per_unit
+
+        return flops_per_unit(model.config, self.config.data)
+
     def loss(self, model: VitttForImageClassification, batch: Batch) -> Tensor:
         """Mean cross-entropy against the augmented targets, in nats."""
         images, labels = self.pixels(batch, "train", model.device)
-        x, targets = self.augment(images, labels, batch["seed"])
+        x, targets = self.augment(images, labels, batch["seed"], batch.get("among"))
         loss: Tensor = model(x, labels=targets).loss
         return loss
 
-    def evaluate(self, model: VitttForImageClassification) -> dict[str, Any]:
+    def evaluate(self, model: VitttForImageClassification, share: Share = WHOLE) -> dict[str, Any]:
         """Top-1 and top-5 accuracy in percent, cross-entropy in nats, and the number of images, all of them held out."""
         data, device = self.config.data, model.device
         most = min(5, len(self.names))
-        total = torch.zeros(3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-        count = 0
-        for batch in evaluation_batches(self.sources["held_out"], data.evaluation_batch or data.batch, data.workers):
+        total = torch.zeros(4, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+        size = data.evaluation_batch or data.batch
+        for batch, counts in evaluation_batches(self.sources["held_out"], size, data.workers, share):
             images, labels = self.pixels(batch, "held_out", device)
             logits = model(normalized(images, data.mean, data.std)).logits.float()
             hits = logits.topk(most).indices == labels[:, None]
             losses = F.cross_entropy(logits, labels, reduction="sum")
-            total += torch.stack([hits[:, 0].sum(), hits.sum(), losses]).to(total)
-            count += len(labels)
-        top1, top5, loss = (total / count).tolist()
-        return {"top1": 100 * top1, "top5": 100 * top5, "loss": loss, "images": count}
+            if counts:
+                total[:3] += torch.stack([hits[:, 0].sum(), hits.sum(), losses]).to(total)
+                total[3] += len(labels)
+        *sums, count = share.sum(total).tolist()
+        top1, top5, loss = (x / count for x in sums)
+        return {"top1": 100 * top1, "top5": 100 * top5, "loss": loss, "images": round(count)}
 
     def held_out_image(self, number: int) -> tuple[Tensor, int]:
         """A held-out image as the model sees it but for normalization, uint8 `[C, H, W]`, and its class.

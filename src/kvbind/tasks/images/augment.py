@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvbind.inner.value import check_choice
+from kvbind.train.ranks import Share
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -192,6 +193,33 @@ def random_box(image: tuple[int, int], scale: tuple[float, float], rng: np.rando
     return left, upper, left + side, upper + side
 
 
+@dataclass(frozen=True)
+class Among:
+    """Which rows of a batch some images are, where processes divide it.
+
+    What is random is drawn for the whole batch by each of them, so that all together make what one would.
+
+    Attributes:
+        rows: their numbers.
+        total: rows of the whole batch.
+        lead: how many of the first are there for the next ones to be mixed with, and are left out in the end.
+    """
+
+    rows: tuple[int, ...]
+    total: int
+    lead: int = 0
+
+    @classmethod
+    def of(cls, share: Share, batch: int, mixed: bool) -> Among:
+        """The rows of a share of a batch; where images are mixed, the one before them leads."""
+        own = tuple(share.rows(batch))
+        return cls(((own[0] - 1) % batch, *own), batch, 1) if mixed else cls(own, batch)
+
+    def pick(self, drawn: Tensor, axis: int = 0) -> Tensor:
+        """Of what was drawn for the whole batch, that of these rows."""
+        return drawn.index_select(axis, torch.tensor(self.rows).to(drawn.device, non_blocking=True))
+
+
 class Augment:
     """Makes a training batch of images and classes: shift, flip, normalization, erasing, mixup or cutmix, smoothing.
 
@@ -205,36 +233,43 @@ class Augment:
     def __init__(self, config: AugmentConfig, mean: list[float], std: list[float], classes: int) -> None:
         self.config, self.mean, self.std, self.classes = config, mean, std, classes
 
-    def __call__(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    @property
+    def mixes(self) -> bool:
+        """Whether an image gets something of the one before it."""
+        return bool(self.config.mixup or self.config.cutmix)
+
+    def __call__(self, images: Tensor, labels: Tensor, seed: int, among: Among | None = None) -> tuple[Tensor, Tensor]:
         """Vary a batch, as `seed` decides.
 
         Args:
             images: uint8 `[B, C, H, W]`.
             labels: int64 `[B]`.
             seed: of every draw.
+            among: which rows of a batch these are; None for a whole one.
 
         Returns:
-            float32 `[B, C, H, W]`, and targets `[B, classes]` that sum to 1.
+            float32 `[B, C, H, W]`, and targets `[B, classes]` that sum to 1; without the rows that lead.
         """
         config = self.config
         generator = torch.Generator(images.device).manual_seed(seed)
         if config.shift:
-            images = shifted(images, config.shift, generator)
+            images = shifted(images, config.shift, generator, among)
         if config.flip:
-            images = flipped(images, config.flip, generator)
+            images = flipped(images, config.flip, generator, among)
         x = normalized(images, self.mean, self.std)
         if config.erasing:
-            x = erased(x, config.erasing, generator)
+            x = erased(x, config.erasing, generator, among)
         targets = F.one_hot(labels, self.classes).float()
         targets = targets * (1 - config.smoothing) + config.smoothing / self.classes
-        if config.mixup or config.cutmix:
+        if self.mixes:
             # one draw for the batch, on the CPU, so that no GPU is waited for
             rng = np.random.default_rng(seed)
             cut = rng.random() < 0.5 if config.mixup and config.cutmix else config.cutmix > 0
             alpha = config.cutmix if cut else config.mixup
             share = rng.beta(alpha, alpha)
             x, targets = cut_in(x, targets, share, rng) if cut else blended(x, targets, share)
-        return x, targets
+        lead = among.lead if among else 0
+        return x[lead:], targets[lead:]
 
 
 def normalized(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
@@ -245,11 +280,12 @@ def normalized(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
     return images.float() * scale - offset
 
 
-def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
+def shifted(images: Tensor, most: int, generator: torch.Generator, among: Among | None = None) -> Tensor:
     """Each image moved by up to `most` pixels down or up and right or left, zeros coming in."""
     batch, channels, height, width = images.shape
     padded = F.pad(images, (most,) * 4)
-    down, right = torch.randint(2 * most + 1, (2, batch, 1), generator=generator, device=images.device)
+    drawn = torch.randint(2 * most + 1, (2, among.total if among else batch, 1), generator=generator, device=images.device)
+    down, right = among.pick(drawn, 1) if among else drawn
     rows = (down + torch.arange(height, device=images.device))[:, None, :, None]
     columns = (right + torch.arange(width, device=images.device))[:, None, None, :]
     number = torch.arange(batch, device=images.device)[:, None, None, None]
@@ -257,16 +293,20 @@ def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
     return padded[number, channel, rows, columns]
 
 
-def flipped(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+def flipped(images: Tensor, probability: float, generator: torch.Generator, among: Among | None = None) -> Tensor:
     """Some images mirrored left to right."""
-    chosen = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < probability
+    count = among.total if among else len(images)
+    chosen = torch.rand(count, 1, 1, 1, generator=generator, device=images.device) < probability
+    chosen = among.pick(chosen) if among else chosen
     return torch.where(chosen, images.flip(-1), images)
 
 
-def erased(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+def erased(images: Tensor, probability: float, generator: torch.Generator, among: Among | None = None) -> Tensor:
     """A rectangle of some images replaced by standard normal noise; one that does not fit is cut to the image's side."""
     height, width = images.shape[-2:]
-    chosen, area, ratio, top, left = torch.rand(5, len(images), generator=generator, device=images.device)
+    count = among.total if among else len(images)
+    drawn = torch.rand(5, count, generator=generator, device=images.device)
+    chosen, area, ratio, top, left = among.pick(drawn, 1) if among else drawn
     area = height * width * (ERASED_AREA[0] + (ERASED_AREA[1] - ERASED_AREA[0]) * area)
     low, high = map(math.log, ERASED_RATIO)
     ratio = (low + (high - low) * ratio).exp()
@@ -277,7 +317,8 @@ def erased(images: Tensor, probability: float, generator: torch.Generator) -> Te
         place = torch.arange(length, device=images.device)
         inside.append((place >= first) & (place < first + side[:, None]))
     mask = inside[0][:, None, :, None] & inside[1][:, None, None, :] & (chosen < probability)[:, None, None, None]
-    noise = torch.randn(images.shape, generator=generator, device=images.device)
+    noise = torch.randn(count, *images.shape[1:], generator=generator, device=images.device)
+    noise = among.pick(noise) if among else noise
     return torch.where(mask, noise, images)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -11,11 +12,13 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from kvbind.tasks.images.augment import Among
 from kvbind.tasks.images.sources import InMemory, Readable
+from kvbind.train.ranks import WHOLE, Share
 
 Batch = dict[str, Any]
 """`labels` int64 `[B]` and `images` uint8 `[B, C, H, W]`, or, of images held in memory, `rows` int64 `[B]`; in training also
-`seed`, an int from which whatever is random about the batch is drawn."""
+`seed`, an int from which whatever is random about the batch is drawn, and of a part of a batch `among`, which part."""
 
 Position = dict[str, Any]
 
@@ -101,18 +104,26 @@ class Places(Sampler[list[Place]]):
     Args:
         order: the order.
         start: number of the first batch.
+        every: how far the next batch is.
+        among: which rows of a batch; None for all.
     """
 
-    def __init__(self, order: Order, start: int) -> None:
-        self.order, self.start = order, start
+    def __init__(self, order: Order, start: int, every: int = 1, among: Among | None = None) -> None:
+        self.order, self.start, self.every, self.among = order, start, every, among
 
     def __iter__(self) -> Iterator[list[Place]]:
-        for epoch, rows in self.order.rows(self.start):
-            yield [(epoch, row) for row in rows]
+        for epoch, rows in itertools.islice(self.order.rows(self.start), 0, None, self.every):
+            chosen = [rows[i] for i in self.among.rows] if self.among else rows
+            yield [(epoch, row) for row in chosen]
 
 
 def training_batches(
-    images: InMemory | Reads, order: Order, workers: int, position: Position | None
+    images: InMemory | Reads,
+    order: Order,
+    workers: int,
+    position: Position | None,
+    share: Share = WHOLE,
+    mixed: bool = False,
 ) -> Iterator[tuple[Batch, Position]]:
     """Endless batches, each with the position behind it; the same whatever the number of workers.
 
@@ -121,25 +132,35 @@ def training_batches(
         order: of the images.
         workers: processes that read; 0 for none besides this one.
         position: where to start; None for the beginning.
+        share: which batches, and which rows of them; positions are behind those of the other shares of the same turn.
+        mixed: whether images get something of those before them, so that a part of a batch needs one more.
     """
-    number = position["batches"] if position else 0
+    begin = position["batches"] if position else 0
+    among = Among.of(share, order.batch, mixed) if share.parts > 1 else None
+    places = Places(order, begin + share.turn, share.turns, among)
     batches: Iterator[Batch]
     if isinstance(images, InMemory):
-        batches = ({"rows": torch.tensor(rows)} for _, rows in order.rows(number))
+        batches = ({"rows": torch.tensor([row for _, row in batch])} for batch in places)
     else:
-        batches = loaded(images, Places(order, number), workers)
-    for batch in batches:
-        yield {**batch, "seed": order.seed_of(number)}, {"batches": number + 1}
-        number += 1
+        batches = loaded(images, places, workers)
+    for number, batch in zip(itertools.count(begin, share.turns), batches, strict=False):
+        part = {"among": among} if among else {}
+        yield {**batch, "seed": order.seed_of(number + share.turn), **part}, {"batches": number + share.turns}
 
 
-def evaluation_batches(images: InMemory | Reads, batch: int, workers: int) -> Iterator[Batch]:
-    """All images once, in their own order."""
+def evaluation_batches(
+    images: InMemory | Reads, batch: int, workers: int, share: Share = WHOLE
+) -> Iterator[tuple[Batch, bool]]:
+    """All images once, in their own order, or a share of them; and whether each batch counts (`Share.of_items`)."""
+    count = len(images.labels) if isinstance(images, InMemory) else len(images)
+    chosen = list(share.of_items(torch.arange(count).split(batch)))
+    counts = [counted for _, counted in chosen]
+    batches: Iterator[Batch]
     if isinstance(images, InMemory):
-        yield from ({"rows": rows} for rows in torch.arange(len(images.labels)).split(batch))
+        batches = ({"rows": rows} for rows, _ in chosen)
     else:
-        places = [[(0, row) for row in range(i, min(i + batch, len(images)))] for i in range(0, len(images), batch)]
-        yield from loaded(images, places, workers)
+        batches = loaded(images, [[(0, row) for row in rows.tolist()] for rows, _ in chosen], workers)
+    yield from zip(batches, counts, strict=True)
 
 
 def loaded(images: Reads, places: Any, workers: int) -> Iterator[Batch]:

@@ -9,7 +9,7 @@ from kvbind.inner import InnerLoop
 from kvbind.inner.value import check_choice, nearest
 from kvbind.models.lact_nvs import PRESETS as SIZES
 from kvbind.models.lact_nvs import LactNvsConfig
-from kvbind.tasks import preset_files
+from kvbind.tasks import check_recomputed_once, preset_files
 from kvbind.tasks.inner_loops import edited, table_rows
 from kvbind.train.config import TrainConfig
 
@@ -162,6 +162,7 @@ class ViewsConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0; got {self.seed}")
+        check_recomputed_once(self.model.gradient_checkpointing, self.train)
 
 
 def model_config(model: ModelConfig) -> LactNvsConfig:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from kvbind.models.lact_nvs.cameras import mean_frame
 from kvbind.tasks.views.config import DataConfig
 from kvbind.tasks.views.scenes import Source
+from kvbind.train.ranks import WHOLE, Share
 
 Batch = dict[str, Any]
 """Views of B scenes: `image`, `c2w`, `fxfycxcy` of the V inputs and `target_image`, `target_c2w`, `target_fxfycxcy` of the
@@ -54,15 +55,17 @@ class Batches(Dataset[Batch]):
         source: where scenes come from.
         data: how views are drawn.
         seed: of every choice.
+        share: which rows of a batch are read.
     """
 
     source: Source
     data: DataConfig
     seed: int
+    share: Share = WHOLE
 
     def __getitem__(self, number: int) -> Batch:
         rows = []
-        for row in range(self.data.batch):
+        for row in self.share.rows(self.data.batch):
             scene = self.scene(number * self.data.batch + row)
             rng = np.random.default_rng((self.seed, number, row))
             rows.append((scene, draw_views(rng, self.source.count(scene), self.data.views, self.data.span)))
@@ -121,15 +124,19 @@ def collate(source: Source, data: DataConfig, rows: list[tuple[int, list[int]]],
 
 
 def load_batches(batches: Batches, workers: int, position: dict[str, Any] | None) -> Iterator[tuple[Batch, dict[str, Any]]]:
-    """Endless batches from `position` on, each with the position behind it, read in this process or in `workers` others."""
-    first = position["next"] if position else 0
+    """Endless batches from `position` on, each with the position behind it, read in this process or in `workers` others.
+
+    Of the batches, those of the share; the position is behind those of the other ranks' shares that belong to the same turn.
+    """
+    turns = batches.share.turns
+    begin = position["next"] if position else 0
     # its own generator: the loader draws a seed for its workers, which must not come out of the model's randomness
     loader: Any = DataLoader(
-        batches, batch_size=None, sampler=itertools.count(first), num_workers=workers,
+        batches, batch_size=None, sampler=itertools.count(begin + batches.share.turn, turns), num_workers=workers,
         pin_memory=workers > 0 and torch.cuda.is_available(), generator=torch.Generator(),
     )  # fmt: skip
-    for number, batch in enumerate(loader, start=first):
-        yield batch, {"next": number + 1}
+    for behind, batch in zip(itertools.count(begin + turns, turns), loader, strict=False):
+        yield batch, {"next": behind}
 
 
 def evaluation_batches(source: Source, data: DataConfig) -> Iterator[Batch]:

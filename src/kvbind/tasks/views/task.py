@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from kvbind.tasks.views.metrics import nearest_inputs, psnr, ssim
 from kvbind.tasks.views.perceptual import open_lpips, perceptual_loss
 from kvbind.tasks.views.sources import open_held_out, open_training
 from kvbind.train.loop import pick_device
+from kvbind.train.ranks import WHOLE, Share
 
 
 class ViewsTask:
@@ -37,7 +38,7 @@ class ViewsTask:
     unit = "views"
 
     def __init__(self, config: ViewsConfig, training: bool = True) -> None:
-        self.config = config
+        self.config, self.batch = config, config.data.batch
         patch, size = model_config(config.model).patch_size, config.data.size
         if size[0] % patch or size[1] % patch:
             raise ValueError(f"data.size must be multiples of the model's patch_size, {patch}; got {list(size)}")
@@ -53,17 +54,31 @@ class ViewsTask:
         model.set_grad_checkpointing(self.config.model.gradient_checkpointing)
         return model
 
-    def batches(self, position: dict[str, Any] | None) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    def batches(self, position: dict[str, Any] | None, share: Share = WHOLE) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Endless training batches, each with the position behind it."""
         if self.scenes is None:
             raise ValueError("this task was opened with training=False")
         data = self.config.data
         self.scenes.prepare(pick_device(self.config.train.device))  # here it counts for no step
-        return load_batches(Batches(self.scenes, data, self.config.seed), data.workers, position)
+        return load_batches(Batches(self.scenes, data, self.config.seed, share), data.workers, position)
 
     def size(self, batch: Batch) -> int:
         """Views in a batch, those that are read and those that are rendered."""
         return batch["c2w"].shape[0] * (batch["c2w"].shape[1] + batch["target_c2w"].shape[1])
+
+    def weight(self, batch: Batch) -> float:
+        """All batches count alike: they are of one size."""
+        return 1.0
+
+    def blocks(self, model: LactNvs) -> Iterable[nn.Module]:
+        """The model's layers."""
+        return model.blocks
+
+    def flops(self, model: LactNvs) -> float:
+        """Model FLOPs of training for each unit."""
+        from kvbind.tasks.flops import flops_per_unit
+
+        return flops_per_unit(model.config, self.config.data)
 
     def loss(self, model: LactNvs, batch: Batch) -> Tensor:
         """Mean squared error of the targets, RGB in [0, 1]; with the perceptual loss where the configuration has it."""
@@ -79,7 +94,7 @@ class ViewsTask:
             loss = loss + extra.perceptual * perceptual_loss(network, predicted.flatten(0, 1), true.flatten(0, 1))
         return loss
 
-    def evaluate(self, model: LactNvs) -> dict[str, Any]:
+    def evaluate(self, model: LactNvs, share: Share = WHOLE) -> dict[str, Any]:
         """Held-out metrics, averaged over target views.
 
         "psnr" in dB, "ssim", "mse"; "nearest_view_psnr", that of the nearest input view taken as it is; and the numbers of
@@ -88,21 +103,22 @@ class ViewsTask:
         device = next(model.parameters()).device
         if not self._evaluation:
             self._evaluation = list(evaluation_batches(self.held_out, self.config.data))
-        found: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", "mse", "nearest_view_psnr")}
-        scenes = 0
-        for cpu_batch in self._evaluation:
+        names = ("psnr", "ssim", "mse", "nearest_view_psnr")
+        sums = torch.zeros(len(names) + 2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+        for cpu_batch, counts in share.of_items(self._evaluation):
             batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in cpu_batch.items()}
             inputs, true = (self.held_out.pixels(batch[name], device) for name in ("image", "target_image"))
             nearest = torch.stack([views[chosen] for views, chosen in zip(inputs, nearest_inputs(batch), strict=True)])
             true, predicted, nearest = (x.flatten(0, 1) for x in (true, predict(model, inputs, batch), nearest))
             with torch.autocast(device.type, enabled=False):
-                found["psnr"].append(psnr(predicted, true))
-                found["ssim"].append(ssim(predicted, true))
-                found["mse"].append((predicted - true).square().flatten(1).mean(1))
-                found["nearest_view_psnr"].append(psnr(nearest, true))
-            scenes += len(inputs)
-        targets = sum(len(part) for part in found["psnr"])
-        return {name: float(torch.cat(parts).mean()) for name, parts in found.items()} | {"views": targets, "scenes": scenes}
+                errors = (predicted - true).square().flatten(1).mean(1)
+                found = [psnr(predicted, true), ssim(predicted, true), errors, psnr(nearest, true)]
+            if counts:
+                sums[:-2] += torch.stack([x.sum() for x in found]).to(sums)
+                sums[-2:] += torch.tensor([len(true), len(inputs)]).to(sums)
+        *totals, targets, scenes = share.sum(sums).tolist()
+        means = {name: total / targets for name, total in zip(names, totals, strict=True)}
+        return means | {"views": round(targets), "scenes": round(scenes)}
 
     def save(self, model: LactNvs, folder: Path) -> None:
         """Write a model as `LactNvs.from_pretrained` reads it."""

@@ -1,0 +1,45 @@
+"""Activation checkpointing, from outside a model: blocks whose activations are made again in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+_ATTENTION = ("_scaled_dot_product", "flex_attention")
+
+
+def recompute(blocks: Iterable[nn.Module], what: str) -> None:
+    """Let blocks keep fewer activations for the backward pass; what they compute stays the same to the last bit.
+
+    Parameter names stay as they are: only the blocks' own `forward` is replaced.
+
+    Args:
+        blocks: modules that are called one after another.
+        what: "none"; "block", to keep each block's inputs alone; "selective", to keep in addition what is dear to compute:
+            the outputs of matrix products, of softmax attention and of this library's kernels.
+    """
+    if what == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if what == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    for block in blocks:
+        block.forward = partial(_forward, block.forward, options)
+
+
+def _forward(forward: Any, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, **options, **kwargs)
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = operator.__name__ if not hasattr(operator, "overloadpacket") else operator.overloadpacket.__name__
+    dear = getattr(operator, "namespace", "") == "kvbind" or name in _PRODUCTS or name.startswith(_ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE

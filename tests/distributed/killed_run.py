@@ -1,0 +1,61 @@
+"""The toy of `tests/train` on two processes that are killed: one in a step, then one while a checkpoint is written."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from kvbind.train import train
+from kvbind.train.checkpoint import checkpoints
+from kvbind.train.config import ParallelConfig
+from kvbind.train.ranks import barrier, connected, rank, restarted
+from train.toy import Toy, config, make_model
+
+HOW = config(steps=12, checkpoint_every=2, ema=0.5, parallel=ParallelConfig("fsdp"))
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Killed(Toy):
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def loss(self, model, batch):
+        if batch["number"] == self.number and rank() == 1 and not restarted():
+            kill()
+        return super().loss(model, batch)
+
+
+def kill_in_a_save():
+    """Die in the attempt behind the first, when the tensors of one checkpoint are on disk and its index is not."""
+    whole = dcp.FileSystemWriter.finish
+
+    def finish(writer, metadata, results):
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1" and "step-00000008" in str(writer.path):
+            kill()
+        whole(writer, metadata, results)
+
+    dcp.FileSystemWriter.finish = finish
+
+
+def main(folder, number):
+    torch.set_num_threads(1)
+    if not restarted():
+        train(make_model(), Toy(), HOW, folder / "whole")
+    kill_in_a_save()
+    with (folder / f"attempts-{rank()}").open("a") as file:
+        found = checkpoints(folder / "run")
+        file.write(f"{os.environ['TORCHELASTIC_RESTART_COUNT']} {found[-1].name if found else '-'}\n")
+    barrier()
+    train(make_model(), Killed(number), HOW, folder / "run")
+
+
+if __name__ == "__main__":
+    with connected("cpu"):
+        main(Path(sys.argv[1]), int(sys.argv[2]))
