@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -182,7 +182,7 @@ def step(
 @app.command()
 def kernels(
     what: Annotated[
-        str, typer.Option(help="targets, token, lengths, chunks, widths, first; some of them, or all.")
+        str, typer.Option(help="targets, token, lengths, chunks, widths, first, compiled; some of them, or all.")
     ] = "targets",
     rungs: Annotated[str, typer.Option(help="Rungs of the ladder, such as 0,2,6.")] = "0,1,2,3,4,5,6",
     tokens: Tokens = 32768,
@@ -192,9 +192,13 @@ def kernels(
     batch: Batch = 1,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to time each pass, and each again as a graph.")] = 0.2,
-    compiled: Annotated[bool, typer.Option("--compile", help="Also time PyTorch's forms under torch.compile.")] = False,
-    compile_limit: Annotated[float, typer.Option(min=1.0, help="Give up on one torch.compile after this, seconds.")] = 60,
+    compile_limit: Annotated[
+        float, typer.Option(min=1.0, help="Give up on a process for first calls, torch.compile or fla after this, seconds.")
+    ] = 60,
     budget: Annotated[float, typer.Option(min=0.0, help="Begin no further row after this, seconds.")] = 300,
+    profile: Annotated[
+        Path | None, typer.Option(help="Afterwards profile every rung on kernels, into this JSON file.")
+    ] = None,
     device: Device = "auto",
     out: Out = None,
 ) -> None:
@@ -208,12 +212,20 @@ def kernels(
     place = _device(device)
     if dtype not in ("float32", "bfloat16"):
         raise typer.BadParameter(f"dtype must be float32 or bfloat16; got {dtype!r}")
+    if profile is not None and place.type != "cuda":
+        raise typer.BadParameter(f"profile is of a GPU's kernels; the device is {place}")
     chosen = _some(",".join(f"rung{x.strip().removeprefix('rung')}" for x in rungs.split(",")), RUNGS, "rungs")
-    settings = Settings(Size(batch, tokens, heads, width), chunk, dtype, chosen, compiled)
+    settings = Settings(Size(batch, tokens, heads, width), chunk, dtype, chosen)
     record: dict[str, Any] = {}
     parts = _some(what, WHATS, "what")
     for record in measured(parts, settings, place, seconds=seconds, compile_limit=compile_limit, budget=budget):
         save(out, record)
+        _progress(record, 5)
+    if profile is not None:
+        from kvbind.bench.profiles import profiled
+
+        for found in profiled(settings, place):
+            save(profile, found)
     for grid in speed_grids(record):
         _show(grid)
     if not record["complete"]:
@@ -228,6 +240,7 @@ def verify(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto for what the device computes in.")] = "auto",
     small: Annotated[bool, typer.Option("--small", help="Small sizes, for kernels interpreted on a CPU.")] = False,
     budget: Annotated[float, typer.Option(min=0.0, help="Begin no further case after this, seconds.")] = 540,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the device.")] = 1,
     device: Device = "auto",
     out: Out = None,
 ) -> None:
@@ -242,8 +255,9 @@ def verify(
     place = _device(device)
     dtypes = None if dtype == "auto" else _some(dtype, DTYPES, "dtype")
     record: dict[str, Any] = {}
-    for record in verified(place, dtypes=dtypes, small=small, only=only, budget=budget):
+    for record in verified(place, dtypes=dtypes, small=small, only=only, budget=budget, workers=workers):
         save(out, record)
+        _progress(record, 20)
     if not record["kernels"]:
         console.print(f"kernels are off on {place}: {record['why_off']}; nothing was verified", style="bold red")
         raise typer.Exit(1)
@@ -282,6 +296,13 @@ def _some(names: str, known: Iterable[str], option: str) -> tuple[Any, ...]:
     return chosen
 
 
+def _progress(record: Mapping[str, Any], every: int) -> None:
+    """Say how far a long run is, each time after so many rows."""
+    done = len(record["rows"])
+    if done and (done % every == 0 or done == record["planned"]):
+        console.print(f"{done} of {record['planned']}")
+
+
 def _show(grid: Grid) -> None:
     from rich.markup import escape
 
@@ -291,7 +312,7 @@ def _show(grid: Grid) -> None:
     for i, name in enumerate(grid.header):
         table.add_column(name, justify="left" if i < grid.left else "right", no_wrap=0 < i < grid.left)
     for row in grid.rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
 
 
@@ -385,6 +406,82 @@ def vision(
     }
     results = {"config": config, "rows": [asdict(row) for row in rows], "compared": compared}
     save(out, provenance(place, ("timm",)) | results)
+
+
+@app.command()
+def scaling(
+    what: Annotated[str, typer.Option(help="fsdp, sequence, equality; some of them, or all.")] = "all",
+    gpus: Annotated[
+        str, typer.Option(help="Numbers of GPUs, separated by commas; default 1, 2, 4, 8 as far as there are any.")
+    ] = "auto",
+    preset: Annotated[str, typer.Option(help="Size of the LaCT language model whose speed is measured.")] = "760m",
+    rung: Annotated[str, typer.Option(help="Of the ladder; those from rung2 on have a parallel form.")] = "rung2",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each GPU's sequence, of fsdp.")] = 32768,
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of the one sequence of all GPUs, of sequence; separated by commas.")
+    ] = "131072,262144,524288,1048576,2097152,4194304",
+    equality_preset: Annotated[str, typer.Option(help="Size of the model whose losses are compared.")] = "125m",
+    equality_tokens: Annotated[int, typer.Option(min=2, help="Tokens of its sequences.")] = 32768,
+    steps: Annotated[int, typer.Option(min=1, help="Steps whose losses are compared.")] = 20,
+    recompute: Annotated[str, typer.Option(help="What blocks compute again backward: block, selective or none.")] = "block",
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to time each case, after one step to warm up.")] = 6.0,
+    limit: Annotated[float, typer.Option(min=1.0, help="Give up on one case after this, seconds.")] = 180.0,
+    budget: Annotated[float, typer.Option(min=0.0, help="Run nothing after this, seconds.")] = 540.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that are in the file, measure the rest.")] = False,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Train on 1, 2, 4, 8 GPUs: sharded, and with one long sequence cut over all; and compare losses with one GPU's.
+
+    Starts torchrun for each number of GPUs. On a CPU, processes talk through gloo. Rows are written as they come; what had
+    no time left is measured by the same command with --resume.
+    """
+    import json
+    from dataclasses import asdict
+
+    import torch
+
+    from kvbind.bench.record import provenance, save
+    from kvbind.bench.scaling import OUT_OF_TIME, WHATS, Settings, cases, equality, finished, measured
+    from kvbind.bench.scaling_tables import scaling_grids
+    from kvbind.inner.systems import RUNGS
+    from kvbind.inner.value import check_choice
+    from kvbind.plan.costs import RECOMPUTE
+
+    place = _device(device)
+    check_choice("recompute", recompute, RECOMPUTE)
+    check_choice("rung", rung, tuple(RUNGS))
+    present = torch.cuda.device_count() if place.type == "cuda" else 8
+    numbers = [n for n in (1, 2, 4, 8) if n <= present] if gpus == "auto" else _numbers(gpus, "gpus")
+    if place.type == "cuda" and numbers[-1] > present:
+        raise typer.BadParameter(f"gpus must be at most the {present} that there are; got {numbers[-1]}")
+    settings = Settings(
+        preset=_preset(preset), rung=rung, form="parallel" if rung >= "rung2" else "recurrent", fsdp_length=tokens,
+        lengths=tuple(_numbers(lengths, "lengths")), equality_preset=_preset(equality_preset),
+        equality_length=equality_tokens, equality_steps=steps, recompute=recompute, seconds=seconds,
+    )  # fmt: skip
+    planned = cases(_some(what, WHATS, "what"), numbers, settings)
+    kept: dict[int, dict[str, Any]] = {}
+    if resume and out is not None and out.is_file():
+        kept = finished(json.loads(out.read_text(encoding="utf-8"))["rows"], planned)
+    record: dict[str, Any] = provenance(place, ("triton",)) | {
+        "config": asdict(settings) | {"gpus": numbers}, "planned": len(planned), "complete": len(kept) == len(planned),
+        "rows": list(kept.values()), "equality": equality(list(kept.values())),
+    }  # fmt: skip
+    planned = [case for number, case in enumerate(planned) if number not in kept]
+    held = torch.cuda.get_device_properties(place).total_memory if place.type == "cuda" else None
+    for row in measured(planned, place.type, budget=budget, limit=limit, memory_bytes=held):
+        record["rows"].append(row)
+        record["equality"] = equality(record["rows"])
+        done = [row for row in record["rows"] if row.get("skipped") != OUT_OF_TIME]
+        record["complete"] = len(done) == record["planned"]
+        save(out, record)
+        said = row.get("skipped") or (f"{row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else "done")
+        console.print(f"{row['what']}, {row['gpus']} GPUs, {row['length']:,} tokens: {said}", markup=False, soft_wrap=True)
+    for grid in scaling_grids(record):
+        _show(grid)
+    if out is not None:
+        console.print(f"written to {out}")
 
 
 def _preset(name: str) -> str:

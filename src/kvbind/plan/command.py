@@ -1,0 +1,154 @@
+"""What `kvbind plan` does: read a configuration, plan it for some numbers of GPUs, and show that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kvbind.experiments.provenance import command
+from kvbind.hardware import accelerator
+from kvbind.models import LactConfig
+from kvbind.plan.calibration import Calibration, load_calibration, read_points, rung_name, save_calibration
+from kvbind.plan.calibration import calibrate as fit
+from kvbind.plan.costs import Job
+from kvbind.plan.planner import Plan, plan
+from kvbind.plan.report import Budget, as_data, show
+from kvbind.tasks import language
+from kvbind.train.checkpoint import write_text
+from kvbind.train.config import read_config
+
+
+def job_of(preset: str, overrides: Sequence[str], tokens: int | None, batch: int | None, recompute: str) -> tuple[Job, int]:
+    """What a configuration of the language task trains, and the tokens of all its steps.
+
+    The vocabulary is that of the model's size: to know the tokenizer's, it would have to be opened.
+
+    Args:
+        preset: a shipped configuration of the task, or a YAML file.
+        overrides: `key=value` edits of it.
+        tokens: in a sequence, in place of the configuration's.
+        batch: sequences in a step; default as many as keep a step's tokens what they are, and at least one.
+        recompute: as `Job` takes it.
+
+    Raises:
+        ValueError, TypeError: a configuration that does not fit.
+    """
+    config = read_config(language.LanguageConfig, language.PRESETS, preset, overrides)
+    inner = language.inner_loop(config.model)
+    fields = language.model_fields(config.model) | {"inner": inner, "ttt_form": config.model.ttt_form}
+    per_step = config.data.length * config.data.batch * config.train.accumulate
+    length = tokens or config.data.length
+    size = config.model.size if not config.model.fields else ""
+    gather = 2 if getattr(config.train, "gather", "float32") == "bfloat16" else 4
+    job = Job(
+        LactConfig(**fields),
+        length,
+        batch or max(1, per_step // length),
+        recompute=recompute,
+        gather_bytes=gather,
+        preset=size,
+        rung=rung_name(config.model.size, inner),
+    )
+    return job, config.train.steps * per_step
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Plans of one configuration for some numbers of GPUs.
+
+    Attributes:
+        plans: one per number.
+        title: what is trained, and on what.
+        budget: for how long.
+        calibration: from what.
+        training: the command that trains, to which a plan's overrides are added.
+    """
+
+    plans: list[Plan]
+    title: str
+    budget: Budget
+    calibration: Calibration
+    training: str
+
+
+def make_plans(
+    preset: str,
+    gpus: str,
+    overrides: Sequence[str] = (),
+    *,
+    tokens: int | None = None,
+    batch: int | None = None,
+    hardware: str = "h100",
+    recompute: str = "block",
+    budget: float | None = None,
+    price: float | None = None,
+) -> Planned:
+    """Plan a configuration of the language task; see the options of `kvbind plan`.
+
+    Raises:
+        ValueError, TypeError: an option that does not fit; the message names it.
+    """
+    calibration = load_calibration()
+    if not all(part.strip().isdecimal() and int(part) for part in gpus.split(",")):
+        raise ValueError(f"gpus must be whole numbers of at least 1 with commas between them; got {gpus!r}")
+    device = accelerator(hardware)
+    job, planned = job_of(preset, overrides, tokens, batch, recompute)
+    spent = Budget(planned if budget is None else budget, price)
+    if spent.tokens <= 0:
+        raise ValueError(f"budget must be above 0 tokens; got {spent.tokens}")
+    everything, _ = job.parameters
+    rung = f", {job.rung.replace('rung', 'rung ')}" if job.rung else ""
+    title = (
+        f"{preset}{rung}, {job.form} form: {everything / 1e6:,.0f}M parameters, {job.length:,} tokens, {device.title}, "
+        f"{spent.tokens / 1e9:.3g} billion tokens in all"
+    )
+    return Planned(
+        [plan(job, int(count), hardware, device, calibration) for count in gpus.split(",")],
+        title,
+        spent,
+        calibration,
+        " ".join([f"kvbind train language --preset {preset}", *overrides]),
+    )
+
+
+def run_plan(
+    preset: str,
+    gpus: str,
+    overrides: Sequence[str],
+    console: Console,
+    *,
+    calibrate: Sequence[Path] = (),
+    write: Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Plan and show.
+
+    Args:
+        preset: as `make_plans` takes it, like `gpus`, `overrides` and further options.
+        gpus: as there.
+        overrides: as there.
+        console: where to show.
+        calibrate: results to calibrate from first.
+        write: a JSON file to write everything to.
+        **options: as there.
+
+    Returns:
+        What is written as JSON.
+
+    Raises:
+        ValueError, TypeError: as there, or files that hold no measured steps.
+    """
+    if calibrate:
+        save_calibration(fit([point for path in calibrate for point in read_points(path)]))
+    made = make_plans(preset, gpus, overrides, **options)
+    show(made.plans, made.title, made.budget, made.calibration, made.training, console)
+    found = {"command": command(), "preset": preset, "overrides": list(overrides)}
+    found |= as_data(made.plans, made.budget, made.calibration)
+    if write is not None:
+        write_text(write, json.dumps(found, indent=1) + "\n")
+    return found
