@@ -1,0 +1,406 @@
+import base64
+import gzip
+import json
+import math
+import re
+import threading
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pages import WORDS, Page, figure1, models, table2, verdict, write, write_results
+from typer.testing import CliRunner
+
+from kvbind import DepthwiseConv, inner_loss, linearize, systems
+from kvbind.cli import app, main
+from kvbind.experiments.explorer import examples, untrained
+from kvbind.experiments.explorer.looks import (
+    gathered,
+    look_at,
+    principal,
+    quantized,
+    weights_of,
+)
+from kvbind.experiments.explorer.untrained import as_call, embedded, leaves_of
+from kvbind.experiments.page import as_script, find_parts
+from kvbind.experiments.page.command import make_report, open_server
+from kvbind.experiments.page.findings import DRAW
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_results(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def text(folder):
+    pytest.importorskip("plotly")
+    return make_report([folder]).read_text()
+
+
+@pytest.fixture(scope="module")
+def page(text):
+    return Page(text)
+
+
+def script(text, name):
+    return re.search(rf'<script [^>]*id="{name}">(.*?)</script>', text, re.DOTALL)[1]
+
+
+def test_the_page_is_balanced_html_that_names_no_place_outside_itself(page, text):
+    assert page.unbalanced == []
+    assert page.open == []
+    places = [
+        attrs[key] for _, attrs, _ in page.elements for key in ("src", "href", "action", "srcset", "data") if key in attrs
+    ]
+    assert places
+    assert all(place.startswith(("#", "data:")) or re.fullmatch(r"[\w./-]+/results\.json", place) for place in places)
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "url(" not in text
+    assert "@import" not in text
+    assert len(text) < 6e6
+
+
+def test_every_link_leads_somewhere(page, folder):
+    ids = [attrs["id"] for _, attrs, _ in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    for _, attrs, _ in page.all("a"):
+        place = attrs["href"]
+        assert place[1:] in ids if place.startswith("#") else (folder / place).is_file()
+
+
+def test_every_control_has_a_label_and_every_picture_a_description(page):
+    controls = page.all("select", "input")
+    assert len(controls) >= 12
+    named = {attrs.get("for") for _, attrs, _ in page.all("label")}
+    for _, attrs, inside in controls:
+        assert "label" in inside or attrs.get("id") in named
+    assert all(attrs["alt"] for _, attrs, _ in page.all("img"))
+    charts = [attrs for _, attrs, _ in page.all("div") if "data-chart" in attrs]
+    assert charts
+    assert all(attrs["role"] == "img" and len(attrs["aria-label"]) > 10 for attrs in charts)
+    assert dict(page.elements[0][1])["lang"] == "en"
+
+
+def test_claims_stand_first_with_their_verdicts_rules_and_data(page, text):
+    order = [attrs["id"] for tag, attrs, _ in page.elements if tag == "section" and attrs.get("id") in
+             ("claims", "tables", "figures", "explorer")]  # fmt: skip
+    assert order == ["claims", "tables", "figures", "explorer"]
+    states = re.findall(r'<li class="(yes|no|open)">\s*<span class="badge">([^<]+)<', text)
+    assert states == [("open", "not decided at this scale"), ("yes", "holds"), ("no", "does not hold")]
+    words = page.words()
+    assert "all (3)" in words
+    assert "it falls so it was" in words
+    assert "Each holds if a number is small." in words
+    assert "It holds if a number is small." in words
+
+
+def test_tables_stand_beside_the_papers_with_standard_errors(page, text):
+    words = page.words()
+    assert "9.500 ± 0.500" in words  # 9 and 10
+    assert "17.00" in words
+    assert text.count('class="paper"') == 10 * 4
+    assert "row <3>" in words
+    assert "rung3: steps: 3" in words
+
+
+def test_texts_are_escaped_wherever_they_stand(page, text):
+    assert "What <b>led</b> here." in page.words()
+    assert all("b" not in inside for _, _, inside in page.elements)
+    assert "<b>two" not in text
+
+
+def test_the_data_inside_the_page_are_the_results(text):
+    data = json.loads(script(text, "data"))
+    own = [model for model in data["explorer"] if model["group"] == "trained models"]
+    assert own == json.loads(json.dumps(models()))
+    assert [line["name"] for line in data["charts"]["0-The ladder-1"]["series"]] == ["here"]
+    assert data["charts"]["0-The ladder-1"]["series"][0]["x"] == [8 + i / 8 for i in range(8)] + [9.5]
+    assert data["charts"]["0-The ladder-1"]["series"][0]["errors"] == [None] * 8 + [0.5]
+    losses = data["charts"]["0-Training-0"]["series"]
+    assert [line["name"] for line in losses][:2] == ["0 row <0>", "1 row <1>"]
+    assert losses[1]["y"][:2] == [4.125, 3.625]
+    against = data["charts"]["0-Training-1"]["series"]
+    assert against[3]["y"] == [0.375] * 20
+    assert data["charts"]["1-By steps-0"]["series"][0]["y"] == [-1, -2, -3, -4]
+
+
+def test_the_library_inside_the_page_is_plotlys(text):
+    from plotly.offline import get_plotlyjs
+
+    assert gzip.decompress(base64.b64decode(script(text, "library"))).decode() == get_plotlyjs()
+
+
+@given(
+    st.recursive(st.text() | st.integers() | st.none(), lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=9)
+)
+def test_data_in_a_script_end_it_nowhere_and_come_back_as_they_were(data):
+    written = as_script(data)
+    assert not set("<>&") & set(written)
+    assert json.loads(written) == data
+
+
+def test_results_are_found_at_any_depth_and_in_the_order_of_experiments(folder):
+    parts, found = find_parts([folder])
+    assert [part.experiment for part in parts] == ["table2", "figure1"]
+    assert [model["title"] for model in found] == ["a text", "a picture"]
+    assert len(find_parts([folder, folder / "deeper"])[0]) == 2
+
+
+def test_a_result_without_its_charts_shows_its_pictures(tmp_path):
+    png = b"\x89PNG\r\n\x1a\n"
+    results = table2()
+    for row in results["rows"]:
+        for run in row["runs"]:
+            del run["training_loss"]
+    write(tmp_path / "table" / "results.json", results)
+    (tmp_path / "table" / "loss.png").write_bytes(png)
+    (tmp_path / "table" / "ladder.png").write_bytes(png)
+    part = find_parts([tmp_path])[0][0]
+    assert "Training" not in part.charts
+    assert [picture.heading for picture in part.undrawn] == ["Training"]
+    assert part.undrawn[0].source == f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def test_an_experiment_that_the_page_does_not_know_shows_what_it_has(tmp_path):
+    results = figure1() | {"experiment": "figure9", "verdicts": [verdict("new", True)]}
+    write(tmp_path / "results.json", results)
+    part = find_parts([tmp_path])[0][0]
+    assert part.charts == {}
+    assert part.grids[0].rows == [["1", "9.00"]]
+    assert part.state(part.verdicts[0]) == "holds"
+
+
+def test_verdicts_of_one_rule_stand_together(tmp_path):
+    rules = ["a", "a", "b", "a"]
+    write(tmp_path / "results.json", figure1() | {"verdicts": [verdict(str(i), True, rule) for i, rule in enumerate(rules)]})
+    grouped = find_parts([tmp_path])[0][0].by_rule
+    assert [(rule, [own["claim"] for own in found]) for rule, found in grouped] == [
+        ("a", ["0", "1"]), ("b", ["2"]), ("a", ["3"])
+    ]  # fmt: skip
+
+
+def test_figure_2_is_drawn_from_its_maps():
+    maps = [{"layer": 3, "sets": {"Q": [[0.0, 1.0], [2.0, 3.0]], "K": [[4.0, 5.0]]}}]
+    (chart,) = DRAW["figure2"]({"maps": maps})["t-SNE"]
+    assert [(one["name"], one["x"], one["y"]) for one in chart["series"]] == [("Q", [0, 2], [1, 3]), ("K", [4], [5])]
+    assert DRAW["figure2"]({}) == {}
+
+
+def test_figure_3_is_drawn_against_its_first_row():
+    rows = [{"name": f"rung{i}", "label": "it", "loss_by_position": [[0.0, 2.0 + i], [64.0, 1.0]]} for i in range(2)]
+    left, right = DRAW["figure3"]({"rows": rows})["Along the sequence"]
+    assert left["series"][1]["y"] == [3, 1]
+    assert right["series"][1]["y"] == [1, 0]
+    assert [one["tone"] for one in left["series"]] == [0, 1]
+
+
+def test_figure_4_runs_by_the_clock_from_its_first_step_and_leaves_out_skipped_ones():
+    forms = {
+        "recurrent": {"losses": [9.0, 3.0, math.nan, 3.0], "seconds": [50.0, 2.0, 2.0, 2.0], "first_step": 1},
+        "parallel": {"losses": [9.0, 3.5, 3.0, 3.0], "seconds": [50.0, 1.0, 1.0, 1.0], "first_step": 1},
+    }
+    clock, apart = DRAW["figure4"]({"forms": json.loads(json.dumps(forms))})["By the clock"]
+    assert [one["x"] for one in clock["series"]] == [[2, 6], [1, 2, 3]]
+    assert apart["series"][0]["y"] == [0, 0.5, None, 0]
+    json.dumps([clock, apart], allow_nan=False)
+
+
+def test_errors_of_the_theorems_are_the_largest_of_all_draws():
+    errors = [{p: {"state": x, "matrix": 0.0, "parallel": None} for p in ("float64", "float32")} for x in (1e-15, 3e-15)]
+    (chart,) = DRAW["theorems"]({"cases": [{"name": "it", "draws": errors}]})["Errors"]
+    assert {one["name"]: one["x"] for one in chart["series"] if "64" in one["name"]} == {
+        "state, float64": [3e-15], "matrix, float64": [1e-18], "parallel, float64": [None]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda place: place / "nowhere", "there is no"),
+    (lambda place: place, "found none below"),
+])  # fmt: skip
+def test_folders_without_results_are_refused(make, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(make(tmp_path))])
+    assert end.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_results_that_are_no_json_are_refused_by_name(tmp_path):
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(ValueError, match=r"results\.json must be JSON"):
+        find_parts([tmp_path])
+
+
+def test_an_overview_of_several_tasks_is_no_result_of_its_own(tmp_path):
+    write(tmp_path / "results.json", {"language": table2()})
+    assert find_parts([tmp_path]) == ([], [])
+
+
+def test_without_plotly_the_command_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
+    with pytest.raises(ImportError, match="pip install plotly"):
+        make_report([folder])
+
+
+def test_the_page_is_served_on_this_machine_alone(folder, text):
+    path = folder / "report.html"
+    server, address = open_server(path, 0)
+    assert server.server_address[0] == "127.0.0.1"
+    with server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        with urllib.request.urlopen(address) as answer:
+            assert answer.read().decode() == text
+        with pytest.raises(ValueError, match="port must be one that is free"):
+            open_server(path, server.server_port)
+        server.shutdown()
+        thread.join()
+
+
+def test_the_command_writes_where_it_is_told(folder, tmp_path):
+    pytest.importorskip("plotly")
+    path = tmp_path / "new" / "page.html"
+    shown = CliRunner().invoke(app, ["report", str(folder), "--out", str(path)])
+    assert shown.exit_code == 0, shown.output
+    assert "wrote" in shown.output
+    assert path.stat().st_size > 1e6
+
+
+# what the explorer is told
+
+
+CELLS = torch.arange(len(WORDS))
+
+
+def call_of(spec):
+    return as_call(spec, leaves_of(spec, embedded(WORDS)))
+
+
+@given(st.integers(1, 40), st.floats(1e-3, 1e3), st.integers(0, 9))
+def test_kept_weights_are_within_a_hundredth_of_the_largest(size, scale, seed):
+    matrix = scale * torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    codes, most = quantized(matrix)
+    assert codes.dtype == torch.int8
+    assert (weights_of(codes, most) - matrix).abs().max() <= 0.01 * most
+    assert torch.equal(weights_of(codes, most).sign() * matrix.sign() >= 0, torch.ones(size, size, dtype=torch.bool))
+
+
+def test_weights_of_nothing_are_nothing():
+    codes, most = quantized(torch.zeros(3, 3))
+    assert most == 0
+    assert not codes.any()
+
+
+@given(st.integers(1, 9), st.integers(1, 5), st.data())
+def test_cells_hold_the_weights_of_their_tokens(count, most, data):
+    sizes = data.draw(st.lists(st.integers(1, most), min_size=count, max_size=count))
+    cells = torch.repeat_interleave(torch.tensor(sizes))[torch.randperm(sum(sizes))]
+    matrix = torch.randn(len(cells), len(cells), dtype=torch.float64)
+    found = gathered(matrix, cells)
+    assert found.shape == (count, count)
+    for row in range(count):
+        for column in range(count):
+            block = matrix[cells == row][:, cells == column]
+            assert float(found[row, column]) == pytest.approx(float(block.sum(1).mean()))
+
+
+def test_a_text_has_as_few_cells_as_a_page_can_show():
+    example, cells = examples.text(["ab"] * 300)
+    assert example["tokens"][:2] == ["ababab", "ababab"]
+    assert len(example["tokens"]) == 100 == int(cells.max()) + 1
+    assert cells[:4].tolist() == [0, 0, 0, 1]
+    assert example["unit"] == "cell of 3 tokens"
+    assert examples.text(["a"] * 128)[0]["unit"] == "token"
+
+
+@given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 16))
+def test_cells_of_pictures_are_squares_of_patches(panels, height, width):
+    pixels = torch.zeros(1, 2, 2, dtype=torch.uint8)
+    example, cells = examples.pictures([("", pixels)] * panels, (height, width))
+    rows, columns = example["grid"]
+    assert len(cells) == panels * height * width
+    assert sorted(set(cells.tolist())) == list(range(panels * rows * columns))
+    assert panels * rows * columns <= examples.PICTURE_CELLS
+    panel, y, x = panels - 1, height - 1, width // 2
+    side = -(-height // rows)
+    if panels * height * width <= examples.PICTURE_CELLS:
+        assert (rows, columns) == (height, width)
+        assert cells.tolist() == list(range(len(cells)))
+    elif height == width and height % side == 0:
+        assert int(cells[(panel * height + y) * width + x]) == (panel * rows + y // side) * columns + x // side
+
+
+def test_vectors_in_a_plane_keep_their_distances():
+    generator = torch.Generator().manual_seed(0)
+    plane = torch.randn(40, 2, generator=generator, dtype=torch.float64) * torch.tensor([5.0, 1.0])
+    basis = torch.linalg.qr(torch.randn(6, 2, generator=generator, dtype=torch.float64))[0]
+    places, shares = principal(plane @ basis.T + 3)
+    assert torch.allclose(torch.cdist(places, places), torch.cdist(plane, plane), atol=1e-6)
+    assert sum(shares) == pytest.approx(1)
+    assert shares[0] > 0.9
+    assert principal(torch.ones(3, 4))[1] == [0, 0]
+    assert principal(torch.ones(3, 1))[0].shape == (3, 2)
+
+
+@pytest.mark.parametrize("name", ["lact_llm", "titans", "delta_net", "ttt_mlp"])
+def test_a_head_alone_is_what_it_is_among_others(name):
+    spec = untrained.systems.SYSTEMS[name]()
+    spec = spec.replace(chunk=min(spec.chunk, 8))
+    call = call_of(spec)
+    options = dict(call.options)
+    whole = linearize(spec, call.weights, call.q, call.k, call.v, **options).matrix()
+    losses = inner_loss(spec, call.weights, call.k, call.v, **options)
+    looks = look_at(call, CELLS)
+    for head in range(2):
+        found = looks[head]
+        codes = np.frombuffer(base64.b64decode(found["codes"]), dtype=np.int8).reshape(64, 64)
+        assert found["most"] == pytest.approx(float(whole[0, head].abs().max()), rel=1e-3)
+        kept = weights_of(torch.from_numpy(codes.copy()), found["most"])
+        assert (kept - whole[0, head]).abs().max() <= 0.011 * found["most"]
+        assert found["after"] == pytest.approx(losses[0, head].tolist(), rel=1e-3, abs=1e-3)
+        assert found["steps"][1][1] == pytest.approx(float(losses[0, head].mean()), rel=1e-3, abs=1e-3)
+        assert len(found["q"][0]) == len(found["k_at"]) == 64
+
+
+def test_tokens_that_do_not_write_have_no_key():
+    spec = systems.lact_nvs()
+    call = call_of(spec)
+    call.options["update_tokens"] = slice(0, 20)
+    found = look_at(call, CELLS)[0]
+    assert found["k_at"] == list(range(20))
+    assert len(found["q"][0]) == 64
+    assert len(found["k"][0]) == 20
+
+
+def test_a_convolution_is_looked_at_as_a_whole():
+    call = call_of(systems.vittt("conv"))
+    assert isinstance(call.spec.network, DepthwiseConv)
+    assert [look["name"] for look in look_at(call, CELLS)] == ["convolution"]
+
+
+def test_a_loss_that_grows_without_bound_has_no_number():
+    spec = systems.delta_net().replace(direction="ascent", token_lr=False)
+    call = call_of(spec)
+    call.options["lr"] = 1e30
+    found = look_at(call, CELLS)[0]
+    assert found["steps"][-1][1] is None
+    json.dumps(found, allow_nan=False)
+
+
+def test_every_named_system_can_be_looked_into():
+    found = untrained.untrained_models()
+    assert [model["title"] for model in found] == list(systems.SYSTEMS)
+    for model in found:
+        cells = 64
+        if model["example"]["kind"] == "text":
+            assert len(model["example"]["tokens"]) == cells
+        assert model["rows"][0]["name"] == "rung0"
+        for row in model["rows"]:
+            assert all(look["size"] == cells for layer in row["layers"] for look in layer["heads"])
+    assert [row["name"] for row in found[0]["rows"]] == [*(f"rung{i}" for i in range(7)), "ascent"]
+    assert found[0]["rows"][0]["obstacle"].startswith("update='all'")
+    assert found[0]["rows"][2]["obstacle"] is None
