@@ -7,7 +7,7 @@ import pytest
 
 import kvbind
 import kvbind.models.lact_nvs
-from kvbind.cli import main
+from kvbind.cli import main, sources
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.tasks import TASKS, open_task_module
 
@@ -135,7 +135,7 @@ def test_an_inner_loop_in_a_file_is_explained(run, tmp_path):
         (["reproduce", "table2", "train.step=1"], "did you mean 'train.steps'"),
         (["reproduce", "table1", "--task", "views", "data.input=2"], "did you mean 'data.inputs'"),
         (["reproduce", "table1", "--task", "images", "--scale", "larg"], "scale must be one of 'smoke'"),
-        (["reproduce", "table1", "--task", "all", "--data", "book.txt"], "data must be None for task='all'"),
+        (["reproduce", "table1", "--task", "all", "--data", "book.txt"], "data must be None or name a task"),
         (["train", "views", "--preset", "smal", "--preset", "huge"], "preset must be one of"),
         (["train", "images", "data.batc=1"], "did you mean 'data.batch'"),
         (["train", "langauge"], "did you mean 'language'"),
@@ -315,3 +315,42 @@ def test_help_does_not_wait_for_pytorch():
     code = "import sys\nfrom kvbind.cli import main\ntry:\n    main(['--help'])\nfinally:\n    print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("False")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["all", "--data", "a", "--data", "b"], "data must be one path, or TASK=PATH with a task among language"),
+        (["table2", "--data", "language=a", "--data", "language=b"], "data must name each task once"),
+        (["table2", "--task", "views", "--data", "language=a"], "data must be of the task views; got data for language"),
+        (["table2", "--task", "all", "--data", "somewhere"], "data must be None or name a task, such as language=PATH"),
+        (["table2", "--rows", "rung0"], "rows is for measured steps alone"),
+        (
+            ["figure1", "--scale", "paper"],
+            "figure1 looks at trained models, of which --scale paper has none without --train",
+        ),
+        (["tabel2"], "experiment must be one of table1, table2"),
+    ],
+)
+def test_what_does_not_fit_together_in_reproduce_is_said(run, words, message):
+    code, _, errors = run("reproduce", *words)
+    assert code == 2
+    assert message in " ".join(errors.split())
+
+
+def test_data_are_named_by_task():
+    assert sources([]) is None
+    assert sources(["a=b"]) == "a=b"
+    assert sources(["language=a", "images=b=c"]) == {"language": "a", "images": "b=c"}
+
+
+def test_steps_of_paper_scale_are_measured_and_nothing_is_trained(run, tmp_path):
+    edits = [*SMALL[:6], "data.length=32", "train.device=cpu"]
+    words = ["--scale", "paper", "--measure-steps", "1", "--rows", "rung6", "--price", "4", "--out", str(tmp_path / "steps")]
+    code, out, errors = run("reproduce", "table2", *words, *edits)
+    assert (code, errors) == (0, "")
+    results = json.loads((tmp_path / "steps" / "results.json").read_text())
+    assert [row["name"] for row in results["measured"]] == ["rung6"]
+    assert results["measure"]["price"] == 4
+    assert "days on 64" in out
+    assert not list(tmp_path.rglob("result.json"))

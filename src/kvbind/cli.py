@@ -172,56 +172,163 @@ def reproduce(
         str,
         typer.Argument(
             help="Which: table1 (gradient ascent, and keys for queries), table2 (the ladder), theorems, figure1 (more inner "
-            "steps at test time), figure2 (queries beside keys) or figure3 (loss by position)."
+            "steps at test time), figure2 (queries beside keys), figure3 (loss by position), figure4 (the forms by the "
+            "clock), explorer (models to look into), or all."
         ),
     ],
-    task: Annotated[str, typer.Option(help=f"What is trained: {TASK_NAMES}, or all.")] = "language",
+    task: Annotated[
+        str | None, typer.Option(help=f"What is trained: {TASK_NAMES}, or all; default language.", show_default=False)
+    ] = None,
     scale: Annotated[str, typer.Option(help="smoke (minutes on two CPU cores), small (one GPU), or paper.")] = "smoke",
     seeds: Annotated[int, typer.Option(help="Training runs per row, each from another seed.", min=1)] = 1,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the report; default runs/EXPERIMENT-TASK-SCALE.", show_default=False)
     ] = None,
+    trained: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the training runs; default trained/ in --out, or runs/trained.", show_default=False),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume/--fresh", help="Keep what is finished and go on with the rest, or train everything anew."),
     ] = True,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Train no longer than this: unfinished runs leave a checkpoint, and the report is on those that are "
+            "finished. 0 only writes reports.",
+            min=0.0,
+            show_default=False,
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Runs trained at once; default one per CPU core up to 4, on a GPU one. Several small runs may share a GPU.",
+            help="Runs trained at once, in turn over all GPUs; default one per GPU, or per CPU core up to 4. Several small "
+            "runs may share a GPU.",
             min=1,
             show_default=False,
         ),
     ] = None,
-    data: Data = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            help="Data in place of the configuration's; for several tasks TASK=PATH, once for each.",
+            metavar="PATH",
+            show_default=False,
+        ),
+    ] = None,
+    measure_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Time this many steps of each row on generated data instead of training, and project the whole; at --scale "
+            "paper 20, unless --train is given.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    really_train: Annotated[
+        bool, typer.Option("--train", help="At --scale paper: train indeed, which takes months of one GPU.")
+    ] = False,
+    rows: Annotated[
+        str | None, typer.Option(help="Rows to measure steps of, with commas between them; default all.", show_default=False)
+    ] = None,
+    price: Annotated[float, typer.Option(help="Of a GPU for an hour, for projections.", min=0.0)] = 2.5,
+    efficiency: Annotated[
+        float, typer.Option(help="Of several GPUs over as many times one, for projections; assumed.", min=0.0)
+    ] = 0.9,
     overrides: Overrides = None,
 ) -> None:
-    """Reproduce a table or figure of the paper: train, evaluate, time, and write the report.
+    """Reproduce a table or figure of the paper, or all of them: train, evaluate, time, and write the report.
 
     [bold]kvbind reproduce table2 --task language --scale smoke[/] trains all seven
     rungs of the ladder and two controls on the Python standard library's own
     source, on a laptop, in minutes. Interrupt it and run it again: it goes on.
-    Rows that tables share are trained once.
+    Rows that tables share are trained once; [bold]kvbind reproduce all[/] plans
+    them together and fills all GPUs.
     """
     from kvbind.experiments import EXPERIMENTS, open_experiment
+    from kvbind.experiments.findings import Measure
     from kvbind.inner.value import nearest
 
-    if experiment not in EXPERIMENTS:
-        raise ValueError(
-            f"experiment must be one of {', '.join(EXPERIMENTS)}; got {experiment!r}{nearest(experiment, EXPERIMENTS)}"
-        )
+    known = (*EXPERIMENTS, "all")
+    if experiment not in known:
+        raise ValueError(f"experiment must be one of {', '.join(known)}; got {experiment!r}{nearest(experiment, known)}")
+    steps = measure_steps or (20 if scale == "paper" and not really_train else None)
+    if rows is not None and steps is None:
+        raise ValueError(f"rows is for measured steps alone (--measure-steps, or --scale paper); got {rows!r}")
+    named, task = sources(data or []), task or ("all" if experiment == "all" else "language")
+    if isinstance(named, dict) and task != "all" and set(named) != {task}:
+        raise ValueError(f"data must be of the task {task}; got data for {', '.join(named)}")
+    chosen = None if rows is None else tuple(name.strip() for name in rows.split(","))
     with continuable():
-        open_experiment(experiment).reproduce(
+        open_experiment("everything" if experiment == "all" else experiment).reproduce(
             task=task,
             scale=scale,
             seeds=seeds,
             out=out,
+            trained=trained,
             fresh=not resume,
-            data=data,
+            minutes=minutes,
+            data=named,
             workers=workers,
+            measure=None if steps is None else Measure(steps, chosen, price, efficiency),
             overrides=overrides or [],
             console=console(),
         )
+
+
+def sources(words: Sequence[str]) -> str | dict[str, str] | None:
+    """What `--data` says: a path, or one for each task that is named.
+
+    Raises:
+        ValueError: several paths without tasks, or a task twice.
+    """
+    named = [word.partition("=") for word in words]
+    if len(words) == 1 and named[0][0] not in TASKS:
+        return words[0]
+    for task, _, _ in named:
+        if task not in TASKS:
+            raise ValueError(f"data must be one path, or TASK=PATH with a task among {TASK_NAMES}; got {list(words)}")
+    found = {task: path for task, _, path in named}
+    if len(found) < len(named):
+        raise ValueError(f"data must name each task once; got {list(words)}")
+    return found or None
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Folders with results of kvbind reproduce; default runs.", metavar="[FOLDER]...", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The page; default report.html in the first folder.", show_default=False, metavar="FILE"),
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Show the page at an address of this machine, until Ctrl-C.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Of that address; 0 for a free one.", min=0, max=65535)] = 8000,
+) -> None:
+    """Make one page of all results: claims with verdicts, tables beside the paper's, figures, and models to look into.
+
+    The page is one file that needs no network. Trained models are in it where [bold]kvbind reproduce explorer[/] was run.
+
+    For example: [bold]kvbind report runs --serve[/]
+    """
+    from kvbind.experiments.page.command import make_report, open_server
+
+    path = make_report(folders or [Path("runs")], out)
+    console().print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", markup=False, soft_wrap=True)
+    if serve:
+        server, address = open_server(path, port)
+        console().print(f"{address} (Ctrl-C ends it)", markup=False, soft_wrap=True)
+        with server, contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 @app.command()
@@ -251,26 +358,79 @@ def train(
     """Train a model, or go on with a run that was interrupted.
 
     For example: [bold]kvbind train language --preset tiny model.inner.update=last train.steps=500[/]
+
+    On several GPUs: [bold]torchrun --nproc-per-node 8 -m kvbind train language --preset 760m[/]
     """
     from kvbind.experiments.runs import discard, run_name, train_run
     from kvbind.experiments.subjects import named_subject
     from kvbind.tasks import open_task_module
     from kvbind.train.bars import progress_bars
     from kvbind.train.config import read_config, to_yaml
+    from kvbind.train.ranks import barrier, connected, rank, restarted
 
     module, preset = open_task_module(task), preset or named_subject(task).scales["smoke"].preset
     edits = [*(overrides or []), *([f"data.source={json.dumps(data)}"] if data else [])]
     config = module.resolve(read_config(module.Config, module.PRESETS, preset, edits))
     folder = out or Path("runs") / run_name(task, config).replace(task, f"{task}-{Path(preset).stem}", 1)
-    if fresh:
-        discard(folder)
-    screen = console()
-    screen.print(to_yaml(config), style="dim", markup=False, soft_wrap=True)
-    screen.print(f"run folder: {folder}")
-    with continuable(), progress_bars(screen) as add:
-        run = train_run(task, config, folder, add("training", config.train.steps))
+    with connected(config.train.device):
+        first = rank() == 0
+        if fresh and first and not restarted():
+            discard(folder)
+        barrier()
+        screen = console() if first else Console(quiet=True)
+        screen.print(to_yaml(config), style="dim", markup=False, soft_wrap=True)
+        screen.print(f"run folder: {folder}")
+        with continuable(), progress_bars(screen if first else None) as add:
+            run = train_run(task, config, folder, add("training", config.train.steps))
     show_metrics(screen, run.result["held_out"])
     screen.print(f"{run.result['steps']} steps in {run.result['training_seconds']:.0f} s, {run.result['skipped']} skipped")
+
+
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    preset: Annotated[
+        str, typer.Option(help=f"A YAML file, or a shipped configuration: {', '.join(preset_files('language'))}.")
+    ] = "760m",
+    gpus: Annotated[str, typer.Option(help="How many; several numbers with commas between them for a comparison.")] = "8",
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in a sequence; default the configuration's.", show_default=False)
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sequences in a step; default as many as keep its tokens the same.", show_default=False),
+    ] = None,
+    hardware: Annotated[str, typer.Option(help="Which GPUs: h100, h200, a100 or a100-40gb, eight to a node.")] = "h100",
+    recompute: Annotated[
+        str, typer.Option(help="What is computed again in the backward pass: block, selective or none.")
+    ] = "block",
+    budget: Annotated[
+        float | None, typer.Option(help="Tokens to train on, such as 15e9; default the configuration's.", show_default=False)
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0.0, help="Of an hour of one GPU.", show_default=False)] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Results of kvbind bench step or scaling, to take efficiencies from; may be given several times.",
+            show_default=False,
+            metavar="FILE",
+        ),
+    ] = None,
+    write: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.", metavar="FILE")] = None,
+) -> None:
+    """Plan the training of a language model: mesh, memory, communication, time and price, for any number of GPUs.
+
+    A model of time and memory whose error on measured steps is printed below it.
+
+    For example: [bold]kvbind plan --preset 760m --gpus 64 --tokens 1048576[/], or with edits of the configuration such as
+    [bold]model.inner.update=last model.inner.normalize=false[/]
+    """
+    from kvbind.plan.command import run_plan
+
+    run_plan(
+        preset, gpus, overrides or [], console(), tokens=tokens, batch=batch, hardware=hardware, recompute=recompute,
+        budget=budget, price=price, calibrate=calibrate or [], write=write,
+    )  # fmt: skip
 
 
 @app.command("eval")

@@ -90,6 +90,13 @@ def test_figure_3_judges_by_its_rules():
     assert order.found.startswith("2 of 3")
 
 
+def test_figure_3_does_not_decide_by_a_gain_within_the_scatter_of_positions():
+    rough = Along([(float(i), 3.0 + (-1) ** i - 0.01 * (i >= 6)) for i in range(8)], 3.0)
+    assert 0 < rough.gain < rough.gain_error
+    assert [verdict.holds for verdict in figure3.judge({"a": falling(2.0, 2.0), "b": rough})] == [None, True]
+    assert figure3.judge({"a": rough, "b": falling(5.0, 5.0)})[0].holds is False
+
+
 def test_figure_1_evaluates_the_shared_run_with_more_steps(third, place):
     before = {path: path.stat().st_mtime_ns for path in (place / "runs/trained").rglob("*.safetensors")}
     results = small(figure1)
@@ -101,6 +108,7 @@ def test_figure_1_evaluates_the_shared_run_with_more_steps(third, place):
     assert results["runs"]["rung0"] == third["runs"]["rung0"][:1]
     assert results["steps"][0]["metric"] == pytest.approx(run["held_out"]["perplexity"], rel=1e-5)
     assert len({x["metric"] for x in results["steps"]}) == 8
+    assert results["by_seed"]["0"] == results["steps"]
     assert all(len(x["by_layer"]) == 2 and math.isfinite(x["inner_loss"]) for x in results["steps"])
 
 
@@ -117,9 +125,12 @@ def test_figure_1_takes_views_too(place):
 def test_figure_1_knows_which_way_is_worse(task, worse):
     metric = SUBJECTS[task].metric
     found = [AtSteps(steps, 10 + worse * steps, -float(steps), ()) for steps in range(1, 9)]
-    assert [verdict.holds for verdict in figure1.judge(found, metric)] == [True, True]
-    found[3] = AtSteps(4, 10 - worse, 0.0, ())
-    assert [verdict.holds for verdict in figure1.judge(found, metric)] == [False, False]
+    assert [verdict.holds for verdict in figure1.judge([found], metric)] == [True, True]
+    other = [*found[:3], AtSteps(4, 10 - worse, 0.0, ()), *found[4:]]
+    assert [verdict.holds for verdict in figure1.judge([other], metric)] == [False, False]
+    both = figure1.judge([found, other], metric)
+    assert [verdict.holds for verdict in both] == [None, None]
+    assert "1 of 2 seed(s)" in both[0].found
 
 
 def layer_and_input():
@@ -165,6 +176,8 @@ def test_figure_2_measures_and_draws_every_layer(third, place):
     assert [(x["layer"], x["sets"]) for x in results["layers"]] == [(i, pair) for i in range(2) for pair in figure2.PAIRS]
     assert all(0 <= x["probe"] <= 1 and 0 <= x["near"] <= 1 and 0 <= x["energy"] <= 1 for x in results["layers"])
     assert results["runs"]["rung0"] == third["runs"]["rung0"][:1]
+    assert [list(x["sets"]) for x in results["maps"]] == [["Q", "K"], ["O", "V"]] * 2
+    assert all(len(points) == 128 for x in results["maps"] for points in x["sets"].values())
 
 
 def clouds(shift, copies=1):

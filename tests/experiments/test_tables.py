@@ -181,7 +181,7 @@ def test_all_tasks_stand_side_by_side_and_keep_their_own_reports(tmp_path, monke
         assert f"{row['score']:.2f}" in page
     assert "20.50" in page
     assert "All tasks side by side" in shown
-    with pytest.raises(ValueError, match=r"data must be None for task='all'"):
+    with pytest.raises(ValueError, match=r"data must be None or name a task"):
         run(table1, tmp_path, task="all", data="elsewhere")
 
 

@@ -2,14 +2,15 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kvbind.experiments import workers
 from kvbind.experiments.plan import configuration
-from kvbind.experiments.runs import run_name
-from kvbind.experiments.workers import Job, Worker, default_workers, train_all
+from kvbind.experiments.runs import OutOfTimeError, Run, run_name, train_run
+from kvbind.experiments.workers import Job, Worker, default_workers, train_all, visible_gpus
 from kvbind.train import TrainingStoppedError, latest_checkpoint
 from kvbind.train.config import to_plain
 from kvbind.train.metrics import read_metrics
@@ -60,8 +61,8 @@ def test_the_trouble_of_a_run_is_raised_here_and_the_others_end(job, monkeypatch
     crew = []
 
     class Watched(Worker):
-        def __init__(self):
-            super().__init__()
+        def __init__(self, *args):
+            super().__init__(*args)
             crew.append(self)
 
     monkeypatch.setattr(workers, "Worker", Watched)
@@ -117,6 +118,110 @@ def test_what_a_run_raises_is_raised_here(job, kind, raised):
     worker.stop()
 
 
-def test_a_gpu_trains_one_run_at_a_time():
+def test_a_gpu_trains_one_run_at_a_time(monkeypatch):
     assert default_workers(torch.device("cuda")) == 1
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert default_workers(torch.device("cuda")) == 3
+    assert default_workers(torch.device("cuda:1")) == 1
     assert 1 <= default_workers(torch.device("cpu")) <= workers.MOST_WORKERS
+
+
+def test_gpus_are_called_what_the_environment_calls_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv(workers.VISIBLE, "5, GPU-abc")
+    assert visible_gpus() == ["5", "GPU-abc"]
+    monkeypatch.delenv(workers.VISIBLE)
+    assert visible_gpus() == ["0", "1"]
+
+
+def test_a_run_that_is_out_of_time_leaves_a_checkpoint_and_goes_on_as_if_it_had_not_been(job, monkeypatch):
+    whole, parts = job("whole", "train.checkpoint_every=0"), job("parts", "train.checkpoint_every=0")
+    train_run("language", whole.config, whole.folder)
+    steps = []
+
+    def slow(step, note):
+        steps.append(step)
+        time.sleep(0.3)
+
+    with pytest.raises(OutOfTimeError, match="behind step 1"):
+        train_run("language", parts.config, parts.folder, slow, time.monotonic() + 0.2)
+    assert steps == [1, 2]
+    assert sorted(path.name for path in (parts.folder / "checkpoints").iterdir()) == ["step-00000001"]
+    assert not parts.finished
+    with pytest.raises(OutOfTimeError, match="not finished in time"):
+        train_run("language", parts.config, parts.folder, slow, time.monotonic())
+    assert train_run("language", parts.config, parts.folder, None, time.monotonic() + 600).result["steps"] == 4
+    assert losses(parts.folder) == losses(whole.folder)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_nothing_is_begun_behind_the_deadline_and_what_is_finished_is_read(job, count):
+    done, never = job("a"), job("b", "train.learning_rate=0.5")
+    train_run("language", done.config, done.folder)
+    told = []
+    found = train_all([never, done], count, None, lambda job, run: told.append(job.title), deadline=time.monotonic())
+    assert found[0] is None
+    assert found[1].reused
+    assert told == ["a"]
+    assert not never.folder.exists()
+
+
+def test_a_run_that_fails_does_not_end_the_others_where_somebody_takes_its_error(job):
+    bad, good = job("bad"), job("good")
+    bad.folder.mkdir(parents=True)
+    (bad.folder / "config.yaml").write_text("# kvbind train language\nseed: 7\n")
+    failed = []
+    found = train_all([bad, good], 2, None, lambda job, run: None, failed=lambda job, error: failed.append((job, error)))
+    assert found[0] is None
+    assert found[1].result["steps"] == 4
+    ((failing, error),) = failed
+    assert failing is bad
+    assert "another configuration" in str(error)
+
+
+@pytest.fixture
+def crew(monkeypatch):
+    """Workers that train nothing: which job each GPU had, and whether another was at work there."""
+    log, busy = [], {}
+
+    class Pretending:
+        def __init__(self, gpu):
+            self.gpu = gpu
+            self.process = type("Process", (), {"poll": lambda self: None})()
+
+        def train(self, job, watch, deadline):
+            busy.setdefault(self.gpu, set()).add(job.title)
+            time.sleep(0.05)
+            log.append((self.gpu, job.title, len(busy[self.gpu])))
+            busy[self.gpu].remove(job.title)
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(workers, "Worker", Pretending)
+    monkeypatch.setattr(workers, "train_run", lambda task, config, folder: Run(folder, {}, reused=False))
+    return log
+
+
+def pretended(job, titles, alone=()):
+    one = job("x", "train.device=auto")
+    return [replace(one, folder=one.folder / title, title=title, alone=title in alone) for title in titles]
+
+
+def test_processes_are_spread_over_all_gpus(job, crew, monkeypatch):
+    monkeypatch.setattr(workers, "visible_gpus", lambda: ["0", "1"])
+    train_all(pretended(job, "abcd"), 4, None, lambda job, run: None)
+    assert sorted(gpu for gpu, _, _ in crew) == ["0", "0", "1", "1"]
+
+
+@pytest.mark.parametrize("gpus", [["0", "1"], ["0"]])
+def test_a_job_whose_speed_counts_has_its_gpu_to_itself(job, crew, monkeypatch, gpus):
+    monkeypatch.setattr(workers, "visible_gpus", lambda: gpus)
+    found = train_all(pretended(job, "abcdefgh12", alone="12"), 6, None, lambda job, run: None)
+    assert all(found)
+    alone = [entry for entry in crew if entry[1] in "12"]
+    assert [(gpu, beside) for gpu, _, beside in alone] == [(gpus[-1], 1)] * 2
+    assert [title for _, title, _ in alone] == ["1", "2"]
+    on_that_gpu = [title for gpu, title, _ in crew if gpu == gpus[-1]]
+    # first, where others have somewhere else to be; else last
+    assert (on_that_gpu[:2] if len(gpus) > 1 else on_that_gpu[-2:]) == ["1", "2"]

@@ -41,7 +41,7 @@ def rows(config):
 
 
 class Task:
-    unit = "points"
+    unit, batch = "points", 8
 
     def __init__(self, config, training=True):
         self.config = config
@@ -52,7 +52,7 @@ class Task:
         model.weight.data += self.config.model.inner["slope"]
         return model
 
-    def batches(self, position):
+    def batches(self, position, share=None):
         number = position["next"] if position else 0
         while True:
             yield torch.randn(8, 1, generator=torch.Generator().manual_seed(number)), {"next": number + 1}
@@ -61,10 +61,16 @@ class Task:
     def size(self, batch):
         return len(batch)
 
+    def weight(self, batch):
+        return len(batch)
+
+    def blocks(self, model):
+        return []
+
     def loss(self, model, batch):
         return (model(batch) - 2 * batch).square().mean()
 
-    def evaluate(self, model):
+    def evaluate(self, model, share=None):
         x = torch.linspace(-1, 1, 5)[:, None]
         error = float((model(x) - 2 * x).square().mean())
         curve = [[float(at), abs(float(y))] for at, y in zip(x, model(x) - 2 * x, strict=True)]

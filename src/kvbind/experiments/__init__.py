@@ -12,6 +12,8 @@ EXPERIMENTS = {
     "figure1": "more steps of the inner loop at test time: the inner loss against the metric",
     "figure2": "queries beside keys and outputs beside values: t-SNE, and numbers that need no eyes",
     "figure3": "loss by position in the sequence, every row of table 2",
+    "figure4": "the recurrent and the parallel form of rung 2 in training, by the clock",
+    "explorer": "every row's layers on a held-out input, prepared for the explorer of kvbind report",
 }
 """What `kvbind reproduce` knows, and what each shows; the module has the same name and a function `reproduce`."""
 

@@ -6,12 +6,14 @@ to eight: the inner loss, of which every step is a gradient step, against the me
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,9 @@ from torch import Tensor, nn
 from kvbind import inner_loss
 from kvbind.experiments import figures
 from kvbind.experiments.calls import Call, seen_calls
-from kvbind.experiments.findings import Findings, Request, Verdict, picture, write_findings
-from kvbind.experiments.shared import train_rows
+from kvbind.experiments.figures import picture
+from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
+from kvbind.experiments.shared import missing_note, train_rows
 from kvbind.experiments.subjects import Metric
 from kvbind.layers.lact import LactLayer
 from kvbind.layers.lact_nvs import LactNvsLayer
@@ -63,23 +66,29 @@ def reproduce(**options: Any) -> dict[str, Any]:
     request = Request(**options)
     trained = train_rows("figure1", [ROW], TASKS, request)
     metric = trained.subject.metric
-    found: dict[int, list[AtSteps]] = {steps: [] for steps in STEPS}
-    for seed in range(request.seeds):
+    found: list[list[AtSteps]] = []
+    for seed in trained.runs[ROW]:
         model, task, job = trained.open(ROW, seed)
-        for steps in STEPS:
-            found[steps].append(evaluated(model, task, job.config, trained.device, steps, metric.name))
-            request.say(f"seed {seed}, {steps} step(s): {metric.title} {found[steps][-1].metric:.{metric.digits}f}")
-    means = [mean_of(own) for own in found.values()]
+        found.append([evaluated(model, task, job.config, trained.device, steps, metric.name) for steps in STEPS])
+        request.say(f"seed {seed}: {metric.title} " + ", ".join(f"{x.metric:.{metric.digits}f}" for x in found[-1]))
+    means = [mean_of(own) for own in zip(*found, strict=True)]
     draw(trained.out / "steps.png", means, metric)
     lines = [[str(x.steps), f"{x.inner_loss:.5g}", f"{x.metric:.{metric.digits}f}"] for x in means]
     findings = Findings(
         experiment="figure1",
         title=f"Figure 1: steps of the inner loop, {request.task}, scale {request.scale}",
         lead="The full system, trained with one step per chunk, evaluated with more. The inner loss is that of the weights "
-        f"after each chunk's update, on held-out data, averaged over layers; {metric.title}: {metric.better} is better.",
+        f"after each chunk's update, on held-out data, averaged over layers and {len(found)} seed(s), in PyTorch's float32 "
+        f"throughout; {metric.title}: {metric.better} is "
+        f"better.{missing_note(trained)}",
         config=trained.config,
-        data={"metric": metric.name, "steps": [asdict(x) for x in means], "runs": trained.folders()},
-        verdicts=judge(means, metric),
+        data={
+            "metric": metric.name,
+            "steps": [asdict(x) for x in means],
+            "by_seed": {str(seed): [asdict(x) for x in own] for seed, own in zip(trained.runs[ROW], found, strict=True)},
+            "runs": trained.folders(),
+        },
+        verdicts=judge(found, metric),
         tables={"By steps": (["steps", "inner loss", metric.label], lines)},
         pictures={"By steps": ("steps.png", f"inner loss and {metric.title} by steps of the inner loop")},
     )
@@ -87,12 +96,16 @@ def reproduce(**options: Any) -> dict[str, Any]:
 
 
 def evaluated(model: nn.Module, task: Any, config: Any, device: torch.device, steps: int, metric: str) -> AtSteps:
-    """Evaluate a model with `steps` steps in every layer."""
+    """Evaluate a model with `steps` steps in every layer.
+
+    Kernels round the state where they read it, and are for one step; so that numbers of steps differ in nothing else, none
+    runs on them.
+    """
     layers = [module for module in model.modules() if isinstance(module, LactLayer | LactNvsLayer)]
     for layer in layers:
         layer.inner = layer.inner.replace(steps=steps)
     losses: list[float] = []
-    with seen_calls(lambda call: losses.append(loss_after(call))):
+    with patch.dict(os.environ, KVBIND_KERNELS="0"), seen_calls(lambda call: losses.append(loss_after(call))):
         held_out = evaluate(model, task, config.train, device)
     # every batch runs through the layers in their order
     by_layer = tuple(statistics.fmean(losses[i :: len(layers)]) for i in range(len(layers)))
@@ -134,27 +147,43 @@ def mean_of(seeds: Sequence[AtSteps]) -> AtSteps:
     )
 
 
-def judge(found: Sequence[AtSteps], metric: Metric) -> list[Verdict]:
-    """Whether steps do to the inner loss what they are for, and whether that serves the task."""
-    first, last = found[0], found[-1]
-    losses = [x.inner_loss for x in found]
+def judge(seeds: Sequence[Sequence[AtSteps]], metric: Metric) -> list[Verdict]:
+    """Whether steps do to the inner loss what they are for, and whether that serves the task.
+
+    Args:
+        seeds: of each seed, what was found with 1 step and with more.
+        metric: the task's.
+    """
     sign = 1 if metric.better == "lower" else -1
-    worse = [x.steps for x in found[1:] if sign * (x.metric - first.metric) > 0]
+    lowered = [all(b.inner_loss < a.inner_loss for a, b in pairwise(found)) for found in seeds]
+    worse = [[x.steps for x in found[1:] if sign * (x.metric - found[0].metric) > 0] for found in seeds]
+    worsened = [len(own) == len(found) - 1 for own, found in zip(worse, seeds, strict=True)]
+    means = [mean_of(own) for own in zip(*seeds, strict=True)]
+    first, last, losses = means[0], means[-1], [x.inner_loss for x in means]
+    agreed = f"so in {{}} of {len(seeds)} seed(s)"
     return [
         Verdict(
             "more steps lower the inner loss",
-            "it is lower with every further step",
-            all(b < a for a, b in pairwise(losses)),
-            f"{first.inner_loss:.5g} after 1 step, {last.inner_loss:.5g} after {last.steps}, lowest {min(losses):.5g}",
+            "it is lower with every further step, in every seed; it does not hold if in none",
+            unanimous(lowered),
+            f"{first.inner_loss:.5g} after 1 step, {last.inner_loss:.5g} after {last.steps}, lowest {min(losses):.5g}; "
+            + agreed.format(sum(lowered)),
         ),
         Verdict(
             f"more steps worsen {metric.title}",
-            "with any number of further steps it is worse than with the one step of training",
-            len(worse) == len(found) - 1,
+            "with any number of further steps it is worse than with the one step of training, in every seed; it does not "
+            "hold if in none",
+            unanimous(worsened),
             f"{first.metric:.{metric.digits}f} with 1 step, {last.metric:.{metric.digits}f} with {last.steps}; worse than "
-            f"with 1 in {len(worse)} of {len(found) - 1} cases",
+            f"with 1 in {sum(map(len, worse))} of {sum(len(found) - 1 for found in seeds)} cases; "
+            + agreed.format(sum(worsened)),
         ),
     ]
+
+
+def unanimous(answers: Sequence[bool]) -> bool | None:
+    """What all answers are; None where they differ."""
+    return answers[0] if len(set(answers)) == 1 else None
 
 
 def draw(path: Path, found: Sequence[AtSteps], metric: Metric) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from kvbind.experiments import figures
 from kvbind.experiments.calls import Call, seen_calls
-from kvbind.experiments.findings import Findings, Request, Verdict, picture, write_findings
-from kvbind.experiments.shared import train_rows
+from kvbind.experiments.figures import picture
+from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
+from kvbind.experiments.shared import missing_note, train_rows
 from kvbind.train.loop import precision, to_device
 
 ROW = "rung0"
@@ -77,7 +78,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     """Look at the layers of the full system, and write the report.
 
     Args:
-        options: the fields of `kvbind.experiments.findings.Request`; the task is "language". The first seed's run is drawn.
+        options: the fields of `kvbind.experiments.findings.Request`; the task is "language". The first run is drawn.
 
     Returns:
         What `results.json` holds.
@@ -92,12 +93,12 @@ def reproduce(**options: Any) -> dict[str, Any]:
         raise ImportError("figure2 needs scikit-learn: pip install scikit-learn") from error
     request = Request(**options)
     trained = train_rows("figure2", [ROW], ["language"], request)
-    found = []
-    for seed in range(request.seeds):
+    found: list[list[Layer]] = []
+    for seed in trained.runs[ROW]:
         model, task, job = trained.open(ROW, seed)
         calls = held_out_calls(model, task, job.config, trained.device)
         chosen = sorted({round(x) for x in np.linspace(0, len(calls) - 1, min(len(calls), MOST_LAYERS))})
-        found.append([look(i, calls[i], draw=seed == 0) for i in chosen])
+        found.append([look(i, calls[i], draw=not found) for i in chosen])
     draw(trained.out / "sets.png", found[0])
     means = {(layer.number, pair): mean_numbers([own[i].numbers[pair] for own in found])
              for i, layer in enumerate(found[0]) for pair in PAIRS}  # fmt: skip
@@ -113,11 +114,12 @@ def reproduce(**options: Any) -> dict[str, Any]:
         "the tokens, measured on the other. Energy distance: relative, from 0 (equal sets) to 1, beside that of two halves "
         f"of one set. Near: at most the {NEAR:.0%} quantile of the distances of keys (values) to the nearest "
         f"other one, so that {NEAR:.0%} or more would be near if both sets were of one kind. "
-        f"{POINTS} tokens of each set; averages over heads. A first layer's values are those of single tokens, few "
-        "and far apart, so that near says little of them.",
+        f"{POINTS} tokens of each set; averages over heads and {len(found)} seed(s). A first layer's values are those of "
+        f"single tokens, few and far apart, so that near says little of them.{missing_note(trained)}",
         config=trained.config,
         data={
             "layers": [{"layer": layer, "sets": pair, **asdict(x)} for (layer, pair), x in means.items()],
+            "maps": [as_map(layer, pair) for layer in found[0] for pair in PAIRS],
             "runs": trained.folders(),
         },
         verdicts=judge(means),
@@ -125,6 +127,13 @@ def reproduce(**options: Any) -> dict[str, Any]:
         pictures={"t-SNE": ("sets.png", "t-SNE of queries and keys, and of outputs and values, one head, by layer")},
     )
     return write_findings(trained.out, request, findings, trained.device)
+
+
+def as_map(layer: Layer, pair: str) -> dict[str, Any]:
+    """A map as `results.json` holds it: the points of each set."""
+    places = layer.maps[pair].round(2).tolist()
+    middle = len(places) // 2
+    return {"layer": layer.number, "sets": dict(zip(PAIRS[pair], (places[:middle], places[middle:]), strict=True))}
 
 
 def held_out_calls(model: Any, task: Any, config: Any, device: torch.device) -> list[Call]:

@@ -63,6 +63,22 @@ def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
         write_with(path, lambda partial: fig.savefig(partial, dpi=160))
 
 
+@contextmanager
+def picture(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure in the house style, written as PNG to `path` and as SVG beside it.
+
+    Args:
+        path: ends in .png.
+        width: in inches.
+        height: in inches.
+    """
+    with figure(path, width, height) as fig:
+        yield fig
+        # without a date and with names that repeat, so that the same data make the same file
+        with mpl.rc_context({"svg.hashsalt": "kvbind"}):
+            write_with(path.with_suffix(".svg"), lambda partial: fig.savefig(partial, metadata={"Date": None}))
+
+
 def smoothed(values: Sequence[float | None], weight: float) -> list[tuple[int, float]]:
     """An exponential average of what is there, by index from 1, without the bias of its beginning."""
     total, mass, points = 0.0, 0.0, []
@@ -160,7 +176,7 @@ def curves(
     """Lines of one quantity, one per run: as they are, and against the first, where small differences show.
 
     Args:
-        path: where to.
+        path: PNG to write; an SVG goes beside it.
         series: points by label; all lines have the first one's places on the horizontal axis, or some of them.
         title: above.
         x: of the horizontal axis.
@@ -170,7 +186,7 @@ def curves(
     shades = mpl.colormaps["viridis"]
     first_label, first = next(iter(series.items()))
     reference = dict(first)
-    with figure(path, 11.5, 4.2) as fig:
+    with picture(path, 11.5, 4.2) as fig:
         left, right = fig.subplots(1, 2)
         for i, (label, points) in enumerate(series.items()):
             colour = shades(0.95 * i / max(rungs - 1, 1)) if i < rungs else (ORANGE, RED)[(i - rungs) % 2]
@@ -212,7 +228,7 @@ def table_image(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]
     """A table as a picture: the first column left-aligned, the others right-aligned.
 
     Args:
-        path: where to.
+        path: PNG to write; an SVG goes beside it.
         header: of the columns.
         rows: of texts, one per column.
         title: above.
@@ -225,7 +241,7 @@ def table_image(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]
     total, lines = sum(widths), max(len(parts) for parts in head)
     lines_of_note = textwrap.wrap(note, int(1.5 * total))
     height = 0.27 * (len(rows) + lines + 1.9 + 0.65 * len(lines_of_note))
-    with figure(path, 0.088 * total + 0.3, height) as fig:
+    with picture(path, 0.088 * total + 0.3, height) as fig:
         ax = fig.subplots()
         ax.set_axis_off()
         ax.set_xlim(0, total)

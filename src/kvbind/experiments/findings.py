@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-import html
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from matplotlib.figure import Figure
 from rich.console import Console
 
-from kvbind.experiments import figures, report
+from kvbind.experiments import page, report
+from kvbind.experiments.page.findings import findings_part
+from kvbind.experiments.page.parts import STATES
 from kvbind.experiments.provenance import command, machine, versions
 from kvbind.inner.value import check_positive_int
-from kvbind.train.checkpoint import write_with
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What to do in place of training: some steps, their time, and what the whole would come to.
+
+    Attributes:
+        steps: measured, after a few to warm up.
+        rows: of the table, by name; None for all of them.
+        price: of a GPU for an hour.
+        efficiency: of several GPUs, over as many times one; assumed.
+    """
+
+    steps: int = 20
+    rows: tuple[str, ...] | None = None
+    price: float = 2.5
+    efficiency: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_positive_int("measure_steps", self.steps)
+        for name in ("price", "efficiency"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be greater than 0; got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +52,15 @@ class Request:
         out: the report's folder, whose `trained/` holds the training runs; default `runs/EXPERIMENT-TASK-SCALE`, with the
             runs in `runs/trained`, where other experiments find them.
         fresh: train everything anew.
-        data: another source of data.
+        data: another source of data; or one for each task, by name.
         workers: rows trained at once.
         overrides: further `key=value` edits of every run's configuration.
+        trained: where training runs are kept, if neither in `out` nor in `runs/trained`.
+        minutes: from which on nothing is trained any more: unfinished runs leave a checkpoint, and reports are written of
+            those that are finished. None for no limit, 0 for reports alone.
+        measure: time some steps in place of training.
         console: where progress and verdicts are shown; None for nowhere.
+        started: by `time.monotonic`.
     """
 
     task: str = "language"
@@ -44,14 +68,42 @@ class Request:
     seeds: int = 1
     out: Path | None = None
     fresh: bool = False
-    data: str | None = None
+    data: str | Mapping[str, str] | None = None
     workers: int | None = None
     overrides: Sequence[str] = ()
+    trained: Path | None = None
+    minutes: float | None = None
+    measure: Measure | None = None
     console: Console | None = None
-    started: float = field(default_factory=time.monotonic, init=False)
+    started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         check_positive_int("seeds", self.seeds)
+        if self.workers is not None:
+            check_positive_int("workers", self.workers)
+        if self.minutes is not None and not self.minutes >= 0:
+            raise ValueError(f"minutes must be at least 0; got {self.minutes}")
+
+    @property
+    def deadline(self) -> float | None:
+        """When training ends, by `time.monotonic`; None where it may take what it takes."""
+        return None if self.minutes is None else self.started + 60 * self.minutes
+
+    def source(self, task: str) -> str | None:
+        """The data to take for a task in place of the configuration's."""
+        return self.data if self.data is None or isinstance(self.data, str) else self.data.get(task)
+
+    def refuse_measuring(self, experiment: str) -> None:
+        """Say that an experiment on trained models is none without them.
+
+        Raises:
+            ValueError: steps were to be measured in place of training.
+        """
+        if self.measure is not None:
+            raise ValueError(
+                f"{experiment} looks at trained models, of which --scale {self.scale} has none without --train; table1, "
+                "table2 and figure4 measure steps instead"
+            )
 
     def say(self, text: str) -> None:
         """Show a line."""
@@ -66,14 +118,19 @@ class Verdict:
     Attributes:
         claim: in words.
         rule: when it holds.
-        holds: whether it does.
+        holds: whether it does; None where the numbers decide neither way.
         found: the numbers that decided.
     """
 
     claim: str
     rule: str
-    holds: bool
+    holds: bool | None
     found: str
+
+    @property
+    def word(self) -> str:
+        """What is said of it."""
+        return STATES[self.holds]
 
 
 @dataclass(frozen=True)
@@ -101,20 +158,6 @@ class Findings:
     pictures: Mapping[str, tuple[str, str]]
 
 
-@contextmanager
-def picture(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure in the house style, written as PNG to `path` and as SVG beside it.
-
-    Args:
-        path: ends in .png.
-        width: in inches.
-        height: in inches.
-    """
-    with figures.figure(path, width, height) as fig:
-        yield fig
-        write_with(path.with_suffix(".svg"), fig.savefig)
-
-
 def write_findings(out: Path, request: Request, findings: Findings, device: torch.device) -> dict[str, Any]:
     """Write `results.json` and the page; the pictures are there already.
 
@@ -138,27 +181,15 @@ def write_findings(out: Path, request: Request, findings: Findings, device: torc
         "machine": machine(device),
         "config": findings.config,
         "verdicts": [asdict(verdict) for verdict in findings.verdicts],
+        "title": findings.title,
+        "lead": findings.lead,
+        "tables": [{"heading": name, "header": header, "rows": rows} for name, (header, rows) in findings.tables.items()],
+        "pictures": [{"heading": name, "file": file, "text": text} for name, (file, text) in findings.pictures.items()],
         **findings.data,
     }
     report.write_json(out / "results.json", results)
-    lines = [[x.claim, "holds" if x.holds else "does not hold", x.found, x.rule] for x in findings.verdicts]
-    sections = {"Verdicts": wrapped(report.html_table(["claim", "verdict", "found", "it holds if"], lines))}
-    for heading, (file, text) in findings.pictures.items():
-        sections[heading] = report.html_image(out / file, text)
-    for heading, (header, rows) in findings.tables.items():
-        sections[heading] = report.html_table(header, rows)
-    sections["How it was made"] = (
-        f"<pre>{html.escape(results['command'])}</pre>"
-        + report.html_details("configuration", yaml.safe_dump(findings.config, sort_keys=False))
-        + report.html_details("versions and machine", json.dumps([results["versions"], results["machine"]], indent=2))
-    )
-    report.write_page(out / "index.html", findings.title, findings.lead, sections)
+    page.write_index(out, findings_part(results, out))
     for verdict in findings.verdicts:
-        request.say(f"{'holds' if verdict.holds else 'does not hold'}: {verdict.claim}: {verdict.found}")
+        request.say(f"{verdict.word}: {verdict.claim}: {verdict.found}")
     request.say(f"{results['wall_seconds']:.0f} s. Everything is in {out}; start with {out / 'index.html'}")
     return results
-
-
-def wrapped(table: str) -> str:
-    """An HTML table of sentences, whose cells break lines."""
-    return f"<style>.words th, .words td {{ white-space: normal; text-align: left }}</style><div class='words'>{table}</div>"

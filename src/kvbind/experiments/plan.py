@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from kvbind.experiments.runs import Run, discard, run_name
+from kvbind.experiments.findings import Request
+from kvbind.experiments.runs import Fingerprints, Run, discard, run_name
 from kvbind.experiments.subjects import named_subject
 from kvbind.experiments.workers import Finished, Job, default_workers, train_all
-from kvbind.inner.value import check_choice, check_positive_int
+from kvbind.inner.value import check_choice
 from kvbind.tasks import open_task_module
 from kvbind.train.config import read_config
 from kvbind.train.loop import pick_device
@@ -69,66 +69,67 @@ class Plan:
     jobs: dict[tuple[str, int], Job]
     workers: int
 
-    def train(self, fresh: bool, console: Console | None, finished: Finished) -> list[Run]:
-        """Train every run, or read what it came to earlier, in the order of the jobs.
+    @property
+    def rows(self) -> list[str]:
+        """The rows that apply to the task."""
+        return list(dict.fromkeys(row for row, _ in self.jobs))
+
+    def train(self, request: Request, finished: Finished) -> dict[tuple[str, int], Run]:
+        """Train every run, or read what it came to earlier.
 
         Args:
-            fresh: train everything anew.
-            console: where progress is drawn; None for nowhere.
+            request: what was asked.
             finished: called with each job and its run as soon as there is one.
 
+        Returns:
+            The finished runs by row and seed: all of them, unless the request's time was too short.
+
         Raises:
+            UnfinishedError: not one was finished in time.
             TrainingStoppedError: as `kvbind.train.train`.
         """
-        if fresh:
+        if request.fresh:
             for job in self.jobs.values():
                 discard(job.folder)
-        return train_all(list(self.jobs.values()), self.workers, console, finished)
+        found = train_all(list(self.jobs.values()), self.workers, request.console, finished, deadline=request.deadline)
+        done = {key: run for key, run in zip(self.jobs, found, strict=True) if run is not None}
+        if not done:
+            raise UnfinishedError(f"no training run of {self.out.name} is finished yet; the same command goes on with them")
+        return done
+
+
+class UnfinishedError(ValueError):
+    """There was not time enough for a single training run that a report could be about."""
 
 
 def plan_runs(
-    name: str,
-    rows: Sequence[str],
-    task: str,
-    *,
-    scale: str,
-    seeds: int,
-    out: Path | None,
-    data: str | None,
-    workers: int | None,
-    overrides: Sequence[str],
+    name: str, rows: Sequence[str], request: Request, known: Fingerprints | None = None, edits: Sequence[str] = ()
 ) -> Plan:
     """The runs of every row that applies to a task.
 
     Args:
         name: of the experiment.
         rows: names among `kvbind.experiments.tables.LABELS`.
-        task: one of `kvbind.experiments.subjects.SUBJECTS`.
-        scale: one of the task's scales.
-        seeds: how many, counted from 0.
-        out: the report's folder, whose `trained/` holds the training runs; default `report_folder`, with the runs in
-            `runs/trained`, where other experiments find them.
-        data: another source of data.
-        workers: runs trained at once; None for as many as suit the device.
-        overrides: further `key=value` edits of every run's configuration.
+        request: what was asked.
+        known: fingerprints of data that were read already.
+        edits: of every run's configuration, before those that were asked for.
 
     Raises:
         ValueError: an unknown task or scale, or an edit that does not fit.
     """
-    module = open_task_module(task)
-    check_positive_int("seeds", seeds)
-    if workers is not None:
-        check_positive_int("workers", workers)
-    edits = [*overrides, *([f"data.source={json.dumps(data)}"] if data else [])]
+    task, scale, data, out = request.task, request.scale, request.source(request.task), request.out
+    module, known = open_task_module(task), known or Fingerprints()
+    edits = [*edits, *request.overrides, *([f"data.source={json.dumps(data)}"] if data else [])]
     inners = module.rows(configuration(task, scale, 0, edits))
     config = module.resolve(configuration(task, scale, 0, edits))
     device = pick_device(config.train.device)
-    trained = out / "trained" if out else Path("runs/trained")
+    trained = request.trained or (out / "trained" if out else Path("runs/trained"))
     names = [row for row in rows if row in inners]
     jobs = {}
-    for seed in range(seeds):
+    for seed in range(request.seeds):
         for number, row in enumerate(names, start=1):
             own = with_inner(task, configuration(task, scale, seed, edits), inners[row])
-            title = f"{number}/{len(names)} {row}" + (f" seed {seed}" if seeds > 1 else "")
-            jobs[row, seed] = Job(task, own, trained / run_name(task, own), title)
-    return Plan(config, device, out or report_folder(name, task, scale), trained, jobs, workers or default_workers(device))
+            title = f"{number}/{len(names)} {row}" + (f" seed {seed}" if request.seeds > 1 else "")
+            jobs[row, seed] = Job(task, own, trained / run_name(task, own, known), title)
+    workers = request.workers or default_workers(device)
+    return Plan(config, device, out or report_folder(name, task, scale), trained, jobs, workers)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,16 @@ from kvbind.tasks import open_task_module
 from kvbind.train import latest_checkpoint, train
 from kvbind.train.bars import Watch
 from kvbind.train.checkpoint import write_text
-from kvbind.train.config import config_hash, load_config, to_yaml, what_matters
+from kvbind.train.config import TrainConfig, config_hash, load_config, to_plain, to_yaml, what_matters
 from kvbind.train.loop import pick_device
 from kvbind.train.metrics import read_metrics
+from kvbind.train.parallel import is_sharded
+from kvbind.train.ranks import connected, rank, ranks, restarted
 
 CONFIG, RESULT, WEIGHTS = "config.yaml", "result.json", "model"
+
+PATIENCE = 60
+"""Seconds that a run which `torchrun` has started anew waits for its folder."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,37 @@ class Run:
         return [row["loss"] for row in read_metrics(self.folder) if "loss" in row]
 
 
-def run_name(task: str, config: Any) -> str:
-    """A folder name that differs where anything differs that the result depends on, the data themselves included."""
-    data = open_task_module(task).Task(config).fingerprint()
+class OutOfTimeError(RuntimeError):
+    """A run was to end before it was finished; it goes on from its checkpoint."""
+
+
+class Fingerprints:
+    """What tells data apart, read once for each: runs that differ in their model alone share them."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, dict[str, str]] = {}
+
+    def of(self, task: str, config: Any) -> dict[str, str]:
+        """The fingerprint of the data of a task's configuration."""
+        key = json.dumps([task, to_plain(config).get("data")], sort_keys=True)
+        if key not in self._known:
+            self._known[key] = open_task_module(task).Task(config).fingerprint()
+        return self._known[key]
+
+
+def run_name(task: str, config: Any, known: Fingerprints | None = None) -> str:
+    """A folder name that differs where anything differs that the result depends on, the data themselves included.
+
+    Args:
+        task: its name.
+        config: of that task.
+        known: fingerprints of data that were read already.
+    """
+    data = (known or Fingerprints()).of(task, config)
     return f"{task}-{config_hash([what_matters(config), data])}"
 
 
-def train_run(task: str, config: Any, folder: Path, watch: Watch | None = None) -> Run:
+def train_run(task: str, config: Any, folder: Path, watch: Watch | None = None, deadline: float | None = None) -> Run:
     """Train a configuration in `folder`, or go on where an interruption left it, or read what it came to.
 
     Args:
@@ -56,22 +86,31 @@ def train_run(task: str, config: Any, folder: Path, watch: Watch | None = None) 
         config: of that task.
         folder: of the run.
         watch: told of every step.
+        deadline: by `time.monotonic`, when to leave a checkpoint and end; None for never.
 
     Raises:
+        OutOfTimeError: the deadline came first.
         ValueError: the folder holds a run of another configuration, or another process trains in it.
         TrainingStoppedError: as `kvbind.train.train`.
     """
     check_same_config(config, folder)
     if (folder / RESULT).is_file():
         return Run(folder, json.loads((folder / RESULT).read_text(encoding="utf-8")), reused=True)
+    if deadline is not None and time.monotonic() >= deadline:
+        raise OutOfTimeError(f"{folder} was not finished in time; the same command goes on with it")
     opened = open_task_module(task).Task(config)
     model = opened.build()
-    folder.mkdir(parents=True, exist_ok=True)
-    with only_one(folder):
-        write_text(folder / CONFIG, f"# kvbind train {task}\n{to_yaml(config)}")
-        done = train(model, opened, config.train, folder, watch)
-        with without_bars():
-            opened.save(model, folder / WEIGHTS)
+    how = replace(config.train)
+    with connected(config.train.device):
+        first, processes = rank() == 0, ranks()
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_one(folder) if first else nullcontext():
+            if first:
+                write_text(folder / CONFIG, f"# kvbind train {task}\n{to_yaml(config)}")
+            done = train(model, opened, how, folder, watch if deadline is None else ending(how, folder, deadline, watch))
+            if first:
+                with without_bars():
+                    opened.save(load_model(folder, opened) if is_sharded(model) else model, folder / WEIGHTS)
     untrained = next((row for row in read_metrics(folder) if row["step"] == 0), {})
     result = {
         "task": task,
@@ -86,9 +125,34 @@ def train_run(task: str, config: Any, folder: Path, watch: Watch | None = None) 
         "data": opened.fingerprint(),
         "versions": versions(),
         "machine": machine(pick_device(config.train.device)),
+        **({"processes": processes} if processes > 1 else {}),
     }
-    write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
+    if first:
+        write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
     return Run(folder, result, reused=False)
+
+
+def ending(config: TrainConfig, folder: Path, deadline: float, watch: Watch | None) -> Watch:
+    """What watches a run that ends at a deadline: a checkpoint behind the first step after it, and no step more.
+
+    Args:
+        config: the run's own, which is edited to ask for that checkpoint.
+        folder: of the run.
+        deadline: by `time.monotonic`.
+        watch: told of every step.
+    """
+    overdue = False
+
+    def own(step: int, note: str) -> None:
+        nonlocal overdue
+        if watch is not None:
+            watch(step, note)
+        if overdue and step < config.steps:
+            raise OutOfTimeError(f"{folder} was stopped in time behind step {step - 1}; the same command goes on with it")
+        if time.monotonic() >= deadline:
+            config.checkpoint_minutes, overdue = 1e-9, True
+
+    return own
 
 
 @contextmanager
@@ -103,11 +167,18 @@ def only_one(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows, where nothing is held
         yield
         return
+    # readers that a killed process has left behind hold its lock until they notice, some seconds later
+    until = time.monotonic() + (PATIENCE if restarted() else 0)
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is training in {folder}") from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise ValueError(f"another process is training in {folder}") from None
+                time.sleep(0.5)
+            else:
+                break
         yield
 
 
@@ -155,7 +226,7 @@ def load_model(folder: Path, task: Any) -> Any:
     Raises:
         ValueError: a run without checkpoints yet.
     """
-    saved = latest_checkpoint(folder)
+    saved = latest_checkpoint(folder, ("model",))
     if saved is None:
         raise ValueError(f"run must have a checkpoint; {str(folder)!r} has none yet")
     model = task.build()

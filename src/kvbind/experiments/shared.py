@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from kvbind.experiments.findings import Request
-from kvbind.experiments.plan import plan_runs
+from kvbind.experiments.plan import Plan, plan_runs
 from kvbind.experiments.runs import Run, load_model
 from kvbind.experiments.subjects import Subject, named_subject
-from kvbind.experiments.tables import row_labels
+from kvbind.experiments.tables import row_labels, unfinished
 from kvbind.experiments.workers import Job
 from kvbind.inner.value import check_choice
 from kvbind.tasks import open_task_module
@@ -27,8 +27,9 @@ class Trained:
     Attributes:
         subject: their task, as tables show it.
         labels: what each row changes, by row.
-        runs: one per seed, by row.
+        runs: by row and seed; a row is there if one of its runs is.
         jobs: the same, with their configurations.
+        missing: runs that there was no time for, in words; empty where there are none.
         config: of all of them, but for their inner loop, as plain data.
         device: where they were trained, and are looked at.
         out: folder of the report, which exists.
@@ -36,15 +37,16 @@ class Trained:
 
     subject: Subject
     labels: Mapping[str, str]
-    runs: Mapping[str, Sequence[Run]]
-    jobs: Mapping[str, Sequence[Job]]
+    runs: Mapping[str, Mapping[int, Run]]
+    jobs: Mapping[str, Mapping[int, Job]]
+    missing: str
     config: Any
     device: torch.device
     out: Path
 
     def folders(self) -> dict[str, list[str]]:
         """Where the runs are, by row."""
-        return {name: [run.folder.as_posix() for run in runs] for name, runs in self.runs.items()}
+        return {name: [run.folder.as_posix() for run in runs.values()] for name, runs in self.runs.items()}
 
     def open(self, row: str, seed: int) -> tuple[Any, Any, Job]:
         """A trained model on the device, its task without training data, and its job."""
@@ -67,24 +69,36 @@ def train_rows(name: str, rows: Sequence[str], tasks: Sequence[str], request: Re
         TrainingStoppedError: as `kvbind.train.train`.
     """
     check_choice("task", request.task, tuple(tasks))
-    task, scale = request.task, request.scale
-    plan = plan_runs(
-        name, rows, task, scale=scale, seeds=request.seeds, out=request.out, data=request.data, workers=request.workers,
-        overrides=request.overrides,
-    )  # fmt: skip
-    request.say(f"{name}, {task}, scale {scale}: {len(plan.jobs)} training run(s) on {plan.device}; report in {plan.out}")
+    request.refuse_measuring(name)
+    plan = plan_runs(name, rows, request)
+    request.say(
+        f"{name}, {request.task}, scale {request.scale}: {len(plan.jobs)} training run(s) on {plan.device}; "
+        f"report in {plan.out}"
+    )
 
     def finished(job: Job, run: Run) -> None:
-        note = "finished earlier" if run.reused else f"{run.result['training_seconds']:.0f} s"
-        request.say(f"{job.title}: {note}")
+        if not run.reused:
+            request.say(f"{job.title}: {run.result['training_seconds']:.0f} s")
 
-    done = plan.train(request.fresh, request.console, finished)
-    own_runs: dict[str, list[Run]] = {}
-    own_jobs: dict[str, list[Job]] = {}
-    for ((row, _), job), run in zip(plan.jobs.items(), done, strict=True):
-        own_runs.setdefault(row, []).append(run)
-        own_jobs.setdefault(row, []).append(job)
+    done = plan.train(request, finished)
+    own_runs: dict[str, dict[int, Run]] = {}
+    own_jobs: dict[str, dict[int, Job]] = {}
+    for (row, seed), run in done.items():
+        own_runs.setdefault(row, {})[seed] = run
+        own_jobs.setdefault(row, {})[seed] = plan.jobs[row, seed]
     plan.out.mkdir(parents=True, exist_ok=True)
-    subject = named_subject(task)
+    subject = named_subject(request.task)
     labels = {row: label for row, label in row_labels(rows, subject).items() if row in own_runs}
-    return Trained(subject, labels, own_runs, own_jobs, to_plain(plan.config), plan.device, plan.out)
+    runs = {row: own_runs[row] for row in labels}
+    missing = unfinished({row: (plan_seeds(plan, row), runs.get(row, ())) for row in plan.rows})
+    return Trained(subject, labels, runs, own_jobs, missing, to_plain(plan.config), plan.device, plan.out)
+
+
+def plan_seeds(plan: Plan, row: str) -> list[int]:
+    """The seeds of a row's planned runs."""
+    return [seed for name, seed in plan.jobs if name == row]
+
+
+def missing_note(trained: Trained) -> str:
+    """A sentence on what there was no time for, behind others; empty where nothing is missing."""
+    return f" Unfinished, and left out: {trained.missing}." if trained.missing else ""

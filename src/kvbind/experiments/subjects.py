@@ -26,6 +26,7 @@ class Metric:
         better: which way.
         digits: after the point.
         change: rows are compared by their "ratio" to the first, in percent, or by their "difference".
+        margin: of such changes, the loss that would count; for a task's own metric, the largest in the paper, rounded up.
     """
 
     name: str
@@ -34,6 +35,12 @@ class Metric:
     better: Literal["lower", "higher"]
     digits: int = 2
     change: Literal["ratio", "difference"] = "difference"
+    margin: float = 0.25
+
+    @property
+    def unit(self) -> str:
+        """Of changes, behind a number."""
+        return "%" if self.change == "ratio" else ""
 
     def changed(self, value: float | None, reference: float | None) -> str:
         """The change of `value` against `reference`; a dash where one is missing."""
@@ -119,13 +126,13 @@ def _language_size(config: Any) -> Size:
 
 SUBJECTS: dict[str, Subject] = {
     "language": Subject(
-        metric=Metric("perplexity", "ppl", "perplexity", "lower", digits=3, change="ratio"),
+        metric=Metric("perplexity", "ppl", "perplexity", "lower", digits=3, change="ratio", margin=2.5),
         held_out="held-out text",
         paper=paper.LANGUAGE,
         paper_model="760M",
         scales={
             "smoke": Scale("tiny", ("train.steps=180", "train.warmup=18"), "minutes on two CPU cores"),
-            "small": Scale("30m", (), "minutes per row on one GPU"),
+            "small": Scale("small", (), "minutes per row on one GPU"),
             "paper": Scale("760m", (), "the paper's own size: 760M parameters, 21 billion tokens per row"),
         },
         speed=InnerLoopSpeed(_language_size, paper.INNER_LOOP_SPEED),

@@ -5,38 +5,41 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvbind.experiments import figures
-from kvbind.experiments.table_text import NOT_APPLICABLE
-from kvbind.experiments.tables import Outcome
+from kvbind.experiments.table_text import NOT_APPLICABLE, UNFINISHED
+from kvbind.experiments.tables import SMOOTHING, Outcome
 
 Pictures = dict[str, tuple[str, str]]
 """A file and a description by heading."""
 
 
-def draw_all(out: Path, outcome: Outcome) -> Pictures:
+def headings(outcome: Outcome) -> Pictures:
+    """The figures of a table, in their order on a page."""
+    what = "ladder" if outcome.table.rungs else "rows"
+    found = {f"The {what}": (f"{what}.png", f"{outcome.subject.metric.title} by row, in the paper and here")}
+    if outcome.table.speed:
+        found["Throughput"] = ("throughput.png", "throughput by row")
+    found["Training"] = ("loss.png", "training loss by step")
+    return found | {series.heading: (series.file, series.title) for series in outcome.subject.series}
+
+
+def draw_all(out: Path, outcome: Outcome) -> None:
     """Draw every figure of a table.
 
     Args:
         out: folder to write.
         outcome: the table.
-
-    Returns:
-        The figures, in their order on a page.
     """
-    what = "ladder" if outcome.table.rungs else "rows"
-    quality_figure(out / f"{what}.png", outcome)
-    drawn = {f"The {what}": (f"{what}.png", f"{outcome.subject.metric.title} by row, in the paper and here")}
+    quality_figure(out / ("ladder.png" if outcome.table.rungs else "rows.png"), outcome)
     if outcome.table.speed:
         speed_figure(out / "throughput.png", outcome)
-        drawn["Throughput"] = ("throughput.png", "throughput by row")
     names = {row.name: row.label if i is None else f"{i}  {row.label}" for i, row in outcome.numbered()}
     rungs = max(sum(row.applies for row in outcome.rows[: outcome.table.rungs]), 1)
     seed = ", seed 0" if len(outcome.results["seeds"]) > 1 else ""
     figures.curves(
         out / "loss.png",
-        {names[row.name]: figures.smoothed(row.runs[0].losses(), 0.95) for row in outcome.trained},
+        {names[row.name]: figures.smoothed(row.runs[0].losses(), SMOOTHING) for row in outcome.trained},
         title=f"Training loss, smoothed{seed}", x="step", y=outcome.subject.loss, rungs=rungs,
     )  # fmt: skip
-    drawn["Training"] = ("loss.png", "training loss by step")
     for series in outcome.subject.series:
         figures.curves(
             out / series.file,
@@ -44,8 +47,6 @@ def draw_all(out: Path, outcome: Outcome) -> Pictures:
              for row in outcome.trained},
             title=f"{series.title}{seed}", x=series.x, y=series.y, rungs=rungs,
         )  # fmt: skip
-        drawn[series.heading] = (series.file, series.title)
-    return drawn
 
 
 def quality_figure(path: Path, outcome: Outcome) -> None:
@@ -56,7 +57,7 @@ def quality_figure(path: Path, outcome: Outcome) -> None:
     errors = [row.error(metric.name) or 0.0 for row in rows]
     millions = outcome.trained[0].runs[0].result["parameters"] / 1e6
     size = f"{millions:.0f}M" if millions >= 10 else f"{millions:.2g}M"
-    with figures.figure(path, 9.2, 0.36 * len(rows) + 0.9) as fig:
+    with figures.picture(path, 9.2, 0.36 * len(rows) + 0.9) as fig:
         left, right = fig.subplots(1, 2, sharey=True)
         figures.rung_dots(
             left, labels, [row.published for row in rows],
@@ -66,7 +67,7 @@ def quality_figure(path: Path, outcome: Outcome) -> None:
         figures.rung_dots(
             right, labels, [row.mean(metric.name) for row in rows], title=f"Here: {metric.title}, {size}",
             colour=figures.BLUE, joined=rungs, spread=errors if any(errors) else None,
-            notes={i: NOT_APPLICABLE for i, row in enumerate(rows) if not row.applies},
+            notes={i: UNFINISHED if row.applies else NOT_APPLICABLE for i, row in enumerate(rows) if not row.runs},
         )  # fmt: skip
         for ax in (left, right):
             if rungs:
@@ -82,7 +83,7 @@ def speed_figure(path: Path, outcome: Outcome) -> None:
     if any(x for _, row in shown for x in row.paper_speeds.values()):
         sides = {"Paper": [dict(row.paper_speeds) for _, row in shown], **sides}
     colours = (figures.ORANGE, figures.BLUE) if len(speed.columns) > 1 else (figures.BLUE,)
-    with figures.figure(path, 9.2, 0.36 * len(shown) + 1.1) as fig:
+    with figures.picture(path, 9.2, 0.36 * len(shown) + 1.1) as fig:
         axes = fig.subplots(1, len(sides), sharey=True, squeeze=False)[0]
         for ax, (title, values) in zip(axes, sides.items(), strict=True):
             height = 0.68 / len(speed.columns)

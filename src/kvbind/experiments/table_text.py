@@ -12,7 +12,7 @@ from rich.table import Table as TerminalTable
 from kvbind.experiments.subjects import NONE, Metric
 from kvbind.experiments.tables import Outcome, Row
 
-NOT_APPLICABLE = "does not apply"
+NOT_APPLICABLE, UNFINISHED = "does not apply", "unfinished"
 TERMINAL = 80
 """Columns of the terminal that tables are made for."""
 
@@ -42,7 +42,7 @@ def comparison(outcome: Outcome) -> tuple[list[str], list[str], list[str], list[
     """The metric here, its change, the paper's, its change: a text for each row."""
     metric, rows = outcome.subject.metric, outcome.rows
     first, published = rows[0].mean(metric.name), rows[0].published
-    ours = [value_cell(row, metric) if row.applies else NOT_APPLICABLE for row in rows]
+    ours = [(value_cell(row, metric) if row.runs else UNFINISHED) if row.applies else NOT_APPLICABLE for row in rows]
     # the full system against itself is no change worth a number, nor is a figure in brackets, whose row changes nothing
     change = [metric.changed(row.mean(metric.name), first) if row is not rows[0] else NONE for row in rows]
     paper_change = [
@@ -53,11 +53,12 @@ def comparison(outcome: Outcome) -> tuple[list[str], list[str], list[str], list[
 
 
 def value_cell(row: Row, metric: Metric, error: bool = True) -> str:
-    """A metric's mean, with its standard error where there are several seeds."""
+    """A metric's mean, with its standard error where there are several seeds, and how many where some are missing."""
     mean, spread = row.mean(metric.name), row.error(metric.name) if error else None
     if mean is None:
         return NONE
-    return f"{mean:.{metric.digits}f}" + (f" ± {spread:.{metric.digits}f}" if spread is not None else "")
+    of = f" ({len(row.runs)} of {len(row.runs) + len(row.missing)})" if error and row.missing else ""
+    return f"{mean:.{metric.digits}f}" + (f" ± {spread:.{metric.digits}f}" if spread is not None else "") + of
 
 
 def speed_columns(outcome: Outcome) -> list[Column]:
@@ -121,7 +122,9 @@ def describe(outcome: Outcome) -> str:
         name, what = subject.baseline
         before += f"; {what} has {run['held_out'][name]:.{metric.digits}f}"
     sentences = [", ".join(counts) + ".", f"{before}."]
-    if len(outcome.trained) < len(outcome.rows):
+    if outcome.missing:
+        sentences.append(f"Unfinished, so that figures are of fewer seeds or missing: {outcome.missing}.")
+    if not all(row.applies for row in outcome.rows):
         sentences.append("Where a change does not apply to this task, the paper's figure is in brackets.")
     sentences += [outcome.table.about, f"Change is of {metric.title} against the full system; {metric.better} is better."]
     if outcome.table.speed:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvbind.experiments import figures
 from kvbind.experiments.paper import Published
 from kvbind.experiments.runs import Run
 from kvbind.experiments.subjects import Subject
@@ -24,6 +25,9 @@ LABELS = {
     "key_for_query": "key for query",
 }
 """What each row changes: each rung keeps the changes above it, and the last two change the full system."""
+
+SMOOTHING, CURVE = 0.95, 100
+"""How training losses are shown: the weight of what came before, and the number of points."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,11 @@ class Row:
         label: what it changes.
         paper: what the paper has for it, or None.
         inner: its inner loop, as the task's configuration holds it.
-        runs: one finished training run per seed; none where the row does not apply to the task.
+        runs: finished training runs, one per seed; none where the row does not apply to the task.
         speeds: units per second, by column.
         paper_speeds: what the paper has for those.
+        seeds: of the runs.
+        missing: seeds whose runs were not finished in time.
     """
 
     name: str
@@ -68,6 +74,8 @@ class Row:
     runs: tuple[Run, ...]
     speeds: Mapping[str, float | None]
     paper_speeds: Mapping[str, float | None]
+    seeds: tuple[int, ...] = ()
+    missing: tuple[int, ...] = ()
 
     @property
     def published(self) -> float | None:
@@ -77,7 +85,7 @@ class Row:
     @property
     def applies(self) -> bool:
         """Whether the row's change is one for this task."""
-        return bool(self.runs)
+        return self.inner is not None
 
     def values(self, metric: str, when: str = "held_out") -> list[float]:
         """A metric, seed by seed; `when` is "held_out" after training or "untrained" before it."""
@@ -127,8 +135,13 @@ class Outcome:
 
     @property
     def trained(self) -> list[Row]:
-        """The rows that apply."""
-        return [row for row in self.rows if row.applies]
+        """The rows that apply and of which there is a finished run."""
+        return [row for row in self.rows if row.runs]
+
+    @property
+    def missing(self) -> str:
+        """Runs that there was no time for, in words; empty where there are none."""
+        return unfinished({row.name: ((*row.seeds, *row.missing), row.seeds) for row in self.rows})
 
     def numbered(self) -> Iterator[tuple[int | None, Row]]:
         """The rows, each with the number of its rung."""
@@ -156,18 +169,39 @@ def as_data(row: Row, subject: Subject, home: Path) -> dict[str, Any]:
         "paper": published,
         "inner": row.inner,
         "runs": [
-            {"seed": seed, "folder": run.folder.relative_to(home).as_posix(), **run.result}
-            for seed, run in enumerate(row.runs)
+            {"seed": seed, "folder": run.folder.relative_to(home).as_posix(), "training_loss": curve(run), **run.result}
+            for seed, run in zip(row.seeds, row.runs, strict=True)
         ],
+        "unfinished_seeds": list(row.missing),
     }
+
+
+def curve(run: Run) -> list[list[float]]:
+    """The training loss of a run, smoothed: step and loss, `CURVE` points at most."""
+    points = figures.pooled(figures.smoothed(run.losses(), SMOOTHING), CURVE)
+    return [[float(f"{x:.5g}") for x in point] for point in points]
 
 
 def as_csv(data: Mapping[str, Any]) -> dict[str, Any]:
     """A row of `results.json` as `results.csv` holds it: numbers alone."""
-    flat = {name: value for name, value in data.items() if name not in ("paper", "inner", "runs", "applies")}
+    flat = {
+        name: value for name, value in data.items() if name not in ("paper", "inner", "runs", "applies", "unfinished_seeds")
+    }
     if data["runs"]:
         flat["training_seconds"] = sum(run["training_seconds"] for run in data["runs"])
     return flat | {f"paper_{name}": value for name, value in data["paper"].items()}
+
+
+def unfinished(rows: Mapping[str, tuple[Iterable[int], Container[int]]]) -> str:
+    """Runs that are missing, in words; empty where there are none.
+
+    Args:
+        rows: by name, the seeds that were planned and those of them that are finished.
+    """
+    missing = {name: sorted(seed for seed in planned if seed not in there) for name, (planned, there) in rows.items()}
+    return ", ".join(
+        f"{name} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})" for name, seeds in missing.items() if seeds
+    )
 
 
 def row_labels(names: Sequence[str], subject: Subject) -> dict[str, str]:

@@ -22,7 +22,8 @@ from kvbind.bench.accuracy import relative_error
 from kvbind.bench.leaves import NARROW, arguments, draw_leaves, in_precision, run, weights_of
 from kvbind.bench.operands import Size
 from kvbind.experiments import figures
-from kvbind.experiments.findings import Findings, Request, Verdict, picture, write_findings
+from kvbind.experiments.figures import picture
+from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
 from kvbind.experiments.subjects import NONE
 from kvbind.inner.value import check_choice
 
@@ -209,7 +210,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     """
     request = Request(**options)
     check_choice("scale", request.scale, tuple(SETTINGS))
-    for name in ("data", "overrides"):
+    for name in ("data", "overrides", "measure"):
         if getattr(request, name):
             raise ValueError(f"{name} must not be given: theorems trains nothing; got {getattr(request, name)!r}")
     setting = SETTINGS[request.scale]

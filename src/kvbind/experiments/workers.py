@@ -1,8 +1,8 @@
 """Training runs side by side: processes of one CPU thread each.
 
 A small model gains little from a second thread, and loses it again where the machine has other work to do. Rows of a table
-are independent, so a CPU trains as many at once as it has cores; and numbers then do not depend on how many those are. On a
-GPU, which a small model leaves idle most of the time, as many share it as are asked for.
+are independent, so a CPU trains as many at once as it has cores; and numbers then do not depend on how many those are. GPUs,
+which small models leave idle most of the time, are shared by as many as are asked for, in turn over all that are visible.
 
 A worker is `python -m kvbind.experiments.workers`: jobs come in and progress goes out as lines of JSON. One whose parent has
 died notices at its next step, when nobody reads any more, and ends.
@@ -17,16 +17,18 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from kvbind.experiments.runs import RESULT, Run, train_run
+from kvbind.experiments.runs import RESULT, OutOfTimeError, Run, train_run
 from kvbind.tasks import open_task_module
 from kvbind.train import TrainingStoppedError
 from kvbind.train.bars import Watch, progress_bars
@@ -34,6 +36,11 @@ from kvbind.train.config import from_plain, to_plain
 
 MOST_WORKERS = 4
 """A process takes some 600 MB before it does anything, so that more are started only where they are asked for."""
+
+GRACE = 45.0
+"""Seconds behind a deadline for steps, evaluations and checkpoints that are under way, before processes are ended."""
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -45,23 +52,37 @@ class Job:
         config: of that task.
         folder: of the run.
         title: beside its progress bar.
+        alone: its speed is what matters, so that nothing else runs on its device meanwhile.
     """
 
     task: str
     config: Any
     folder: Path
     title: str
+    alone: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return (self.folder / RESULT).is_file()
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process sees, by the names that `CUDA_VISIBLE_DEVICES` takes."""
+    named = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
+    return [named[i] if i < len(named) else str(i) for i in range(torch.cuda.device_count())]
 
 
 def default_workers(device: torch.device) -> int:
-    """How many runs to train at once: one on a GPU, on a CPU one for each usable core up to `MOST_WORKERS`."""
+    """How many runs to train at once: one on each GPU, on a CPU one for each usable core up to `MOST_WORKERS`."""
     if device.type != "cpu":
-        return 1
+        return max(len(visible_gpus()), 1) if device.type == "cuda" and device.index is None else 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, MOST_WORKERS)
 
 
 ERRORS: dict[str, type[Exception]] = {
+    "time": OutOfTimeError,
     "stopped": TrainingStoppedError,
     "value": ValueError,
     "memory": torch.OutOfMemoryError,
@@ -70,92 +91,201 @@ ERRORS: dict[str, type[Exception]] = {
 
 AddBar = Callable[[str, int], Watch]
 Finished = Callable[[Job, Run], None]
+Failed = Callable[[Job, Exception], None]
 
 
-def train_all(jobs: Sequence[Job], workers: int, console: Console | None, finished: Finished) -> list[Run]:
+def train_all(
+    jobs: Sequence[Job],
+    workers: int,
+    console: Console | None,
+    finished: Finished,
+    *,
+    deadline: float | None = None,
+    failed: Failed | None = None,
+) -> list[Run | None]:
     """Train every job, or read what it came to earlier.
 
     Args:
-        jobs: runs; those of the same folder are one.
+        jobs: runs, the most urgent first; those of the same folder are one.
         workers: how many at once; a single one runs in this process, with all its threads.
         console: where progress is drawn; None for nowhere.
         finished: called with each job and its run as soon as there is one.
+        deadline: by `time.monotonic`, when unfinished runs leave a checkpoint and end, and no other begins.
+        failed: called with a job that raised, in place of ending all others.
 
     Returns:
-        The runs, in the order of the jobs.
+        The runs, in the order of the jobs; None for one that was not finished in time, or failed.
 
     Raises:
-        TrainingStoppedError, ValueError, torch.OutOfMemoryError: as a run did.
-        RuntimeError: a worker ended without a word.
+        TrainingStoppedError, ValueError, torch.OutOfMemoryError: as a run did, unless `failed` takes it.
+        RuntimeError: a worker ended without a word, unless `failed` takes it.
     """
     unique = {job.folder: job for job in jobs}
     with progress_bars(console) as add:
-        found = (
-            one_by_one(unique.values(), add, finished) if workers == 1 else in_turns(unique.values(), workers, add, finished)
-        )
-    runs = dict(zip(unique, found, strict=True))
-    return [runs[job.folder] for job in jobs]
+        work = Work(list(unique.values()), add, finished, deadline, failed)
+        if workers == 1:
+            one_by_one(work)
+        else:
+            in_turns(work, workers)
+    return [work.runs.get(job.folder) for job in jobs]
 
 
-def one_by_one(jobs: Iterable[Job], add: AddBar, finished: Finished) -> list[Run]:
+@dataclass
+class Work:
+    """Jobs that are waiting, and what came of the others.
+
+    Attributes:
+        jobs: all of them.
+        add: adds a progress bar.
+        finished: told of each run.
+        deadline: by `time.monotonic`, or None.
+        failed: told of each error, in place of raising it; or None.
+        runs: those finished, by folder.
+        waiting: jobs that anybody may take.
+        alone: jobs that want a device to themselves.
+    """
+
+    jobs: Sequence[Job]
+    add: AddBar
+    finished: Finished
+    deadline: float | None
+    failed: Failed | None
+    runs: dict[Path, Run] = field(default_factory=dict)
+    waiting: deque[Job] = field(init=False)
+    alone: deque[Job] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.waiting = deque(job for job in self.jobs if not job.alone or job.finished)
+        self.alone = deque(job for job in self.jobs if job.alone and not job.finished)
+
+    @property
+    def over(self) -> bool:
+        """Whether the deadline has come."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def take(self, train: Callable[[Job, Watch], None], queue: deque[Job]) -> None:
+        """Take jobs from a queue, one after another, until it is empty; those finished earlier are read.
+
+        Args:
+            train: trains a job to its end.
+            queue: of this work.
+        """
+        while True:
+            try:
+                job = queue.popleft()
+            except IndexError:
+                return
+            known = job.finished
+            if self.over and not known:
+                continue
+            try:
+                if not known:
+                    train(job, self.add(job.title, job.config.train.steps))
+                self.runs[job.folder] = replace(train_run(job.task, job.config, job.folder), reused=known)
+            except OutOfTimeError:
+                continue
+            except Exception as error:
+                if self.failed is None:
+                    raise
+                self.failed(job, error)
+                continue
+            self.finished(job, self.runs[job.folder])
+
+
+def one_by_one(work: Work) -> None:
     """Train in this process."""
-    runs = []
-    for job in jobs:
-        runs.append(train_run(job.task, job.config, job.folder, add(job.title, job.config.train.steps)))
-        finished(job, runs[-1])
-    return runs
+
+    def train(job: Job, watch: Watch) -> None:
+        train_run(job.task, job.config, job.folder, watch, work.deadline)
+
+    work.take(train, work.waiting)
+    work.take(train, work.alone)
 
 
-def in_turns(jobs: Iterable[Job], workers: int, add: AddBar, finished: Finished) -> list[Run]:
-    """Train in processes, each of which takes the next job when it has finished one."""
+def in_turns(work: Work, workers: int) -> None:
+    """Train in processes, each of which takes the next job when it has finished one.
+
+    Processes are bound to GPUs in turn. Jobs that want a device to themselves go first, one after another, on the last of
+    several GPUs, whose other processes wait for them; where there is one device, they come last.
+    """
+    gpus = visible_gpus() if any(job.config.train.device in ("auto", "cuda") for job in work.jobs) else []
+    reserved = len(gpus) - 1 if len(gpus) > 1 and work.alone else None
     crew: list[Worker] = []
-    own, stopping = threading.local(), threading.Event()
+    stopping, free = threading.Event(), threading.Event()
 
-    def one(job: Job) -> Run:
-        known = (job.folder / RESULT).is_file()
-        if not known:
-            if not hasattr(own, "worker"):
-                own.worker = Worker()
-                crew.append(own.worker)
+    def serve(number: int) -> None:
+        worker: Worker | None = None
+
+        def train(job: Job, watch: Watch) -> None:
+            nonlocal worker
+            if worker is None or worker.process.poll() is not None:
+                worker = Worker(gpus[number % len(gpus)] if gpus else None)
+                crew.append(worker)
             if stopping.is_set():  # too late to be among those that are stopped below
-                own.worker.stop()
-            own.worker.train(job, add(job.title, job.config.train.steps))
-        run = replace(train_run(job.task, job.config, job.folder), reused=known)
-        finished(job, run)
-        return run
+                worker.stop()
+            worker.train(job, watch, work.deadline)
+
+        if reserved is not None and number % len(gpus) == reserved:
+            if number == reserved:
+                try:
+                    work.take(train, work.alone)
+                finally:
+                    free.set()
+            free.wait()
+        work.take(train, work.waiting)
 
     threads = ThreadPoolExecutor(workers)
     try:
-        return list(threads.map(one, jobs))
+        turns = [threads.submit(serve, i) for i in range(workers)]
+        patience = None if work.deadline is None else max(work.deadline - time.monotonic(), 0) + GRACE
+        for turn in wait(turns, patience, FIRST_EXCEPTION).done:
+            turn.result()
+        if work.alone and not work.over:  # on the one device, which is free now
+            work.waiting, work.alone = work.alone, deque()
+            threads.submit(serve, 0).result()
     finally:
-        # at the end they are idle; after an error or Ctrl-C their checkpoints are what counts
+        # at the end they are idle; after an error, Ctrl-C or a deadline not kept, their checkpoints are what counts
         stopping.set()
+        free.set()
+        work.waiting.clear()
+        work.alone.clear()
         threads.shutdown(wait=False, cancel_futures=True)
         for worker in crew:
             worker.stop()
         threads.shutdown()
 
 
-class Worker:
-    """A process that trains one job after another."""
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
+"""What says how many threads, or processes that compile, a worker has: one, as there are many workers."""
 
-    def __init__(self) -> None:
+
+class Worker:
+    """A process that trains one job after another.
+
+    Args:
+        gpu: the one GPU that it sees, by its name in `CUDA_VISIBLE_DEVICES`; None for what this process sees.
+    """
+
+    def __init__(self, gpu: str | None = None) -> None:
+        place = {} if gpu is None else {VISIBLE: gpu}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "kvbind.experiments.workers"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            env=os.environ | dict.fromkeys(THREADS, "1") | place,
         )
 
-    def train(self, job: Job, watch: Watch) -> None:
+    def train(self, job: Job, watch: Watch, deadline: float | None = None) -> None:
         """Train a job to its end.
 
         Raises:
+            OutOfTimeError: the deadline, by `time.monotonic`, came first.
             TrainingStoppedError, ValueError, torch.OutOfMemoryError: as the run did.
             RuntimeError: the process failed otherwise.
         """
-        order = {"task": job.task, "config": to_plain(job.config), "folder": str(job.folder)}
+        left = None if deadline is None else deadline - time.monotonic()
+        order = {"task": job.task, "config": to_plain(job.config), "folder": str(job.folder), "seconds": left}
         with contextlib.suppress(BrokenPipeError):
             self._in.write(json.dumps(order) + "\n")
             self._in.flush()
@@ -201,8 +331,12 @@ def main() -> None:
         for line in sys.stdin:
             job = json.loads(line)
             config = from_plain(open_task_module(job["task"]).Config, job["config"])
+            if torch.cuda.is_available() and config.train.device in ("auto", "cuda"):
+                config.train.device = "cuda:0"
+            left = job.get("seconds")
+            deadline = None if left is None else time.monotonic() + left
             try:
-                train_run(job["task"], config, Path(job["folder"]), watch)
+                train_run(job["task"], config, Path(job["folder"]), watch, deadline)
             except tuple(ERRORS.values()) as error:
                 kind = next(name for name, known in ERRORS.items() if isinstance(error, known))
                 send(error=str(error), kind=kind)

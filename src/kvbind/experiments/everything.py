@@ -1,0 +1,251 @@
+"""`kvbind reproduce all`: one plan for the training runs of all tables and figures, then every report.
+
+Runs are trained once, whoever asks for them, and the most telling first: every row of every task from seed 0, then further
+seeds of the language model's telling rows, then the others. With a limit of minutes training stops in time and the reports
+are written of what is there; the same command later goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kvbind.experiments import EXPERIMENTS, figure1, figure4, open_experiment, report, table2, theorems
+from kvbind.experiments.findings import Request
+from kvbind.experiments.page.command import make_report
+from kvbind.experiments.plan import Plan, plan_runs, report_folder
+from kvbind.experiments.runs import Fingerprints, Run, discard
+from kvbind.experiments.subjects import ALL, SUBJECTS, named_subject
+from kvbind.experiments.workers import VISIBLE, Job, train_all, visible_gpus
+
+THEOREMS = "theorems"
+
+TASKS_OF = {"figure1": figure1.TASKS, "figure2": ("language",), "figure3": ("language",), "figure4": (figure4.TASK,)}
+"""The tasks of each figure; tables have all."""
+
+TELLING = ("rung0", "rung1", "rung2", "rung6", "ascent", "key_for_query")
+"""Rows of the language model whose further seeds go first."""
+
+TIMED = {("table2", "language")}
+"""Reports that time something themselves, and wait until the machine is free."""
+
+CORES = 4
+"""CPU cores that a report is given where several are written at once."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report to write.
+
+    Attributes:
+        experiment: its name.
+        request: what it is asked.
+        folder: where it goes.
+    """
+
+    experiment: str
+    request: Request
+    folder: Path
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.experiment}, {self.request.task}" if self.experiment != THEOREMS else self.experiment
+
+
+def reproduce(**options: Any) -> dict[str, Any]:
+    """Train what every experiment needs, then write every report, and a list of all verdicts.
+
+    Args:
+        options: the fields of `kvbind.experiments.findings.Request`. `out` holds a folder for each report, and `trained/`;
+            without it they are where each experiment puts its own. The task "all" is each of them.
+
+    Returns:
+        What `results.json` holds: verdicts by report, and reports that could not be written.
+
+    Raises:
+        ValueError: an unknown task or scale, or an edit that does not fit.
+    """
+    request = Request(**options)
+    tasks = list(SUBJECTS) if request.task == ALL else [request.task]
+    for task in tasks:
+        named_subject(task)
+    out = request.out or report_folder("all", request.task, request.scale)
+    out.mkdir(parents=True, exist_ok=True)
+    trained = request.trained or (request.out / "trained" if request.out else Path("runs/trained"))
+    shared = replace(request, trained=trained)
+    reports = [report_on(name, task, shared) for name, task in wanted(tasks, request)]
+    if request.measure is None:
+        train_everything(tasks, shared)
+        # from here on nothing is trained
+        reports = [replace(x, request=replace(x.request, fresh=False, minutes=0.0)) for x in reports]
+    failed = write_reports(reports, request)
+    return write_list(out, reports, failed, request)
+
+
+def wanted(tasks: Sequence[str], request: Request) -> Iterator[tuple[str, str]]:
+    """The experiments and their tasks, in the order in which they are listed.
+
+    Where steps are measured in place of training, those alone that do so and whose rows no other has.
+    """
+    for name in EXPERIMENTS:
+        if request.measure is not None and name not in ("table2", "figure4"):
+            continue
+        if name == THEOREMS:
+            if request.scale in theorems.SETTINGS:
+                yield name, "language"
+        else:
+            yield from ((name, task) for task in TASKS_OF.get(name, tuple(SUBJECTS)) if task in tasks)
+
+
+def report_on(name: str, task: str, request: Request) -> Report:
+    """A report, and what it is asked."""
+    if name == THEOREMS:  # which trains nothing, whatever the data
+        folder = request.out and request.out / name
+        asked = replace(request, task=task, out=folder, seeds=1, data=None, overrides=(), trained=None)
+        return Report(name, asked, folder or Path(f"runs/{name}-{request.scale}"))
+    out = request.out and request.out / f"{name}-{task}"
+    return Report(name, replace(request, task=task, out=out), out or report_folder(name, task, request.scale))
+
+
+def train_everything(tasks: Sequence[str], request: Request) -> None:
+    """Train the union of all experiments' runs: those of table 2, and both of figure 4's."""
+    known, plans = Fingerprints(), []
+    for task in tasks:
+        plans.append(plan_runs("table2", table2.TABLE.rows, replace(request, task=task), known))
+    if figure4.TASK in tasks:
+        plans.append(figure4.plan_both(replace(request, task=figure4.TASK), known))
+    jobs = in_order(plans)
+    if request.fresh:
+        for job in jobs:
+            discard(job.folder)
+    workers = request.workers or max(plan.workers for plan in plans)
+    request.say(f"{len(jobs)} training runs, {workers} at once" + (f", {request.minutes:g} min" if request.minutes else ""))
+    longest = max(len(job.title) for job in jobs)
+
+    def finished(job: Job, run: Run) -> None:
+        metric = named_subject(job.task).metric
+        note = "finished earlier" if run.reused else f"{run.result['training_seconds']:.0f} s"
+        value = run.result["held_out"][metric.name]
+        request.say(f"{job.title:<{longest}} {metric.title} {value:.{metric.digits}f}, {note}")
+
+    broken: list[Job] = []
+
+    def failed(job: Job, error: Exception) -> None:
+        broken.append(job)
+        request.say(f"{job.title:<{longest}} failed: {error}")
+
+    train_all(jobs, workers, request.console, finished, deadline=request.deadline, failed=failed)
+    if broken and workers > 1:  # there may have been too many on one GPU
+        again, broken = broken, []
+        train_all(again, workers // 2, request.console, finished, deadline=request.deadline, failed=failed)
+    missing = [job.title for job in jobs if not job.finished]
+    if missing:
+        request.say(f"unfinished: {', '.join(missing)}; the same command goes on with them")
+
+
+def in_order(plans: Sequence[Plan]) -> list[Job]:
+    """The jobs of all plans, the most telling first; among equals, tasks in the order of the plans."""
+    ranked: list[tuple[int, Job]] = []
+    for plan in plans:
+        for (row, seed), job in plan.jobs.items():
+            telling = job.task == "language" and row in TELLING
+            title = job.title if job.alone else f"{job.task} {row} seed {seed}"
+            ranked.append((0 if not seed else 1 if telling else 1 + seed, replace(job, title=title)))
+    return [job for _, job in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def write_reports(reports: Sequence[Report], request: Request) -> dict[str, str]:
+    """Write every report.
+
+    Those that time something come first, one after another in this process. On a machine with GPUs all others are written at
+    once, each in a process, in turn over the GPUs; elsewhere they follow.
+
+    Returns:
+        Why, by title, for reports that could not be written.
+    """
+    failed: dict[str, str] = {}
+    gpus = visible_gpus() if request.workers != 1 and request.measure is None else []
+    timed = [x for x in reports if (x.experiment, x.request.task) in TIMED]
+    others = [x for x in reports if x not in timed]
+    for one in timed if gpus else [*timed, *others]:
+        try:
+            open_experiment(one.experiment).reproduce(**{**vars(one.request), "started": time.monotonic()})
+        except (ValueError, ImportError, OSError, RuntimeError) as error:  # the others are still worth writing
+            failed[one.title] = str(error)
+            request.say(f"{one.title}: {error}")
+    beside = others if gpus else []
+    at_once = max(min(len(beside), (os.cpu_count() or 1) // CORES), 1)
+    with ThreadPoolExecutor(at_once) as threads:
+        turns = [threads.submit(write_beside, x, gpus[i % len(gpus)]) for i, x in enumerate(beside)]
+        for one, turn in zip(beside, turns, strict=True):
+            shown, why = turn.result()
+            request.say(shown)
+            if why:
+                failed[one.title] = why
+    return failed
+
+
+def write_beside(one: Report, gpu: str) -> tuple[str, str | None]:
+    """Write a report in a process of its own; what it said, and its error or None."""
+    asked = one.request
+    words = [one.experiment, "--task", asked.task, "--scale", asked.scale, "--seeds", str(asked.seeds), "--workers", "1",
+             "--minutes", str(asked.minutes or 0)]  # fmt: skip
+    for option, folder in (("--out", asked.out), ("--trained", asked.trained)):
+        words += [option, str(folder)] if folder else []
+    if one.experiment != THEOREMS:
+        source = asked.source(asked.task)
+        words += ["--data", source] if source else []
+        words += asked.overrides
+    done = subprocess.run(
+        [sys.executable, "-m", "kvbind", "reproduce", *words],
+        env=os.environ | {VISIBLE: gpu, "OMP_NUM_THREADS": str(CORES), "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    shown = f"{one.title}:\n{done.stdout.strip()}"
+    if not done.returncode:
+        return shown, None
+    error = next((line for line in done.stderr.splitlines() if line.startswith("error:")), done.stderr.strip()[-2000:])
+    return f"{shown}\n{error}", error
+
+
+def write_list(out: Path, reports: Sequence[Report], failed: dict[str, str], request: Request) -> dict[str, Any]:
+    """A file on all reports: where each is, and what it says of the paper's claims."""
+    listed = []
+    for one in reports:
+        if one.title not in failed:
+            found = json.loads((one.folder / "results.json").read_text(encoding="utf-8"))
+            listed.append({"experiment": one.experiment, "task": found["task"], "folder": one.folder.as_posix(),
+                           "verdicts": found.get("verdicts", [])})  # fmt: skip
+    page = out / "report.html"
+    results = {
+        "scale": request.scale,
+        "seeds": list(range(request.seeds)),
+        "wall_seconds": round(time.monotonic() - request.started, 1),
+        "reports": listed,
+        "unfinished": failed,
+    }
+    report.write_json(out / "all.json", results)
+    said = [verdict["holds"] for entry in listed for verdict in entry["verdicts"]]
+    request.say(
+        f"{len(listed)} reports, {len(failed)} unfinished; of {len(said)} claims {said.count(True)} hold, "
+        f"{said.count(False)} do not, {said.count(None)} are not decided at this scale. {results['wall_seconds']:.0f} s; "
+        f"{out / 'all.json'} lists them"
+    )
+    try:
+        request.say(
+            f"One page on all of it: {make_report([one.folder for one in reports if one.title not in failed], page)}"
+        )
+    except ImportError as error:
+        request.say(f"No page on all of it: {error}")
+    return results
