@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from matplotlib.ticker import FormatStrFormatter, LogLocator
+from matplotlib.ticker import FormatStrFormatter, FuncFormatter, LogLocator
 
 import kvbind
 from kvbind import InnerLoop, Linear
@@ -127,8 +128,14 @@ def kernels() -> None:
                     points = sorted((row[axis], row[name]["mtok_per_s"]) for row in found)
                     if points:
                         ax.plot(*zip(*points, strict=True), style, color=colour, label=called, linewidth=1.4, markersize=4)
+                    graphs = sorted(
+                        (row[axis], row[name]["graph_mtok_per_s"]) for row in found if row[name]["graph_seconds"]
+                    )
+                    if graphs and by == "kvbind":
+                        ax.plot(*zip(*graphs, strict=True), color=colour, label=f"{called}, graph", linewidth=0.9, alpha=0.7)
                 ax.set(title=title, xscale="log", yscale="log", xlabel=label)
                 ticks = sorted({row[axis] for row in rows})
+                ticks = ticks[:: 1 + len(ticks) // 8]
                 ax.set_xticks(ticks, [f"{x // 1024}k" if x >= 1024 else str(x) for x in ticks], minor=False)
                 ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
                 ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
@@ -251,6 +258,42 @@ def views(path: Path) -> None:
         axes[0].legend(fontsize=8)
 
 
+def ladder(path: Path, name: str) -> None:
+    """A table's quality by row, the paper's and ours."""
+    from kvbind.experiments.page.tables import read_outcome
+    from kvbind.experiments.table_figures import quality_figure
+
+    quality_figure(IMAGES / name, read_outcome(json.loads(path.read_text())))
+
+
+def scaling(path: Path) -> None:
+    """Training speed by the number of GPUs, sharded and with one sequence cut over all, beside speed that grows with it."""
+    rows = [row for row in json.loads(path.read_text())["rows"] if "tokens_per_second" in row]
+    sharded = [row for row in rows if row["what"] == "fsdp"]
+    cut = [row for row in rows if row["what"] == "sequence"]
+    lengths = sorted({row["length"] for row in cut})
+    panels = [("one sequence on each GPU", [sharded])] if sharded else []
+    panels += [("one sequence cut over all GPUs", [[r for r in cut if r["length"] == n] for n in lengths])] if cut else []
+    numbers = sorted({row["gpus"] for row in rows})
+    with figure(IMAGES / f"{path.stem}.png", 4.7 * len(panels), 3.4) as drawing:
+        axes = drawing.subplots(1, len(panels), squeeze=False)[0]
+        for ax, (title, series) in zip(axes, panels, strict=True):
+            fewest = [min(line, key=lambda row: row["gpus"]) for line in series]
+            best = max(row["tokens_per_second"] / row["gpus"] for row in fewest)
+            ax.plot(numbers, [best * n for n in numbers], "--", color="0.6", label="linear", linewidth=1.2)
+            for i, line in enumerate(series):
+                points = sorted((row["gpus"], row["tokens_per_second"]) for row in line)
+                colour = mpl.colormaps["viridis"](i / max(len(series), 2))
+                label = f"{line[0]['length'] // 1024}k tokens"
+                ax.plot(*zip(*points, strict=True), "o-", color=colour, label=label, linewidth=1.4, markersize=4)
+            ax.set(title=title, xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens per second")
+            ax.set_xticks(numbers, [str(n) for n in numbers], minor=False)
+            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k"))
+            ax.minorticks_off()
+            ax.legend(fontsize=8)
+
+
 def vision() -> None:
     """Speed and memory of ViTTT-B by the size of the images, beside a ViT-B."""
     rows = json.loads((RESULTS / "bench" / "vision-h100.json").read_text())["rows"]
@@ -282,6 +325,8 @@ if __name__ == "__main__":
     language_30m()
     kernels_training()
     decoding()
+    smoke, small = (RESULTS / f"table2-language-{scale}" / "results.json" for scale in ("smoke", "small"))
+    ladder(small if small.is_file() else smoke, "ladder.png")  # the README's first picture
     if (RESULTS / "bench" / "kernels-shapes-h100.json").is_file():
         kernels()
     scenes()
@@ -289,3 +334,5 @@ if __name__ == "__main__":
     vision()
     for bench in sorted((RESULTS / "bench").glob("views-*.json")):
         views(bench)
+    for bench in sorted((RESULTS / "bench").glob("scaling-*.json")):
+        scaling(bench)

@@ -1,16 +1,25 @@
 """Write the measured tables into the documentation: `python docs/tables.py`.
 
-A table stands between `<!-- table: results/bench/FILE.json KEY -->` and `<!-- end -->`; it is made from that file alone.
+A table stands between `<!-- table: results/bench/FILE.json KEY -->` and `<!-- end -->`; it is made from that file alone. One
+of `kvbind plan` stands between `<!-- plan: OPTIONS -->` and `<!-- end -->`; it is made from the library's formulas and its
+calibration.
 """
 
 import json
 import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvbind.bench.kernel_tables import Grid, speed_grids, summary_grid, verify_grid
+from kvbind.bench.kernel_tables import Grid, profile_grid, speed_grids, summary_grid, verify_grid
+from kvbind.bench.scaling_tables import scaling_grids
+from kvbind.experiments.page.parts import STATES
+from kvbind.experiments.page.tables import read_outcome
+from kvbind.experiments.table_text import as_grid, describe, quality_columns, row_names, speed_columns
 
 DOCS = Path(__file__).parent
+PLAN = re.compile(r"(<!-- plan: ([^\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -58,19 +67,92 @@ def table(path: str, key: str, root: Path) -> str:
     if not (root / path).is_file():
         return f"*Not measured yet: `{path}` is not there.*"
     record = json.loads((root / path).read_text(encoding="utf-8"))
+    if "experiment" in record:
+        return f"{experiment(record, key, path)}\n\n{made_by(record, path)}"
     if key == "ceilings":
         return ceilings(record)
     if key == "pictures":
         return pictures(record, path)
-    checks = "rules" in record
-    grids = {grid.key: grid for grid in ([verify_grid(record), summary_grid(record)] if checks else speed_grids(record))}
+    if key == "scaling-picture":
+        picture = f"![Training speed by the number of GPUs](images/{Path(path).stem}.png)"
+        return f"{picture}\n\n*Drawn by `python docs/figures.py` from `{path}`: `{record['command']}`.*"
+    if "fsdp_length" in record["config"]:
+        found = scaling_grids(record)
+    elif "rules" in record:
+        found = [verify_grid(record), summary_grid(record)]
+    else:
+        found = [profile_grid(record)] if "multiprocessors" in record else speed_grids(record)
+    grids = {grid.key: grid for grid in found}
     if key not in grids:
         raise ValueError(f"{path} has no table {key!r}; it has {', '.join(grids)}")
     return f"{markdown(grids[key])}\n\n{source(record, path)}"
 
 
+def experiment(record: dict[str, Any], key: str, path: str) -> str:
+    """A table of an experiment's `results.json`: "rows" of a table of the paper, "verdicts", or "measured" steps.
+
+    Raises:
+        ValueError: another key.
+    """
+    if key == "verdicts":
+        rows = [(x["claim"], f"**{STATES[x['holds']]}**", x["found"], x["rule"]) for x in record["verdicts"]]
+        return plain(("claim", "verdict", "found", "it holds if"), rows, left=4)
+    if key == "measured":
+        return "\n\n".join(plain(x["header"], x["rows"]) for x in record["tables"])
+    if key != "rows":
+        raise ValueError(f"{path} has no table {key!r}; it has rows, verdicts, measured")
+    outcome = read_outcome(record)
+    header, rows = as_grid(row_names(outcome, outcome.labels), quality_columns(outcome) + speed_columns(outcome))
+    return f"{plain(header, rows)}\n\n{describe(outcome)}"
+
+
+def plain(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table without a title; line breaks in its header become spaces."""
+    lines = [header, ["---"] * left + ["---:"] * (len(header) - left), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace(chr(10), ' ').strip() for cell in line)} |" for line in lines)
+
+
+def made_by(record: dict[str, Any], path: str) -> str:
+    """Where an experiment's numbers come from."""
+    device, torch = record["machine"]["device"], record["versions"]["torch"]
+    return f"`{record['command']}`, {record['wall_seconds']:.0f} s on {device}, torch {torch}; data in `{path}`."
+
+
+def plan_table(words: str) -> str:
+    """The best option for each number of GPUs, and the command that prints it.
+
+    Args:
+        words: options of `kvbind plan`, such as "--gpus 1,8 --budget 15e9 model.inner.update=last"; or "calibration", for a
+            sentence on what all plans are calibrated with.
+    """
+    from kvbind.plan.calibration import load_calibration
+    from kvbind.plan.command import make_plans
+    from kvbind.plan.report import PARTS_HEADER, parts_cells
+
+    if words == "calibration":
+        found = load_calibration()
+        files = ", ".join(f"`results/bench/{name}`" for name in dict.fromkeys(point.source for point in found.points))
+        return f"Calibrated with {files}: {found.summary()}."
+    options: dict[str, Any] = {}
+    overrides, rest = [], iter(shlex.split(words))
+    for word in rest:
+        if word.startswith("--"):
+            value = next(rest)
+            number = {"tokens": int, "batch": int, "budget": float, "price": float}.get(word[2:], str)
+            options[word[2:]] = number(value)
+        else:
+            overrides.append(word)
+    made = make_plans(options.pop("preset", "760m"), options.pop("gpus"), overrides, **options)
+    rows = tuple(parts_cells(plan.options[0], made.budget) for plan in made.plans)
+    notes = list(dict.fromkeys(note for plan in made.plans for note in plan.warnings))
+    note = "Notes: " + "; ".join(notes) if notes else ""
+    grid = Grid("plan", made.title, PARTS_HEADER, rows, left=0, note=note)
+    return f"{markdown(grid)}\n\n`kvbind plan {words}`"
+
+
 def fill(text: str, root: Path) -> str:
     """A page with every block made anew."""
+    text = PLAN.sub(lambda block: f"{block[1]}{plan_table(block[2])}\n{block[3]}", text)
     return BLOCK.sub(lambda block: f"{block[1]}{table(block[2], block[3], root)}\n{block[4]}", text)
 
 
