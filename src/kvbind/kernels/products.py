@@ -53,6 +53,22 @@ def _accumulate(
     return acc
 
 
+PART = tl.constexpr(32)
+"""Columns of the narrowest tile."""
+
+
+@triton.jit
+def _store_dots(partial, partial_tile, at, dots, inside, n, N: tl.constexpr, BN: tl.constexpr):
+    """Sums over the columns of tile `n`, in the place of the tile's first part, and zeros in those of its others.
+
+    So every place is written whatever the width of the tiles: tuning tries several on the same memory.
+    """
+    for i in tl.static_range(BN // PART):
+        part = n * (BN // PART) + i
+        there = inside & (part * PART < N)
+        tl.store(partial + part.to(tl.int64) * partial_tile + at, dots if i == 0 else tl.zeros_like(dots), mask=there)
+
+
 _CONFIGS = [
     triton.Config({"BM": 128, "BN": 128, "BK": 64}, num_warps=4, num_stages=3),
     triton.Config({"BM": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=3),
@@ -84,7 +100,7 @@ def _product_kernel(
     if DOT:
         other = tl.load(z + rows[:, None] * z_row + head * z_head + columns[None, :], mask=stored, other=0.0)
         dots = tl.sum(acc * other.to(tl.float32), axis=1)
-        tl.store(partial + n.to(tl.int64) * partial_tile + rows * partial_row + head, dots, mask=inside)
+        _store_dots(partial, partial_tile, rows * partial_row + head, dots, inside, n, N, BN)
     if RATED:
         acc *= tl.load(rates + rows * partial_row + head, mask=inside, other=0.0)[:, None]
     tl.store(y + rows[:, None] * y_row + head * y_head + columns[None, :], acc.to(y.dtype.element_ty), mask=stored)
@@ -122,8 +138,7 @@ def product(
     w_in, w_out = (w.stride(3), w.stride(2)) if transposed else (w.stride(2), w.stride(3))
     width = w.shape[2] if transposed else w.shape[3]
     y = torch.empty(rows, heads, width, dtype=dtype or x.dtype, device=x.device)
-    # a tile is never narrower than 32 columns
-    partial = torch.zeros(-(-width // 32), rows, heads, device=x.device) if against is not None else None
+    partial = torch.zeros(cdiv(width, PART.value), rows, heads, device=x.device) if against is not None else None
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
         return len(spans) * cdiv(longest, meta["BM"]) * cdiv(width, meta["BN"]), heads
@@ -277,7 +292,7 @@ def _features_backward_kernel(
     if RATED:
         rate = tl.load(rates + rows * partial_row + head, mask=inside, other=0.0)[:, None]
         dots = tl.sum(tl.where(stored, h * dh, 0.0), axis=1)
-        tl.store(partial + n.to(tl.int64) * partial_tile + rows * partial_row + head, dots, mask=inside)
+        _store_dots(partial, partial_tile, rows * partial_row + head, dots, inside, n, F, BN)
         dh *= rate
         h *= rate
     tl.store(y + rows[:, None] * y_row + head * y_head + columns[None, :], h.to(y.dtype.element_ty), mask=stored)
@@ -319,7 +334,7 @@ def features_backward(
     hidden, count = theta.shape[-1], len(theta)
     y = torch.empty(rows, heads, hidden, dtype=x.dtype, device=x.device)
     du = torch.empty(rows, heads, count * hidden, dtype=x.dtype, device=x.device)
-    partial = torch.zeros(-(-hidden // 32), rows, heads, device=x.device) if rates is not None else None
+    partial = torch.zeros(cdiv(hidden, PART.value), rows, heads, device=x.device) if rates is not None else None
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
         return len(spans) * cdiv(longest, meta["BM"]) * cdiv(hidden, meta["BN"]), heads
