@@ -93,10 +93,10 @@ class Tokens:
         return self.spread().map(lambda x: F.pad(x, (0, 0) * (x.dim() - 3) + (0, short)))
 
     def blank(self, batch: int, length: int) -> Tokens:
-        """Zeros in place of tokens like these, of so many sequences; each tensor is one zero, expanded."""
+        """Zeros in place of tokens like these, of so many sequences."""
 
         def zeros(x: Tensor) -> Tensor:
-            return x.new_zeros(()).expand(batch, x.shape[1], length, *x.shape[3:])
+            return x.new_zeros(batch, x.shape[1], length, *x.shape[3:])
 
         # rates that are numbers have no tensor to be like: make them of no tokens
         return self.span(0, 0).spread().map(zeros)

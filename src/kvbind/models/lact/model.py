@@ -279,7 +279,6 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | Sequence[int] | None = None,
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -302,13 +301,13 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
             logits_to_keep: of how many last positions (0: all), or of which (an index tensor), to return logits. By
                 default of all, but of none in training with labels.
             num_items_in_batch: what the summed loss is divided by; by default the number of predicted tokens.
-            shift_labels: `[B, T]` in place of `labels`: what each position has to predict, shifted already, -100 where
-                nothing. Inside `kvbind.sequence_parallel` there is no other way, and `num_items_in_batch` is needed, of the
-                whole row: losses and gradients then add up over ranks. `kvbind.shard_batch` makes both.
             output_attentions: must not be set.
             output_hidden_states: also return every hidden state.
             return_dict: False for a tuple.
-            **kwargs: what transformers' data collators add for FlashAttention (`cu_seq_lens_q` and its like).
+            **kwargs: what transformers' data collators add for FlashAttention (`cu_seq_lens_q` and its like); and
+                `shift_labels` `[B, T]` in place of `labels`: what each position has to predict, shifted already, -100 where
+                nothing. Inside `kvbind.sequence_parallel` there is no other way, and `num_items_in_batch` is needed, of the
+                whole row: losses and gradients then add up over ranks. `kvbind.shard_batch` makes both.
 
         Returns:
             `loss` (float32 or wider), `logits` `[B, kept, vocab]` in the model's dtype, `past_key_values`, `hidden_states`.
@@ -316,6 +315,8 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
         Raises:
             ValueError, TypeError: arguments that do not fit; the message names them.
         """
+        # no named argument, as transformers' Trainer takes those for labels that every batch has
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         cu_seqlens = _collated_bounds(cu_seqlens, kwargs)
         _check_labels(labels, shift_labels, num_items_in_batch)
         outputs = self.model(
