@@ -42,6 +42,7 @@ def test_bench_views_measures_both_models_at_every_number_of_views(tmp_path):
     assert result.exit_code == 0, result.output
     data = json.loads(out.read_text())
     assert {"command", "machine", "versions", "config"} <= data.keys()
+    assert data["complete"]
     rows = {(row["model"], row["views"]): row for row in data["rows"]}
     assert list(rows) == [(name, views) for views in (2, 4) for name in ("LaCT", "full attention")]
     for row in rows.values():
@@ -63,7 +64,7 @@ def test_a_model_that_does_not_fit_is_not_tried_on_more_views(monkeypatch):
     original = FullAttentionNvs.read
     monkeypatch.setattr(FullAttentionNvs, "read", read)
     config = LactNvsConfig(dim=16, layers=1, patch_size=4, head_dim=8, fast_head_dim=16)
-    rows = bench.bench_views(config, [2, 4, 8], (8, 8), torch.device("cpu"), frames=1, seconds=0)
+    rows = list(bench.bench_views(config, [2, 4, 8], (8, 8), torch.device("cpu"), frames=1, seconds=0))
     assert [(row.model, row.fits) for row in rows] == [
         ("LaCT", True), ("full attention", True), ("LaCT", True), ("full attention", False), ("LaCT", True),
         ("full attention", False),
@@ -84,3 +85,20 @@ def test_unknown_presets_sizes_and_numbers_are_refused(arguments, message):
     result = CliRunner().invoke(app, ["views", "--device", "cpu", *arguments])
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_what_was_measured_before_an_interruption_is_written(monkeypatch, tmp_path):
+    from kvbind.bench import views as bench
+
+    def measure(row, *_):
+        if row.views > 2:
+            raise KeyboardInterrupt
+        return row
+
+    monkeypatch.setattr(bench, "_measure", measure)
+    out = tmp_path / "views.json"
+    arguments = ["views", "--preset", "tiny", "--views", "2,4", "--size", "16", "--device", "cpu", "--out", str(out)]
+    assert CliRunner().invoke(app, arguments).exit_code != 0
+    data = json.loads(out.read_text())
+    assert [row["views"] for row in data["rows"]] == [2, 2]
+    assert not data["complete"]

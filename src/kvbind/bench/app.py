@@ -331,6 +331,7 @@ def views(
     """Time reading and rendering scenes, beside the same transformer with full attention to all input views."""
     from dataclasses import asdict
 
+    from kvbind.bench.record import provenance, save
     from kvbind.bench.views import bench_views
     from kvbind.inner.value import nearest
     from kvbind.models.lact_nvs import PRESETS
@@ -341,7 +342,13 @@ def views(
         raise typer.BadParameter(f"size must be a multiple of the patches' side, {PRESETS[preset].patch_size}; got {size}")
     place = _device(device)
     numbers = _numbers(counts, "views")
-    rows = bench_views(PRESETS[preset], numbers, (size, size), place, frames=frames, seconds=seconds)
+    config = {"preset": preset, "size": size, "frames": frames, "dtype": "bfloat16" if place.type == "cuda" else "float32"}
+    rows = []
+    for row in bench_views(PRESETS[preset], numbers, (size, size), place, frames=frames, seconds=seconds):
+        rows.append(row)
+        if out is not None:  # whole after each row, so that what was stopped has lost nothing
+            complete = len(rows) == 2 * len(numbers)
+            save(out, provenance(place) | {"config": config, "complete": complete, "rows": [asdict(row) for row in rows]})
     table = Table(title=f"{preset}, {size} x {size} pixels, {place}")
     for name in ("views", "model", "read s", "frames/s", "read GiB", "render GiB", "scene MiB"):
         table.add_column(name, justify="left" if name == "model" else "right")
@@ -356,8 +363,8 @@ def views(
             f"{row.scene_bytes / 2**20:.1f}" if row.scene_bytes is not None else "-",
         )
     console.print(table)
-    config = {"preset": preset, "size": size, "frames": frames, "dtype": "bfloat16" if place.type == "cuda" else "float32"}
-    _write(out, place, {"config": config, "rows": [asdict(row) for row in rows]})
+    if out is not None:
+        console.print(f"written to {out}")
 
 
 @app.command()
@@ -423,7 +430,9 @@ def scaling(
     equality_preset: Annotated[str, typer.Option(help="Size of the model whose losses are compared.")] = "125m",
     equality_tokens: Annotated[int, typer.Option(min=2, help="Tokens of its sequences.")] = 32768,
     steps: Annotated[int, typer.Option(min=1, help="Steps whose losses are compared.")] = 20,
-    recompute: Annotated[str, typer.Option(help="What blocks compute again backward: block, selective or none.")] = "block",
+    recompute: Annotated[
+        str, typer.Option(help="What blocks compute again backward: block, offload, selective or none.")
+    ] = "block",
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to time each case, after one step to warm up.")] = 6.0,
     limit: Annotated[float, typer.Option(min=1.0, help="Give up on one case after this, seconds.")] = 180.0,
     budget: Annotated[float, typer.Option(min=0.0, help="Run nothing after this, seconds.")] = 540.0,

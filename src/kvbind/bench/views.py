@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -121,8 +121,10 @@ def bench_views(
     *,
     frames: int = 8,
     seconds: float = 1.0,
-) -> list[Viewing]:
+) -> Iterator[Viewing]:
     """Time both models on random images, one scene at a time, under bfloat16 autocast on a GPU (float32 on a CPU).
+
+    Rows come as they are measured.
 
     Args:
         config: of both.
@@ -143,7 +145,7 @@ def bench_views(
         return full.view(scene, c2w, fxfycxcy, size)
 
     models: dict[str, tuple[Read, Read]] = {"LaCT": (lact.reconstruct, render), "full attention": (full.read, view)}
-    rows, too_many = [], set()
+    too_many = set()
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
         for count in views:
             poses, intrinsics = make_cameras("train", 1, count + frames, size, Cameras(sector=180))
@@ -160,10 +162,9 @@ def bench_views(
                         row = _measure(row, partial(read, image, *inputs), draw, targets, device, seconds)
                     except torch.OutOfMemoryError:
                         too_many.add(name)
-                rows.append(row)
+                yield row
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
-    return rows
 
 
 def _measure(
