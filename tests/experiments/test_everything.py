@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 
 import pytest
 import toy_task
@@ -120,6 +121,67 @@ def test_every_experiment_has_its_tasks(monkeypatch):
     assert [name for name, _ in wanted(["language"], Request(measure=Measure()))] == ["table2", "figure4"]
 
 
+def test_quick_reports_are_written_first_and_the_list_after_each(tmp_path, monkeypatch):
+    names = ("table1", "table2", "theorems", "figure1", "figure2", "figure3", "figure4", "explorer")
+    monkeypatch.setattr(everything, "EXPERIMENTS", dict.fromkeys(names, ""))
+    monkeypatch.setattr(everything, "train_everything", lambda tasks, request: None)
+    seen = []
+
+    def write_here(one, request):
+        listed = json.loads((tmp_path / "all.json").read_text())
+        seen.append((one.title, [x["experiment"] for x in listed["reports"]], dict(listed["unfinished"])))
+        if one.experiment == "figure2":
+            return "no scikit-learn"
+        if one.experiment == "figure1":
+            raise KeyboardInterrupt
+        one.folder.mkdir(parents=True)
+        (one.folder / "results.json").write_text(json.dumps({"task": one.request.task}))
+        return None
+
+    monkeypatch.setattr(everything, "write_here", write_here)
+    with pytest.raises(KeyboardInterrupt):
+        everything.reproduce(task="language", out=tmp_path, workers=1)
+    titles = [title.partition(",")[0] for title, _, _ in seen]
+    assert titles == ["table2", "table1", "figure3", "figure4", "explorer", "figure2", "theorems", "figure1"]
+    listed, unfinished = seen[-1][1:]
+    assert listed == ["table1", "table2", "theorems", "figure3", "figure4", "explorer"]
+    assert unfinished == {"figure1, language": "not written yet", "figure2, language": "no scikit-learn"}
+
+
+def test_reports_that_are_written_at_once_are_listed_as_they_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(everything, "visible_gpus", lambda: ["4", "7"])
+    second, places = threading.Event(), {}
+
+    def write_beside(one, gpu):
+        places[one.title] = gpu
+        second.set() if one.experiment == "table2" else second.wait()
+        return f"{one.title}: done", None
+
+    monkeypatch.setattr(everything, "write_beside", write_beside)
+    monkeypatch.setattr(everything.os, "cpu_count", lambda: 64)
+    request = Request(task="toy")
+    reports = [Report(name, request, tmp_path) for name in ("table1", "table2")]
+    found = everything.write_reports(reports, request)
+    first, _ = next(found)
+    assert first.experiment == "table2"
+    assert [one.experiment for one, _ in found] == ["table1"]
+    assert places == {"table1, toy": "4", "table2, toy": "7"}
+
+
+def test_reports_that_measure_share_the_time_there_is(tmp_path, monkeypatch):
+    asked = []
+
+    class Experiment:
+        reproduce = staticmethod(lambda **options: asked.append(Request(**options)))
+
+    monkeypatch.setattr(everything, "open_experiment", lambda name: Experiment)
+    request = Request(task="toy", minutes=60.0, measure=Measure(), workers=1)
+    for one, why in everything.write_reports([Report(name, request, tmp_path) for name in ("table1", "table2")], request):
+        assert why is None
+        assert asked[-1].deadline == pytest.approx(request.deadline, abs=1e-6)
+        assert one.request is request
+
+
 def test_a_report_of_its_own_process_says_why_it_could_not_be_written(tmp_path):
     one = Report("figure3", Request(task="images", workers=1, minutes=0.0), tmp_path)
     shown, why = write_beside(one, "0")
@@ -153,6 +215,25 @@ def test_figure_4_measures_steps_on_generated_tokens_where_training_would_take_t
     assert [len(form["losses"]) for form in results["forms"].values()] == [8, 8]
     assert results["runs"] == {}
     assert results["verdicts"][0]["holds"]
+
+
+def test_a_form_that_was_measured_is_not_measured_again_after_an_interruption(tmp_path, monkeypatch):
+    whole, begun = figure4.measure_steps, []
+
+    def measure_steps(task, config, device, count):
+        begun.append(config.model.ttt_form)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return whole(task, config, device, count)
+
+    monkeypatch.setattr(figure4, "measure_steps", measure_steps)
+    with pytest.raises(KeyboardInterrupt):
+        measured(tmp_path, measure=Measure(steps=4))
+    with pytest.raises(UnfinishedError):
+        measured(tmp_path, measure=Measure(steps=4), minutes=0.0)
+    results = measured(tmp_path, measure=Measure(steps=4))
+    assert begun == ["recurrent", "parallel", "parallel"]
+    assert [len(form["losses"]) for form in results["forms"].values()] == [4, 4]
 
 
 def course(seconds, losses=(2.0,) * 40):

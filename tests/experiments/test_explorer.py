@@ -85,8 +85,9 @@ def test_a_matrix_is_that_of_the_trained_model(text):
     _, config = open_run(run)
     task = language.Task(config, training=False)
     calls = []
-    with torch.no_grad(), seen_calls(calls.append):
-        load_model(run, task)(input_ids=task.evaluation[0]["input_ids"][:1, :64], use_cache=False)
+    model_of_run = load_model(run, task)
+    with torch.no_grad(), seen_calls(model_of_run, calls.append):
+        model_of_run(input_ids=task.evaluation[0]["input_ids"][:1, :64], use_cache=False)
     call = calls[2]
     options = {name: call.options[name] for name in ("lr", "momentum") if name in call.options}
     whole = linearize(call.spec, call.weights, call.q, call.k, call.v, **options).matrix()[0]

@@ -1,19 +1,25 @@
 import builtins
 import json
 import math
+import shutil
+import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
-from kvbind import inner_loss, systems, ttt
-from kvbind.experiments import figure1, figure2, figure3
-from kvbind.experiments.calls import Call, seen_calls
+from kvbind import inner_loss, systems
+from kvbind.experiments import figure1, figure2, figure3, table1
+from kvbind.experiments.calls import seen_calls
 from kvbind.experiments.figure1 import AtSteps, loss_after
 from kvbind.experiments.figure2 import Numbers, energy_distance, measure
 from kvbind.experiments.figure3 import Along
+from kvbind.experiments.plan import UnfinishedError
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.layers import lact
+from kvbind.layers.layout import Layout
 
 SMALL = [
     "model.fields.hidden_size=16", "model.fields.num_hidden_layers=2", "model.fields.num_attn_heads=2",
@@ -112,6 +118,25 @@ def test_figure_1_evaluates_the_shared_run_with_more_steps(third, place):
     assert all(len(x["by_layer"]) == 2 and math.isfinite(x["inner_loss"]) for x in results["steps"])
 
 
+def test_figure_1_evaluates_no_seed_twice(third, place, monkeypatch):
+    whole, begun = figure1.evaluated, []
+
+    def evaluated(*arguments):
+        begun.append(arguments[2].seed)
+        if len(begun) == 10:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(figure1, "evaluated", evaluated)
+    with pytest.raises(KeyboardInterrupt):
+        small(figure1, seeds=2, out=place / "interrupted", trained=place / "runs/trained")
+    results = small(figure1, seeds=2, out=place / "interrupted", trained=place / "runs/trained")
+    assert begun == [0] * 8 + [1] * 2 + [1] * 8
+    assert list(results["by_seed"]) == ["0", "1"]
+    means = [statistics.fmean(x["metric"] for x in own) for own in zip(*results["by_seed"].values(), strict=True)]
+    assert [x["metric"] for x in results["steps"]] == pytest.approx(means)
+
+
 def test_figure_1_takes_views_too(place):
     results = figure1.reproduce(task="views", overrides=VIEWS, workers=1)
     check_report(place / "runs/figure1-views-smoke", results, "steps")
@@ -143,30 +168,34 @@ def test_seen_calls_are_the_layers_own_and_change_nothing():
     layer, x = layer_and_input()
     expected = layer(x)[0]
     calls = []
-    with seen_calls(calls.append):
+    with seen_calls(layer, calls.append):
         assert torch.equal(layer(x)[0], expected)
-    assert lact.ttt is ttt
+    assert not layer._forward_pre_hooks
     (call,) = calls
-    assert torch.equal(call.output, ttt(call.spec, call.weights, call.q, call.k, call.v, **call.options)[0])
+    assert torch.equal(call.output(), layer.call(x).run()[0])
     gates = {name: call.options[name] for name in ("lr", "momentum")}
     expected_loss = inner_loss(call.spec, call.weights, call.k, call.v, **gates).mean()
     assert loss_after(call) == pytest.approx(expected_loss.item(), rel=1e-6)
 
 
+def test_a_layer_that_goes_on_from_a_state_is_not_looked_at():
+    layer, x = layer_and_input()
+    _, state = layer(x, return_state=True)
+    with seen_calls(layer, list), pytest.raises(ValueError, match="state must be None"):
+        layer(x, state=state)
+    assert not layer._forward_pre_hooks
+
+
 def test_the_inner_loss_of_packed_sequences_is_that_of_each_by_itself():
     layer, x = layer_and_input()
-    calls = []
-    with seen_calls(calls.append), torch.no_grad():
-        layer(x[:1, :6])
-    (call,) = calls
-    rates, momentum = call.options["lr"], call.options["momentum"]
-    twice = Call(
-        call.spec, call.weights, *(torch.cat([y, y], dim=1) for y in (call.q, call.k, call.v)),
-        {"lr": {name: torch.cat([y, y], dim=1) for name, y in rates.items()}, "momentum": torch.cat([momentum] * 2, dim=1),
-         "cu_seqlens": torch.tensor([0, 6, 12])},
-        call.output,
-    )  # fmt: skip
-    assert loss_after(twice) == pytest.approx(loss_after(call), rel=1e-6)
+    one, twice = [], []
+    with torch.no_grad():
+        with seen_calls(layer, one.append):
+            layer(x[:1, :6])
+        with seen_calls(layer, twice.append):
+            layer(torch.cat([x[:1, :6]] * 2, dim=1), Layout.packed([0, 6, 12], 1, 12, x.device))
+    assert twice[0].options["cu_seqlens"] == (0, 6, 12)
+    assert loss_after(twice[0]) == pytest.approx(loss_after(one[0]), rel=1e-6)
 
 
 def test_figure_2_measures_and_draws_every_layer(third, place):
@@ -240,3 +269,43 @@ def test_figure_2_says_what_to_install(monkeypatch):
 def test_tasks_that_a_figure_is_not_made_for_are_refused(figure, task):
     with pytest.raises(ValueError, match=f"task must be .*got '{task}'"):
         figure.reproduce(task=task)
+
+
+@pytest.fixture
+def brought(third, place, tmp_path):
+    """A folder with the finished runs of another machine: their configurations, results and metrics, and no weights."""
+    for run in (place / folder for folders in third["runs"].values() for folder in folders):
+        home = tmp_path / run.name
+        home.mkdir()
+        for name in ("config.yaml", "result.json", "metrics.jsonl"):
+            shutil.copy(run / name, home / name)
+    return tmp_path
+
+
+def test_tables_and_figure_3_are_written_from_numbers_alone(third, place, brought, tmp_path_factory, monkeypatch):
+    before = sorted(brought.rglob("*"))
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))  # where there is no book.txt
+    options = {"trained": brought, "seeds": 2, "minutes": 0.0}
+    table = small(table1, out=place / "brought-table", **options)
+    assert [row["name"] for row in table["rows"]] == list(table1.TABLE.rows)
+    for row in table["rows"]:
+        assert row["unfinished_seeds"] == []
+        assert len(row["runs"]) == 2
+    again = small(figure3, out=place / "brought-figure", **options)
+    assert again["rows"] == third["rows"]
+    assert sorted(brought.rglob("*")) == before
+    with pytest.raises(ValueError, match=r"book\.txt"):
+        small(figure3, **options | {"trained": place / "none"})
+
+
+def test_figures_of_models_take_those_whose_weights_are_here(third, place, brought):
+    with pytest.raises(UnfinishedError, match="weights of figure1's finished runs are not here"):
+        small(figure1, trained=brought, seeds=2)
+    second = Path(third["runs"]["rung0"][1])
+    shutil.copytree(place / second / "checkpoints", brought / second.name / "checkpoints")
+    console = Console(record=True, width=200, force_terminal=False)
+    results = small(figure1, trained=brought, seeds=2, out=place / "brought-steps", console=console)
+    assert list(results["by_seed"]) == ["1"]
+    assert results["runs"]["rung0"] == [(brought / second.name).as_posix()]
+    assert "Weights not here, and left out: rung0 (seed 0)." in results["lead"]
+    assert "Weights not here, and left out: rung0 (seed 0)." in console.export_text()

@@ -1,8 +1,10 @@
+import json
 import statistics
 
 import pytest
+from rich.console import Console
 
-from kvbind.experiments import table2
+from kvbind.experiments import projection, table2
 from kvbind.experiments.findings import Measure
 from kvbind.experiments.plan import configuration, with_inner
 from kvbind.experiments.projection import AT_ONCE, GPUS, WARM_UP, Steps
@@ -78,3 +80,58 @@ def test_the_papers_configurations_need_no_data_to_be_measured(task, samples):
     full = configuration(task, "paper")
     config = with_inner(task, full, open_task_module(task).rows(full)["rung6"])
     assert config.train.steps * config.train.accumulate * config.data.batch == samples
+
+
+ROWS = ("rung0", "rung1", "rung6")
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The inner loops that were measured, in their order; the third measurement is interrupted."""
+    begun = []
+
+    def measure_steps(task, config, device, count):
+        begun.append(config.model.inner)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return steps()
+
+    monkeypatch.setattr(projection, "measure_steps", measure_steps)
+    return begun
+
+
+def views(out, *edits, rows=ROWS, **options):
+    overrides = [*TINY["views"], "train.device=cpu", *edits]
+    return table2.reproduce(task="views", out=out, measure=Measure(3, rows), overrides=overrides, **options)
+
+
+def test_what_was_measured_before_an_interruption_is_written_and_not_measured_again(tmp_path, measured):
+    with pytest.raises(KeyboardInterrupt):
+        views(tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in results["measured"]] == ["rung0", "rung1"]
+    assert results["left_out"] == {"rung6": "not measured yet"}
+    assert "not measured yet" in (tmp_path / "index.html").read_text()
+    console = Console(record=True, width=200, force_terminal=False)
+    results = views(tmp_path, console=console)
+    assert [row["name"] for row in results["measured"]] == list(ROWS)
+    assert results["left_out"] == {}
+    assert len(measured) == 4
+    assert measured[2] == measured[3]
+    assert console.export_text().count("measured earlier") == 2
+
+
+def test_rows_that_are_measured_one_by_one_make_up_one_report(tmp_path, measured):
+    for row in ("rung6", "rung0"):
+        results = views(tmp_path, rows=(row,))
+    assert [row["name"] for row in results["measured"]] == ["rung0", "rung6"]
+    assert results["left_out"] == {}
+    assert len(measured) == 2
+
+
+def test_another_configuration_is_measured_anew(tmp_path, measured):
+    views(tmp_path, rows=ROWS[:1])
+    results = views(tmp_path, "data.inputs=2", rows=ROWS[1:2])
+    assert [row["name"] for row in results["measured"]] == ["rung1"]
+    with pytest.raises(KeyboardInterrupt):
+        views(tmp_path, "data.inputs=2", rows=ROWS[1:2], fresh=True)

@@ -1,5 +1,7 @@
 """The LaCT layer alone: its parameters, its inner loop, its shapes and its state."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -211,3 +213,35 @@ def test_forms_agree_and_the_parallel_one_can_be_demanded():
     full = layer(form="parallel")
     with pytest.raises(kvbind.NoParallelFormError):
         full(torch.randn(1, 20, 32))
+
+
+@pytest.mark.parametrize("inner", [FULL, LADDER["rung6"], kvbind.systems.titans(chunk=4)])
+def test_the_call_of_a_layer_is_what_its_output_comes_from(inner):
+    built, x = layer(inner, rotary=False).double(), torch.randn(2, 21, 32).double()
+    call = built.call(x)
+    output, state = call.run()
+    scale = torch.nn.functional.silu(built.ttt_scale_proj(x)).unsqueeze(-1)
+    with_fast, own = built(x, return_state=True)
+    built.ttt_norm.weight.data.zero_()
+    without, _ = built(x)
+    built.ttt_norm.weight.data.fill_(1.0)
+    expected = built.o_proj((built.ttt_norm(output) * scale).flatten(2))
+    torch.testing.assert_close(with_fast - without, expected)
+    for name, weight in own.fast.weights.items():
+        torch.testing.assert_close(weight, state.weights[name])
+    torch.testing.assert_close(call.linearize().output(), output)
+
+
+def test_the_call_of_packed_sequences_has_their_boundaries():
+    built, x = layer(), torch.randn(1, 21, 32)
+    call = built.call(x, Layout.packed([0, 9, 21], 1, 21, x.device))
+    assert call.cu_seqlens == (0, 9, 21)
+    torch.testing.assert_close(call.run()[0][:, 9:], built.call(x[:, 9:]).run()[0])
+    with pytest.raises(ValueError, match="cu_seqlens must be None"):
+        call.linearize()
+
+
+def test_a_slice_of_a_row_is_no_call_of_its_own():
+    layout = Layout.rows(8, torch.device("cpu"))
+    with pytest.raises(ValueError, match="layout must be of whole rows"):
+        layer().call(torch.randn(1, 8, 32), dataclasses.replace(layout, sequence=object()))

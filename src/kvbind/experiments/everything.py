@@ -2,7 +2,8 @@
 
 Runs are trained once, whoever asks for them, and the most telling first: every row of every task from seed 0, then further
 seeds of the language model's telling rows, then the others. With a limit of minutes training stops in time and the reports
-are written of what is there; the same command later goes on.
+are written of what is there, the quickest first, so that a machine that is taken away costs the slow ones alone; the same
+command later goes on.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ TELLING = ("rung0", "rung1", "rung2", "rung6", "ascent", "key_for_query")
 
 TIMED = {("table2", "language")}
 """Reports that time something themselves, and wait until the machine is free."""
+
+SLOW = ("figure4", "explorer", "figure2", THEOREMS, "figure1")
+"""Reports that are written behind all others, which take seconds. Figure 1 evaluates every model eight times."""
 
 CORES = 4
 """CPU cores that a report is given where several are written at once."""
@@ -87,8 +91,15 @@ def reproduce(**options: Any) -> dict[str, Any]:
         train_everything(tasks, shared)
         # from here on nothing is trained
         reports = [replace(x, request=replace(x.request, fresh=False, minutes=0.0)) for x in reports]
-    failed = write_reports(reports, request)
-    return write_list(out, reports, failed, request)
+    unfinished = dict.fromkeys((one.title for one in reports), "not written yet")
+    results = write_list(out, reports, unfinished, request)
+    for one, why in write_reports(in_writing_order(reports), request):
+        if why is None:
+            del unfinished[one.title]
+        else:
+            unfinished[one.title] = why
+        results = write_list(out, reports, unfinished, request)
+    return conclude(out, reports, results, request)
 
 
 def wanted(tasks: Sequence[str], request: Request) -> Iterator[tuple[str, str]]:
@@ -118,7 +129,7 @@ def report_on(name: str, task: str, request: Request) -> Report:
 
 def train_everything(tasks: Sequence[str], request: Request) -> None:
     """Train the union of all experiments' runs: those of table 2, and both of figure 4's."""
-    known, plans = Fingerprints(), []
+    known, plans = Fingerprints(request.trained), []
     for task in tasks:
         plans.append(plan_runs("table2", table2.TABLE.rows, replace(request, task=task), known))
     if figure4.TASK in tasks:
@@ -163,35 +174,56 @@ def in_order(plans: Sequence[Plan]) -> list[Job]:
     return [job for _, job in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def write_reports(reports: Sequence[Report], request: Request) -> dict[str, str]:
+def in_writing_order(reports: Sequence[Report]) -> list[Report]:
+    """Those that time something, for which the machine must be free, then the quick ones, then the slow ones."""
+
+    def rank(one: Report) -> int:
+        if (one.experiment, one.request.task) in TIMED:
+            return -1
+        return SLOW.index(one.experiment) + 1 if one.experiment in SLOW else 0
+
+    return sorted(reports, key=rank)
+
+
+def write_reports(reports: Sequence[Report], request: Request) -> Iterator[tuple[Report, str | None]]:
     """Write every report.
 
-    Those that time something come first, one after another in this process. On a machine with GPUs all others are written at
+    Those that time something are written one after another in this process. On a machine with GPUs all others are written at
     once, each in a process, in turn over the GPUs; elsewhere they follow.
 
-    Returns:
-        Why, by title, for reports that could not be written.
+    Args:
+        reports: in their order.
+        request: what was asked.
+
+    Yields:
+        Each report as soon as it is there, and None; or why it could not be written.
     """
-    failed: dict[str, str] = {}
     gpus = visible_gpus() if request.workers != 1 and request.measure is None else []
-    timed = [x for x in reports if (x.experiment, x.request.task) in TIMED]
-    others = [x for x in reports if x not in timed]
-    for one in timed if gpus else [*timed, *others]:
-        try:
-            open_experiment(one.experiment).reproduce(**{**vars(one.request), "started": time.monotonic()})
-        except (ValueError, ImportError, OSError, RuntimeError) as error:  # the others are still worth writing
-            failed[one.title] = str(error)
-            request.say(f"{one.title}: {error}")
-    beside = others if gpus else []
+    beside = [x for x in reports if gpus and (x.experiment, x.request.task) not in TIMED]
+    for one in (x for x in reports if x not in beside):
+        yield one, write_here(one, request)
     at_once = max(min(len(beside), (os.cpu_count() or 1) // CORES), 1)
-    with ThreadPoolExecutor(at_once) as threads:
-        turns = [threads.submit(write_beside, x, gpus[i % len(gpus)]) for i, x in enumerate(beside)]
-        for one, turn in zip(beside, turns, strict=True):
+    threads = ThreadPoolExecutor(at_once)
+    try:
+        turns = {threads.submit(write_beside, x, gpus[i % len(gpus)]): x for i, x in enumerate(beside)}
+        for turn in as_completed(turns):
             shown, why = turn.result()
             request.say(shown)
-            if why:
-                failed[one.title] = why
-    return failed
+            yield turns[turn], why
+    finally:  # after Ctrl-C, without those that wait
+        threads.shutdown(cancel_futures=True)
+
+
+def write_here(one: Report, request: Request) -> str | None:
+    """Write a report in this process; why it could not be written, or None."""
+    now = time.monotonic()
+    minutes = None if one.request.deadline is None else max(one.request.deadline - now, 0.0) / 60
+    try:
+        open_experiment(one.experiment).reproduce(**{**vars(one.request), "minutes": minutes, "started": now})
+    except (ValueError, ImportError, OSError, RuntimeError) as error:  # the others are still worth writing
+        request.say(f"{one.title}: {error}")
+        return str(error)
+    return None
 
 
 def write_beside(one: Report, gpu: str) -> tuple[str, str | None]:
@@ -219,33 +251,39 @@ def write_beside(one: Report, gpu: str) -> tuple[str, str | None]:
     return f"{shown}\n{error}", error
 
 
-def write_list(out: Path, reports: Sequence[Report], failed: dict[str, str], request: Request) -> dict[str, Any]:
-    """A file on all reports: where each is, and what it says of the paper's claims."""
+def write_list(out: Path, reports: Sequence[Report], unfinished: Mapping[str, str], request: Request) -> dict[str, Any]:
+    """A file on all reports: where each is, and what it says of the paper's claims; or why it is not there."""
     listed = []
     for one in reports:
-        if one.title not in failed:
+        if one.title not in unfinished:
             found = json.loads((one.folder / "results.json").read_text(encoding="utf-8"))
             listed.append({"experiment": one.experiment, "task": found["task"], "folder": one.folder.as_posix(),
                            "verdicts": found.get("verdicts", [])})  # fmt: skip
-    page = out / "report.html"
     results = {
         "scale": request.scale,
         "seeds": list(range(request.seeds)),
         "wall_seconds": round(time.monotonic() - request.started, 1),
         "reports": listed,
-        "unfinished": failed,
+        "unfinished": dict(unfinished),
     }
     report.write_json(out / "all.json", results)
+    return results
+
+
+def conclude(out: Path, reports: Sequence[Report], results: dict[str, Any], request: Request) -> dict[str, Any]:
+    """Say what all reports came to, and write the page on them; returns the results."""
+    listed, unfinished = results["reports"], results["unfinished"]
     said = [verdict["holds"] for entry in listed for verdict in entry["verdicts"]]
     request.say(
-        f"{len(listed)} reports, {len(failed)} unfinished; of {len(said)} claims {said.count(True)} hold, "
+        f"{len(listed)} reports, {len(unfinished)} unfinished; of {len(said)} claims {said.count(True)} hold, "
         f"{said.count(False)} do not, {said.count(None)} are not decided at this scale. {results['wall_seconds']:.0f} s; "
         f"{out / 'all.json'} lists them"
     )
+    there = [one.folder for one in reports if one.title not in unfinished]
+    if not there:
+        return results
     try:
-        request.say(
-            f"One page on all of it: {make_report([one.folder for one in reports if one.title not in failed], page)}"
-        )
+        request.say(f"One page on all of it: {make_report(there, out / 'report.html')}")
     except ImportError as error:
         request.say(f"No page on all of it: {error}")
     return results

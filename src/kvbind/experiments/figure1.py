@@ -6,6 +6,7 @@ to eight: the inner loss, of which every step is a gradient step, against the me
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,19 +20,24 @@ import torch
 from torch import Tensor, nn
 
 from kvbind import inner_loss
-from kvbind.experiments import figures
+from kvbind.experiments import figures, report
 from kvbind.experiments.calls import Call, seen_calls
 from kvbind.experiments.figures import picture
 from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
-from kvbind.experiments.shared import missing_note, train_rows
+from kvbind.experiments.provenance import machine, versions
+from kvbind.experiments.shared import train_rows
 from kvbind.experiments.subjects import Metric
 from kvbind.layers.lact import LactLayer
 from kvbind.layers.lact_nvs import LactNvsLayer
+from kvbind.train.config import config_hash
 from kvbind.train.loop import evaluate
 
 ROW, TASKS = "rung0", ("language", "views")
 
 STEPS = range(1, 9)
+
+KEPT = "evaluated.json"
+"""Beside the report: what each seed's model came to, written as soon as it is there, and not evaluated twice."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +68,21 @@ def reproduce(**options: Any) -> dict[str, Any]:
 
     Raises:
         ValueError: another task, an unknown scale, or an edit that does not fit.
+        UnfinishedError: no run is finished, or none has its weights here.
     """
     request = Request(**options)
-    trained = train_rows("figure1", [ROW], TASKS, request)
+    trained = train_rows("figure1", [ROW], TASKS, request, weights=True)
     metric = trained.subject.metric
     found: list[list[AtSteps]] = []
-    for seed in trained.runs[ROW]:
-        model, task, job = trained.open(ROW, seed)
-        found.append([evaluated(model, task, job.config, trained.device, steps, metric.name) for steps in STEPS])
+    path = trained.out / KEPT
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not request.fresh else {}
+    for seed, run in trained.runs[ROW].items():
+        key = config_hash([run.result, machine(trained.device), versions()])
+        if key not in kept:
+            model, task, job = trained.open(ROW, seed)
+            kept[key] = [asdict(evaluated(model, task, job.config, trained.device, steps, metric.name)) for steps in STEPS]
+            report.write_json(path, kept)
+        found.append([AtSteps(**one | {"by_layer": tuple(one["by_layer"])}) for one in kept[key]])
         request.say(f"seed {seed}: {metric.title} " + ", ".join(f"{x.metric:.{metric.digits}f}" for x in found[-1]))
     means = [mean_of(own) for own in zip(*found, strict=True)]
     draw(trained.out / "steps.png", means, metric)
@@ -80,7 +93,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
         lead="The full system, trained with one step per chunk, evaluated with more. The inner loss is that of the weights "
         f"after each chunk's update, on held-out data, averaged over layers and {len(found)} seed(s), in PyTorch's float32 "
         f"throughout; {metric.title}: {metric.better} is "
-        f"better.{missing_note(trained)}",
+        f"better.{trained.missing}",
         config=trained.config,
         data={
             "metric": metric.name,
@@ -105,7 +118,7 @@ def evaluated(model: nn.Module, task: Any, config: Any, device: torch.device, st
     for layer in layers:
         layer.inner = layer.inner.replace(steps=steps)
     losses: list[float] = []
-    with patch.dict(os.environ, KVBIND_KERNELS="0"), seen_calls(lambda call: losses.append(loss_after(call))):
+    with patch.dict(os.environ, KVBIND_KERNELS="0"), seen_calls(model, lambda call: losses.append(loss_after(call))):
         held_out = evaluate(model, task, config.train, device)
     # every batch runs through the layers in their order
     by_layer = tuple(statistics.fmean(losses[i :: len(layers)]) for i in range(len(layers)))
@@ -115,8 +128,6 @@ def evaluated(model: nn.Module, task: Any, config: Any, device: torch.device, st
 @torch.no_grad()
 def loss_after(call: Call) -> float:
     """The inner loss of a call at the weights after each chunk's update, averaged over chunks, heads and sequences."""
-    if call.weights is None:
-        raise ValueError("a call that goes on from a state has no inner loss from the start")
     rates, total, tokens = call.options.get("lr", 1.0), 0.0, 0
     bounds = call.options.get("cu_seqlens")
     bounds = [0, call.k.shape[1]] if bounds is None else torch.as_tensor(bounds).tolist()

@@ -22,7 +22,7 @@ from kvbind.experiments import figures
 from kvbind.experiments.calls import Call, seen_calls
 from kvbind.experiments.figures import picture
 from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
-from kvbind.experiments.shared import missing_note, train_rows
+from kvbind.experiments.shared import train_rows
 from kvbind.train.loop import precision, to_device
 
 ROW = "rung0"
@@ -86,19 +86,20 @@ def reproduce(**options: Any) -> dict[str, Any]:
     Raises:
         ImportError: scikit-learn is not installed.
         ValueError: another task, an unknown scale, or an edit that does not fit.
+        UnfinishedError: no run is finished, or none has its weights here.
     """
     try:
         import sklearn  # noqa: F401
     except ImportError as error:
         raise ImportError("figure2 needs scikit-learn: pip install scikit-learn") from error
     request = Request(**options)
-    trained = train_rows("figure2", [ROW], ["language"], request)
+    trained = train_rows("figure2", [ROW], ["language"], request, weights=True)
     found: list[list[Layer]] = []
     for seed in trained.runs[ROW]:
         model, task, job = trained.open(ROW, seed)
-        calls = held_out_calls(model, task, job.config, trained.device)
-        chosen = sorted({round(x) for x in np.linspace(0, len(calls) - 1, min(len(calls), MOST_LAYERS))})
-        found.append([look(i, calls[i], draw=not found) for i in chosen])
+        sets = held_out_sets(model, task, job.config, trained.device)
+        chosen = sorted({round(x) for x in np.linspace(0, len(sets) - 1, min(len(sets), MOST_LAYERS))})
+        found.append([look(i, sets[i], draw=not found) for i in chosen])
     draw(trained.out / "sets.png", found[0])
     means = {(layer.number, pair): mean_numbers([own[i].numbers[pair] for own in found])
              for i, layer in enumerate(found[0]) for pair in PAIRS}  # fmt: skip
@@ -115,7 +116,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
         f"of one set. Near: at most the {NEAR:.0%} quantile of the distances of keys (values) to the nearest "
         f"other one, so that {NEAR:.0%} or more would be near if both sets were of one kind. "
         f"{POINTS} tokens of each set; averages over heads and {len(found)} seed(s). A first layer's values are those of "
-        f"single tokens, few and far apart, so that near says little of them.{missing_note(trained)}",
+        f"single tokens, few and far apart, so that near says little of them.{trained.missing}",
         config=trained.config,
         data={
             "layers": [{"layer": layer, "sets": pair, **asdict(x)} for (layer, pair), x in means.items()],
@@ -136,18 +137,21 @@ def as_map(layer: Layer, pair: str) -> dict[str, Any]:
     return {"layer": layer.number, "sets": dict(zip(PAIRS[pair], (places[:middle], places[middle:]), strict=True))}
 
 
-def held_out_calls(model: Any, task: Any, config: Any, device: torch.device) -> list[Call]:
-    """The calls that the layers make on the first held-out batch, one per layer."""
+def held_out_sets(model: Any, task: Any, config: Any, device: torch.device) -> list[dict[str, Tensor]]:
+    """Queries, keys, values and outputs of each layer on the first held-out batch, by the names that `PAIRS` has."""
     batch = to_device({name: x for name, x in task.evaluation[0].items() if name != "labels"}, device)
-    calls: list[Call] = []
-    with torch.no_grad(), precision(config.train, device), seen_calls(calls.append):
+    found: list[dict[str, Tensor]] = []
+
+    def see(call: Call) -> None:
+        found.append({"Q": call.q, "K": call.k, "V": call.v, "O": call.output()})
+
+    with torch.no_grad(), precision(config.train, device), seen_calls(model, see):
         model(**batch, use_cache=False)
-    return calls
+    return found
 
 
-def look(number: int, call: Call, draw: bool) -> Layer:
+def look(number: int, sets: Mapping[str, Tensor], draw: bool) -> Layer:
     """Measure both pairs of a layer, and map the first head's points where they will be drawn."""
-    sets = {"Q": call.q, "K": call.k, "V": call.v, "O": call.output}
     points = {name: by_head(x) for name, x in sets.items()}
     numbers, maps = {}, {}
     for pair, (one, other) in PAIRS.items():

@@ -15,7 +15,7 @@ from typing import Any
 
 from kvbind.experiments import figures
 from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
-from kvbind.experiments.shared import Trained, missing_note, train_rows
+from kvbind.experiments.shared import Trained, train_rows
 from kvbind.experiments.table2 import TABLE
 
 SERIES = "loss_by_position"
@@ -98,7 +98,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
         experiment="figure3",
         title=f"Figure 3: loss by position, scale {request.scale}",
         lead=f"Held-out loss in nats per token, averaged over {request.seeds} seed(s). Early and late are the first and the "
-        f"last quarter of the positions.{missing_note(trained)}",
+        f"last quarter of the positions.{trained.missing}",
         config=trained.config,
         data={
             "rows": [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -19,7 +20,7 @@ import torch
 from kvbind.experiments import figures
 from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
 from kvbind.experiments.plan import Plan, UnfinishedError, configuration, plan_runs, report_folder, with_inner
-from kvbind.experiments.projection import measure_steps
+from kvbind.experiments.projection import KEPT, Kept, measure_steps
 from kvbind.experiments.runs import Fingerprints, Run
 from kvbind.experiments.workers import Job
 from kvbind.inner.value import check_choice
@@ -43,6 +44,8 @@ SAME = 0.05
 order came to 0.02 on a GPU, another seed to 0.17."""
 
 SMOOTHING = 0.9
+
+UNFINISHED = "figure4 is not finished in both forms yet; the same command goes on with them"
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
 
     done = plan.train(request, finished)
     if len(done) < len(FORMS):
-        raise UnfinishedError("figure4 is not finished in both forms yet; the same command goes on with them")
+        raise UnfinishedError(UNFINISHED)
     courses = {form: read(run) for (form, _), run in done.items()}
     plan.out.mkdir(parents=True, exist_ok=True)
     runs = {form: run.folder.as_posix() for (form, _), run in done.items()}
@@ -137,10 +140,16 @@ def measured(request: Request) -> dict[str, Any]:
     device = pick_device(full.train.device)
     out = request.out or report_folder("figure4", TASK, request.scale)
     out.mkdir(parents=True, exist_ok=True)
+    kept = Kept(out / KEPT, device, request.measure.steps, request.fresh)
     for form in FORMS:
         edits = [*request.overrides, f"model.ttt_form={form}"]
         config = with_inner(TASK, configuration(TASK, request.scale, 0, edits), inner)
-        steps = measure_steps(TASK, config, device, request.measure.steps)
+        steps = kept.get(form, config)
+        if steps is None:
+            if request.deadline is not None and time.monotonic() >= request.deadline:
+                raise UnfinishedError(UNFINISHED)
+            steps = measure_steps(TASK, config, device, request.measure.steps)
+            kept.put(form, config, steps)
         seconds = [sum(pair) for pair in zip(steps.batch_seconds, steps.optimizer_seconds, strict=True)]
         courses[form] = Course(steps.losses[-len(seconds) :], seconds)
         request.say(f"{form}: {statistics.median(seconds):.3f} s per step")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kvbind.experiments.findings import Request
-from kvbind.experiments.runs import Fingerprints, Run, discard, run_name
+from kvbind.experiments.runs import RESULT, Fingerprints, Run, discard, run_name
 from kvbind.experiments.subjects import named_subject
 from kvbind.experiments.workers import Finished, Job, default_workers, train_all
 from kvbind.inner.value import check_choice
@@ -94,7 +94,11 @@ class Plan:
         found = train_all(list(self.jobs.values()), self.workers, request.console, finished, deadline=request.deadline)
         done = {key: run for key, run in zip(self.jobs, found, strict=True) if run is not None}
         if not done:
-            raise UnfinishedError(f"no training run of {self.out.name} is finished yet; the same command goes on with them")
+            others = len(list(self.trained.glob(f"*/{RESULT}")))
+            raise UnfinishedError(
+                f"no training run of {self.out.name} is finished yet; the same command goes on with them"
+                + f" ({self.trained} has {others} finished run(s), all of other configurations or data)" * bool(others)
+            )
         return done
 
 
@@ -118,12 +122,13 @@ def plan_runs(
         ValueError: an unknown task or scale, or an edit that does not fit.
     """
     task, scale, data, out = request.task, request.scale, request.source(request.task), request.out
-    module, known = open_task_module(task), known or Fingerprints()
+    module = open_task_module(task)
     edits = [*edits, *request.overrides, *([f"data.source={json.dumps(data)}"] if data else [])]
     inners = module.rows(configuration(task, scale, 0, edits))
     config = module.resolve(configuration(task, scale, 0, edits))
     device = pick_device(config.train.device)
     trained = request.trained or (out / "trained" if out else Path("runs/trained"))
+    known = known or Fingerprints(trained)
     names = [row for row in rows if row in inners]
     jobs = {}
     for seed in range(request.seeds):

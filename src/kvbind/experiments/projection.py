@@ -6,11 +6,13 @@ made by chance, and says from their time what the configured number of steps com
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,15 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from kvbind.bench.timing import synchronize
-from kvbind.experiments import figures
+from kvbind.experiments import figures, report
 from kvbind.experiments.findings import Findings, Measure, Request, write_findings
 from kvbind.experiments.plan import configuration, report_folder, with_inner
+from kvbind.experiments.provenance import machine, versions
 from kvbind.experiments.subjects import ALL, NONE, SUBJECTS, Subject, named_subject
 from kvbind.experiments.tables import row_labels
 from kvbind.inner.value import check_choice
 from kvbind.precision import matmul_precision
 from kvbind.tasks import open_task_module
-from kvbind.train.config import to_plain
+from kvbind.train.config import config_hash, to_plain
 from kvbind.train.loop import pick_device, precision, to_device
 from kvbind.train.optimizer import make_optimizer
 
@@ -40,6 +43,9 @@ AT_ONCE = {"images": 128}
 
 SCENES = 64
 """How many procedural scenes stand in for a data set of views."""
+
+KEPT = "steps.json"
+"""Beside a report: what was measured for it, each part written as soon as it is there."""
 
 Loss = Callable[[nn.Module, int], Tensor]
 """The loss of the batch of that number."""
@@ -75,6 +81,37 @@ class Steps:
         """The whole training, with the samples of each step divided among GPUs of that efficiency."""
         share = self.batches / (gpus * efficiency if gpus > 1 else 1)
         return self.steps * (share * statistics.median(self.batch_seconds) + statistics.median(self.optimizer_seconds))
+
+
+class Kept:
+    """Measured steps in a file, each written as soon as it is there, so that the same command later measures the others.
+
+    Args:
+        path: of the file.
+        device: where steps are measured; those of another machine, or with other versions, do not count.
+        steps: how many; likewise.
+        fresh: whether none counts.
+    """
+
+    def __init__(self, path: Path, device: torch.device, steps: int, fresh: bool = False) -> None:
+        self.path = path
+        self._setting = [steps, machine(device), versions()]
+        self._all: dict[str, Any] = {}
+        if path.is_file() and not fresh:
+            self._all = json.loads(path.read_text(encoding="utf-8"))
+
+    def get(self, name: str, config: Any) -> Steps | None:
+        """What was measured under a name, if it was of that configuration."""
+        kept = self._all.get(name, {})
+        return Steps(**kept["steps"]) if kept.get("key") == self._key(config) else None
+
+    def put(self, name: str, config: Any, steps: Steps) -> None:
+        """Keep what was measured of a configuration."""
+        self._all[name] = {"key": self._key(config), "steps": asdict(steps)}
+        report.write_json(self.path, self._all)
+
+    def _key(self, config: Any) -> str:
+        return config_hash([to_plain(config), *self._setting])
 
 
 def measure_steps(task: str, config: Any, device: torch.device, steps: int) -> Steps:
@@ -210,7 +247,8 @@ def measure_rows(name: str, rows: Sequence[str], request: Request) -> dict[str, 
         request: what was asked, with its `measure`; of the task "all", each in turn.
 
     Returns:
-        What `results.json` holds; of "all", by task.
+        What `results.json` holds; of "all", by task. It is written after every row. What an earlier call measured of the
+        same configuration on this machine is in it too, and not measured again, unless `request.fresh`.
 
     Raises:
         ValueError: an unknown task, scale or row, or an edit that does not fit.
@@ -228,23 +266,34 @@ def measure_rows(name: str, rows: Sequence[str], request: Request) -> dict[str, 
     out.mkdir(parents=True, exist_ok=True)
     request.say(f"{name}, {task}, scale {request.scale}: {measure.steps} steps of each row on {device}; report in {out}")
 
-    found: dict[str, Steps] = {}
-    left_out: dict[str, str] = {}
-    for row in measure.rows or rows:
-        if row not in inners:
-            left_out[row] = "does not apply"
-        elif request.deadline is not None and time.monotonic() >= request.deadline:
+    kept = Kept(out / KEPT, device, measure.steps, request.fresh)
+    configs = {row: with_inner(task, configuration(task, request.scale, 0, request.overrides), inner)
+               for row, inner in inners.items() if row in rows}  # fmt: skip
+    asked = measure.rows or tuple(rows)
+    found = {row: steps for row, config in configs.items() if (steps := kept.get(row, config))}
+    left_out = {row: "not measured yet" if row in configs else "does not apply" for row in asked if row not in found}
+
+    def written(request: Request) -> dict[str, Any]:
+        ordered = {row: found[row] for row in rows if row in found}
+        return write(name, ordered, left_out, full, request, measure, out, device)
+
+    for row in asked:
+        if row in found:
+            request.say(f"{sentence(row, found[row], subject, measure)}; measured earlier")
+        elif row in configs and request.deadline is not None and time.monotonic() >= request.deadline:
             left_out[row] = "no time left"
-        else:
-            config = with_inner(task, configuration(task, request.scale, 0, request.overrides), inners[row])
+        elif row in configs:
             try:
-                found[row] = measure_steps(task, config, device, measure.steps)
+                found[row] = measure_steps(task, configs[row], device, measure.steps)
             except torch.OutOfMemoryError as error:
                 left_out[row] = str(error).partition(".")[0]
                 request.say(f"{row}: {left_out[row]}")
             else:
+                del left_out[row]
+                kept.put(row, configs[row], found[row])
                 request.say(sentence(row, found[row], subject, measure))
-    return write(name, found, left_out, full, request, measure, out, device)
+                written(replace(request, console=None))  # a row may take minutes, and the next one may be interrupted
+    return written(request)
 
 
 def sentence(row: str, steps: Steps, subject: Subject, measure: Measure) -> str:

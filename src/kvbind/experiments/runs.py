@@ -53,17 +53,40 @@ class OutOfTimeError(RuntimeError):
 
 
 class Fingerprints:
-    """What tells data apart, read once for each: runs that differ in their model alone share them."""
+    """What tells data apart, read once for each: runs that differ in their model alone share them.
 
-    def __init__(self) -> None:
+    Args:
+        trained: a folder of runs. Where data are not on this machine, what a finished run there has recorded of the same
+            ones counts, so that runs which were trained elsewhere are found.
+    """
+
+    def __init__(self, trained: Path | None = None) -> None:
+        self.trained = trained
         self._known: dict[str, dict[str, str]] = {}
 
     def of(self, task: str, config: Any) -> dict[str, str]:
-        """The fingerprint of the data of a task's configuration."""
-        key = json.dumps([task, to_plain(config).get("data")], sort_keys=True)
+        """The fingerprint of the data of a task's configuration.
+
+        Raises:
+            ValueError, OSError, ImportError: as the task does that cannot open its data, of which no finished run tells.
+        """
+        data = to_plain(config).get("data")
+        key = json.dumps([task, data], sort_keys=True)
         if key not in self._known:
-            self._known[key] = open_task_module(task).Task(config).fingerprint()
+            try:
+                self._known[key] = open_task_module(task).Task(config).fingerprint()
+            except (ValueError, OSError, ImportError):
+                recorded = next(self._recorded(task, data), None)
+                if recorded is None:
+                    raise
+                self._known[key] = recorded
         return self._known[key]
+
+    def _recorded(self, task: str, data: Any) -> Iterator[dict[str, str]]:
+        """The fingerprints that finished runs on the same data have recorded."""
+        for path in sorted(self.trained.glob(f"{task}-*/{RESULT}")) if self.trained else ():
+            if to_plain(open_run(path.parent)[1]).get("data") == data:
+                yield json.loads(path.read_text(encoding="utf-8"))["data"]
 
 
 def run_name(task: str, config: Any, known: Fingerprints | None = None) -> str:

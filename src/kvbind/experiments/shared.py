@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from kvbind.experiments.findings import Request
-from kvbind.experiments.plan import Plan, plan_runs
+from kvbind.experiments.plan import UnfinishedError, plan_runs
 from kvbind.experiments.runs import Run, load_model
 from kvbind.experiments.subjects import Subject, named_subject
 from kvbind.experiments.tables import row_labels, unfinished
 from kvbind.experiments.workers import Job
 from kvbind.inner.value import check_choice
 from kvbind.tasks import open_task_module
+from kvbind.train.checkpoint import FOLDER, checkpoints
 from kvbind.train.config import to_plain
 
 
@@ -29,7 +30,8 @@ class Trained:
         labels: what each row changes, by row.
         runs: by row and seed; a row is there if one of its runs is.
         jobs: the same, with their configurations.
-        missing: runs that there was no time for, in words; empty where there are none.
+        missing: sentences, to stand behind others, on runs that there was no time for or whose weights are elsewhere; empty
+            where there are none.
         config: of all of them, but for their inner loop, as plain data.
         device: where they were trained, and are looked at.
         out: folder of the report, which exists.
@@ -55,7 +57,7 @@ class Trained:
         return load_model(job.folder, task).to(self.device), task, job
 
 
-def train_rows(name: str, rows: Sequence[str], tasks: Sequence[str], request: Request) -> Trained:
+def train_rows(name: str, rows: Sequence[str], tasks: Sequence[str], request: Request, *, weights: bool = False) -> Trained:
     """Train rows of the paper's tables, or read what they came to earlier.
 
     Args:
@@ -63,9 +65,11 @@ def train_rows(name: str, rows: Sequence[str], tasks: Sequence[str], request: Re
         rows: names among `kvbind.experiments.tables.LABELS`.
         tasks: those that the experiment is made for.
         request: what was asked.
+        weights: whether the experiment looks into models, so that runs that came without their checkpoints are left out.
 
     Raises:
         ValueError: another task, an unknown scale, or an edit that does not fit.
+        UnfinishedError: no run was finished in time, or none has its weights here.
         TrainingStoppedError: as `kvbind.train.train`.
     """
     check_choice("task", request.task, tuple(tasks))
@@ -76,29 +80,40 @@ def train_rows(name: str, rows: Sequence[str], tasks: Sequence[str], request: Re
         f"report in {plan.out}"
     )
 
-    def finished(job: Job, run: Run) -> None:
+    def tell(job: Job, run: Run) -> None:
         if not run.reused:
             request.say(f"{job.title}: {run.result['training_seconds']:.0f} s")
 
-    done = plan.train(request, finished)
+    done = plan.train(request, tell)
+    elsewhere = {key for key, run in done.items() if weights and not checkpoints(run.folder)}
+    if len(elsewhere) == len(done):
+        raise UnfinishedError(
+            f"the weights of {name}'s finished runs are not here: no folder of them in {plan.trained} has {FOLDER}/; bring "
+            "those, or train anew with --fresh"
+        )
     own_runs: dict[str, dict[int, Run]] = {}
     own_jobs: dict[str, dict[int, Job]] = {}
-    for (row, seed), run in done.items():
+    for (row, seed), run in ((key, run) for key, run in done.items() if key not in elsewhere):
         own_runs.setdefault(row, {})[seed] = run
         own_jobs.setdefault(row, {})[seed] = plan.jobs[row, seed]
     plan.out.mkdir(parents=True, exist_ok=True)
     subject = named_subject(request.task)
     labels = {row: label for row, label in row_labels(rows, subject).items() if row in own_runs}
     runs = {row: own_runs[row] for row in labels}
-    missing = unfinished({row: (plan_seeds(plan, row), runs.get(row, ())) for row in plan.rows})
+    finished = {row: seeds_of(done, row) for row in plan.rows}
+    missing = sentence("Unfinished", {row: (seeds_of(plan.jobs, row), own) for row, own in finished.items()})
+    missing += sentence("Weights not here", {row: (own, runs.get(row, ())) for row, own in finished.items()})
+    if elsewhere:
+        request.say(missing.strip())
     return Trained(subject, labels, runs, own_jobs, missing, to_plain(plan.config), plan.device, plan.out)
 
 
-def plan_seeds(plan: Plan, row: str) -> list[int]:
-    """The seeds of a row's planned runs."""
-    return [seed for name, seed in plan.jobs if name == row]
+def seeds_of(keys: Iterable[tuple[str, int]], row: str) -> list[int]:
+    """The seeds of a row, among pairs of rows and seeds."""
+    return [seed for name, seed in keys if name == row]
 
 
-def missing_note(trained: Trained) -> str:
-    """A sentence on what there was no time for, behind others; empty where nothing is missing."""
-    return f" Unfinished, and left out: {trained.missing}." if trained.missing else ""
+def sentence(why: str, rows: Mapping[str, tuple[Iterable[int], Container[int]]]) -> str:
+    """A sentence on runs that are left out, given as `unfinished` takes them; empty where there are none."""
+    which = unfinished(rows)
+    return f" {why}, and left out: {which}." if which else ""

@@ -1,8 +1,11 @@
-"""What the layers share whose tokens all see one update, `visibility="full"`: those of ViTTT and of LaCT view synthesis."""
+"""What layers share: the arguments with which they call `kvbind.ttt`, and checks of their inner loops.
+
+The checks of visibility are of the layers whose tokens all see one update, those of ViTTT and of LaCT view synthesis.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -23,6 +26,9 @@ class InnerCall(NamedTuple):
         k: keys `[B, T, H, Dk]`.
         v: values `[B, T, H, Dv]`.
         lr: learning rate: a number, or `[B, T, H]` by matrix name.
+        momentum: gate of the momentum `[B, T, H]`; None without.
+        retention: gate of the weights `[B, T, H]`; None without.
+        cu_seqlens: boundaries of packed sequences; None for rows.
     """
 
     inner: InnerLoop
@@ -31,15 +37,30 @@ class InnerCall(NamedTuple):
     k: Tensor
     v: Tensor
     lr: float | dict[str, Tensor]
+    momentum: Tensor | None = None
+    retention: Tensor | None = None
+    cu_seqlens: Sequence[int] | None = None
 
     def run(self, update_tokens: slice | Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:
         """Outputs `[B, T, H, Dv]` in q's dtype, and the state; arguments as `kvbind.ttt` takes them."""
         weights = self.weights if state is None else None
-        return ttt(self.inner, weights, self.q, self.k, self.v, lr=self.lr, update_tokens=update_tokens, state=state)
+        return ttt(
+            self.inner, weights, self.q, self.k, self.v, lr=self.lr, momentum=self.momentum, retention=self.retention,
+            state=state, cu_seqlens=self.cu_seqlens, update_tokens=update_tokens,
+        )  # fmt: skip
 
     def linearize(self, update_tokens: slice | Tensor | None = None) -> LinearAttention:
-        """The linear attention that this call is, as `kvbind.linearize` returns it."""
-        return linearize(self.inner, self.weights, self.q, self.k, self.v, lr=self.lr, update_tokens=update_tokens)
+        """The linear attention that this call is, as `kvbind.linearize` returns it.
+
+        Raises:
+            ValueError: packed sequences, each of which is a linear attention of its own.
+        """
+        if self.cu_seqlens is not None:
+            raise ValueError(f"cu_seqlens must be None for one linear attention; got {len(self.cu_seqlens) - 1} sequences")
+        return linearize(
+            self.inner, self.weights, self.q, self.k, self.v, lr=self.lr, momentum=self.momentum,
+            retention=self.retention, update_tokens=update_tokens,
+        )  # fmt: skip
 
 
 def check_sees_everything(argument: str, inner: InnerLoop) -> None:

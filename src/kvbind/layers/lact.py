@@ -14,7 +14,7 @@ from kvbind.forms.state import State
 from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
-from kvbind.layers.full import check_built
+from kvbind.layers.full import InnerCall, check_built
 from kvbind.layers.layout import Layout
 from kvbind.layers.norm import RMSNorm
 from kvbind.layers.rotary import Tables, rotary_tables, rotate
@@ -267,6 +267,28 @@ class LactLayer(nn.Module):
         by_name = dict(zip(self.rate_names, rates, strict=True))
         return {name: by_name[name] for name in self._inner.updated}
 
+    def gates(self, x: Tensor) -> dict[str, Tensor]:
+        """The gates that the inner loop asks for, "momentum" and "retention", each `[B, T, H]`, float32 or wider."""
+        return {
+            name: wide(getattr(self, f"{name}_proj")(x)) for name in ("momentum", "retention") if getattr(self._inner, name)
+        }
+
+    def call(self, x: Tensor, layout: Layout | None = None, tables: Tables | None = None) -> InnerCall:
+        """What the layer gives to `kvbind.ttt` for sequences from their first token on; arguments as `forward` takes them.
+
+        Raises:
+            ValueError: a slice of a row that is cut over ranks, which is no call of its own.
+        """
+        if layout is None:
+            layout = Layout.rows(x.shape[1], x.device)
+        if layout.sequence is not None:
+            raise ValueError("layout must be of whole rows; got one that is cut over ranks")
+        if tables is None:
+            tables = rotary_tables(layout.positions, self.head_width, self.rope_theta)
+        q, k, v = self._fast_operands(*self._project(x), tables)
+        rates, bounds = self.learning_rates(x), layout.cu_seqlens
+        return InnerCall(self._inner, self.start_weights(), q, k, v, rates, **self.gates(x), cu_seqlens=bounds)
+
     def forward(
         self,
         x: Tensor,
@@ -303,9 +325,7 @@ class LactLayer(nn.Module):
         if tables is None:
             tables = rotary_tables(layout.positions, self.head_width, self.rope_theta)
 
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self._project(x)
         fast_q, fast_k, fast_v = self._fast_operands(q, k, v, tables)
 
         q, k, v = (split_heads(part, self.num_attn_heads) for part in (q, k, v))
@@ -334,6 +354,13 @@ class LactLayer(nn.Module):
         after = keep_keys(kept, k, v, self.window_size, layout.lengths)
         return output, LactState(fast_state, after, layout.after(seen, length))
 
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v `[B, T, d]` of both paths."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
     def _fast_operands(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, T, d]` as the fast weights take them, `[B, T, H, D]` in v's dtype."""
         operands = []
@@ -359,8 +386,7 @@ class LactLayer(nn.Module):
         return_state: bool,
     ) -> tuple[Tensor, State | None]:
         """Run the inner loop: outputs `[B, T, H, D]`, and its state where that is wanted."""
-        inner, rates = self._inner, self.learning_rates(x)
-        gates = {name: wide(getattr(self, f"{name}_proj")(x)) for name in ("momentum", "retention") if getattr(inner, name)}
+        inner, rates, gates = self._inner, self.learning_rates(x), self.gates(x)
         before = None if state is None else state.fast
         weights = self.start_weights() if before is None else None
         if layout.lengths is None or not return_state:

@@ -18,7 +18,7 @@ from kvbind.experiments.explorer import examples
 from kvbind.experiments.explorer.examples import Example
 from kvbind.experiments.explorer.looks import look_at, spec_data
 from kvbind.experiments.findings import Findings, Request, write_findings
-from kvbind.experiments.shared import missing_note, train_rows
+from kvbind.experiments.shared import train_rows
 from kvbind.experiments.show_images import spread
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.experiments.table2 import TABLE
@@ -48,9 +48,10 @@ def reproduce(**options: Any) -> dict[str, Any]:
 
     Raises:
         ValueError: an unknown task or scale, or an edit that does not fit.
+        UnfinishedError: no run is finished, or none has its weights here.
     """
     request = Request(**options)
-    trained = train_rows("explorer", TABLE.rows, tuple(SUBJECTS), request)
+    trained = train_rows("explorer", TABLE.rows, tuple(SUBJECTS), request, weights=True)
     rows, example = [], None
     for name in trained.runs:
         seed, metric = min(trained.runs[name]), trained.subject.metric
@@ -66,7 +67,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
         "title": title,
         "group": "trained models",
         "about": f"Trained as in table 2, {title}, the first seed; shown on {trained.subject.held_out}, up to {LAYERS} "
-        f"layers over the depth.{missing_note(trained)}",
+        f"layers over the depth.{trained.missing}",
         "example": example,
         "rows": rows,
     }
@@ -87,7 +88,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
 def calls_of(model: nn.Module, config: Any, device: torch.device, *inputs: Any, **named: Any) -> list[Call]:
     """The calls that a model's layers make, in their order."""
     calls: list[Call] = []
-    with torch.no_grad(), precision(config.train, device), seen_calls(calls.append):
+    with torch.no_grad(), precision(config.train, device), seen_calls(model, calls.append):
         model(*inputs, **named)
     return calls
 
@@ -132,7 +133,7 @@ def views(model: Any, task: Any, config: Any, device: torch.device) -> tuple[Exa
     one = {name: x[:1].to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
     inputs, targets = (task.held_out.pixels(one[name], device) for name in ("image", "target_image"))
     calls: list[Call] = []
-    with torch.no_grad(), precision(config.train, device), seen_calls(calls.append):
+    with torch.no_grad(), precision(config.train, device), seen_calls(model, calls.append):
         predict(model, inputs, one)
     panels = [(f"{kind} {i + 1}", (255 * x).round().byte()) for kind, own in (("input", inputs), ("target", targets))
               for i, x in enumerate(own[0])]  # fmt: skip

@@ -54,10 +54,8 @@ def head_of(call: Call, head: int) -> Call:
     options = {name: own(call.options.get(name)) for name in ("momentum", "retention")}
     options["lr"] = {name: own(x) for name, x in rates.items()} if isinstance(rates, Mapping) else own(rates)
     options["update_tokens"] = call.options.get("update_tokens")
-    weights = {name: x[..., head : head + 1, :, :] for name, x in (call.weights or {}).items()}
-    return replace(
-        call, weights=weights, q=own(call.q), k=own(call.k), v=own(call.v), output=own(call.output), options=options
-    )
+    weights = {name: x[..., head : head + 1, :, :] for name, x in call.weights.items()}
+    return replace(call, weights=weights, q=own(call.q), k=own(call.k), v=own(call.v), options=options)
 
 
 @torch.no_grad()
@@ -69,12 +67,7 @@ def look_at(call: Call, cells: Tensor) -> list[Look]:
     Args:
         call: of a layer.
         cells: the cell of each token, int64 `[T]`, from 0 without gaps.
-
-    Raises:
-        ValueError: a call that goes on from a state.
     """
-    if not call.weights:
-        raise ValueError("a call that goes on from a state cannot be looked at from its start")
     conv = isinstance(call.spec.network, DepthwiseConv)
     found = losses(call)
     parts = {"convolution": call} if conv else {f"head {i}": head_of(call, i) for i in range(min(call.q.shape[2], HEADS))}
@@ -88,7 +81,7 @@ def arguments_of(call: Call) -> dict[str, Any]:
 
 def mixing(call: Call, cells: Tensor) -> Look:
     """The linear attention of a call of one head: its matrix, and effective queries and keys of each cell's first token."""
-    attention = linearize(call.spec, call.weights or {}, call.q, call.k, call.v, **arguments_of(call))
+    attention = linearize(call.spec, call.weights, call.q, call.k, call.v, **arguments_of(call))
     cells = cells.to(attention.q.device)
     writes = attention.v[0].flatten(1).abs().amax(1) > 0
     # a token that does not write has no effective value for its weights to count
@@ -114,7 +107,7 @@ def losses(call: Call) -> list[Look]:
 
     def loss(spec: InnerLoop, at: Literal["before", "after"]) -> list[list[float | None]]:
         """By head and chunk."""
-        found = inner_loss(spec, call.weights or {}, call.k, call.v, at=at, **options)
+        found = inner_loss(spec, call.weights, call.k, call.v, at=at, **options)
         return [[short(x) for x in own] for own in found.mean(0).tolist()]
 
     at_start = spec.replace(visibility="full", chunk=None, steps=1)

@@ -97,12 +97,12 @@ def leaves_of(spec: InnerLoop, tokens: Tensor) -> Leaves:
 
 
 def as_call(spec: InnerLoop, leaves: Leaves) -> Call:
-    """The call that operands make, without its output, which nobody looks at."""
+    """The call that operands make."""
     options = arguments(spec, leaves)
     if spec.loss == "squared" and not spec.token_lr:
         options["lr"] = 1 / (spec.chunk or SETTING.tokens)  # with 1, steps on several unit keys at once would grow
     q, k, v = (options.pop(name) for name in NARROW)
-    return Call(spec, weights_of(leaves), q, k, v, options, output=v)
+    return Call(spec, weights_of(leaves), q, k, v, options)
 
 
 def embedded(words: list[str]) -> Tensor:
