@@ -11,7 +11,7 @@ from kvbind.hardware import ACCELERATORS, accelerator, peak_flops, recognized
 from kvbind.models import PRESETS, LactConfig, LactForCausalLM
 from kvbind.plan.calibration import SHIPPED, Calibration, Point, calibrate, load_calibration, read_points, save_calibration
 from kvbind.plan.command import job_of, run_plan
-from kvbind.plan.costs import Job, Mesh, bandwidth, memory, seconds, traffic
+from kvbind.plan.costs import Job, Mesh, bandwidth, host_bytes, memory, seconds, traffic
 from kvbind.plan.planner import RESERVE, meshes, overrides, plan
 from kvbind.tasks import check_recomputed_once, language
 from kvbind.train.config import read_config
@@ -58,6 +58,27 @@ def test_ranks_divide_weights_activations_and_work(job):
     assert alone.weights == alone.sequence == 0
     assert shared.weights > 0
     assert shared.sequence > 0
+
+
+def test_offloaded_block_inputs_take_host_memory_in_place_of_the_gpus(job):
+    one, four = Mesh(), Mesh(1, 1, 4)
+    there = replace(job, recompute="offload")
+    inputs = 4 * 1536 * job.length
+    assert memory(job, one, 80.0).total - memory(there, one, 80.0).total == pytest.approx((24 - 2) * inputs)
+    assert (host_bytes(job, one), host_bytes(there, one), host_bytes(there, four)) == (0, 24 * inputs, 6 * inputs)
+    # as much is computed and sent again
+    assert seconds(there, four, H100, 0.4, 1.0) == seconds(job, four, H100, 0.4, 1.0)
+
+
+def test_two_gpus_train_on_a_million_tokens_where_block_inputs_are_offloaded(job, calibration):
+    h200 = ACCELERATORS["h200"]
+    million = replace(job, length=1 << 20, batch=1)
+    assert not plan(million, 2, "h200", h200, calibration).options[0].fits
+    found = plan(replace(million, recompute="offload"), 2, "h200", h200, calibration)
+    assert found.options[0].fits
+    assert found.options[0].mesh == Mesh(1, 1, 2)
+    assert "train.activation_checkpointing=offload" in overrides(found.options[0])
+    assert "each GPU keeps 72 GiB of block inputs in pinned memory of its host" in found.warnings
 
 
 def test_what_a_sequence_exchanges_does_not_grow_with_its_length(job):
@@ -242,7 +263,7 @@ def test_the_command_prints_a_plan_and_writes_it(tmp_path, capsys, monkeypatch):
 def test_what_does_not_fit_is_refused_by_name(tmp_path, capsys):
     for words, message in (
         (["--gpus", "8,x"], "gpus must be whole numbers of at least 1 with commas between them; got '8,x'"),
-        (["--recompute", "blocks"], "recompute must be one of 'block', 'selective', 'none'; got 'blocks'"),
+        (["--recompute", "blocks"], "recompute must be one of 'block', 'offload', 'selective', 'none'; got 'blocks'"),
         (["--budget", "0"], "budget must be above 0 tokens; got 0"),
         (["--preset", "761m"], "preset must be one of"),
     ):

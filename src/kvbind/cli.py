@@ -402,7 +402,7 @@ def plan(
     ] = None,
     hardware: Annotated[str, typer.Option(help="Which GPUs: h100, h200, a100 or a100-40gb, eight to a node.")] = "h100",
     recompute: Annotated[
-        str, typer.Option(help="What is computed again in the backward pass: block, selective or none.")
+        str, typer.Option(help="What is computed again in the backward pass: block, offload, selective or none.")
     ] = "block",
     budget: Annotated[
         float | None, typer.Option(help="Tokens to train on, such as 15e9; default the configuration's.", show_default=False)

@@ -12,6 +12,7 @@ from kvbind.bench.scaling import Settings, cases, equality, finished, measured
 from kvbind.bench.scaling_tables import of_linear, scaling_grids
 from kvbind.bench.scaling_worker import OUT_OF_MEMORY, Case
 from kvbind.inner.systems import ladder
+from kvbind.layers.window_attention import halo_of
 from kvbind.models import PRESETS, LactConfig
 from kvbind.plan.calibration import calibrate, read_points
 from kvbind.plan.costs import Job, Mesh, traffic
@@ -53,6 +54,8 @@ def test_the_command_measures_two_processes_beside_one(tmp_path, capsys, monkeyp
         "128",
         "--equality-tokens",
         "128",
+        "--recompute",
+        "offload",
     ]
     with pytest.raises(SystemExit, match="0"):
         cli.main(
@@ -84,6 +87,10 @@ def test_the_command_measures_two_processes_beside_one(tmp_path, capsys, monkeyp
     config = LactConfig(**{**PRESETS["tiny"], "inner": ladder(PRESETS["tiny"]["inner"])["rung2"]})
     planned = traffic(Job(config, 128), Mesh(1, 1, 2))
     assert scanned == pytest.approx(planned.states / config.num_hidden_layers, rel=0.01)
+    # keys and values in float32, of the rank that has a halo: twice forward
+    halo = speeds[-1]["sequence_bytes"]["received_per_layer"]["halo"]
+    assert halo == 2 * 2 * 4 * config.hidden_size * min(64, halo_of(config.window_size))
+    assert {row["recompute"] for row in record["rows"]} == {"offload"}
     assert len(record["equality"]) == 2
     assert all(one["steps"] == 3 and one["largest"] < 1e-4 for one in record["equality"])
     assert "linear" in capsys.readouterr().out  # of the table's heading, which may wrap
@@ -258,3 +265,28 @@ def test_a_plan_can_be_calibrated_by_a_record(tmp_path):
         ((1, 1, 1), 131072), ((1, 1, 2), 131072), ((1, 1, 4), 1 << 20), ((1, 1, 8), 1 << 20),
     ]  # fmt: skip
     assert list(calibrate(points).efficiency) == ["h200 rung2 parallel"]
+
+
+def test_offloaded_inputs_that_the_machine_cannot_hold_are_not_tried(monkeypatch):
+    def tried(case, host):
+        monkeypatch.setattr(scaling, "host_memory", lambda: host)
+        return not scaling.too_large(case, 141e9)
+
+    million = cases(("sequence",), (2,), replace(Settings(), lengths=(1 << 20,), recompute="offload"))[0]
+    pinned = 4 * 24 * 1536 * (1 << 20)  # on both GPUs together
+    assert tried(million, 1.3 * pinned)
+    assert not tried(million, 1.2 * pinned)
+    # what stays on GPUs takes nothing of the machine's
+    short = replace(million, length=1 << 18, recompute="block")
+    assert tried(short, 1.0)
+    assert not tried(replace(million, length=1 << 21, recompute="block"), 1e15)
+
+
+def test_the_machines_memory_is_what_its_control_group_allows(monkeypatch, tmp_path):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(scaling, "MEMORY_LIMIT", limit)
+    present = scaling.host_memory()
+    assert present > 1e8
+    for text, expected in (("max\n", present), ("4096\n", 4096.0), (f"{2 * int(present)}\n", present)):
+        limit.write_text(text)
+        assert scaling.host_memory() == expected

@@ -6,11 +6,15 @@ import itertools
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from kvbind import SequenceShard, count_bytes, sequence_parallel, shard_batch, ttt
 from kvbind.models import LactForCausalLM
+from kvbind.train.config import ParallelConfig
+from kvbind.train.parallel import Layout
 from strategies import operands
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
@@ -114,6 +118,8 @@ def check(ranks, spec, sizes, cu_seqlens, lengths, bound, schedule="auto", **opt
         for place, tensors in r[1].items():
             wanted |= {f"{name} of {place}": ends[place][name] for name in tensors}
             found |= {f"{name} of {place}": x for name, x in tensors.items()}
+    documents = range(len(ends)) if cu_seqlens is None else np.flatnonzero(np.diff(cu_seqlens))
+    assert sorted(place for r in results for place in r[1]) == list(documents)
     far = [name for name, x in found.items() if distance(x, wanted[name]) >= bound]
     if far and sizes["dtype"] == torch.float32:
         # Newton-Schulz magnifies rounding in what it nearly cancels
@@ -169,3 +175,14 @@ def refusals(group):
     ):
         with pytest.raises(ValueError, match=message), sequence_parallel(shard):
             model(**given)
+
+
+def layouts(group):
+    """By the number of ranks that share a sequence: which, in a group in which nothing else travels."""
+    found = []
+    for sequence in (1, 2, 4):
+        layout = Layout.of(ParallelConfig(sequence=sequence), torch.device("cpu"))
+        of_weights = {layout.weights.get_group(name).group_name for name in ("replicate", "shard")}
+        assert layout.group is None or layout.group.group_name not in of_weights | {dist.group.WORLD.group_name}
+        found.append(None if layout.group is None else dist.get_process_group_ranks(layout.group))
+    return found

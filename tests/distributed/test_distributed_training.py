@@ -77,9 +77,10 @@ def test_several_processes_have_the_curve_of_one(root, count, task, way, edits):
 
 
 def test_recomputed_activations_change_no_number(root):
-    kept = curve(folder_of(root, 2, "language", "fsdp"))
-    for what in ("block", "selective"):
-        assert curve(folder_of(root, 2, "language", "fsdp", f"train.activation_checkpointing={what}")) == kept
+    for way, whats in (("fsdp", ("block", "selective", "offload")), ("sequence", ("offload",))):
+        kept = curve(folder_of(root, 2, "language", way))
+        for what in whats:
+            assert curve(folder_of(root, 2, "language", way, f"train.activation_checkpointing={what}")) == kept
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(root):

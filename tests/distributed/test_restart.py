@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import torch
-from launching import torchrun
+from launching import torchrun, torchrun_on_nodes
 
 from kvbind.models import LactForCausalLM
 from kvbind.tasks.language import open_trained
@@ -40,6 +40,15 @@ def test_a_run_whose_ranks_are_killed_in_a_step_and_in_a_save_goes_on_and_ends_l
     for part in ("model", "trained", "optimizer"):
         assert found[part].keys() == expected[part].keys()
         assert all(torch.equal(x, expected[part][name]) for name, x in found[part].items())
+
+
+def test_a_restart_is_known_on_nodes_where_nothing_failed(tmp_path):
+    """Or `--fresh` would discard what the first attempt has trained, where a process of another node died."""
+    assert torchrun_on_nodes(2, HERE / "restarted_run.py", tmp_path, restarts=1) == [0, 0]
+    spared, failed = ((tmp_path / f"rank-{rank}").read_text().splitlines() for rank in range(2))
+    # restarted, and how often processes of the node itself have failed
+    assert spared == ["False 0", "True 0"]
+    assert failed == ["False 0", "True 1"]
 
 
 def test_the_command_trains_under_torchrun_and_leaves_a_model_for_transformers(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import check, distance, model_alone, model_over_ranks, refusals
+from jobs import check, distance, layouts, model_alone, model_over_ranks, refusals
 from lact_small import LADDER, tokens
 from ranks import started
 
@@ -118,3 +118,9 @@ def test_bytes_do_not_grow_with_the_row(ranks, rung):
 
 def test_the_model_refuses_what_a_slice_cannot_have(ranks):
     ranks.run(refusals, 2)
+
+
+def test_a_sequence_has_a_group_of_its_own_also_where_it_spans_all_processes(ranks):
+    everyone = [0, 1, 2, 3]
+    for number, found in enumerate(ranks.run(layouts, 4)):
+        assert found == [None, everyone[:2] if number < 2 else everyone[2:], everyone]

@@ -83,6 +83,8 @@ RUNS = {
         ("language", "ddp", "data.separate=true"),
         ("language", "fsdp", "train.activation_checkpointing=block"),
         ("language", "fsdp", "train.activation_checkpointing=selective"),
+        ("language", "fsdp", "train.activation_checkpointing=offload"),
+        ("language", "sequence", "train.activation_checkpointing=offload"),
     ],
     4: [
         *((task, "hsdp") for task in EDITS),

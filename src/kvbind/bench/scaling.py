@@ -12,6 +12,7 @@ Rows are handed out as they are measured, so that what was stopped has lost noth
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from kvbind.bench.scaling_worker import OUT_OF_MEMORY, Case
 from kvbind.inner.systems import ladder
 from kvbind.models import PRESETS, LactConfig
 from kvbind.plan.calibration import load_calibration
-from kvbind.plan.costs import Job, Mesh, memory
+from kvbind.plan.costs import Job, Mesh, host_bytes, memory
 
 WHATS = ("fsdp", "sequence", "equality")
 
@@ -40,6 +41,11 @@ NEEDS_MORE = "needs more memory, by kvbind plan"
 
 SURELY = 1.15
 """By how much memory must fall short of what formulas say for a case not to be tried; they are off by less."""
+
+PINNED_SHARE = 0.8
+"""Of the machine's memory, what may be pinned for block inputs."""
+
+MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 STOP_SECONDS = 45
 """For torchrun to end its processes, the hard way after 30 seconds."""
@@ -119,12 +125,28 @@ def cases(whats: Sequence[str], gpus: Sequence[int], settings: Settings) -> list
 
 
 def too_large(case: Case, memory_bytes: float) -> bool:
-    """Whether a case is so large, by the formulas of `kvbind plan`, that it need not be tried on GPUs of that memory."""
+    """Whether a case is so large, by the formulas of `kvbind plan`, that it need not be tried on this machine.
+
+    Args:
+        case: what would be run.
+        memory_bytes: of each GPU.
+    """
     inner = ladder(PRESETS[case.preset]["inner"])[case.rung]
     config = LactConfig(**{**PRESETS[case.preset], "inner": inner, "ttt_form": case.form})
-    job = Job(config, case.length, case.batch, case.recompute)
-    needed = memory(job, Mesh(1, case.shard, case.sequence), load_calibration().block_bytes).total
-    return needed > SURELY * memory_bytes
+    job, mesh = Job(config, case.length, case.batch, case.recompute), Mesh(1, case.shard, case.sequence)
+    needed = memory(job, mesh, load_calibration().block_bytes).total
+    # pinned memory cannot be swapped out: asking for more than there is ends more than this program
+    pinned = case.gpus * host_bytes(job, mesh)
+    return needed > SURELY * memory_bytes or pinned > PINNED_SHARE * host_memory()
+
+
+def host_memory() -> float:
+    """Bytes of memory that this machine has, or of them what its control group may use."""
+    present = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        return min(present, float(MEMORY_LIMIT.read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # no control groups, or no limit
+        return present
 
 
 def measured(

@@ -110,9 +110,7 @@ class Training:
         self.model, self.optimizer = model, make_optimizer(model, config)
         self.shard = None
         if case.sequence > 1:
-            mesh = self.layout.mesh
-            group = None if mesh is None else mesh.get_group("sequence")
-            self.shard = SequenceShard.even(case.length, group, multiple=inner.chunk or 1)
+            self.shard = SequenceShard.even(case.length, self.layout.group, multiple=inner.chunk or 1)
 
     def rows(self, step: int) -> list[Tensor]:
         """This data rank's sequences of a step, `[1, T]` each; the same tokens however many ranks there are."""
@@ -182,7 +180,8 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
         layers = training.config.num_hidden_layers
         if case.sequence > 1:
             found["sequence_bytes"] = {
-                "received_per_layer": {kind: n / layers for kind, n in sorted(sent.received.items())},
+                # the first and last rank receive less than those between them, which have a halo in both directions
+                "received_per_layer": {kind: _agreed(n, device) / layers for kind, n in sorted(sent.received.items())},
                 "exchanges_per_layer": sum(sent.calls.values()) / layers,
             }
     return found

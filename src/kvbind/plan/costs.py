@@ -21,7 +21,13 @@ from kvbind.models import LactConfig, LactForCausalLM
 from kvbind.models.flops import Parts, lact_flops
 from kvbind.models.lact.loss import PIECE
 
-RECOMPUTE = ("block", "selective", "none")
+RECOMPUTE = ("block", "offload", "selective", "none")
+
+REPEATED = ("block", "offload")
+"""Where the whole forward pass of a block is made again."""
+
+OFFLOADED_INPUTS = 2
+"""Block inputs that a GPU holds where they are kept in host memory: the one in use, and the one that comes next."""
 
 STATE_COPIES = 6
 """States of all chunks that one layer holds at once in the backward pass of the parallel form: writes, orthogonalized
@@ -76,7 +82,7 @@ class Job:
         config: of the model.
         length: tokens in a sequence.
         batch: sequences in an optimizer step.
-        recompute: "block", "selective" or "none": which activations are made again in the backward pass.
+        recompute: "block", "offload", "selective" or "none": which activations are made again in the backward pass.
         gather_bytes: of one weight when it is gathered: 4 for float32, 2 for bfloat16.
         preset: the size's name, to compare with measured points; "" for another.
         rung: of the ladder, likewise.
@@ -204,7 +210,8 @@ def memory(job: Job, mesh: Mesh, block_bytes: float) -> Memory:
     inner = job.config.inner
     # products of a block: q, k, v, attention, fast weights, both outputs; the MLP's two. In bfloat16
     products = 2 * (7 + 2 * config.mlp_width / d)
-    per_layer = {"block": 4.0, "selective": 4.0 + products, "none": block_bytes}[job.recompute]
+    per_layer = {"block": 4.0, "offload": 4.0, "selective": 4.0 + products, "none": block_bytes}[job.recompute]
+    held = OFFLOADED_INPUTS if job.recompute == "offload" else layers
     states = 0.0
     if inner.chunk is not None and job.form == "parallel":
         states = STATE_COPIES * job.write_bytes * (tokens / inner.chunk + 1)
@@ -216,12 +223,18 @@ def memory(job: Job, mesh: Mesh, block_bytes: float) -> Memory:
         gradients=4 * everything / (mesh.weights if passes == 1 else 1),
         optimizer=8 * everything / mesh.weights,
         gathered=gathered,
-        kept=layers * per_layer * d * tokens,
+        kept=held * per_layer * d * tokens,
         block=0.0 if job.recompute == "none" else block_bytes * d * tokens,
         states=states,
         halo=halo,
         logits=LOGIT_BYTES * min(PIECE, tokens) * config.vocab_size,
     )
+
+
+def host_bytes(job: Job, mesh: Mesh) -> float:
+    """What one GPU keeps in its host's memory: the inputs of all blocks, or nothing."""
+    config = job.config
+    return 4.0 * config.num_hidden_layers * config.hidden_size * job.length / mesh.sequence * (job.recompute == "offload")
 
 
 @dataclass(frozen=True)
@@ -275,7 +288,7 @@ def traffic(job: Job, mesh: Mesh) -> Traffic:
             states = float(cost(config.inner, job.shapes).state_bytes)
         # sequences begin and end with whole chunks on every rank, so that no pending tokens travel
         halo = 2 * 2.0 * config.hidden_size * (config.window_size - 1)
-    times = config.num_hidden_layers * passes * (3 if job.recompute == "block" else 2)
+    times = config.num_hidden_layers * passes * (3 if job.recompute in REPEATED else 2)
     return Traffic(
         gather=passes * job.gather_bytes * gathered * others,
         scatter=4 * everything * others,
@@ -333,6 +346,8 @@ class Seconds:
 def seconds(job: Job, mesh: Mesh, hardware: Accelerator, efficiency: float, exposed: float) -> Seconds:
     """How long a step takes.
 
+    Block inputs that are kept in host memory are taken to travel behind computing.
+
     Args:
         job: what is trained.
         mesh: on what.
@@ -343,7 +358,7 @@ def seconds(job: Job, mesh: Mesh, hardware: Accelerator, efficiency: float, expo
     """
     everything, _ = job.parameters
     sequences = job.batch / mesh.data
-    again = (4 if job.recompute == "block" else 3) / 3
+    again = (4 if job.recompute in REPEATED else 3) / 3
     total, fast = sum(job.flops.values()), job.flops["fast weights"]
     # in the recurrent form each rank waits for the state of the one before it
     own = total / mesh.sequence if job.form == "parallel" else (total - fast) / mesh.sequence + fast

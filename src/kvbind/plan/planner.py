@@ -9,7 +9,7 @@ from typing import Any
 from kvbind.forms.analysis import parallel_obstacles
 from kvbind.hardware import Accelerator
 from kvbind.plan.calibration import Calibration
-from kvbind.plan.costs import Job, Memory, Mesh, Seconds, Traffic, memory, seconds, traffic
+from kvbind.plan.costs import Job, Memory, Mesh, Seconds, Traffic, host_bytes, memory, seconds, traffic
 
 RESERVE = 0.1
 """The part of a GPU's memory that is left for the driver, for communication, and for what the allocator cannot use."""
@@ -58,6 +58,7 @@ class Option:
             "passes": self.passes,
             "recompute": self.job.recompute,
             "fits": self.fits,
+            "host_bytes": host_bytes(self.job, self.mesh),
             "memory_bytes": {"total": self.memory.total, **asdict(self.memory)},
             "received_bytes_per_step": {"total": self.traffic.total, **asdict(self.traffic)},
             "seconds_per_step": {"total": self.seconds.total, **asdict(self.seconds)},
@@ -147,7 +148,12 @@ def overrides(option: Option) -> list[str]:
 def _warnings(job: Job, best: Option, name: str, calibration: Calibration, measured_as: str) -> tuple[str, ...]:
     found = []
     if not best.fits:
-        found.append("no mesh of so many GPUs fits: use more GPUs, recompute blocks, or shorten sequences")
+        found.append(
+            "no mesh of so many GPUs fits: use more GPUs, recompute blocks (offload keeps least), or shorten sequences"
+        )
+    if job.recompute == "offload":
+        held = host_bytes(best.job, best.mesh) / 2**30
+        found.append(f"each GPU keeps {held:.0f} GiB of block inputs in pinned memory of its host")
     if best.job.batch > job.batch:
         found.append(f"the mesh needs {best.job.batch} sequences in a step, more than the {job.batch} that were asked for")
     if job.form == "recurrent" and best.mesh.sequence > 1:

@@ -274,7 +274,12 @@ class _Send(torch.autograd.Function):
 
 
 def _send(shard: SequenceShard, peer: int, tensors: Sequence[Tensor]) -> None:
-    """Send tensors to a neighbour as one message."""
+    """Send tensors to a neighbour as one message.
+
+    Each rank may have its own order of what it sends ahead and takes from behind: ranks are a line, so that waits never
+    close a circle. No `batch_isend_irecv`: where NCCL starts at first use, it would wait for all ranks of the group, also
+    for those that no document reaches.
+    """
     message = as_bytes([x.unsqueeze(0) for x in tensors], 1)
     record("ring", message.numel(), 0)
     with waiting(message.device):

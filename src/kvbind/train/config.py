@@ -16,6 +16,9 @@ from kvbind.inner.value import check_choice, nearest
 
 T = TypeVar("T")
 
+RECOMPUTE = ("none", "block", "selective", "offload")
+"""What `train.activation_checkpointing` can be."""
+
 _INDIFFERENT = {
     "device", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "parallel", "activation_checkpointing",
 }  # fmt: skip
@@ -74,7 +77,8 @@ class TrainConfig:
         max_skipped: steps with non-finite loss or gradient in a row that end the run.
         tensorboard: also write TensorBoard's event files, where it is installed.
         activation_checkpointing: what is computed again in the backward pass, for memory: "none"; "block", everything but
-            each block's input; "selective", everything but that and the outputs of matrix products, attention and kernels.
+            each block's input; "selective", everything but that and the outputs of matrix products, attention and kernels;
+            "offload", as "block", with the inputs in host memory.
         parallel: over several processes.
     """
 
@@ -103,7 +107,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_choice("train.precision", self.precision, ("auto", "float32", "bfloat16"))
         check_choice("train.gather", self.gather, ("float32", "bfloat16"))
-        check_choice("train.activation_checkpointing", self.activation_checkpointing, ("none", "block", "selective"))
+        check_choice("train.activation_checkpointing", self.activation_checkpointing, RECOMPUTE)
         for name, least in {"steps": 1, "accumulate": 1, "keep": 1, "max_skipped": 1, "warmup": 0, "evaluate_every": 0,
                             "checkpoint_every": 0, "checkpoint_minutes": 0, "weight_decay": 0}.items():  # fmt: skip
             if getattr(self, name) < least:

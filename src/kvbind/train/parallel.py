@@ -1,4 +1,4 @@
-"""How a model is spread over the processes of a run: a mesh of replicate, shard and sequence, and DDP or FSDP on it.
+"""How a model is spread over the processes of a run: over replicate, shard and sequence ranks, by DDP or FSDP.
 
 Models know nothing of ranks: whatever happens is put around them here, from outside.
 """
@@ -30,16 +30,17 @@ class Layout:
     """Where this process stands among the others.
 
     Attributes:
-        mesh: over all processes, with the dimensions "replicate", "shard" and "sequence"; None for a single one.
-        weights: the same processes as weights see them: "replicate", and "shard" over shard and sequence together.
+        weights: all processes as weights see them, with the dimensions "replicate", and "shard" over shard and sequence
+            together; None for a single one.
         data: number of this data rank, and how many there are.
         sequence: number of this sequence rank, and how many share a sequence.
+        group: the processes that share a sequence; None for this one alone.
     """
 
-    mesh: DeviceMesh | None = None
     weights: DeviceMesh | None = None
     data: tuple[int, int] = (0, 1)
     sequence: tuple[int, int] = (0, 1)
+    group: dist.ProcessGroup | None = None
 
     @classmethod
     def of(cls, config: ParallelConfig, device: torch.device) -> Layout:
@@ -59,10 +60,15 @@ class Layout:
             raise ValueError(f"train.parallel.shard must divide the number of data ranks, {data}; got {shard}")
         if count == 1:
             return cls()
-        names = ("replicate", "shard", "sequence")
-        mesh = init_device_mesh(device.type, (data // shard, shard, sequence), mesh_dim_names=names)
-        weights = init_device_mesh(device.type, (data // shard, shard * sequence), mesh_dim_names=names[:2])
-        return cls(mesh, weights, (rank() // sequence, data), (rank() % sequence, sequence))
+        names = ("replicate", "shard")
+        weights = init_device_mesh(device.type, (data // shard, shard * sequence), mesh_dim_names=names)
+        group = None
+        if sequence > 1:
+            # never the group of all processes, in which gradients and weights travel: what a sequence exchanges would queue
+            # up behind those, and every rank would have to ask for both kinds in one order
+            groups = [dist.new_group(list(range(start, start + sequence))) for start in range(0, count, sequence)]
+            group = groups[rank() // sequence]
+        return cls(weights, (rank() // sequence, data), (rank() % sequence, sequence), group)
 
     def share(self, batch: int, accumulate: int) -> Share:
         """What this data rank reads of steps of `accumulate` batches of `batch` rows.
@@ -70,12 +76,12 @@ class Layout:
         Raises:
             ValueError: rows that cannot be divided evenly.
         """
-        if self.mesh is None or self.sequence[1] == 1:
+        if self.group is None:
             return Share.of(*self.data, batch, accumulate)
         place, size = self.sequence
         # all processes take part in making each group
         groups = [dist.new_group(list(range(start, ranks(), size))) for start in range(size)]
-        return Share.of(*self.data, batch, accumulate, groups[place], self.mesh.get_group("sequence"))
+        return Share.of(*self.data, batch, accumulate, groups[place], self.group)
 
 
 class Distributed:
@@ -104,9 +110,9 @@ class Distributed:
     ) -> None:
         self.module = model
         kind = strategy(model, config.parallel)
-        if layout.mesh is None or kind == "ddp":
+        if layout.weights is None or kind == "ddp":
             model.to(device)
-        if layout.mesh is None:
+        if layout.weights is None:
             return
         if kind == "fsdp":
             shard(model, blocks, layout, config)

@@ -39,12 +39,15 @@ def connected(device: str = "auto") -> Iterator[None]:
         own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(own)
         backend = "cpu:gloo,cuda:nccl"
+        # the only messages between two ranks are those of a sequence's ring, which are meant to come one after another
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     else:
         own, backend = None, "gloo"
     store, number, count = next(dist.rendezvous("env://"))
     # torchrun keeps one store through all restarts, in which addresses of processes that died are still to be found
     store = dist.PrefixStore(agreed_word(store, number, count), store)
     dist.init_process_group(backend, store=store, rank=number, world_size=count, device_id=own)
+    _RESTARTS[0] = max(from_all(_own_restarts()))
     try:
         yield
     finally:
@@ -95,8 +98,16 @@ def ranks() -> int:
 
 
 def restarted() -> bool:
-    """Whether `torchrun` has started this process anew after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Whether `torchrun` has started the processes anew after one failed; before they are connected, one of this node."""
+    return max(_RESTARTS[0], _own_restarts()) > 0
+
+
+def _own_restarts() -> int:
+    # of this node alone: torchrun counts failures where they happen, and starts the processes of all nodes anew
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+_RESTARTS = [0]
 
 
 def barrier() -> None:

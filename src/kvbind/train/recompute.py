@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from kvbind.train.offload import HostMemory
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 _ATTENTION = ("_scaled_dot_product", "flex_attention")
@@ -22,21 +25,31 @@ def recompute(blocks: Iterable[nn.Module], what: str) -> None:
     Args:
         blocks: modules that are called one after another.
         what: "none"; "block", to keep each block's inputs alone; "selective", to keep in addition what is dear to compute:
-            the outputs of matrix products, of softmax attention and of this library's kernels.
+            the outputs of matrix products, of softmax attention and of this library's kernels; "offload", to keep the
+            inputs alone, and those in host memory: a GPU then holds two of them, however many blocks there are.
     """
     if what == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False}
+    kept_by: Callable[[], AbstractContextManager[object]] = HostMemory().hooks if what == "offload" else nullcontext
     if what == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in blocks:
-        block.forward = partial(_forward, block.forward, options)
+        block.forward = partial(_forward, block.forward, options, kept_by)
 
 
-def _forward(forward: Any, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def _forward(
+    forward: Any,
+    options: dict[str, Any],
+    kept_by: Callable[[], AbstractContextManager[object]],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, **options, **kwargs)
+    # inside, checkpointing's own hooks see what the block keeps; these see its inputs
+    with kept_by():
+        return checkpoint(forward, *args, **options, **kwargs)
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
