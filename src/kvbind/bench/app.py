@@ -343,12 +343,11 @@ def views(
     place = _device(device)
     numbers = _numbers(counts, "views")
     config = {"preset": preset, "size": size, "frames": frames, "dtype": "bfloat16" if place.type == "cuda" else "float32"}
-    rows = []
+    record, rows = provenance(place) | {"config": config}, []
     for row in bench_views(PRESETS[preset], numbers, (size, size), place, frames=frames, seconds=seconds):
         rows.append(row)
-        if out is not None:  # whole after each row, so that what was stopped has lost nothing
-            complete = len(rows) == 2 * len(numbers)
-            save(out, provenance(place) | {"config": config, "complete": complete, "rows": [asdict(row) for row in rows]})
+        # whole after each row, so that what was stopped has lost nothing
+        save(out, record | {"complete": len(rows) == 2 * len(numbers), "rows": [asdict(row) for row in rows]})
     table = Table(title=f"{preset}, {size} x {size} pixels, {place}")
     for name in ("views", "model", "read s", "frames/s", "read GiB", "render GiB", "scene MiB"):
         table.add_column(name, justify="left" if name == "model" else "right")

@@ -94,9 +94,10 @@ def rehearsed(*lengths: str, unless: str = "") -> Callable[[Callable[..., R]], C
 
         @wraps(body)
         def run(*args: Any) -> R:
-            if len(met) < MOST and (stops is None or not args[stops]) and _can_rehearse(args):
+            if len(met) < MOST and (stops is None or not args[stops]):
                 kind = tuple(x is None if varies else _kind(x) for x, varies in zip(args, vary, strict=True))
-                if kind not in met:
+                # asked last, as every call comes by here
+                if kind not in met and _can_rehearse(args):
                     met.add(kind)
                     with compiling_ahead():
                         body(*args)
