@@ -8,7 +8,7 @@ calibration.
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ def table(path: str, key: str, root: Path) -> str:
     if key == "scaling-picture":
         picture = f"![Training speed by the number of GPUs](images/{Path(path).stem}.png)"
         return f"{picture}\n\n*Drawn by `python docs/figures.py` from `{path}`: `{record['command']}`.*"
+    if key == "views":
+        return views_table(record, path)
     if "fsdp_length" in record["config"]:
         found = scaling_grids(record)
     elif "rules" in record:
@@ -86,6 +88,33 @@ def table(path: str, key: str, root: Path) -> str:
     if key not in grids:
         raise ValueError(f"{path} has no table {key!r}; it has {', '.join(grids)}")
     return f"{markdown(grids[key])}\n\n{source(record, path)}"
+
+
+def views_table(record: dict[str, Any], path: str) -> str:
+    """Both models of `kvbind bench views`, side by side; cells say where a model did not fit or was not tried."""
+    found = {(row["model"], row["views"]): row for row in record["rows"]}
+    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "reading": ("read_seconds", lambda s: f"{s * 1e3:.0f} ms" if s < 1 else f"{s:.1f} s"),
+        "frames/s": ("frames_per_second", lambda x: f"{x:.0f}"),
+        "kept": ("scene_bytes", size),
+        "peak, reading": ("read_bytes", size),
+    }
+    header = ["views", *(f"{title}: {model}" for title in columns for model in ("fast weights", "full attention"))]
+    lines = []
+    for views in sorted({row["views"] for row in record["rows"]}):
+        line = [str(views)]
+        for name, shown in columns.values():
+            for model in ("LaCT", "full attention"):
+                row = found.get((model, views))
+                line.append("not run" if row is None else shown(row[name]) if row["fits"] else "does not fit")
+        lines.append(line)
+    made = f"`{record['command']}`, {record['machine']['device']}, torch {record['versions']['torch']}; data in `{path}`."
+    return f"{plain(header, lines, left=0)}\n\n{made}"
+
+
+def size(count: float) -> str:
+    """Bytes, for people."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def experiment(record: dict[str, Any], key: str, path: str) -> str:
