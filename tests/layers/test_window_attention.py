@@ -5,10 +5,20 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kvbind.layers import window_attention as module
 from kvbind.layers.rotary import rotary_tables, rotate
-from kvbind.layers.window_attention import MASK_BLOCK, QUERY_BLOCK, KeptKeys, window_attention, window_block_mask
+from kvbind.layers.window_attention import (
+    MASK_BLOCK,
+    OWN_KERNELS,
+    QUERY_BLOCK,
+    KeptKeys,
+    has_own_kernel,
+    window_attention,
+    window_block_mask,
+)
 
 
 def plain(q, k, v, window, starts):
@@ -121,6 +131,42 @@ def test_flex_attention_equals_attention_in_blocks(bounds):
     wanted = torch.autograd.grad(window_attention(*on_cpu, 300, cu_seqlens=bounds).square().sum(), on_cpu)
     for x, y in zip(torch.autograd.grad(got.square().sum(), (q, k, v)), wanted, strict=True):
         torch.testing.assert_close(x.cpu(), y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    monkeypatch.setattr(module, "_OWN", set())
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_the_first_lengths_have_kernels_of_their_own_and_keep_them():
+    lengths = [(128 * n, 128 * n + ahead) for n in range(1, OWN_KERNELS + 3) for ahead in (0, 256)]
+    first = [has_own_kernel(x) for x in lengths]
+    assert first == [True] * OWN_KERNELS + [False] * (len(lengths) - OWN_KERNELS)
+    assert [has_own_kernel(x) for x in lengths] == first
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("exhausted", [0, 1, 2])
+def test_lengths_without_a_kernel_share_one_and_are_cut_into_blocks_when_the_compiler_has_had_enough(exhausted, monkeypatch):
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    def compiled(failing):
+        def attention(q, k, v, *, block_mask):
+            if failing:
+                raise FailOnRecompileLimitHit
+            return flex_attention(q, k, v, block_mask=block_mask)
+
+        return attention
+
+    for i, name in enumerate(("_for_one_length", "_for_any_length")):
+        monkeypatch.setattr(module, name, lambda failing=i < exhausted: compiled(failing))
+    for length in (300, 100, 400, 200, 500, 300):
+        q, k, v = (x.transpose(1, 2) for x in operands(1, length))
+        got = module._flex(q, k, v, 40, None, 0)
+        torch.testing.assert_close(
+            got.transpose(1, 2)[0], plain(*(x.transpose(1, 2)[0] for x in (q, k, v)), 40, [0] * length)
+        )
 
 
 def test_rotation_depends_on_relative_position_and_keeps_norms():

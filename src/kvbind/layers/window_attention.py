@@ -1,7 +1,7 @@
 """Causal softmax attention over a sliding window: which of PyTorch's attentions to call, and with which mask.
 
 A token attends to itself and the `window - 1` tokens before it in its own sequence. Training on CUDA uses FlexAttention,
-compiled for its one length. Everything else uses `scaled_dot_product_attention` on one block of queries after another, so
+compiled for its length. Everything else uses `scaled_dot_product_attention` on one block of queries after another, so
 that memory grows with `T * window`, not `T * T`: the CPU, for which FlexAttention has no backward, and reading prompts,
 which come in every length, each of which would be compiled for.
 """
@@ -24,6 +24,12 @@ QUERY_BLOCK = 128
 
 MASK_BLOCK = 128
 """Tokens along each side of FlexAttention's mask blocks."""
+
+OWN_KERNELS = 4
+"""Lengths for which FlexAttention is compiled one by one. Others share a kernel that takes any length, and is slower: it
+cannot know that a length divides into blocks."""
+
+_OWN: set[tuple[int, int]] = set()
 
 
 @dataclass(frozen=True)
@@ -135,17 +141,36 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: tuple[int, .
     # importing the compiler takes seconds, which only this path is worth
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
-    try:
-        output: Tensor = _compiled_flex_attention()(q, k, v, block_mask=mask)
-    except FailOnRecompileLimitHit:
-        # without fullgraph, FlexAttention would go on uncompiled and form all T x T scores
-        return _blocked(q, k, v, window, cu_seqlens, None, ahead)
-    return output
+    own = has_own_kernel((q.shape[2], k.shape[2]))
+    for compiled in (_for_one_length, _for_any_length) if own else (_for_any_length,):
+        try:
+            output: Tensor = compiled()(q, k, v, block_mask=mask)
+        except FailOnRecompileLimitHit:
+            continue
+        return output
+    # without fullgraph, FlexAttention would go on uncompiled and form all T x T scores
+    return _blocked(q, k, v, window, cu_seqlens, None, ahead)
+
+
+def has_own_kernel(lengths: tuple[int, int]) -> bool:
+    """Whether FlexAttention is compiled for these lengths of queries and keys alone, as for the first that a process has."""
+    if len(_OWN) < OWN_KERNELS:
+        _OWN.add(lengths)
+    return lengths in _OWN
 
 
 @functools.cache
-def _compiled_flex_attention() -> Any:
-    return torch.compile(flex_attention, fullgraph=True)
+def _for_one_length() -> Any:
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+
+@functools.cache
+def _for_any_length() -> Any:
+    # a function of its own, as the compiler counts what it has compiled by function
+    def attention(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Any:
+        return flex_attention(q, k, v, block_mask=block_mask)
+
+    return torch.compile(attention, fullgraph=True)
 
 
 @functools.lru_cache(maxsize=32)
