@@ -196,12 +196,15 @@ def window_block_mask(
     own = torch.arange(ahead, ahead + length, device=where)
     earliest = torch.maximum(own - window + 1, starts[ahead:])
 
-    # functions with their numbers in tensors: other windows and boundaries then need no other compilation
+    # functions with their numbers in tensors: other windows and boundaries then need no other compilation. Narrow ones, and
+    # no second lookup by row: a forward kernel that had both took twice as long (kvbind bench attention)
+    first_seen, shift = earliest.to(torch.int32), torch.tensor(ahead, dtype=torch.int32, device=where)
+
     def seen(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return (column <= row) & (column >= earliest[row])
+        return (column <= row) & (column >= first_seen[row])
 
     def seen_ahead(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return (column <= own[row]) & (column >= earliest[row])
+        return (column <= row + shift) & (column >= first_seen[row])
 
     def blocks(tokens: int) -> tuple[Tensor, Tensor]:
         first = torch.arange(-(-tokens // MASK_BLOCK), device=where) * MASK_BLOCK
