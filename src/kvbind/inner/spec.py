@@ -143,15 +143,28 @@ class InnerLoop(Value):
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> Self:
-        """Read a YAML file (a `Path`, or a string that ends in .yaml or .yml) or YAML text."""
+        """Read a YAML file (a `Path`, or a string that ends in .yaml or .yml) or YAML text.
+
+        Raises:
+            OSError: a file that cannot be read.
+            TypeError: as `from_dict`.
+            ValueError: as `from_dict`; text that is no YAML.
+        """
         is_file = isinstance(source, Path) or source.endswith((".yaml", ".yml"))
-        return cls.from_dict(yaml.safe_load(Path(source).read_text(encoding="utf-8") if is_file else str(source)))
+        text = Path(source).read_text(encoding="utf-8") if is_file else str(source)
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"source must be YAML; {f'{source} is' if is_file else 'the text is'} not: {error}") from error
+        return cls.from_dict(data)
 
 
 def network_from_dict(data: Network | str | dict[str, Any]) -> Network:
     """The network that `to_dict` wrote: `{"kind": "MLP", "activation": "gelu"}`, or a kind alone."""
     if isinstance(data, Network):
         return data
+    if not isinstance(data, str | dict):
+        raise TypeError(f"network must be a kind, or a dict with one, such as {{kind: MLP}}; got {data!r}")
     fields = {"kind": data} if isinstance(data, str) else dict(data)
     kind = fields.pop("kind", None)
     if kind not in NETWORKS:

@@ -17,7 +17,8 @@ from kvbind.inner.value import check_choice, check_positive_int
 from kvbind.layers.full import InnerCall, check_built
 from kvbind.layers.layout import Layout
 from kvbind.layers.norm import RMSNorm
-from kvbind.layers.rotary import Tables, rotary_tables, rotate
+from kvbind.layers.operands import Operands, make_operands, split_heads, wide
+from kvbind.layers.rotary import Tables, rotary_tables
 from kvbind.layers.window_attention import KeptKeys, halo_of, window_attention
 from kvbind.sequence.exchanges import Exchanges
 
@@ -285,7 +286,9 @@ class LactLayer(nn.Module):
             raise ValueError("layout must be of whole rows; got one that is cut over ranks")
         if tables is None:
             tables = rotary_tables(layout.positions, self.head_width, self.rope_theta)
-        q, k, v = self._fast_operands(*self._project(x), tables)
+        q, k, v = self._project(x)
+        _, _, q, k = self._operands(q, k, v, tables)
+        q, k, v = (split_heads(part, self.num_lact_heads) for part in (q, k, self._fast_values(v)))
         rates, bounds = self.learning_rates(x), layout.cu_seqlens
         return InnerCall(self._inner, self.start_weights(), q, k, v, rates, **self.gates(x), cu_seqlens=bounds)
 
@@ -326,11 +329,9 @@ class LactLayer(nn.Module):
             tables = rotary_tables(layout.positions, self.head_width, self.rope_theta)
 
         q, k, v = self._project(x)
-        fast_q, fast_k, fast_v = self._fast_operands(q, k, v, tables)
-
+        q, k, *fast_qk = self._operands(q, k, v, tables)
+        fast_q, fast_k, fast_v = (split_heads(part, self.num_lact_heads) for part in (*fast_qk, self._fast_values(v)))
         q, k, v = (split_heads(part, self.num_attn_heads) for part in (q, k, v))
-        q, k = rotate(q, tables), rotate(k, tables)
-        q, k = q.to(v.dtype), k.to(v.dtype)
         kept, ahead, seen_k, seen_v = None if state is None else state.kept, 0, k, v
         if layout.sequence is not None and layout.sequence.connected:
             exchanges = Exchanges(layout.sequence, (q, k, v, fast_k))
@@ -361,19 +362,24 @@ class LactLayer(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def _fast_operands(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v `[B, T, d]` as the fast weights take them, `[B, T, H, D]` in v's dtype."""
-        operands = []
-        for place, x in enumerate((q, k)):
-            y = x * self.qk_scale[:, place] + self.qk_offset[:, place]
-            y = unit(split_heads(F.silu(y) if self.silu_qk else y, self.num_lact_heads))
-            if self.rotary:
-                # attention heads may cut across fast heads; rotation knows the former alone
-                y = rotate(split_heads(y.flatten(2), self.num_attn_heads), tables)
-                y = split_heads(y.flatten(2), self.num_lact_heads)
-            operands.append(y.to(v.dtype))
-        fast_v = F.silu(v) if self.silu_v else v
-        return operands[0], operands[1], split_heads(fast_v, self.num_lact_heads)
+    def _operands(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Operands:
+        """Q and k `[B, T, d]` of attention, then those of the fast weights, in v's dtype."""
+        return make_operands(
+            q,
+            k,
+            v,
+            self.qk_scale,
+            self.qk_offset,
+            *tables,
+            attention_heads=self.num_attn_heads,
+            fast_heads=self.num_lact_heads,
+            eps=NORM_EPS,
+            silu=self.silu_qk,
+            rotary=self.rotary,
+        )
+
+    def _fast_values(self, v: Tensor) -> Tensor:
+        return F.silu(v) if self.silu_v else v
 
     def _fast_weights(
         self,
@@ -441,23 +447,6 @@ def check_fits_causal_layer(inner: InnerLoop) -> None:
             f"inner's visibility must be 'past' or 'token' in a causal layer ('chunk' with chunk=1 alone); got "
             f"{inner.visibility!r} with chunk={inner.chunk}, under which tokens see later ones"
         )
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """`[B, T, H D]` to `[B, T, H, D]`."""
-    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
-
-
-def wide(x: Tensor) -> Tensor:
-    """The same tensor in float32, or in its own dtype where that is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def unit(x: Tensor) -> Tensor:
-    """Vectors `[..., D]` brought to L2 norm 1, up to eps; float32 or wider."""
-    x = wide(x)
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / (norm + NORM_EPS)
 
 
 def keep_keys(kept: KeptKeys | None, k: Tensor, v: Tensor, window: int, lengths: tuple[int, ...] | None) -> KeptKeys:

@@ -14,8 +14,9 @@ from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import lact_nvs
 from kvbind.inner.value import check_positive_int
 from kvbind.layers.full import InnerCall, check_built, check_sees_everything
-from kvbind.layers.lact import NORM_EPS, parameter_name, split_heads, unit, wide
+from kvbind.layers.lact import NORM_EPS, parameter_name
 from kvbind.layers.norm import RMSNorm
+from kvbind.layers.operands import split_heads, unit, wide
 
 INIT_GAIN = math.sqrt(2)
 """Of the starting fast weights, over the root of their fan-in."""
@@ -127,7 +128,12 @@ class LactNvsLayer(nn.Module):
         """What the layer gives to `kvbind.ttt` for normalized input `[B, T, d]`."""
         q, k, v = (split_heads(part, self.heads) for part in F.silu(self.to_qkv(x)).chunk(3, dim=-1))
         return InnerCall(
-            self._inner, self.start_weights(), unit(q).to(v.dtype), unit(k).to(v.dtype), v, self.learning_rates(x)
+            self._inner,
+            self.start_weights(),
+            unit(q, NORM_EPS).to(v.dtype),
+            unit(k, NORM_EPS).to(v.dtype),
+            v,
+            self.learning_rates(x),
         )
 
     def forward(

@@ -12,7 +12,7 @@ from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import vittt
 from kvbind.inner.value import check_positive_int
 from kvbind.layers.full import InnerCall, check_built, check_sees_everything
-from kvbind.layers.lact import split_heads, wide
+from kvbind.layers.operands import split_heads, wide
 
 INIT_STD = 0.02
 """Standard deviation of the fast weights at the start, where nothing else is said."""

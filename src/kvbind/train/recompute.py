@@ -15,6 +15,8 @@ from kvbind.train.offload import HostMemory
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 _ATTENTION = ("_scaled_dot_product", "flex_attention")
+_CHEAP = {"layer_operands", "gated_output", "swiglu"}
+"""Kernels of this library without a matrix product."""
 
 
 def recompute(blocks: Iterable[nn.Module], what: str) -> None:
@@ -54,5 +56,6 @@ def _forward(
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = operator.__name__ if not hasattr(operator, "overloadpacket") else operator.overloadpacket.__name__
-    dear = getattr(operator, "namespace", "") == "kvbind" or name in _PRODUCTS or name.startswith(_ATTENTION)
+    own = getattr(operator, "namespace", "") == "kvbind" and name not in _CHEAP
+    dear = own or name in _PRODUCTS or name.startswith(_ATTENTION)
     return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE

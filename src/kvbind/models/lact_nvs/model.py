@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from kvbind.forms.state import State
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_positive_int
-from kvbind.layers.lact import split_heads
 from kvbind.layers.lact_nvs import LactNvsLayer
 from kvbind.layers.norm import RMSNorm
+from kvbind.layers.operands import split_heads
 from kvbind.models.lact_nvs.cameras import check_intrinsics, check_poses, ray_maps
 from kvbind.models.lact_nvs.config import LactNvsConfig
 from kvbind.models.lact_nvs.scene import Scene
@@ -421,7 +421,7 @@ class LactNvs(nn.Module):
                 )
         for i, (mixer, state) in enumerate(zip(self.mixers, scene.states, strict=True)):
             if mixer.inner != state.spec:
-                fields = [x for x in state.spec.field_names() if getattr(mixer.inner, x) != getattr(state.spec, x)]
+                fields = mixer.inner.differing(state.spec)
                 raise ValueError(
                     f"scene must be one that this model reconstructed: the inner loop of layer {i} differs in "
                     f"{', '.join(fields)}"
