@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbind.bench.kernel_tables import Grid, profile_grid, speed_grids, summary_grid, verify_grid
+from kvbind.bench.record import answered
 from kvbind.bench.scaling_tables import scaling_grids
 from kvbind.experiments.page.parts import STATES
 from kvbind.experiments.page.tables import read_outcome
@@ -33,7 +34,7 @@ def markdown(grid: Grid) -> str:
 def source(record: dict[str, Any], path: str) -> str:
     """Where a table's numbers come from."""
     versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "triton") if name in record["versions"])
-    whole = "" if record["complete"] else f" Stopped by its budget: {len(record['rows'])} of {record['planned']} rows."
+    whole = "" if record["complete"] else f" Stopped by its budget: {answered(record)} of {record['planned']} rows."
     return f"`{record['command']}`, {record['machine']['device']}, {versions}; data in `{path}`.{whole}"
 
 

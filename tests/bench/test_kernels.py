@@ -378,6 +378,12 @@ def test_tables_show_what_the_record_says(documentation, tmp_path):
         documentation.fill(page.replace("targets", "widths"), tmp_path)
 
 
+def test_the_documentation_counts_rows_that_had_no_time_as_missing(documentation):
+    rows = [{"seconds": 1}, {"skipped": "out of memory"}, {"skipped": "no time left"}]
+    record = {"command": "kvbind bench scaling", "machine": {"device": "a GPU"}, "versions": {}, "planned": 3, "rows": rows}
+    assert documentation.source(record | {"complete": False}, "r.json").endswith(" Stopped by its budget: 2 of 3 rows.")
+
+
 def test_the_documentation_holds_the_tables_of_its_data(documentation):
     for page in documentation.DOCS.glob("*.md"):
         text = page.read_text(encoding="utf-8")
@@ -502,13 +508,17 @@ def test_several_processes_verify_what_one_does():
     places = {case.name: place for place, case in enumerate(verify.cases(verify.SMALL))}
     chosen = [(places[name], "float32") for name in ("rung 6, packed sequences, parallel", "DeltaNet, parallel")]
     one, several = (
-        dict(verify.attempts(chosen, CPU, small=True, workers=workers, deadline=time.monotonic() + 120))
+        {
+            row["case"]: row
+            for row in verify.attempts(chosen, CPU, small=True, workers=workers, deadline=time.monotonic() + 120)
+        }
         for workers in (1, 2)
     )
-    assert one.keys() == several.keys() == {0, 1}
-    for place, row in one.items():
-        assert (row["case"], row["passed"]) == (several[place]["case"], several[place]["passed"])
-        assert several[place]["errors"]["output"] < 1e-5
+    assert one.keys() == several.keys()
+    assert len(one) == 2
+    for case, row in one.items():
+        assert row["passed"] == several[case]["passed"]
+        assert several[case]["errors"]["output"] < 1e-5
     assert not list(verify.attempts(chosen, CPU, small=True, workers=1, deadline=0))
 
 
@@ -533,6 +543,20 @@ def test_verify_says_that_kernels_are_off_where_none_runs(tmp_path):
     assert result.exit_code == 1
     assert "kernels are off on cpu" in result.output
     assert json.loads(out.read_text())["rows"] == []
+
+
+def test_a_record_of_verify_has_its_rows_in_the_order_of_cases(monkeypatch):
+    monkeypatch.setattr(verify, "why_off", lambda device: None)
+    listed = verify.cases(verify.SMALL)
+
+    def attempts(chosen, *args, **options):
+        return (verify.described(listed[index], dtype) for index, dtype in reversed(chosen))
+
+    monkeypatch.setattr(verify, "attempts", attempts)
+    records = list(verify.verified(CPU, dtypes=["float32"], small=True, only="rung 6, width"))
+    names = [case.name for case in listed if "rung 6, width" in case.name]
+    assert [[row["case"] for row in record["rows"]] for record in records] == [names[n:] for n in range(len(names), -1, -1)]
+    assert [record["complete"] for record in records] == [False] * len(names) + [True]
 
 
 def test_verify_refuses_a_name_that_no_case_has():

@@ -4,9 +4,11 @@ import textwrap
 from dataclasses import replace
 
 import pytest
+from typer.testing import CliRunner
 
 from kvbind import cli
 from kvbind.bench import scaling
+from kvbind.bench.app import app
 from kvbind.bench.overlap import covered, kernels, shares
 from kvbind.bench.scaling import Settings, cases, equality, finished, measured
 from kvbind.bench.scaling_tables import of_linear, scaling_grids
@@ -147,6 +149,32 @@ def test_what_had_no_time_or_failed_is_measured_again_and_nothing_else():
     rows = [case.row() | outcome for case, outcome in zip(planned, outcomes, strict=True)]
     assert finished(rows, planned) == {0: rows[0], 2: rows[2]}
     assert not finished(rows, [replace(case, preset="30m") for case in planned])
+
+
+def test_resuming_measures_what_is_missing_behind_what_is_there(monkeypatch, tmp_path):
+    out, arguments = tmp_path / "scaling.json", ["scaling", "--what", "fsdp", "--preset", "tiny", "--tokens", "128"]
+
+    def command(gpus, *more):
+        result = CliRunner().invoke(app, [*arguments, "--gpus", gpus, "--device", "cpu", "--out", str(out), *more])
+        assert result.exit_code == 0, result.output
+        return json.loads(out.read_text())
+
+    asked = outcomes(monkeypatch, [{"losses": [1]}], [{"losses": [2]}])
+    first = command("1", "--budget", "60")
+    assert (first["planned"], first["complete"], len(first["rows"])) == (1, True, 1)
+    late = command("1,2", "--resume", "--budget", "0")
+    assert (late["planned"], late["complete"]) == (2, False)
+    assert [row.get("skipped") for row in late["rows"]] == [None, "no time left"]
+    whole = command("1,2", "--resume", "--budget", "60")
+    assert whole["rows"] == [first["rows"][0], whole["rows"][1]]
+    assert whole["rows"][1]["losses"] == [2]
+    assert whole["complete"]
+    assert list(whole)[-4:] == ["planned", "complete", "rows", "equality"]
+    # where nothing is missing, the record stays that of the command that measured
+    before = out.read_bytes()
+    command("1", "--resume", "--budget", "60")
+    assert out.read_bytes() == before
+    assert len(asked) == 2
 
 
 def test_nothing_runs_beyond_the_budget(monkeypatch):

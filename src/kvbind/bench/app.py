@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,10 +56,9 @@ def forms(
     rows = as_data(bench_forms(size, chunk, place, kinds[dtype], seconds=seconds))
 
     title = f"{dtype} on {place}: T = {tokens}, chunk {chunk}, {batch} x {heads} heads of width {width}"
-    caption = "ktok/s of the recurrent (rec) and the parallel form (par), and par / rec; peak MiB of training"
-    table = Table(title=title, caption=caption)
-    for name in ("rung", "fwd rec", "fwd par", "x", "train rec", "train par", "x", "MiB rec", "MiB par"):
-        table.add_column(name, justify="left" if name == "rung" else "right")
+    note = "ktok/s of the recurrent (rec) and the parallel form (par), and par / rec; peak MiB of training"
+    header = ("rung", "fwd rec", "fwd par", "x", "train rec", "train par", "x", "MiB rec", "MiB par")
+    lines = []
     by_form = {(row["rung"], row["form"]): row for row in rows}
     for rung in dict.fromkeys(row["rung"] for row in rows):
         recurrent, parallel = by_form[rung, "recurrent"], by_form.get((rung, "parallel"))
@@ -67,8 +68,8 @@ def forms(
             cells += [f"{parallel[work] / 1e3:.0f}", f"{parallel[f'{work}_over_recurrent']:.2f}"] if parallel else ["-", "-"]
         cells.append(f"{recurrent['training_bytes'] / 2**20:.0f}")
         cells.append(f"{parallel['training_bytes'] / 2**20:.0f}" if parallel else "-")
-        table.add_row(*cells)
-    console.print(table)
+        lines.append(cells)
+    _table(title, header, lines, left=1, note=note)
     config = {"batch": batch, "tokens": tokens, "chunk": chunk, "heads": heads, "width": width, "dtype": dtype}
     _write(out, place, {"config": config, "rows": rows})
 
@@ -83,26 +84,23 @@ def accuracy(
     out: Out = None,
 ) -> None:
     """Measure the error of every rung and form in float32 and bfloat16 against float64."""
-    from dataclasses import asdict
-
     from kvbind.bench.accuracy import bench_accuracy, scan_errors
     from kvbind.bench.operands import Size
 
     place = _device(device)
     errors = [asdict(error) for error in bench_accuracy(Size(1, tokens, heads, width), chunk, place)]
     scans = scan_errors([16, 32, 64, 128, 256, 1024], place)
-    table = Table(title=f"relative error against float64; T = {tokens}, chunk {chunk}, {heads} heads of width {width}")
-    for name in ("rung", "form", "operands", "Newton-Schulz", "error"):
-        table.add_column(name, justify="right" if name == "error" else "left")
-    for row in errors:
-        table.add_row(row["rung"], row["form"], row["dtype"], row["newton_schulz"] or "-", f"{row['error']:.1e}")
-    console.print(table)
-    scan_table = Table(title="momentum scan in float32, gates near 1/2")
-    for name in ("chunks", "by products (ours)", "by division (cumprod, cumsum)"):
-        scan_table.add_column(name, justify="right")
-    for scan in scans:
-        scan_table.add_row(str(scan["chunks"]), f"{scan['by_products']:.1e}", f"{scan['by_division']:.1e}")
-    console.print(scan_table)
+    _table(
+        f"relative error against float64; T = {tokens}, chunk {chunk}, {heads} heads of width {width}",
+        ("rung", "form", "operands", "Newton-Schulz", "error"),
+        [(x["rung"], x["form"], x["dtype"], x["newton_schulz"] or "-", f"{x['error']:.1e}") for x in errors],
+        left=4,
+    )
+    _table(
+        "momentum scan in float32, gates near 1/2",
+        ("chunks", "by products (ours)", "by division (cumprod, cumsum)"),
+        [(str(scan["chunks"]), f"{scan['by_products']:.1e}", f"{scan['by_division']:.1e}") for scan in scans],
+    )
     config = {"tokens": tokens, "chunk": chunk, "heads": heads, "width": width}
     _write(out, place, {"config": config, "errors": errors, "scan": scans})
 
@@ -117,8 +115,6 @@ def decode(
     out: Out = None,
 ) -> None:
     """Time one more token after prompts of growing length, with the cache and by reading the prompt again."""
-    from dataclasses import asdict
-
     import torch
 
     from kvbind.bench.language import bench_decoding, build
@@ -128,11 +124,8 @@ def decode(
     model = build(_preset(preset), place, dtype)
     model.train(False)
     rows = bench_decoding(model, _numbers(prompts, "prompts"), tokens=tokens, piece=piece)
-    table = Table(title=f"{preset}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {place}, {dtype}")
-    for name in ("prompt", "prefill s", "ms per token", "slowest token ms", "prompt read again ms", "cache MiB"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
+    lines = [
+        (
             str(row.prompt),
             f"{row.prefill_seconds:.2f}",
             f"{1e3 * row.token_seconds:.2f}",
@@ -140,7 +133,11 @@ def decode(
             f"{1e3 * (row.reread_seconds or 0):.1f}",
             f"{row.cache_bytes / 2**20:.2f}",
         )
-    console.print(table)
+        for row in rows
+    ]
+    title = f"{preset}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {place}, {dtype}"
+    header = ("prompt", "prefill s", "ms per token", "slowest token ms", "prompt read again ms", "cache MiB")
+    _table(title, header, lines)
     config = {"preset": preset, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "piece": piece}
     _write(out, place, {"config": config, "rows": [asdict(row) for row in rows]})
 
@@ -154,8 +151,6 @@ def step(
     out: Out = None,
 ) -> None:
     """Time a training step of rung 0 and rung 2, recurrent and parallel."""
-    from dataclasses import asdict
-
     from kvbind.bench.language import bench_step
     from kvbind.inner.systems import ladder
     from kvbind.models import PRESETS
@@ -169,13 +164,12 @@ def step(
         "rung2 parallel": (rungs["rung2"], "parallel"),
     }
     rows = bench_step(preset, cases, length, place, steps=steps)
-    table = Table(title=f"training step of {preset} at {length} tokens, {place}")
-    for name in ("rung", "form", "tokens/s", "peak GiB"):
-        table.add_column(name, justify="right")
+    lines = []
     for row in rows:
         peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}"
-        table.add_row(row.rung, row.form, f"{row.tokens_per_second:.0f}", peak)
-    console.print(table)
+        lines.append((row.rung, row.form, f"{row.tokens_per_second:.0f}", peak))
+    header = ("rung", "form", "tokens/s", "peak GiB")
+    _table(f"training step of {preset} at {length} tokens, {place}", header, lines, left=2)
     _write(out, place, {"config": {"preset": preset, "tokens": length, "steps": steps}, "rows": [asdict(r) for r in rows]})
 
 
@@ -206,7 +200,7 @@ def kernels(
     from kvbind.bench.kernel_tables import speed_grids
     from kvbind.bench.kernels import WHATS, Settings, measured
     from kvbind.bench.operands import Size
-    from kvbind.bench.record import save
+    from kvbind.bench.record import answered
     from kvbind.inner.systems import RUNGS
 
     place = _device(device)
@@ -216,22 +210,18 @@ def kernels(
         raise typer.BadParameter(f"profile is of a GPU's kernels; the device is {place}")
     chosen = _some(",".join(f"rung{x.strip().removeprefix('rung')}" for x in rungs.split(",")), RUNGS, "rungs")
     settings = Settings(Size(batch, tokens, heads, width), chunk, dtype, chosen)
-    record: dict[str, Any] = {}
     parts = _some(what, WHATS, "what")
-    for record in measured(parts, settings, place, seconds=seconds, compile_limit=compile_limit, budget=budget):
-        save(out, record)
-        _progress(record, 5)
+    records = measured(parts, settings, place, seconds=seconds, compile_limit=compile_limit, budget=budget)
+    record = _watch(records, out, every=5)
     if profile is not None:
         from kvbind.bench.profiles import profiled
 
-        for found in profiled(settings, place):
-            save(profile, found)
+        _watch(profiled(settings, place), profile)
     for grid in speed_grids(record):
         _show(grid)
     if not record["complete"]:
-        console.print(f"stopped after {budget:.0f} s: {len(record['rows'])} of {record['planned']} rows")
-    if out is not None:
-        console.print(f"written to {out}")
+        console.print(f"stopped after {budget:.0f} s: {answered(record)} of {record['planned']} rows")
+    _point_to(out)
 
 
 @app.command()
@@ -249,15 +239,12 @@ def verify(
     Exits with code 1 where a case fails, where one was not run, and where no kernel runs on the device at all.
     """
     from kvbind.bench.kernel_tables import summary_grid, verify_grid
-    from kvbind.bench.record import save
     from kvbind.bench.verify import DTYPES, verified
 
     place = _device(device)
     dtypes = None if dtype == "auto" else _some(dtype, DTYPES, "dtype")
-    record: dict[str, Any] = {}
-    for record in verified(place, dtypes=dtypes, small=small, only=only, budget=budget, workers=workers):
-        save(out, record)
-        _progress(record, 20)
+    records = verified(place, dtypes=dtypes, small=small, only=only, budget=budget, workers=workers)
+    record = _watch(records, out, every=20)
     if not record["kernels"]:
         console.print(f"kernels are off on {place}: {record['why_off']}; nothing was verified", style="bold red")
         raise typer.Exit(1)
@@ -268,8 +255,7 @@ def verify(
         f"{len(record['rows'])} of {record['planned']} cases, {failed} failed, "
         f"{sum(not row.get('operators') for row in record['rows'])} that no kernel took part in"
     )
-    if out is not None:
-        console.print(f"written to {out}")
+    _point_to(out)
     if failed or not record["complete"]:
         raise typer.Exit(1)
 
@@ -296,22 +282,31 @@ def _some(names: str, known: Iterable[str], option: str) -> tuple[Any, ...]:
     return chosen
 
 
-def _progress(record: Mapping[str, Any], every: int) -> None:
-    """Say how far a long run is, each time after so many rows."""
-    done = len(record["rows"])
-    if done and (done % every == 0 or done == record["planned"]):
-        console.print(f"{done} of {record['planned']}")
+def _watch(records: Iterable[dict[str, Any]], out: Path | None, every: int = 0) -> dict[str, Any]:
+    """Write a record as it grows, say how far it is each time after `every` rows (0 for never), and give it whole."""
+    from kvbind.bench.record import save
+
+    record: dict[str, Any] = {}
+    for record in records:
+        save(out, record)
+        done = len(record["rows"])
+        if every and done and (done % every == 0 or done == record["planned"]):
+            console.print(f"{done} of {record['planned']}")
+    return record
 
 
 def _show(grid: Grid) -> None:
+    _table(grid.title, grid.header, grid.rows, left=grid.left, note=grid.note)
+
+
+def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 0, note: str = "") -> None:
+    """Show a table, of whose columns the first `left` are words and the others numbers."""
     from rich.markup import escape
 
-    table = Table(
-        title=escape(grid.title), caption=escape(grid.note), caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for i, name in enumerate(grid.header):
-        table.add_column(name, justify="left" if i < grid.left else "right", no_wrap=0 < i < grid.left)
-    for row in grid.rows:
+    table = Table(title=escape(title), caption=escape(note), caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i < left else "right", no_wrap=0 < i < left)
+    for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
 
@@ -329,9 +324,7 @@ def views(
     out: Out = None,
 ) -> None:
     """Time reading and rendering scenes, beside the same transformer with full attention to all input views."""
-    from dataclasses import asdict
-
-    from kvbind.bench.record import provenance, save
+    from kvbind.bench.record import growing, provenance
     from kvbind.bench.views import bench_views
     from kvbind.inner.value import nearest
     from kvbind.models.lact_nvs import PRESETS
@@ -343,27 +336,22 @@ def views(
     place = _device(device)
     numbers = _numbers(counts, "views")
     config = {"preset": preset, "size": size, "frames": frames, "dtype": "bfloat16" if place.type == "cuda" else "float32"}
-    record, rows = provenance(place) | {"config": config}, []
-    for row in bench_views(PRESETS[preset], numbers, (size, size), place, frames=frames, seconds=seconds):
-        rows.append(row)
-        # whole after each row, so that what was stopped has lost nothing
-        save(out, record | {"complete": len(rows) == 2 * len(numbers), "rows": [asdict(row) for row in rows]})
-    table = Table(title=f"{preset}, {size} x {size} pixels, {place}")
-    for name in ("views", "model", "read s", "frames/s", "read GiB", "render GiB", "scene MiB"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for row in rows:
-        held = (row.read_bytes, row.render_bytes)
-        table.add_row(
-            str(row.views),
-            row.model,
-            f"{row.read_seconds:.3f}" if row.read_seconds is not None else "does not fit",
-            f"{row.frames_per_second:.1f}" if row.frames_per_second is not None else "-",
-            *(f"{x / 2**30:.2f}" if x is not None else "-" for x in held),
-            f"{row.scene_bytes / 2**20:.1f}" if row.scene_bytes is not None else "-",
+    rows = bench_views(PRESETS[preset], numbers, (size, size), place, frames=frames, seconds=seconds)
+    record = _watch(growing(provenance(place) | {"config": config}, 2 * len(numbers), map(asdict, rows)), out)
+    lines = [
+        (
+            row["model"],
+            str(row["views"]),
+            f"{row['read_seconds']:.3f}" if row["fits"] else "does not fit",
+            f"{row['frames_per_second']:.1f}" if row["fits"] else "-",
+            *(f"{row[name] / 2**30:.2f}" if row["fits"] else "-" for name in ("read_bytes", "render_bytes")),
+            f"{row['scene_bytes'] / 2**20:.1f}" if row["fits"] else "-",
         )
-    console.print(table)
-    if out is not None:
-        console.print(f"written to {out}")
+        for row in record["rows"]
+    ]
+    header = ("model", "views", "read s", "frames/s", "read GiB", "render GiB", "scene MiB")
+    _table(f"{preset}, {size} x {size} pixels, {place}", header, lines, left=1)
+    _point_to(out)
 
 
 @app.command()
@@ -382,23 +370,19 @@ def vision(
     out: Out = None,
 ) -> None:
     """Time ViTTT beside a vision transformer at growing image sizes, forward and training, with their memory."""
-    from dataclasses import asdict
-
-    from kvbind.bench.record import provenance, save
     from kvbind.bench.vision import bench_vision, compare
 
     place = _device(device)
     other = None if peer == "none" else peer
     sides = _numbers(sizes, "sizes")
     rows = bench_vision(model, other, sides, place, batch=batch, seconds=seconds, compiled=compiled)
-    table = Table(title=f"images per second and memory per image, {place}", box=SIMPLE_HEAD)
-    for name in ("size", "model", "batch", "forward", "training", "forward MiB", "training MiB"):
-        table.add_column(name, justify="left" if name == "model" else "right")
+    lines = []
     for row in rows:
         speeds = [f"{x:.1f}" for x in (row.forward, row.training)]
         memory = [f"{x / 2**20:.1f}" for x in (row.forward_bytes, row.training_bytes)]
-        table.add_row(str(row.size), row.model, str(row.batch), *speeds, *memory)
-    console.print(table)
+        lines.append((row.model, str(row.size), str(row.batch), *speeds, *memory))
+    header = ("model", "size", "batch", "forward", "training", "forward MiB", "training MiB")
+    _table(f"images per second and memory per image, {place}", header, lines, left=1)
     compared = compare(rows, model, other) if other else None
     for work, found in (compared or {}).items():
         ratios = ", ".join(f"{ratio:.2f} at {size}" for size, ratio in found["speed"].items())
@@ -411,7 +395,7 @@ def vision(
         "compiled": compiled,
     }
     results = {"config": config, "rows": [asdict(row) for row in rows], "compared": compared}
-    save(out, provenance(place, ("timm",)) | results)
+    _write(out, place, results, ("timm",))
 
 
 @app.command()
@@ -444,13 +428,10 @@ def scaling(
     Starts torchrun for each number of GPUs. On a CPU, processes talk through gloo. Rows are written as they come; what had
     no time left is measured by the same command with --resume.
     """
-    import json
-    from dataclasses import asdict
-
     import torch
 
-    from kvbind.bench.record import provenance, save
-    from kvbind.bench.scaling import OUT_OF_TIME, WHATS, Settings, cases, equality, finished, measured
+    from kvbind.bench.record import growing, provenance, save
+    from kvbind.bench.scaling import WHATS, Settings, cases, equality, finished, measured
     from kvbind.bench.scaling_tables import scaling_grids
     from kvbind.inner.systems import RUNGS
     from kvbind.inner.value import check_choice
@@ -472,24 +453,21 @@ def scaling(
     kept: dict[int, dict[str, Any]] = {}
     if resume and out is not None and out.is_file():
         kept = finished(json.loads(out.read_text(encoding="utf-8"))["rows"], planned)
-    record: dict[str, Any] = provenance(place, ("triton",)) | {
-        "config": asdict(settings) | {"gpus": numbers}, "planned": len(planned), "complete": len(kept) == len(planned),
-        "rows": list(kept.values()), "equality": equality(list(kept.values())),
-    }  # fmt: skip
-    planned = [case for number, case in enumerate(planned) if number not in kept]
     held = torch.cuda.get_device_properties(place).total_memory if place.type == "cuda" else None
-    for row in measured(planned, place.type, budget=budget, limit=limit, memory_bytes=held):
-        record["rows"].append(row)
+    rest = [case for number, case in enumerate(planned) if number not in kept]
+    rows = measured(rest, place.type, budget=budget, limit=limit, memory_bytes=held)
+    about, record = provenance(place, ("triton",)) | {"config": asdict(settings) | {"gpus": numbers}}, {}
+    for record in growing(about, len(planned), rows, kept.values()):
         record["equality"] = equality(record["rows"])
-        done = [row for row in record["rows"] if row.get("skipped") != OUT_OF_TIME]
-        record["complete"] = len(done) == record["planned"]
+        if len(record["rows"]) == len(kept):
+            continue  # as long as nothing is measured, an earlier record is not replaced
         save(out, record)
+        row = record["rows"][-1]
         said = row.get("skipped") or (f"{row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else "done")
         console.print(f"{row['what']}, {row['gpus']} GPUs, {row['length']:,} tokens: {said}", markup=False, soft_wrap=True)
     for grid in scaling_grids(record):
         _show(grid)
-    if out is not None:
-        console.print(f"written to {out}")
+    _point_to(out)
 
 
 def _preset(name: str) -> str:
@@ -515,10 +493,13 @@ def _device(name: str) -> Any:
     return device
 
 
-def _write(out: Path | None, device: Any, results: dict[str, Any]) -> None:
-    if out is None:
-        return
+def _write(out: Path | None, device: Any, results: dict[str, Any], packages: tuple[str, ...] = ()) -> None:
     from kvbind.bench.record import provenance, save
 
-    save(out, provenance(device) | results)
-    console.print(f"written to {out}")
+    save(out, provenance(device, packages) | results)
+    _point_to(out)
+
+
+def _point_to(out: Path | None) -> None:
+    if out is not None:
+        console.print(f"written to {out}")

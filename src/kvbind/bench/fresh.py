@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -71,24 +70,21 @@ def first_calls(fields: dict[str, Any]) -> dict[str, Any]:
 
     from kvbind.bench.kernels import Case
     from kvbind.bench.leaves import draw_leaves, in_precision, run
-    from kvbind.bench.timing import synchronize
+    from kvbind.bench.timing import now
 
     case = Case.of(fields["case"])
     device = torch.device(fields["device"])
     # what PyTorch starts and imports at its own first product and gradient
     warm = torch.ones(64, 64, device=device, requires_grad=True)
     torch.autograd.grad(warm @ warm, warm, torch.ones_like(warm))
-    synchronize(device)
 
     def once(tokens: int) -> float:
         size = case.size_at(tokens)
         leaves = in_precision(draw_leaves(case.spec, size, device), case.torch_dtype, torch.float32, grad=True)
-        synchronize(device)
-        begin = time.perf_counter()
+        begin = now(device)
         y, _ = run(case.spec, leaves, case.form)
         torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y), allow_unused=True)
-        synchronize(device)
-        return time.perf_counter() - begin
+        return now(device) - begin
 
     tokens = case.tokens
     first, again = once(tokens), once(tokens)

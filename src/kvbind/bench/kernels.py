@@ -6,6 +6,7 @@ Everything is measured through `kvbind.ttt`; the environment variable `KVBIND_KE
 from __future__ import annotations
 
 import gc
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,9 +26,9 @@ from kvbind.bench.fresh import in_fresh_process
 from kvbind.bench.goals import SOURCE, goal_of
 from kvbind.bench.leaves import Leaves, draw_leaves, in_precision, run
 from kvbind.bench.operands import Size
-from kvbind.bench.record import provenance
+from kvbind.bench.record import growing, provenance
 from kvbind.bench.switch import operators_of, without_kernels
-from kvbind.bench.timing import Work, peak_bytes, synchronize
+from kvbind.bench.timing import Work, now, peak_bytes
 from kvbind.forms.analysis import parallel_obstacles
 from kvbind.forms.api import Form
 from kvbind.inner.orthogonalize import NewtonSchulz
@@ -203,7 +204,7 @@ def bench_kernels(
     *,
     seconds: float = 0.2,
     compile_limit: float = 60.0,
-    deadline: float | None = None,
+    deadline: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
     """Measure cases one after another; those left when `deadline` passes are not measured.
 
@@ -220,7 +221,7 @@ def bench_kernels(
         Mtok/s, TFLOP/s and TB/s; `of_limit` is a pass's shortest possible time (`ceilings`) over its own.
     """
     for case in cases:
-        left = float("inf") if deadline is None else deadline - time.monotonic()
+        left = deadline - time.monotonic()
         if left <= 0:
             return
         try:
@@ -242,7 +243,7 @@ def bench_kernels(
 def measured(
     what: Sequence[What], settings: Settings, device: torch.device, *, seconds: float, compile_limit: float, budget: float
 ) -> Iterator[dict[str, Any]]:
-    """Measure parts of the benchmark; the record so far, first without rows and then after each.
+    """Measure parts of the benchmark; the record as it is `growing`.
 
     Args:
         what: parts, as `plan` takes them.
@@ -255,20 +256,13 @@ def measured(
     deadline = time.monotonic() + budget
     dtype = getattr(torch, settings.dtype)
     cases, ceilings = plan(what, settings), measure_ceilings(device, dtype)
-    record: dict[str, Any] = provenance(device, ("triton", "fla-core")) | {
+    about = provenance(device, ("triton", "fla-core")) | {
         "config": asdict(settings.size) | {"chunk": settings.chunk, "dtype": settings.dtype, "what": list(what)},
         "goals": SOURCE,
         "ceilings": asdict(ceilings),
-        "planned": len(cases),
-        "complete": not cases,
-        "rows": [],
     }
-    yield record
-    options = {"seconds": seconds, "compile_limit": compile_limit, "deadline": deadline}
-    for row in bench_kernels(cases, ceilings, device, **options):
-        rows = [*record["rows"], row]
-        record = record | {"rows": rows, "complete": len(rows) == len(cases)}
-        yield record
+    rows = bench_kernels(cases, ceilings, device, seconds=seconds, compile_limit=compile_limit, deadline=deadline)
+    return growing(about, len(cases), rows)
 
 
 def release() -> None:
@@ -288,7 +282,10 @@ def measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
         forward, training, facts = works(case, device)
         row |= facts
         if case.by == "compiled":
-            row["compile_seconds"] = _first(forward, device) + _first(training, device)
+            begin = now(device)
+            forward()
+            training()
+            row["compile_seconds"] = now(device) - begin
         ran: set[str] = set()
         before = _allocated(device)
         for name, work in zip(PASSES, (forward, training), strict=True):
@@ -310,13 +307,6 @@ def measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _first(work: Work, device: torch.device) -> float:
-    begin = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - begin
 
 
 def works(case: Case, device: torch.device) -> tuple[Work, Work, dict[str, Any]]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvbind.bench.timing import synchronize
+from kvbind.bench.timing import now
 from kvbind.inner.spec import InnerLoop
 from kvbind.models import PRESETS, LactCache, LactConfig, LactForCausalLM
 from kvbind.precision import matmul_precision
@@ -92,21 +91,21 @@ def bench_decoding(
     prefills, kept, rereads = [], [], []
     for length in lengths:
         prefill(length)
-        start = _now(device)
+        start = now(device)
         kept.append(prefill(length))
-        prefills.append(_now(device) - start)
+        prefills.append(now(device) - start)
         if reread:
             again(length)
-            start = _now(device)
+            start = now(device)
             again(length)
-            rereads.append(_now(device) - start)
+            rereads.append(now(device) - start)
     # prompts take turns, so that a machine that slows down slows all of them
     times: list[list[float]] = [[] for _ in lengths]
     for _ in range(tokens):
         for i, (cache, logits) in enumerate(kept):
-            start = _now(device)
+            start = now(device)
             kept[i] = cache, one_more(cache, logits)
-            times[i].append(_now(device) - start)
+            times[i].append(now(device) - start)
     return [
         Decoding(
             prompt=length,
@@ -180,17 +179,12 @@ def _steps(name: str, form: str, model: nn.Module, length: int, device: torch.de
         torch.cuda.reset_peak_memory_stats(device)
     times, loss = [], torch.zeros(())
     for _ in range(1 + steps):
-        start = _now(device)
+        start = now(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cuda):
             loss = model(ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        times.append(_now(device) - start)
+        times.append(now(device) - start)
     peak = torch.cuda.max_memory_allocated(device) if cuda else None
     return Step(name, form, length / statistics.median(times[1:]), peak, float(loss.detach()))
-
-
-def _now(device: torch.device) -> float:
-    synchronize(device)
-    return time.perf_counter()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kvbind.bench.kernels import PASSES, Case, Settings, plan, release, works
-from kvbind.bench.record import provenance
+from kvbind.bench.record import growing, provenance
 from kvbind.bench.timing import Work, synchronize
 
 CALLS = 3
@@ -32,14 +32,14 @@ def to_profile(settings: Settings) -> list[Case]:
 
 
 def profiled(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Profile every rung; the record so far, first without rows and then after each case and pass.
+    """Profile every rung; the record as it is `growing`, by case and pass.
 
     Args:
         settings: what to call.
         device: a GPU.
 
-    Yields:
-        The record: where it comes from, and rows of a case's fields, the pass, `device_ms` per call (the sum over its
+    Returns:
+        The records: where it comes from, and rows of a case's fields, the pass, `device_ms` per call (the sum over its
         kernels), how many `launches` it has, and its longest `kernels`: name, launches, milliseconds, share of the sum, and
         of their largest launch blocks (`programs`), threads in a block, registers per thread and bytes of shared memory.
 
@@ -49,21 +49,19 @@ def profiled(settings: Settings, device: torch.device) -> Iterator[dict[str, Any
     if device.type != "cuda":
         raise ValueError(f"profiles are of a GPU's kernels, so device must be cuda; got {device}")
     cases = to_profile(settings)
-    record: dict[str, Any] = provenance(device, ("triton",)) | {
+    about = provenance(device, ("triton",)) | {
         "config": asdict(settings.size) | {"chunk": settings.chunk, "dtype": settings.dtype},
         "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
-        "planned": 2 * len(cases),
-        "complete": not cases,
-        "rows": [],
     }
-    yield record
+    return growing(about, len(PASSES) * len(cases), bench_profiles(cases, device))
+
+
+def bench_profiles(cases: Sequence[Case], device: torch.device) -> Iterator[dict[str, Any]]:
+    """The rows of `profiled`."""
     for case in cases:
         forward, training, _ = works(case, device)
         for name, work in zip(PASSES, (forward, training), strict=True):
-            row = asdict(case) | {"pass": name} | summary(launches(work, device), CALLS)
-            rows = [*record["rows"], row]
-            record = record | {"rows": rows, "complete": len(rows) == record["planned"]}
-            yield record
+            yield asdict(case) | {"pass": name} | summary(launches(work, device), CALLS)
         del forward, training, work
         release()
 

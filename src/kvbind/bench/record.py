@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ import torch
 
 from kvbind.experiments.provenance import command, machine, versions
 from kvbind.train.checkpoint import write_text
+
+OUT_OF_TIME = "no time left"
+"""What a row whose case had no time says under "skipped"."""
 
 
 def provenance(device: torch.device, packages: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -28,6 +33,30 @@ def provenance(device: torch.device, packages: tuple[str, ...] = ()) -> dict[str
         "machine": machine(device),
         "versions": found,
     }
+
+
+def growing(
+    about: Mapping[str, Any], planned: int, rows: Iterable[dict[str, Any]], kept: Iterable[dict[str, Any]] = ()
+) -> Iterator[dict[str, Any]]:
+    """A record as its rows come: first without them, then after each, so that what was stopped has lost nothing.
+
+    Args:
+        about: where it comes from, and what was asked for.
+        planned: how many rows there are to be.
+        rows: as they are measured.
+        kept: those of an earlier record, which come first.
+
+    Yields:
+        The record so far, `complete` where all planned rows are `answered`.
+    """
+    for found in accumulate(([row] for row in rows), initial=list(kept)):
+        record = {**about, "planned": planned, "complete": False, "rows": found}
+        yield record | {"complete": answered(record) == planned}
+
+
+def answered(record: Mapping[str, Any]) -> int:
+    """How many rows of a record were measured, or say why that cannot be: all but those that had no time."""
+    return sum(row.get("skipped") != OUT_OF_TIME for row in record["rows"])
 
 
 def save(path: Path | None, record: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kvbind.bench.record import OUT_OF_TIME
 from kvbind.bench.scaling_worker import OUT_OF_MEMORY, Case
 from kvbind.inner.systems import ladder
 from kvbind.models import PRESETS, LactConfig
@@ -32,8 +33,6 @@ from kvbind.plan.costs import Job, Mesh, host_bytes, memory
 WHATS = ("fsdp", "sequence", "equality")
 
 POLL_SECONDS = 0.2
-
-OUT_OF_TIME = "no time left"
 
 LARGER_THAN_ONE = "a shorter one ran out of memory"
 
@@ -198,14 +197,8 @@ def finished(rows: Sequence[dict[str, Any]], planned: Sequence[Case]) -> dict[in
         rows: of a record.
         planned: the cases of now.
     """
-    found = {}
-    for number, case in enumerate(planned):
-        described = case.row()
-        for row in rows:
-            same = all(row.get(name) == value for name, value in described.items())
-            if same and row.get("skipped") in (None, OUT_OF_MEMORY, LARGER_THAN_ONE, NEEDS_MORE):
-                found[number] = row
-    return found
+    settled = [row for row in rows if row.get("skipped") in (None, OUT_OF_MEMORY, LARGER_THAN_ONE, NEEDS_MORE)]
+    return {number: row for number, case in enumerate(planned) for row in settled if row | case.row() == row}
 
 
 def _larger(case: Case, small: Case) -> bool:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kvbind.bench.overlap import communication
-from kvbind.bench.timing import synchronize
+from kvbind.bench.timing import now
 from kvbind.inner.systems import ladder
 from kvbind.models import PRESETS, LactConfig, LactForCausalLM
 from kvbind.models.flops import lact_flops
@@ -191,11 +191,9 @@ def _timed(training: Training, rows: list[Tensor], device: torch.device) -> floa
     """How long the slowest rank's step takes, seconds."""
     if dist.is_initialized():
         dist.barrier()
-    synchronize(device)
-    start = time.perf_counter()
+    start = now(device)
     training.step(rows)
-    synchronize(device)
-    return _most(time.perf_counter() - start, device)
+    return _most(now(device) - start, device)
 
 
 def _most(value: float, device: torch.device) -> float:

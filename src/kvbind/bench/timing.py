@@ -18,6 +18,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def now(device: torch.device) -> float:
+    """The machine's clock when the device has done all its work, seconds."""
+    synchronize(device)
+    return time.perf_counter()
+
+
 def median_seconds(works: Sequence[Work], device: torch.device, *, least: int = 5, seconds: float = 1.0) -> list[float]:
     """The median time of each work, seconds.
 
@@ -35,11 +41,9 @@ def median_seconds(works: Sequence[Work], device: torch.device, *, least: int = 
     begin = time.perf_counter()
     while len(times[0]) < least or (seconds and time.perf_counter() - begin < seconds):
         for work, taken in zip(works, times, strict=True):
-            synchronize(device)
-            start = time.perf_counter()
+            start = now(device)
             work()
-            synchronize(device)
-            taken.append(time.perf_counter() - start)
+            taken.append(now(device) - start)
     return [statistics.median(taken) for taken in times]
 
 

@@ -28,7 +28,7 @@ from kvbind.bench.events import first_line
 from kvbind.bench.kernels import release
 from kvbind.bench.leaves import Leaves, arguments, draw_leaves, in_precision, weights_of
 from kvbind.bench.operands import Size
-from kvbind.bench.record import provenance
+from kvbind.bench.record import growing, provenance
 from kvbind.bench.switch import VARIABLE, operators_of, without_kernels
 from kvbind.forms.analysis import parallel_obstacles
 from kvbind.forms.api import Form, ttt
@@ -440,7 +440,7 @@ def _attempt_by_place(place: int, small: bool, dtype: str, device: str) -> dict[
 
 def attempts(
     chosen: Sequence[tuple[int, str]], device: torch.device, *, small: bool, workers: int, deadline: float
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[dict[str, Any]]:
     """Verify cases, in this process or in several that share the device.
 
     Nearly all of a case's time is Python's, so that several processes finish sooner than one.
@@ -453,31 +453,25 @@ def attempts(
         deadline: by `time.monotonic`, after which no further case is begun.
 
     Yields:
-        The place in `chosen` and the row of each case, as they are done.
+        The row of each case, as they are done.
     """
     listed = cases(SMALL if small else FULL)
     if workers == 1:
-        for place, (index, dtype) in enumerate(chosen):
+        for index, dtype in chosen:
             if time.monotonic() > deadline:
                 return
-            yield place, attempt(listed[index], dtype, device)
+            yield attempt(listed[index], dtype, device)
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        places = {
-            pool.submit(_attempt_by_place, index, small, dtype, str(device)): place
-            for place, (index, dtype) in enumerate(chosen)
+        begun = {
+            pool.submit(_attempt_by_place, index, small, dtype, str(device)): described(listed[index], dtype)
+            for index, dtype in chosen
         }
         try:
-            for done in as_completed(places, timeout=max(0.0, deadline - time.monotonic())):
-                index, dtype = chosen[places[done]]
+            for done in as_completed(begun, timeout=max(0.0, deadline - time.monotonic())):
                 lost = done.exception()
-                row = (
-                    described(listed[index], dtype) | {"passed": False, "problems": [first_line(lost)]}
-                    if lost
-                    else done.result()
-                )
-                yield places[done], row
+                yield begun[done] | {"passed": False, "problems": [first_line(lost)]} if lost else done.result()
         except TimeoutError:
             pass
         finally:
@@ -493,7 +487,7 @@ def verified(
     budget: float = 540.0,
     workers: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """Verify every case; the record so far, first without rows and then after each.
+    """Verify every case; the record as it is `growing`.
 
     Args:
         device: where to run.
@@ -520,23 +514,16 @@ def verified(
     if not chosen:
         raise ValueError(f"only must be part of a case's name, such as 'rung 2' or 'packed'; got {only!r}")
     reason = why_off(device)
-    record: dict[str, Any] = provenance(device, ("triton",)) | {
+    about = provenance(device, ("triton",)) | {
         "config": {"small": small, "only": only, "dtypes": list(dtypes)},
         "rules": RULES,
         "kernels": reason is None,
         "why_off": reason,
-        "planned": len(chosen),
-        "complete": False,
-        "rows": [],
     }
-    yield record
-    if reason is not None:
-        return
-    rows: dict[int, dict[str, Any]] = {}
-    for place, row in attempts(chosen, device, small=small, workers=workers, deadline=deadline):
-        rows[place] = row
-        record = record | {"rows": [rows[i] for i in sorted(rows)], "complete": len(rows) == len(chosen)}
-        yield record
+    rows = attempts(chosen if reason is None else (), device, small=small, workers=workers, deadline=deadline)
+    order = {(listed[index].name, dtype): place for place, (index, dtype) in enumerate(chosen)}
+    for record in growing(about, len(chosen), rows):
+        yield record | {"rows": sorted(record["rows"], key=lambda row: order[row["case"], row["dtype"]])}
 
 
 def why_off(device: torch.device) -> str | None:

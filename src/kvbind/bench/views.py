@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvbind.bench.timing import median_seconds, peak_bytes
-from kvbind.layers.lact import split_heads
 from kvbind.layers.norm import RMSNorm
+from kvbind.layers.operands import split_heads
 from kvbind.models.lact_nvs import LactNvs, LactNvsConfig, mean_frame
 from kvbind.tasks.views.procedural import Cameras, make_cameras
 
@@ -181,10 +181,8 @@ def _measure(
         scene = read()
     render_bytes = peak_bytes(lambda: draw(scene, *targets), device)
     (render_seconds,) = median_seconds([lambda: draw(scene, *targets)], device, least=2, seconds=seconds)
-    return Viewing(
-        model=row.model,
-        views=row.views,
-        tokens=row.tokens,
+    return replace(
+        row,
         fits=True,
         read_seconds=read_seconds,
         frames_per_second=targets[0].shape[1] / render_seconds,

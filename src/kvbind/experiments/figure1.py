@@ -6,7 +6,6 @@ to eight: the inner loss, of which every step is a gradient step, against the me
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,16 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from kvbind import inner_loss
-from kvbind.experiments import figures, report
+from kvbind.experiments import figures
 from kvbind.experiments.calls import Call, seen_calls
 from kvbind.experiments.figures import picture
 from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
-from kvbind.experiments.provenance import machine, versions
+from kvbind.experiments.kept import Kept
 from kvbind.experiments.shared import train_rows
 from kvbind.experiments.subjects import Metric
 from kvbind.layers.lact import LactLayer
 from kvbind.layers.lact_nvs import LactNvsLayer
-from kvbind.train.config import config_hash
 from kvbind.train.loop import evaluate
 
 ROW, TASKS = "rung0", ("language", "views")
@@ -37,7 +35,7 @@ ROW, TASKS = "rung0", ("language", "views")
 STEPS = range(1, 9)
 
 KEPT = "evaluated.json"
-"""Beside the report: what each seed's model came to, written as soon as it is there, and not evaluated twice."""
+"""Beside the report: what each seed's model came to."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +72,14 @@ def reproduce(**options: Any) -> dict[str, Any]:
     trained = train_rows("figure1", [ROW], TASKS, request, weights=True)
     metric = trained.subject.metric
     found: list[list[AtSteps]] = []
-    path = trained.out / KEPT
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not request.fresh else {}
+    kept = Kept(trained.out / KEPT, trained.device, request.fresh)
     for seed, run in trained.runs[ROW].items():
-        key = config_hash([run.result, machine(trained.device), versions()])
-        if key not in kept:
+        own = kept.get(run.result)
+        if own is None:
             model, task, job = trained.open(ROW, seed)
-            kept[key] = [asdict(evaluated(model, task, job.config, trained.device, steps, metric.name)) for steps in STEPS]
-            report.write_json(path, kept)
-        found.append([AtSteps(**one | {"by_layer": tuple(one["by_layer"])}) for one in kept[key]])
+            own = [asdict(evaluated(model, task, job.config, trained.device, steps, metric.name)) for steps in STEPS]
+            kept.put(own, run.result)
+        found.append([AtSteps(**one | {"by_layer": tuple(one["by_layer"])}) for one in own])
         request.say(f"seed {seed}: {metric.title} " + ", ".join(f"{x.metric:.{metric.digits}f}" for x in found[-1]))
     means = [mean_of(own) for own in zip(*found, strict=True)]
     draw(trained.out / "steps.png", means, metric)

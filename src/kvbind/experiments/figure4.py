@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ import torch
 
 from kvbind.experiments import figures
 from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
+from kvbind.experiments.kept import Kept
 from kvbind.experiments.plan import Plan, UnfinishedError, configuration, plan_runs, report_folder, with_inner
-from kvbind.experiments.projection import KEPT, Kept, measure_steps
+from kvbind.experiments.projection import KEPT, Steps, measure_steps
 from kvbind.experiments.runs import Fingerprints, Run
 from kvbind.experiments.workers import Job
 from kvbind.inner.value import check_choice
@@ -140,16 +141,17 @@ def measured(request: Request) -> dict[str, Any]:
     device = pick_device(full.train.device)
     out = request.out or report_folder("figure4", TASK, request.scale)
     out.mkdir(parents=True, exist_ok=True)
-    kept = Kept(out / KEPT, device, request.measure.steps, request.fresh)
+    kept, count = Kept(out / KEPT, device, request.fresh), request.measure.steps
     for form in FORMS:
         edits = [*request.overrides, f"model.ttt_form={form}"]
         config = with_inner(TASK, configuration(TASK, request.scale, 0, edits), inner)
-        steps = kept.get(form, config)
-        if steps is None:
+        known = kept.get(to_plain(config), count)
+        if known is None:
             if request.deadline is not None and time.monotonic() >= request.deadline:
                 raise UnfinishedError(UNFINISHED)
-            steps = measure_steps(TASK, config, device, request.measure.steps)
-            kept.put(form, config, steps)
+            known = asdict(measure_steps(TASK, config, device, count))
+            kept.put(known, to_plain(config), count)
+        steps = Steps(**known)
         seconds = [sum(pair) for pair in zip(steps.batch_seconds, steps.optimizer_seconds, strict=True)]
         courses[form] = Course(steps.losses[-len(seconds) :], seconds)
         request.say(f"{form}: {statistics.median(seconds):.3f} s per step")

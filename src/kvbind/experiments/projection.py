@@ -6,30 +6,28 @@ made by chance, and says from their time what the configured number of steps com
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvbind.bench.timing import synchronize
-from kvbind.experiments import figures, report
+from kvbind.bench.timing import now
+from kvbind.experiments import figures
 from kvbind.experiments.findings import Findings, Measure, Request, write_findings
+from kvbind.experiments.kept import Kept
 from kvbind.experiments.plan import configuration, report_folder, with_inner
-from kvbind.experiments.provenance import machine, versions
 from kvbind.experiments.subjects import ALL, NONE, SUBJECTS, Subject, named_subject
 from kvbind.experiments.tables import row_labels
 from kvbind.inner.value import check_choice
 from kvbind.precision import matmul_precision
 from kvbind.tasks import open_task_module
-from kvbind.train.config import config_hash, to_plain
+from kvbind.train.config import to_plain
 from kvbind.train.loop import pick_device, precision, to_device
 from kvbind.train.optimizer import make_optimizer
 
@@ -45,7 +43,7 @@ SCENES = 64
 """How many procedural scenes stand in for a data set of views."""
 
 KEPT = "steps.json"
-"""Beside a report: what was measured for it, each part written as soon as it is there."""
+"""Beside a report: the steps that were measured for it."""
 
 Loss = Callable[[nn.Module, int], Tensor]
 """The loss of the batch of that number."""
@@ -81,37 +79,6 @@ class Steps:
         """The whole training, with the samples of each step divided among GPUs of that efficiency."""
         share = self.batches / (gpus * efficiency if gpus > 1 else 1)
         return self.steps * (share * statistics.median(self.batch_seconds) + statistics.median(self.optimizer_seconds))
-
-
-class Kept:
-    """Measured steps in a file, each written as soon as it is there, so that the same command later measures the others.
-
-    Args:
-        path: of the file.
-        device: where steps are measured; those of another machine, or with other versions, do not count.
-        steps: how many; likewise.
-        fresh: whether none counts.
-    """
-
-    def __init__(self, path: Path, device: torch.device, steps: int, fresh: bool = False) -> None:
-        self.path = path
-        self._setting = [steps, machine(device), versions()]
-        self._all: dict[str, Any] = {}
-        if path.is_file() and not fresh:
-            self._all = json.loads(path.read_text(encoding="utf-8"))
-
-    def get(self, name: str, config: Any) -> Steps | None:
-        """What was measured under a name, if it was of that configuration."""
-        kept = self._all.get(name, {})
-        return Steps(**kept["steps"]) if kept.get("key") == self._key(config) else None
-
-    def put(self, name: str, config: Any, steps: Steps) -> None:
-        """Keep what was measured of a configuration."""
-        self._all[name] = {"key": self._key(config), "steps": asdict(steps)}
-        report.write_json(self.path, self._all)
-
-    def _key(self, config: Any) -> str:
-        return config_hash([to_plain(config), *self._setting])
 
 
 def measure_steps(task: str, config: Any, device: torch.device, steps: int) -> Steps:
@@ -232,12 +199,6 @@ def tf32(config: Any, device: torch.device) -> Iterator[None]:
         yield
 
 
-def now(device: torch.device) -> float:
-    """The time at which the device has done what it was given."""
-    synchronize(device)
-    return time.perf_counter()
-
-
 def measure_rows(name: str, rows: Sequence[str], request: Request) -> dict[str, Any]:
     """Measure steps of the rows of a table, and write what their training would take.
 
@@ -266,11 +227,11 @@ def measure_rows(name: str, rows: Sequence[str], request: Request) -> dict[str, 
     out.mkdir(parents=True, exist_ok=True)
     request.say(f"{name}, {task}, scale {request.scale}: {measure.steps} steps of each row on {device}; report in {out}")
 
-    kept = Kept(out / KEPT, device, measure.steps, request.fresh)
+    kept = Kept(out / KEPT, device, request.fresh)
     configs = {row: with_inner(task, configuration(task, request.scale, 0, request.overrides), inner)
                for row, inner in inners.items() if row in rows}  # fmt: skip
     asked = measure.rows or tuple(rows)
-    found = {row: steps for row, config in configs.items() if (steps := kept.get(row, config))}
+    found = {row: Steps(**x) for row, config in configs.items() if (x := kept.get(to_plain(config), measure.steps))}
     left_out = {row: "not measured yet" if row in configs else "does not apply" for row in asked if row not in found}
 
     def written(request: Request) -> dict[str, Any]:
@@ -290,7 +251,7 @@ def measure_rows(name: str, rows: Sequence[str], request: Request) -> dict[str, 
                 request.say(f"{row}: {left_out[row]}")
             else:
                 del left_out[row]
-                kept.put(row, configs[row], found[row])
+                kept.put(asdict(found[row]), to_plain(configs[row]), measure.steps)
                 request.say(sentence(row, found[row], subject, measure))
                 written(replace(request, console=None))  # a row may take minutes, and the next one may be interrupted
     return written(request)

@@ -7,7 +7,6 @@ that writes the report: runs may have been trained earlier, elsewhere.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +16,11 @@ import torch
 
 from kvbind.bench.forms import tokens_per_second
 from kvbind.bench.operands import Size
-from kvbind.experiments import report
-from kvbind.experiments.provenance import machine, versions
+from kvbind.experiments.kept import Kept
 from kvbind.experiments.runs import Run
 from kvbind.forms.analysis import explain
 from kvbind.forms.api import Form
 from kvbind.inner import InnerLoop
-from kvbind.train.config import config_hash
 
 Speeds = dict[str, dict[str, float | None]]
 """Units per second by row and column; None for what a row does not have."""
@@ -78,27 +75,25 @@ class InnerLoopSpeed:
             configs: by row.
             runs: of each row; not looked at.
             device: where to run.
-            path: keeps the figures, so that a continued command does not measure twice.
+            path: keeps the figures.
             fresh: measure anew.
         """
         inners = {name: InnerLoop.from_dict(config.model.inner) for name, config in configs.items()}
         size = self.size(next(iter(configs.values())))
         plain = {name: inner.to_dict() for name, inner in inners.items()}
-        key = config_hash([plain, vars(size), machine(device), versions()])
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not fresh else {}
-        if kept.get("key") != key:
+        kept = Kept(path, device, fresh)
+        speeds: Speeds | None = kept.get(plain, vars(size))
+        if speeds is None:
             forms: tuple[Form, ...] = ("recurrent", "parallel")
             cases = [
                 (name, form) for form in forms for name in inners if form == "recurrent" or explain(inners[name]).parallel
             ]
             measured = tokens_per_second([(inners[name], form) for name, form in cases], size, device)
-            speeds: dict[str, dict[str, Any]] = {name: dict.fromkeys(forms) for name in inners}
+            speeds = {name: dict.fromkeys(forms) for name in inners}
             for (name, form), speed in zip(cases, measured, strict=True):
                 speeds[name][form] = speed
-            kept = {"key": key, "tokens_per_second": speeds}
-            report.write_json(path, kept)
-        found: Speeds = kept["tokens_per_second"]
-        return found
+            kept.put(speeds, plain, vars(size))
+        return speeds
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,41 @@
+import json
+from itertools import count
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvbind.bench import app
+from kvbind.bench.record import OUT_OF_TIME, answered, growing
+
+ROWS = st.lists(st.sampled_from([{"seconds": 1}, {"skipped": "out of memory"}, {"skipped": OUT_OF_TIME}]), max_size=6)
+
+
+@given(ROWS, ROWS, st.integers(0, 12))
+def test_a_record_grows_by_one_row_behind_those_kept(kept, rows, planned):
+    records = list(growing({"config": 1}, planned, rows, kept))
+    assert [record["rows"] for record in records] == [kept + rows[:n] for n in range(len(rows) + 1)]
+    for record in records:
+        assert list(record) == ["config", "planned", "complete", "rows"]
+        assert record["complete"] == (answered(record) == planned)
+    assert answered(records[-1]) == len(kept) + len(rows) - (kept + rows).count({"skipped": OUT_OF_TIME})
+
+
+def test_a_row_is_handed_on_before_the_next_is_measured():
+    begun = []
+    records = growing({}, 3, (begun.append(n) or {"n": n} for n in count()))
+    for expected in ([], [0], [0, 1]):
+        assert [row["n"] for row in next(records)["rows"]] == begun == expected
+
+
+def test_what_was_measured_before_an_interruption_is_on_disk(tmp_path, capsys):
+    def rows():
+        for n in range(3):
+            yield {"n": n}
+        raise KeyboardInterrupt
+
+    path = tmp_path / "results" / "record.json"
+    with pytest.raises(KeyboardInterrupt):
+        app._watch(growing({}, 4, rows()), path, every=2)
+    assert json.loads(path.read_text()) == {"planned": 4, "complete": False, "rows": [{"n": 0}, {"n": 1}, {"n": 2}]}
+    assert capsys.readouterr().out == "2 of 4\n"
