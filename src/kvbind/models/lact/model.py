@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from kvbind.inner.spec import InnerLoop
 from kvbind.layers.lact import LactLayer, LactState
 from kvbind.layers.layout import Layout
-from kvbind.layers.norm import RMSNorm
+from kvbind.layers.norm import RMSNorm, narrowed
 from kvbind.layers.rotary import Tables, rotary_tables
 from kvbind.models.lact.cache import LactCache
 from kvbind.models.lact.config import LactConfig
@@ -96,9 +96,9 @@ class LactBlock(GradientCheckpointingLayer):
         return_state: bool = False,
     ) -> tuple[Tensor, LactState | None]:
         """As `LactLayer.forward`, on the residual stream `[B, T, d]`."""
-        mixed, after = self.attn(self.attn_norm(x), layout, tables, state, return_state)
+        mixed, after = self.attn(narrowed(self.attn_norm(x)), layout, tables, state, return_state)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), after
+        return x + self.mlp(narrowed(self.mlp_norm(x))), after
 
 
 class LactPreTrainedModel(PreTrainedModel):
