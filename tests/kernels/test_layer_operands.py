@@ -16,7 +16,7 @@ from kvbind import InnerLoop, Linear
 from kvbind.kernels import layer_operands as module
 from kvbind.kernels.layer_operands import layer_operands, takes
 from kvbind.layers.lact import LactLayer
-from kvbind.layers.operands import plain_operands
+from kvbind.layers.operands import make_operands, plain_operands
 from kvbind.layers.rotary import rotary_tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,3 +149,18 @@ def test_the_layer_is_the_same_with_kernels_and_without(options, monkeypatch):
     monkeypatch.setenv("KVBIND_KERNELS", "0")
     for got, wanted in zip(found, results(), strict=True):
         assert distance(got.double(), wanted.double()) < 1e-5
+
+
+def test_compiles_into_one_graph():
+    inputs = [x.requires_grad_() if i < 4 else x for i, x in enumerate(x.detach() for x in make())]
+    options = {"attention_heads": 4, "fast_heads": 2, "eps": 1e-5, "silu": True, "rotary": True}
+
+    def function(q, k, *others):
+        return make_operands(q, k, q, *others, **options)
+
+    found, wanted = torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs), function(*inputs)
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+    gradients = [torch.autograd.grad(sum(y.square().sum() for y in outputs), inputs[:4]) for outputs in (found, wanted)]
+    for x, y in zip(*gradients, strict=True):
+        torch.testing.assert_close(x, y)

@@ -42,7 +42,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, attention_heads: int, fa
     """
     if not runs_on(q.device) or q.dtype not in DTYPES or len({q.dtype, k.dtype, v.dtype}) > 1 or not q.numel():
         return False
-    if attention_heads % fast_heads or cos.dtype != torch.float32 or {q.stride(-1), k.stride(-1)} != {1}:
+    if attention_heads % fast_heads or cos.dtype != torch.float32 or q.stride(-1) != 1 or k.stride(-1) != 1:
         return False
     halves = _halves(q.shape[-1], attention_heads, fast_heads)
     return 2 * halves["R2"] * halves["H2"] <= WIDEST

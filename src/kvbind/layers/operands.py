@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbind.kernels.common import has_triton
+from kvbind.kernels.common import runs_on
 from kvbind.layers.rotary import rotate
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -56,7 +56,7 @@ def make_operands(
         "silu": silu,
         "rotary": rotary,
     }
-    if has_triton():
+    if runs_on(q.device):
         from kvbind.kernels.layer_operands import layer_operands, takes
 
         if takes(q, k, v, cos, attention_heads, fast_heads):

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from kvbind.inner.spec import InnerLoop
 from kvbind.layers.lact import LactLayer, LactState
 from kvbind.layers.layout import Layout
-from kvbind.layers.norm import RMSNorm, narrowed
+from kvbind.layers.norm import ResidualNorm, RMSNorm
 from kvbind.layers.rotary import Tables, rotary_tables
 from kvbind.models.lact.cache import LactCache
 from kvbind.models.lact.config import LactConfig
@@ -55,7 +55,7 @@ class LactBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: LactConfig) -> None:
         super().__init__()
-        self.attn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn_norm = ResidualNorm(config.hidden_size, eps=config.norm_eps)
         self.attn = LactLayer(
             config.hidden_size,
             config.num_attn_heads,
@@ -75,7 +75,7 @@ class LactBlock(GradientCheckpointingLayer):
             rope_theta=config.rope_theta,
             output_scale=config.learnable_ttt_scale,
         )
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp_norm = ResidualNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = LactMLP(config.hidden_size, config.mlp_width)
 
     @property
@@ -96,9 +96,10 @@ class LactBlock(GradientCheckpointingLayer):
         return_state: bool = False,
     ) -> tuple[Tensor, LactState | None]:
         """As `LactLayer.forward`, on the residual stream `[B, T, d]`."""
-        mixed, after = self.attn(narrowed(self.attn_norm(x)), layout, tables, state, return_state)
-        x = x + mixed
-        return x + self.mlp(narrowed(self.mlp_norm(x))), after
+        x, normed = self.attn_norm(x)
+        mixed, after = self.attn(normed, layout, tables, state, return_state)
+        x, normed = self.mlp_norm(x, mixed)
+        return x + self.mlp(normed), after
 
 
 class LactPreTrainedModel(PreTrainedModel):
