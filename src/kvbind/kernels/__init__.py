@@ -1,7 +1,8 @@
 """Triton kernels behind `torch.library` operators, for NVIDIA GPUs of compute capability 8.0 and up.
 
 Modules here know tensors, not inner loops; `kvbind.forms.fused` turns an inner loop into their calls. Importing one needs
-Triton. Each operator is opaque to `torch.compile`, with fake and autograd registrations, and tested against a PyTorch twin.
+Triton, but for those that choose between a kernel and PyTorch themselves (`gated_output`, `swiglu`). Each operator is opaque
+to `torch.compile`, with fake and autograd registrations, and tested against a PyTorch twin.
 """
 
 from kvbind.kernels.common import has_triton, interpreted

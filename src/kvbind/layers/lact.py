@@ -14,6 +14,7 @@ from kvbind.forms.state import State
 from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
+from kvbind.kernels.gated_output import gated_output
 from kvbind.layers.full import InnerCall, check_built
 from kvbind.layers.layout import Layout
 from kvbind.layers.norm import RMSNorm
@@ -345,10 +346,8 @@ class LactLayer(nn.Module):
         ).flatten(2)
 
         fast, fast_state = self._fast_weights(x, fast_q, fast_k, fast_v, layout, state, return_state)
-        fast = self.ttt_norm(fast)
-        if self.ttt_scale_proj is not None:
-            fast = fast * F.silu(self.ttt_scale_proj(x)).unsqueeze(-1)
-        output = self.o_proj(mixed + fast.flatten(2))
+        gate = None if self.ttt_scale_proj is None else self.ttt_scale_proj(x)
+        output = self.o_proj(gated_output(fast, self.ttt_norm.weight, gate, mixed, NORM_EPS))
 
         if fast_state is None:
             return output, None

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from kvbind.inner.spec import InnerLoop
+from kvbind.kernels.swiglu import swiglu
 from kvbind.layers.lact import LactLayer, LactState
 from kvbind.layers.layout import Layout
 from kvbind.layers.norm import ResidualNorm, RMSNorm
@@ -42,7 +42,7 @@ class LactMLP(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        output: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return output
 
 
