@@ -20,7 +20,9 @@ from kvbind.bench.kernel_tables import speed_grids, summary_grid, verify_grid
 from kvbind.bench.kernels import WHATS, Case, Settings, bench_kernels, plan, with_rates
 from kvbind.bench.leaves import draw_leaves, in_precision, run
 from kvbind.bench.operands import Size
+from kvbind.bench.pieces import Piece
 from kvbind.bench.switch import VARIABLE, operators_of, without_kernels
+from kvbind.kernels.common import has_triton, interpreted
 
 CPU = torch.device("cpu")
 H100 = Ceilings(matmul_flops=700e12, matmul_size=8192, dtype="bfloat16", copy_bytes=3.0e12)
@@ -448,6 +450,10 @@ CHECKED = [
     "ViTTT, depthwise convolution, recurrent",
 ]
 
+INTERPRETED = has_triton() and interpreted()
+
+PIECES = [name for name, case in SMALL_CASES.items() if isinstance(case, Piece)]
+
 
 @pytest.mark.parametrize("dtype", verify.DTYPES)
 @pytest.mark.parametrize("name", CHECKED)
@@ -457,6 +463,26 @@ def test_the_pytorch_forms_keep_to_the_rules_for_kernels(name, dtype):
     assert row["passed"], row["problems"]
     assert set(row["errors"]["gradients"]) >= {"q", "k", "v", "weights.out"}
     assert row["operators"] == ()
+
+
+@pytest.mark.parametrize("dtype", verify.DTYPES)
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_of_the_layer_keep_to_the_rules_with_kernels_and_without(name, dtype, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "force" if INTERPRETED else "0")
+    row = verify.verify(SMALL_CASES[name], dtype, CPU)
+    assert row["passed"], row["problems"]
+    assert set(row["errors"]["gradients"]) == set(SMALL_CASES[name].shapes)
+    assert all(error < 0.02 for error in row["errors"]["gradients"].values())
+    assert bool(row["operators"]) == INTERPRETED
+
+
+def test_a_piece_of_the_layer_that_is_wrong_fails(monkeypatch):
+    right = SMALL_CASES["layer: SwiGLU"]
+    wrong = replace(
+        right, call=lambda x, dtype: tuple(y * (1 + (dtype != torch.float64) * 0.03) for y in right.call(x, dtype))
+    )
+    problems = verify.verify(wrong, "float32", CPU)["problems"]
+    assert {problem.partition(":")[0] for problem in problems} == {"output", "gradient of gate", "gradient of up"}
 
 
 @pytest.mark.parametrize("dtype", verify.DTYPES)
@@ -524,8 +550,11 @@ def test_several_processes_verify_what_one_does():
 
 def test_cases_cover_every_rung_visibility_network_and_way_to_call():
     for scale in (verify.FULL, verify.SMALL):
-        cases = verify.cases(scale)
-        assert len({case.name for case in cases}) == len(cases)
+        listed = verify.cases(scale)
+        assert len({case.name for case in listed}) == len(listed)
+        pieces = [case for case in listed if isinstance(case, Piece)]
+        assert {name for piece in pieces for name in piece.shapes} >= {"q", "fast", "gate", "delta", "stream"}
+        cases = [case for case in listed if case not in pieces]
         assert {case.spec.visibility for case in cases} == {"past", "chunk", "token", "full"}
         assert {type(case.spec.network).__name__ for case in cases} == {"Linear", "SwiGLU", "GLU", "MLP", "DepthwiseConv"}
         assert {case.size.width for case in cases} >= {scale.width, scale.narrow, scale.odd}

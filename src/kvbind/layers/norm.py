@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvbind.kernels.common import runs_on
@@ -32,14 +33,27 @@ class ResidualNorm(RMSNorm):
         Returns:
             `x + delta`, or x, and its norm.
         """
-        dtype = narrowed(x.dtype, x.device.type)
-        if runs_on(x.device) and self.eps is not None:
-            from kvbind.kernels.add_norm import add_norm, takes
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return residual_norm(x, delta, self.weight, eps, narrowed(x.dtype, x.device.type))
 
-            if takes(x, delta, self.weight):
-                return add_norm(x, delta, self.weight, self.eps, dtype)
-        x = x if delta is None else x + delta
-        return x, super().forward(x).to(dtype)
+
+def residual_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`x + delta`, or x, and its RMS norm times `weight`, on a kernel where one takes them.
+
+    Args:
+        x: `[..., D]`.
+        delta: likewise, or None.
+        weight: `[D]`, in whose dtype the norm is computed.
+        eps: added to the mean square.
+        dtype: of the norm.
+    """
+    if runs_on(x.device):
+        from kvbind.kernels.add_norm import add_norm, takes
+
+        if takes(x, delta, weight):
+            return add_norm(x, delta, weight, eps, dtype)
+    x = x if delta is None else x + delta
+    return x, F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype).to(dtype)
 
 
 def narrowed(dtype: torch.dtype, device: str) -> torch.dtype:

@@ -1,0 +1,106 @@
+"""What `kvbind bench verify` holds to PyTorch beside inner loops: the kernels of the layer around one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvbind.bench.evaluation import Evaluation
+from kvbind.bench.leaves import Leaves
+from kvbind.kernels.gated_output import gated_output
+from kvbind.kernels.swiglu import swiglu
+from kvbind.layers.lact import NORM_EPS
+from kvbind.layers.norm import residual_norm
+from kvbind.layers.operands import make_operands
+from kvbind.layers.rotary import rotary_tables
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A function that takes a kernel where there is one.
+
+    Attributes:
+        name: of the case.
+        shapes: of its operands, by name.
+        narrow: those that come in the working precision; others are in float32 at the least.
+        call: from operands and the working precision to results.
+    """
+
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+    narrow: tuple[str, ...]
+    call: Callable[[Leaves, torch.dtype], tuple[Tensor, ...]]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row says of it."""
+        return {"form": "layer", "reference": "layer", "newton_schulz": False}
+
+    def draw(self, device: torch.device, dtype: torch.dtype) -> Leaves:
+        """Operands, the same in every precision: those that come in `dtype`, rounded to it; in float64."""
+        generator = torch.Generator(device).manual_seed(0)
+        leaves = {name: torch.randn(s, generator=generator, device=device).double() for name, s in self.shapes.items()}
+        return {name: x.to(dtype).double() if name in self.narrow else x.float().double() for name, x in leaves.items()}
+
+    def evaluate(self, leaves: Leaves, dtype: torch.dtype) -> Evaluation:
+        """All results, and gradients of a fixed random combination of them.
+
+        Args:
+            leaves: from `draw`.
+            dtype: the working precision.
+        """
+        wide = torch.promote_types(dtype, torch.float32)
+        own = {name: x.to(dtype if name in self.narrow else wide).requires_grad_() for name, x in leaves.items()}
+        results = self.call(own, dtype)
+        generator = torch.Generator(results[0].device).manual_seed(1)
+        slopes = [torch.randn(y.shape, generator=generator, device=y.device).bfloat16().to(y.dtype) for y in results]
+        gradients = torch.autograd.grad(results, list(own.values()), slopes)
+        output = torch.cat([y.detach().double().flatten() for y in results])
+        return Evaluation(output, {}, dict(zip(own, gradients, strict=True)))
+
+
+def pieces(tokens: int, heads: int, width: int) -> list[Piece]:
+    """Everything of a LaCT layer that has a kernel, at two batches of tokens.
+
+    Args:
+        tokens: in a row.
+        heads: fast heads.
+        width: of one; made of two or six attention heads.
+    """
+    model, together = heads * width, 6 if width % 12 == 0 and width >= 192 else 2
+    rows, by_head = (2, tokens, model), (2, tokens, heads, width)
+
+    def operands(silu: bool, rotary: bool) -> Callable[[Leaves, torch.dtype], tuple[Tensor, ...]]:
+        def call(x: Leaves, dtype: torch.dtype) -> tuple[Tensor, ...]:
+            tables = rotary_tables(torch.arange(tokens, device=x["q"].device)[None], width // together, 1e6)
+            return make_operands(
+                x["q"], x["k"], x["q"], x["scale"], x["offset"], *tables, attention_heads=together * heads, fast_heads=heads,
+                eps=NORM_EPS, silu=silu, rotary=rotary,
+            )  # fmt: skip
+
+        return call
+
+    def gated(x: Leaves, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (gated_output(x["fast"], x["weight"], x.get("gate"), x["mixed"], NORM_EPS),)
+
+    def summed(x: Leaves, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        y, h = residual_norm(x["stream"], x.get("delta"), x["weight"], NORM_EPS, dtype)
+        return (y, h) if "delta" in x else (h,)
+
+    made = {"q": rows, "k": rows, "scale": (model, 2), "offset": (model, 2)}
+    outputs = {"fast": by_head, "weight": (width,), "mixed": rows}
+    stream = {"stream": rows, "weight": (model,)}
+    mlp = (2, tokens, 8 * model // 3)
+    return [
+        Piece("layer: queries and keys", made, ("q", "k"), operands(silu=True, rotary=True)),
+        Piece("layer: queries and keys without SiLU and rotation", made, ("q", "k"), operands(silu=False, rotary=False)),
+        Piece("layer: gated output", outputs | {"gate": (2, tokens, heads)}, ("fast", "mixed", "gate"), gated),
+        Piece("layer: output without gate", outputs, ("fast", "mixed"), gated),
+        Piece("layer: SwiGLU", {"gate": mlp, "up": mlp}, ("gate", "up"), lambda x, _: (swiglu(x["gate"], x["up"]),)),
+        Piece("layer: norm of the stream", stream, (), summed),
+        Piece("layer: sum and norm of the stream", stream | {"delta": rows}, ("delta",), summed),
+    ]
