@@ -61,8 +61,8 @@ evaluations differ by more than a factor of two, and PyTorch's own form exceeds 
 RULES = (
     "float32: output, state and every gradient within 1e-5; through Newton-Schulz output and state within that or twice the "
     "twin's own error, gradients within 1e-4 or four times it. bfloat16: all within twice the twin's own error or 1e-5, "
-    "output and state also within 1e-2; through Newton-Schulz within twice the twin's own error, gradients within four times it. "
-    "Norms and pending tokens in the state within 1e-5 always."
+    "output and state also within 1e-2; through Newton-Schulz within twice the twin's own error, gradients within four "
+    "times it. Norms and pending tokens in the state within 1e-5 always."
 )
 """Relative errors in norm; what is not finite breaks them."""
 
