@@ -4,7 +4,7 @@ RUN := .venv/run
 TEST := .venv/test
 INSTALL := pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: table2 test check clean
+.PHONY: table2 test clean
 
 table2: $(RUN)/.done  ## train the ladder on real text and write its report to runs/
 	$(RUN)/bin/kvbind reproduce table2 --task language --scale smoke

@@ -129,6 +129,7 @@ def test_an_inner_loop_in_a_file_is_explained(run, tmp_path):
         (["explain", "lact_lm"], "did you mean 'lact_llm'"),
         (["explain", "missing.yaml"], "there is no 'missing.yaml'"),
         (["explain", "lact_llm", "--rung", "9"], "--rung"),
+        (["explain", "lact_llm", "--value-width", "0"], "value_width must be an int of at least 1; got 0"),
         (["reproduce", "tabel2"], "did you mean 'table2'"),
         (["reproduce", "table2", "--scale", "smok"], "did you mean 'smoke'"),
         (["reproduce", "table2", "--task", "langauge"], "did you mean 'language'"),
@@ -144,6 +145,9 @@ def test_an_inner_loop_in_a_file_is_explained(run, tmp_path):
         (["train", "language", "model.inner.updat=last"], "did you mean 'update'"),
         (["train", "language", "model.fields.hiden_size=8"], "did you mean 'hidden_size'"),
         (["train", "language", "--data", "nowhere"], "which does not exist"),
+        (["train", "language", "--data", ""], "data must name a file, a folder or hub:NAME; got ''"),
+        (["train", "language", "seed=-1"], "seed must be at least 0; got -1"),
+        (["train", "language", "--out", "new", "train.device=cuda:99"], "train.device must be a device of this machine"),
         (["eval", "language", "nowhere"], "must be the folder of a training run"),
         (["generate", "nowhere"], "must be the folder of a training run or of a model"),
         (["convert", "nowhere", "there"], "config.json"),
@@ -194,12 +198,18 @@ def test_training_without_a_folder_makes_one_by_configuration(run, book, tmp_pat
 
 
 def test_a_run_is_evaluated_as_it_was_after_training(run, trained):
-    code, out, _ = run("eval", "language", str(trained), "--json", str(trained / "again.json"))
+    code, out, _ = run("eval", "language", str(trained), "--json", str(trained / "new" / "again.json"))
     assert code == 0
     held_out = json.loads((trained / "result.json").read_text())["held_out"]
-    assert json.loads((trained / "again.json").read_text()) == held_out
+    assert json.loads((trained / "new" / "again.json").read_text()) == held_out
     assert f"{held_out['perplexity']:.4f}" in out
     assert "bits per byte" in out
+
+
+def test_a_folder_with_a_run_of_another_task_is_left_alone(run, trained):
+    code, _, errors = run("train", "images", "--out", str(trained))
+    assert code == 2
+    assert "holds a run of task 'language'; name another folder" in errors
 
 
 TINY = {
@@ -253,6 +263,13 @@ def test_a_run_is_evaluated_on_other_text_at_another_length(run, trained, tmp_pa
     assert other["perplexity"] != json.loads((trained / "result.json").read_text())["held_out"]["perplexity"]
 
 
+def test_a_run_is_not_evaluated_as_another_model(run, trained):
+    for edit in ("model.fields.hidden_size=32", "model.inner.momentum=false"):
+        code, _, errors = run("eval", "language", str(trained), edit)
+        assert code == 2
+        assert "must leave the parameters that" in errors
+
+
 @pytest.mark.parametrize("folder", ["", "model"])
 def test_a_run_writes_text_that_starts_with_the_prompt(run, trained, folder):
     words = ("generate", str(trained / folder), "--prompt", "it was", "--tokens", "20", "--seed", "3")
@@ -286,6 +303,9 @@ def test_a_trained_model_converts_to_the_released_layout_and_back(run, book, tmp
     assert before.keys() == after.keys()
     assert all((before[name] == after[name]).all() for name in before)
     assert run("generate", str(tmp_path / "ours"), "--tokenizer", "bytes", "--tokens", "4")[0] == 0
+    code, _, errors = run("generate", str(tmp_path / "ours"), "--tokens", "4")
+    assert code == 2
+    assert "tokenizer must be 'bytes' or a tokenizer by name" in errors
 
 
 def test_training_that_stops_says_why_without_a_traceback(run, book, monkeypatch):

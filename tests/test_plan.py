@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from kvbind import cli
 from kvbind.hardware import ACCELERATORS, accelerator, peak_flops, recognized
@@ -260,6 +261,17 @@ def test_the_command_prints_a_plan_and_writes_it(tmp_path, capsys, monkeypatch):
     assert written["calibration"]["summary"] in printed
 
 
+def test_on_a_narrow_terminal_numbers_stay_whole_and_decided_edits_are_said_once(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["plan", "--gpus", "64", "--price", "2", "train.parallel.sequence=4", *RUNG2])
+    printed = capsys.readouterr().out
+    best = run_plan("760m", "64", RUNG2, Console(quiet=True), price=2)["plans"][0]["options"][0]
+    assert f"{best['tokens_per_second']:,.0f}" in printed
+    assert f"({best['budget']['cost']:,.0f})" in printed
+    assert printed.count("train.parallel.sequence=") == 1
+
+
 def test_what_does_not_fit_is_refused_by_name(tmp_path, capsys):
     for words, message in (
         (["--gpus", "8,x"], "gpus must be whole numbers of at least 1 with commas between them; got '8,x'"),
@@ -292,8 +304,6 @@ def test_the_documentations_tables_are_made_from_plans():
 
 
 def test_a_plan_without_the_command_returns_what_it_would_write(capsys):
-    from rich.console import Console
-
     found = run_plan("tiny", "1", [], Console(file=None, quiet=True))
     assert found["plans"][0]["options"][0]["mesh"] == {"replicate": 1, "shard": 1, "sequence": 1}
     assert torch.tensor(found["plans"][0]["options"][0]["mfu"]).isfinite()

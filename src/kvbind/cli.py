@@ -150,7 +150,8 @@ def explain(
         inner = list(ladder(inner).values())[rung]
     if chunk is not None:
         inner = inner.replace(chunk=chunk)
-    shapes = Shapes(heads, key_width, value_width or key_width, hidden or key_width, tokens)
+    value_width, hidden = (key_width if width is None else width for width in (value_width, hidden))
+    shapes = Shapes(heads, key_width, value_width, hidden, tokens)
     console().print(str(analyse(inner, shapes)), markup=False, soft_wrap=True)
 
 
@@ -369,7 +370,7 @@ def train(
     from kvbind.train.ranks import barrier, connected, rank, restarted
 
     module, preset = open_task_module(task), preset or named_subject(task).scales["smoke"].preset
-    edits = [*(overrides or []), *([f"data.source={json.dumps(data)}"] if data else [])]
+    edits = with_data(overrides, "source", data)
     config = module.resolve(read_config(module.Config, module.PRESETS, preset, edits))
     folder = out or Path("runs") / run_name(task, config).replace(task, f"{task}-{Path(preset).stem}", 1)
     with connected(config.train.device):
@@ -384,6 +385,13 @@ def train(
             run = train_run(task, config, folder, add("training", config.train.steps))
     show_metrics(screen, run.result["held_out"])
     screen.print(f"{run.result['steps']} steps in {run.result['training_seconds']:.0f} s, {run.result['skipped']} skipped")
+
+
+def with_data(overrides: list[str] | None, key: str, data: str | None) -> list[str]:
+    """Edits of a configuration, and after them `--data`, if it is given, as the data's `key`."""
+    if data == "":
+        raise ValueError(f"data must name a file, a folder or hub:NAME; got {data!r}")
+    return [*(overrides or []), *([] if data is None else [f"data.{key}={json.dumps(data)}"])]
 
 
 @app.command()
@@ -458,7 +466,7 @@ def evaluate(
     module = open_task_module(task)
     # where a task tells them apart, the source of what is held out
     source = "held_out_source" if hasattr(module.Config().data, "held_out_source") else "source"
-    trained_on, config = open_run(run, [*(overrides or []), *([f"data.{source}={json.dumps(data)}"] if data else [])])
+    trained_on, config = open_run(run, with_data(overrides, source, data))
     if trained_on != task:
         raise ValueError(f"run must be one of task {task!r}; {str(run)!r} is one of {trained_on!r}")
     opened = module.Task(config, training=False)
@@ -608,7 +616,7 @@ def render(
     from kvbind.tasks.views.render import write_pictures
     from kvbind.train.loop import pick_device
 
-    trained_on, config = open_run(run, [f"data.held_out_source={json.dumps(data)}"] if data else [])
+    trained_on, config = open_run(run, with_data(None, "held_out_source", data))
     if trained_on != "views":
         raise ValueError(f"run must be one of task 'views'; {str(run)!r} is one of {trained_on!r}")
     opened = Task(config, training=False)

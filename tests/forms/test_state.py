@@ -107,3 +107,18 @@ def test_gradients_flow_through_a_state_into_the_call_before():
     z, _ = kvbind.ttt(SPEC, None, tail.q, k[:, 6:], tail.v, state=state, **tail.options)
     (parts,) = torch.autograd.grad(z.sum(), k)
     assert error(parts, whole) < 1e-10
+
+
+def test_states_of_different_inner_loops_are_not_joined(run):
+    state, _, _ = run
+    other = kvbind.State(SPEC.replace(direction="ascent"), state.tensors, state.pending_lengths)
+    with pytest.raises(ValueError, match="states must be of one inner loop; theirs differ in direction"):
+        kvbind.State.cat([state, other])
+    with pytest.raises(ValueError, match="at least one state"):
+        kvbind.State.cat([])
+
+
+def test_a_file_that_is_no_safetensors_is_refused(tmp_path):
+    (tmp_path / "state.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"must be a file that State\.save wrote"):
+        kvbind.State.load(tmp_path / "state.safetensors")

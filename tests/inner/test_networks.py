@@ -66,6 +66,9 @@ def test_updating_the_last_layer_alone_gives_its_gradient_alone():
         (lambda: DepthwiseConv(grid=(3, 0)), "grid's height and width"),
         (lambda: DepthwiseConv(grid=(2, 5)).grid_of(9), "needs 2 x 5 = 10 tokens; got 9"),
         (lambda: DepthwiseConv().grid_of(8), "a square number of tokens; got 8"),
+        (lambda: MLP().initial(0, 4, 4), "heads must be an int of at least 1; got 0"),
+        (lambda: MLP().initial(2, 4, 4, hidden=-3), "hidden must be an int of at least 1; got -3"),
+        (lambda: MLP(depth=2).initial(2, 4, 4, hidden=[8]), r"one width for each of 2 hidden layers; got \[8\]"),
     ],
 )
 def test_bad_networks_are_refused(make, message):

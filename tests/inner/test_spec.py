@@ -140,3 +140,17 @@ def test_the_ladder_of_vittt_drops_the_gate_and_the_clipping_and_keeps_the_convo
     assert glu["rung5"].clip
     assert not glu["rung6"].clip
     assert all(spec.network == DepthwiseConv() for spec in conv.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("{network: [", ValueError, "source must be YAML; the text is not: "),
+        ("{network: 3}", TypeError, "network must be a kind, or a dict with one"),
+        ("{network: Swiglu}", ValueError, "did you mean 'SwiGLU'"),
+        ("hello", TypeError, "needs a dict; got str"),
+    ],
+)
+def test_yaml_that_is_no_inner_loop_is_refused(text, kind, message):
+    with pytest.raises(kind, match=message):
+        InnerLoop.from_yaml(text)

@@ -215,3 +215,12 @@ def test_an_inner_loop_that_was_assigned_goes_along(tmp_path):
     model.save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match="they have no direction='ascent'"):
         convert(tmp_path / "ours", tmp_path / "released", to="released")
+
+
+def test_weights_that_are_no_safetensors_are_refused_and_a_runs_are_pointed_to(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"source must hold weights in safetensors; .* is not: "):
+        convert(tmp_path, tmp_path / "mine")
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="has none; those of a training run are in its folder 'model'"):
+        convert(tmp_path / "run", tmp_path / "mine")

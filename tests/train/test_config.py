@@ -48,6 +48,13 @@ def test_a_saved_configuration_reads_back_the_same(presets, tmp_path):
             r"no configuration key is named 'train\.lerning_rate' \(did you mean 'train\.learning_rate'\?\)",
         ),
         (["sed=1"], r"'sed' \(did you mean 'seed'\?\)"),
+        (["trian.steps=1"], r"'trian' \(did you mean 'train'\?\)"),
+        (["learning_rate=1"], r"'learning_rate' \(did you mean 'train\.learning_rate'\?\)"),
+        (["train.lr=1"], r"no configuration key is named 'train\.lr'; train has steps, accumulate, learning_rate, "),
+        (["train=1"], r"configuration key 'train': "),
+        (["train.betas=0.9"], r"'train\.betas' must be a list, such as \[0\.9, 0\.95\]; got 0\.9"),
+        (["train.betas=[0.9,2]"], r"train\.betas must be at least 0 and below 1; got \(0\.9, 2\.0\)"),
+        (["train.final=-1"], r"train\.final must be at least 0; got -1"),
         (["train.steps=many"], r"configuration key 'train\.steps': .*many"),
         (["train.steps"], r"must be key=value, .*got 'train\.steps'"),
         (["train.steps=0"], r"train\.steps must be at least 1; got 0"),
@@ -72,6 +79,12 @@ def test_a_preset_that_is_no_mapping_is_refused(tmp_path):
     (tmp_path / "list.yaml").write_text("[1, 2]")
     with pytest.raises(ValueError, match="must hold a mapping"):
         read_config(Run, {}, str(tmp_path / "list.yaml"))
+
+
+def test_a_preset_that_is_no_yaml_is_refused(tmp_path):
+    (tmp_path / "broken.yaml").write_text("train: [")
+    with pytest.raises(ValueError, match=r"broken\.yaml must be YAML: "):
+        read_config(Run, {}, str(tmp_path / "broken.yaml"))
 
 
 def test_the_hash_goes_by_what_the_result_depends_on():

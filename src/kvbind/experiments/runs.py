@@ -116,7 +116,7 @@ def train_run(task: str, config: Any, folder: Path, watch: Watch | None = None, 
         ValueError: the folder holds a run of another configuration, or another process trains in it.
         TrainingStoppedError: as `kvbind.train.train`.
     """
-    check_same_config(config, folder)
+    check_same_config(task, config, folder)
     if (folder / RESULT).is_file():
         return Run(folder, json.loads((folder / RESULT).read_text(encoding="utf-8")), reused=True)
     if deadline is not None and time.monotonic() >= deadline:
@@ -205,11 +205,13 @@ def only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-def check_same_config(config: Any, folder: Path) -> None:
-    """Raise `ValueError` where `folder` holds a run of a configuration that differs in what matters."""
+def check_same_config(task: str, config: Any, folder: Path) -> None:
+    """Raise `ValueError` where `folder` holds a run of another task, or of a configuration that differs in what matters."""
     path = folder / CONFIG
     if not path.is_file():
         return
+    if (held := task_of(path)) not in (task, None):
+        raise ValueError(f"{folder} holds a run of task {held!r}; name another folder")
     old, new = (flatten(what_matters(x)) for x in (load_config(type(config), path), config))
     changed = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)]
     if changed:
@@ -229,6 +231,12 @@ def discard(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def task_of(config: Path) -> str | None:
+    """The task that a run's configuration file names in its first line; None of a file that names none."""
+    head, mark, task = config.read_text(encoding="utf-8").partition("\n")[0].partition("# kvbind train ")
+    return task.strip() if mark and not head else None
+
+
 def open_run(folder: Path, overrides: Sequence[str] = ()) -> tuple[str, Any]:
     """The task's name and the configuration of a run.
 
@@ -236,10 +244,9 @@ def open_run(folder: Path, overrides: Sequence[str] = ()) -> tuple[str, Any]:
         ValueError: a folder that holds no run.
     """
     path = folder / CONFIG
-    first = path.read_text(encoding="utf-8").partition("\n")[0] if path.is_file() else ""
-    if not first.startswith("# kvbind train "):
+    task = task_of(path) if path.is_file() else None
+    if task is None:
         raise ValueError(f"run must be the folder of a training run, which holds {CONFIG}; got {str(folder)!r}")
-    task = first.removeprefix("# kvbind train ").strip()
     return task, load_config(open_task_module(task).Config, path, overrides)
 
 
@@ -247,11 +254,18 @@ def load_model(folder: Path, task: Any) -> Any:
     """The model of a run as its newest checkpoint has it, on the CPU.
 
     Raises:
-        ValueError: a run without checkpoints yet.
+        ValueError: a run without checkpoints yet, or a task whose model has other parameters than the run's.
     """
     saved = latest_checkpoint(folder, ("model",))
     if saved is None:
         raise ValueError(f"run must have a checkpoint; {str(folder)!r} has none yet")
-    model = task.build()
-    model.load_state_dict(saved["model"])
+    model, weights = task.build(), saved["model"]
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    differing = sorted(shapes.items() ^ {name: tuple(x.shape) for name, x in weights.items()}.items())
+    if differing:
+        raise ValueError(
+            f"the configuration's edits must leave the parameters that {str(folder)!r} was trained with; "
+            f"{differing[0][0]} differs"
+        )
+    model.load_state_dict(weights)
     return model.eval()

@@ -67,7 +67,7 @@ def parallel_obstacles(spec: InnerLoop) -> tuple[Obstacle, ...]:
         if nonlinear:
             reason = f"its gradient reads the state, and {nonlinear} makes each write a nonlinear function of it"
             found.append(Obstacle("loss", spec.loss, reason, {"loss": "dot"}))
-        elif isinstance(spec.network, GLU):
+        elif spec.network.has_gate:
             reason = "its gradient reads the state through a gate that differs from channel to channel"
             found.append(Obstacle("loss", spec.loss, reason, {"loss": "dot"}))
     return tuple(found)
@@ -339,10 +339,12 @@ def explain(spec: InnerLoop, shapes: Shapes | None = None) -> Explanation:
         shapes: sizes for the costs; default a layer of the paper's 760M language model.
 
     Raises:
-        TypeError: `spec` is no `InnerLoop`.
+        TypeError: `spec` is no `InnerLoop`, or `shapes` no `Shapes`.
     """
     if not isinstance(spec, InnerLoop):
         raise TypeError(f"spec must be a kvbind.InnerLoop; got {type(spec).__name__}")
+    if not isinstance(shapes, Shapes | None):
+        raise TypeError(f"shapes must be a kvbind.forms.analysis.Shapes or None; got {type(shapes).__name__}")
     shapes = shapes or Shapes()
     obstacles = parallel_obstacles(spec)
     nearest = spec
@@ -375,9 +377,11 @@ def _operands(spec: InnerLoop) -> dict[str, str]:
     g = "v_i" if spec.loss == "dot" else "(v_i - f_c(k_i))"
     if isinstance(network, GLU):
         g = f"{g} * silu(k_i W_gate{',c' if moving else ''})"
+    elif network.has_gate:
+        g = f"{g} * gate(k_i{old})"
     operands = {"q^_t": phi_q, "k^_i": phi_k, "v^_i": f"lr_i {g}", "S_0": "the starting last layer W"}
     if isinstance(network, MLP):
-        operands["phi"] = " then ".join([f"{network.activation}(x {name})" for name in network.theta])
+        operands["phi"] = " then ".join([f"{network.activation}(x W_{name})" for name in network.theta])
     elif isinstance(network, SwiGLU):
         operands["phi"] = "silu(x W_gate) * (x W_up)"
     if spec.steps > 1:
@@ -401,7 +405,7 @@ def _state_rule(spec: InnerLoop) -> str:
 
 
 def _output_rule(spec: InnerLoop) -> str:
-    gate = "silu(q_t W_gate) * " if isinstance(spec.network, GLU) else ""
+    gate = "silu(q_t W_gate) * " if isinstance(spec.network, GLU) else "gate(q_t) * " if spec.network.has_gate else ""
     seen = {
         "past": "S_c: the chunks before its own",
         "chunk": "S_c+1: its own chunk included",

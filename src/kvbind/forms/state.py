@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -133,8 +133,17 @@ class State:
 
     @staticmethod
     def cat(states: Sequence[State]) -> State:
-        """The sequences of several states of one inner loop, one after another."""
+        """The sequences of several states of one inner loop, one after another.
+
+        Raises:
+            ValueError: no states, or states of different inner loops.
+        """
+        if not states:
+            raise ValueError("states must hold at least one state; got none")
         first = states[0]
+        other = next((state.spec for state in states if state.spec != first.spec), None)
+        if other is not None:
+            raise ValueError(f"states must be of one inner loop; theirs differ in {', '.join(first.spec.differing(other))}")
         tensors = {name: torch.cat([state.tensors[name] for state in states]) for name in first.tensors}
         return State(first.spec, tensors, tuple(n for state in states for n in state.pending_lengths))
 
@@ -148,13 +157,17 @@ class State:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: a safetensors file that holds no state.
+            OSError: a file that cannot be read.
+            ValueError: a file that holds no state.
         """
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if not {"inner", "pending_lengths"} <= metadata.keys():
-                raise ValueError(f"path must be a file that State.save wrote; {path} holds no inner loop")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if not {"inner", "pending_lengths"} <= metadata.keys():
+                    raise ValueError(f"path must be a file that State.save wrote; {path} holds no inner loop")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"path must be a file that State.save wrote; {path} is not: {error}") from error
         spec = InnerLoop.from_dict(json.loads(metadata["inner"]))
         return cls(spec, tensors, tuple(json.loads(metadata["pending_lengths"])))
 

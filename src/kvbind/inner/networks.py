@@ -63,6 +63,11 @@ class Network(Value, abc.ABC):
         """What multiplies the last layer's output, `[..., T, Dv]`, or None where nothing does."""
         return None
 
+    @property
+    def has_gate(self) -> bool:
+        """Whether anything multiplies the last layer's output."""
+        return type(self).gate is not Network.gate
+
     def read(self, features: Tensor, out: Tensor) -> Tensor:
         """Features times the last layer: `[..., T, F]`, `[..., F, Dv]` to `[..., T, Dv]`."""
         return features @ out
@@ -84,9 +89,16 @@ class Network(Value, abc.ABC):
             g: `-dL/df` at those keys, `[..., T, Dv]`.
             rates: each matrix's learning rate.
             names: the matrices that are updated.
+
+        Raises:
+            NotImplementedError: of the class that says nothing on how the loss reaches `Theta`.
         """
-        # of a network that is its last layer alone; the others override this
-        return {"out": self.write(self.features(weights, x), rates["out"] * g)}
+        # of the last layer alone; networks with Theta override this
+        if set(names) != {"out"}:
+            raise NotImplementedError(
+                f"{type(self).__name__} must define gradients to update {', '.join(self.theta)}; update='last' does without"
+            )
+        return {"out": self.write(self.features(weights, x), gated(self.gate(weights, x), rates["out"] * g))}
 
     def initial(
         self,
@@ -109,12 +121,22 @@ class Network(Value, abc.ABC):
             generator: source of randomness.
             dtype: of the result.
             device: of the result.
+
+        Raises:
+            TypeError: a size that is no int.
+            ValueError: a size below 1, or another number of hidden widths than of hidden layers.
         """
         widths = (
             [key_width if hidden is None else hidden] * self.hidden_layers
             if not isinstance(hidden, Sequence)
             else list(hidden)
         )
+        for argument, size in (("heads", heads), ("key_width", key_width), ("value_width", value_width)):
+            check_positive_int(argument, size)
+        for width in widths:
+            check_positive_int("hidden", width)
+        if len(widths) != self.hidden_layers:
+            raise ValueError(f"hidden must have one width for each of {self.hidden_layers} hidden layers; got {widths}")
         return {
             name: torch.randn(self.stored_shape(heads, shape), generator=generator, dtype=dtype, device=device)
             / math.sqrt(math.prod(shape[axis] for axis in self.input_axes))

@@ -63,6 +63,10 @@ class Value:
         self._check_fields(fields)
         return cast(Self, dataclasses.replace(cast(Any, self), **fields))
 
+    def differing(self, other: Self) -> list[str]:
+        """The names of the fields in which this value and `other` differ."""
+        return [name for name in self.field_names() if getattr(self, name) != getattr(other, name)]
+
     def __repr__(self) -> str:
         changed = (
             f"{field.name}={getattr(self, field.name)!r}"

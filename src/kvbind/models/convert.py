@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -109,15 +110,19 @@ def read_weights(source: Path) -> dict[str, Tensor]:
             return _read_file(path)
         parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
         return {key: x for part in parts for key, x in _read_file(source / part).items()}
+    inside = "; those of a training run are in its folder 'model'" if (source / "model").is_dir() else ""
     raise FileNotFoundError(
         f"source must hold weights ({', '.join((*WEIGHT_FILES, *INDEX_FILES))}) beside a config.json or config.yaml; "
-        f"{source} {'has none' if source.is_dir() else 'does not exist'}"
+        f"{source} {'has none' if source.is_dir() else 'does not exist'}{inside}"
     )
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"source must hold weights in safetensors; {path} is not: {error}") from error
     try:
         # training scripts like to keep their command line beside the weights
         with torch.serialization.safe_globals([argparse.Namespace]):

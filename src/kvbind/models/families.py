@@ -280,7 +280,7 @@ def nvs_fields(config: Any) -> Fields:
     described = type(config).from_released_config(fields).inner if steps else None
     if described != inner:
         known = described or type(config)().inner
-        differing = [f"{x}={getattr(inner, x)!r}" for x in inner.field_names() if getattr(inner, x) != getattr(known, x)]
+        differing = [f"{x}={getattr(inner, x)!r}" for x in inner.differing(known)]
         raise ValueError(f"inner must be one that released configurations describe; they have no {', '.join(differing)}")
     return fields
 

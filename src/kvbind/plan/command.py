@@ -17,6 +17,7 @@ from kvbind.plan.calibration import Calibration, load_calibration, read_points, 
 from kvbind.plan.calibration import calibrate as fit
 from kvbind.plan.costs import Job
 from kvbind.plan.planner import Plan, plan
+from kvbind.plan.planner import overrides as edits_of
 from kvbind.plan.report import Budget, as_data, show
 from kvbind.tasks import language
 from kvbind.train.checkpoint import write_text
@@ -107,13 +108,11 @@ def make_plans(
         f"{preset}{rung}, {job.form} form: {everything / 1e6:,.0f}M parameters, {job.length:,} tokens, {device.title}, "
         f"{spent.tokens / 1e9:.3g} billion tokens in all"
     )
-    return Planned(
-        [plan(job, int(count), hardware, device, calibration) for count in gpus.split(",")],
-        title,
-        spent,
-        calibration,
-        " ".join([f"kvbind train language --preset {preset}", *overrides]),
-    )
+    plans = [plan(job, int(count), hardware, device, calibration) for count in gpus.split(",")]
+    decided = {edit.partition("=")[0] for one in plans for edit in edits_of(one.options[0])}
+    kept = [edit for edit in overrides if edit.partition("=")[0] not in decided]
+    training = " ".join([f"kvbind train language --preset {preset}", *kept])
+    return Planned(plans, title, spent, calibration, training)
 
 
 def run_plan(

@@ -107,11 +107,14 @@ def show(plans: list[Plan], title: str, budget: Budget, calibration: Calibration
     """
     options = [plan.options[0] for plan in plans] if len(plans) > 1 else list(plans[0].options[:6])
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in HEADER:
-        table.add_column(name, justify="right")
-    for option in options:
-        table.add_row(*cells(option, budget), style=None if option.fits else "dim")
-    console.print(table)
+    rows = [cells(option, budget) for option in options]
+    header = HEADER if budget.price is None else (*HEADER[:-1], "GPU hours (price)")
+    for name, column in zip(header, zip(*rows, strict=True), strict=True):
+        # where the terminal is narrow, headers wrap and numbers stay whole
+        table.add_column(name, justify="right", overflow="fold", min_width=max(map(len, (*column, *name.split()))))
+    for option, row in zip(options, rows, strict=True):
+        table.add_row(*row, style=None if option.fits else "dim")
+    console.print(table, crop=False)
     for plan in plans:
         if len(plans) > 1:
             console.print(_counted(plan.options[0].mesh.gpus), style="bold")

@@ -203,7 +203,12 @@ def sequence_parallel(shard: SequenceShard | None) -> Iterator[None]:
 
     Args:
         shard: how the row is cut; the same on every rank of its group, all of which must call the model.
+
+    Raises:
+        TypeError: `shard` is something else.
     """
+    if not isinstance(shard, SequenceShard | None):
+        raise TypeError(f"shard must be a kvbind.SequenceShard or None; got {type(shard).__name__}")
     _CURRENT.append(shard if shard is not None else current_shard())
     try:
         yield

@@ -122,6 +122,8 @@ class LanguageConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0; got {self.seed}")
         check_recomputed_once(self.model.gradient_checkpointing, self.train)
 
 
@@ -354,7 +356,7 @@ def open_trained(folder: Path, tokenizer: str | None = None) -> tuple[Any, Token
         tokenizer: for a model folder, a tokenizer's name; default the folder's own.
 
     Raises:
-        ValueError: a folder that holds neither.
+        ValueError: a folder that holds neither, or a model without a tokenizer where none is named.
     """
     run = folder.parent if folder.name == "model" and (folder.parent / "config.yaml").is_file() else folder
     if (run / "config.yaml").is_file():
@@ -369,6 +371,8 @@ def open_trained(folder: Path, tokenizer: str | None = None) -> tuple[Any, Token
     if (folder / "config.json").is_file():
         from kvbind.models import LactForCausalLM
 
+        if tokenizer is None and not any(folder.glob("tokenizer*")):
+            raise ValueError(f"tokenizer must be 'bytes' or a tokenizer by name, as {str(folder)!r} holds none")
         return LactForCausalLM.from_pretrained(folder).eval(), open_tokenizer(tokenizer or str(folder))
     raise ValueError(f"run must be the folder of a training run or of a model; got {str(folder)!r}")
 

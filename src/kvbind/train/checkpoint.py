@@ -267,13 +267,15 @@ def part_ways(stream: int) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically."""
+    """Write a small file atomically, and its folder where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(text.encode())
 
 
 def write_with(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file under a temporary name with the same suffix, then move it to `path`."""
+    """Let `write` make a file under a temporary name with the same suffix, then move it to `path`; its folder too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}{_TEMPORARY}{path.suffix}")
     write(partial)
     partial.replace(path)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -108,12 +109,15 @@ class TrainConfig:
         check_choice("train.precision", self.precision, ("auto", "float32", "bfloat16"))
         check_choice("train.gather", self.gather, ("float32", "bfloat16"))
         check_choice("train.activation_checkpointing", self.activation_checkpointing, RECOMPUTE)
-        for name, least in {"steps": 1, "accumulate": 1, "keep": 1, "max_skipped": 1, "warmup": 0, "evaluate_every": 0,
-                            "checkpoint_every": 0, "checkpoint_minutes": 0, "weight_decay": 0}.items():  # fmt: skip
+        for name, least in {"steps": 1, "accumulate": 1, "keep": 1, "max_skipped": 1, "warmup": 0, "final": 0,
+                            "evaluate_every": 0, "checkpoint_every": 0, "checkpoint_minutes": 0,
+                            "weight_decay": 0}.items():  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"train.{name} must be at least {least}; got {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"train.ema must be at least 0 and below 1; got {self.ema}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas must be at least 0 and below 1; got {tuple(self.betas)}")
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} must be greater than 0; got {getattr(self, name)}")
@@ -139,14 +143,13 @@ def read_config(schema: type[T], presets: Mapping[str, Path], preset: str, overr
         raise ValueError(
             f"preset must be one of {', '.join(presets)}, or a YAML file; got {preset!r}{nearest(preset, presets)}"
         )
-    base = OmegaConf.structured(schema)
-    return to_object(merge(base, as_config(OmegaConf.load(path), str(path)), parse_overrides(overrides)), schema)
+    return load_config(schema, path, overrides)
 
 
 def load_config(schema: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     """A configuration from the YAML that `to_yaml` gave, with edits."""
     base = OmegaConf.structured(schema)
-    return to_object(merge(base, as_config(OmegaConf.load(path), str(path)), parse_overrides(overrides)), schema)
+    return to_object(merge(base, load_yaml(path), parse_overrides(overrides)), schema)
 
 
 def from_plain(schema: type[T], plain: dict[str, Any]) -> T:
@@ -154,8 +157,16 @@ def from_plain(schema: type[T], plain: dict[str, Any]) -> T:
     return to_object(merge(OmegaConf.structured(schema), OmegaConf.create(plain)), schema)
 
 
-def as_config(loaded: Any, path: str) -> DictConfig:
-    """`loaded`, if it is a mapping."""
+def load_yaml(path: Path) -> DictConfig:
+    """A YAML file's configuration keys.
+
+    Raises:
+        ValueError: a file that is no YAML, or holds no mapping.
+    """
+    try:
+        loaded = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be YAML: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ValueError(f"{path} must hold a mapping of configuration keys")
     return loaded
@@ -178,14 +189,31 @@ def merge(base: Any, *changes: DictConfig) -> Any:
         try:
             base = OmegaConf.merge(base, change)
         except ConfigKeyError as error:
-            known = list(dotted_keys(OmegaConf.to_container(base)))
-            unknown = next(
-                (key for key in dotted_keys(OmegaConf.to_container(change)) if key == error.full_key), error.full_key
-            )
-            raise ValueError(f"no configuration key is named {unknown!r}{nearest(unknown, known)}") from error
+            known = known_keys(str(error.full_key), dotted_keys(OmegaConf.to_container(base)))
+            raise ValueError(f"no configuration key is named {error.full_key!r}{known}") from error
         except OmegaConfBaseException as error:
-            raise ValueError(f"configuration key {error.full_key!r}: {str(error).splitlines()[0]}") from error
+            # a section that is given one value has no key here
+            where = ", ".join(map(str, change)) if error.full_key is None else error.full_key
+            old = OmegaConf.select(base, where)
+            if OmegaConf.is_config(old) and not OmegaConf.is_dict(old):
+                got = OmegaConf.select(change, where)
+                raise ValueError(f"configuration key {where!r} must be a list, such as {[*old]}; got {got!r}") from error
+            raise ValueError(f"configuration key {where!r}: {str(error).splitlines()[0]}") from error
     return base
+
+
+def known_keys(unknown: str, known: Iterable[str]) -> str:
+    """A clause on what an unknown key may stand for: the nearest beside it, one of its name elsewhere, or all beside it."""
+    section, _, name = unknown.rpartition(".")
+    keys = [key.rpartition(".") for key in known]
+    beside = [last for where, _, last in keys if where == section]
+    near = nearest(name, beside)
+    if near:
+        return near.replace("'", f"'{section}.", 1) if section else near
+    elsewhere = [f"{where}.{last}" for where, _, last in keys if last == name]
+    if elsewhere:
+        return f" (did you mean {elsewhere[0]!r}?)"
+    return f"; {section or 'the configuration'} has {', '.join(beside)}"
 
 
 def to_object(config: Any, schema: type[T]) -> T:

@@ -343,14 +343,18 @@ def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is the current GPU where there is one.
 
     Raises:
-        ValueError: a name that torch does not know.
+        ValueError: a name that torch does not know, or a GPU where there is none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"train.device must be 'auto' or a torch device such as 'cpu' or 'cuda:0'; got {name!r}") from error
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"train.device must be a device of this machine, which has {gpus} GPUs for PyTorch; got {name!r}")
+    return device
 
 
 def precision(config: TrainConfig, device: torch.device) -> torch.autocast:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from kvbind.forms.api import Form
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import lact_llm
-from kvbind.inner.value import check_choice, nearest
+from kvbind.inner.value import check_choice, check_positive_int, nearest
 
 RELEASED_DEFAULTS: dict[str, Any] = {
     "hidden_size": 2048,
@@ -157,6 +157,8 @@ class LactConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         check_choice("ttt_form", ttt_form, ("auto", "recurrent", "parallel"))
+        check_positive_int("vocab_size", vocab_size)
+        check_positive_int("num_hidden_layers", num_hidden_layers)
         released = {
             "lact_chunk_size": lact_chunk_size,
             "use_muon": use_muon,
@@ -298,11 +300,7 @@ def released_of_inner(inner: InnerLoop) -> dict[str, Any]:
     }
     described = inner_of_released(**fields)
     if described != inner:
-        differing = [
-            f"{name}={getattr(inner, name)!r}"
-            for name in inner.field_names()
-            if getattr(inner, name) != getattr(described, name)
-        ]
+        differing = [f"{name}={getattr(inner, name)!r}" for name in inner.differing(described)]
         raise ValueError(f"inner must be one that released configurations describe; they have no {', '.join(differing)}")
     return fields
 

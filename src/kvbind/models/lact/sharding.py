@@ -29,8 +29,10 @@ def shard_batch(batch: Mapping[str, Any], shard: SequenceShard) -> dict[str, Any
 
     Raises:
         ValueError: rows of another length than the shard's, other boundaries, or padding.
-        TypeError: an entry that is none of these.
+        TypeError: an entry that is none of these, or `shard` is no `SequenceShard`.
     """
+    if not isinstance(shard, SequenceShard):
+        raise TypeError(f"shard must be a kvbind.SequenceShard; got {type(shard).__name__}")
     given = {name: x for name, x in batch.items() if x is not None}
     found: dict[str, Any] = {
         name: shard.take(given.pop(name)) for name in ("input_ids", "inputs_embeds") if isinstance(given.get(name), Tensor)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -87,13 +87,17 @@ class Scene:
             device: where to put the fast weights.
 
         Raises:
-            ValueError: a safetensors file that holds no scene.
+            OSError: a file that cannot be read.
+            ValueError: a file that holds no scene.
         """
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if not {"scene", "architecture", "inner"} <= metadata.keys():
-                raise ValueError(f"path must be a file that Scene.save wrote; {path} holds no scene")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if not {"scene", "architecture", "inner"} <= metadata.keys():
+                    raise ValueError(f"path must be a file that Scene.save wrote; {path} holds no scene")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"path must be a file that Scene.save wrote; {path} is not: {error}") from error
         facts = json.loads(metadata["scene"])
         states = []
         for i, inner in enumerate(json.loads(metadata["inner"])):
