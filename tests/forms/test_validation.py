@@ -3,6 +3,7 @@ import torch
 
 import kvbind
 from kvbind import InnerLoop, Linear, SwiGLU, systems
+from kvbind.forms.validation import check_cu_seqlens
 from strategies import operands
 
 LACT = systems.lact_llm(chunk=4)
@@ -117,6 +118,12 @@ def test_bad_input_is_refused_by_name(spec, change, message):
 def test_bad_boundaries_are_refused_by_name(bounds, message):
     with pytest.raises(ValueError, match=message):
         call(LACT, put(cu_seqlens=lambda a: bounds), batch=1)
+
+
+@pytest.mark.parametrize("bounds", [[0, 5.5, 6], 6])
+def test_boundaries_that_are_no_integers_are_refused_by_name(bounds):
+    with pytest.raises(TypeError, match=r"cu_seqlens must be integers, \[n \+ 1\]; got"):
+        check_cu_seqlens(bounds, 1, 6)
 
 
 def test_packed_sequences_need_one_row_and_a_state_for_each():

@@ -285,3 +285,30 @@ def test_kernels_are_really_taken(monkeypatch):
         run(spec, operands, "auto")
         monkeypatch.setenv("KVBIND_KERNELS", "force")
     assert taken == ["chunked_form", "causal_form", "glu_form", "conv_form", "recurrent_form"]
+
+
+class Squared(SwiGLU):
+    """A network of one's own, derived from one that has kernels."""
+
+    def features(self, weights, x):
+        return super().features(weights, x).square()
+
+
+class Doubled(GLU):
+    """Another, whose gate is its own."""
+
+    def gate(self, weights, x):
+        return 2 * super().gate(weights, x)
+
+
+@pytest.mark.parametrize("form", ["recurrent", "parallel"])
+@pytest.mark.parametrize("network", [Squared(), Doubled()])
+@pytest.mark.parametrize(("visibility", "chunk"), [("past", 64), ("token", 1), ("full", None)])
+def test_networks_of_ones_own_do_not_run_as_those_they_derive_from(network, visibility, chunk, form, monkeypatch):
+    if visibility == "full" and form == "parallel":
+        pytest.skip("there is one form")
+    spec = InnerLoop(network=network, update="last", visibility=visibility, chunk=chunk)
+    operands = draw(spec, 1, 70, 2, 16, 16, None, torch.float32)
+    found, _ = run(spec, operands, form)
+    monkeypatch.setenv("KVBIND_KERNELS", "0")
+    torch.testing.assert_close(found, run(spec, operands, form)[0], rtol=0, atol=0)

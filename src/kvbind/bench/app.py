@@ -247,6 +247,8 @@ def verify(
     record = _watch(records, out, every=20)
     if not record["kernels"]:
         console.print(f"kernels are off on {place}: {record['why_off']}; nothing was verified", style="bold red")
+        if place.type == "cpu":
+            console.print("TRITON_INTERPRET=1 KVBIND_KERNELS=force kvbind bench verify --small --device cpu does it here")
         raise typer.Exit(1)
     _show(verify_grid(record))
     _show(summary_grid(record))

@@ -90,6 +90,11 @@ def wide_enough(call: Operands) -> bool:
     return min(call.q.shape[-1], *call.state.tensors["weights.out"].shape[-2:]) >= NARROWEST
 
 
+def is_a(network: Network, *kinds: type[Network]) -> bool:
+    """Whether a network is of one of these classes itself; one derived from them may compute anything."""
+    return type(network) in kinds
+
+
 def writes_add_up(spec: InnerLoop) -> bool:
     """Whether the last layer alone is updated, once per chunk, by writes that do not read it."""
     theta = spec.network.theta if spec.update == "all" else ()
@@ -99,7 +104,7 @@ def writes_add_up(spec: InnerLoop) -> bool:
 def chunked_fits(spec: InnerLoop) -> bool:
     """Whether an inner loop is one of `kvbind.kernels.chunked`."""
     network = spec.network
-    known = isinstance(network, Linear | SwiGLU | GLU) or (isinstance(network, MLP) and network.depth == 1)
+    known = is_a(network, Linear, SwiGLU, GLU) or (is_a(network, MLP) and network.hidden_layers == 1)
     long = spec.chunk is None or spec.chunk >= SHORT_CHUNK
     return known and long and products_fit(spec.orthogonalize) and spec.visibility != "token" and writes_add_up(spec)
 
@@ -112,7 +117,7 @@ def bare(spec: InnerLoop) -> bool:
 def glu_fits(spec: InnerLoop, call: Operands) -> bool:
     """Whether an inner loop under `visibility="full"` is one of `kvbind.kernels.full_glu`: ViTTT's heads."""
     network, tokens = spec.network, call.tokens
-    if not (isinstance(network, GLU) or (isinstance(network, Linear) and spec.clip)) or not len(tokens):
+    if not (is_a(network, GLU) or (is_a(network, Linear) and spec.clip)) or not len(tokens):
         return False
     if not bare(spec) or spec.orthogonalize is not None or (spec.loss == "squared" and not isinstance(network, GLU)):
         return False
@@ -123,7 +128,7 @@ def glu_fits(spec: InnerLoop, call: Operands) -> bool:
 
 def conv_fits(spec: InnerLoop, call: Operands) -> bool:
     """Whether an inner loop under `visibility="full"` is one of `kvbind.kernels.full_conv`: ViTTT's convolution."""
-    if not isinstance(spec.network, DepthwiseConv) or len(call.tokens) != call.q.shape[2]:
+    if not is_a(spec.network, DepthwiseConv) or len(call.tokens) != call.q.shape[2]:
         return False
     if not bare(spec) or spec.loss != "dot":
         return False
@@ -134,7 +139,7 @@ def conv_fits(spec: InnerLoop, call: Operands) -> bool:
 
 def recurrent_fits(spec: InnerLoop, call: Operands) -> bool:
     """Whether an inner loop is one of `kvbind.kernels.recurrent`."""
-    if not isinstance(spec.network, SwiGLU | Linear) or spec.loss != "dot" or spec.steps > 1 or spec.clip:
+    if not is_a(spec.network, SwiGLU, Linear) or spec.loss != "dot" or spec.steps > 1 or spec.clip:
         return False
     if spec.normalize == "read" or spec.visibility == "token" or (spec.chunk is not None and spec.chunk < SHORT_CHUNK):
         return False
@@ -151,7 +156,7 @@ def causal_fits(spec: InnerLoop, call: Operands) -> bool:
     """Whether an inner loop is one of `kvbind.kernels.causal`."""
     short = spec.visibility == "token" or (spec.chunk is not None and spec.chunk < SHORT_CHUNK)
     gates = not spec.momentum and (not spec.retention or (spec.visibility == "token" and spec.chunk == 1))
-    known = isinstance(spec.network, Linear | GLU) and spec.visibility != "full" and spec.orthogonalize is None
+    known = is_a(spec.network, Linear, GLU) and spec.visibility != "full" and spec.orthogonalize is None
     if max(call.q.shape[-1], call.tokens.v.shape[-1]) > WIDEST_CAUSAL:
         return False
     return known and short and gates and writes_add_up(spec)

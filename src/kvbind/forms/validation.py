@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -149,7 +150,10 @@ def check_cu_seqlens(cu_seqlens: Tensor | Sequence[int] | None, batch: int, leng
             )
         bounds = tuple(int(x) for x in cu_seqlens.tolist())
     else:
-        bounds = tuple(int(x) for x in cu_seqlens)
+        try:
+            bounds = tuple(operator.index(x) for x in cu_seqlens)
+        except TypeError as error:
+            raise TypeError(f"cu_seqlens must be integers, [n + 1]; got {cu_seqlens!r}") from error
     if batch != 1:
         raise ValueError(f"cu_seqlens packs sequences into one row, so the batch must be 1; got {batch}")
     if len(bounds) < 2:
@@ -213,8 +217,7 @@ def check_state(spec: InnerLoop, state: State, sequences: int, k: Tensor, v: Ten
     if not isinstance(state, State):
         raise TypeError(f"state must be what ttt returned (kvbind.State) or None; got {type(state).__name__}")
     if state.spec != spec:
-        changed = [name for name in spec.field_names() if getattr(spec, name) != getattr(state.spec, name)]
-        raise ValueError(f"state must be of this inner loop; its spec differs in {', '.join(changed)}")
+        raise ValueError(f"state must be of this inner loop; its spec differs in {', '.join(spec.differing(state.spec))}")
     if state.batch != sequences:
         raise ValueError(f"state must have one entry for each of {sequences} sequences; got {state.batch}")
     network, heads = spec.network, k.shape[2]
