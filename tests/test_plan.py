@@ -14,7 +14,7 @@ from kvbind.plan.calibration import SHIPPED, Calibration, Point, calibrate, load
 from kvbind.plan.command import job_of, run_plan
 from kvbind.plan.costs import Job, Mesh, bandwidth, host_bytes, memory, seconds, traffic
 from kvbind.plan.planner import RESERVE, meshes, overrides, plan
-from kvbind.tasks import check_recomputed_once, language
+from kvbind.tasks import language
 from kvbind.train.config import read_config
 from kvbind.train.ranks import Share
 
@@ -135,7 +135,6 @@ def test_plans_put_the_fastest_mesh_that_fits_first(gpus, job, calibration):
 def test_what_a_plan_prints_is_a_configuration_that_says_the_same(gpus, job, calibration):
     for option in plan(job, gpus, "h100", H100, calibration).options:
         config = read_config(language.Config, language.PRESETS, "760m", [*RUNG2, *overrides(option)])
-        check_recomputed_once(config.model.gradient_checkpointing, config.train)
         share = Share.of(0, option.mesh.data, config.data.batch, config.train.accumulate)
         assert len(share.rows(config.data.batch)) * config.train.accumulate // share.turns == option.passes
         assert config.data.batch * config.train.accumulate == option.job.batch

@@ -227,7 +227,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(kind, stop, idx, folders, tmp_pa
 LEARN = ["train.steps=60", "train.warmup=5", "train.learning_rate=1e-2", "model.fields.initializer_range=0.2"]
 
 
-@pytest.mark.parametrize("edits", [[], ["train.precision=bfloat16"], ["model.gradient_checkpointing=true"]])
+@pytest.mark.parametrize("edits", [[], ["train.precision=bfloat16"], ["train.activation_checkpointing=block"]])
 def test_training_learns_the_classes(idx, tmp_path, edits):
     config = small(idx, *LEARN, *edits)
     task = ImagesTask(config)

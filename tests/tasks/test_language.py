@@ -141,7 +141,7 @@ def test_training_learns_the_text(text, tmp_path, separate):
     assert done.held_out["perplexity"] < 15 < 150 < 256
 
 
-@pytest.mark.parametrize("edit", ["train.precision=bfloat16", "model.gradient_checkpointing=true", "data.workers=1"])
+@pytest.mark.parametrize("edit", ["train.precision=bfloat16", "train.activation_checkpointing=block", "data.workers=1"])
 def test_training_learns_under_other_settings_too(text, tmp_path, edit):
     config = small(text, "train.steps=15", "train.warmup=2", "train.learning_rate=1e-2", edit)
     task = LanguageTask(config)

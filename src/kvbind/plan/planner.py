@@ -134,8 +134,6 @@ def overrides(option: Option) -> list[str]:
         f"data.length={job.length}",
         f"data.batch={mesh.data}",
         f"train.accumulate={option.passes}",
-        # shipped configurations of large models have the model's own
-        "model.gradient_checkpointing=false",
         f"train.activation_checkpointing={job.recompute}",
         f"train.gather={'float32' if job.gather_bytes == 4 else 'bfloat16'}",
     ]

@@ -10,10 +10,6 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from kvbind.train.config import TrainConfig
 
 TASKS = {"language": "kvbind.tasks.language", "images": "kvbind.tasks.images", "views": "kvbind.tasks.views"}
 """The modules of the tasks, by name."""
@@ -36,16 +32,3 @@ def open_task_module(name: str) -> ModuleType:
 def preset_files(task: str) -> dict[str, Path]:
     """The shipped configurations of a task, YAML files by name."""
     return {path.stem: path for path in sorted((Path(__file__).parent / "presets" / task).glob("*.yaml"))}
-
-
-def check_recomputed_once(gradient_checkpointing: bool, train: TrainConfig) -> None:
-    """Refuse to compute blocks a third time.
-
-    Raises:
-        ValueError: both the model and training are to compute activations again.
-    """
-    if gradient_checkpointing and train.activation_checkpointing != "none":
-        raise ValueError(
-            "model.gradient_checkpointing must be false where train.activation_checkpointing is not 'none'; got "
-            f"{train.activation_checkpointing!r}"
-        )

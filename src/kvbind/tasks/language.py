@@ -17,7 +17,7 @@ from kvbind.inner import InnerLoop
 from kvbind.inner.value import nearest
 from kvbind.models.presets import PRESETS as SIZES
 from kvbind.sequence import SequenceShard, sequence_parallel
-from kvbind.tasks import check_recomputed_once, preset_files
+from kvbind.tasks import preset_files
 from kvbind.tasks.documents import Split
 from kvbind.tasks.inner_loops import edited, table_rows
 from kvbind.tasks.packing import IGNORED, Batch, Packed, evaluation_batches, load_batches
@@ -46,14 +46,12 @@ class ModelConfig:
             them).
         fields: edits of any other field of `kvbind.models.LactConfig`.
         ttt_form: how the inner loop is evaluated: "auto", "recurrent" or "parallel".
-        gradient_checkpointing: recompute each block in the backward pass, for memory.
     """
 
     size: str = "tiny"
     inner: dict[str, Any] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
     ttt_form: str = "auto"
-    gradient_checkpointing: bool = False
 
 
 @dataclass
@@ -124,7 +122,6 @@ class LanguageConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0; got {self.seed}")
-        check_recomputed_once(self.model.gradient_checkpointing, self.train)
 
 
 def inner_loop(model: ModelConfig) -> InnerLoop:
@@ -167,11 +164,7 @@ def build_model(config: LanguageConfig, tokenizer: Tokenizer) -> LactForCausalLM
         "ttt_form": config.model.ttt_form,
     }
     torch.manual_seed(config.seed)
-    model = LactForCausalLM(LactConfig(**fields))
-    if config.model.gradient_checkpointing:
-        # its name since transformers 5.20 or so, and before
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    return model
+    return LactForCausalLM(LactConfig(**fields))
 
 
 def resolve(config: LanguageConfig) -> LanguageConfig:
@@ -271,7 +264,8 @@ class LanguageTask:
         shard = self.shard(batch, group)
         return shard_batch(batch, shard), sequence_parallel(shard)
 
-    def blocks(self, model: LactForCausalLM) -> Iterable[nn.Module]:
+    @staticmethod
+    def blocks(model: LactForCausalLM) -> Iterable[nn.Module]:
         """The model's layers."""
         return model.model.layers
 

@@ -15,7 +15,7 @@ from kvbind.inner import InnerLoop
 from kvbind.inner.systems import vittt
 from kvbind.inner.value import check_choice, nearest
 from kvbind.models.saving import without_bars
-from kvbind.tasks import check_recomputed_once, preset_files
+from kvbind.tasks import preset_files
 from kvbind.tasks.images.augment import Augment, AugmentConfig, ReadEvaluation, ReadTraining, check_fits_memory, normalized
 from kvbind.tasks.images.loading import Batch, Order, Reads, evaluation_batches, training_batches
 from kvbind.tasks.images.sources import Images, InMemory, Source, Splits
@@ -48,7 +48,6 @@ class ModelConfig:
         inner: edits of the inner loops, field by field, under "heads" (the gated linear units) and "conv" (the convolution).
         fields: edits of that size: `embed_dim`, `depth`, `num_heads`, `patch_size`, `mlp_ratio`, `qkv_bias`, `drop_rate`,
             `drop_path_rate`, `initializer_range`. Hierarchical sizes have no `patch_size`.
-        gradient_checkpointing: recompute each block in the backward pass, for memory.
         compile: let `torch.compile` make the kernels of the model that is trained; an average of weights (`train.ema`) is
             evaluated without.
     """
@@ -56,7 +55,6 @@ class ModelConfig:
     size: str = "vittt_tiny"
     inner: dict[str, Any] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
-    gradient_checkpointing: bool = False
     compile: bool = False
 
 
@@ -166,7 +164,6 @@ class ImagesConfig:
                     f"{name}={getattr(self, name):g} and train.{key}={getattr(self.train, key)} both say how long; set "
                     f"{name}=0 to count steps"
                 )
-        check_recomputed_once(self.model.gradient_checkpointing, self.train)
 
 
 def inner_loops(model: ModelConfig) -> dict[str, InnerLoop]:
@@ -260,7 +257,6 @@ def build_model(config: ImagesConfig, names: Sequence[str]) -> VitttForImageClas
     )
     torch.manual_seed(config.seed)
     built = VitttForImageClassification(described)
-    built.vittt.set_grad_checkpointing(model.gradient_checkpointing)
     if model.compile:
         built.compile()
     return built
@@ -335,7 +331,8 @@ class ImagesTask:
         """All batches count alike: they are of one size."""
         return 1.0
 
-    def blocks(self, model: VitttForImageClassification) -> Iterable[nn.Module]:
+    @staticmethod
+    def blocks(model: VitttForImageClassification) -> Iterable[nn.Module]:
         """The model's layers."""
         from kvbind.models.vittt.blocks import VitttBlock
 

@@ -9,7 +9,7 @@ from kvbind.inner import InnerLoop
 from kvbind.inner.value import check_choice, nearest
 from kvbind.models.lact_nvs import PRESETS as SIZES
 from kvbind.models.lact_nvs import LactNvsConfig
-from kvbind.tasks import check_recomputed_once, preset_files
+from kvbind.tasks import preset_files
 from kvbind.tasks.inner_loops import edited, table_rows
 from kvbind.train.config import TrainConfig
 
@@ -30,13 +30,11 @@ class ModelConfig:
         size: where it starts: a preset of `kvbind.models.lact_nvs`, such as "tiny", "small" or "114m".
         inner: edits of that size's inner loop, field by field; "system" names another to start from.
         fields: edits of any other field of `kvbind.models.lact_nvs.LactNvsConfig`.
-        gradient_checkpointing: recompute each block in the backward pass, for memory.
     """
 
     size: str = "tiny"
     inner: dict[str, Any] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
-    gradient_checkpointing: bool = False
 
 
 @dataclass
@@ -162,7 +160,6 @@ class ViewsConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0; got {self.seed}")
-        check_recomputed_once(self.model.gradient_checkpointing, self.train)
 
 
 def model_config(model: ModelConfig) -> LactNvsConfig:

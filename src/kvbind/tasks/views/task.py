@@ -50,9 +50,7 @@ class ViewsTask:
     def build(self) -> LactNvs:
         """A model with fresh weights, drawn from the run's seed."""
         torch.manual_seed(self.config.seed)
-        model = LactNvs(model_config(self.config.model))
-        model.set_grad_checkpointing(self.config.model.gradient_checkpointing)
-        return model
+        return LactNvs(model_config(self.config.model))
 
     def batches(self, position: dict[str, Any] | None, share: Share = WHOLE) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Endless training batches, each with the position behind it."""
@@ -70,7 +68,8 @@ class ViewsTask:
         """All batches count alike: they are of one size."""
         return 1.0
 
-    def blocks(self, model: LactNvs) -> Iterable[nn.Module]:
+    @staticmethod
+    def blocks(model: LactNvs) -> Iterable[nn.Module]:
         """The model's layers."""
         return model.blocks
 
