@@ -12,6 +12,7 @@ from matplotlib.ticker import FormatStrFormatter, FuncFormatter, LogLocator
 import kvbind
 from kvbind import InnerLoop, Linear
 from kvbind.experiments.figures import BLUE, GREEN, ORANGE, RED, figure
+from kvbind.hardware import ACCELERATORS
 
 DOCS = Path(__file__).parent
 IMAGES, RESULTS = DOCS / "images", DOCS.parent / "results"
@@ -251,6 +252,9 @@ def views(path: Path) -> None:
             ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
             ax.minorticks_off()
+        axes[3].axhline(ACCELERATORS["h100"].memory / 2**30, color="0.5", linestyle=":", linewidth=1.2)
+        axes[3].annotate("an H100's memory", (ticks[0], ACCELERATORS["h100"].memory / 2**30), xytext=(0, 3),
+                         textcoords="offset points", fontsize=8, color="0.4")  # fmt: skip
         axes[1].set_ylim(bottom=10)  # the same work takes fast weights up to 1.5 times as long: no more than that shows
         shared = [limit for ax in axes[2:] for limit in ax.get_ylim()]
         for ax in axes[2:]:
