@@ -603,7 +603,7 @@ def render(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write to; default `pictures` in the run's.", show_default=False)
     ] = None,
-    scenes: Annotated[int, typer.Option(help="How many held-out scenes.", min=1)] = 4,
+    scenes: Annotated[int, typer.Option(help="How many held-out scenes, at the most.", min=1)] = 4,
     frames: Annotated[int, typer.Option(help="Of the turntable.", min=1)] = 48,
     data: Annotated[
         str | None,
