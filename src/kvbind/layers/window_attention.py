@@ -25,9 +25,9 @@ QUERY_BLOCK = 128
 MASK_BLOCK = 128
 """Tokens along each side of FlexAttention's mask blocks."""
 
-OWN_KERNELS = 4
-"""Lengths for which FlexAttention is compiled one by one. Others share a kernel that takes any length, and is slower: it
-cannot know that a length divides into blocks."""
+OWN_KERNELS = 8
+"""Lengths for which FlexAttention is compiled one by one, as many as the compiler takes of one function. Others share a
+kernel that takes any length, and is slower: it cannot know that a length divides into blocks."""
 
 _OWN: set[tuple[int, int]] = set()
 
