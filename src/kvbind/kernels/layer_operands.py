@@ -188,8 +188,8 @@ def _layer_operands(
     q: Tensor, k: Tensor, scale: Tensor, offset: Tensor, cos: Tensor, sin: Tensor, attention_heads: int, fast_heads: int,
     eps: float, silu: bool, rotary: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Rotated queries and keys, then fast ones, each `[B, T, d]`."""
-    outputs = _outputs(q)
+    """Rotated queries and keys, then fast ones, each `[B, T, heads, d / heads]`."""
+    outputs = _outputs(q, attention_heads, fast_heads)
     length, width = q.shape[1:]
     rows, tile = q.shape[0] * length, _tile(FORWARD_TILE, width, attention_heads, fast_heads)
     with on_device_of(q):
@@ -200,13 +200,15 @@ def _layer_operands(
     return outputs
 
 
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+def _outputs(q: Tensor, *heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # apart by heads here, so that gradients need not be brought together before they come
+    rotated, fast = ((*q.shape[:2], n, q.shape[2] // n) for n in heads)
+    return q.new_empty(rotated), q.new_empty(rotated), q.new_empty(fast), q.new_empty(fast)
 
 
 @_layer_operands.register_fake
-def _(q, *_):
-    return _outputs(q)
+def _(q, k, scale, offset, cos, sin, attention_heads, fast_heads, *_):
+    return _outputs(q, attention_heads, fast_heads)
 
 
 @torch.library.custom_op("kvbind::layer_operands_backward", mutates_args=())
@@ -214,7 +216,7 @@ def _layer_operands_backward(
     dq_rotated: Tensor, dk_rotated: Tensor, dq_fast: Tensor, dk_fast: Tensor, q: Tensor, k: Tensor, scale: Tensor,
     offset: Tensor, cos: Tensor, sin: Tensor, attention_heads: int, fast_heads: int, eps: float, silu: bool, rotary: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k `[B, T, d]`, scale and offset `[d, 2]`; rotated ones come as `[B, T, H, D]`."""
+    """Gradients of q, k `[B, T, d]`, scale and offset `[d, 2]`."""
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     length, width = q.shape[1:]
     rows, tile = q.shape[0] * length, _tile(BACKWARD_TILE, width, attention_heads, fast_heads)
@@ -242,10 +244,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     q, k, scale, offset, cos, sin = ctx.saved_tensors
-    heads = (ctx.attention_heads, q.shape[-1] // ctx.attention_heads)
-    rotated = [x.unflatten(-1, heads) for x in gradients[:2]]
     found = _layer_operands_backward(
-        *rotated, *gradients[2:], q, k, scale, offset, cos, sin, ctx.attention_heads, ctx.fast_heads, ctx.eps, ctx.silu,
+        *gradients, q, k, scale, offset, cos, sin, ctx.attention_heads, ctx.fast_heads, ctx.eps, ctx.silu,
         ctx.rotary,
     )  # fmt: skip
     return *found, None, None, None, None, None, None, None
@@ -284,7 +284,7 @@ def layer_operands(
         rotary: rotate the fast queries and keys too.
 
     Returns:
-        Queries and keys of attention, queries and keys of the fast weights, each `[B, T, d]` in q's dtype.
+        Queries and keys of attention, queries and keys of the fast weights, each `[B, T, heads, d / heads]` in q's dtype.
     """
     found: tuple[Tensor, Tensor, Tensor, Tensor] = _layer_operands(
         q, k, scale, offset, cos, sin, attention_heads, fast_heads, eps, silu, rotary

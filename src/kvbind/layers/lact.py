@@ -289,7 +289,7 @@ class LactLayer(nn.Module):
             tables = rotary_tables(layout.positions, self.head_width, self.rope_theta)
         q, k, v = self._project(x)
         _, _, q, k = self._operands(q, k, v, tables)
-        q, k, v = (split_heads(part, self.num_lact_heads) for part in (q, k, self._fast_values(v)))
+        v = self._fast_values(v)
         rates, bounds = self.learning_rates(x), layout.cu_seqlens
         return InnerCall(self._inner, self.start_weights(), q, k, v, rates, **self.gates(x), cu_seqlens=bounds)
 
@@ -330,9 +330,8 @@ class LactLayer(nn.Module):
             tables = rotary_tables(layout.positions, self.head_width, self.rope_theta)
 
         q, k, v = self._project(x)
-        q, k, *fast_qk = self._operands(q, k, v, tables)
-        fast_q, fast_k, fast_v = (split_heads(part, self.num_lact_heads) for part in (*fast_qk, self._fast_values(v)))
-        q, k, v = (split_heads(part, self.num_attn_heads) for part in (q, k, v))
+        q, k, fast_q, fast_k = self._operands(q, k, v, tables)
+        v, fast_v = split_heads(v, self.num_attn_heads), self._fast_values(v)
         kept, ahead, seen_k, seen_v = None if state is None else state.kept, 0, k, v
         if layout.sequence is not None and layout.sequence.connected:
             exchanges = Exchanges(layout.sequence, (q, k, v, fast_k))
@@ -362,7 +361,7 @@ class LactLayer(nn.Module):
         return q, k, v
 
     def _operands(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Operands:
-        """Q and k `[B, T, d]` of attention, then those of the fast weights, in v's dtype."""
+        """Queries and keys of attention, then those of the fast weights, `[B, T, heads, D]` of either kind, in v's dtype."""
         return make_operands(
             q,
             k,
@@ -378,7 +377,8 @@ class LactLayer(nn.Module):
         )
 
     def _fast_values(self, v: Tensor) -> Tensor:
-        return F.silu(v) if self.silu_v else v
+        """Values `[B, T, d]` as the fast weights take them, `[B, T, heads, D]`."""
+        return split_heads(F.silu(v) if self.silu_v else v, self.num_lact_heads)
 
     def _fast_weights(
         self,

@@ -47,7 +47,7 @@ def make_operands(
         rotary: rotate the fast queries and keys too.
 
     Returns:
-        Each `[B, T, d]` in v's dtype.
+        In v's dtype, `[B, T, heads, d / heads]` of either kind.
     """
     options: dict[str, Any] = {
         "attention_heads": attention_heads,
@@ -82,14 +82,14 @@ def plain_operands(
     """What `make_operands` returns, in PyTorch; those of attention in their own dtypes, others in float32 or wider."""
 
     def turned(x: Tensor) -> Tensor:
-        # attention heads may cut across fast heads; rotation knows the former alone
-        return rotate(split_heads(x, attention_heads), (cos, sin)).flatten(2)
+        return rotate(split_heads(x, attention_heads), (cos, sin))
 
     fast = []
     for place, x in enumerate((q, k)):
         y = x * scale[:, place] + offset[:, place]
-        y = unit(split_heads(F.silu(y) if silu else y, fast_heads), eps).flatten(2)
-        fast.append(turned(y) if rotary else y)
+        y = unit(split_heads(F.silu(y) if silu else y, fast_heads), eps)
+        # attention heads may cut across fast heads; rotation knows the former alone
+        fast.append(split_heads(turned(y.flatten(2)).flatten(2), fast_heads) if rotary else y)
     return turned(q), turned(k), fast[0], fast[1]
 
 
