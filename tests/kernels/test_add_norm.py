@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbind.kernels import add_norm as module
-from kvbind.kernels.add_norm import add_norm, takes
+from kvbind.kernels.add_norm import add_norm, covers
 from kvbind.kernels.interpreter import repair
 from kvbind.layers.norm import ResidualNorm
 
@@ -114,9 +114,9 @@ def test_the_layer_takes_it_and_gives_products_their_dtype(delta, monkeypatch):
 
 def test_leaves_to_pytorch_what_it_does_not_cover():
     x, delta, weight = draw((2, 16))
-    assert takes(x, delta, weight)
-    assert takes(x, None, weight)
-    assert not takes(x.double(), None, weight)
-    assert not takes(x, delta[:1], weight)
-    assert not takes(x[:0], None, weight)
-    assert not takes(torch.empty(1, 8193, device=DEVICE), None, weight)
+    assert covers(x, delta, weight)
+    assert covers(x, None, weight)
+    assert not covers(x.double(), None, weight)
+    assert not covers(x, delta[:1], weight)
+    assert not covers(x[:0], None, weight)
+    assert not covers(torch.empty(1, 8193, device=DEVICE), None, weight)

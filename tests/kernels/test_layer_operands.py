@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from kvbind import InnerLoop, Linear
 from kvbind.kernels import layer_operands as module
-from kvbind.kernels.layer_operands import layer_operands, takes
+from kvbind.kernels.layer_operands import covers
 from kvbind.layers.lact import LactLayer
-from kvbind.layers.operands import make_operands, plain_operands
+from kvbind.layers.operands import Paths, make_operands, plain_operands
 from kvbind.layers.rotary import rotary_tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,11 +43,16 @@ def make(batch=2, length=5, attention_heads=4, fast_heads=2, half=4, dtype=torch
     return [q, k, 1 + 0.3 * normal(width, 2), 0.3 * normal(width, 2), *rotary_tables(positions, 2 * half, 100.0)]
 
 
-def evaluate(function, inputs, dtype=None, seed=1, **options):
+def on_kernel(q, k, scale, offset, tables, paths):
+    assert covers(q, k, q, tables[0], paths.attention_heads, paths.fast_heads)
+    return make_operands(q, k, q, scale, offset, tables, paths)
+
+
+def evaluate(function, inputs, paths, dtype=None, seed=1):
     """Outputs, and gradients of a fixed random combination of them, in float64."""
     leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs[:4]]
     tables = [x if dtype is None else x.to(dtype) for x in inputs[4:]]
-    outputs = function(*leaves, *tables, **options)
+    outputs = function(*leaves, tables, paths)
     generator = torch.Generator().manual_seed(seed)
     loss = sum((y.double() * torch.randn(y.shape, generator=generator).to(DEVICE)).sum() for y in outputs)
     return [x.detach().double() for x in (*outputs, *torch.autograd.grad(loss, leaves))]
@@ -57,15 +62,15 @@ def distance(x, y):
     return float((x - y).norm() / y.norm().clamp(min=1e-12))
 
 
-def twin(q, k, *others, **options):
-    return [x.to(q.dtype) for x in plain_operands(q, k, *others, **options)]
+def twin(q, k, *others):
+    return [x.to(q.dtype) for x in plain_operands(q, k, *others)]
 
 
-def compare(inputs, **options):
+def compare(inputs, paths):
     dtype = inputs[0].dtype
-    exact = evaluate(twin, inputs, torch.float64, **options)
-    found = evaluate(layer_operands, inputs, **options)
-    own = evaluate(twin, inputs, **options)
+    exact = evaluate(twin, inputs, paths, torch.float64)
+    found = evaluate(on_kernel, inputs, paths)
+    own = evaluate(twin, inputs, paths)
     names = ["q rotated", "k rotated", "q fast", "k fast", "dq", "dk", "dscale", "doffset"]
     for name, x, y, z in zip(names, found, exact, own, strict=True):
         error = distance(x, y)
@@ -77,7 +82,7 @@ def compare(inputs, **options):
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("rotary", [True, False])
 def test_equals_the_definition(dtype, silu, rotary):
-    compare(make(dtype=dtype), attention_heads=4, fast_heads=2, eps=1e-5, silu=silu, rotary=rotary)
+    compare(make(dtype=dtype), Paths(4, 2, 1e-5, silu, rotary))
 
 
 @given(
@@ -93,21 +98,21 @@ def test_equals_the_definition(dtype, silu, rotary):
 def test_takes_any_number_of_tokens_and_heads_of_any_width(batch, length, fast_heads, together, half, joined, shared):
     heads = fast_heads * together
     inputs = make(batch, length, heads, fast_heads, half, joined=joined, shared=shared, seed=length)
-    compare(inputs, attention_heads=heads, fast_heads=fast_heads, eps=1e-5, silu=True, rotary=True)
+    compare(inputs, Paths(heads, fast_heads, 1e-5))
 
 
 def test_sums_over_tokens_do_not_depend_on_how_many_a_program_has(monkeypatch):
     monkeypatch.setattr(module, "PROGRAMS", 4)
     monkeypatch.setattr(module, "BACKWARD_TILE", 16)
-    compare(make(2, 23), attention_heads=4, fast_heads=2, eps=1e-5, silu=True, rotary=True)
+    compare(make(2, 23), Paths(4, 2, 1e-5))
 
 
 def test_a_head_of_zeros_has_no_direction_and_finite_gradients():
     inputs = make()
     inputs[0] = torch.zeros_like(inputs[0])
     inputs[3] = torch.zeros_like(inputs[3])
-    options = {"attention_heads": 4, "fast_heads": 2, "eps": 1e-5, "silu": True, "rotary": True}
-    found, exact = evaluate(layer_operands, inputs, **options), evaluate(twin, inputs, torch.float64, **options)
+    paths = Paths(4, 2, 1e-5)
+    found, exact = evaluate(on_kernel, inputs, paths), evaluate(twin, inputs, paths, torch.float64)
     for x, y in zip(found, exact, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()) + 1e-9)
 
@@ -119,15 +124,15 @@ def test_is_an_operator_that_pytorch_can_trace():
 
 def test_leaves_to_pytorch_what_it_does_not_cover():
     q, k, _, _, cos, _ = make()
-    assert takes(q, k, q, cos, 4, 2)
-    assert not takes(q, k, q, cos, 2, 4)  # attention heads across fast heads
-    assert not takes(q.double(), k.double(), q.double(), cos, 4, 2)
-    assert not takes(q, k.bfloat16(), q, cos, 4, 2)
-    assert not takes(q, k, q, cos.double(), 4, 2)
-    assert not takes(q[:, :0], k[:, :0], q, cos, 4, 2)
-    assert not takes(q.mT.contiguous().mT, k, q, cos, 4, 2)
+    assert covers(q, k, q, cos, 4, 2)
+    assert not covers(q, k, q, cos, 2, 4)  # attention heads across fast heads
+    assert not covers(q.double(), k.double(), q.double(), cos, 4, 2)
+    assert not covers(q, k.bfloat16(), q, cos, 4, 2)
+    assert not covers(q, k, q, cos.double(), 4, 2)
+    assert not covers(q[:, :0], k[:, :0], q, cos, 4, 2)
+    assert not covers(q.mT.contiguous().mT, k, q, cos, 4, 2)
     wide = torch.empty(1, 1, 4096, device=DEVICE)
-    assert not takes(wide, wide, wide, cos, 64, 1)
+    assert not covers(wide, wide, wide, cos, 64, 1)
 
 
 @pytest.mark.parametrize("options", [{}, {"silu_qk": False, "rotary": False}, {"num_lact_heads": 4, "num_attn_heads": 2}])
@@ -153,10 +158,9 @@ def test_the_layer_is_the_same_with_kernels_and_without(options, monkeypatch):
 
 def test_compiles_into_one_graph():
     inputs = [x.requires_grad_() if i < 4 else x for i, x in enumerate(x.detach() for x in make())]
-    options = {"attention_heads": 4, "fast_heads": 2, "eps": 1e-5, "silu": True, "rotary": True}
 
-    def function(q, k, *others):
-        return make_operands(q, k, q, *others, **options)
+    def function(q, k, scale, offset, *tables):
+        return make_operands(q, k, q, scale, offset, tables, Paths(4, 2, 1e-5))
 
     found, wanted = torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs), function(*inputs)
     for x, y in zip(found, wanted, strict=True):

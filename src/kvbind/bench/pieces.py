@@ -15,7 +15,7 @@ from kvbind.kernels.gated_output import gated_output
 from kvbind.kernels.swiglu import swiglu
 from kvbind.layers.lact import NORM_EPS
 from kvbind.layers.norm import residual_norm
-from kvbind.layers.operands import make_operands
+from kvbind.layers.operands import Paths, make_operands
 from kvbind.layers.rotary import rotary_tables
 
 
@@ -77,10 +77,8 @@ def pieces(tokens: int, heads: int, width: int) -> list[Piece]:
     def operands(silu: bool, rotary: bool) -> Callable[[Leaves, torch.dtype], tuple[Tensor, ...]]:
         def call(x: Leaves, dtype: torch.dtype) -> tuple[Tensor, ...]:
             tables = rotary_tables(torch.arange(tokens, device=x["q"].device)[None], width // together, 1e6)
-            return make_operands(
-                x["q"], x["k"], x["q"], x["scale"], x["offset"], *tables, attention_heads=together * heads, fast_heads=heads,
-                eps=NORM_EPS, silu=silu, rotary=rotary,
-            )  # fmt: skip
+            paths = Paths(together * heads, heads, NORM_EPS, silu, rotary)
+            return make_operands(x["q"], x["k"], x["q"], x["scale"], x["offset"], tables, paths)
 
         return call
 

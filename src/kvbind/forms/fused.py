@@ -25,7 +25,7 @@ from kvbind.inner.networks import GLU, MLP, DepthwiseConv, Linear, Network, SwiG
 from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels.common import runs_on
+from kvbind.kernels.common import DTYPES, runs_on
 from kvbind.sequence.shard import SequenceShard
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ MOST_RECURRENT = 65535
 
 NARROWEST = 16
 """The least width of an operand of a matrix unit."""
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def engine(spec: InnerLoop, call: Operands, form: str) -> Engine | None:

@@ -14,9 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbind.kernels.common import Launcher, on_device_of, runs_on
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from kvbind.kernels.common import DTYPES, Launcher, on_device_of
 
 WIDEST = 8192
 """The most channels: what a program holds at once."""
@@ -25,9 +23,9 @@ PROGRAMS = 528
 """Programs of a backward pass at the most: four for a multiprocessor."""
 
 
-def takes(x: Tensor, delta: Tensor | None, weight: Tensor) -> bool:
-    """Whether `add_norm` takes these on the kernels."""
-    if not runs_on(x.device) or not x.numel() or x.shape[-1] > WIDEST or weight.dtype not in DTYPES:
+def covers(x: Tensor, delta: Tensor | None, weight: Tensor) -> bool:
+    """Whether `add_norm` takes these."""
+    if not x.numel() or x.shape[-1] > WIDEST or weight.dtype not in DTYPES:
         return False
     return x.dtype in DTYPES and (delta is None or (delta.shape == x.shape and delta.dtype in DTYPES))
 
@@ -159,7 +157,7 @@ _add_norm.register_autograd(_gradient, setup_context=_setup)
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`x + delta` and its RMS norm times `weight`; see `takes`.
+    """`x + delta` and its RMS norm times `weight`; see `covers`.
 
     Args:
         x: `[..., D]`.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvbind.inner.value import check_choice, check_positive_int
 from kvbind.kernels.causal_kernels import TILE, Segments, gate_gradients, segment_states, sweep, sweep_blocks
-from kvbind.kernels.common import cdiv
+from kvbind.kernels.common import cdiv, multiprocessors
 
 MODES = ("token", "past", "chunk")
 LEAST_SEGMENT = 4 * TILE
@@ -23,11 +23,6 @@ LONGEST_GATED_SEGMENT = 1024
 """Where gates are differentiated, running sums over tokens start anew in each segment; this bounds their rounding."""
 SPLITTING = 1.5
 """How much longer a sequence takes when its segments' writes are computed first: keys and values are read twice."""
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 @lru_cache
@@ -53,7 +48,7 @@ def segment_length(q: Tensor, v: Tensor, step: int, gated: bool) -> int:
     batch, tokens, heads, width = v.shape
     blocks = sweep_blocks(q.dtype, q.shape[-1], width)
     programs = int(batch) * int(heads) * cdiv(int(width), blocks.columns)
-    each = _segments_each(programs, blocks.resident * _multiprocessors(v.device))
+    each = _segments_each(programs, blocks.resident * multiprocessors(v, elsewhere=8))
     length = max((tokens + each - 1) // each, LEAST_SEGMENT)
     if gated:
         length = min(length, LONGEST_GATED_SEGMENT)

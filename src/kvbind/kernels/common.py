@@ -15,6 +15,9 @@ from torch import Tensor
 
 from kvbind.kernels.ahead import compiling_ahead, is_new, rehearsing
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of operands that kernels take."""
+
 LEAST_CAPABILITY = (8, 0)
 """Compute capability that kernels need: bfloat16 matrix units."""
 
@@ -54,6 +57,21 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device; this makes it that of `x`."""
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
     return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """`x` with the numbers of its last axis side by side, copied where they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(x: Tensor, elsewhere: int = 132) -> int:
+    """How many multiprocessors the device of `x` has; off GPUs `elsewhere`, by default as many as an H100."""
+    return _multiprocessors(x.device.index) if x.is_cuda else elsewhere
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -14,7 +14,6 @@ that was read is the first launch again, with q and the output's gradient for k 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,15 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbind.kernels.common import on_device_of
+from kvbind.kernels.common import DTYPES, last_contiguous, multiprocessors, on_device_of
 
 MAX_WIDTH = 1024
 """The widest head."""
 
 PART = 64
 """The fewest places in a part of the grid."""
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def covers(width: int, *dtypes: torch.dtype) -> bool:
@@ -241,11 +238,6 @@ def _backward_kernel(
               channels, inside, -1, RATED, False, BT)  # fmt: skip
 
 
-@cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def _channels(width: int) -> int:
     """How many channels a program has: the most, up to 64, that divide the width, unless these are few."""
     return next((n for n in (64, 32, 16) if width % n == 0), min(64, triton.next_power_of_2(width)))
@@ -256,13 +248,9 @@ def _cut(x: Tensor) -> tuple[tuple[int, int], int, dict[str, int]]:
     batch, places, heads, width = x.shape
     columns = _channels(width)
     programs = batch * heads * -(-width // columns)
-    at_once = 4 * (_multiprocessors(x.device.index) if x.is_cuda else 132)
+    at_once = 4 * multiprocessors(x)
     parts = max(1, min(-(-at_once // max(programs, 1)), places // PART))
     return (programs, parts), -(-places // parts), {"D": width, "BC": columns, "BT": max(1, 1024 // columns)}
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _inner_contiguous(kernel: Tensor) -> Tensor:
@@ -298,7 +286,7 @@ def _full_conv(
     o, new, norms = _outputs(q, clip)
     if not o.numel():
         return o, new, norms
-    q, k, v, kernel = *map(_last_contiguous, (q, k, v)), _inner_contiguous(kernel)
+    q, k, v, kernel = *map(last_contiguous, (q, k, v)), _inner_contiguous(kernel)
     grid, span, tile = _cut(q)
     with on_device_of(q):
         partial = _products(k, v, rate, scale, (height, width))
@@ -344,7 +332,7 @@ def _full_conv_backward(
     gradients = _gradients(q, k, v, rate)
     if not q.numel():
         return gradients
-    q, k, v, do, kernel = *map(_last_contiguous, (q, k, v, do)), _inner_contiguous(kernel)
+    q, k, v, do, kernel = *map(last_contiguous, (q, k, v, do)), _inner_contiguous(kernel)
     rates = new if rate is None else rate
     grid, span, tile = _cut(q)
     with on_device_of(q):

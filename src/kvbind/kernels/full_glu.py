@@ -18,7 +18,6 @@ products of three activations: these are divided by their largest magnitude firs
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbind.kernels.activations import activate, slope
-from kvbind.kernels.common import cdiv, dot_precision, on_device_of
+from kvbind.kernels.common import DTYPES, cdiv, dot_precision, last_contiguous, multiprocessors, on_device_of
 
 MAX_WIDTH = 64
 """The widest head, in keys and in values: the matrices of wider ones do not fit into registers."""
@@ -35,7 +34,6 @@ MAX_WIDTH = 64
 PART = 256
 """The fewest tokens in a part of a long sequence."""
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 ALL, WRITE, READ = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """What a launch does: the whole, or one half for one part of the tokens."""
@@ -477,18 +475,9 @@ def _backward_kernel(
             tl.store(dw + part_at + DK * DV, accg, mask=w_there)
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-@cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def _parts(x: Tensor, programs: int, tokens: int) -> int:
     """Into how many parts to cut the tokens, so that twice the device's multiprocessors have work."""
-    at_once = 2 * (_multiprocessors(x.device.index) if x.is_cuda else 132)
+    at_once = 2 * multiprocessors(x)
     return max(1, min(-(-at_once // max(programs, 1)), tokens // PART))
 
 
@@ -537,8 +526,8 @@ class _Call:
             "PRECISION_K": dot_precision(k.dtype),
             "PRECISION_Q": dot_precision(q.dtype),
         }
-        q, k, v, weight = (_last_contiguous(x) for x in (q, k, v, weight))
-        gate = weight if gate is None else _last_contiguous(gate)
+        q, k, v, weight = (last_contiguous(x) for x in (q, k, v, weight))
+        gate = weight if gate is None else last_contiguous(gate)
         rates = [weight if rate is None else rate for rate in (rate_out, rate_gate)]
         self.operands = (q, k, v, weight, gate, *rates)
         self.matrix_strides = (*weight.stride()[:3], *gate.stride()[:3])
@@ -659,7 +648,7 @@ def _full_glu_backward(
     call = _Call(q, k, v, weight, gate, rate_out, rate_gate, update_gate, clip, squared)
     if not call.programs:
         return dq, dk, dv, dmatrices, drate_out, drate_gate
-    do = _last_contiguous(do)
+    do = last_contiguous(do)
     dnews = [new if d is None else d.contiguous() for d in (dnew, dnewg)]
     partial, dread, dupdate = (norms,) * 3
     dparts = dmatrices

@@ -22,12 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbind.kernels.common import runs_on
+from kvbind.kernels.common import DTYPES, last_contiguous, runs_on
 
 MAX_WIDTH = 8192
 """The widest head."""
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def twin(fast: Tensor, weight: Tensor, gate: Tensor | None, mixed: Tensor, eps: float) -> Tensor:
@@ -57,13 +55,8 @@ def _gated_output(fast: Tensor, weight: Tensor, gate: Tensor | None, mixed: Tens
 
     y = mixed.new_empty(mixed.shape)
     if y.numel():
-        forward(_together(fast), _together(weight), gate, _together(mixed), y, eps)
+        forward(last_contiguous(fast), last_contiguous(weight), gate, last_contiguous(mixed), y, eps)
     return y
-
-
-def _together(x: Tensor) -> Tensor:
-    """The same with channels side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @_gated_output.register_fake
@@ -81,7 +74,7 @@ def _gated_output_backward(
     dfast, dgate = _gradients(fast, gate)
     if not fast.numel():
         return dfast, weight.new_zeros(weight.shape), dgate
-    dweight = backward(_together(dy), _together(fast), _together(weight), gate, dfast, dgate, eps)
+    dweight = backward(last_contiguous(dy), last_contiguous(fast), last_contiguous(weight), gate, dfast, dgate, eps)
     return dfast, dweight.to(weight.dtype), dgate
 
 

@@ -7,15 +7,13 @@ weight's gradient.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kvbind.kernels.activations import activate, slope
-from kvbind.kernels.common import Launcher, cdiv, on_device_of
+from kvbind.kernels.common import Launcher, cdiv, multiprocessors, on_device_of
 
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 32, 8
 """Programs per multiprocessor, at most: forward, as many as keep it busy to the end; backward each leaves a partial sum."""
@@ -149,11 +147,6 @@ def _backward(
         tl.store(dweight + tl.program_id(0) * D + channel, tl.sum(total[part], axis=0)[None, :], mask=channel < D)
 
 
-@cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def _tile(width: int) -> dict[str, int]:
     """How heads of this width are held: with four warps or more, 16 or 24 channels per thread."""
     thirds = width % 3 == 0 and (width // 3).bit_count() == 1
@@ -166,7 +159,7 @@ def _tile(width: int) -> dict[str, int]:
 
 
 def _programs(x: Tensor, tiles: int, per_multiprocessor: int) -> int:
-    return min(tiles, per_multiprocessor * (_multiprocessors(x.device.index) if x.is_cuda else 1))
+    return min(tiles, per_multiprocessor * multiprocessors(x, elsewhere=1))
 
 
 def _aligned(width: int, *strides: int) -> bool:

@@ -21,9 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbind.kernels.activations import activate, slope
-from kvbind.kernels.common import Launcher, cdiv, on_device_of, runs_on
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from kvbind.kernels.common import DTYPES, Launcher, cdiv, last_contiguous, on_device_of
 
 WIDEST = 1024
 """The greatest width of a fast head, counted in attention heads and halves of them rounded up to powers of two."""
@@ -35,12 +33,12 @@ PROGRAMS = 1056
 """Programs of a backward pass at the most, each with tokens and partial sums of its own: eight for a multiprocessor."""
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, attention_heads: int, fast_heads: int) -> bool:
-    """Whether `layer_operands` takes these `[B, T, d]` on the kernels, with tables in float32.
+def covers(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, attention_heads: int, fast_heads: int) -> bool:
+    """Whether `layer_operands` takes these `[B, T, d]`, with tables in float32.
 
     Fast heads must be made of whole attention heads.
     """
-    if not runs_on(q.device) or q.dtype not in DTYPES or len({q.dtype, k.dtype, v.dtype}) > 1 or not q.numel():
+    if q.dtype not in DTYPES or len({q.dtype, k.dtype, v.dtype}) > 1 or not q.numel():
         return False
     if attention_heads % fast_heads or cos.dtype != torch.float32 or q.stride(-1) != 1 or k.stride(-1) != 1:
         return False
@@ -49,14 +47,20 @@ def takes(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, attention_heads: int, fa
 
 
 @triton.jit
-def _places(start, stop, length, table_length, R2: tl.constexpr, H2: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr,
-            BT: tl.constexpr):  # fmt: skip
-    """Of a tile `[tokens, attention heads, half a head's channels]`: rows, channels, places in the tables, what is there."""
-    row = (start + tl.arange(0, BT).to(tl.int64))[:, None, None]
+def _channels(R2: tl.constexpr, H2: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr):
+    """First halves of a fast head's channels `[1, attention heads, half a head]`, and which of the tile is there."""
     r = tl.arange(0, R2)[None, :, None]
     j = tl.arange(0, H2)[None, None, :]
-    channel = (tl.program_id(1) * R + r) * 2 * HALF + j
-    return row, channel, (row % table_length) * HALF + j, (r < R) & (j < HALF), row < stop, j < HALF
+    return (tl.program_id(1) * R + r) * 2 * HALF + j, (r < R) & (j < HALF)
+
+
+@triton.jit
+def _rows(start, stop, cosines, sines, table_length, H2: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr):
+    """A tile's tokens `[BT, 1, 1]`, which of them are there, and their cosines and sines."""
+    row = (start + tl.arange(0, BT).to(tl.int64))[:, None, None]
+    j = tl.arange(0, H2)[None, None, :]
+    angle, known = (row % table_length) * HALF + j, (row < stop) & (j < HALF)
+    return row, row < stop, tl.load(cosines + angle, mask=known, other=0.0), tl.load(sines + angle, mask=known, other=0.0)
 
 
 @triton.jit
@@ -91,10 +95,9 @@ def _forward(
         x, x_batch, x_row, rotated, fast = q, q_batch, q_row, q_rotated, q_fast
     else:
         x, x_batch, x_row, rotated, fast = k, k_batch, k_row, k_rotated, k_fast
-    row, channel, angle, inside, real, half = _places(tl.program_id(0) * BT, rows, length, table_length, R2, H2, R, HALF, BT)
+    channel, inside = _channels(R2, H2, R, HALF)
+    row, real, cos, sin = _rows(tl.program_id(0) * BT, rows, cosines, sines, table_length, H2, HALF, BT)
     there = inside & real
-    cos = tl.load(cosines + angle, mask=real & half, other=0.0)
-    sin = tl.load(sines + angle, mask=real & half, other=0.0)
     x += row // length * x_batch + row % length * x_row + channel
     a, b, _, _, ya, yb, norm = _unit(x, there, scale, offset, 2 * channel + place, inside, HALF, SILU)
     at = row * D + channel
@@ -125,14 +128,14 @@ def _backward(
     else:
         x, x_batch, x_row, dx, dfast = k, k_batch, k_row, dk, dk_fast
         drotated, g_batch, g_row, g_head = dk_rotated, dk_batch, dk_row, dk_head
+    channel, inside = _channels(R2, H2, R, HALF)
+    own = 2 * channel + place
     scale_a = tl.zeros((1, R2, H2), tl.float32)
     scale_b, offset_a, offset_b = scale_a, scale_a, scale_a
     for tile in range(tl.program_id(0), tl.cdiv(rows, BT), tl.num_programs(0)):
-        row, channel, angle, inside, real, half = _places(tile * BT, rows, length, table_length, R2, H2, R, HALF, BT)
+        row, real, cos, sin = _rows(tile * BT, rows, cosines, sines, table_length, H2, HALF, BT)
         there = inside & real
-        cos = tl.load(cosines + angle, mask=real & half, other=0.0)
-        sin = tl.load(sines + angle, mask=real & half, other=0.0)
-        batch, token, own, at = row // length, row % length, 2 * channel + place, row * D + channel
+        batch, token, at = row // length, row % length, row * D + channel
         a, b, za, zb, ya, yb, norm = _unit(
             x + batch * x_batch + token * x_row + channel, there, scale, offset, own, inside, HALF, SILU)  # fmt: skip
         ga = tl.load(dfast + at, mask=there, other=0.0).to(tl.float32)
@@ -162,8 +165,7 @@ def _backward(
         gb = tl.load(turned + HALF, mask=there, other=0.0).to(tl.float32)
         tl.store(dx + at, (ua + ga * cos + gb * sin).to(q.dtype.element_ty), mask=there)
         tl.store(dx + at + HALF, (ub + gb * cos - ga * sin).to(q.dtype.element_ty), mask=there)
-    _, channel, _, inside, _, _ = _places(0, rows, length, table_length, R2, H2, R, HALF, 1)
-    at = tl.program_id(0) * 2 * D + 2 * channel + place
+    at = tl.program_id(0) * 2 * D + own
     tl.store(dscale + at, scale_a, mask=inside)
     tl.store(dscale + at + 2 * HALF, scale_b, mask=inside)
     tl.store(doffset + at, offset_a, mask=inside)
@@ -184,11 +186,11 @@ def _tile(most: int, *sizes: int) -> dict[str, int]:
 
 
 @torch.library.custom_op("kvbind::layer_operands", mutates_args=())
-def _layer_operands(
+def layer_operands(
     q: Tensor, k: Tensor, scale: Tensor, offset: Tensor, cos: Tensor, sin: Tensor, attention_heads: int, fast_heads: int,
     eps: float, silu: bool, rotary: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Rotated queries and keys, then fast ones, each `[B, T, heads, d / heads]`."""
+    """As `kvbind.layers.operands.make_operands`, of what `covers` says yes to."""
     outputs = _outputs(q, attention_heads, fast_heads)
     length, width = q.shape[1:]
     rows, tile = q.shape[0] * length, _tile(FORWARD_TILE, width, attention_heads, fast_heads)
@@ -206,7 +208,7 @@ def _outputs(q: Tensor, *heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q.new_empty(rotated), q.new_empty(rotated), q.new_empty(fast), q.new_empty(fast)
 
 
-@_layer_operands.register_fake
+@layer_operands.register_fake
 def _(q, k, scale, offset, cos, sin, attention_heads, fast_heads, *_):
     return _outputs(q, attention_heads, fast_heads)
 
@@ -222,7 +224,7 @@ def _layer_operands_backward(
     rows, tile = q.shape[0] * length, _tile(BACKWARD_TILE, width, attention_heads, fast_heads)
     programs = min(cdiv(rows, tile["BT"]), cdiv(PROGRAMS, 2 * fast_heads))
     dscale, doffset = q.new_empty((2, programs, width, 2), dtype=torch.float32)
-    turned = [x if x.stride(-1) == 1 else x.contiguous() for x in (dq_rotated, dk_rotated)]
+    turned = [last_contiguous(x) for x in (dq_rotated, dk_rotated)]
     with on_device_of(q):
         _backward[programs, fast_heads, 2](
             q, k, scale.contiguous(), offset.contiguous(), cos.contiguous(), sin.contiguous(), *turned, dq_fast.contiguous(),
@@ -251,42 +253,4 @@ def _gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     return *found, None, None, None, None, None, None, None
 
 
-_layer_operands.register_autograd(_gradient, setup_context=_setup)
-
-
-def layer_operands(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    attention_heads: int,
-    fast_heads: int,
-    eps: float,
-    silu: bool,
-    rotary: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries and keys of both paths of a layer; see `takes`.
-
-    Args:
-        q: `[B, T, d]`, bfloat16, float16 or float32.
-        k: likewise.
-        scale: `[d, 2]`, of queries and of keys.
-        offset: likewise.
-        cos: `[B or 1, T, 1, d / attention heads / 2]`, float32.
-        sin: likewise.
-        attention_heads: heads that are rotated.
-        fast_heads: heads that are normalized, each of whole attention heads.
-        eps: added to norms.
-        silu: apply SiLU before the norm.
-        rotary: rotate the fast queries and keys too.
-
-    Returns:
-        Queries and keys of attention, queries and keys of the fast weights, each `[B, T, heads, d / heads]` in q's dtype.
-    """
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = _layer_operands(
-        q, k, scale, offset, cos, sin, attention_heads, fast_heads, eps, silu, rotary
-    )
-    return found
+layer_operands.register_autograd(_gradient, setup_context=_setup)

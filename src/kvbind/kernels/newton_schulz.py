@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbind.kernels.common import Launcher, cdiv, dot_precision, on_device_of
+from kvbind.kernels.common import Launcher, cdiv, dot_precision, multiprocessors, on_device_of
 
 EPSILON = 1e-7
 """What is added to the norm, as in the twin."""
@@ -286,11 +285,6 @@ def _whole_backward(
     tl.store(out + rows[:, None] * OUT_ROW + columns[None, :] * OUT_COLUMN, value.to(out.dtype.element_ty), mask=inside)
 
 
-@cache
-def _multiprocessors(index: int | None) -> int:
-    return 132 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def _wide(x: Tensor) -> tuple[Tensor, bool]:
     """`x` as `[n, m, k]` with `m <= k`, a view wherever one exists, and whether that transposed it."""
     rows, columns = x.shape[-2:]
@@ -335,9 +329,9 @@ class _Products:
 
     def __init__(self, n: int, rows: int, columns: int, dtype: torch.dtype, squares: Tensor) -> None:
         self.n, self.rows, self.columns, self.dtype, self.squares = n, rows, columns, dtype, squares
-        multiprocessors = _multiprocessors(squares.device.index)
         self.plans = {
-            s: plan(n * _tiles(rows, rows if s else columns, 128, s), rows, dtype, multiprocessors) for s in (True, False)
+            s: plan(n * _tiles(rows, rows if s else columns, 128, s), rows, dtype, multiprocessors(squares))
+            for s in (True, False)
         }
         self.fixed = {"M": rows, "PARTS": squares.shape[1], "PRECISION": dot_precision(dtype)}
 

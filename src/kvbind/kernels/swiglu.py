@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbind.kernels.common import runs_on
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from kvbind.kernels.common import DTYPES, runs_on
 
 
 def twin(gate: Tensor, up: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from kvbind.kernels.gated_output import gated_output
 from kvbind.layers.full import InnerCall, check_built
 from kvbind.layers.layout import Layout
 from kvbind.layers.norm import RMSNorm
-from kvbind.layers.operands import Operands, make_operands, split_heads, wide
+from kvbind.layers.operands import Paths, make_operands, split_heads, wide
 from kvbind.layers.rotary import Tables, rotary_tables
 from kvbind.layers.window_attention import KeptKeys, halo_of, window_attention
 from kvbind.sequence.exchanges import Exchanges
@@ -178,7 +178,8 @@ class LactLayer(nn.Module):
         self.hidden_size, self.window_size, self.form = hidden_size, window_size, form
         self.num_attn_heads, self.num_lact_heads = num_attn_heads, num_lact_heads
         self.head_width, self.fast_width = hidden_size // num_attn_heads, hidden_size // num_lact_heads
-        self.silu_qk, self.silu_v, self.rotary, self.rope_theta = silu_qk, silu_v, rotary, rope_theta
+        self.silu_v, self.rope_theta = silu_v, rope_theta
+        self.paths = Paths(num_attn_heads, num_lact_heads, NORM_EPS, silu_qk, rotary)
         self.base_lr_inverse = base_lr + math.log(-math.expm1(-base_lr))
         self.low_rank = low_rank
 
@@ -288,7 +289,7 @@ class LactLayer(nn.Module):
         if tables is None:
             tables = rotary_tables(layout.positions, self.head_width, self.rope_theta)
         q, k, v = self._project(x)
-        _, _, q, k = self._operands(q, k, v, tables)
+        _, _, q, k = make_operands(q, k, v, self.qk_scale, self.qk_offset, tables, self.paths)
         v = self._fast_values(v)
         rates, bounds = self.learning_rates(x), layout.cu_seqlens
         return InnerCall(self._inner, self.start_weights(), q, k, v, rates, **self.gates(x), cu_seqlens=bounds)
@@ -330,7 +331,7 @@ class LactLayer(nn.Module):
             tables = rotary_tables(layout.positions, self.head_width, self.rope_theta)
 
         q, k, v = self._project(x)
-        q, k, fast_q, fast_k = self._operands(q, k, v, tables)
+        q, k, fast_q, fast_k = make_operands(q, k, v, self.qk_scale, self.qk_offset, tables, self.paths)
         v, fast_v = split_heads(v, self.num_attn_heads), self._fast_values(v)
         kept, ahead, seen_k, seen_v = None if state is None else state.kept, 0, k, v
         if layout.sequence is not None and layout.sequence.connected:
@@ -359,22 +360,6 @@ class LactLayer(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
-
-    def _operands(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Operands:
-        """Queries and keys of attention, then those of the fast weights, `[B, T, heads, D]` of either kind, in v's dtype."""
-        return make_operands(
-            q,
-            k,
-            v,
-            self.qk_scale,
-            self.qk_offset,
-            *tables,
-            attention_heads=self.num_attn_heads,
-            fast_heads=self.num_lact_heads,
-            eps=NORM_EPS,
-            silu=self.silu_qk,
-            rotary=self.rotary,
-        )
 
     def _fast_values(self, v: Tensor) -> Tensor:
         """Values `[B, T, d]` as the fast weights take them, `[B, T, heads, D]`."""

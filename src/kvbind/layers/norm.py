@@ -17,11 +17,13 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `[..., D]`."""
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class ResidualNorm(RMSNorm):
     """Add to a residual stream, and normalize it for products: under autocast in their dtype, for all of them at once."""
+
+    eps: float
 
     def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """The stream and its norm.
@@ -33,8 +35,7 @@ class ResidualNorm(RMSNorm):
         Returns:
             `x + delta`, or x, and its norm.
         """
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return residual_norm(x, delta, self.weight, eps, narrowed(x.dtype, x.device.type))
+        return residual_norm(x, delta, self.weight, self.eps, narrowed(x.dtype, x.device.type))
 
 
 def residual_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -48,12 +49,17 @@ def residual_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, d
         dtype: of the norm.
     """
     if runs_on(x.device):
-        from kvbind.kernels.add_norm import add_norm, takes
+        from kvbind.kernels.add_norm import add_norm, covers
 
-        if takes(x, delta, weight):
+        if covers(x, delta, weight):
             return add_norm(x, delta, weight, eps, dtype)
     x = x if delta is None else x + delta
-    return x, F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype).to(dtype)
+    return x, rms_norm(x, weight, eps).to(dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+    """`x / rms(x) * weight` over the last axis, computed in the weight's dtype and returned in x's."""
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 
 def narrowed(dtype: torch.dtype, device: str) -> torch.dtype:

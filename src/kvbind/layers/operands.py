@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvbind.kernels.common import runs_on
-from kvbind.layers.rotary import rotate
+from kvbind.layers.rotary import Tables, rotate
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 """Queries and keys of attention, then those of the fast weights."""
 
 
-def make_operands(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    attention_heads: int,
-    fast_heads: int,
-    eps: float,
-    silu: bool,
-    rotary: bool,
-) -> Operands:
+@dataclass(frozen=True)
+class Paths:
+    """How queries and keys become those of two paths.
+
+    Attributes:
+        attention_heads: heads that are rotated.
+        fast_heads: heads that are normalized.
+        eps: added to norms.
+        silu: apply SiLU before the norm.
+        rotary: rotate the fast queries and keys too.
+    """
+
+    attention_heads: int
+    fast_heads: int
+    eps: float
+    silu: bool = True
+    rotary: bool = True
+
+
+def make_operands(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, offset: Tensor, tables: Tables, paths: Paths) -> Operands:
     """Queries and keys of both paths, on a kernel where one takes them.
 
     Args:
@@ -38,58 +43,37 @@ def make_operands(
         v: `[B, T, d]`, whose dtype the results have.
         scale: `[d, 2]`, of queries and of keys.
         offset: `[d, 2]`, likewise.
-        cos: `[B or 1, T, 1, d / attention heads / 2]`.
-        sin: likewise.
-        attention_heads: heads that are rotated.
-        fast_heads: heads that are normalized.
-        eps: added to norms.
-        silu: apply SiLU before the norm.
-        rotary: rotate the fast queries and keys too.
+        tables: of rotations, for heads of attention.
+        paths: how.
 
     Returns:
         In v's dtype, `[B, T, heads, d / heads]` of either kind.
     """
-    options: dict[str, Any] = {
-        "attention_heads": attention_heads,
-        "fast_heads": fast_heads,
-        "eps": eps,
-        "silu": silu,
-        "rotary": rotary,
-    }
+    p = paths
     if runs_on(q.device):
-        from kvbind.kernels.layer_operands import layer_operands, takes
+        from kvbind.kernels.layer_operands import covers, layer_operands
 
-        if takes(q, k, v, cos, attention_heads, fast_heads):
-            return layer_operands(q, k, scale, offset, cos, sin, **options)
-    a, b, c, d = (x.to(v.dtype) for x in plain_operands(q, k, scale, offset, cos, sin, **options))
+        if covers(q, k, v, tables[0], p.attention_heads, p.fast_heads):
+            on_kernel: Operands = layer_operands(
+                q, k, scale, offset, *tables, p.attention_heads, p.fast_heads, p.eps, p.silu, p.rotary
+            )
+            return on_kernel
+    a, b, c, d = (x.to(v.dtype) for x in plain_operands(q, k, scale, offset, tables, paths))
     return a, b, c, d
 
 
-def plain_operands(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    attention_heads: int,
-    fast_heads: int,
-    eps: float,
-    silu: bool,
-    rotary: bool,
-) -> Operands:
+def plain_operands(q: Tensor, k: Tensor, scale: Tensor, offset: Tensor, tables: Tables, paths: Paths) -> Operands:
     """What `make_operands` returns, in PyTorch; those of attention in their own dtypes, others in float32 or wider."""
 
     def turned(x: Tensor) -> Tensor:
-        return rotate(split_heads(x, attention_heads), (cos, sin))
+        return rotate(split_heads(x, paths.attention_heads), tables)
 
     fast = []
     for place, x in enumerate((q, k)):
         y = x * scale[:, place] + offset[:, place]
-        y = unit(split_heads(F.silu(y) if silu else y, fast_heads), eps)
+        y = unit(split_heads(F.silu(y) if paths.silu else y, paths.fast_heads), paths.eps)
         # attention heads may cut across fast heads; rotation knows the former alone
-        fast.append(split_heads(turned(y.flatten(2)).flatten(2), fast_heads) if rotary else y)
+        fast.append(split_heads(turned(y.flatten(2)).flatten(2), paths.fast_heads) if paths.rotary else y)
     return turned(q), turned(k), fast[0], fast[1]
 
 
