@@ -147,11 +147,14 @@ def step(
     preset: Annotated[str, typer.Option(help="Size of the LaCT language model: tiny, 30m, 125m, 760m or 3b.")] = "tiny",
     tokens: Annotated[int | None, typer.Option(help="Tokens per sequence; default what the preset trains at.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Measured steps, after one to warm up.")] = 4,
+    profile: Annotated[bool, typer.Option("--profile", help="Also say where a step's time on a GPU goes.")] = False,
     device: Device = "auto",
     out: Out = None,
 ) -> None:
     """Time a training step of rung 0 and rung 2, recurrent and parallel."""
     from kvbind.bench.language import bench_step
+    from kvbind.bench.layer_tables import step_grids
+    from kvbind.bench.record import growing, provenance
     from kvbind.inner.systems import ladder
     from kvbind.models import PRESETS
 
@@ -163,14 +166,15 @@ def step(
         "rung2": (rungs["rung2"], "recurrent"),
         "rung2 parallel": (rungs["rung2"], "parallel"),
     }
-    rows = bench_step(preset, cases, length, place, steps=steps)
-    lines = []
-    for row in rows:
-        peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}"
-        lines.append((row.rung, row.form, f"{row.tokens_per_second:.0f}", peak))
-    header = ("rung", "form", "tokens/s", "peak GiB")
-    _table(f"training step of {preset} at {length} tokens, {place}", header, lines, left=2)
-    _write(out, place, {"config": {"preset": preset, "tokens": length, "steps": steps}, "rows": [asdict(r) for r in rows]})
+    if profile and place.type != "cuda":
+        raise typer.BadParameter(f"profile is of a GPU's kernels; the device is {place}")
+    rows = map(asdict, bench_step(preset, cases, length, place, steps=steps, profile=profile))
+    config = {"preset": preset, "tokens": length, "steps": steps}
+    about = provenance(place, ("triton",)) | {"config": config, "device": str(place)}
+    record = _watch(growing(about, len(cases), rows), out)
+    for grid in step_grids(record):
+        _show(grid)
+    _point_to(out)
 
 
 @app.command()
@@ -353,6 +357,36 @@ def views(
     ]
     header = ("model", "views", "read s", "frames/s", "read GiB", "render GiB", "scene MiB")
     _table(f"{preset}, {size} x {size} pixels, {place}", header, lines, left=1)
+    _point_to(out)
+
+
+@app.command()
+def layer(
+    tokens: Tokens = 16384,
+    width: Width = 384,
+    heads: Heads = 4,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to time each pass, and each again as a graph.")] = 0.2,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Time the elementwise work around an inner loop, two sequences at once, with kernels and on PyTorch's operators."""
+    import torch
+
+    from kvbind.bench.layer import BY, bench_layer
+    from kvbind.bench.layer_tables import layer_grid
+    from kvbind.bench.pieces import pieces
+    from kvbind.bench.record import growing, provenance
+
+    place, found = _device(device), pieces(tokens, heads, width)
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in kinds:
+        raise typer.BadParameter(f"dtype must be float32 or bfloat16; got {dtype!r}")
+    config = {"batch": 2, "tokens": tokens, "heads": heads, "width": width, "dtype": dtype}
+    rows = bench_layer(found, kinds[dtype], place, seconds=seconds)
+    about = provenance(place, ("triton",)) | {"config": config, "device": str(place)}
+    record = _watch(growing(about, len(BY) * len(found), rows), out)
+    _show(layer_grid(record))
     _point_to(out)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kvbind.bench.profiles import launches, summary
 from kvbind.bench.timing import now
 from kvbind.inner.spec import InnerLoop
 from kvbind.models import PRESETS, LactCache, LactConfig, LactForCausalLM
@@ -137,6 +139,7 @@ class Step:
         tokens_per_second: median over the measured steps, the optimizer's included.
         peak_bytes: the most memory held at once, parameters and optimizer included; None on a CPU.
         loss: after the measured steps, on the same random tokens.
+        profile: of one more step, `kvbind.bench.profiles.summary`; None where none was asked for.
     """
 
     rung: str
@@ -144,11 +147,18 @@ class Step:
     tokens_per_second: float
     peak_bytes: int | None
     loss: float
+    profile: dict[str, Any] | None = None
 
 
 def bench_step(
-    preset: str, rungs: dict[str, tuple[InnerLoop, str]], length: int, device: torch.device, *, steps: int = 4
-) -> list[Step]:
+    preset: str,
+    rungs: dict[str, tuple[InnerLoop, str]],
+    length: int,
+    device: torch.device,
+    *,
+    steps: int = 4,
+    profile: bool = False,
+) -> Iterator[Step]:
     """Time training steps of AdamW under bfloat16 autocast on a GPU (float32 on a CPU), one sequence per step.
 
     Blocks are checkpointed; matrix products of float32 operands may use TF32.
@@ -159,32 +169,40 @@ def bench_step(
         length: tokens per sequence.
         device: where to run.
         steps: measured, after one to warm up.
+        profile: also profile one; on a GPU.
     """
-    rows = []
-    with matmul_precision("high"):
-        for name, (inner, form) in rungs.items():
+    for name, (inner, form) in rungs.items():
+        with matmul_precision("high"):
             model = build(preset, device, torch.float32, inner=inner, ttt_form=form).train()
             model.gradient_checkpointing_enable()
-            rows.append(_steps(name, form, model, length, device, steps))
+            row = _steps(name, form, model, length, device, steps, profile)
             del model
-    return rows
+        yield row
 
 
-def _steps(name: str, form: str, model: nn.Module, length: int, device: torch.device, steps: int) -> Step:
+def _steps(name: str, form: str, model: nn.Module, length: int, device: torch.device, steps: int, profile: bool) -> Step:
     cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)
     ids = torch.randint(256, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    times, loss = [], torch.zeros(())
-    for _ in range(1 + steps):
-        start = now(device)
+    loss = torch.zeros(())
+
+    def step() -> None:
+        nonlocal loss
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cuda):
             loss = model(ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    times = []
+    for _ in range(1 + steps):
+        start = now(device)
+        step()
         times.append(now(device) - start)
     peak = torch.cuda.max_memory_allocated(device) if cuda else None
-    return Step(name, form, length / statistics.median(times[1:]), peak, float(loss.detach()))
+    last = float(loss.detach())
+    spent = summary(launches(step, device, calls=1), 1) if profile else None
+    return Step(name, form, length / statistics.median(times[1:]), peak, last, spent)

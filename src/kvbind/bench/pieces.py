@@ -46,6 +46,11 @@ class Piece:
         leaves = {name: torch.randn(s, generator=generator, device=device).double() for name, s in self.shapes.items()}
         return {name: x.to(dtype).double() if name in self.narrow else x.float().double() for name, x in leaves.items()}
 
+    def operands(self, leaves: Leaves, dtype: torch.dtype) -> Leaves:
+        """What `call` takes in a working precision, as leaves that want gradients."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return {name: x.to(dtype if name in self.narrow else wide).requires_grad_() for name, x in leaves.items()}
+
     def evaluate(self, leaves: Leaves, dtype: torch.dtype) -> Evaluation:
         """All results, and gradients of a fixed random combination of them.
 
@@ -53,14 +58,17 @@ class Piece:
             leaves: from `draw`.
             dtype: the working precision.
         """
-        wide = torch.promote_types(dtype, torch.float32)
-        own = {name: x.to(dtype if name in self.narrow else wide).requires_grad_() for name, x in leaves.items()}
+        own = self.operands(leaves, dtype)
         results = self.call(own, dtype)
-        generator = torch.Generator(results[0].device).manual_seed(1)
-        slopes = [torch.randn(y.shape, generator=generator, device=y.device).bfloat16().to(y.dtype) for y in results]
-        gradients = torch.autograd.grad(results, list(own.values()), slopes)
+        gradients = torch.autograd.grad(results, list(own.values()), slopes(results))
         output = torch.cat([y.detach().double().flatten() for y in results])
         return Evaluation(output, {}, dict(zip(own, gradients, strict=True)))
+
+
+def slopes(results: tuple[Tensor, ...]) -> list[Tensor]:
+    """Fixed random gradients of results, that bfloat16 holds."""
+    generator = torch.Generator(results[0].device).manual_seed(1)
+    return [torch.randn(y.shape, generator=generator, device=y.device).bfloat16().to(y.dtype) for y in results]
 
 
 def pieces(tokens: int, heads: int, width: int) -> list[Piece]:

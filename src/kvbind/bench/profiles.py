@@ -18,7 +18,7 @@ from kvbind.bench.timing import Work, synchronize
 CALLS = 3
 """Calls that a profile is the mean of."""
 
-SHOWN = 12
+SHOWN = 16
 """Kernels of a call that are listed, those that take longest."""
 
 
@@ -61,19 +61,19 @@ def bench_profiles(cases: Sequence[Case], device: torch.device) -> Iterator[dict
     for case in cases:
         forward, training, _ = works(case, device)
         for name, work in zip(PASSES, (forward, training), strict=True):
+            # the first call compiles and tunes, the second may capture graphs
+            for _ in range(3):
+                work()
             yield asdict(case) | {"pass": name} | summary(launches(work, device), CALLS)
         del forward, training, work
         release()
 
 
-def launches(work: Work, device: torch.device) -> list[dict[str, Any]]:
-    """The kernels, copies and fills that `CALLS` calls run on the device, as the profiler writes them down."""
-    # the first call compiles and tunes, the second may capture graphs
-    for _ in range(3):
-        work()
+def launches(work: Work, device: torch.device, calls: int = CALLS) -> list[dict[str, Any]]:
+    """The kernels, copies and fills that calls run on the device, as the profiler writes them down."""
     synchronize(device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(CALLS):
+        for _ in range(calls):
             work()
         synchronize(device)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,62 @@
+"""`kvbind bench layer`: the elementwise work around an inner loop, on kernels and on PyTorch's operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from kvbind.bench.events import duration
+from kvbind.bench.pieces import Piece, slopes
+from kvbind.bench.switch import without_kernels
+
+BY = ("kernels", "PyTorch")
+
+
+def bench_layer(
+    pieces: list[Piece], dtype: torch.dtype, device: torch.device, *, seconds: float = 0.2
+) -> Iterator[dict[str, Any]]:
+    """Time pieces of a layer forward, and forward and backward with gradients of every operand.
+
+    Args:
+        pieces: of a layer, such as `kvbind.bench.pieces.pieces` makes.
+        dtype: the working precision.
+        device: where to run.
+        seconds: how long to time each pass, and each again as a CUDA graph.
+
+    Yields:
+        A row for each piece, by each of `BY`: its name; `forward_bytes`, each operand read once and each result written
+        once; `training_bytes`, that, each operand and each gradient of a result read once more, and each gradient of an operand
+        written once; `forward` and `training`, the fields of a `Duration`.
+    """
+    for piece in pieces:
+        own = piece.operands(piece.draw(device, dtype), dtype)
+        read = sum(x.nbytes for x in own.values())
+        for by in BY:
+            with nullcontext() if by == "kernels" else without_kernels():
+
+                def forward(piece: Piece = piece, own: dict[str, torch.Tensor] = own) -> tuple[torch.Tensor, ...]:
+                    with torch.no_grad():
+                        return piece.call(own, dtype)
+
+                results = forward()
+                arriving, written = slopes(results), sum(x.nbytes for x in results)
+                del results
+
+                def training(
+                    piece: Piece = piece, own: dict[str, torch.Tensor] = own, arriving: list[torch.Tensor] = arriving
+                ) -> object:
+                    return torch.autograd.grad(piece.call(own, dtype), list(own.values()), arriving)
+
+                forward_bytes = read + written
+                timed = {
+                    name: asdict(duration(work, device, seconds=seconds))
+                    for name, work in (("forward", forward), ("training", training))
+                }
+            yield {
+                "piece": piece.name.removeprefix("layer: "), "by": by,
+                "forward_bytes": forward_bytes, "training_bytes": forward_bytes + 2 * read + written, **timed,
+            }  # fmt: skip
