@@ -101,10 +101,12 @@ def test_takes_any_number_of_tokens_and_heads_of_any_width(batch, length, fast_h
     compare(inputs, Paths(heads, fast_heads, 1e-5))
 
 
-def test_sums_over_tokens_do_not_depend_on_how_many_a_program_has(monkeypatch):
-    monkeypatch.setattr(module, "PROGRAMS", 4)
-    monkeypatch.setattr(module, "BACKWARD_TILE", 16)
-    compare(make(2, 23), Paths(4, 2, 1e-5))
+@pytest.mark.parametrize("shared", [True, False])
+def test_results_do_not_depend_on_how_many_tokens_a_program_has(monkeypatch, shared):
+    for name in ("FORWARD_PROGRAMS", "BACKWARD_PROGRAMS"):
+        monkeypatch.setattr(module, name, 8)
+    monkeypatch.setattr(module, "TILE", 16)
+    compare(make(2, 23, shared=shared), Paths(4, 2, 1e-5))
 
 
 def test_a_head_of_zeros_has_no_direction_and_finite_gradients():

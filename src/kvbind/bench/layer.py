@@ -29,8 +29,8 @@ def bench_layer(
 
     Yields:
         A row for each piece, by each of `BY`: its name; `forward_bytes`, each operand read once and each result written
-        once; `training_bytes`, that, each operand and each gradient of a result read once more, and each gradient of an operand
-        written once; `forward` and `training`, the fields of a `Duration`.
+        once; `training_bytes`, that, each operand and each gradient of a result read once more, and each gradient of an
+        operand written once; `forward` and `training`, the fields of a `Duration`.
     """
     for piece in pieces:
         own = piece.operands(piece.draw(device, dtype), dtype)

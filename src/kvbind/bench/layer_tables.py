@@ -54,7 +54,9 @@ def step_grids(record: Mapping[str, Any]) -> list[Grid]:
 def _spent(record: Mapping[str, Any]) -> Grid:
     lines: list[tuple[str, ...]] = []
     for row in record["rows"]:
-        spent = row["profile"]
+        spent = row.get("profile")
+        if not spent:
+            continue
         lines.append((row["rung"], "all", f"{spent['launches']:.0f}", f"{spent['device_ms']:.0f}", "100%"))
         lines += [
             (row["rung"], short(x["name"]).strip("_"), f"{x['launches']:.0f}", f"{x['ms']:.0f}", f"{x['share']:.0%}")

@@ -17,6 +17,7 @@ from kvbind.layers.lact import NORM_EPS
 from kvbind.layers.norm import residual_norm
 from kvbind.layers.operands import Paths, make_operands
 from kvbind.layers.rotary import rotary_tables
+from kvbind.models.lact.loss import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def slopes(results: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def pieces(tokens: int, heads: int, width: int) -> list[Piece]:
-    """Everything of a LaCT layer that has a kernel, at two batches of tokens.
+    """Everything around an inner loop that has a kernel: of a LaCT layer, and the loss; at two batches of tokens.
 
     Args:
         tokens: in a row.
@@ -97,6 +98,11 @@ def pieces(tokens: int, heads: int, width: int) -> list[Piece]:
         y, h = residual_norm(x["stream"], x.get("delta"), x["weight"], NORM_EPS, dtype)
         return (y, h) if "delta" in x else (h,)
 
+    def loss(x: Leaves, _: torch.dtype) -> tuple[Tensor, ...]:
+        labels = torch.arange(2 * tokens, device=x["hidden"].device).view(2, tokens) % vocabulary
+        return (linear_cross_entropy(x["hidden"], x["vocabulary"], labels),)
+
+    vocabulary = 32000 if width >= 192 else 10 * model
     made = {"q": rows, "k": rows, "scale": (model, 2), "offset": (model, 2)}
     outputs = {"fast": by_head, "weight": (width,), "mixed": rows}
     stream = {"stream": rows, "weight": (model,)}
@@ -109,4 +115,5 @@ def pieces(tokens: int, heads: int, width: int) -> list[Piece]:
         Piece("layer: SwiGLU", {"gate": mlp, "up": mlp}, ("gate", "up"), lambda x, _: (swiglu(x["gate"], x["up"]),)),
         Piece("layer: norm of the stream", stream, (), summed),
         Piece("layer: sum and norm of the stream", stream | {"delta": rows}, ("delta",), summed),
+        Piece("layer: loss", {"hidden": rows, "vocabulary": (vocabulary, model)}, ("hidden", "vocabulary"), loss),
     ]

@@ -5,9 +5,9 @@ of a fast head (arXiv 2505.23884),
 
     attention = rotate(x)        y = silu(x scale_c + offset_c)        fast = rotate(y / (|y| + eps))
 
-One launch each way. Programs have queries or keys of one fast head, whose channels are whole attention heads, and some
-tokens. In the forward pass nothing but x and the outputs crosses memory. Backward, a program goes over many tokens and keeps
-its sums of the gradients of scale and offset, which a sum over programs completes. All arithmetic is in float32, with one
+One launch each way. A program goes over tokens with the queries or keys of one fast head, whose channels are whole attention
+heads. Backward it keeps its sums of the gradients of scale and offset, which a sum over programs completes; beside those and
+the angles nothing but x, outputs and gradients crosses memory. All arithmetic is in float32, with one
 rounding at the end.
 """
 
@@ -26,11 +26,14 @@ from kvbind.kernels.common import DTYPES, Launcher, cdiv, last_contiguous, on_de
 WIDEST = 1024
 """The greatest width of a fast head, counted in attention heads and halves of them rounded up to powers of two."""
 
-FORWARD_TILE, BACKWARD_TILE = 1024, 512
+TILE = 1024
 """Pairs of channels that are rotated against each other, times tokens, of a tile."""
 
-PROGRAMS = 1056
-"""Programs of a backward pass at the most, each with tokens and partial sums of its own: eight for a multiprocessor."""
+WARPS = 4
+"""Of a program."""
+
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 4224, 1056
+"""Programs at the most, about: each has tokens, and backward partial sums, of its own."""
 
 
 def covers(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, attention_heads: int, fast_heads: int) -> bool:
@@ -47,76 +50,88 @@ def covers(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, attention_heads: int, f
 
 
 @triton.jit
-def _channels(R2: tl.constexpr, H2: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr):
-    """First halves of a fast head's channels `[1, attention heads, half a head]`, and which of the tile is there."""
-    r = tl.arange(0, R2)[None, :, None]
+def _channels(R2: tl.constexpr, H2: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr):
+    """Of a tile `[attention heads, BT, half a head]`, first halves: attention heads, channels within them, what is there.
+
+    Tiles that meet in arithmetic are loaded in one shape, broadcast before they are: so each thread has the same places of
+    all, and nothing goes through shared memory but sums.
+    """
+    r = tl.arange(0, R2)[:, None, None]
     j = tl.arange(0, H2)[None, None, :]
-    return (tl.program_id(1) * R + r) * 2 * HALF + j, (r < R) & (j < HALF)
+    head, j = tl.broadcast_to(tl.program_id(1) * R + r, (R2, BT, H2)), tl.broadcast_to(j, (R2, BT, H2))
+    return head, j, tl.broadcast_to((r < R), (R2, BT, H2)) & (j < HALF)
 
 
 @triton.jit
-def _rows(start, stop, cosines, sines, table_length, H2: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr):
-    """A tile's tokens `[BT, 1, 1]`, which of them are there, and their cosines and sines."""
-    row = (start + tl.arange(0, BT).to(tl.int64))[:, None, None]
-    j = tl.arange(0, H2)[None, None, :]
-    angle, known = (row % table_length) * HALF + j, (row < stop) & (j < HALF)
-    return row, row < stop, tl.load(cosines + angle, mask=known, other=0.0), tl.load(sines + angle, mask=known, other=0.0)
+def _place(tile, across, length, table_batch, cosines, sines, j, inside, HALF: tl.constexpr, BT: tl.constexpr):
+    """A tile's row, its tokens `[1, BT, 1]`, which of the tile is there, and its cosines and sines."""
+    batch = (tile // across).to(tl.int64)
+    token = tile % across * BT + tl.arange(0, BT)[None, :, None]
+    there = inside & (token < length)
+    angle = batch * table_batch + token.to(tl.int64) * HALF + j
+    cos, sin = tl.load(cosines + angle, mask=there, other=0.0), tl.load(sines + angle, mask=there, other=0.0)
+    return batch, token.to(tl.int64), there, cos, sin
 
 
 @triton.jit
-def _unit(x, there, scale, offset, own, inside, HALF: tl.constexpr, SILU: tl.constexpr):
-    """Both halves of x, their products with the scale plus the offset, what activation makes of them, and its norm."""
-    a = tl.load(x, mask=there, other=0.0).to(tl.float32)
-    b = tl.load(x + HALF, mask=there, other=0.0).to(tl.float32)
-    za = a * tl.load(scale + own, mask=inside, other=0.0).to(tl.float32)
-    zb = b * tl.load(scale + own + 2 * HALF, mask=inside, other=0.0).to(tl.float32)
-    za += tl.load(offset + own, mask=inside, other=0.0).to(tl.float32)
-    zb += tl.load(offset + own + 2 * HALF, mask=inside, other=0.0).to(tl.float32)
+def _both(pointers, there, HALF: tl.constexpr):
+    """Both halves of heads, in float32."""
+    a = tl.load(pointers, mask=there, other=0.0).to(tl.float32)
+    return a, tl.load(pointers + HALF, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _unit(za, zb, eps, SILU: tl.constexpr):
+    """What activation makes of both halves, its norm, and one over that with eps added."""
     if SILU:
         ya, yb = activate(za, "silu"), activate(zb, "silu")
     else:
         ya, yb = za, zb
-    norm = tl.sqrt(tl.sum(tl.sum(ya * ya + yb * yb, axis=2), axis=1))[:, None, None]
-    return a, b, za, zb, ya, yb, norm
+    norm = tl.sqrt(tl.sum(tl.sum(ya * ya + yb * yb, axis=2), axis=0))[None, :, None]
+    return ya, yb, norm, 1.0 / (norm + eps)
 
 
 # strides are specialized on, as vectors are loaded where widths are known to divide them; new lengths compile nothing
 @Launcher
-@triton.jit(do_not_specialize=["rows", "length", "table_length"])
+@triton.jit(do_not_specialize=["tiles", "across", "length", "table_batch"])
 def _forward(
-    q, k, scale, offset, cosines, sines, q_rotated, k_rotated, q_fast, k_fast, eps, rows, length, table_length,
+    q, k, scale, offset, cosines, sines, q_rotated, k_rotated, q_fast, k_fast, eps, tiles, across, length, table_batch,
     q_batch, q_row, k_batch, k_row,
     D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, R2: tl.constexpr, H2: tl.constexpr, SILU: tl.constexpr,
     ROTARY: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Queries or keys of a tile of tokens."""
+    """Queries or keys of every so many-th tile of tokens."""
     place = tl.program_id(2)
     if place == 0:
         x, x_batch, x_row, rotated, fast = q, q_batch, q_row, q_rotated, q_fast
     else:
         x, x_batch, x_row, rotated, fast = k, k_batch, k_row, k_rotated, k_fast
-    channel, inside = _channels(R2, H2, R, HALF)
-    row, real, cos, sin = _rows(tl.program_id(0) * BT, rows, cosines, sines, table_length, H2, HALF, BT)
-    there = inside & real
-    x += row // length * x_batch + row % length * x_row + channel
-    a, b, _, _, ya, yb, norm = _unit(x, there, scale, offset, 2 * channel + place, inside, HALF, SILU)
-    at = row * D + channel
-    tl.store(rotated + at, (a * cos - b * sin).to(q.dtype.element_ty), mask=there)
-    tl.store(rotated + at + HALF, (b * cos + a * sin).to(q.dtype.element_ty), mask=there)
-    ua, ub = ya / (norm + eps), yb / (norm + eps)
-    if ROTARY:
-        ra, rb = ua * cos - ub * sin, ub * cos + ua * sin
-    else:
-        ra, rb = ua, ub
-    tl.store(fast + at, ra.to(q.dtype.element_ty), mask=there)
-    tl.store(fast + at + HALF, rb.to(q.dtype.element_ty), mask=there)
+    head, j, inside = _channels(R2, H2, R, HALF, BT)
+    channel = head * 2 * HALF + j
+    scale_a, scale_b = _both(scale + 2 * channel + place, inside, 2 * HALF)
+    offset_a, offset_b = _both(offset + 2 * channel + place, inside, 2 * HALF)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        batch, token, there, cos, sin = _place(
+            tile, across, length, table_batch, cosines, sines, j, inside, HALF, BT)  # fmt: skip
+        a, b = _both(x + batch * x_batch + token * x_row + channel, there, HALF)
+        ya, yb, _, inverse = _unit(a * scale_a + offset_a, b * scale_b + offset_b, eps, SILU)
+        at = (batch * length + token) * D + channel
+        tl.store(rotated + at, (a * cos - b * sin).to(q.dtype.element_ty), mask=there)
+        tl.store(rotated + at + HALF, (b * cos + a * sin).to(q.dtype.element_ty), mask=there)
+        ua, ub = ya * inverse, yb * inverse
+        if ROTARY:
+            ra, rb = ua * cos - ub * sin, ub * cos + ua * sin
+        else:
+            ra, rb = ua, ub
+        tl.store(fast + at, ra.to(q.dtype.element_ty), mask=there)
+        tl.store(fast + at + HALF, rb.to(q.dtype.element_ty), mask=there)
 
 
 @Launcher
-@triton.jit(do_not_specialize=["rows", "length", "table_length"])
+@triton.jit(do_not_specialize=["tiles", "across", "length", "table_batch"])
 def _backward(
     q, k, scale, offset, cosines, sines, dq_rotated, dk_rotated, dq_fast, dk_fast, dq, dk, dscale, doffset, eps,
-    rows, length, table_length, q_batch, q_row, k_batch, k_row, dq_batch, dq_row, dq_head, dk_batch, dk_row, dk_head,
+    tiles, across, length, table_batch, q_batch, q_row, k_batch, k_row, dq_batch, dq_row, dq_head, dk_batch, dk_row, dk_head,
     D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, R2: tl.constexpr, H2: tl.constexpr, SILU: tl.constexpr,
     ROTARY: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
@@ -128,48 +143,46 @@ def _backward(
     else:
         x, x_batch, x_row, dx, dfast = k, k_batch, k_row, dk, dk_fast
         drotated, g_batch, g_row, g_head = dk_rotated, dk_batch, dk_row, dk_head
-    channel, inside = _channels(R2, H2, R, HALF)
-    own = 2 * channel + place
-    scale_a = tl.zeros((1, R2, H2), tl.float32)
-    scale_b, offset_a, offset_b = scale_a, scale_a, scale_a
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BT), tl.num_programs(0)):
-        row, real, cos, sin = _rows(tile * BT, rows, cosines, sines, table_length, H2, HALF, BT)
-        there = inside & real
-        batch, token, at = row // length, row % length, row * D + channel
-        a, b, za, zb, ya, yb, norm = _unit(
-            x + batch * x_batch + token * x_row + channel, there, scale, offset, own, inside, HALF, SILU)  # fmt: skip
-        ga = tl.load(dfast + at, mask=there, other=0.0).to(tl.float32)
-        gb = tl.load(dfast + at + HALF, mask=there, other=0.0).to(tl.float32)
+    head, j, inside = _channels(R2, H2, R, HALF, BT)
+    channel, turned = head * 2 * HALF + j, head.to(tl.int64) * g_head + j
+    scale_a, scale_b = _both(scale + 2 * channel + place, inside, 2 * HALF)
+    offset_a, offset_b = _both(offset + 2 * channel + place, inside, 2 * HALF)
+    # sums over tokens of a tile are left to the end: until then each thread keeps its own
+    to_scale_a = tl.zeros((R2, BT, H2), tl.float32)
+    to_scale_b, to_offset_a, to_offset_b = to_scale_a, to_scale_a, to_scale_a
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        batch, token, there, cos, sin = _place(
+            tile, across, length, table_batch, cosines, sines, j, inside, HALF, BT)  # fmt: skip
+        at = (batch * length + token) * D + channel
+        a, b = _both(x + batch * x_batch + token * x_row + channel, there, HALF)
+        za, zb = a * scale_a + offset_a, b * scale_b + offset_b
+        ya, yb, norm, inverse = _unit(za, zb, eps, SILU)
+        ga, gb = _both(dfast + at, there, HALF)
         if ROTARY:
             ua, ub = ga * cos + gb * sin, gb * cos - ga * sin
         else:
             ua, ub = ga, gb
-        along = tl.sum(tl.sum(ua * ya + ub * yb, axis=2), axis=1)[:, None, None]
+        along = tl.sum(tl.sum(ua * ya + ub * yb, axis=2), axis=0)[None, :, None]
         # a head of zeros has no direction to lose
-        along /= tl.where(norm > 0.0, norm, 1.0) * (norm + eps) * (norm + eps)
-        ua = ua / (norm + eps) - ya * along
-        ub = ub / (norm + eps) - yb * along
+        along *= inverse * inverse / tl.where(norm > 0.0, norm, 1.0)
+        ua = ua * inverse - ya * along
+        ub = ub * inverse - yb * along
         if SILU:
             ua *= slope(za, "silu")
             ub *= slope(zb, "silu")
-        scale_a += tl.sum(ua * a, axis=0)[None]
-        scale_b += tl.sum(ub * b, axis=0)[None]
-        offset_a += tl.sum(ua, axis=0)[None]
-        offset_b += tl.sum(ub, axis=0)[None]
-        ua *= tl.load(scale + own, mask=inside, other=0.0).to(tl.float32)
-        ub *= tl.load(scale + own + 2 * HALF, mask=inside, other=0.0).to(tl.float32)
-        turned = (
-            drotated + batch * g_batch + token * g_row + (channel // (2 * HALF)).to(tl.int64) * g_head + channel % (2 * HALF)
-        )
-        ga = tl.load(turned, mask=there, other=0.0).to(tl.float32)
-        gb = tl.load(turned + HALF, mask=there, other=0.0).to(tl.float32)
-        tl.store(dx + at, (ua + ga * cos + gb * sin).to(q.dtype.element_ty), mask=there)
-        tl.store(dx + at + HALF, (ub + gb * cos - ga * sin).to(q.dtype.element_ty), mask=there)
-    at = tl.program_id(0) * 2 * D + own
-    tl.store(dscale + at, scale_a, mask=inside)
-    tl.store(dscale + at + 2 * HALF, scale_b, mask=inside)
-    tl.store(doffset + at, offset_a, mask=inside)
-    tl.store(doffset + at + 2 * HALF, offset_b, mask=inside)
+        to_scale_a += ua * a
+        to_scale_b += ub * b
+        to_offset_a += ua
+        to_offset_b += ub
+        ga, gb = _both(drotated + batch * g_batch + token * g_row + turned, there, HALF)
+        tl.store(dx + at, (ua * scale_a + ga * cos + gb * sin).to(q.dtype.element_ty), mask=there)
+        tl.store(dx + at + HALF, (ub * scale_b + gb * cos - ga * sin).to(q.dtype.element_ty), mask=there)
+    head, j, inside = _channels(R2, H2, R, HALF, 1)
+    at = tl.program_id(0) * 2 * D + 2 * (head * 2 * HALF + j) + place
+    tl.store(dscale + at, tl.sum(to_scale_a, axis=1)[:, None], mask=inside)
+    tl.store(dscale + at + 2 * HALF, tl.sum(to_scale_b, axis=1)[:, None], mask=inside)
+    tl.store(doffset + at, tl.sum(to_offset_a, axis=1)[:, None], mask=inside)
+    tl.store(doffset + at + 2 * HALF, tl.sum(to_offset_b, axis=1)[:, None], mask=inside)
 
 
 def _halves(width: int, attention_heads: int, fast_heads: int) -> dict[str, int]:
@@ -179,10 +192,15 @@ def _halves(width: int, attention_heads: int, fast_heads: int) -> dict[str, int]
     return {"D": width, "R": together, "HALF": half, "R2": r2, "H2": h2}
 
 
-def _tile(most: int, *sizes: int) -> dict[str, int]:
-    """The same, and how many tokens a tile has."""
-    halves = _halves(*sizes)
-    return halves | {"BT": max(most // (halves["R2"] * halves["H2"]), 1)}
+def _launch(q: Tensor, cos: Tensor, programs: int, *heads: int) -> tuple[tuple[int, int, int], list[int], dict[str, int]]:
+    """A grid of at most about so many programs, what it says of tokens, and how a tile is laid out."""
+    batch, length, width = q.shape
+    halves = _halves(width, *heads)
+    tokens = max(TILE // (halves["R2"] * halves["H2"]), 1)
+    across = cdiv(length, tokens)
+    grid = min(batch * across, cdiv(programs, 2 * heads[1])), heads[1], 2
+    rows = [batch * across, across, length, 0 if cos.shape[0] == 1 else length * halves["HALF"]]
+    return grid, rows, halves | {"BT": tokens}
 
 
 @torch.library.custom_op("kvbind::layer_operands", mutates_args=())
@@ -192,12 +210,11 @@ def layer_operands(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `kvbind.layers.operands.make_operands`, of what `covers` says yes to."""
     outputs = _outputs(q, attention_heads, fast_heads)
-    length, width = q.shape[1:]
-    rows, tile = q.shape[0] * length, _tile(FORWARD_TILE, width, attention_heads, fast_heads)
+    grid, rows, tile = _launch(q, cos, FORWARD_PROGRAMS, attention_heads, fast_heads)
     with on_device_of(q):
-        _forward[cdiv(rows, tile["BT"]), fast_heads, 2](
-            q, k, scale.contiguous(), offset.contiguous(), cos.contiguous(), sin.contiguous(), *outputs, eps, rows, length,
-            cos.shape[0] * length, *q.stride()[:2], *k.stride()[:2], **tile, SILU=silu, ROTARY=rotary, num_warps=4,
+        _forward[grid](
+            q, k, scale.contiguous(), offset.contiguous(), cos.contiguous(), sin.contiguous(), *outputs, eps, *rows,
+            *q.stride()[:2], *k.stride()[:2], **tile, SILU=silu, ROTARY=rotary, num_warps=WARPS,
         )  # fmt: skip
     return outputs
 
@@ -220,16 +237,14 @@ def _layer_operands_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k `[B, T, d]`, scale and offset `[d, 2]`."""
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
-    length, width = q.shape[1:]
-    rows, tile = q.shape[0] * length, _tile(BACKWARD_TILE, width, attention_heads, fast_heads)
-    programs = min(cdiv(rows, tile["BT"]), cdiv(PROGRAMS, 2 * fast_heads))
-    dscale, doffset = q.new_empty((2, programs, width, 2), dtype=torch.float32)
+    grid, rows, tile = _launch(q, cos, BACKWARD_PROGRAMS, attention_heads, fast_heads)
+    dscale, doffset = q.new_empty((2, grid[0], q.shape[2], 2), dtype=torch.float32)
     turned = [last_contiguous(x) for x in (dq_rotated, dk_rotated)]
     with on_device_of(q):
-        _backward[programs, fast_heads, 2](
+        _backward[grid](
             q, k, scale.contiguous(), offset.contiguous(), cos.contiguous(), sin.contiguous(), *turned, dq_fast.contiguous(),
-            dk_fast.contiguous(), dq, dk, dscale, doffset, eps, rows, length, cos.shape[0] * length, *q.stride()[:2],
-            *k.stride()[:2], *turned[0].stride()[:3], *turned[1].stride()[:3], **tile, SILU=silu, ROTARY=rotary, num_warps=4,
+            dk_fast.contiguous(), dq, dk, dscale, doffset, eps, *rows, *q.stride()[:2], *k.stride()[:2],
+            *turned[0].stride()[:3], *turned[1].stride()[:3], **tile, SILU=silu, ROTARY=rotary, num_warps=WARPS,
         )  # fmt: skip
     return dq, dk, dscale.sum(0).to(scale.dtype), doffset.sum(0).to(offset.dtype)
 

@@ -33,8 +33,8 @@ STATE_COPIES = 6
 """States of all chunks that one layer holds at once in the backward pass of the parallel form: writes, orthogonalized
 writes, their sums, and the gradient of each."""
 
-LOGIT_BYTES = 10
-"""Per logit that exists: bfloat16, and float32 for the softmax and its gradient."""
+LOGIT_BYTES = 2
+"""Per logit that exists, of bfloat16: the gradient takes its place."""
 
 OPTIMIZER_NUMBERS = 7
 """Float32 numbers that AdamW's fused step moves for each parameter: it reads all four, and writes all but the gradient."""

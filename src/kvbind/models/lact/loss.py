@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from kvbind.kernels.cross_entropy import cross_entropy_
+from kvbind.layers.norm import narrowed
 
 IGNORE = -100
 """The label of positions that count for nothing, as in `torch.nn.functional.cross_entropy`."""
 
-PIECE = 1024
+PIECE = 2048
 """Tokens whose logits exist at the same time."""
 
 
@@ -22,7 +26,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of `hidden @ weight^T` against labels; softmax in float32 or wider.
 
-    Logits are made for `piece` tokens at a time and made again in the backward pass.
+    Logits are made for `piece` tokens at a time. A sum's gradients are made with it, while its logits are there, up to the
+    factor that a backward pass brings; those of each token's loss, and those of float16, which would lose what is small
+    before it is scaled, in the backward pass from logits made again.
 
     Args:
         hidden: `[..., d]`.
@@ -32,24 +38,63 @@ def linear_cross_entropy(
         piece: tokens at a time.
 
     Returns:
-        The summed loss, or the loss of each token `[...]`, 0 where the label is -100; float32 or wider.
+        The summed loss, or the loss of each token `[...]`, 0 where the label is -100; float32 or wider. Differentiable once.
     """
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    low = narrowed(torch.promote_types(hidden.dtype, weight.dtype), hidden.device.type)
+    if reduction == "sum" and low != torch.float16:
+        loss: Tensor = _Summed.apply(rows, weight, targets, low, piece, torch.is_grad_enabled())
+        return loss
     losses = []
     for part, target in zip(torch.split(rows, piece), torch.split(targets, piece), strict=True):
         if torch.is_grad_enabled():
-            losses.append(checkpoint(_piece_loss, part, weight, target, reduction, use_reentrant=False))
+            losses.append(checkpoint(_piece_losses, part, weight, target, use_reentrant=False))
         else:
-            losses.append(_piece_loss(part, weight, target, reduction))
-    if reduction == "none":
-        return torch.cat(losses).reshape(labels.shape)
-    return torch.stack(losses).sum()
+            losses.append(_piece_losses(part, weight, target))
+    each = torch.cat(losses).reshape(labels.shape)
+    return each if reduction == "none" else each.sum()
 
 
-def _piece_loss(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
+class _Summed(torch.autograd.Function):
+    """The summed loss of rows `[N, d]`, from products in the dtype `low`; weights' gradients are summed in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, low: torch.dtype, piece: int, gradient: bool
+    ) -> Tensor:
+        of_rows, of_weight = (gradient and wanted for wanted in ctx.needs_input_grad[:2])
+        wide, matrix = torch.promote_types(low, torch.float32), weight.to(low)
+        d_rows = torch.empty_like(rows) if of_rows else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if of_weight else None
+        losses = [torch.zeros(1, dtype=wide, device=rows.device)]
+        for start in range(0, len(rows), piece):
+            part = rows[start : start + piece].to(low)
+            logits = part @ matrix.T
+            losses.append(cross_entropy_(logits, labels[start : start + piece], IGNORE, of_rows or of_weight))
+            # from here on logits are their gradients
+            if d_rows is not None:
+                d_rows[start : start + piece] = logits @ matrix
+            if d_weight is not None:
+                d_weight += logits.T @ part
+        ctx.save_for_backward(d_rows, d_weight)
+        ctx.dtypes = rows.dtype, weight.dtype
+        return torch.cat(losses).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        # a narrow tensor times the slope would round the slope
+        scaled = [
+            None if x is None else (x.to(slope.dtype) * slope).to(dtype)
+            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *scaled, None, None, None, None
+
+
+def _piece_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     logits = F.linear(hidden, weight)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(wide), labels, ignore_index=IGNORE, reduction=reduction)
+    return F.cross_entropy(logits.to(wide), labels, ignore_index=IGNORE, reduction="none")
 
 
 def next_token_labels(
