@@ -26,13 +26,11 @@ from kvbind.kernels.common import DTYPES, Launcher, cdiv, last_contiguous, on_de
 WIDEST = 1024
 """The greatest width of a fast head, counted in attention heads and halves of them rounded up to powers of two."""
 
-TILE = 1024
-"""Pairs of channels that are rotated against each other, times tokens, of a tile."""
+TILE = 256
+"""Pairs of channels that are rotated against each other, times tokens, of a tile that one warp holds: eight for a thread. It
+has a token of its own where a head is that wide, and adds up its norm without waiting for another."""
 
-WARPS = 4
-"""Of a program."""
-
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 4224, 1056
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 8448, 2112
 """Programs at the most, about: each has tokens, and backward partial sums, of its own."""
 
 
@@ -200,7 +198,7 @@ def _launch(q: Tensor, cos: Tensor, programs: int, *heads: int) -> tuple[tuple[i
     across = cdiv(length, tokens)
     grid = min(batch * across, cdiv(programs, 2 * heads[1])), heads[1], 2
     rows = [batch * across, across, length, 0 if cos.shape[0] == 1 else length * halves["HALF"]]
-    return grid, rows, halves | {"BT": tokens}
+    return grid, rows, halves | {"BT": tokens, "num_warps": cdiv(tokens * halves["R2"] * halves["H2"], TILE)}
 
 
 @torch.library.custom_op("kvbind::layer_operands", mutates_args=())
@@ -214,7 +212,7 @@ def layer_operands(
     with on_device_of(q):
         _forward[grid](
             q, k, scale.contiguous(), offset.contiguous(), cos.contiguous(), sin.contiguous(), *outputs, eps, *rows,
-            *q.stride()[:2], *k.stride()[:2], **tile, SILU=silu, ROTARY=rotary, num_warps=WARPS,
+            *q.stride()[:2], *k.stride()[:2], **tile, SILU=silu, ROTARY=rotary,
         )  # fmt: skip
     return outputs
 
@@ -244,7 +242,7 @@ def _layer_operands_backward(
         _backward[grid](
             q, k, scale.contiguous(), offset.contiguous(), cos.contiguous(), sin.contiguous(), *turned, dq_fast.contiguous(),
             dk_fast.contiguous(), dq, dk, dscale, doffset, eps, *rows, *q.stride()[:2], *k.stride()[:2],
-            *turned[0].stride()[:3], *turned[1].stride()[:3], **tile, SILU=silu, ROTARY=rotary, num_warps=WARPS,
+            *turned[0].stride()[:3], *turned[1].stride()[:3], **tile, SILU=silu, ROTARY=rotary,
         )  # fmt: skip
     return dq, dk, dscale.sum(0).to(scale.dtype), doffset.sum(0).to(offset.dtype)
 
