@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbind.bench.kernel_tables import Grid, profile_grid, speed_grids, summary_grid, verify_grid
+from kvbind.bench.layer_tables import layer_grid, step_grids
 from kvbind.bench.record import answered
 from kvbind.bench.scaling_tables import scaling_grids
 from kvbind.experiments.page.parts import STATES
@@ -81,6 +82,10 @@ def table(path: str, key: str, root: Path) -> str:
         return views_table(record, path)
     if "fsdp_length" in record["config"]:
         found = scaling_grids(record)
+    elif "steps" in record["config"]:
+        found = step_grids(record)
+    elif any("piece" in row for row in record["rows"]):
+        found = [layer_grid(record)]
     elif "rules" in record:
         found = [verify_grid(record), summary_grid(record)]
     else:

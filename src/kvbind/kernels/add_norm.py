@@ -32,7 +32,7 @@ def covers(x: Tensor, delta: Tensor | None, weight: Tensor) -> bool:
 
 @Launcher
 @triton.jit
-def _forward(x, delta, weight, y, h, eps, D: tl.constexpr, BD: tl.constexpr, ADDED: tl.constexpr):
+def _norm_forward(x, delta, weight, y, h, eps, D: tl.constexpr, BD: tl.constexpr, ADDED: tl.constexpr):
     """One token."""
     channel = tl.arange(0, BD)
     inside = channel < D
@@ -49,7 +49,7 @@ def _forward(x, delta, weight, y, h, eps, D: tl.constexpr, BD: tl.constexpr, ADD
 
 @Launcher
 @triton.jit(do_not_specialize=["rows"])
-def _backward(
+def _norm_backward(
     dy, dh, y, weight, dx, ddelta, dweight, eps, rows,
     D: tl.constexpr, BD: tl.constexpr, ADDED: tl.constexpr, PASSED: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +86,7 @@ def _add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype
     y, h = _outputs(x, delta, dtype)
     x = x.contiguous()
     with on_device_of(x):
-        _forward[x.numel() // x.shape[-1],](
+        _norm_forward[x.numel() // x.shape[-1],](
             x, x if delta is None else delta.contiguous(), weight.contiguous(), y, h, eps, **_tile(x.shape[-1]),
             ADDED=delta is not None,
         )  # fmt: skip
@@ -121,7 +121,7 @@ def _add_norm_backward(
     programs = min(rows, PROGRAMS)
     partial = y.new_empty((programs, width), dtype=torch.float32)
     with on_device_of(y):
-        _backward[programs,](
+        _norm_backward[programs,](
             dh if dy is None else dy.contiguous(), dh.contiguous(), y, weight.contiguous(), dx, ddelta, partial, eps, rows,
             **_tile(width), ADDED=delta_dtype is not None, PASSED=dy is not None,
         )  # fmt: skip

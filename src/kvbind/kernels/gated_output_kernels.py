@@ -88,7 +88,7 @@ def _logits(gate, batch, token, head, gate_batch, gate_token, gate_head, real):
     "rows", "length", "fast_batch", "fast_token", "fast_head", "gate_batch", "gate_token", "gate_head", "mixed_batch",
     "mixed_token",
 ])  # fmt: skip
-def _forward(
+def _gated_forward(
     fast, weight, gate, mixed, y, eps, rows, length, fast_batch, fast_token, fast_head, gate_batch, gate_token, gate_head,
     mixed_batch, mixed_token,
     H: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr,
@@ -111,7 +111,7 @@ def _forward(
     "rows", "length", "dy_batch", "dy_token", "fast_batch", "fast_token", "fast_head", "gate_batch", "gate_token",
     "gate_head",
 ])  # fmt: skip
-def _backward(
+def _gated_backward(
     dy, fast, weight, gate, dfast, dweight, dgate, eps, rows, length, dy_batch, dy_token, fast_batch, fast_token, fast_head,
     gate_batch, gate_token, gate_head,
     H: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr,
@@ -173,7 +173,7 @@ def forward(fast: Tensor, weight: Tensor, gate: Tensor | None, mixed: Tensor, y:
     rows, tile = batch * length * heads, _tile(width)
     of_fast, of_gate, of_mixed = fast.stride()[:3], (0, 0, 0) if gate is None else gate.stride(), mixed.stride()[:2]
     with on_device_of(fast):
-        _forward[_programs(fast, cdiv(rows, tile["BR"]), FORWARD_PROGRAMS),](
+        _gated_forward[_programs(fast, cdiv(rows, tile["BR"]), FORWARD_PROGRAMS),](
             fast, weight, gate, mixed, y, eps, rows, length, *of_fast, *of_gate, *of_mixed,
             H=heads, ALIGNED=_aligned(width, *of_fast, *of_mixed), **tile,
         )  # fmt: skip
@@ -189,7 +189,7 @@ def backward(
     programs = _programs(fast, cdiv(rows, tile["BR"]), BACKWARD_PROGRAMS)
     partial = torch.empty(programs, width, dtype=torch.float32, device=fast.device)
     with on_device_of(fast):
-        _backward[programs,](
+        _gated_backward[programs,](
             dy, fast, weight, gate, dfast, partial, dgate, eps, rows, length, *of_dy, *of_fast, *of_gate,
             H=heads, ALIGNED=_aligned(width, *of_dy, *of_fast), **tile,
         )  # fmt: skip

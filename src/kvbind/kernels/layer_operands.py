@@ -92,7 +92,7 @@ def _unit(za, zb, eps, SILU: tl.constexpr):
 # strides are specialized on, as vectors are loaded where widths are known to divide them; new lengths compile nothing
 @Launcher
 @triton.jit(do_not_specialize=["tiles", "across", "length", "table_batch"])
-def _forward(
+def _operands_forward(
     q, k, scale, offset, cosines, sines, q_rotated, k_rotated, q_fast, k_fast, eps, tiles, across, length, table_batch,
     q_batch, q_row, k_batch, k_row,
     D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, R2: tl.constexpr, H2: tl.constexpr, SILU: tl.constexpr,
@@ -127,7 +127,7 @@ def _forward(
 
 @Launcher
 @triton.jit(do_not_specialize=["tiles", "across", "length", "table_batch"])
-def _backward(
+def _operands_backward(
     q, k, scale, offset, cosines, sines, dq_rotated, dk_rotated, dq_fast, dk_fast, dq, dk, dscale, doffset, eps,
     tiles, across, length, table_batch, q_batch, q_row, k_batch, k_row, dq_batch, dq_row, dq_head, dk_batch, dk_row, dk_head,
     D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, R2: tl.constexpr, H2: tl.constexpr, SILU: tl.constexpr,
@@ -210,7 +210,7 @@ def layer_operands(
     outputs = _outputs(q, attention_heads, fast_heads)
     grid, rows, tile = _launch(q, cos, FORWARD_PROGRAMS, attention_heads, fast_heads)
     with on_device_of(q):
-        _forward[grid](
+        _operands_forward[grid](
             q, k, scale.contiguous(), offset.contiguous(), cos.contiguous(), sin.contiguous(), *outputs, eps, *rows,
             *q.stride()[:2], *k.stride()[:2], **tile, SILU=silu, ROTARY=rotary,
         )  # fmt: skip
@@ -239,7 +239,7 @@ def _layer_operands_backward(
     dscale, doffset = q.new_empty((2, grid[0], q.shape[2], 2), dtype=torch.float32)
     turned = [last_contiguous(x) for x in (dq_rotated, dk_rotated)]
     with on_device_of(q):
-        _backward[grid](
+        _operands_backward[grid](
             q, k, scale.contiguous(), offset.contiguous(), cos.contiguous(), sin.contiguous(), *turned, dq_fast.contiguous(),
             dk_fast.contiguous(), dq, dk, dscale, doffset, eps, *rows, *q.stride()[:2], *k.stride()[:2],
             *turned[0].stride()[:3], *turned[1].stride()[:3], **tile, SILU=silu, ROTARY=rotary,

@@ -43,7 +43,7 @@ def _tile(rows, W: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
 
 @Launcher
 @triton.jit(do_not_specialize=["rows", "gate_row", "up_row"])
-def _forward(
+def _swiglu_forward(
     gate, up, y, rows, gate_row, up_row, W: tl.constexpr, ALIGNED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):
     """A tile of the result."""
@@ -55,7 +55,7 @@ def _forward(
 
 @Launcher
 @triton.jit(do_not_specialize=["rows", "dy_row", "gate_row", "up_row"])
-def _backward(
+def _swiglu_backward(
     dy, gate, up, dgate, dup, rows, dy_row, gate_row, up_row,
     W: tl.constexpr, ALIGNED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -87,9 +87,9 @@ def _launch(kernel: Any, sources: tuple[Tensor, ...], results: tuple[Tensor, ...
 
 def forward(gate: Tensor, up: Tensor, y: Tensor) -> None:
     """Write the result into y."""
-    _launch(_forward, (gate, up), (y,))
+    _launch(_swiglu_forward, (gate, up), (y,))
 
 
 def backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
     """Write the gradients into dgate and dup."""
-    _launch(_backward, (dy, gate, up), (dgate, dup))
+    _launch(_swiglu_backward, (dy, gate, up), (dgate, dup))
