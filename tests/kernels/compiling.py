@@ -40,7 +40,7 @@ class Compiled:
 
 def compile_call(fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], capability: int) -> Compiled:
     """Compile what `fn[grid](*args, **kwargs)` would run."""
-    options = {name: kwargs[name] for name in ("num_warps", "num_stages", "num_ctas") if name in kwargs}
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages", "num_ctas", "maxnreg") if name in kwargs}
     values = dict(zip(fn.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in fn.arg_names}
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(fn.params):

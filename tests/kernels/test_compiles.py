@@ -13,12 +13,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-WIDTH, CHUNK, TOKENS = 384, 256, 512
+WIDTH, CHUNK, TOKENS, MATRICES = 384, 256, 512, 64
 SHARED = {90: 227 << 10, 80: 163 << 10}
 """Bytes of shared memory that a block may have, by compute capability."""
+REGISTERS = 64 << 10
+"""Of a multiprocessor."""
 STACK = 64
 """Bytes of stack per thread, beyond which a kernel spills in earnest."""
-PRODUCTS = {"_product_kernel", "_features_kernel", "_features_backward_kernel", "_write_kernel", "_product"}
+NEWTON_SCHULZ = {"_products_forward", "_products_backward"}
+PRODUCTS = {"_product_kernel", "_features_kernel", "_features_backward_kernel", "_write_kernel", *NEWTON_SCHULZ}
 OTHERS = {"_forward_kernel", "_backward_kernel", "_cast", "_undo_norm"}
 
 
@@ -28,12 +31,16 @@ def fits(kernel, capability):
 
 
 def compile_for(capability):
-    """What the launches of a forward and a backward call compile to; of configurations, those up to one that fits."""
+    """What the launches of a forward and a backward call compile to; of configurations, those up to one that fits.
+
+    With them, for Hopper, the products of Newton-Schulz for many matrices.
+    """
     import torch
     from compiling import compiling
 
     from kvbind import NewtonSchulz
     from kvbind.kernels.chunked import chunked
+    from kvbind.kernels.newton_schulz import newton_schulz
     from kvbind.kernels.spans import chunked_layout
 
     def zeros(*shape, dtype=torch.float32):
@@ -48,6 +55,11 @@ def compile_for(capability):
             coefficients=NewtonSchulz().coefficients,
         )  # fmt: skip
         output.sum().backward()
+    if capability == 90:
+        # enough matrices for large tiles
+        with compiling(capability) as many:
+            newton_schulz(zeros(MATRICES, WIDTH, WIDTH), NewtonSchulz().coefficients).sum().backward()
+        found += [kernel for kernel in many if kernel.name in NEWTON_SCHULZ]
     return found
 
 
@@ -66,7 +78,7 @@ def test_every_kernel_has_a_configuration_that_fits_without_spilling(compiled, c
     best = {}
     for kernel in compiled[capability]:
         tiling = ("BM", "BN", "BK", "TILE", "num_warps", "num_stages", "num_ctas")
-        work = kernel["name"], *sorted((n, x) for n, x in kernel["options"].items() if n not in tiling)
+        work = kernel["name"], *sorted((n, str(x)) for n, x in kernel["options"].items() if n not in tiling)
         best[work] = best.get(work, False) or kernel["fits"]
     assert {work[0] for work in best} == PRODUCTS | OTHERS
     assert [work for work, found in best.items() if not found] == []
@@ -75,6 +87,16 @@ def test_every_kernel_has_a_configuration_that_fits_without_spilling(compiled, c
 @pytest.mark.parametrize(("capability", "units"), [(90, "wgmma"), (80, "mma")])
 def test_products_of_bfloat16_are_on_tensor_cores(compiled, capability, units):
     assert {kernel["tensor_cores"] for kernel in compiled[capability] if kernel["name"] in PRODUCTS} == {units}
+
+
+@pytest.mark.parametrize("tile", [64, 128])
+def test_a_program_of_newton_schulz_waits_while_others_of_its_multiprocessor_compute(compiled, tile):
+    kernels = [x for x in compiled[90] if x["name"] in NEWTON_SCHULZ and x["options"]["TILE"] == tile]
+    assert {x["name"] for x in kernels} == NEWTON_SCHULZ
+    for kernel in kernels:
+        threads = 32 * kernel["options"]["num_warps"]
+        assert min(REGISTERS // (kernel["registers"] * threads), SHARED[90] // kernel["shared"]) >= 2
+        assert kernel["fits"]
 
 
 if __name__ == "__main__":

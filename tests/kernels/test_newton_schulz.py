@@ -1,5 +1,6 @@
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,12 +8,14 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels need a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbind import NewtonSchulz
 from kvbind.inner import LANGUAGE_COEFFICIENTS, VIEWS_COEFFICIENTS
-from kvbind.kernels import newton_schulz as module
+from kvbind.kernels import newton_schulz_products as products
 from kvbind.kernels.newton_schulz import newton_schulz, newton_schulz_backward, newton_schulz_forward
 from strategies import error
 
@@ -71,7 +74,7 @@ def test_any_size_and_number_of_iterations(rows, columns, iterations, seed):
 @pytest.mark.parametrize("shape", [(1, 136, 130), (2, 40, 192)])
 def test_every_tile_gives_the_same_result(shape, tile, monkeypatch):
     """Several tiles down and across, on and off the diagonal."""
-    monkeypatch.setattr(module, "plan", lambda *_: module.Plan(tile, 64, 4, 2))
+    monkeypatch.setattr(products, "plan", lambda *_: products.Plan(tile, 64, 4, 2))
     x, cotangent = random(*shape), random(*shape, seed=1)
     ours, twin = errors(x, cotangent, TWO, torch.bfloat16)
     assert ours[0] < min(1e-2, 2 * twin[0])
@@ -79,9 +82,89 @@ def test_every_tile_gives_the_same_result(shape, tile, monkeypatch):
 
 
 def test_large_tiles_are_taken_where_they_fill_the_card():
-    assert module.plan(576, 384, torch.bfloat16, 132).tile == 128
-    assert module.plan(72, 384, torch.bfloat16, 132).tile == 64
-    assert module.plan(576, 48, torch.bfloat16, 132).tile == 64
+    assert products.plan(576, 384, torch.bfloat16, 132).tile == 128
+    assert products.plan(72, 384, torch.bfloat16, 132).tile == 64
+    assert products.plan(576, 48, torch.bfloat16, 132).tile == 64
+
+
+@pytest.mark.parametrize(("n", "size"), [(1, 1), (59, 59), (117, 117), (118, 59), (512, 64)])
+def test_groups_of_matrices_are_small_but_fill_the_card(n, size):
+    assert products.group_size(n, 6, 8, 132) == size
+
+
+@settings(max_examples=6)
+@given(st.integers(1, 3), st.integers(2, 70), st.integers(33, 70), st.integers(0, 2**20))
+def test_large_matrices_of_any_size_and_number(n, rows, columns, seed):
+    x, cotangent = random(n, rows, columns, seed=seed), random(n, rows, columns, seed=seed + 1)
+    ours, _ = errors(x, cotangent, TWO, torch.float32)
+    assert max(ours) < 1e-5
+
+
+@triton.jit
+def list_items(
+    out, n, group, items, iterations: tl.constexpr, symmetric: tl.constexpr, general: tl.constexpr, ahead: tl.constexpr,
+    block: tl.constexpr,
+):  # fmt: skip
+    place = tl.arange(0, block)
+    item = products._item(tl.minimum(place, items - 1), n, group, iterations, symmetric, general, ahead)
+    for i in tl.static_range(5):
+        tl.store(out + place * 5 + i, item[i].to(tl.int32), mask=place < items)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.booleans())
+def test_tickets_stand_for_every_tile_once_and_wait_for_lower_ones_only(n, group, iterations, symmetric, general, ahead):
+    both = 2 * symmetric if ahead else symmetric
+    items = n * iterations * (2 * both + general)
+    out = torch.full((items, 5), -1, dtype=torch.int32, device=DEVICE)
+    list_items[(1,)](out, n, group, items, iterations, symmetric, general, ahead, triton.next_power_of_2(items))
+    expected = {}
+    for step in range(-1 if ahead else 0, iterations):
+        width = both if 0 <= step < iterations - 1 else symmetric
+        expected |= {(step, 0): width, (step, 1): width}
+        if step >= 0:
+            expected[step, 2] = general
+    tickets = out.tolist()
+    assert sorted(tuple(x[:4]) for x in tickets) == sorted(
+        (batch, *stage, t) for batch in range(n) for stage, tiles in expected.items() for t in range(tiles)
+    )
+    finished = np.zeros(n, dtype=int)
+    before, total = {}, 0
+    for stage, tiles in expected.items():
+        before[stage], total = total, total + tiles
+    for batch, step, stage, _, need in tickets:
+        assert need == before[step, stage]
+        # of its matrix: all lower tickets' tiles, so those of earlier stages among them
+        assert need <= finished[batch] < need + expected[step, stage]
+        finished[batch] += 1
+
+
+def test_groups_change_the_order_and_not_the_result(monkeypatch):
+    x, cotangent = random(3, 20, 132), random(3, 20, 132, seed=1)
+    expected = value_and_gradient(lambda z: newton_schulz(z, TWO), x, cotangent)
+    monkeypatch.setattr(products, "group_size", lambda *_: 2)
+    found = value_and_gradient(lambda z: newton_schulz(z, TWO), x, cotangent)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_counts_start_at_zero_whatever_was_in_memory_and_end_at_the_number_of_tiles(monkeypatch):
+    x, cotangent = random(2, 70, 132), random(2, 70, 132, seed=1)
+    expected = value_and_gradient(lambda z: newton_schulz(z, TWO), x, cotangent)
+    launches, launch = [], products._launch
+
+    def dirty(*arguments):
+        launches.append(launch(*arguments))
+        launches[-1].counts.fill_(7)
+        return launches[-1]
+
+    monkeypatch.setattr(products, "_launch", dirty)
+    found = value_and_gradient(lambda z: newton_schulz(z, TWO), x, cotangent)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for prepared in launches:
+        counts = prepared.counts[:: products.LINE].tolist()
+        assert counts == [prepared.items, *[prepared.items // 2] * 2]
+    # two steps of A, B (3 tiles each) and X' (6); and of E, F, A and B (3 each) and dL/dX (6)
+    assert [prepared.items for prepared in launches] == [2 * 2 * 12, 2 * 2 * 18]
 
 
 @pytest.mark.parametrize("size", [20, 132])

@@ -6,64 +6,29 @@ Every matrix is held wide, `m` rows by `k >= m` columns. One iteration with coef
     A = X X^T,   B = b A + c A A,   X' = a X + B X
     E = D X^T + X D^T,   F = b E + c (E A + A E),   dL/dX = a D + B D + F X
 
-A, B, E and F are symmetric: their tiles on and below the diagonal are computed and written twice. X after each iteration is
-all that is kept for the gradient.
+X before each iteration is all that is kept for the gradient.
 
-There are two ways through. Matrices that fit one program (`fits_one_program`) run all their iterations in a single launch,
-forward and backward. Larger ones take a launch per product, of one kernel, `_product`. There the input is only cast to the
-low precision, and the squares of its pieces are summed; the first iteration multiplies by powers of `1 / (||G||_F + 1e-7)`
-where it writes its results, so that no pass over the input has to wait for its norm. All sums run in a fixed order: results
-repeat bit by bit.
+Matrices that fit one program (`fits_one_program`) run all their iterations there. Larger ones are worked on tile by tile,
+by `kvbind.kernels.newton_schulz_products`. All sums run in a fixed order: results repeat bit by bit.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbind.kernels.common import Launcher, cdiv, dot_precision, multiprocessors, on_device_of
-
-EPSILON = 1e-7
-"""What is added to the norm, as in the twin."""
-
-PIECE = (64, 128)
-"""Rows and columns, at most, of the pieces in which a large matrix is cast and its squares are summed."""
+from kvbind.kernels import newton_schulz_products as products
+from kvbind.kernels.common import Launcher, dot_precision, on_device_of
+from kvbind.kernels.newton_schulz_products import EPSILON, coefficient, inverse_norm, pieces
 
 LOW = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 """Precisions of the iteration, as Triton names them."""
-
-_EPSILON = tl.constexpr(EPSILON)
-
-
-class Plan(NamedTuple):
-    """How `_product` is launched: a square output tile, the depth of a step, warps, and stages of its pipeline."""
-
-    tile: int
-    depth: int
-    warps: int
-    stages: int
-
-
-def plan(tiles: int, rows: int, dtype: torch.dtype, multiprocessors: int) -> Plan:
-    """Choose tiles by how many there are: large ones reuse operands best, but only if they fill the card.
-
-    Args:
-        tiles: tiles of 128 x 128 in the outputs of one launch, over all matrices.
-        rows: rows of a matrix held wide.
-        dtype: precision of the products.
-        multiprocessors: multiprocessors of the device.
-    """
-    if dtype == torch.float32:
-        return Plan(64, 32, 4, 2)
-    if rows > 64 and tiles >= multiprocessors:
-        return Plan(128, 64, 8, 3)
-    return Plan(64, 64, 4, 4)
 
 
 def fits_one_program(rows: int, columns: int, dtype: torch.dtype) -> bool:
@@ -72,145 +37,6 @@ def fits_one_program(rows: int, columns: int, dtype: torch.dtype) -> bool:
     Float32 products outside the matrix units are unrolled in full, so that fewer fit.
     """
     return columns <= (32 if dtype == torch.float32 else 128)
-
-
-@triton.jit
-def _inverse_norm(squares, PARTS: tl.constexpr):
-    # 1 / (norm + epsilon) and the norm, of a matrix whose pieces' sums of squares start at `squares`
-    parts = tl.arange(0, triton.next_power_of_2(PARTS))
-    norm = tl.sqrt(tl.sum(tl.load(squares + parts, mask=parts < PARTS, other=0.0), 0))
-    return 1.0 / (norm + _EPSILON), norm
-
-
-@Launcher
-@triton.jit
-def _cast(
-    x, out, squares, stride_batch, stride_row, stride_column,
-    M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    # out [n, M, N] <- x in out's dtype; squares [n, pieces] <- sums of squares, unless None
-    ACROSS: tl.constexpr = (N + BN - 1) // BN
-    PARTS: tl.constexpr = (M + BM - 1) // BM * ACROSS
-    program = tl.program_id(0)
-    batch = (program // PARTS).to(tl.int64)
-    piece = program % PARTS
-    rows = piece // ACROSS * BM + tl.arange(0, BM)
-    columns = piece % ACROSS * BN + tl.arange(0, BN)
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
-    x += batch * stride_batch + rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
-    value = tl.load(x, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + batch * (M * N) + rows[:, None] * N + columns[None, :], value.to(out.dtype.element_ty), mask=inside)
-    if squares is not None:
-        tl.store(squares + program, tl.sum(tl.sum(value * value, 1), 0))
-
-
-@Launcher
-@triton.jit(do_not_specialize=["power"])
-def _product(
-    c, l1, r1, l2, r2, p, squares, dots, alpha, beta, power,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SYMMETRIC: tl.constexpr, C_ROW: tl.constexpr,
-    C_COLUMN: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    # c [n, M, N] <- s^power (alpha p + beta (l1 r1 + l2 r2)), s the inverse norm; p, l2 and r2 may be None.
-    # SYMMETRIC: r1 and r2 are [n, N, K] and transposed, M = N, and the result is known to be symmetric.
-    # Unless dots is None, s multiplies l1 r1, and dots [n, tiles] <- sums of c * r1 over the tiles.
-    ACROSS: tl.constexpr = (N + TILE - 1) // TILE
-    DOWN: tl.constexpr = (M + TILE - 1) // TILE
-    TILES: tl.constexpr = DOWN * (DOWN + 1) // 2 if SYMMETRIC else DOWN * ACROSS
-    STEPS: tl.constexpr = (K + BK - 1) // BK
-    program = tl.program_id(0)
-    batch = (program // TILES).to(tl.int64)
-    t = program % TILES
-    if SYMMETRIC:
-        # t = i (i + 1) / 2 + j with j <= i; the small addend outweighs the rounding of the root
-        i = ((tl.sqrt(8.0 * t + 1.0) - 1.0) * 0.5 + 1e-3).to(tl.int32)
-        j = t - i * (i + 1) // 2
-    else:
-        i = t // ACROSS
-        j = t % ACROSS
-    rows = i * TILE + tl.arange(0, TILE)
-    columns = j * TILE + tl.arange(0, TILE)
-    ks = tl.arange(0, BK)
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
-
-    # rows and columns past the last are never stored, so that any address inside will do
-    at_l = (rows % M)[:, None] * K + ks[None, :]
-    at_r = (columns % N)[None, :] * K + ks[:, None] if SYMMETRIC else ks[:, None] * N + (columns % N)[None, :]
-    STEP_R: tl.constexpr = BK if SYMMETRIC else BK * N
-    to_l, to_r = batch * (M * K), batch * (K * N)
-    if dots is not None:
-        inverse, _ = _inverse_norm(squares + batch * PARTS, PARTS)
-    acc = tl.zeros((TILE, TILE), tl.float32)
-    for step in range(0, STEPS if l2 is None else 2 * STEPS):
-        if l2 is None:
-            left, right, k = l1 + to_l, r1 + to_r, step
-        else:
-            # both products in one loop keep its pipeline full
-            later = step >= STEPS
-            left, right = tl.where(later, l2, l1) + to_l, tl.where(later, r2, r1) + to_r
-            k = step - tl.where(later, STEPS, 0)
-        if K % BK == 0:
-            x = tl.load(left + k * BK + at_l)
-            y = tl.load(right + k * STEP_R + at_r)
-        else:
-            x = tl.load(left + k * BK + at_l, mask=(ks < K - k * BK)[None, :], other=0.0)
-            y = tl.load(right + k * STEP_R + at_r, mask=(ks < K - k * BK)[:, None], other=0.0)
-        if dots is not None:
-            acc *= tl.where(step == STEPS, inverse, 1.0)
-        acc = tl.dot(x, y, acc, input_precision=PRECISION)
-
-    acc *= beta
-    at = batch * (M * N) + rows[:, None] * N + columns[None, :]
-    if p is not None:
-        acc += alpha * tl.load(p + at, mask=inside, other=0.0).to(tl.float32)
-    if power > 0:
-        scale, _ = _inverse_norm(squares + batch * PARTS, PARTS)
-        acc *= tl.where(power == 2, scale * scale, scale)
-    c += batch * (M * N)
-    value = acc.to(c.dtype.element_ty)
-    tl.store(c + rows[:, None] * C_ROW + columns[None, :] * C_COLUMN, value, mask=inside)
-    if SYMMETRIC:  # noqa: SIM102 - known when compiling, unlike the next
-        if i > j:
-            tl.store(c + rows[:, None] * C_COLUMN + columns[None, :] * C_ROW, value, mask=inside)
-    if dots is not None:
-        other = tl.load(r1 + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dots + program, tl.sum(tl.sum(acc * other, 1), 0))
-
-
-@Launcher
-@triton.jit
-def _undo_norm(
-    out, grad, x, squares, dots,
-    M: tl.constexpr, N: tl.constexpr, OUT_ROW: tl.constexpr, OUT_COLUMN: tl.constexpr, PARTS: tl.constexpr,
-    DOTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    # out [n, M, N] <- the gradient of s x, s = 1 / (norm + epsilon), from grad = dL/d(s x) and dots, the pieces of <grad, x>
-    ACROSS: tl.constexpr = (N + BN - 1) // BN
-    PIECES: tl.constexpr = (M + BM - 1) // BM * ACROSS
-    program = tl.program_id(0)
-    batch = (program // PIECES).to(tl.int64)
-    piece = program % PIECES
-    scale, norm = _inverse_norm(squares + batch * PARTS, PARTS)
-    parts = tl.arange(0, triton.next_power_of_2(DOTS))
-    dot = tl.sum(tl.load(dots + batch * DOTS + parts, mask=parts < DOTS, other=0.0), 0)
-    along = tl.where(norm > 0, dot * scale * scale / tl.where(norm > 0, norm, 1.0), 0.0)
-    rows = piece // ACROSS * BM + tl.arange(0, BM)
-    columns = piece % ACROSS * BN + tl.arange(0, BN)
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
-    at = batch * (M * N) + rows[:, None] * N + columns[None, :]
-    value = scale * tl.load(grad + at, mask=inside, other=0.0)
-    value -= along * tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    out += batch * (M * N)
-    tl.store(out + rows[:, None] * OUT_ROW + columns[None, :] * OUT_COLUMN, value.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _coefficient(values: tl.constexpr, iteration, WHICH: tl.constexpr):
-    # values[3 * iteration + WHICH] with a run-time iteration, so that the loop over iterations stays a loop
-    value = 0.0
-    for i in tl.static_range(len(values) // 3):
-        value = tl.where(iteration == i, values[3 * i + WHICH], value)
-    return value
 
 
 @Launcher
@@ -230,16 +56,16 @@ def _whole_forward(
     square = tl.sum(tl.sum(value * value, 1), 0)
     if kept is not None:
         tl.store(squares + batch, square)
-    value *= 1.0 / (tl.sqrt(square) + _EPSILON)
+    value *= 1.0 / (tl.sqrt(square) + EPSILON)
     for i in range(0, len(COEFFICIENTS) // 3):
         low = value.to(TYPE)
         if kept is not None:
             tl.store(kept + (i * n + batch) * (M * N) + rows[:, None] * N + columns[None, :], low, mask=inside)
         gram = tl.dot(low, tl.trans(low), input_precision=PRECISION).to(TYPE)
-        poly = tl.dot(gram, gram, input_precision=PRECISION) * _coefficient(COEFFICIENTS, i, 2)
-        poly += _coefficient(COEFFICIENTS, i, 1) * gram.to(tl.float32)
+        poly = tl.dot(gram, gram, input_precision=PRECISION) * coefficient(COEFFICIENTS, i, 2)
+        poly += coefficient(COEFFICIENTS, i, 1) * gram.to(tl.float32)
         value = tl.dot(poly.to(TYPE), low, input_precision=PRECISION)
-        value += _coefficient(COEFFICIENTS, i, 0) * low.to(tl.float32)
+        value += coefficient(COEFFICIENTS, i, 0) * low.to(tl.float32)
     out += batch * (M * N)
     tl.store(out + rows[:, None] * OUT_ROW + columns[None, :] * OUT_COLUMN, value.to(out.dtype.element_ty), mask=inside)
 
@@ -264,8 +90,8 @@ def _whole_backward(
         i = ITERATIONS - 1 - back
         low = value.to(TYPE)
         x = tl.load(kept + (i * n + batch) * (M * N) + at, mask=inside, other=0.0)
-        b = _coefficient(COEFFICIENTS, i, 1)
-        c = _coefficient(COEFFICIENTS, i, 2)
+        b = coefficient(COEFFICIENTS, i, 1)
+        c = coefficient(COEFFICIENTS, i, 2)
         gram = tl.dot(x, tl.trans(x), input_precision=PRECISION).to(TYPE)
         e = tl.dot(low, tl.trans(x), input_precision=PRECISION)
         e = tl.dot(x, tl.trans(low), e, input_precision=PRECISION).to(TYPE)
@@ -274,10 +100,10 @@ def _whole_backward(
         # f is used up before the last product's factor is formed, which saves registers
         f = (c * f + b * e.to(tl.float32)).to(TYPE)
         value = tl.dot(f, x, input_precision=PRECISION)
-        value += _coefficient(COEFFICIENTS, i, 0) * low.to(tl.float32)
+        value += coefficient(COEFFICIENTS, i, 0) * low.to(tl.float32)
         poly = (c * tl.dot(gram, gram, input_precision=PRECISION) + b * gram.to(tl.float32)).to(TYPE)
         value = tl.dot(poly, low, value, input_precision=PRECISION)
-    scale, norm = _inverse_norm(squares + batch, 1)
+    scale, norm = inverse_norm(squares + batch, 1)
     x = tl.load(kept + batch * (M * N) + at, mask=inside, other=0.0).to(tl.float32)
     along = tl.where(norm > 0, tl.sum(tl.sum(value * x, 1), 0) / tl.where(norm > 0, norm, 1.0), 0.0)
     value = scale * value - along * x
@@ -297,20 +123,6 @@ def _strides(tall: bool, rows: int, columns: int) -> tuple[int, int]:
     return (1, rows) if tall else (columns, 1)
 
 
-def _piece(rows: int, columns: int) -> tuple[int, int]:
-    return min(PIECE[0], triton.next_power_of_2(rows)), min(PIECE[1], triton.next_power_of_2(columns))
-
-
-def _pieces(rows: int, columns: int) -> int:
-    height, width = _piece(rows, columns)
-    return cdiv(rows, height) * cdiv(columns, width)
-
-
-def _tiles(rows: int, columns: int, tile: int, symmetric: bool) -> int:
-    down = cdiv(rows, tile)
-    return down * (down + 1) // 2 if symmetric else down * cdiv(columns, tile)
-
-
 def _whole_options(rows: int, columns: int, dtype: torch.dtype) -> dict[str, Any]:
     """Launch options of the kernels that hold a whole matrix."""
     height, width = (max(16, triton.next_power_of_2(size)) for size in (rows, columns))
@@ -322,67 +134,6 @@ def _whole_options(rows: int, columns: int, dtype: torch.dtype) -> dict[str, Any
         "num_warps": 8 if width > 64 else 4,
         "num_stages": 1,
     }
-
-
-class _Products:
-    """Launches of `_product` for one batch of wide matrices `[n, m, k]`."""
-
-    def __init__(self, n: int, rows: int, columns: int, dtype: torch.dtype, squares: Tensor) -> None:
-        self.n, self.rows, self.columns, self.dtype, self.squares = n, rows, columns, dtype, squares
-        self.plans = {
-            s: plan(n * _tiles(rows, rows if s else columns, 128, s), rows, dtype, multiprocessors(squares))
-            for s in (True, False)
-        }
-        self.fixed = {"M": rows, "PARTS": squares.shape[1], "PRECISION": dot_precision(dtype)}
-
-    def _launch(self, symmetric: bool, columns: int, depth: int, strides: tuple[int, int], *arguments: Any) -> None:
-        tile, step, warps, stages = self.plans[symmetric]
-        _product[(self.n * _tiles(self.rows, columns, tile, symmetric),)](
-            *arguments, N=columns, K=depth, SYMMETRIC=symmetric, C_ROW=strides[0], C_COLUMN=strides[1], TILE=tile,
-            BK=step, num_warps=warps, num_stages=stages, **self.fixed,
-        )  # fmt: skip
-
-    def symmetric(
-        self,
-        out: Tensor,
-        left: Tensor,
-        right: Tensor | None = None,
-        *,
-        p: Tensor | None = None,
-        alpha: float = 0.0,
-        beta: float = 1.0,
-        power: int = 0,
-    ) -> None:
-        """`out <- s^power (alpha p + beta S)`, where S is `left left^T`, or `left right^T + right left^T`."""
-        m, depth = self.rows, left.shape[2]
-        pair = (left, left, None, None) if right is None else (left, right, right, left)
-        self._launch(True, m, depth, (m, 1), out, *pair, p, self.squares, None, alpha, beta, power)
-
-    def general(
-        self,
-        out: Tensor,
-        pairs: Sequence[Tensor],
-        p: Tensor,
-        alpha: float,
-        *,
-        power: int = 0,
-        tall: bool = False,
-        dots: Tensor | None = None,
-    ) -> None:
-        """`out <- s^power (alpha p + l1 r1 + l2 r2)`, `pairs` being `l1, r1` or all four; `dots` as in the kernel."""
-        m, k = self.rows, self.columns
-        l1, r1, l2, r2 = (*pairs, None, None)[:4]
-        self._launch(False, k, m, _strides(tall, m, k), out, l1, r1, l2, r2, p, self.squares, dots, alpha, 1.0, power)
-
-    def tiles(self) -> int:
-        """Tiles of one matrix in `general`."""
-        return _tiles(self.rows, self.columns, self.plans[False].tile, False)
-
-
-def _cast_pieces(x: Tensor, out: Tensor, squares: Tensor | None) -> None:
-    n, rows, columns = x.shape
-    height, width = _piece(rows, columns)
-    _cast[(n * _pieces(rows, columns),)](x, out, squares, *x.stride(), M=rows, N=columns, BM=height, BN=width)
 
 
 def _check(x: Tensor, coefficients: Sequence[Sequence[float]], dtype: torch.dtype, out_dtype: torch.dtype | None) -> None:
@@ -435,17 +186,9 @@ def newton_schulz_forward(
                 COEFFICIENTS=_flat(coefficients), M=m, N=k, OUT_ROW=row, OUT_COLUMN=column, **_whole_options(m, k, dtype),
             )  # fmt: skip
             return out, (kept, squares)
-        sums = squares if keep else squares.new_empty(n, _pieces(m, k))
-        states = kept.unbind() if keep else kept.new_empty(min(2, len(coefficients)), n, m, k).unbind()
-        gram, poly = kept.new_empty(2, n, m, m).unbind()
-        _cast_pieces(wide, states[0], sums)
-        products = _Products(n, m, k, dtype, sums)
-        for i, (a, b, c) in enumerate(coefficients):
-            state, last = states[i % len(states)], i + 1 == len(coefficients)
-            products.symmetric(gram, state, power=2 if i == 0 else 0)
-            products.symmetric(poly, gram, p=gram, alpha=b, beta=c)
-            following = out if last else states[(i + 1) % len(states)]
-            products.general(following, (poly, state), state, a, power=int(i == 0), tall=tall and last)
+        sums = squares if keep else squares.new_empty(n, pieces(m, k))
+        states = kept if keep else kept.new_empty(min(2, len(coefficients)), n, m, k)
+        products.forward(wide, out, (row, column), states, sums, _flat(coefficients))
     return out, (kept, squares)
 
 
@@ -484,27 +227,7 @@ def newton_schulz_backward(
                 OUT_COLUMN=column, **_whole_options(m, k, dtype),
             )  # fmt: skip
             return out
-        products = _Products(n, m, k, dtype, squares)
-        gram, poly, e, f = states.new_empty(4, n, m, m).unbind()
-        outer, inner = states.new_empty(2, n, m, k).unbind()
-        # the gradient of the normalization subtracts near-equal parts, so what goes into it is not rounded
-        first = torch.empty(n, m, k, dtype=torch.float32, device=grad.device)
-        dots = torch.empty(n, products.tiles(), dtype=torch.float32, device=grad.device)
-        _cast_pieces(wide, outer, None)
-        for i, (a, b, c) in reversed(list(enumerate(coefficients))):
-            state, power = states[i], int(i == 0)
-            products.symmetric(gram, state, power=2 * power)
-            products.symmetric(poly, gram, p=gram, alpha=b, beta=c)
-            products.symmetric(e, outer, state, power=power)
-            products.symmetric(f, e, gram, p=e, alpha=b, beta=c)
-            following = inner if i else first
-            products.general(following, (f, state, poly, outer), outer, a, dots=None if i else dots)
-            outer, inner = inner, outer
-        height, width = _piece(m, k)
-        _undo_norm[(n * _pieces(m, k),)](
-            out, first, states[0], squares, dots, M=m, N=k, OUT_ROW=row, OUT_COLUMN=column, PARTS=squares.shape[1],
-            DOTS=dots.shape[1], BM=height, BN=width,
-        )  # fmt: skip
+        products.backward(wide, out, (row, column), states, squares, _flat(coefficients))
     return out
 
 
@@ -525,7 +248,7 @@ def _squares_shape(wide: Sequence[int], dtype: torch.dtype, keep: bool) -> tuple
         return (0,)
     # widths are compiled into the kernels: where a trace has them as symbols, it takes their values
     m, k = int(wide[1]), int(wide[2])
-    return (wide[0], 1 if fits_one_program(m, k, dtype) else _pieces(m, k))
+    return (wide[0], 1 if fits_one_program(m, k, dtype) else pieces(m, k))
 
 
 def kept_shapes(
