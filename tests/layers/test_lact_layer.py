@@ -1,14 +1,17 @@
 """The LaCT layer alone: its parameters, its inner loop, its shapes and its state."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvbind
 from kvbind import GLU, MLP, DepthwiseConv, InnerLoop, Linear, SwiGLU
 from kvbind.layers.lact import LactLayer, LowRankMatrix
 from kvbind.layers.layout import Layout
+from kvbind.layers.rotary import rotary_tables
 
 FULL = kvbind.systems.lact_llm(chunk=8)
 LADDER = kvbind.systems.ladder(FULL)
@@ -245,3 +248,57 @@ def test_a_slice_of_a_row_is_no_call_of_its_own():
     layout = Layout.rows(8, torch.device("cpu"))
     with pytest.raises(ValueError, match="layout must be of whole rows"):
         layer().call(torch.randn(1, 8, 32), dataclasses.replace(layout, sequence=object()))
+
+
+def test_narrow_projections_in_one_product_are_those_of_their_own_and_heed_what_is_put_on_them():
+    built, x = layer().double(), torch.randn(2, 21, 32, dtype=torch.float64)
+    expected = {"lr": built.lr_proj(x), "momentum": built.momentum_proj[0](x), "scale": built.ttt_scale_proj(x)}
+    for name, logits in built._logits(x).items():
+        torch.testing.assert_close(logits, expected[name])
+    before = built(x)[0]
+
+    class Shifted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    def derived(projection):
+        projection.__class__ = Shifted
+
+    def replaced(projection):
+        forward = projection.forward
+        projection.forward = lambda x: forward(x) + 1
+
+    for change in (lambda p: p.register_forward_hook(lambda _, args, y: y + 1), derived, replaced):
+        changed = copy.deepcopy(built)
+        change(changed.lr_proj)
+        torch.testing.assert_close(changed._logits(x)["lr"], expected["lr"] + 1)
+        assert not torch.allclose(changed(x)[0], before)
+
+
+def test_one_more_token_of_a_state_takes_few_operators():
+    class Launches(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            views = any(x.alias_info is not None for x in func._schema.returns) or "view" in func.name()
+            if not views and "promote_types" not in func.name():
+                self.names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    built = layer(kvbind.systems.lact_llm(chunk=32))
+    with torch.no_grad():
+        _, state = built(torch.randn(2, 40, 32), return_state=True)
+        _, state = built(torch.randn(2, 1, 32), state=state, return_state=True)
+        x, layout = torch.randn(2, 1, 32), Layout.rows(1, torch.device("cpu"), state.seen)
+        tables = rotary_tables(layout.positions, built.head_width, built.rope_theta)
+        with Launches() as seen:
+            _, after = built(x, layout, tables, state, return_state=True)
+    # most are those of queries, keys and outputs, for which kernels take two launches
+    assert len(seen.names) <= 64, sorted(seen.names)
+    # the pending chunk is not copied, nor are its rates and gates computed, and one query needs no mask
+    assert seen.names.count("aten::cat") <= 8
+    assert not {"aten::softplus", "aten::sigmoid", "aten::arange", "aten::clone"} & set(seen.names)
+    assert after.fast.pending_lengths == (10, 10)
+    assert after.seen == (42, 42)

@@ -14,7 +14,6 @@ from kvbind.layers.window_attention import (
     MASK_BLOCK,
     OWN_KERNELS,
     QUERY_BLOCK,
-    KeptKeys,
     has_own_kernel,
     window_attention,
     window_block_mask,
@@ -61,8 +60,7 @@ def test_packed_sequences_do_not_see_one_another(window, bounds):
 @pytest.mark.parametrize("length", [1, 4, 20])
 def test_kept_keys_stand_before_the_calls_own(held, length):
     window, q, k, v = 7, *operands(2, 6 + length)
-    kept = KeptKeys(k[:, :6], v[:, :6], held)
-    got = window_attention(q[:, 6:], k[:, 6:], v[:, 6:], window, kept=kept)
+    got = window_attention(q[:, 6:], k, v, window, ahead=6, held=held)
     for i, n in enumerate(held):
         expected = plain(q[i], k[i], v[i], window, [6 - n] * (6 + length))
         torch.testing.assert_close(got[i], expected[6:])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvbind.forms import fused
 from kvbind.forms.analysis import NoParallelFormError, explain, parallel_obstacles
+from kvbind.forms.autocast import without_autocast
 from kvbind.forms.parallel import parallel
 from kvbind.forms.recurrent import chunk_update, chunks, recurrent
 from kvbind.forms.sharded import sharded
@@ -85,7 +86,7 @@ def ttt(
     call = check_operands(spec, weights, q, k, v, lr, momentum, retention, state, cu_seqlens, update_tokens)
     if form == "parallel" and parallel_obstacles(spec):
         raise NoParallelFormError(explain(spec))
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         if sequence is None:
             output, state = _run(spec, call, form)
         else:
@@ -182,7 +183,7 @@ def inner_loss(
     parts = [call.tokens] if spec.visibility == "full" else [c.tokens for c in chunks(spec, call.tokens, None)]
     fast = call.state.fast
     losses = []
-    with torch.autocast(k.device.type, enabled=False):
+    with without_autocast(k.device.type):
         for part in parts:
             after = chunk_update(spec, fast, part)
             at_weights = after.weights if at == "after" else fast.weights

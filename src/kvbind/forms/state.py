@@ -74,7 +74,12 @@ class State:
     @property
     def fast(self) -> FastWeights:
         """Everything but the pending tokens, as the update rule takes it."""
-        return FastWeights(self.weights, self.momentum, self.norms, self.group("accumulated."))
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "momentum": {}, "norms": {}, "accumulated": {}}
+        for name, x in self.tensors.items():
+            part, _, rest = name.partition(".")
+            if part in parts:
+                parts[part][rest] = x
+        return FastWeights(**parts)
 
     @property
     def batch(self) -> int:
@@ -99,13 +104,22 @@ class State:
         return "pending.k" in self.tensors
 
     def append(self, tokens: Tokens) -> State:
-        """This state with more tokens pending, which do not complete the chunk; all sequences have equally many pending."""
-        length, more = self.pending_lengths[0], len(tokens)
+        """This state with more tokens of every sequence pending, which complete no chunk."""
+        lengths, more = self.pending_lengths, len(tokens)
+
+        def put(held: Tensor, x: Tensor, length: int) -> Tensor:
+            return torch.cat((held[:, :, :length], x, held[:, :, length + more :]), dim=2)
+
         tensors = dict(self.tensors)
         for name, x in tokens.spread().tensors().items():
             held = tensors[f"pending.{name}"]
-            tensors[f"pending.{name}"] = torch.cat((held[:, :, :length], x, held[:, :, length + more :]), dim=2)
-        return State(self.spec, tensors, (length + more,) * self.batch)
+            if len(set(lengths)) == 1:
+                filled = put(held, x, lengths[0])
+            else:
+                rows = zip(held.split(1), x.split(1), lengths, strict=True)
+                filled = torch.cat([put(*row) for row in rows])
+            tensors[f"pending.{name}"] = filled
+        return State(self.spec, tensors, tuple(length + more for length in lengths))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """This state with every tensor changed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,13 +64,16 @@ class Tokens:
 
     def append(self, later: Tokens) -> Tokens:
         """These tokens, then `later`, which has the same gates."""
-        if not len(self):
-            return later
-        if not len(later):
-            return self
-        first, second = self.spread().tensors(), later.spread().tensors()
-        joined = {name: torch.cat((x, second[name]), dim=2) for name, x in first.items()}
-        return Tokens.of(joined)
+        return Tokens.cat((self, later))
+
+    @staticmethod
+    def cat(parts: Sequence[Tokens]) -> Tokens:
+        """Tokens with the same gates, one after another."""
+        parts = [part for part in parts if len(part)] or parts[:1]
+        if len(parts) == 1:
+            return parts[0]
+        named = [part.spread().tensors() for part in parts]
+        return Tokens.of({name: torch.cat([tensors[name] for tensors in named], dim=2) for name in named[0]})
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by dotted name: "k", "v", "rates.M", and those of "momentum", "retention" and "mask" there are."""
@@ -93,13 +96,21 @@ class Tokens:
         return self.spread().map(lambda x: F.pad(x, (0, 0) * (x.dim() - 3) + (0, short)))
 
     def blank(self, batch: int, length: int) -> Tokens:
-        """Zeros in place of tokens like these, of so many sequences."""
-
-        def zeros(x: Tensor) -> Tensor:
-            return x.new_zeros(batch, x.shape[1], length, *x.shape[3:])
-
-        # rates that are numbers have no tensor to be like: make them of no tokens
-        return self.span(0, 0).spread().map(zeros)
+        """Zeros in place of tokens like these, of so many sequences; rates and gates of one dtype lie in one piece."""
+        heads = self.k.shape[1]
+        gates = {"momentum": self.momentum, "retention": self.retention}
+        named = {f"rates.{name}": rate for name, rate in self.rates.items()} | gates
+        wide = torch.promote_types(self.k.dtype, torch.float32)
+        dtypes = {name: x.dtype if isinstance(x, Tensor) else wide for name, x in named.items() if x is not None}
+        zeros = {
+            "k": self.k.new_zeros(batch, heads, length, self.k.shape[3]),
+            "v": self.v.new_zeros(batch, heads, length, self.v.shape[3]),
+        }
+        for dtype in dict.fromkeys(dtypes.values()):
+            names = [name for name, its in dtypes.items() if its == dtype]
+            together = self.k.new_zeros(len(names), batch, heads, length, dtype=dtype)
+            zeros |= dict(zip(names, together.unbind(), strict=True))
+        return Tokens.of(zeros)
 
     def column_rates(self) -> dict[str, Tensor | float]:
         """Rates as they multiply rows: numbers or `[B, H, T, 1]`, zero for tokens that do not write."""

@@ -221,13 +221,12 @@ def check_state(spec: InnerLoop, state: State, sequences: int, k: Tensor, v: Ten
     if state.batch != sequences:
         raise ValueError(f"state must have one entry for each of {sequences} sequences; got {state.batch}")
     network, heads = spec.network, k.shape[2]
-    shapes = network.shapes(k.shape[-1], v.shape[-1], network.hidden_widths(state.weights))
+    weights = state.weights
+    shapes = network.shapes(k.shape[-1], v.shape[-1], network.hidden_widths(weights))
     for name, shape in shapes.items():
         need = (sequences, heads, *shape)
-        if tuple(state.weights[name].shape) != need:
-            raise ValueError(
-                f"state's {name!r} must be {list(need)} for these q, k and v; got {list(state.weights[name].shape)}"
-            )
+        if tuple(weights[name].shape) != need:
+            raise ValueError(f"state's {name!r} must be {list(need)} for these q, k and v; got {list(weights[name].shape)}")
 
 
 def check_rates(spec: InnerLoop, lr: LearningRate, shape: Sequence[int], dtype: torch.dtype) -> dict[str, float | Tensor]:

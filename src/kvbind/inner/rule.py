@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,9 +36,11 @@ class FastWeights:
     @staticmethod
     def start(spec: InnerLoop, weights: Weights) -> FastWeights:
         """The state of a sequence that has read nothing."""
+        # contiguous, where weights may be transposed, as kernels would only copy zeros to make them so
+        zeros = partial(torch.zeros_like, memory_format=torch.contiguous_format)
         return FastWeights(
             weights=weights,
-            momentum={name: torch.zeros_like(weights[name]) for name in spec.updated} if spec.momentum else {},
+            momentum={name: zeros(weights[name]) for name in spec.updated} if spec.momentum else {},
             norms={name: channel_norm(spec.network, weights[name]) for name in spec.updated} if spec.normalize else {},
             accumulated={name: weights[name] for name in spec.updated} if spec.normalize == "read" else {},
         )

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbind.kernels.common import DTYPES, Launcher, on_device_of
+from kvbind.kernels import direct
+from kvbind.kernels.common import DTYPES, Launcher, on_device_of, power_of_2
 
 WIDEST = 8192
 """The most channels: what a program holds at once."""
@@ -76,7 +77,7 @@ def _norm_backward(
 
 
 def _tile(width: int) -> dict[str, int]:
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     return {"D": width, "BD": block, "num_warps": min(max(block // 512, 1), 8)}
 
 
@@ -149,7 +150,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _gradient(ctx: Any, dy: Tensor | None, dh: Tensor) -> tuple[Tensor | None, ...]:
     y, weight = ctx.saved_tensors
     dy = None if ctx.delta_dtype is None else dy
-    dx, ddelta, dweight = _add_norm_backward(dy, dh, y, weight, ctx.eps, ctx.x_dtype, ctx.delta_dtype)
+    dx, ddelta, dweight = direct.call(_add_norm_backward, dy, dh, y, weight, ctx.eps, ctx.x_dtype, ctx.delta_dtype)
     return dx, None if ctx.delta_dtype is None else ddelta, dweight, None, None
 
 
@@ -169,5 +170,5 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype:
     Returns:
         The sum, in the wider dtype of x and delta (x itself without delta), and the norm.
     """
-    y, h = _add_norm(x, delta, weight, eps, dtype)
+    y, h = direct.call(_add_norm, x, delta, weight, eps, dtype)
     return x if delta is None else y, h

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvbind.inner.value import check_choice, check_positive_int
+from kvbind.kernels import direct
 from kvbind.kernels.causal_kernels import TILE, Segments, gate_gradients, segment_states, sweep, sweep_blocks
 from kvbind.kernels.common import cdiv, multiprocessors
 
@@ -230,9 +231,10 @@ def _differentiate(ctx, d_out, d_final, _):
     if d_out is None:
         d_out = torch.zeros_like(v)
     needs = ctx.needs_input_grad
-    dq, dk, dv, d_rates, d_retention, d_initial = _backward(
-        d_out, d_final, q, k, v, rates, retention, initial_state, starts, cu_seqlens, *ctx.options, needs[3], needs[5]
-    )
+    dq, dk, dv, d_rates, d_retention, d_initial = direct.call(
+        _backward, d_out, d_final, q, k, v, rates, retention, initial_state, starts, cu_seqlens, *ctx.options, needs[3],
+        needs[5],
+    )  # fmt: skip
     return (
         dq, dk, dv, d_rates if needs[3] else None, d_retention if needs[4] else None, d_initial if needs[5] else None,
         *(None,) * 5,
@@ -293,8 +295,8 @@ def causal_linear_attention(
     def float32(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(torch.float32)
 
-    out, final, _ = _forward(
-        q, k.to(q.dtype), v.to(q.dtype), float32(rates), float32(retention), float32(initial_state),
+    out, final, _ = direct.call(
+        _forward, q, k.to(q.dtype), v.to(q.dtype), float32(rates), float32(retention), float32(initial_state),
         None if cu_seqlens is None else cu_seqlens.to(q.device), chunk, mode == "past", int(sign), return_state,
     )  # fmt: skip
     return out, final if return_state else None

@@ -25,6 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kvbind.kernels import direct
 from kvbind.kernels.across import Across
 from kvbind.kernels.ahead import rehearsed
 from kvbind.kernels.newton_schulz import kept_shapes, newton_schulz_backward, newton_schulz_forward
@@ -289,13 +290,13 @@ def _backward(ctx, d_output, d_end_state, d_end_velocity, *_):
     if d_output is None:
         d_output = q.new_zeros(*q.shape[:2], v.shape[2])
     d_output = d_output if d_output.stride(-1) == 1 else d_output.contiguous()
-    end = len(tables[6]), *states.shape[1:]
-
-    def at_end(grad):
-        return grad.contiguous() if grad is not None else torch.zeros(end, device=q.device)
-
-    grads = _chunked_backward(
-        d_output, at_end(d_end_state), None if momentum is None else at_end(d_end_velocity),
+    at_end = [d_end_state] if momentum is None else [d_end_state, d_end_velocity]
+    if any(grad is None for grad in at_end):
+        # read alone, so that one will do for both
+        zeros = torch.zeros(len(tables[6]), *states.shape[1:], device=q.device)
+    at_end = [zeros if grad is None else grad.contiguous() for grad in at_end]
+    grads = direct.call(
+        _chunked_backward, d_output, at_end[0], None if momentum is None else at_end[1],
         q, k, v, theta, rates, momentum, velocity, retention, states, velocities, iterates, squares, tables,
         ctx.sizes, activation, coefficients, orthogonal_dtype, sign, group, numbers,
     )  # fmt: skip
@@ -367,8 +368,8 @@ def chunked(
     ]  # fmt: skip
     tensors = (q, k, v, theta, rates, momentum, velocity, retention, state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    output, end_state, end_velocity, *_ = _chunked(
-        q, k, v, theta, rates, momentum, velocity, retention, state, tables,
+    output, end_state, end_velocity, *_ = direct.call(
+        _chunked, q, k, v, theta, rates, momentum, velocity, retention, state, tables,
         [layout.longest_read, layout.longest_write, layout.rows], activation,
         [x for row in coefficients for x in row], orthogonal_dtype, sign, keep, "" if across is None else across.group,
         [] if across is None else across.numbers(),

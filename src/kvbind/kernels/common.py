@@ -88,6 +88,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def power_of_2(n: int) -> int:
+    """The least power of two that is no less than `n`; `triton.next_power_of_2` takes the host 4 us."""
+    return 1 << (n - 1).bit_length()
+
+
 class Launcher:
     """A `triton.jit` kernel with a shorter way to the GPU, for arguments like those of an earlier launch.
 

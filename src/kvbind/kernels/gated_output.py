@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvbind.kernels import direct
 from kvbind.kernels.common import DTYPES, last_contiguous, runs_on
 
 MAX_WIDTH = 8192
@@ -97,7 +98,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     fast, weight, gate = ctx.saved_tensors
     if not any(ctx.needs_input_grad[:3]):
         return None, None, None, dy, None
-    dfast, dweight, dgate = _gated_output_backward(dy, fast, weight, gate, ctx.eps)
+    dfast, dweight, dgate = direct.call(_gated_output_backward, dy, fast, weight, gate, ctx.eps)
     return dfast, dweight, None if gate is None else dgate, dy, None
 
 
@@ -119,6 +120,6 @@ def gated_output(fast: Tensor, weight: Tensor, gate: Tensor | None, mixed: Tenso
         `[B, T, H * D]` in the dtype of `mixed`, or that to which the twin promotes; contiguous from the kernels, and
         differentiable once.
     """
-    evaluate = _gated_output if takes(fast, weight, gate, mixed) else twin
-    output: Tensor = evaluate(fast, weight, gate, mixed, eps)
+    args = fast, weight, gate, mixed, eps
+    output: Tensor = direct.call(_gated_output, *args) if takes(*args[:4]) else twin(*args)
     return output

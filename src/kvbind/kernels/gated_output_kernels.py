@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbind.kernels.activations import activate, slope
-from kvbind.kernels.common import Launcher, cdiv, multiprocessors, on_device_of
+from kvbind.kernels.common import Launcher, cdiv, multiprocessors, on_device_of, power_of_2
 
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 32, 8
 """Programs per multiprocessor, at most: forward, as many as keep it busy to the end; backward each leaves a partial sum."""
@@ -150,7 +150,7 @@ def _gated_backward(
 def _tile(width: int) -> dict[str, int]:
     """How heads of this width are held: with four warps or more, 16 or 24 channels per thread."""
     thirds = width % 3 == 0 and (width // 3).bit_count() == 1
-    columns = width // 3 if thirds else triton.next_power_of_2(width)
+    columns = width // 3 if thirds else power_of_2(width)
     rows, per_warp = (1024, 256) if thirds else (2048, 512)
     return {
         "D": width, "BR": min(max(rows // columns, 1), MOST_ROWS), "PARTS": 3 if thirds else 1, "BD": columns,

@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvbind.kernels import direct
 from kvbind.kernels.activations import activate, slope
-from kvbind.kernels.common import DTYPES, Launcher, cdiv, last_contiguous, on_device_of
+from kvbind.kernels.common import DTYPES, Launcher, cdiv, last_contiguous, on_device_of, power_of_2
 
 WIDEST = 1024
 """The greatest width of a fast head, counted in attention heads and halves of them rounded up to powers of two."""
@@ -186,7 +187,7 @@ def _operands_backward(
 def _halves(width: int, attention_heads: int, fast_heads: int) -> dict[str, int]:
     """How a fast head is laid out: attention heads, half the width of one, and both rounded up to powers of two."""
     together, half = attention_heads // fast_heads, width // attention_heads // 2
-    r2, h2 = triton.next_power_of_2(together), triton.next_power_of_2(half)
+    r2, h2 = power_of_2(together), power_of_2(half)
     return {"D": width, "R": together, "HALF": half, "R2": r2, "H2": h2}
 
 
@@ -259,9 +260,9 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     q, k, scale, offset, cos, sin = ctx.saved_tensors
-    found = _layer_operands_backward(
-        *gradients, q, k, scale, offset, cos, sin, ctx.attention_heads, ctx.fast_heads, ctx.eps, ctx.silu,
-        ctx.rotary,
+    found = direct.call(
+        _layer_operands_backward, *gradients, q, k, scale, offset, cos, sin, ctx.attention_heads, ctx.fast_heads, ctx.eps,
+        ctx.silu, ctx.rotary,
     )  # fmt: skip
     return *found, None, None, None, None, None, None, None
 

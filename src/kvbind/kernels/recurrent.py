@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvbind.kernels import direct
 from kvbind.kernels.ahead import rehearsed
 from kvbind.kernels.bank import Bank
 from kvbind.kernels.graphs import repeated
@@ -290,8 +291,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         raise RuntimeError("kvbind::recurrent_swiglu was called with keep=False, so that it has no gradient")
     d_out, d_weights, d_velocity = grads[:3]
     saved: tuple[Tensor | None, ...] = ctx.saved_tensors
-    dq, dk, dv, d_theta, d_start, d_rates, d_momentum, d_retention, d_moving, d_norms = _recurrent_backward(
-        d_out, d_weights, d_velocity if ctx.moving else None, *saved, *ctx.static
+    dq, dk, dv, d_theta, d_start, d_rates, d_momentum, d_retention, d_moving, d_norms = direct.call(
+        _recurrent_backward, d_out, d_weights, d_velocity if ctx.moving else None, *saved, *ctx.static
     )
 
     def wanted(place: int, d: Tensor) -> Tensor | None:
@@ -385,8 +386,8 @@ def recurrent_swiglu(
     operands = (q, k, v, theta, weights, rates, momentum, retention, velocity, start)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
     flat = [float(x) for row in coefficients or () for x in row]
-    out, end, moved, *_ = _recurrent(
-        *operands, chunk, down.shape[-2], update_all, float(sign), own_chunk, flat, precision, keep
+    out, end, moved, *_ = direct.call(
+        _recurrent, *operands, chunk, down.shape[-2], update_all, float(sign), own_chunk, flat, precision, keep
     )
     shapes = [x.shape for x in updated if x is not None]
     ends = _matrices(end, shapes)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvbind.kernels import direct
 from kvbind.kernels.common import DTYPES, runs_on
 
 
@@ -66,7 +67,8 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-    return _swiglu_backward(dy, *ctx.saved_tensors)
+    found: tuple[Tensor, Tensor] = direct.call(_swiglu_backward, dy, *ctx.saved_tensors)
+    return found
 
 
 _swiglu.register_autograd(_gradients, setup_context=_save)
@@ -83,5 +85,5 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Returns:
         `[..., W]` in the operands' dtype; contiguous from the kernels, and differentiable once.
     """
-    output: Tensor = _swiglu(gate, up) if takes(gate, up) else twin(gate, up)
+    output: Tensor = direct.call(_swiglu, gate, up) if takes(gate, up) else twin(gate, up)
     return output

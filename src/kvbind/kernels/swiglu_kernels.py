@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbind.kernels.activations import activate, slope
-from kvbind.kernels.common import Launcher, cdiv, on_device_of
+from kvbind.kernels.common import Launcher, cdiv, on_device_of, power_of_2
 
 WIDEST_TILE = 1024
 """The most channels of a tile."""
@@ -76,7 +76,7 @@ def _launch(kernel: Any, sources: tuple[Tensor, ...], results: tuple[Tensor, ...
     # views where rows are evenly spaced, else copies
     sources = tuple((x if x.stride(-1) == 1 else x.contiguous()).reshape(rows, width) for x in sources)
     strides = [x.stride(0) for x in sources]
-    columns = min(WIDEST_TILE, triton.next_power_of_2(width))
+    columns = min(WIDEST_TILE, power_of_2(width))
     at_once = TILE // columns
     with on_device_of(sources[0]):
         kernel[cdiv(rows, at_once) * cdiv(width, columns),](

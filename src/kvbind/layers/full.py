@@ -13,6 +13,7 @@ from torch import Tensor
 from kvbind.forms.api import ttt
 from kvbind.forms.linearize import LinearAttention, linearize
 from kvbind.forms.state import State
+from kvbind.forms.validation import LearningRate
 from kvbind.inner.spec import InnerLoop
 
 
@@ -25,7 +26,7 @@ class InnerCall(NamedTuple):
         q: queries `[B, T, H, Dk]`.
         k: keys `[B, T, H, Dk]`.
         v: values `[B, T, H, Dv]`.
-        lr: learning rate: a number, or `[B, T, H]` by matrix name.
+        lr: learning rates, as `ttt` takes them.
         momentum: gate of the momentum `[B, T, H]`; None without.
         retention: gate of the weights `[B, T, H]`; None without.
         cu_seqlens: boundaries of packed sequences; None for rows.
@@ -36,7 +37,7 @@ class InnerCall(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    lr: float | dict[str, Tensor]
+    lr: LearningRate
     momentum: Tensor | None = None
     retention: Tensor | None = None
     cu_seqlens: Sequence[int] | None = None

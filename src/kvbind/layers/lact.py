@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvbind.forms.api import Form, ttt
+from kvbind.forms.autocast import without_autocast
 from kvbind.forms.state import State
+from kvbind.forms.waiting import Waiting
 from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
 from kvbind.kernels.gated_output import gated_output
 from kvbind.layers.full import InnerCall, check_built
+from kvbind.layers.kept_keys import KeptKeys, keep_keys
 from kvbind.layers.layout import Layout
 from kvbind.layers.norm import RMSNorm
-from kvbind.layers.operands import Paths, make_operands, split_heads, wide
+from kvbind.layers.operands import Paths, make_operands, split_heads
 from kvbind.layers.rotary import Tables, rotary_tables
-from kvbind.layers.window_attention import KeptKeys, halo_of, window_attention
+from kvbind.layers.window_attention import halo_of, window_attention
+from kvbind.layers.writing import Writing
 from kvbind.sequence.exchanges import Exchanges
 
 NORM_EPS = 1e-5
@@ -62,8 +67,9 @@ class LowRankMatrix(nn.Module):
 
     def forward(self) -> Tensor:
         """The matrices `[heads, out, in]`."""
-        product = self.w_left @ self.w_right
-        return product + 0.5 * torch.eye(*product.shape[-2:], dtype=product.dtype, device=product.device)
+        left, right = self.w_left, self.w_right
+        eye = torch.eye(left.shape[-2], right.shape[-1], dtype=left.dtype, device=left.device)
+        return torch.baddbmm(eye.expand(len(left), -1, -1), left, right, beta=0.5)
 
 
 @dataclass(frozen=True)
@@ -71,26 +77,24 @@ class LactState:
     """Where some sequences stopped in one layer: constant size, whatever their length.
 
     Attributes:
-        fast: fast weights and pending chunk.
+        waiting: fast weights and pending chunk, of which the latest tokens may not be in their places yet.
         kept: the last `window - 1` keys and values.
         seen: how many tokens each sequence has had.
     """
 
-    fast: State
+    waiting: Waiting
     kept: KeptKeys
     seen: tuple[int, ...]
 
+    @property
+    def fast(self) -> State:
+        """Fast weights and pending chunk, as `kvbind.ttt` returns them."""
+        return self.waiting.settled()
+
     def select(self, index: Tensor) -> LactState:
         """The sequences at `index` (int64 `[n]`), in that order, as often as they are named."""
-        rows = index.tolist()
-        held, seen = self.kept.held, self.seen
-        where = index.to(self.kept.keys.device)
-        kept = KeptKeys(
-            self.kept.keys.index_select(0, where),
-            self.kept.values.index_select(0, where),
-            tuple(held[i] for i in rows),
-        )
-        return LactState(self.fast[index], kept, tuple(seen[i] for i in rows))
+        rows, where = index.tolist(), index.to(self.kept.keys.device)
+        return LactState(Waiting.of(self.fast[index]), self.kept.select(rows, where), tuple(self.seen[i] for i in rows))
 
 
 class LactLayer(nn.Module):
@@ -255,26 +259,33 @@ class LactLayer(nn.Module):
     def start_weights(self) -> dict[str, Tensor]:
         """The fast weights that every sequence starts from, `[heads, in, out]` by matrix name."""
         weights = {}
-        with torch.autocast(self.qk_scale.device.type, enabled=False):
+        with without_autocast(self.qk_scale.device.type):
             for matrix in self._inner.network.matrices:
                 held = getattr(self, parameter_name(matrix))
                 weights[matrix] = (held() if isinstance(held, LowRankMatrix) else held).mT
         return weights
 
+    @property
+    def writing(self) -> Writing:
+        """How projections become what tokens write."""
+        return Writing(self.num_lact_heads, self.rate_names, self._inner.updated, self.base_lr_inverse, self.silu_v)
+
+    def _logits(self, x: Tensor) -> dict[str, Tensor]:
+        """What the inner loop's rates ("lr") and gates, and the output's scale ("scale"), are made of: `[B, T, n]` each."""
+        layers: dict[str, nn.Module] = {}
+        if self._inner.token_lr and self.lr_proj is not None:
+            layers["lr"] = self.lr_proj
+        for name, gate in (("momentum", self.momentum_proj), ("retention", self.retention_proj)):
+            if gate is not None and getattr(self._inner, name):
+                layers[name] = gate[0]
+        if self.ttt_scale_proj is not None:
+            layers["scale"] = self.ttt_scale_proj
+        return dict(zip(layers, side_by_side(x, list(layers.values())), strict=True))
+
     def learning_rates(self, x: Tensor) -> float | dict[str, Tensor]:
         """Rates per token, head and updated matrix, float32 `[B, T, H]`, or the constant 1 without `inner.token_lr`."""
-        if not self._inner.token_lr or self.lr_proj is None:
-            return 1.0
-        logits = split_heads(self.lr_proj(x), self.num_lact_heads)
-        rates = F.softplus(wide(logits) + self.base_lr_inverse).unbind(-1)
-        by_name = dict(zip(self.rate_names, rates, strict=True))
-        return {name: by_name[name] for name in self._inner.updated}
-
-    def gates(self, x: Tensor) -> dict[str, Tensor]:
-        """The gates that the inner loop asks for, "momentum" and "retention", each `[B, T, H]`, float32 or wider."""
-        return {
-            name: wide(getattr(self, f"{name}_proj")(x)) for name in ("momentum", "retention") if getattr(self._inner, name)
-        }
+        logits = self._logits(x)
+        return self.writing.rates(logits["lr"]) if "lr" in logits else 1.0
 
     def call(self, x: Tensor, layout: Layout | None = None, tables: Tables | None = None) -> InnerCall:
         """What the layer gives to `kvbind.ttt` for sequences from their first token on; arguments as `forward` takes them.
@@ -290,9 +301,9 @@ class LactLayer(nn.Module):
             tables = rotary_tables(layout.positions, self.head_width, self.rope_theta)
         q, k, v = self._project(x)
         _, _, q, k = make_operands(q, k, v, self.qk_scale, self.qk_offset, tables, self.paths)
-        v = self._fast_values(v)
-        rates, bounds = self.learning_rates(x), layout.cu_seqlens
-        return InnerCall(self._inner, self.start_weights(), q, k, v, rates, **self.gates(x), cu_seqlens=bounds)
+        made, bounds = self.writing({"k": k, "v": v, **self._logits(x)}), layout.cu_seqlens
+        rates, gates = made.rates, (made.momentum, made.retention)
+        return InnerCall(self._inner, self.start_weights(), q, k, made.v, rates, *gates, cu_seqlens=bounds)
 
     def forward(
         self,
@@ -332,27 +343,30 @@ class LactLayer(nn.Module):
 
         q, k, v = self._project(x)
         q, k, fast_q, fast_k = make_operands(q, k, v, self.qk_scale, self.qk_offset, tables, self.paths)
-        v, fast_v = split_heads(v, self.num_attn_heads), self._fast_values(v)
-        kept, ahead, seen_k, seen_v = None if state is None else state.kept, 0, k, v
+        written, v = v, split_heads(v, self.num_attn_heads)
+        kept, seen_k, seen_v = None if state is None else state.kept, k, v
+        if kept is not None:
+            seen_k, seen_v = kept.extend(k, v)
         if layout.sequence is not None and layout.sequence.connected:
             exchanges = Exchanges(layout.sequence, (q, k, v, fast_k))
             wanted = layout.sequence.reaching(halo_of(self.window_size))
-            ahead = wanted[layout.sequence.rank]
             seen_k, seen_v = exchanges.extended((k, v), wanted, axis=1)
             # backward, what the fast weights exchange comes first on every rank
             fast_k = exchanges.tie(fast_k)
+        ahead, held = seen_k.shape[1] - length, None if kept is None else kept.held
         mixed = window_attention(
-            q, seen_k, seen_v, self.window_size, cu_seqlens=layout.cu_seqlens, kept=kept, ahead=ahead
+            q, seen_k, seen_v, self.window_size, cu_seqlens=layout.cu_seqlens, ahead=ahead, held=held
         ).flatten(2)
 
-        fast, fast_state = self._fast_weights(x, fast_q, fast_k, fast_v, layout, state, return_state)
-        gate = None if self.ttt_scale_proj is None else self.ttt_scale_proj(x)
-        output = self.o_proj(gated_output(fast, self.ttt_norm.weight, gate, mixed, NORM_EPS))
+        made = self._logits(x)
+        scale = made.pop("scale", None)
+        fast, waiting = self._fast_weights(fast_q, {"k": fast_k, "v": written, **made}, layout, state, return_state)
+        output = self.o_proj(gated_output(fast, self.ttt_norm.weight, scale, mixed, NORM_EPS))
 
-        if fast_state is None:
+        if waiting is None:
             return output, None
-        after = keep_keys(kept, k, v, self.window_size, layout.lengths)
-        return output, LactState(fast_state, after, layout.after(seen, length))
+        after = keep_keys(kept, seen_k, seen_v, self.window_size, length, layout.lengths)
+        return output, LactState(waiting, after, layout.after(seen, length))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, T, d]` of both paths."""
@@ -361,58 +375,60 @@ class LactLayer(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def _fast_values(self, v: Tensor) -> Tensor:
-        """Values `[B, T, d]` as the fast weights take them, `[B, T, heads, D]`."""
-        return split_heads(F.silu(v) if self.silu_v else v, self.num_lact_heads)
-
     def _fast_weights(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: Layout,
-        state: LactState | None,
-        return_state: bool,
-    ) -> tuple[Tensor, State | None]:
-        """Run the inner loop: outputs `[B, T, H, D]`, and its state where that is wanted."""
-        inner, rates, gates = self._inner, self.learning_rates(x), self.gates(x)
+        self, q: Tensor, made: dict[str, Tensor], layout: Layout, state: LactState | None, return_state: bool
+    ) -> tuple[Tensor, Waiting | None]:
+        """Run the inner loop: outputs `[B, T, H, D]`, and its state where that is wanted; `made` as `Writing` takes it."""
+        inner, writing = self._inner, self.writing
+        if state is not None and return_state and layout.lengths is None:
+            found = state.waiting.read(inner, q, made, writing)
+            if found is not None:
+                return found
         before = None if state is None else state.fast
-        weights = self.start_weights() if before is None else None
+        weights, tokens = self.start_weights() if before is None else None, writing(made)
         if layout.lengths is None or not return_state:
             # padding sits behind a row's tokens, which do not see it; only what they leave behind would
             shard = layout.sequence
             packed = layout.cu_seqlens if shard is None else None
             output, after = ttt(
-                inner, weights, q, k, v, lr=rates, **gates, state=before, cu_seqlens=packed, form=self.form, sequence=shard
-            )
-            return output, after if return_state else None
+                inner, weights, q, tokens.k, tokens.v, lr=tokens.rates, momentum=tokens.momentum,
+                retention=tokens.retention, state=before, cu_seqlens=packed, form=self.form, sequence=shard,
+            )  # fmt: skip
+            return output, Waiting.of(after) if return_state else None
 
-        real = torch.arange(x.shape[1], device=x.device) < torch.tensor(layout.lengths, device=x.device)[:, None]
+        real = torch.arange(q.shape[1], device=q.device) < torch.tensor(layout.lengths, device=q.device)[:, None]
         bounds = [0]
         for length in layout.lengths:
             bounds.append(bounds[-1] + length)
-        packed_rates = rates if isinstance(rates, float) else {name: rate[real][None] for name, rate in rates.items()}
+        tokens = tokens.map(lambda x: x[real][None])
         joined, after = ttt(
-            inner,
-            weights,
-            q[real][None],
-            k[real][None],
-            v[real][None],
-            lr=packed_rates,
-            **{name: gate[real][None] for name, gate in gates.items()},
-            state=before,
-            cu_seqlens=bounds,
-            form=self.form,
-            sequence=None,
-        )
+            inner, weights, q[real][None], tokens.k, tokens.v, lr=tokens.rates, momentum=tokens.momentum,
+            retention=tokens.retention, state=before, cu_seqlens=bounds, form=self.form, sequence=None,
+        )  # fmt: skip
         output = joined.new_zeros(*q.shape[:2], *joined.shape[2:])
         output[real] = joined[0]
-        return output, after
+        return output, Waiting.of(after)
 
     def extra_repr(self) -> str:
         """What `print` shows beside the modules."""
         return f"inner={self._inner!r}, window_size={self.window_size}, form={self.form!r}"
+
+
+def side_by_side(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, ...]:
+    """What narrow layers make of `x`, `[..., n]` each, in one product, where each of its own would read all of x."""
+    plain = [layer for layer in layers if is_a_product(layer)]
+    if len(layers) < 2 or len(plain) < len(layers):
+        return tuple(layer(x) for layer in layers)
+    joined = F.linear(x, torch.cat([layer.weight for layer in plain]), torch.cat([layer.bias for layer in plain]))
+    return joined.split([layer.out_features for layer in plain], dim=-1)
+
+
+def is_a_product(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is `x W^T + b` and no more: not derived from it, hooked, or with a forward of its own."""
+    if type(layer) is not nn.Linear or layer.bias is None or "forward" in layer.__dict__:
+        return False
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return not any(hooks)
 
 
 def check_fits_causal_layer(inner: InnerLoop) -> None:
@@ -431,38 +447,3 @@ def check_fits_causal_layer(inner: InnerLoop) -> None:
             f"inner's visibility must be 'past' or 'token' in a causal layer ('chunk' with chunk=1 alone); got "
             f"{inner.visibility!r} with chunk={inner.chunk}, under which tokens see later ones"
         )
-
-
-def keep_keys(kept: KeptKeys | None, k: Tensor, v: Tensor, window: int, lengths: tuple[int, ...] | None) -> KeptKeys:
-    """The last `window - 1` keys and values of each row, as later tokens will see them; zeros before a row's first.
-
-    Args:
-        kept: what earlier calls kept.
-        k: this call's keys `[B, T, H, D]`, rotated.
-        v: its values.
-        window: how many tokens a token sees, itself among them.
-        lengths: how many of each row's tokens are no padding; None for all.
-    """
-    batch, length = k.shape[:2]
-    offset, held = 0, (0,) * batch
-    if kept is not None:
-        offset, held = kept.keys.shape[1], kept.held
-        k, v = torch.cat((kept.keys, k), dim=1), torch.cat((kept.values, v), dim=1)
-    lengths = lengths or (length,) * batch
-    now = tuple(min(old + new, window - 1) for old, new in zip(held, lengths, strict=True))
-    # always room for all of them, so that every decoding step has the same shapes
-    size = window - 1
-    if len(set(lengths)) == 1:
-        stop = offset + lengths[0]
-        missing = max(size - stop, 0)
-
-        def latest(x: Tensor) -> Tensor:
-            # a copy, as a view would keep every key of a long prompt alive
-            x = x[:, stop - size + missing : stop]
-            return F.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x.clone()
-
-        return KeptKeys(latest(k), latest(v), now)
-    stops = torch.tensor([offset + n for n in lengths], device=k.device)
-    places = (stops[:, None] - size + torch.arange(size, device=k.device)).clamp(min=0)
-    rows = torch.arange(batch, device=k.device)[:, None]
-    return KeptKeys(k[rows, places], v[rows, places], now)

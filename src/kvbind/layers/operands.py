@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvbind.kernels import direct
 from kvbind.kernels.common import runs_on
 from kvbind.layers.rotary import Tables, rotate
 
@@ -54,8 +55,8 @@ def make_operands(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, offset: Tensor
         from kvbind.kernels.layer_operands import covers, layer_operands
 
         if covers(q, k, v, tables[0], p.attention_heads, p.fast_heads):
-            on_kernel: Operands = layer_operands(
-                q, k, scale, offset, *tables, p.attention_heads, p.fast_heads, p.eps, p.silu, p.rotary
+            on_kernel: Operands = direct.call(
+                layer_operands, q, k, scale, offset, *tables, p.attention_heads, p.fast_heads, p.eps, p.silu, p.rotary
             )
             return on_kernel
     a, b, c, d = (x.to(v.dtype) for x in plain_operands(q, k, scale, offset, tables, paths))

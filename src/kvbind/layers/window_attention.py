@@ -9,7 +9,6 @@ which come in every length, each of which would be compiled for.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,21 +31,6 @@ kernel that takes any length, and is slower: it cannot know that a length divide
 _OWN: set[tuple[int, int]] = set()
 
 
-@dataclass(frozen=True)
-class KeptKeys:
-    """The keys and values before this call's own that its queries may still see.
-
-    Attributes:
-        keys: `[B, S, H, D]`, the latest at the end, rotated already; S is at most `window - 1`.
-        values: `[B, S, H, D]`.
-        held: how many of each row's S places are filled, from the end.
-    """
-
-    keys: Tensor
-    values: Tensor
-    held: tuple[int, ...]
-
-
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -54,8 +38,8 @@ def window_attention(
     window: int,
     *,
     cu_seqlens: tuple[int, ...] | None = None,
-    kept: KeptKeys | None = None,
     ahead: int = 0,
+    held: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Softmax attention of each token to itself and the `window - 1` before it.
 
@@ -65,8 +49,9 @@ def window_attention(
         v: values `[B, ahead + T, H, D]`.
         window: how many tokens a token sees, itself among them.
         cu_seqlens: boundaries of sequences packed into q's row; nothing crosses them.
-        kept: keys and values of earlier calls; excludes `cu_seqlens` and `ahead`.
         ahead: how many keys stand before the first query's own; they belong to its sequence.
+        held: how many of those each row has, the nearest; others are of no meaning. None for all of them, in a row that
+            may be trained; excludes `cu_seqlens`.
 
     Returns:
         `[B, T, H, D]` in q's dtype.
@@ -75,11 +60,11 @@ def window_attention(
         # an empty slice of a row
         return q
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    short = q.shape[2] <= window and kept is None and cu_seqlens is None and not ahead
+    short = q.shape[2] <= window and held is None and cu_seqlens is None and not ahead
     trained = torch.is_grad_enabled() and q.requires_grad
-    if trained and q.is_cuda and kept is None and not short and q.dtype != torch.float64:
+    if trained and q.is_cuda and held is None and not short and q.dtype != torch.float64:
         return _flex(q, k, v, window, cu_seqlens, ahead).transpose(1, 2)
-    return _blocked(q, k, v, window, cu_seqlens, kept, ahead).transpose(1, 2)
+    return _blocked(q, k, v, window, cu_seqlens, ahead, held).transpose(1, 2)
 
 
 def halo_of(window: int) -> int:
@@ -93,17 +78,17 @@ def _blocked(
     v: Tensor,
     window: int,
     cu_seqlens: tuple[int, ...] | None,
-    kept: KeptKeys | None,
     ahead: int,
+    held: tuple[int, ...] | None,
 ) -> Tensor:
     """Queries in blocks, each against the keys that its window reaches; all `[B, H, T, D]`."""
     offset, uneven = ahead, None
-    if kept is not None:
-        offset = kept.keys.shape[1]
-        k = torch.cat((kept.keys.transpose(1, 2), k), dim=2)
-        v = torch.cat((kept.values.transpose(1, 2), v), dim=2)
-        if set(kept.held) != {offset}:
-            uneven = offset - torch.tensor(kept.held, device=q.device)
+    if held is not None:
+        offset = max(held)
+        if offset < ahead:
+            k, v = k[:, :, ahead - offset :], v[:, :, ahead - offset :]
+        if min(held) < offset:
+            uneven = offset - torch.tensor(held, device=q.device)
     starts = None if cu_seqlens is None else sequence_starts(behind(cu_seqlens, ahead), q.device)[ahead:]
 
     length, block = q.shape[2], max(window, QUERY_BLOCK)
@@ -112,8 +97,10 @@ def _blocked(
         end = min(begin + block, length)
         low, high = max(0, offset + begin - window + 1), offset + end
         queries, keys, values = q[:, :, begin:end], k[:, :, low:high], v[:, :, low:high]
-        if low == 0 and offset == 0 and end <= window and starts is None:
-            outputs.append(F.scaled_dot_product_attention(queries, keys, values, is_causal=True))
+        # without a mask: one query, which sees every key in reach, and a row's beginning, whose queries see all before them
+        one, first = end - begin == 1, offset == 0 and end <= window
+        if (one or first) and starts is None and uneven is None:
+            outputs.append(F.scaled_dot_product_attention(queries, keys, values, is_causal=not one))
             continue
         row = torch.arange(offset + begin, offset + end, device=q.device)[:, None]
         column = torch.arange(low, high, device=q.device)
@@ -149,7 +136,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: tuple[int, .
             continue
         return output
     # without fullgraph, FlexAttention would go on uncompiled and form all T x T scores
-    return _blocked(q, k, v, window, cu_seqlens, None, ahead)
+    return _blocked(q, k, v, window, cu_seqlens, ahead, None)
 
 
 def has_own_kernel(lengths: tuple[int, int]) -> bool:

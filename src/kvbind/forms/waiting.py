@@ -1,0 +1,79 @@
+"""Between updates: tokens that complete no chunk are read, and wait beside a state instead of being copied into it.
+
+`ttt` returns a state that has every pending token in its place, a copy of all places for each call. Where calls bring single
+tokens, as in generation, copying and what surrounds it cost more than reading. Here such tokens are kept as they came, and
+go to their places many at once; what their writing takes beyond that is also computed then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbind.forms.autocast import without_autocast
+from kvbind.forms.state import State
+from kvbind.forms.tokens import Tokens
+from kvbind.inner.spec import InnerLoop
+
+Made = Mapping[str, Tensor]
+
+MOST = 64
+"""Tokens of a sequence that wait; further ones send all to their places."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A state, and tokens that came after it and complete no chunk.
+
+    Attributes:
+        state: where the sequences were before those tokens.
+        weights: its fast weights.
+        later: of each call what its writers are made of, tensors by name whose axis 1 is of tokens, "k" among them.
+        count: how many tokens all calls had.
+        make: makes writers of such tensors, heads behind the token axis; each token's of its own alone.
+    """
+
+    state: State
+    weights: Mapping[str, Tensor]
+    later: tuple[Made, ...] = ()
+    count: int = 0
+    make: Callable[[Made], Tokens] | None = None
+
+    @staticmethod
+    def of(state: State) -> Waiting:
+        """No tokens behind a state."""
+        return Waiting(state, state.weights)
+
+    def settled(self) -> State:
+        """The state with all tokens in their places, as `ttt` would have returned it."""
+        if self.make is None:
+            return self.state
+        joined = {name: torch.cat([made[name] for made in self.later], dim=1) for name in self.later[0]}
+        return self.state.append(self.make(joined).map(lambda x: x.transpose(1, 2)))
+
+    def read(self, spec: InnerLoop, q: Tensor, made: Made, make: Callable[[Made], Tokens]) -> tuple[Tensor, Waiting] | None:
+        """Outputs at some queries, and what is then waiting: what `ttt` says where only the last update is seen.
+
+        Args:
+            spec: the inner loop.
+            q: queries `[B, T, H, Dk]`.
+            made: what as many writers are made of; rates and gates are to be in the state's dtype.
+            make: makes them, and those of earlier calls since the state was whole.
+
+        Returns:
+            Outputs `[B, T, H, Dv]` in q's dtype; None where a chunk is completed or tokens see more than the last update,
+            which is for `ttt`.
+        """
+        state, count = self.state, self.count + q.shape[1]
+        if spec.visibility != "past" or not state.has_room or q.shape[0] != state.batch:
+            return None
+        if (state.spec is not spec and state.spec != spec) or max(state.pending_lengths) + count >= (spec.chunk or 0):
+            return None
+        with without_autocast(q.device.type):
+            read = made["k"] if spec.query == "key" else q
+            output = spec.network.apply(self.weights, read.transpose(1, 2).to(self.weights["out"].dtype))
+        after = Waiting(state, self.weights, (*self.later, made), count, make)
+        return output.transpose(1, 2).to(q.dtype), after if count < MOST else Waiting.of(after.settled())

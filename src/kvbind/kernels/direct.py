@@ -1,0 +1,48 @@
+"""Operators called past PyTorch's dispatcher where it has nothing to do.
+
+The dispatcher takes an operator that is written in Python through autograd, wrappers against tracing and checks of aliases,
+which costs the host more than a launch. Without gradients, tracing or modes that watch operators, all that is left of it is
+a call of the operator's body.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.library import CustomOpDef
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+_ASKED = (
+    (torch._C, "_len_torch_dispatch_stack"),
+    (torch._C, "_are_functorch_transforms_active"),
+    (torch.autograd, "_profiler_enabled"),
+    (forward_ad, "_current_level"),
+)
+# not of PyTorch's public interface: where one is missing, the dispatcher has all calls
+_KNOWN = all(hasattr(*place) for place in _ASKED)
+
+
+def call(operator: CustomOpDef, *args: Any) -> Any:
+    """What `operator(*args)` returns.
+
+    Args:
+        operator: of `torch.library.custom_op`.
+        *args: its arguments.
+    """
+    body = getattr(operator, "_init_fn", None)
+    return body(*args) if body is not None and is_plain(args) else operator(*args)
+
+
+def is_plain(args: tuple[Any, ...]) -> bool:
+    """Whether an operator of these arguments is its body and nothing else: it is neither differentiated nor watched."""
+    if not _KNOWN or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
+        return False
+    differentiated = torch.is_grad_enabled()
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    return all(type(x) in PLAIN and not (differentiated and x.requires_grad) for x in tensors)

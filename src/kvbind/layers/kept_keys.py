@@ -1,0 +1,68 @@
+"""The keys and values that attention over a sliding window keeps from call to call: as many as later tokens may see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KeptKeys:
+    """Keys and values of some sequences.
+
+    Attributes:
+        keys: `[B, S, H, D]`, the latest at the end, rotated already.
+        values: `[B, S, H, D]`.
+        held: how many of each row's S places are filled, from the end.
+    """
+
+    keys: Tensor
+    values: Tensor
+    held: tuple[int, ...]
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """These keys and values, and those of the tokens behind them `[B, T, H, D]`."""
+        return torch.cat((self.keys, k), dim=1), torch.cat((self.values, v), dim=1)
+
+    def select(self, rows: list[int], where: Tensor) -> KeptKeys:
+        """The sequences at `rows`, which `where` has as a tensor."""
+        keys, values = self.keys.index_select(0, where), self.values.index_select(0, where)
+        return KeptKeys(keys, values, tuple(self.held[i] for i in rows))
+
+
+def keep_keys(
+    kept: KeptKeys | None, k: Tensor, v: Tensor, window: int, length: int, lengths: tuple[int, ...] | None
+) -> KeptKeys:
+    """The last `window - 1` keys and values of each row, as later tokens will see them; zeros before a row's first.
+
+    Args:
+        kept: what earlier calls kept.
+        k: those keys and this call's `[B, S + T, H, D]`.
+        v: their values.
+        window: how many tokens a token sees, itself among them.
+        length: T.
+        lengths: how many of each row's T tokens are no padding; None for all.
+    """
+    batch, ahead = k.shape[0], k.shape[1] - length
+    lengths = lengths or (length,) * batch
+    # always room for all of them, so that every decoding step has the same shapes
+    size = window - 1
+    now = tuple(min(old + new, size) for old, new in zip(kept.held if kept else (0,) * batch, lengths, strict=True))
+    if min(lengths) == max(lengths):
+        stop = ahead + lengths[0]
+        missing = max(size - stop, 0)
+        # a view would keep every key of a long prompt alive; behind what was kept, one token is one key more
+        decoding = kept is not None and k.shape[1] <= window
+
+        def latest(x: Tensor) -> Tensor:
+            x = x[:, stop - size + missing : stop]
+            return F.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x if decoding else x.clone()
+
+        return KeptKeys(latest(k), latest(v), now)
+    stops = torch.tensor([ahead + n for n in lengths], device=k.device)
+    places = (stops[:, None] - size + torch.arange(size, device=k.device)).clamp(min=0)
+    rows = torch.arange(batch, device=k.device)[:, None]
+    return KeptKeys(k[rows, places], v[rows, places], now)

@@ -1,0 +1,57 @@
+"""What the tokens of a LaCT layer write: from the layer's projections to values, rates and gates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvbind.forms.tokens import Tokens
+from kvbind.layers.operands import split_heads, wide
+
+
+@dataclass(frozen=True)
+class Writing:
+    """The last steps, elementwise and without parameters, so that they may be left for many tokens at once.
+
+    Attributes:
+        heads: fast heads.
+        learned: the matrices that the layer has learned rates for, in the order of their logits.
+        updated: the matrices that the inner loop updates.
+        base_lr_inverse: what is added to the logits of rates.
+        silu_v: silu on values.
+    """
+
+    heads: int
+    learned: tuple[str, ...]
+    updated: tuple[str, ...]
+    base_lr_inverse: float
+    silu_v: bool
+
+    def __call__(self, made: Mapping[str, Tensor]) -> Tokens:
+        """Writers, heads behind the token axis.
+
+        Args:
+            made: keys "k" `[B, T, H, D]` as they are; values "v" `[B, T, H D]`; and of "lr" `[B, T, H * matrices]`,
+                "momentum" and "retention" `[B, T, H]` the logits that there are. Without "lr" rates are 1.
+        """
+        gates = {name: self.gate(made[name]) for name in ("momentum", "retention") if name in made}
+        rates: dict[str, Tensor | float] = {}
+        rates |= self.rates(made["lr"]) if "lr" in made else dict.fromkeys(self.updated, 1.0)
+        return Tokens(made["k"], self.values(made["v"]), rates, **gates)
+
+    def values(self, v: Tensor) -> Tensor:
+        """Values `[B, T, H D]` as the fast weights take them, `[B, T, H, D]`."""
+        return split_heads(F.silu(v) if self.silu_v else v, self.heads)
+
+    def rates(self, logits: Tensor) -> dict[str, Tensor]:
+        """Rates `[B, T, H]` by updated matrix, float32 or wider: softplus of the logits and the base rate's."""
+        each = F.softplus(wide(split_heads(logits, self.heads)) + self.base_lr_inverse).unbind(-1)
+        by_name = dict(zip(self.learned, each, strict=True))
+        return {name: by_name[name] for name in self.updated}
+
+    def gate(self, logits: Tensor) -> Tensor:
+        """A gate `[B, T, H]`, float32 or wider."""
+        return wide(logits.sigmoid())
