@@ -90,7 +90,7 @@ def decoding() -> None:
     """Time of one more token by the length of the prompt."""
     with figure(IMAGES / "decoding.png", 9, 3.2) as drawing:
         axes = drawing.subplots(1, 3)
-        sources = {"tiny, 2 CPU cores": "decode-cpu", "125m, H100": "decode-125m-h100", "760m, H100": "decode-760m-h100"}
+        sources = {"tiny, 2 CPU cores": "decode-cpu", "125m, H100": "decode-125m-h100", "760m, H200": "decode-760m-h200"}
         for ax, (title, name) in zip(axes, sources.items(), strict=True):
             rows = json.loads((RESULTS / "bench" / f"{name}.json").read_text())["rows"]
             prompts = [row["prompt"] for row in rows]

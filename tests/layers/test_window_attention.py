@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,12 +59,29 @@ def test_packed_sequences_do_not_see_one_another(window, bounds):
 
 @pytest.mark.parametrize("held", [(6, 6), (6, 2), (0, 5)])
 @pytest.mark.parametrize("length", [1, 4, 20])
-def test_kept_keys_stand_before_the_calls_own(held, length):
+@pytest.mark.parametrize("block", [1, 4, 256])
+def test_kept_keys_stand_before_the_calls_own(monkeypatch, block, held, length):
+    monkeypatch.setattr(module, "KEY_BLOCK", block)
     window, q, k, v = 7, *operands(2, 6 + length)
     got = window_attention(q[:, 6:], k, v, window, ahead=6, held=held)
     for i, n in enumerate(held):
         expected = plain(q[i], k[i], v[i], window, [6 - n] * (6 + length))
         torch.testing.assert_close(got[i], expected[6:])
+
+
+def test_one_query_after_another_meets_few_numbers_of_keys(monkeypatch):
+    window, counts = 1000, set()
+    attend = F.scaled_dot_product_attention
+
+    def counting(q, k, v, **options):
+        counts.add(k.shape[2])
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counting)
+    q, k, v = operands(1, window)
+    for held in range(0, 600, 7):
+        window_attention(q[:, -1:], k, v, window, ahead=window - 1, held=(held,))
+    assert counts == {1, 257, 513, 769}
 
 
 class LargestTensor(TorchDispatchMode):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ class Piece:
         shapes: of its operands, by name.
         narrow: those that come in the working precision; others are in float32 at the least.
         call: from operands and the working precision to results.
+        spread: standard deviations of operands that are not drawn with 1.
     """
 
     name: str
     shapes: dict[str, tuple[int, ...]]
     narrow: tuple[str, ...]
     call: Callable[[Leaves, torch.dtype], tuple[Tensor, ...]]
+    spread: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -44,7 +46,10 @@ class Piece:
     def draw(self, device: torch.device, dtype: torch.dtype) -> Leaves:
         """Operands, the same in every precision: those that come in `dtype`, rounded to it; in float64."""
         generator = torch.Generator(device).manual_seed(0)
-        leaves = {name: torch.randn(s, generator=generator, device=device).double() for name, s in self.shapes.items()}
+        leaves = {
+            name: self.spread.get(name, 1.0) * torch.randn(s, generator=generator, device=device).double()
+            for name, s in self.shapes.items()
+        }
         return {name: x.to(dtype).double() if name in self.narrow else x.float().double() for name, x in leaves.items()}
 
     def operands(self, leaves: Leaves, dtype: torch.dtype) -> Leaves:
@@ -103,6 +108,7 @@ def pieces(tokens: int, heads: int, width: int) -> list[Piece]:
         return (linear_cross_entropy(x["hidden"], x["vocabulary"], labels),)
 
     vocabulary = 32000 if width >= 192 else 10 * model
+    words = {"hidden": rows, "vocabulary": (vocabulary, model)}
     made = {"q": rows, "k": rows, "scale": (model, 2), "offset": (model, 2)}
     outputs = {"fast": by_head, "weight": (width,), "mixed": rows}
     stream = {"stream": rows, "weight": (model,)}
@@ -115,5 +121,6 @@ def pieces(tokens: int, heads: int, width: int) -> list[Piece]:
         Piece("layer: SwiGLU", {"gate": mlp, "up": mlp}, ("gate", "up"), lambda x, _: (swiglu(x["gate"], x["up"]),)),
         Piece("layer: norm of the stream", stream, (), summed),
         Piece("layer: sum and norm of the stream", stream | {"delta": rows}, ("delta",), summed),
-        Piece("layer: loss", {"hidden": rows, "vocabulary": (vocabulary, model)}, ("hidden", "vocabulary"), loss),
+        # logits of ordinary size: a softmax of large ones magnifies the rounding of their product
+        Piece("layer: loss", words, tuple(words), loss, spread={"vocabulary": model**-0.5}),
     ]

@@ -24,6 +24,10 @@ QUERY_BLOCK = 128
 MASK_BLOCK = 128
 """Tokens along each side of FlexAttention's mask blocks."""
 
+KEY_BLOCK = 256
+"""Kept keys are read in whole blocks: some of PyTorch's attentions prepare anew for each number of keys, which takes longer than
+a token."""
+
 OWN_KERNELS = 8
 """Lengths for which FlexAttention is compiled one by one, as many as the compiler takes of one function. Others share a
 kernel that takes any length, and is slower: it cannot know that a length divides into blocks."""
@@ -82,13 +86,15 @@ def _blocked(
     held: tuple[int, ...] | None,
 ) -> Tensor:
     """Queries in blocks, each against the keys that its window reaches; all `[B, H, T, D]`."""
-    offset, uneven = ahead, None
+    offset, unfilled = ahead, None
     if held is not None:
-        offset = max(held)
+        offset = min(-(-max(held) // KEY_BLOCK) * KEY_BLOCK, ahead)
         if offset < ahead:
             k, v = k[:, :, ahead - offset :], v[:, :, ahead - offset :]
         if min(held) < offset:
-            uneven = offset - torch.tensor(held, device=q.device)
+            # numbers need not travel to the device
+            uneven = min(held) < max(held)
+            unfilled = offset - (torch.tensor(held, device=q.device)[:, None, None, None] if uneven else held[0])
     starts = None if cu_seqlens is None else sequence_starts(behind(cu_seqlens, ahead), q.device)[ahead:]
 
     length, block = q.shape[2], max(window, QUERY_BLOCK)
@@ -97,18 +103,19 @@ def _blocked(
         end = min(begin + block, length)
         low, high = max(0, offset + begin - window + 1), offset + end
         queries, keys, values = q[:, :, begin:end], k[:, :, low:high], v[:, :, low:high]
-        # without a mask: one query, which sees every key in reach, and a row's beginning, whose queries see all before them
+        # one query sees all keys that its window reaches, and so do those of a row's beginning that come before them
         one, first = end - begin == 1, offset == 0 and end <= window
-        if (one or first) and starts is None and uneven is None:
+        if (one or first) and starts is None and unfilled is None:
             outputs.append(F.scaled_dot_product_attention(queries, keys, values, is_causal=not one))
             continue
-        row = torch.arange(offset + begin, offset + end, device=q.device)[:, None]
-        column = torch.arange(low, high, device=q.device)
-        seen = (column <= row) & (row - column < window)
+        column = torch.arange(low, high, device=q.device)[None, :]
+        conditions = [] if unfilled is None else [column >= unfilled]
         if starts is not None:
-            seen = seen & (column >= starts[begin:end, None])
-        if uneven is not None:
-            seen = seen & (column >= uneven[:, None, None, None])
+            conditions.append(column >= starts[begin:end, None])
+        if not one:
+            row = torch.arange(offset + begin, offset + end, device=q.device)[:, None]
+            conditions += [column <= row, row - column < window]
+        seen = functools.reduce(torch.logical_and, conditions)
         outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen))
     return torch.cat(outputs, dim=2) if len(outputs) != 1 else outputs[0]
 
