@@ -337,4 +337,5 @@ if __name__ == "__main__":
     cameras()
     vision()
     views(RESULTS / "bench" / "views-h200.json")
-    scaling(RESULTS / "bench" / "scaling-h200.json")
+    for name in ("scaling-2-h200", "scaling-h200"):
+        scaling(RESULTS / "bench" / f"{name}.json")

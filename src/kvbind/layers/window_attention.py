@@ -25,8 +25,8 @@ MASK_BLOCK = 128
 """Tokens along each side of FlexAttention's mask blocks."""
 
 KEY_BLOCK = 256
-"""Kept keys are read in whole blocks: some of PyTorch's attentions prepare anew for each number of keys, which takes longer than
-a token."""
+"""Kept keys are read in whole blocks: some of PyTorch's attentions prepare anew for each number of keys, which takes longer
+than a token."""
 
 OWN_KERNELS = 8
 """Lengths for which FlexAttention is compiled one by one, as many as the compiler takes of one function. Others share a
