@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvbind
 from kvbind import GLU, MLP, DepthwiseConv, InnerLoop, Linear, SwiGLU
-from kvbind.layers.lact import LactLayer, LowRankMatrix
+from kvbind.layers.lact import LactLayer, LowRankMatrix, is_a_product
 from kvbind.layers.layout import Layout
 from kvbind.layers.rotary import rotary_tables
 
@@ -273,6 +273,16 @@ def test_narrow_projections_in_one_product_are_those_of_their_own_and_heed_what_
         change(changed.lr_proj)
         torch.testing.assert_close(changed._logits(x)["lr"], expected["lr"] + 1)
         assert not torch.allclose(changed(x)[0], before)
+
+
+def test_projections_whose_weights_are_no_plain_tensors_are_left_to_themselves():
+    class Packed(torch.Tensor):
+        pass
+
+    projection = layer().lr_proj
+    assert is_a_product(projection)
+    projection.weight = torch.nn.Parameter(projection.weight.detach().as_subclass(Packed))
+    assert not is_a_product(projection)
 
 
 def test_one_more_token_of_a_state_takes_few_operators():

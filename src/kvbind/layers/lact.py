@@ -424,8 +424,10 @@ def side_by_side(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, ...]:
 
 
 def is_a_product(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer is `x W^T + b` and no more: not derived from it, hooked, or with a forward of its own."""
-    if type(layer) is not nn.Linear or layer.bias is None or "forward" in layer.__dict__:
+    """Whether a layer is `x W^T + b` and no more: not derived from it, hooked, quantized, or with a forward of its own."""
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+        return False
+    if type(layer.weight) is not nn.Parameter or type(layer.bias) is not nn.Parameter:
         return False
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return not any(hooks)
