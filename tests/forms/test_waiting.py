@@ -77,8 +77,9 @@ def test_what_completes_a_chunk_or_sees_more_than_the_last_update_is_left_to_ttt
     spec = LADDER["rung0"]
     o = operands(spec, tokens=40)
     held = Waiting.of(started(spec, [14] * o.q.shape[0], o))
-    one, two = o.span(30, 31), o.span(30, 32)
+    none, one, two = (o.span(30, 30 + n) for n in range(3))
     assert held.read(spec, two.q, made(two), Tokens.of) is None
+    assert held.read(spec, none.q, made(none), Tokens.of) is None
     found = held.read(spec, one.q, made(one), Tokens.of)
     assert found is not None
     assert found[1].read(spec, one.q, made(one), Tokens.of) is None

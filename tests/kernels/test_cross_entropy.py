@@ -76,6 +76,16 @@ def test_rows_of_no_tokens_and_ignored_ones_have_no_loss():
     assert logits.eq(0).all()
 
 
+def test_what_ignored_rows_hold_does_not_matter():
+    logits, labels = make(4, 10)
+    logits[0, 2], logits[3] = float("inf"), float("nan")
+    losses = cross_entropy_(logits, labels, IGNORED, gradient=True)
+    assert losses.isfinite().all()
+    assert logits.isfinite().all()
+    assert logits[0].eq(0).all()
+    assert logits[3].eq(0).all()
+
+
 def test_strided_logits_are_refused():
     logits, labels = make(4, 10)
     with pytest.raises(ValueError, match="logits must be contiguous; got strides"):

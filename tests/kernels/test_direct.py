@@ -100,6 +100,12 @@ def test_any_argument_may_ask_for_a_gradient(where):
     assert not direct.is_plain(tuple(args))
 
 
+def test_traces_of_torchscript_hold_operators():
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: direct.call(doubled, x, 2.0), torch.ones(3))
+    assert "test_doubled" in str(traced.graph)
+
+
 def test_profiles_name_operators():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         direct.call(doubled, torch.ones(3), 2.0)

@@ -164,6 +164,16 @@ def test_loss_without_gradients_makes_none(monkeypatch):
     assert wanted == [False, True]
 
 
+def test_loss_refuses_second_derivatives_and_labels_of_another_number():
+    hidden, weight = (torch.randn(n, 8, requires_grad=True) for n in (3, 5))
+    total = linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 2]))
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(total, weight, create_graph=True)
+    for labels in (torch.tensor([1]), torch.tensor([0, 1, 2, 3])):
+        with pytest.raises(ValueError, match=r"labels must be \[3\], one for each token; got"):
+            linear_cross_entropy(hidden, weight, labels, piece=3)
+
+
 def test_loss_counts_the_tokens_that_the_caller_says():
     model = small_model()
     ids = tokens(2, 9)

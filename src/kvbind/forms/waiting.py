@@ -64,11 +64,11 @@ class Waiting:
             make: makes them, and those of earlier calls since the state was whole.
 
         Returns:
-            Outputs `[B, T, H, Dv]` in q's dtype; None where a chunk is completed or tokens see more than the last update,
-            which is for `ttt`.
+            Outputs `[B, T, H, Dv]` in q's dtype; None where a chunk is completed, tokens see more than the last update or
+            there are none, which is for `ttt`.
         """
         state, count = self.state, self.count + q.shape[1]
-        if spec.visibility != "past" or not state.has_room or q.shape[0] != state.batch:
+        if spec.visibility != "past" or not state.has_room or q.shape[0] != state.batch or not q.shape[1]:
             return None
         if (state.spec is not spec and state.spec != spec) or max(state.pending_lengths) + count >= (spec.chunk or 0):
             return None

@@ -41,12 +41,13 @@ def _cross_entropy(logits, labels, losses, V: tl.constexpr, IGNORED: tl.constexp
     if GRADIENT:
         # the label's logit must have been read by all before any is overwritten
         tl.debug_barrier()
-        scale = tl.where(counted, 1.0 / total, 0.0)
-        hit = tl.where(counted, 1.0, 0.0)
+        scale = 1.0 / total
         for start in range(0, V, B):
             there = start + here < V
             x = tl.load(logits + start + here, mask=there, other=LOWEST).to(tl.float32)
-            slope = tl.exp(x - highest) * scale - tl.where(start + here == label, hit, 0.0)
+            slope = tl.exp(x - highest) * scale - tl.where(start + here == label, 1.0, 0.0)
+            # chosen, not multiplied: rows of no loss may hold infinities
+            slope = tl.where(counted, slope, 0.0)
             tl.store(logits + start + here, slope.to(logits.dtype.element_ty), mask=there)
 
 

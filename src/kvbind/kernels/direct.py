@@ -21,6 +21,7 @@ _ASKED = (
     (torch._C, "_are_functorch_transforms_active"),
     (torch.autograd, "_profiler_enabled"),
     (forward_ad, "_current_level"),
+    (torch._C, "_get_tracing_state"),
 )
 # not of PyTorch's public interface: where one is missing, the dispatcher has all calls
 _KNOWN = all(hasattr(*place) for place in _ASKED)
@@ -42,6 +43,8 @@ def is_plain(args: tuple[Any, ...]) -> bool:
     if not _KNOWN or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
+        return False
+    if torch._C._get_tracing_state() is not None:
         return False
     differentiated = torch.is_grad_enabled()
     tensors = [x for x in args if isinstance(x, Tensor)]

@@ -430,7 +430,7 @@ def is_a_product(layer: nn.Module) -> TypeGuard[nn.Linear]:
     if type(layer.weight) is not nn.Parameter or type(layer.bias) is not nn.Parameter:
         return False
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return not any(hooks)
+    return not any(hooks) and not nn.modules.module._has_any_global_hook()
 
 
 def check_fits_causal_layer(inner: InnerLoop) -> None:

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from kvbind.forms.autocast import without_autocast
 from kvbind.kernels.cross_entropy import cross_entropy_
 from kvbind.layers.norm import narrowed
 
@@ -39,8 +39,13 @@ def linear_cross_entropy(
 
     Returns:
         The summed loss, or the loss of each token `[...]`, 0 where the label is -100; float32 or wider. Differentiable once.
+
+    Raises:
+        ValueError: `labels` are not one for each token.
     """
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if len(rows) != len(targets):
+        raise ValueError(f"labels must be {list(hidden.shape[:-1])}, one for each token; got {list(labels.shape)}")
     low = narrowed(torch.promote_types(hidden.dtype, weight.dtype), hidden.device.type)
     if reduction == "sum" and low != torch.float16:
         loss: Tensor = _Summed.apply(rows, weight, targets, low, piece, torch.is_grad_enabled())
@@ -67,22 +72,26 @@ class _Summed(torch.autograd.Function):
         d_rows = torch.empty_like(rows) if of_rows else None
         d_weight = torch.zeros_like(weight, dtype=wide) if of_weight else None
         losses = [torch.zeros(1, dtype=wide, device=rows.device)]
-        for start in range(0, len(rows), piece):
-            part = rows[start : start + piece].to(low)
-            logits = part @ matrix.T
-            losses.append(cross_entropy_(logits, labels[start : start + piece], IGNORE, of_rows or of_weight))
-            # from here on logits are their gradients
-            if d_rows is not None:
-                d_rows[start : start + piece] = logits @ matrix
-            if d_weight is not None:
-                d_weight += logits.T @ part
+        # autocast to float16 would take bfloat16 operands, too, and lose what is small of the gradients
+        with without_autocast(rows.device.type):
+            for start in range(0, len(rows), piece):
+                part = rows[start : start + piece].to(low)
+                logits = part @ matrix.T
+                losses.append(cross_entropy_(logits, labels[start : start + piece], IGNORE, of_rows or of_weight))
+                # from here on logits are their gradients
+                if d_rows is not None:
+                    d_rows[start : start + piece] = logits @ matrix
+                if d_weight is not None:
+                    d_weight += logits.T @ part
         ctx.save_for_backward(d_rows, d_weight)
         ctx.dtypes = rows.dtype, weight.dtype
         return torch.cat(losses).sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable would take gradients for constants where the slope is one, without a word
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("linear_cross_entropy's sum is differentiable once; reduction='none' as often as wanted")
         # a narrow tensor times the slope would round the slope
         scaled = [
             None if x is None else (x.to(slope.dtype) * slope).to(dtype)
