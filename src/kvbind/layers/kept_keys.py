@@ -36,7 +36,9 @@ class KeptKeys:
 def keep_keys(
     kept: KeptKeys | None, k: Tensor, v: Tensor, window: int, length: int, lengths: tuple[int, ...] | None
 ) -> KeptKeys:
-    """The last `window - 1` keys and values of each row, as later tokens will see them; zeros before a row's first.
+    """The last `window - 1` keys and values of each row, as later tokens will see them.
+
+    Places before a row's first are of no meaning.
 
     Args:
         kept: what earlier calls kept.

@@ -74,7 +74,7 @@ class LowRankMatrix(nn.Module):
 
 @dataclass(frozen=True)
 class LactState:
-    """Where some sequences stopped in one layer: constant size, whatever their length.
+    """Where some sequences stopped in one layer: of a size that has a bound, whatever their length.
 
     Attributes:
         waiting: fast weights and pending chunk, of which the latest tokens may not be in their places yet.
