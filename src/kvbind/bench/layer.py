@@ -8,8 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvbind.bench.events import duration
+from kvbind.bench.leaves import Leaves
 from kvbind.bench.pieces import Piece, slopes
 from kvbind.bench.switch import without_kernels
 
@@ -34,29 +36,27 @@ def bench_layer(
     """
     for piece in pieces:
         own = piece.operands(piece.draw(device, dtype), dtype)
-        read = sum(x.nbytes for x in own.values())
         for by in BY:
             with nullcontext() if by == "kernels" else without_kernels():
+                timed = _timed(piece, own, dtype, device, seconds)
+            yield {"piece": piece.name.removeprefix("layer: "), "by": by, **timed}
 
-                def forward(piece: Piece = piece, own: dict[str, torch.Tensor] = own) -> tuple[torch.Tensor, ...]:
-                    with torch.no_grad():
-                        return piece.call(own, dtype)
 
-                results = forward()
-                arriving, written = slopes(results), sum(x.nbytes for x in results)
-                del results
+def _timed(piece: Piece, own: Leaves, dtype: torch.dtype, device: torch.device, seconds: float) -> dict[str, Any]:
+    @torch.no_grad()
+    def forward() -> tuple[Tensor, ...]:
+        return piece.call(own, dtype)
 
-                def training(
-                    piece: Piece = piece, own: dict[str, torch.Tensor] = own, arriving: list[torch.Tensor] = arriving
-                ) -> object:
-                    return torch.autograd.grad(piece.call(own, dtype), list(own.values()), arriving)
+    def training() -> object:
+        return torch.autograd.grad(piece.call(own, dtype), list(own.values()), arriving)
 
-                forward_bytes = read + written
-                timed = {
-                    name: asdict(duration(work, device, seconds=seconds))
-                    for name, work in (("forward", forward), ("training", training))
-                }
-            yield {
-                "piece": piece.name.removeprefix("layer: "), "by": by,
-                "forward_bytes": forward_bytes, "training_bytes": forward_bytes + 2 * read + written, **timed,
-            }  # fmt: skip
+    results = forward()
+    arriving = slopes(results)
+    read, written = (sum(x.nbytes for x in tensors) for tensors in (own.values(), results))
+    del results
+    return {
+        "forward_bytes": read + written,
+        "training_bytes": 3 * read + 2 * written,
+        "forward": asdict(duration(forward, device, seconds=seconds)),
+        "training": asdict(duration(training, device, seconds=seconds)),
+    }

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvbind.forms.autocast import without_autocast
 from kvbind.forms.recurrent import Chunk, chunk_gates, chunks, prefix_means, prefix_updates
 from kvbind.forms.scan import decay_matrix
 from kvbind.forms.tokens import Tokens
@@ -356,7 +357,7 @@ def linearize(
         mask[update_tokens] = True
         update_tokens = mask
     call = check_operands(spec, weights, q, k, v, lr, momentum, retention, None, None, update_tokens)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         return _linearize(spec, call.q.to(call.state.dtype), call.tokens, call.state.fast)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvbind.inner.value import check_choice, check_positive_int
 from kvbind.kernels import direct
 from kvbind.kernels.causal_kernels import TILE, Segments, gate_gradients, segment_states, sweep, sweep_blocks
-from kvbind.kernels.common import cdiv, multiprocessors
+from kvbind.kernels.common import cdiv, last_contiguous, multiprocessors
 
 MODES = ("token", "past", "chunk")
 LEAST_SEGMENT = 4 * TILE
@@ -99,11 +99,6 @@ def _cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int, gated: boo
     return Segments(length, 0, len(table), len(cu_seqlens) - 1, table, offsets)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """`x` with unit stride along the last axis."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _whole(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -124,7 +119,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, final states, and the states in which segments start; either of the latter empty where there is no need."""
     segments = _cut(q, v, cu_seqlens, chunk, retention is not None)
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
     rates, retention, initial_state = _whole(rates), _whole(retention), _whole(initial_state)
     final, starts = _new_states(q, v, segments, return_state)
     states = initial_state
@@ -170,7 +165,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, rates, retention and the initial state; empty where nobody needs them."""
     segments = _cut(q, v, cu_seqlens, chunk, retention is not None)
-    q, k, v, d_out = _rows(q), _rows(k), _rows(v), _rows(d_out)
+    q, k, v, d_out = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(d_out)
     rates, gates, initial_state, d_final = _whole(rates), _whole(retention), _whole(initial_state), _whole(d_final)
     initial_states, d_states = (initial_state, d_final) if segments.single else (starts, None)
     if not segments.single:

@@ -28,6 +28,7 @@ from torch import Tensor
 from kvbind.kernels import direct
 from kvbind.kernels.across import Across
 from kvbind.kernels.ahead import rehearsed
+from kvbind.kernels.common import last_contiguous
 from kvbind.kernels.newton_schulz import kept_shapes, newton_schulz_backward, newton_schulz_forward
 from kvbind.kernels.products import THETA, features, features_backward, product, write
 from kvbind.kernels.scans import scan, scan_backward
@@ -289,7 +290,7 @@ def _backward(ctx, d_output, d_end_state, d_end_velocity, *_):
         velocity = entered
     if d_output is None:
         d_output = q.new_zeros(*q.shape[:2], v.shape[2])
-    d_output = d_output if d_output.stride(-1) == 1 else d_output.contiguous()
+    d_output = last_contiguous(d_output)
     at_end = [d_end_state] if momentum is None else [d_end_state, d_end_velocity]
     if any(grad is None for grad in at_end):
         # read alone, so that one will do for both

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbind.kernels.common import Launcher, on_device_of
+from kvbind.kernels.common import Launcher, on_device_of, power_of_2
 
 BLOCK = 4096
 """Logits at a time: with eight warps, two vectors of 16 bytes per thread of narrow ones."""
@@ -54,7 +54,7 @@ def _cross_entropy(logits, labels, losses, V: tl.constexpr, IGNORED: tl.constexp
 def launch(logits: Tensor, labels: Tensor, losses: Tensor, ignored: int, gradient: bool) -> None:
     """Write the losses of rows with elements, and their gradients into `logits` where they are wanted."""
     rows, vocabulary = logits.shape
-    block = min(BLOCK, triton.next_power_of_2(vocabulary))
+    block = min(BLOCK, power_of_2(vocabulary))
     with on_device_of(logits):
         _cross_entropy[rows,](
             logits,

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbind.kernels import newton_schulz_products as products
-from kvbind.kernels.common import Launcher, dot_precision, on_device_of
+from kvbind.kernels.common import Launcher, dot_precision, on_device_of, power_of_2
 from kvbind.kernels.newton_schulz_products import EPSILON, coefficient, inverse_norm, pieces
 
 LOW = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -125,7 +125,7 @@ def _strides(tall: bool, rows: int, columns: int) -> tuple[int, int]:
 
 def _whole_options(rows: int, columns: int, dtype: torch.dtype) -> dict[str, Any]:
     """Launch options of the kernels that hold a whole matrix."""
-    height, width = (max(16, triton.next_power_of_2(size)) for size in (rows, columns))
+    height, width = (max(16, power_of_2(size)) for size in (rows, columns))
     return {
         "BM": height,
         "BN": width,

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbind.kernels.common import Launcher, cdiv, dot_precision, multiprocessors
+from kvbind.kernels.common import Launcher, cdiv, dot_precision, multiprocessors, power_of_2
 
 EPSILON = tl.constexpr(1e-7)
 """What is added to the norm, as in the twin."""
@@ -431,7 +431,7 @@ def _launch(x: Tensor, coefficients: tuple[float, ...], dtype: torch.dtype, ahea
 
 
 def _piece(rows: int, columns: int) -> tuple[int, int]:
-    return min(PIECE[0], triton.next_power_of_2(rows)), min(PIECE[1], triton.next_power_of_2(columns))
+    return min(PIECE[0], power_of_2(rows)), min(PIECE[1], power_of_2(columns))
 
 
 def pieces(rows: int, columns: int) -> int:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbind.kernels.activations import activate, slope
-from kvbind.kernels.common import Launcher, cdiv, on_device_of, power_of_2
+from kvbind.kernels.common import Launcher, cdiv, last_contiguous, on_device_of, power_of_2
 
 WIDEST_TILE = 1024
 """The most channels of a tile."""
@@ -74,7 +74,7 @@ def _launch(kernel: Any, sources: tuple[Tensor, ...], results: tuple[Tensor, ...
     width = sources[0].shape[-1]
     rows = results[0].numel() // width
     # views where rows are evenly spaced, else copies
-    sources = tuple((x if x.stride(-1) == 1 else x.contiguous()).reshape(rows, width) for x in sources)
+    sources = tuple(last_contiguous(x).reshape(rows, width) for x in sources)
     strides = [x.stride(0) for x in sources]
     columns = min(WIDEST_TILE, power_of_2(width))
     at_once = TILE // columns

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvbind.forms.autocast import without_autocast
 from kvbind.forms.state import State
 from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.spec import InnerLoop
@@ -118,7 +119,7 @@ class LactNvsLayer(nn.Module):
         """Rates `[B, T, H]` by updated matrix, float32 or wider; or the constant 1 without `inner.token_lr`."""
         if not self._inner.token_lr or self.lr_fc is None:
             return 1.0
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             logits = F.linear(wide(x), wide(self.lr_fc.weight), wide(self.lr_fc.bias))
             rates = torch.split(F.softplus(logits + self.base_lr_inverse), self.heads, dim=-1)
         by_name = dict(zip(self.rate_names, rates, strict=True))

@@ -38,10 +38,11 @@ def linear_cross_entropy(
         piece: tokens at a time.
 
     Returns:
-        The summed loss, or the loss of each token `[...]`, 0 where the label is -100; float32 or wider. Differentiable once.
+        The summed loss, or the loss of each token `[...]`, 0 where the label is -100; float32 or wider.
 
     Raises:
         ValueError: `labels` are not one for each token.
+        RuntimeError: in a backward pass that is to be differentiated itself, of a sum.
     """
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if len(rows) != len(targets):
