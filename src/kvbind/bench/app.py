@@ -229,6 +229,32 @@ def kernels(
 
 
 @app.command()
+def peers(
+    only: Annotated[str, typer.Option(help="Only rows whose name has this in it: rung6, -tokens, host, linear.")] = "",
+    tokens: Tokens = 32768,
+    chunk: Chunk = 2048,
+    width: Width = 384,
+    heads: Heads = 4,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to time each pass, and each again as a graph.")] = 0.2,
+    budget: Annotated[float, typer.Option(min=0.0, help="Begin no further row after this, seconds.")] = 540,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Time `ttt` beside what a user would write instead: compiled PyTorch for every rung, fla token by token."""
+    from kvbind.bench.operands import Size
+    from kvbind.bench.peers import measured, peer_grids, plan
+    from kvbind.inner.systems import RUNGS
+
+    rows = [row for row in plan(tuple(RUNGS), Size(1, tokens, heads, width), chunk) if only in row.name]
+    if not rows:
+        raise typer.BadParameter(f"only must be in the name of a row; got {only!r}")
+    record = _watch(measured(rows, _device(device), seconds, budget), out, every=4)
+    for grid in peer_grids(record):
+        _show(grid)
+    _point_to(out)
+
+
+@app.command()
 def verify(
     only: Annotated[str, typer.Option(help="Only cases whose name has this in it.")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto for what the device computes in.")] = "auto",

@@ -34,14 +34,14 @@ class Goal:
 
 
 GOALS: dict[tuple[str, str], Goal] = {
-    ("rung0", "recurrent"): Goal(1.58, 0.49, 8, 2.5),
+    ("rung0", "recurrent"): Goal(1.58, 0.49, 16, 5),
     ("rung2", "recurrent"): Goal(None, None, 12, None),
-    ("rung2", "parallel"): Goal(21.7, 6.4, 45, 14),
-    ("rung3", "parallel"): Goal(30.6, 9.8, 65, 20),
-    ("rung4", "parallel"): Goal(32.7, 10.6, 70, 22),
-    ("rung5", "parallel"): Goal(35.0, 10.8, 75, 23),
+    ("rung2", "parallel"): Goal(21.7, 6.4, 56, 17),
+    ("rung3", "parallel"): Goal(30.6, 9.8, 94, 31),
+    ("rung4", "parallel"): Goal(32.7, 10.6, 97, 33),
+    ("rung5", "parallel"): Goal(35.0, 10.8, 100, 34),
     ("rung6", "recurrent"): Goal(28.4, None, None, None),
-    ("rung6", "parallel"): Goal(144.6, 30.2, 210, 65),
+    ("rung6", "parallel"): Goal(144.6, 30.2, 250, 80),
 }
 """By rung and form, at `SIZE` and `CHUNK`."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +17,35 @@ from torch.utils import _pytree as pytree
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
+
+
+class Deferred(Mapping[str, Tensor]):
+    """Named tensors that are made when the first of them is asked for.
+
+    Args:
+        make: makes all of them.
+    """
+
+    def __init__(self, make: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._make: Callable[[], Mapping[str, Tensor]] | None = make
+        self._made: Mapping[str, Tensor] = {}
+
+    def _all(self) -> Mapping[str, Tensor]:
+        if self._make is not None:
+            self._made, self._make = self._make(), None
+        return self._made
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Tensor]]]:
+        return dict, (dict(self._all()),)
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,9 +34,14 @@ def has_triton() -> bool:
 
 
 @cache
+def capability(index: int) -> tuple[int, int]:
+    """The compute capability of CUDA device `index`; (0, 0) of one that is not NVIDIA's."""
+    return torch.cuda.get_device_capability(index) if torch.version.hip is None else (0, 0)
+
+
 def capable(index: int) -> bool:
     """Whether CUDA device `index` is an NVIDIA GPU of at least `LEAST_CAPABILITY`."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= LEAST_CAPABILITY
+    return capability(index) >= LEAST_CAPABILITY
 
 
 @torch.compiler.assume_constant_result
@@ -120,7 +125,7 @@ class Launcher:
             if not rehearsing():
                 self.kernel[grid](*args, **constants)
             return
-        key: list[Any] = [args[0].device.index, *constants, *constants.values()]
+        key: list[Any] = [*constants, *constants.values()]
         pointers = largest = 0
         for value, plain in zip(args, self.plain, strict=False):
             kind = value.__class__
@@ -132,8 +137,13 @@ class Launcher:
             elif isinstance(value, Tensor):
                 key.append(value.dtype)
                 pointers |= value.data_ptr()
+            elif hasattr(value, "block_shape"):
+                # a descriptor of a tensor, whose address and strides the accelerator asks to be aligned
+                key += (value.base.dtype, *value.block_shape)
             else:
                 key.append(kind)
+        first = args[0] if isinstance(args[0], Tensor) else args[0].base
+        key.append(first.device.index)
         fixed, ordinary = tuple(key), pointers % 16 == 0 and largest < 2**31
         if rehearsing():
             if not ordinary or is_new((self, fixed)):

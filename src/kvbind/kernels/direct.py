@@ -38,13 +38,18 @@ def call(operator: CustomOpDef, *args: Any) -> Any:
     return body(*args) if body is not None and is_plain(args) else operator(*args)
 
 
-def is_plain(args: tuple[Any, ...]) -> bool:
-    """Whether an operator of these arguments is its body and nothing else: it is neither differentiated nor watched."""
+def is_eager() -> bool:
+    """Whether operators run as they are called: nothing traces, transforms or replaces them."""
     if not _KNOWN or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    if torch._C._get_tracing_state() is not None:
+    return torch._C._get_tracing_state() is None
+
+
+def is_plain(args: tuple[Any, ...]) -> bool:
+    """Whether an operator of these arguments is its body and nothing else: it is neither differentiated nor watched."""
+    if not is_eager() or torch.autograd._profiler_enabled():
         return False
     differentiated = torch.is_grad_enabled()
     tensors = [x for x in args if isinstance(x, Tensor)]

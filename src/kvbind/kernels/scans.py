@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvbind.kernels.bound import Bound
 from kvbind.kernels.common import Launcher, cdiv, on_device_of
 
 _BLOCK = 512
@@ -32,10 +33,11 @@ def _program(SIZE: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _forward_kernel(
     parts, pieces, momentum, retention, velocity, state, sequences, velocities, rows, end_velocity, end_state,
-    state_index, state_head, velocity_index, velocity_head, sign,
+    state_index, state_head, velocity_index, velocity_head, sign, part_chunk, part_head,
     SIZE: tl.constexpr, HEADS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, RETENTION: tl.constexpr,
-    KEEP: tl.constexpr, BLOCK: tl.constexpr,
+    KEEP: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
+    # if WHOLE, writes are in one piece, a sequence's chunk c of head h at part_chunk c + part_head h; pieces are not read
     block, head, sequence = _program(SIZE, BLOCK)
     place = block * BLOCK + tl.arange(0, BLOCK)
     inside = place < SIZE
@@ -54,12 +56,17 @@ def _forward_kernel(
         tl.store(rows + (row * HEADS + head) * SIZE + place, s.to(rows.dtype.element_ty), mask=inside)
         if complete == 0:
             tl.store(end_state + end, s, mask=inside)
-    for c in range(0, count):
+    # stages, so that the next chunks' writes are on their way meanwhile
+    for c in tl.range(0, count, num_stages=4 if WHOLE else 1):
         chunk = first + c
-        piece, more = tl.load(pieces + chunk * 2).to(tl.int64), tl.load(pieces + chunk * 2 + 1)
-        g = tl.load(parts + (piece * HEADS + head) * SIZE + place, mask=inside, other=0.0).to(tl.float32)
-        for i in range(1, more):
-            g += tl.load(parts + ((piece + i) * HEADS + head) * SIZE + place, mask=inside, other=0.0).to(tl.float32)
+        if WHOLE:
+            at = parts + (first * HEADS + c * part_chunk + head * part_head) * SIZE + place
+            g = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        else:
+            piece, more = tl.load(pieces + chunk * 2).to(tl.int64), tl.load(pieces + chunk * 2 + 1)
+            g = tl.load(parts + (piece * HEADS + head) * SIZE + place, mask=inside, other=0.0).to(tl.float32)
+            for i in range(1, more):
+                g += tl.load(parts + ((piece + i) * HEADS + head) * SIZE + place, mask=inside, other=0.0).to(tl.float32)
         if MOMENTUM:
             d = g + tl.load(momentum + chunk * HEADS + head) * d
             g = d
@@ -191,9 +198,9 @@ def scan(
             _forward_kernel[cdiv(size, _BLOCK) * count, heads](
                 parts, pieces, parts if momentum is None else momentum, parts if retention is None else retention,
                 first, start, sequences, velocities, states, end_velocity, end_state,
-                start.stride(0), start.stride(1), first.stride(0), first.stride(1), sign,
+                start.stride(0), start.stride(1), first.stride(0), first.stride(1), sign, heads, 1,
                 SIZE=size, HEADS=heads, MOMENTUM=momentum is not None, STATE=state is not None,
-                RETENTION=retention is not None, KEEP=keep, BLOCK=_BLOCK, num_warps=4,
+                RETENTION=retention is not None, KEEP=keep, BLOCK=_BLOCK, WHOLE=False, num_warps=4,
             )  # fmt: skip
     return velocities, states, end_velocity, end_state
 
@@ -269,3 +276,75 @@ def scan_backward(
         d_momentum.sum(0) if moving and not start_only else None,
         d_retention.sum(0) if gated else None,
     )
+
+
+def blocks_of(size: int) -> int:
+    """Programs that share a matrix of so many elements."""
+    return cdiv(size, _BLOCK)
+
+
+def bound_scan(
+    sequences: int,
+    heads: int,
+    size: int,
+    *,
+    sign: float,
+    keep: bool,
+    momentum: bool = False,
+    velocity: tuple[int, int] = (0, 0),
+    state: tuple[int, int] | None = None,
+    retention: bool = False,
+    by_head: int = 0,
+) -> Bound:
+    """`scan` bound to sizes, of writes that are in one piece each; the launch takes its tensors in the order of the kernel.
+
+    Args:
+        sequences: how many.
+        heads: of each.
+        size: elements of a matrix.
+        sign: what writes are multiplied by.
+        keep: store the writes after momentum.
+        momentum: there are gates.
+        velocity: strides of sequence and head of the momentum buffer to start from.
+        state: those of the state to start from, or None to stop at momentum.
+        retention: there are gates.
+        by_head: the chunks of a sequence where writes lie by head, chunks innermost; 0 where heads are innermost.
+    """
+    numbers = (*(state or (0, 0)), *velocity, sign, *((1, by_head) if by_head else (heads, 1)))
+    return Bound(
+        _forward_kernel.kernel, [None] * 11, (blocks_of(size) * sequences, heads), numbers,
+        SIZE=size, HEADS=heads, MOMENTUM=momentum, STATE=state is not None, RETENTION=retention, KEEP=keep,
+        BLOCK=_BLOCK, WHOLE=True, num_warps=4,
+    )  # fmt: skip
+
+
+def bound_scan_backward(
+    sequences: int,
+    heads: int,
+    size: int,
+    *,
+    chunks: int,
+    sign: float,
+    stated: bool,
+    momentum: bool,
+    velocity: tuple[int, int],
+    retention: bool,
+) -> Bound:
+    """`scan_backward` bound to sizes; the launch takes its tensors in the order of the kernel.
+
+    Args:
+        sequences: as `bound_scan` takes it.
+        heads: likewise.
+        size: likewise.
+        chunks: of all sequences.
+        sign: as `bound_scan` takes it.
+        stated: the forward scan had a state.
+        momentum: it had momentum.
+        velocity: as `bound_scan` takes it.
+        retention: it had retention.
+    """
+    return Bound(
+        _backward_kernel.kernel, [None] * 15, (blocks_of(size) * sequences, heads), (*velocity, sign, chunks),
+        SIZE=size, HEADS=heads, MOMENTUM=momentum, STATE=stated, RETENTION=retention, WRITES=True,
+        BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
