@@ -75,7 +75,7 @@ def test_class_folders_without_a_split_are_divided_class_by_class(tmp_path):
     ("counts", "message"),
     [
         ({"train": {"red": 1}, "val": {"blue": 1}}, "blue must be a class that training has: red"),
-        ({"train": {"red": 0}}, r"must hold images \(.bmp, .jpeg, .jpg, .png, .webp\)"),
+        ({"train": {"red": 0}}, r"must hold images \(.bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp\)"),
         ({"val": {"red": 1, "blue": 1}}, r"data\.source must hold the folder train/ beside val/"),
         ({}, "must hold IDX files, parquet files, or a folder of images per class"),
         ({"": {"red": 1, "blue": 1}}, r"data\.held_out must leave images for training and evaluation; got 0\.2 of 2"),
