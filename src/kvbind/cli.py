@@ -355,6 +355,13 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew, instead of going on where the folder's run stopped.")
     ] = False,
+    accept_changed_data: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changed-data",
+            help="Go on though files of the data were edited, removed or added since, and write that down in the folder.",
+        ),
+    ] = False,
 ) -> None:
     """Train a model, or go on with a run that was interrupted.
 
@@ -382,7 +389,8 @@ def train(
         screen.print(to_yaml(config), style="dim", markup=False, soft_wrap=True)
         screen.print(f"run folder: {folder}")
         with continuable(), progress_bars(screen if first else None) as add:
-            run = train_run(task, config, folder, add("training", config.train.steps))
+            bar = add("training", config.train.steps)
+            run = train_run(task, config, folder, bar, accept_changed_data=accept_changed_data)
     show_metrics(screen, run.result["held_out"])
     screen.print(f"{run.result['steps']} steps in {run.result['training_seconds']:.0f} s, {run.result['skipped']} skipped")
 
