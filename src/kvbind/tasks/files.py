@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -160,7 +161,7 @@ def read_bytes(path: Path, expanded_gib: float = EXPANDED_GIB) -> bytes:
                         f"{len(content)} bytes expand to more"
                     )
                 pieces.append(piece)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} must be a whole gzip file; {error}") from error
     return b"".join(pieces)
 

@@ -134,13 +134,14 @@ class JsonLines:
         """
         where = f"{path}, line {number}"
         try:
-            row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+            row = json.loads(raw.rstrip().decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}, must be UTF-8; byte {error.start + 1} is {raw[error.start]:#04x}") from error
         except RecursionError as error:
             raise ValueError(f"{where}, must be a JSON object; it is nested too deeply") from error
         except json.JSONDecodeError as error:
-            raise ValueError(f"{where}, must be a JSON object; {error.msg} at character {error.pos + 1}") from error
+            what = error.msg.removesuffix(" at")
+            raise ValueError(f"{where}, must be a JSON object; {what} at character {error.pos + 1}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{where}, must be a JSON object; it is {_KINDS.get(type(row), 'a text')}")
         if self.column not in row:

@@ -22,6 +22,7 @@ from kvbind.tasks.files import (
     files_below,
     files_named,
     folders_in,
+    inside,
     read_bytes,
 )
 from kvbind.tasks.pictures import open_picture
@@ -129,6 +130,7 @@ class Rows:
         column: that of the images.
         labels: the class of each row, `[N]`.
         what: the table's name.
+        folder: of a local table, the one that image files which it names must lie in.
         expanded_gib: the most GiB that an image may take.
     """
 
@@ -136,13 +138,18 @@ class Rows:
     column: str
     labels: NDArray[np.int64]
     what: str
+    folder: Path | None = None
     expanded_gib: float = EXPANDED_GIB
 
     def read(self, index: int) -> Image:
         stored, what = self.table[index][self.column], f"row {index + 1} of {self.what}"
         if stored is None:
             raise ValueError(f"data.image_column must hold images; {self.column!r} of {what} holds null")
-        file = Path(stored["path"]) if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+        file: Path | io.BytesIO
+        if stored["bytes"] is not None:
+            file = io.BytesIO(stored["bytes"])
+        else:
+            file = inside(self.folder, stored["path"], what) if self.folder else Path(stored["path"])
         return open_picture(file, what, upright=True, expanded_gib=self.expanded_gib)
 
     def select(self, rows: NDArray[np.int64]) -> Rows:
@@ -306,23 +313,23 @@ class Source:
         kind = getattr(label, "dtype", label)
         if "int" not in str(kind):
             raise ValueError(f"data.label_column must hold the classes as integers; {self.label_column!r} holds {kind}")
-        train = self._rows(parts[self.part])
+        train = self._rows(parts[self.part], folder)
         names = tuple(getattr(label, "names", None) or map(str, range(int(train.labels.max()) + 1)))
         if self.held_out_part in parts:
-            return Splits(train, self._rows(parts[self.held_out_part]), names, contents)
+            return Splits(train, self._rows(parts[self.held_out_part], folder), names, contents)
         if len(parts) > 1:
             raise ValueError(
                 f"data.held_out_part must be a split of {self.where}: {', '.join(parts)}; got {self.held_out_part!r}"
             )
         return self._divide(train, names, contents)
 
-    def _rows(self, table: Any) -> Rows:
+    def _rows(self, table: Any, folder: Path | None) -> Rows:
         import datasets
 
         # a table that says nothing of images holds their bytes; decoding is `open_picture`'s, as of any other image
         pictures = table.cast_column(self.image_column, datasets.Image(decode=False))
         labels = np.asarray(table[self.label_column][:], dtype=np.int64)
-        return Rows(pictures, self.image_column, labels, self.where, self.expanded_gib)
+        return Rows(pictures, self.image_column, labels, self.where, folder, self.expanded_gib)
 
 
 def digits() -> InMemory:
