@@ -205,8 +205,8 @@ def test_hub_names_are_streamed(monkeypatch):
     found = open_documents("hub:HuggingFaceFW/fineweb-edu", None, name="sample-10BT")
     assert asked == {"args": ("HuggingFaceFW/fineweb-edu", "sample-10BT"), "split": "train", "streaming": True}
     assert list(found.once()) == ["one"]
-    others = found.contents().others["hub:HuggingFaceFW/fineweb-edu"]
-    assert others == "sample-10BT, train, revision of HuggingFaceFW/fineweb-edu, sample-10BT"
+    revision = "revision of HuggingFaceFW/fineweb-edu, sample-10BT"
+    assert found.contents().others == {"hub:HuggingFaceFW/fineweb-edu": revision}
 
 
 @pytest.mark.parametrize("source", ["hub:any/name", "rows.parquet"])

@@ -99,10 +99,9 @@ class Source:
 
     def _hub(self, split: Split | None) -> Stream:
         library, name = self._library(), self.where.removeprefix(HUB)
-        revision = library.load_dataset_builder(name, self.name).hash
         table = library.load_dataset(name, self.name, split=self.part, streaming=True)
-        contents = Contents(others={self.where: f"{self.name}, {self.part}, {revision}"})
-        return Stream(Streamed(table, self.column, self.where), split, self.held_out, self.where, contents)
+        revision = Contents(others={self.where: str(library.load_dataset_builder(name, self.name).hash)})
+        return Stream(Streamed(table, self.column, self.where), split, self.held_out, self.where, revision)
 
     def _python(self, root: Path, split: Split | None, skips: Callable[[str], bool] | None = None) -> Files:
         names = [name for name in files_below(root, PYTHON_SUFFIXES, skips) if belongs(name, split, self.held_out)]

@@ -149,6 +149,8 @@ class JsonLines:
         return checked_text(row[self.column], self.column, where)
 
     def texts(self, shard: tuple[int, int] = (0, 1), state: State | None = None) -> Iterator[tuple[str, State]]:
+        if state and "file" not in state:
+            raise ValueError(f"a reading of {self.paths[0]} and others cannot go on from an earlier version's position")
         own = block(len(self.paths), *shard)
         first, start, number = (state["file"], state["byte"], state["line"]) if state else (own.start, 0, 1)
         for index in range(first, own.stop):

@@ -296,8 +296,7 @@ class Source:
                 "with its extra 'data', or datasets itself"
             ) from error
         if folder is None:
-            revision = datasets.load_dataset_builder(name, self.name).hash
-            contents = Contents(others={self.where: f"{self.name}, {revision}"})
+            contents = Contents(others={self.where: str(datasets.load_dataset_builder(name, self.name).hash)})
         else:
             contents = self._contents(folder, files_below(folder, ARROW_SUFFIXES))
         parts = datasets.load_dataset(name, self.name)
