@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
 from image_files import class_folders, idx_folder
 
-from kvbind.experiments.runs import train_run
+from kvbind.cli import main
 from kvbind.tasks import contents, open_task_module
 from kvbind.tasks.contents import Contents, accepted, changes, check_unchanged, record
 from kvbind.train.config import read_config
@@ -151,24 +152,30 @@ def test_data_without_files_are_told_by_what_they_are():
     assert set(changes(record(one), other)["edited"]) == {"procedural, train", "procedural, held_out"}
 
 
-def test_training_goes_on_with_changed_data_on_demand_alone(folder, tmp_path):
-    module = open_task_module("language")
+def test_training_goes_on_with_changed_data_on_demand_alone(folder, tmp_path, capsys):
     for name in "efghijkl":
         (folder / f"{name}.txt").write_text(name * 200)
-    edits = (
-        f"data.source={folder}", "data.length=16", "data.batch=2", "data.window=4", "data.evaluation_samples=1",
-        "data.held_out=0.3", "train.steps=2", "train.checkpoint_every=1", "train.warmup=0", "train.device=cpu",
-        "model.fields.num_hidden_layers=1", "model.fields.hidden_size=32", "model.fields.num_attn_heads=1",
-        "model.fields.num_lact_heads=1",
-    )  # fmt: skip
-    config = module.resolve(read_config(module.Config, module.PRESETS, "tiny", edits))
     run = tmp_path / "run"
-    train_run("language", config, run)
+
+    def train(*options):
+        """What the command ends with, and its last words."""
+        edits = (
+            "data.length=16", "data.batch=2", "data.window=4", "data.evaluation_samples=1", "data.held_out=0.3",
+            "train.steps=2", "train.checkpoint_every=1", "train.warmup=0", "train.device=cpu",
+            "model.fields.num_hidden_layers=1", "model.fields.hidden_size=32", "model.fields.num_attn_heads=1",
+            "model.fields.num_lact_heads=1",
+        )  # fmt: skip
+        with pytest.raises(SystemExit) as end:
+            main(["train", "language", "--preset", "tiny", "--data", str(folder), "--out", str(run), *options, *edits])
+        return end.value.code, capsys.readouterr().err
+
+    assert train()[0] == 0
     # as if it had been killed behind its first step
     (run / "result.json").unlink()
     shutil.rmtree(run / "checkpoints" / "step-00000002")
     edit(folder / "a.txt")
-    with pytest.raises(ValueError, match=r"holds a run on data that have changed since \(edited .*texts/a\.txt\)"):
-        train_run("language", config, run)
-    result = train_run("language", config, run, accept_changed_data=True).result
-    assert (result["steps"], result["data_changed_behind"]) == (2, ["step-00000001"])
+    code, said = train()
+    assert code == 2
+    assert re.search(r"holds a run on data that have changed since \(edited .*texts/a\.txt\)", said)
+    assert train("--accept-changed-data")[0] == 0
+    assert json.loads((run / "result.json").read_text())["data_changed_behind"] == ["step-00000001"]

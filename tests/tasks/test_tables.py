@@ -74,6 +74,7 @@ def test_lines_may_end_in_any_way_and_be_empty(tmp_path, stream):
         (b'["b"]', "a.jsonl, line 2, must be a JSON object; it is a list"),
         (b'"b"', "a.jsonl, line 2, must be a JSON object; it is a text"),
         (b"[" * 100_000, "a.jsonl, line 2, must be a JSON object; it is nested too deeply"),
+        (b'{"text": ' + b"7" * 5000 + b"}", "a.jsonl, line 2, must be a JSON object; Exceeds the limit"),
         (b'{"body": "b", "id": 1}', "a.jsonl, line 2: body, id; got 'text'"),
     ],
 )
@@ -111,6 +112,15 @@ def test_a_parquet_file_that_holds_no_text_is_named(tmp_path, stream, rows, mess
     datasets.Dataset.from_dict({"text": rows}).to_parquet(tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=f"data.column must hold text; {message}"):
         texts(tmp_path, stream)
+
+
+@EITHER_WAY
+def test_parquet_files_may_differ_in_other_columns(tmp_path, stream):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["one"], "id": [1]}).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_dict({"id": ["two"], "text": ["two"], "more": [2]}).to_parquet(tmp_path / "b.parquet")
+    assert texts(tmp_path, stream) == ["one", "two"]
 
 
 def test_a_file_that_is_no_parquet_or_lacks_the_column_is_named(tmp_path):

@@ -137,8 +137,9 @@ class Source:
             return Lines(table, rows, self.where, contents)
         library = self._library()
         check_parquet(paths, self.column)
+        names = [str(path) for path in paths]
         parquet = library.load_dataset(
-            "parquet", data_files=[str(path) for path in paths], split="train", streaming=self.stream
+            "parquet", data_files=names, columns=[self.column], split="train", streaming=self.stream
         )
         if self.stream:
             return Stream(Streamed(parquet, self.column, self.where, paths), split, self.held_out, self.where, contents)

@@ -142,6 +142,8 @@ class JsonLines:
         except json.JSONDecodeError as error:
             what = error.msg.removesuffix(" at")
             raise ValueError(f"{where}, must be a JSON object; {what} at character {error.pos + 1}") from error
+        except ValueError as error:  # a number with more digits than Python reads
+            raise ValueError(f"{where}, must be a JSON object; {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{where}, must be a JSON object; it is {_KINDS.get(type(row), 'a text')}")
         if self.column not in row:
@@ -198,24 +200,35 @@ class Streamed:
             yield checked_text(value, self.column, f"{self.what}, row {number} of this reading"), part.state_dict()
 
 
+def parquet_schema(path: Path) -> Any:
+    """The `pyarrow.Schema` of a parquet file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.read_schema(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path} must be a parquet file; {str(error).partition(chr(10))[0]}") from error
+
+
 def check_parquet(paths: Sequence[Path], column: str) -> None:
     """Refuse parquet files whose column holds no text. Their schemas alone are read.
 
     Raises:
         ValueError: a file that is no parquet, or has no such column of text.
     """
-    import pyarrow
-    from pyarrow import parquet
+    from pyarrow import types
 
     for path in paths:
-        try:
-            schema = parquet.read_schema(path)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{path} must be a parquet file; {str(error).partition(chr(10))[0]}") from error
+        schema = parquet_schema(path)
         if column not in schema.names:
             raise ValueError(f"data.column must be a column of {path}: {', '.join(schema.names)}; got {column!r}")
         kind = schema.field(column).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        if not (types.is_string(kind) or types.is_large_string(kind)):
             raise ValueError(f"data.column must hold text; {column!r} of {path} holds {kind}")
 
 

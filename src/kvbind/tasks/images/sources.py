@@ -18,14 +18,17 @@ from kvbind.tasks.contents import Contents
 from kvbind.tasks.files import (
     ARROW_SUFFIXES,
     EXPANDED_GIB,
+    PARQUET_SUFFIXES,
     PICTURE_SUFFIXES,
     files_below,
     files_named,
     folders_in,
     inside,
+    is_named,
     read_bytes,
 )
 from kvbind.tasks.pictures import open_picture
+from kvbind.tasks.tables import parquet_schema
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -299,7 +302,16 @@ class Source:
             contents = Contents(others={self.where: str(datasets.load_dataset_builder(name, self.name).hash)})
         else:
             contents = self._contents(folder, files_below(folder, ARROW_SUFFIXES))
-        parts = datasets.load_dataset(name, self.name)
+            for path in contents.files.values():
+                if is_named(path.name, PARQUET_SUFFIXES):
+                    parquet_schema(path)
+        try:
+            parts = datasets.load_dataset(name, self.name)
+        except datasets.exceptions.DatasetGenerationError as error:
+            reason = str(error.__cause__ or error).strip().partition("\n")[0]
+            raise ValueError(
+                f"data.source must hold tables of the same columns; {self.where!r} does not: {reason}"
+            ) from error
         if self.part not in parts:
             raise ValueError(f"data.part must be a split of {self.where}: {', '.join(parts)}; got {self.part!r}")
         features = parts[self.part].features
