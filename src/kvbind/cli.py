@@ -372,7 +372,9 @@ def train(
     from kvbind.experiments.runs import discard, run_name, train_run
     from kvbind.experiments.subjects import named_subject
     from kvbind.tasks import open_task_module
+    from kvbind.tasks.contents import RECORD, check_unchanged
     from kvbind.train.bars import progress_bars
+    from kvbind.train.checkpoint import checkpoints
     from kvbind.train.config import read_config, to_yaml
     from kvbind.train.ranks import barrier, connected, rank, restarted
 
@@ -391,6 +393,8 @@ def train(
         with continuable(), progress_bars(screen if first else None) as add:
             bar = add("training", config.train.steps)
             run = train_run(task, config, folder, bar, accept_changed_data=accept_changed_data)
+        if run.reused and first and not accept_changed_data and (folder / RECORD).is_file():
+            check_unchanged(folder, module.Task(config).contents(), checkpoints(folder))
     show_metrics(screen, run.result["held_out"])
     screen.print(f"{run.result['steps']} steps in {run.result['training_seconds']:.0f} s, {run.result['skipped']} skipped")
 

@@ -179,3 +179,8 @@ def test_training_goes_on_with_changed_data_on_demand_alone(folder, tmp_path, ca
     assert re.search(r"holds a run on data that have changed since \(edited .*texts/a\.txt\)", said)
     assert train("--accept-changed-data")[0] == 0
     assert json.loads((run / "result.json").read_text())["data_changed_behind"] == ["step-00000001"]
+    # what a finished run has come to is not what other data would
+    assert train()[0] == 0
+    (folder / "b.txt").unlink()
+    code, said = train()
+    assert (code, "removed" in said) == (2, True)
