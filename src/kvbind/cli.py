@@ -355,6 +355,13 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew, instead of going on where the folder's run stopped.")
     ] = False,
+    accept_changed_data: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changed-data",
+            help="Go on though files of the data were edited, removed or added since, and write that down in the folder.",
+        ),
+    ] = False,
 ) -> None:
     """Train a model, or go on with a run that was interrupted.
 
@@ -365,7 +372,9 @@ def train(
     from kvbind.experiments.runs import discard, run_name, train_run
     from kvbind.experiments.subjects import named_subject
     from kvbind.tasks import open_task_module
+    from kvbind.tasks.contents import RECORD, check_unchanged
     from kvbind.train.bars import progress_bars
+    from kvbind.train.checkpoint import checkpoints
     from kvbind.train.config import read_config, to_yaml
     from kvbind.train.ranks import barrier, connected, rank, restarted
 
@@ -382,7 +391,10 @@ def train(
         screen.print(to_yaml(config), style="dim", markup=False, soft_wrap=True)
         screen.print(f"run folder: {folder}")
         with continuable(), progress_bars(screen if first else None) as add:
-            run = train_run(task, config, folder, add("training", config.train.steps))
+            bar = add("training", config.train.steps)
+            run = train_run(task, config, folder, bar, accept_changed_data=accept_changed_data)
+        if run.reused and first and not accept_changed_data and (folder / RECORD).is_file():
+            check_unchanged(folder, module.Task(config).contents(), checkpoints(folder))
     show_metrics(screen, run.result["held_out"])
     screen.print(f"{run.result['steps']} steps in {run.result['training_seconds']:.0f} s, {run.result['skipped']} skipped")
 

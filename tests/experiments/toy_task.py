@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from kvbind.tasks.contents import Contents
 from kvbind.train import TrainConfig
 
 ROWS = {"rung0": 0.0, "rung1": 1.0, "rung3": 2.0, "rung6": 3.0, "ascent": -1.0, "key_for_query": 4.0}
@@ -82,3 +83,6 @@ class Task:
 
     def fingerprint(self):
         return {"train": self.config.data.source}
+
+    def contents(self):
+        return Contents(others={self.config.data.source: "1"})

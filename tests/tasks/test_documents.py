@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from kvbind.tasks import sources
-from kvbind.tasks.documents import Files, Rows, Stream, Texts, is_held_out
+from kvbind.tasks.contents import Contents
+from kvbind.tasks.documents import Files, Lines, Rows, Stream, Texts, is_held_out
 from kvbind.tasks.sources import Source
+from kvbind.tasks.tables import Streamed
 
 
 def open_documents(where, split, **options):
@@ -138,7 +140,7 @@ def test_a_column_that_is_not_there_is_named(tmp_path):
 def stream(tmp_path, split="train", shards=1):
     datasets, _ = tables(tmp_path)
     table = datasets.Dataset.from_dict({"text": WORDS}).to_iterable_dataset(num_shards=shards)
-    return Stream(table, "text", split, 0.3, "hub:words")
+    return Stream(Streamed(table, "text", "hub:words"), split, 0.3, "hub:words", Contents())
 
 
 @pytest.mark.parametrize("kind", ["memory", "jsonl", "parquet"])
@@ -158,11 +160,12 @@ def test_a_stream_resumes_behind_any_document_in_another_epoch_too(tmp_path, kin
 
 
 def test_tables_are_streamed_on_demand_alone(tmp_path):
-    _, (jsonl, _) = tables(tmp_path)
-    assert isinstance(open_documents(jsonl, "train", stream=True), Stream)
-    assert isinstance(open_documents(jsonl, "train"), Rows)
-    with pytest.raises(ValueError, match=r"data\.column must be a column of"):
-        open_documents(jsonl, "train", stream=True, column="body")
+    _, files = tables(tmp_path)
+    for path, kind in zip(files, (Lines, Rows), strict=True):
+        assert isinstance(open_documents(path, "train", stream=True), Stream)
+        assert isinstance(open_documents(path, "train"), kind)
+        with pytest.raises(ValueError, match=r"data\.column must be a column of"):
+            open_documents(path, "train", stream=True, column="body")
 
 
 def test_a_stream_is_shared_out_by_files(tmp_path):
@@ -185,21 +188,30 @@ def test_a_stream_without_documents_of_the_split_says_so(tmp_path):
 def test_hub_names_are_streamed(monkeypatch):
     asked = {}
 
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"text": ["one"]}).to_iterable_dataset()
+
     class Library:
+        @staticmethod
+        def load_dataset_builder(name, configuration):
+            return type("Builder", (), {"hash": f"revision of {name}, {configuration}"})
+
         @staticmethod
         def load_dataset(*args, **kwargs):
             asked.update(args=args, **kwargs)
-            return [{"text": "one"}]
+            return table
 
     monkeypatch.setitem(sys.modules, "datasets", Library)
     found = open_documents("hub:HuggingFaceFW/fineweb-edu", None, name="sample-10BT")
     assert asked == {"args": ("HuggingFaceFW/fineweb-edu", "sample-10BT"), "split": "train", "streaming": True}
     assert list(found.once()) == ["one"]
+    revision = "revision of HuggingFaceFW/fineweb-edu, sample-10BT"
+    assert found.contents().others == {"hub:HuggingFaceFW/fineweb-edu": revision}
 
 
-@pytest.mark.parametrize("source", ["hub:any/name", "rows.jsonl"])
+@pytest.mark.parametrize("source", ["hub:any/name", "rows.parquet"])
 def test_a_missing_datasets_library_is_named(tmp_path, monkeypatch, source):
-    (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(

@@ -75,7 +75,7 @@ def test_class_folders_without_a_split_are_divided_class_by_class(tmp_path):
     ("counts", "message"),
     [
         ({"train": {"red": 1}, "val": {"blue": 1}}, "blue must be a class that training has: red"),
-        ({"train": {"red": 0}}, r"must hold images \(.bmp, .jpeg, .jpg, .png, .webp\)"),
+        ({"train": {"red": 0}}, r"must hold images \(.bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp\)"),
         ({"val": {"red": 1, "blue": 1}}, r"data\.source must hold the folder train/ beside val/"),
         ({}, "must hold IDX files, parquet files, or a folder of images per class"),
         ({"": {"red": 1, "blue": 1}}, r"data\.held_out must leave images for training and evaluation; got 0\.2 of 2"),
@@ -170,3 +170,17 @@ def test_fingerprints_differ_where_images_or_classes_do(tmp_path):
     before = Source(str(more)).open()
     (more / "train" / "red" / "001.PNG").unlink()
     assert Source(str(more)).open().train.fingerprint() != before.train.fingerprint()
+
+
+def test_tables_that_are_broken_or_differ_are_named(tmp_path):
+    import datasets
+
+    root = parquet_folder(tmp_path / "x", {"train": {"red": 2}, "validation": {"red": 1}})
+    path = root / "train-00000-of-00001.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet must be a parquet file"):
+        Source(str(root)).open()
+    datasets.Dataset.from_dict({"image": [1, 2], "label": [0, 0]}).to_parquet(path)
+    with pytest.raises(ValueError, match=r"data\.source must hold tables of the same columns; .*x' does not: "):
+        Source(str(root)).open()

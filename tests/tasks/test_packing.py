@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 from kvbind.tasks.documents import Texts
 from kvbind.tasks.packing import IGNORED, Packed, Place, Stream, collate, cut, evaluation_batches, load_batches
+from kvbind.tasks.sources import Source
 from kvbind.tasks.tokenizers import Bytes
-from kvbind.train.ranks import Share, united
+from kvbind.train.ranks import WHOLE, Share, united
 
 TEXTS = [chr(97 + i % 26) * (3 + 7 * i % 41) for i in range(60)]
 
@@ -190,3 +192,61 @@ def test_too_little_held_out_text_is_refused():
 def test_collated_samples_keep_their_order():
     samples = cut([(np.arange(24), True)], 8)
     assert collate(samples, separate=False)["input_ids"].flatten().tolist() == list(range(24))
+
+
+LENGTHS = (20, 1, 7, 13, 4)
+"""Rows of each file of a streamed table."""
+
+
+@pytest.fixture(params=["jsonl", "parquet"])
+def streamed(request, tmp_path, monkeypatch):
+    """Batches of a streamed table of files of different lengths, by streams, workers and position."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for number, rows in enumerate(LENGTHS):
+        texts = [f"<{number}.{row}>" + "x" * (3 + (7 * row + number) % 30) for row in range(rows)]
+        path = tmp_path / f"{number}.{request.param}"
+        if request.param == "jsonl":
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        else:
+            datasets.Dataset.from_dict({"text": texts}).to_parquet(path)
+    documents = Source(str(tmp_path), held_out=1e-9, stream=True).open("train")
+
+    def batches(count, streams, workers=0, position=None, share=WHOLE):
+        reading = Packed(
+            documents, Bytes(), length=16, batch=4, window=8, seed=0, streams=streams, position=position, share=share
+        )
+        return list(itertools.islice(load_batches(reading, False, workers), count))
+
+    return batches
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_workers_leave_no_file_of_a_stream_out_and_change_nothing(streamed, streams):
+    whole = streamed(30, streams)
+    text = bytes(torch.cat([batch["input_ids"].flatten() for batch, _ in whole]).tolist()).decode()
+    assert {int(number) for number in re.findall(r"<(\d)\.", text)} == set(range(len(LENGTHS)))
+    for workers in (2, 4) if streams == 4 else (streams,):
+        shared = streamed(30, streams, workers)
+        assert ids(shared) == ids(whole)
+        assert [p for _, p in shared] == [p for _, p in whole]
+
+
+def test_a_stream_goes_on_with_another_number_of_workers_and_processes(streamed):
+    whole = streamed(20, 4)
+    for stop, workers in ((3, 2), (11, 3)):
+        position = json.loads(json.dumps(streamed(stop, 4, workers)[-1][1]))
+        assert ids(streamed(4, 4, 0, position)) == ids(whole[stop : stop + 4])
+        assert ids(streamed(4, 4, 4, position)) == ids(whole[stop : stop + 4])
+    parts = [streamed(6, 4, 2, share=Share.of(i, 2, 4, 1)) for i in range(2)]
+    assert samples([x for part in parts for x in part]) == samples(whole[:6])
+
+
+@pytest.mark.parametrize("streamed", ["jsonl"], indirect=True)
+def test_an_error_of_a_worker_is_the_line_that_it_is_without_workers(streamed):
+    said = []
+    for workers in (0, 2):
+        with pytest.raises(ValueError, match=r"^data\.streams must be at most the 5 files of \S+; got 6$") as caught:
+            streamed(1, 6, workers)
+        said.append(str(caught.value))
+    assert said[0] == said[1]

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from PIL import Image
 
 from kvbind.models.lact_nvs import invert_pose, project
-from kvbind.tasks.views.chunks import load_chunk
+from kvbind.tasks.views.chunks import Chunks, load_chunk
 from kvbind.tasks.views.config import DataConfig
 from kvbind.tasks.views.drawing import Batches, draw_views, evaluation_batches, load_batches, scene_order
 from kvbind.tasks.views.orbit import look_at
@@ -314,3 +316,68 @@ def test_sources_that_are_not_there_are_named(tmp_path):
 def test_settings_that_do_not_fit_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         small(**fields)
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "/etc/passwd", "link/outside.png", "out.png", 7])
+def test_image_files_outside_of_their_scene_s_folder_are_refused_by_name(tmp_path, name):
+    picture(0).save(tmp_path / "outside.png")
+    scene = write_scene(tmp_path / "scenes" / "s0", file_path=lambda path: name if path == "1.png" else path)
+    (scene.parent / "link").symlink_to(tmp_path)
+    (scene.parent / "out.png").symlink_to(tmp_path / "outside.png")
+    source = open_training(small(source=str(tmp_path / "scenes"), held_out_source=str(scene)))
+    what = "view 1's file_path must be a path" if name == 7 else r"file_path must stay inside .*s0"
+    for ask in (lambda: source.read(0, [1]), source.contents):
+        with pytest.raises(ValueError, match=rf"scene\.json: {what}; got {re.escape(repr(name))}"):
+            ask()
+
+
+def test_lists_of_scenes_and_of_chunks_name_files_in_their_folder_alone(tmp_path):
+    write_scene(tmp_path / "s0")
+    write_chunks(tmp_path / "chunks", 2)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "index.json").write_text(json.dumps(["../s0/scene.json"]))
+    (tmp_path / "chunks" / "index.json").write_text(json.dumps({"k0": "000000.torch", "k1": "../chunks/000000.torch"}))
+    for where in ("lists/index.json", "chunks"):
+        with pytest.raises(ValueError, match=r"index\.json: a .* must stay inside .*; got '\.\./"):
+            open_training(small(source=str(tmp_path / where), held_out_source="procedural"))
+    (tmp_path / "chunks" / "index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"index\.json must be a JSON file"):
+        open_training(small(source=str(tmp_path / "chunks"), held_out_source="procedural"))
+
+
+def test_hidden_scenes_and_chunks_are_none(tmp_path):
+    write_scene(tmp_path / "s0")
+    write_scene(tmp_path / ".s1")
+    (tmp_path / "s0" / "._scene.json").write_bytes(b"[{\0\5\x16\7")
+    assert open_training(small(source=str(tmp_path), held_out_source="procedural")).files == ("s0/scene.json",)
+    (tmp_path / "index.json").write_text("[]")
+    (tmp_path / "._a.torch").write_bytes(b"\0\5\x16\7")
+    assert not Chunks.recognizes(tmp_path)
+
+
+def test_chunks_that_were_compressed_or_hold_something_else_are_refused(tmp_path):
+    write_chunks(tmp_path, 1)
+    path, source = tmp_path / "000000.torch", open_training(small(source=str(tmp_path), held_out_source="procedural"))
+    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(tmp_path / "small", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    load_chunk.cache_clear()
+    entries = torch.load(path)
+    (tmp_path / "small").replace(path)
+    with pytest.raises(
+        ValueError, match=r"000000\.torch must be a chunk of scenes as torch\.save writes it; it is compressed"
+    ):
+        source.count(0)
+    for change in ({"key": ["k0"]}, {"images": [b"x"]}, {"cameras": 3}, {"images": [torch.zeros(3)]}):
+        torch.save([entries[0] | change], path)
+        with pytest.raises(ValueError, match=r"000000\.torch must be a list of scenes with key, images"):
+            source.count(0)
+
+
+def test_scenes_are_told_by_their_files_and_pictures(tmp_path):
+    scene = write_scene(tmp_path / "s0", views=2)
+    found = open_training(small(source=str(tmp_path), held_out_source="procedural")).contents()
+    assert set(found.files.values()) == {scene, scene.parent / "0.png", scene.parent / "1.png"}
+    write_chunks(tmp_path / "train", 3)
+    found = open_training(small(source=str(tmp_path), held_out_source="procedural")).contents()
+    assert {path.name for path in found.files.values()} == {"index.json", "000000.torch", "000002.torch"}

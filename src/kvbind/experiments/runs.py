@@ -14,9 +14,10 @@ from typing import Any
 from kvbind.experiments.provenance import machine, versions
 from kvbind.models.saving import without_bars
 from kvbind.tasks import open_task_module
+from kvbind.tasks.contents import accepted, check_unchanged
 from kvbind.train import latest_checkpoint, train
 from kvbind.train.bars import Watch
-from kvbind.train.checkpoint import write_text
+from kvbind.train.checkpoint import checkpoints, write_text
 from kvbind.train.config import TrainConfig, config_hash, load_config, to_plain, to_yaml, what_matters
 from kvbind.train.loop import pick_device
 from kvbind.train.metrics import read_metrics
@@ -101,7 +102,14 @@ def run_name(task: str, config: Any, known: Fingerprints | None = None) -> str:
     return f"{task}-{config_hash([what_matters(config), data])}"
 
 
-def train_run(task: str, config: Any, folder: Path, watch: Watch | None = None, deadline: float | None = None) -> Run:
+def train_run(
+    task: str,
+    config: Any,
+    folder: Path,
+    watch: Watch | None = None,
+    deadline: float | None = None,
+    accept_changed_data: bool = False,
+) -> Run:
     """Train a configuration in `folder`, or go on where an interruption left it, or read what it came to.
 
     Args:
@@ -110,10 +118,12 @@ def train_run(task: str, config: Any, folder: Path, watch: Watch | None = None, 
         folder: of the run.
         watch: told of every step.
         deadline: by `time.monotonic`, when to leave a checkpoint and end; None for never.
+        accept_changed_data: go on with other data than the run was trained on, and write that down in its folder.
 
     Raises:
         OutOfTimeError: the deadline came first.
-        ValueError: the folder holds a run of another configuration, or another process trains in it.
+        ValueError: the folder holds a run of another configuration, or one whose data have changed since, or another process
+            trains in it.
         TrainingStoppedError: as `kvbind.train.train`.
     """
     check_same_config(task, config, folder)
@@ -129,6 +139,7 @@ def train_run(task: str, config: Any, folder: Path, watch: Watch | None = None, 
         folder.mkdir(parents=True, exist_ok=True)
         with only_one(folder) if first else nullcontext():
             if first:
+                check_unchanged(folder, opened.contents(), checkpoints(folder), accept_changed_data)
                 write_text(folder / CONFIG, f"# kvbind train {task}\n{to_yaml(config)}")
             done = train(model, opened, how, folder, watch if deadline is None else ending(how, folder, deadline, watch))
             if first:
@@ -146,6 +157,7 @@ def train_run(task: str, config: Any, folder: Path, watch: Watch | None = None, 
         opened.unit: done.units,
         "training_seconds": round(done.seconds, 4),
         "data": opened.fingerprint(),
+        **({"data_changed_behind": changed} if (changed := accepted(folder)) else {}),
         "versions": versions(),
         "machine": machine(pick_device(config.train.device)),
         **({"processes": processes} if processes > 1 else {}),

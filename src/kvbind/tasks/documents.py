@@ -7,13 +7,16 @@ it: a small dict from which reading goes on at the next document, in another pro
 from __future__ import annotations
 
 import abc
-import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+from kvbind.tasks.contents import Contents
+from kvbind.tasks.files import read_text
+from kvbind.tasks.tables import JsonLines, Table
 
 Split = Literal["train", "held_out"]
 Position = dict[str, Any]
@@ -51,6 +54,10 @@ class Documents(abc.ABC):
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """A short text that differs where the documents do, for naming what a run was trained on."""
+
+    @abc.abstractmethod
+    def contents(self) -> Contents:
+        """What the documents are read from, for noticing that it has changed."""
 
 
 class Indexed(Documents):
@@ -91,26 +98,43 @@ class Files(Indexed):
     Args:
         root: the folder.
         names: paths below it.
+        what: what to call it; default its path.
+        encoding: of the files.
+        errors: what to do with bytes that are no text in it, as `bytes.decode` takes it.
     """
 
-    def __init__(self, root: Path, names: Sequence[str]) -> None:
-        self.root, self.names, self.what = root, tuple(names), str(root)
+    def __init__(
+        self, root: Path, names: Sequence[str], what: str = "", encoding: str = "utf-8", errors: str = "strict"
+    ) -> None:
+        self.root, self.names, self.what = root, tuple(names), what or str(root)
+        self.encoding, self.errors = encoding, errors
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> str:
-        return (self.root / self.names[index]).read_text(encoding="utf-8", errors="replace")
+        return read_text(self.root / self.names[index], self.encoding, self.errors)
 
     def fingerprint(self) -> str:
-        return _digest(f"{name}:{(self.root / name).stat().st_size}" for name in self.names)
+        sizes = (f"{name}:{(self.root / name).stat().st_size}" for name in self.names)
+        return _digest(sizes if self.encoding == "utf-8" else (*sizes, self.encoding))
+
+    def contents(self) -> Contents:
+        files = {f"{self.what.rstrip('/')}/{name}": self.root / name for name in self.names}
+        return Contents(files, encoded(self.encoding))
 
 
 class Texts(Indexed):
-    """Texts in memory."""
+    """Texts in memory.
 
-    def __init__(self, texts: Sequence[str], what: str = "the source") -> None:
-        self.texts, self.what = tuple(texts), what
+    Args:
+        texts: all of them.
+        what: what to call the source in errors.
+        origin: what they were read from.
+    """
+
+    def __init__(self, texts: Sequence[str], what: str = "the source", origin: Contents | None = None) -> None:
+        self.texts, self.what, self.origin = tuple(texts), what, origin
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -121,77 +145,115 @@ class Texts(Indexed):
     def fingerprint(self) -> str:
         return _digest(self.texts)
 
+    def contents(self) -> Contents:
+        return self.origin or Contents(others={self.what: self.fingerprint()})
+
+
+class Lines(Indexed):
+    """Rows of JSONL files.
+
+    Args:
+        table: the files.
+        rows: the rows of this split: number of the file, and where in it the line begins, in bytes, and its number.
+        what: what to call the source in errors.
+        origin: what they are read from.
+    """
+
+    def __init__(self, table: JsonLines, rows: Sequence[tuple[int, int, int]], what: str, origin: Contents) -> None:
+        self.table, self.what, self.origin = table, what, origin
+        self.rows = np.array(rows, dtype=np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> str:
+        file, start, number = self.rows[index].tolist()
+        return self.table.at(self.table.paths[file], start, number)
+
+    def fingerprint(self) -> str:
+        return _digest(self.once())
+
+    def contents(self) -> Contents:
+        return self.origin
+
 
 class Rows(Indexed):
-    """Rows of local JSONL or parquet files, read through the `datasets` library.
+    """Rows of local parquet files, read through the `datasets` library.
 
     Args:
         table: a `datasets.Dataset`.
         column: the column that holds the text.
         rows: the rows of this split.
         what: what to call the source in errors.
+        origin: what they are read from.
     """
 
-    def __init__(self, table: Any, column: str, rows: Sequence[int], what: str) -> None:
-        self.table, self.column, self.rows, self.what = table, column, rows, what
+    def __init__(self, table: Any, column: str, rows: Sequence[int], what: str, origin: Contents) -> None:
+        self.table, self.column, self.rows, self.what, self.origin = table, column, rows, what, origin
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> str:
-        return self.table[self.rows[index]][self.column]
+        text: str = self.table[self.rows[index]][self.column]
+        return text
 
     def fingerprint(self) -> str:
         return _digest(self.once())
 
+    def contents(self) -> Contents:
+        return self.origin
+
 
 class Stream(Documents):
-    """A data set too large to hold, read as it comes; the split of each document goes by its text.
+    """A table too large to hold, read as it comes; the split of each document goes by its text.
 
-    The order is the data set's own: what shuffles is the window of samples that the reader keeps.
+    The order is the table's own: what shuffles is the window of samples that the reader keeps.
 
     Args:
-        table: a `datasets.IterableDataset`.
-        column: the column that holds the text.
+        table: the table.
         split: which split to keep; None for all.
         fraction: the held-out fraction.
         what: what to call the source in errors.
+        origin: what it is read from.
     """
 
-    def __init__(self, table: Any, column: str, split: Split | None, fraction: float, what: str) -> None:
-        self.table, self.column, self.split, self.fraction, self.what = table, column, split, fraction, what
+    def __init__(self, table: Table, split: Split | None, fraction: float, what: str, origin: Contents) -> None:
+        self.table, self.split, self.fraction, self.what, self.origin = table, split, fraction, what, origin
 
     def _keeps(self, text: str) -> bool:
         return bool(text) and belongs(text, self.split, self.fraction)
 
     def once(self) -> Iterator[str]:
-        return (row[self.column] for row in self.table if self._keeps(row[self.column]))
+        return (text for text, _ in self.table.texts() if self._keeps(text))
 
     def forever(
         self, seed: int, position: Position | None = None, shard: tuple[int, int] = (0, 1)
     ) -> Iterator[tuple[str, Position]]:
-        index, count = shard
-        if count > self.table.num_shards:
-            raise ValueError(f"data.streams must be at most the {self.table.num_shards} files of {self.what}; got {count}")
+        if shard[1] > self.table.shards:
+            raise ValueError(f"data.streams must be at most the {self.table.shards} files of {self.what}; got {shard[1]}")
         epoch = position["epoch"] if position else 0
         while True:
-            # a copy, as a table that has loaded a state starts from it in every later iteration too
-            part = copy.deepcopy(self.table)
-            if count > 1:
-                part = part.shard(num_shards=count, index=index)
-            if position:
-                part.load_state_dict(position["rows"])
             some = bool(position)
-            for row in part:
-                if self._keeps(row[self.column]):
+            for text, behind in self.table.texts(shard, position["rows"] if position else None):
+                if self._keeps(text):
                     some = True
-                    yield row[self.column], {"epoch": epoch, "rows": part.state_dict()}
+                    yield text, {"epoch": epoch, "rows": behind}
             if not some:
-                raise ValueError(f"data.source {self.what} has no documents for the split {self.split!r}")
+                where = f" in stream {shard[0]} of {shard[1]} (data.streams)" if shard[1] > 1 else ""
+                raise ValueError(f"data.source {self.what} has no documents for the split {self.split!r}{where}")
             epoch, position = epoch + 1, None
 
     def fingerprint(self) -> str:
         return f"{self.what}, split {self.split}, {self.fraction}"
+
+    def contents(self) -> Contents:
+        return self.origin
+
+
+def encoded(encoding: str) -> dict[str, str]:
+    """What tells text files apart from the same ones in another encoding."""
+    return {} if encoding == "utf-8" else {"data.encoding": encoding}
 
 
 def _digest(parts: Iterable[str]) -> str:

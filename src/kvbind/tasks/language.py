@@ -18,6 +18,7 @@ from kvbind.inner.value import nearest
 from kvbind.models.presets import PRESETS as SIZES
 from kvbind.sequence import SequenceShard, sequence_parallel
 from kvbind.tasks import preset_files
+from kvbind.tasks.contents import Contents
 from kvbind.tasks.documents import Split
 from kvbind.tasks.inner_loops import edited, table_rows
 from kvbind.tasks.packing import IGNORED, Batch, Packed, evaluation_batches, load_batches
@@ -65,6 +66,7 @@ class DataConfig:
         stream: read local JSONL or parquet as it comes, where it is too large to be gone through beforehand.
         name: of hub data sets, the configuration.
         part: of hub data sets, the published split.
+        encoding: of text files, as Python names it; JSONL and parquet are always UTF-8.
         held_out: the fraction of documents kept for evaluation, chosen by a stable hash.
         held_out_source: other text to evaluate on, all of it; training then reads all of `source`.
         held_out_name: of a hub `held_out_source`, the configuration.
@@ -87,6 +89,7 @@ class DataConfig:
     stream: bool = False
     name: str | None = None
     part: str = "train"
+    encoding: str = "utf-8"
     held_out: float = 0.1
     held_out_source: str | None = None
     held_out_name: str | None = None
@@ -101,7 +104,8 @@ class DataConfig:
     evaluation_samples: int = 64
     evaluation_batch: int = 0
 
-    INDIFFERENT: ClassVar[tuple[str, ...]] = ("workers",)
+    INDIFFERENT: ClassVar[tuple[str, ...]] = ("workers", "encoding")
+    """What `kvbind.train.config.what_matters` leaves out; an encoding is told apart by what is read, as files are."""
 
     def __post_init__(self) -> None:
         for key, least in {"length": 2, "batch": 1, "window": 1, "streams": 1, "workers": 0, "evaluation_samples": 1,
@@ -202,7 +206,7 @@ class LanguageTask:
         self.config, self.batch = config, data.batch
         inner_loop(config.model)  # an inner loop that is none is better known before any text is read
         self.tokenizer = open_tokenizer(data.tokenizer)
-        source = Source(data.source, data.held_out, data.column, data.stream, data.name, data.part)
+        source = Source(data.source, data.held_out, data.column, data.stream, data.name, data.part, data.encoding)
         split: Split | None = "train"
         if data.held_out_source:
             elsewhere = replace(source, where=data.held_out_source, name=data.held_out_name, part=data.held_out_part)
@@ -214,7 +218,7 @@ class LanguageTask:
             held_out, self.tokenizer, length=data.length, batch=data.evaluation_batch or data.batch,
             samples=data.evaluation_samples, separate=data.separate,
         )  # fmt: skip
-        self.held_out_fingerprint = held_out.fingerprint()
+        self.held_out_fingerprint, self.held_out_contents = held_out.fingerprint(), held_out.contents()
 
     def build(self) -> LactForCausalLM:
         """A model with fresh weights, drawn from the run's seed."""
@@ -310,6 +314,11 @@ class LanguageTask:
         model.save_pretrained(folder)
         if isinstance(self.tokenizer, Pretrained):
             self.tokenizer.inner.save_pretrained(folder)
+
+    def contents(self) -> Contents:
+        """What the text is read from, for noticing that it has changed."""
+        found = self.held_out_contents
+        return found if self.documents is None else self.documents.contents() | found
 
     def fingerprint(self) -> dict[str, str]:
         """What text this is, for telling runs apart."""

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from kvbind.tasks.documents import Documents, Position
+from kvbind.tasks.reading import read_with
 from kvbind.tasks.tokenizers import Tokenizer
 from kvbind.train.ranks import WHOLE, Share
 
@@ -210,9 +211,7 @@ def load_batches(packed: Packed, separate: bool, workers: int) -> Iterator[tuple
         A batch, and the position behind it, and behind those of the other ranks' shares that belong to the same turn.
     """
     workers = min(workers, len(packed.own))
-    # its own generator: the loader draws a seed for its workers, which must not come out of the model's randomness
-    loader: Any = DataLoader(packed, batch_size=None, num_workers=workers, collate_fn=_as_read, generator=torch.Generator())
-    read = iter(loader)
+    read = read_with(workers, packed, batch_size=None, collate_fn=_as_read)
     places: dict[str, Any] = {}
     for turn in itertools.count(1):
         parts = [next(read) for _ in range(max(workers, 1))]  # torch asks its workers in turn

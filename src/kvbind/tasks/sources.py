@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
-import os
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbind.tasks.documents import Documents, Files, Rows, Split, Stream, Texts, belongs
+from kvbind.tasks.contents import Contents
+from kvbind.tasks.documents import Documents, Files, Lines, Rows, Split, Stream, Texts, belongs, encoded
+from kvbind.tasks.files import (
+    JSONL_SUFFIXES,
+    PYTHON_SUFFIXES,
+    TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
+    check_texts,
+    files_below,
+    is_named,
+    read_text,
+)
+from kvbind.tasks.tables import JsonLines, Streamed, check_parquet, checked_text, refuse_nulls
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".html")
-TABLE_SUFFIXES = {".jsonl": "json", ".parquet": "parquet"}
-"""The files that the `datasets` library reads, and the name of its reader."""
 HUB, PACKAGE = "hub:", "package:"
 
 # Packages of the standard library that are absent from some installations, written for one machine, or tables of numbers.
@@ -35,6 +44,7 @@ class Source:
         stream: read local tables as they come, where they are too large to be gone through beforehand.
         name: of hub data sets, the configuration.
         part: of hub data sets, the published split.
+        encoding: of text files. JSONL is UTF-8 always.
     """
 
     where: str
@@ -43,72 +53,103 @@ class Source:
     stream: bool = False
     name: str | None = None
     part: str = "train"
+    encoding: str = "utf-8"
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
             raise ValueError(f"data.held_out must lie between 0 and 1; got {self.held_out}")
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise ValueError(f"data.encoding must be an encoding that Python knows; got {self.encoding!r}") from None
 
     def open(self, split: Split | None) -> Documents:
         """The documents of "train", of "held_out", or, for None, of both together.
 
         Raises:
-            ValueError: a source that does not exist or holds no text for that split.
-            ImportError: a table or a hub data set, and the `datasets` library is not installed.
+            ValueError: a source that does not exist, holds no text for that split, or holds something else.
+            ImportError: parquet files or a hub data set, and the `datasets` library is not installed.
         """
         path = Path(self.where).expanduser()
         found: Documents
         if self.where.startswith(HUB):
-            name = self.where.removeprefix(HUB)
-            table = self._library().load_dataset(name, self.name, split=self.part, streaming=True)
-            return Stream(table, self.column, split, self.held_out, self.where)
+            return self._hub(split)
         if self.where.startswith(PACKAGE):
-            found = self._files(package_folder(self.where.removeprefix(PACKAGE)), (".py",), split, _hidden)
+            found = self._python(package_folder(self.where.removeprefix(PACKAGE)), split)
         elif self.where == "stdlib":
-            found = self._files(Path(sysconfig.get_path("stdlib")), (".py",), split, _stdlib_skips)
+            found = self._python(Path(sysconfig.get_path("stdlib")), split, _stdlib_skips)
         elif path.is_dir():
-            tables = [p for p in sorted(path.rglob("*")) if p.suffix in TABLE_SUFFIXES]
-            found = self._tables(tables, split) if tables else self._files(path, TEXT_SUFFIXES, split, _hidden)
+            tables = {f"{self.where.rstrip('/')}/{name}": path / name for name in files_below(path, TABLE_SUFFIXES)}
+            found = self._tables(tables, split) if tables else self._texts(path, split)
         elif path.is_file():
-            found = self._tables([path], split) if path.suffix in TABLE_SUFFIXES else self._one_text(path, split)
+            found = (
+                self._tables({self.where: path}, split) if is_named(path.name, TABLE_SUFFIXES) else self._text(path, split)
+            )
         else:
             raise ValueError(
                 f"data.source must be 'stdlib', '{PACKAGE}NAME', a folder or file of text, JSONL or parquet, or '{HUB}NAME' "
                 f"for a data set on the Hugging Face hub; got {self.where!r}, which does not exist"
             )
-        if not isinstance(found, Stream) and next(found.once(), None) is None:
+        # of a stream one row, of whatever split: a split's first may be far
+        if next(iter(found.table.texts() if isinstance(found, Stream) else found.once()), None) is None:
             python = self.where == "stdlib" or self.where.startswith(PACKAGE)
             kinds = "Python source" if python else f"text ({', '.join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))})"
             raise ValueError(f"data.source {self.where!r} holds no {kinds} for the split {split!r}")
         return found
 
-    def _files(self, root: Path, suffixes: tuple[str, ...], split: Split | None, skips: Callable[[str], bool]) -> Files:
-        names = []
-        for folder, subfolders, files in os.walk(root):
-            subfolders[:] = [name for name in subfolders if not skips(name)]
-            here = Path(folder).relative_to(root)
-            names += [(here / name).as_posix() for name in files if name.endswith(suffixes) and not skips(name)]
-        kept = [name for name in sorted(names) if belongs(name, split, self.held_out) and (root / name).stat().st_size]
-        return Files(root, kept)
+    def _hub(self, split: Split | None) -> Stream:
+        library, name = self._library(), self.where.removeprefix(HUB)
+        table = library.load_dataset(name, self.name, split=self.part, streaming=True)
+        revision = Contents(others={self.where: str(library.load_dataset_builder(name, self.name).hash)})
+        return Stream(Streamed(table, self.column, self.where), split, self.held_out, self.where, revision)
 
-    def _one_text(self, path: Path, split: Split | None) -> Texts:
-        text = path.read_text(encoding="utf-8", errors="replace")
+    def _python(self, root: Path, split: Split | None, skips: Callable[[str], bool] | None = None) -> Files:
+        names = [name for name in files_below(root, PYTHON_SUFFIXES, skips) if belongs(name, split, self.held_out)]
+        return Files(root, [name for name in names if (root / name).stat().st_size], self.where, errors="replace")
+
+    def _texts(self, root: Path, split: Split | None) -> Files:
+        names = [name for name in files_below(root, TEXT_SUFFIXES) if belongs(name, split, self.held_out)]
+        found = Files(root, [name for name in names if (root / name).stat().st_size], self.where, self.encoding)
+        check_texts(found.contents().files.values(), self.encoding)
+        return found
+
+    def _text(self, path: Path, split: Split | None) -> Texts:
+        text = read_text(path, self.encoding)
         cut = int(len(text) * (1 - self.held_out))
         part = {None: text, "train": text[:cut], "held_out": text[cut:]}[split]
-        return Texts([part] if part else [], str(path))
+        return Texts([part] if part else [], self.where, Contents({self.where: path}, encoded(self.encoding)))
 
-    def _tables(self, paths: list[Path], split: Split | None) -> Rows | Stream:
-        readers = {TABLE_SUFFIXES[path.suffix] for path in paths}
-        if len(readers) > 1:
+    def _tables(self, files: Mapping[str, Path], split: Split | None) -> Documents:
+        contents, paths = Contents(files), list(files.values())
+        lines = [is_named(path.name, JSONL_SUFFIXES) for path in paths]
+        if any(lines) and not all(lines):
             raise ValueError(f"data.source must hold JSONL or parquet files, not both; got {self.where!r}")
-        files = [str(path) for path in paths]
-        table = self._library().load_dataset(readers.pop(), data_files=files, split="train", streaming=self.stream)
-        columns = table.column_names or list(next(iter(table), {}))
-        if self.column not in columns:
-            raise ValueError(f"data.column must be a column of {self.where}: {', '.join(columns)}; got {self.column!r}")
+        if all(lines):
+            table = JsonLines(paths, self.column)
+            if self.stream:
+                return Stream(table, split, self.held_out, self.where, contents)
+            rows = [
+                (number, line.start, line.number)
+                for number, path in enumerate(paths)
+                for line in table.lines(path)
+                if line.text and belongs(line.text, split, self.held_out)
+            ]
+            return Lines(table, rows, self.where, contents)
+        library = self._library()
+        check_parquet(paths, self.column)
+        names = [str(path) for path in paths]
+        parquet = library.load_dataset(
+            "parquet", data_files=names, columns=[self.column], split="train", streaming=self.stream
+        )
         if self.stream:
-            return Stream(table, self.column, split, self.held_out, self.where)
-        rows = [i for i, text in enumerate(table[self.column]) if text and belongs(text, split, self.held_out)]
-        return Rows(table, self.column, rows, self.where)
+            return Stream(Streamed(parquet, self.column, self.where, paths), split, self.held_out, self.where, contents)
+        kept = []
+        for i, text in enumerate(parquet[self.column]):
+            if text is None:
+                refuse_nulls(paths, self.column)
+            if checked_text(text, self.column, f"{self.where}, row {i + 1}") and belongs(text, split, self.held_out):
+                kept.append(i)
+        return Rows(parquet, self.column, kept, self.where, contents)
 
     def _library(self) -> Any:
         try:
@@ -140,7 +181,3 @@ def package_folder(name: str) -> Path:
 
 def _stdlib_skips(name: str) -> bool:
     return name in _STDLIB_LEFT_OUT or name.startswith(("_sysconfigdata", "config-"))
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".")

@@ -16,6 +16,8 @@ from kvbind.inner.systems import vittt
 from kvbind.inner.value import check_choice, nearest
 from kvbind.models.saving import without_bars
 from kvbind.tasks import preset_files
+from kvbind.tasks.contents import Contents
+from kvbind.tasks.files import EXPANDED_GIB
 from kvbind.tasks.images.augment import Augment, AugmentConfig, ReadEvaluation, ReadTraining, check_fits_memory, normalized
 from kvbind.tasks.images.loading import Batch, Order, Reads, evaluation_batches, training_batches
 from kvbind.tasks.images.sources import Images, InMemory, Source, Splits
@@ -77,6 +79,7 @@ class DataConfig:
         channels: 1 for grey, 3 for colour.
         mean: of each channel, of pixels from 0 to 1.
         std: of each channel, likewise.
+        expanded_gib: the most GiB that a compressed file or an image may expand to.
         kept: in evaluation, the side of the central square that is seen over the image's shorter side.
         batch: images in a batch.
         workers: processes that read; 0 for none besides the training one. Nothing but speed depends on it.
@@ -95,12 +98,13 @@ class DataConfig:
     channels: int = 3
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    expanded_gib: float = EXPANDED_GIB
     kept: float = 1.0
     batch: int = 64
     workers: int = 0
     evaluation_batch: int = 0
 
-    INDIFFERENT: ClassVar[tuple[str, ...]] = ("workers",)
+    INDIFFERENT: ClassVar[tuple[str, ...]] = ("workers", "expanded_gib")
 
     def __post_init__(self) -> None:
         for key, least in {"images": 0, "size": 1, "batch": 1, "workers": 0, "evaluation_batch": 0}.items():
@@ -115,6 +119,8 @@ class DataConfig:
                 )
         if min(self.std) <= 0:
             raise ValueError(f"data.std must be above 0; got {list(self.std)}")
+        if not self.expanded_gib > 0:
+            raise ValueError(f"data.expanded_gib must be above 0; got {self.expanded_gib}")
         if not 0 < self.kept <= 1:
             raise ValueError(f"data.kept must be above 0 and at most 1; got {self.kept}")
 
@@ -126,8 +132,9 @@ class DataConfig:
             ImportError: a source that needs a library which is not installed.
         """
         source = Source(
-            self.source, self.held_out, self.name, self.part, self.held_out_part, self.image_column, self.label_column
-        )
+            self.source, self.held_out, self.name, self.part, self.held_out_part, self.image_column, self.label_column,
+            self.expanded_gib,
+        )  # fmt: skip
         return source.open()
 
 
@@ -286,7 +293,7 @@ class ImagesTask:
             )
         inner_loops(config.model)  # inner loops that are none are better known before any image is read
         splits = data.open()
-        self.names = splits.names
+        self.names, self._contents = splits.names, splits.contents
         counted = len(splits.train.labels)
         if data.images not in (0, counted):
             raise ValueError(f"data.images must be 0 or the number of training images, {counted}; got {data.images}")
@@ -401,6 +408,10 @@ class ImagesTask:
         """Write a model in transformers' format."""
         with without_bars():
             model.save_pretrained(folder)
+
+    def contents(self) -> Contents:
+        """What the images are read from, for noticing that it has changed."""
+        return self._contents
 
     def fingerprint(self) -> dict[str, str]:
         """What images these are, for telling runs apart."""

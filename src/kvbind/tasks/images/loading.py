@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from kvbind.tasks.images.augment import Among
 from kvbind.tasks.images.sources import InMemory, Readable
+from kvbind.tasks.reading import read_with
 from kvbind.train.ranks import WHOLE, Share
 
 Batch = dict[str, Any]
@@ -165,9 +166,5 @@ def evaluation_batches(
 
 def loaded(images: Reads, places: Any, workers: int) -> Iterator[Batch]:
     """Batches of images that are read at `places`, a list of batches or a sampler of them."""
-    # its own generator: the loader draws a seed for its workers, which must not come out of the model's randomness
-    loader: Any = DataLoader(
-        images, batch_sampler=places, num_workers=workers, pin_memory=torch.cuda.is_available(), generator=torch.Generator()
-    )
-    for pixels, labels in loader:
+    for pixels, labels in read_with(workers, images, batch_sampler=places, pin_memory=torch.cuda.is_available()):
         yield {"images": pixels, "labels": labels}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
+import io
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -14,19 +14,33 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvbind.tasks.contents import Contents
+from kvbind.tasks.files import (
+    ARROW_SUFFIXES,
+    EXPANDED_GIB,
+    PARQUET_SUFFIXES,
+    PICTURE_SUFFIXES,
+    files_below,
+    files_named,
+    folders_in,
+    inside,
+    is_named,
+    read_bytes,
+)
+from kvbind.tasks.pictures import open_picture
+from kvbind.tasks.tables import parquet_schema
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 HUB = "hub:"
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
-"""The files of a class folder that are read."""
 
 TRAIN_FOLDERS = ("train",)
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
 """Folders of class folders, in the order in which they are looked for."""
 
-TABLES = ("*.parquet", "data/*.parquet", "*.arrow")
-"""Where a folder of tables has them."""
+TABLES = ((".", "*.parquet"), ("data", "*.parquet"), (".", "*.arrow"))
+"""Where a folder of tables has them: folders below it, and the files there."""
 
 IDX_FILES = {"train": "train", "held_out": "t10k"}
 """The first word of the IDX files of each split, as MNIST and Fashion-MNIST name them."""
@@ -44,7 +58,11 @@ class Readable(Protocol):
         ...
 
     def read(self, index: int) -> Image:
-        """One image, in its own size and mode."""
+        """One image, in its own size, as 8-bit RGB.
+
+        Raises:
+            ValueError: it cannot be read as one; the message names it.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -86,22 +104,20 @@ class Files:
         root: the folder that their names start from.
         names: of the files.
         labels: the class of each, `[N]`.
+        expanded_gib: the most GiB that an image may take.
     """
 
     root: Path
     names: tuple[str, ...]
     labels: NDArray[np.int64]
+    expanded_gib: float = EXPANDED_GIB
 
     def read(self, index: int) -> Image:
-        from PIL import Image
-
-        with Image.open(self.root / self.names[index]) as image:
-            image.load()
-            return image
+        return open_picture(self.root / self.names[index], upright=True, expanded_gib=self.expanded_gib)
 
     def select(self, rows: NDArray[np.int64]) -> Files:
         """Some of them."""
-        return Files(self.root, tuple(self.names[row] for row in rows), self.labels[rows])
+        return replace(self, names=tuple(self.names[row] for row in rows), labels=self.labels[rows])
 
     def fingerprint(self) -> str:
         """A hash of every name and label; files are not opened."""
@@ -117,20 +133,31 @@ class Rows:
         column: that of the images.
         labels: the class of each row, `[N]`.
         what: the table's name.
+        folder: of a local table, the one that image files which it names must lie in.
+        expanded_gib: the most GiB that an image may take.
     """
 
     table: Any
     column: str
     labels: NDArray[np.int64]
     what: str
+    folder: Path | None = None
+    expanded_gib: float = EXPANDED_GIB
 
     def read(self, index: int) -> Image:
-        image: Image = self.table[index][self.column]
-        return image
+        stored, what = self.table[index][self.column], f"row {index + 1} of {self.what}"
+        if stored is None:
+            raise ValueError(f"data.image_column must hold images; {self.column!r} of {what} holds null")
+        file: Path | io.BytesIO
+        if stored["bytes"] is not None:
+            file = io.BytesIO(stored["bytes"])
+        else:
+            file = inside(self.folder, stored["path"], what) if self.folder else Path(stored["path"])
+        return open_picture(file, what, upright=True, expanded_gib=self.expanded_gib)
 
     def select(self, rows: NDArray[np.int64]) -> Rows:
         """Some of them."""
-        return Rows(self.table.select(rows), self.column, self.labels[rows], self.what)
+        return replace(self, table=self.table.select(rows), labels=self.labels[rows])
 
     def fingerprint(self) -> str:
         """The table's name and a hash of the labels; images are not opened."""
@@ -149,6 +176,7 @@ class Splits:
         train: images to train on.
         held_out: images to evaluate on.
         names: of the classes.
+        contents: what they are read from.
 
     Raises:
         ValueError: a label that is no class.
@@ -157,6 +185,7 @@ class Splits:
     train: Images
     held_out: Images
     names: tuple[str, ...]
+    contents: Contents = field(default_factory=Contents)
 
     def __post_init__(self) -> None:
         # on a GPU such a label would end the process long after, and without saying why
@@ -183,6 +212,7 @@ class Source:
         held_out_part: of tables, the split to evaluate on.
         image_column: of tables, that of the images.
         label_column: of tables, that of the classes.
+        expanded_gib: the most GiB that a compressed file or an image may expand to.
     """
 
     where: str
@@ -192,6 +222,7 @@ class Source:
     held_out_part: str = "validation"
     image_column: str = "image"
     label_column: str = "label"
+    expanded_gib: float = EXPANDED_GIB
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
@@ -205,22 +236,27 @@ class Source:
             ImportError: a source that needs a library which is not installed.
         """
         if self.where == "digits":
-            return self._divide(digits(), tuple("0123456789"))
-        path = Path(self.where).expanduser()
+            images = digits()
+            return self._divide(images, tuple("0123456789"), Contents(others={self.where: images.fingerprint()}))
         if self.where.startswith(HUB):
             return self._tables(self.where.removeprefix(HUB))
+        path = Path(self.where).expanduser()
         if not path.is_dir():
             raise ValueError(
                 f"data.source must be 'digits', a folder of IDX files, of class folders or of parquet files, or '{HUB}NAME' "
                 f"for a data set on the Hugging Face hub; got {self.where!r}, which does not exist"
             )
-        if any(path.glob("*-images*ubyte*")):
-            return idx_splits(path)
-        if any(any(path.glob(pattern)) for pattern in TABLES):
-            return self._tables(str(path))
+        if files_named(path, "*-images*ubyte*"):
+            return idx_splits(path, self.where, self.expanded_gib)
+        if any((path / below).is_dir() and files_named(path / below, pattern) for below, pattern in TABLES):
+            return self._tables(str(path), path)
         return self._class_folders(path)
 
-    def _divide(self, images: Some, names: tuple[str, ...]) -> Splits:
+    def _contents(self, path: Path, names: Iterable[str]) -> Contents:
+        """Files by their paths below the source."""
+        return Contents({f"{self.where.rstrip('/')}/{name}": path / name for name in names})
+
+    def _divide(self, images: Some, names: tuple[str, ...], contents: Contents) -> Splits:
         """Hold out a fraction of each class, the same whatever the run's seed."""
         labels, held_out = images.labels, np.zeros(len(images.labels), dtype=bool)
         rng = np.random.default_rng(SPLIT_SEED)
@@ -231,26 +267,30 @@ class Source:
             raise ValueError(
                 f"data.held_out must leave images for training and evaluation; got {self.held_out} of {len(labels)}"
             )
-        return Splits(images.select(np.flatnonzero(~held_out)), images.select(np.flatnonzero(held_out)), names)
+        train, evaluated = (images.select(np.flatnonzero(rows)) for rows in (~held_out, held_out))
+        return Splits(train, evaluated, names, contents)
 
     def _class_folders(self, path: Path) -> Splits:
         train = next((path / name for name in TRAIN_FOLDERS if (path / name).is_dir()), None)
         held_out = next((path / name for name in HELD_OUT_FOLDERS if (path / name).is_dir()), None)
-        if held_out and not train and any(entry.is_dir() for entry in held_out.iterdir()):
+        if held_out and not train and folders_in(held_out):
             raise ValueError(
                 f"data.source must hold the folder {TRAIN_FOLDERS[0]}/ beside {held_out.name}/; {str(path)!r} does not"
             )
         home = train or path
-        names = tuple(sorted(entry.name for entry in home.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+        names = tuple(folders_in(home))
         if not names:
             raise ValueError(
                 "data.source must hold IDX files, parquet files, or a folder of images per class, in train/ and val/ or on "
                 f"their own; {str(path)!r} holds none"
             )
-        found = files_in(home, names)
-        return Splits(found, files_in(held_out, names), names) if train and held_out else self._divide(found, names)
+        found = replace(files_in(home, names), expanded_gib=self.expanded_gib)
+        evaluated = replace(files_in(held_out, names), expanded_gib=self.expanded_gib) if train and held_out else None
+        files = [part.root / name for part in (found, evaluated) if part for name in part.names]
+        contents = self._contents(path, (file.relative_to(path).as_posix() for file in files))
+        return Splits(found, evaluated, names, contents) if evaluated else self._divide(found, names, contents)
 
-    def _tables(self, name: str) -> Splits:
+    def _tables(self, name: str, folder: Path | None = None) -> Splits:
         try:
             import datasets
         except ImportError as error:
@@ -258,7 +298,20 @@ class Source:
                 f"data.source {self.where!r} is read through the library 'datasets', which is not installed; install kvbind "
                 "with its extra 'data', or datasets itself"
             ) from error
-        parts = datasets.load_dataset(name, self.name)
+        if folder is None:
+            contents = Contents(others={self.where: str(datasets.load_dataset_builder(name, self.name).hash)})
+        else:
+            contents = self._contents(folder, files_below(folder, ARROW_SUFFIXES))
+            for path in contents.files.values():
+                if is_named(path.name, PARQUET_SUFFIXES):
+                    parquet_schema(path)
+        try:
+            parts = datasets.load_dataset(name, self.name)
+        except datasets.exceptions.DatasetGenerationError as error:
+            reason = str(error.__cause__ or error).strip().partition("\n")[0]
+            raise ValueError(
+                f"data.source must hold tables of the same columns; {self.where!r} does not: {reason}"
+            ) from error
         if self.part not in parts:
             raise ValueError(f"data.part must be a split of {self.where}: {', '.join(parts)}; got {self.part!r}")
         features = parts[self.part].features
@@ -271,22 +324,23 @@ class Source:
         kind = getattr(label, "dtype", label)
         if "int" not in str(kind):
             raise ValueError(f"data.label_column must hold the classes as integers; {self.label_column!r} holds {kind}")
-        train = self._rows(parts[self.part])
+        train = self._rows(parts[self.part], folder)
         names = tuple(getattr(label, "names", None) or map(str, range(int(train.labels.max()) + 1)))
         if self.held_out_part in parts:
-            return Splits(train, self._rows(parts[self.held_out_part]), names)
+            return Splits(train, self._rows(parts[self.held_out_part], folder), names, contents)
         if len(parts) > 1:
             raise ValueError(
                 f"data.held_out_part must be a split of {self.where}: {', '.join(parts)}; got {self.held_out_part!r}"
             )
-        return self._divide(train, names)
+        return self._divide(train, names, contents)
 
-    def _rows(self, table: Any) -> Rows:
+    def _rows(self, table: Any, folder: Path | None) -> Rows:
         import datasets
 
-        # a table that says nothing of images holds their bytes
-        pictures = table.cast_column(self.image_column, datasets.Image())
-        return Rows(pictures, self.image_column, np.asarray(table[self.label_column][:], dtype=np.int64), self.where)
+        # a table that says nothing of images holds their bytes; decoding is `open_picture`'s, as of any other image
+        pictures = table.cast_column(self.image_column, datasets.Image(decode=False))
+        labels = np.asarray(table[self.label_column][:], dtype=np.int64)
+        return Rows(pictures, self.image_column, labels, self.where, folder, self.expanded_gib)
 
 
 def digits() -> InMemory:
@@ -307,22 +361,31 @@ def digits() -> InMemory:
     return InMemory(images[:, None], torch.from_numpy(found.target.astype(np.int64)))
 
 
-def idx_splits(folder: Path) -> Splits:
+def idx_splits(folder: Path, where: str, expanded_gib: float = EXPANDED_GIB) -> Splits:
     """The images and labels of a folder of IDX files, plain or compressed by gzip.
 
+    Args:
+        folder: the folder.
+        where: what to call it.
+        expanded_gib: the most GiB that a compressed file may expand to.
+
     Raises:
-        ValueError: a file that is missing or is none.
+        ValueError: a file that is missing, is none, or is too large.
     """
-    parts = {}
+    parts: dict[str, InMemory] = {}
+    files: dict[str, Path] = {}
     for split, word in IDX_FILES.items():
-        images, labels = (idx_array(one_file(folder, f"{word}-{kind}*ubyte*")) for kind in ("images", "labels"))
+        paths = [one_file(folder, f"{word}-{kind}*ubyte*") for kind in ("images", "labels")]
+        files |= {f"{where.rstrip('/')}/{path.name}": path for path in paths}
+        images, labels = (idx_array(path, expanded_gib) for path in paths)
         if images.ndim != 3 or labels.shape != images.shape[:1]:
             raise ValueError(
                 f"IDX files must hold images [N, height, width] and as many labels; {folder / word}-* hold arrays of shapes "
                 f"{list(images.shape)} and {list(labels.shape)}"
             )
         parts[split] = InMemory(torch.from_numpy(images)[:, None], torch.from_numpy(labels.astype(np.int64)))
-    return Splits(**parts, names=tuple(map(str, range(int(parts["train"].labels.max()) + 1))))
+    names = tuple(map(str, range(int(parts["train"].labels.max()) + 1)))
+    return Splits(parts["train"], parts["held_out"], names, Contents(files))
 
 
 def one_file(folder: Path, pattern: str) -> Path:
@@ -331,21 +394,19 @@ def one_file(folder: Path, pattern: str) -> Path:
     Raises:
         ValueError: none does.
     """
-    found = sorted(folder.glob(pattern))
+    found = files_named(folder, pattern)
     if not found:
         raise ValueError(f"data.source {str(folder)!r} must hold a file {pattern}; it has none")
     return found[0]
 
 
-def idx_array(path: Path) -> NDArray[np.uint8]:
+def idx_array(path: Path, expanded_gib: float = EXPANDED_GIB) -> NDArray[np.uint8]:
     """The array of unsigned bytes that an IDX file holds: two zeros, type 8, rank, sizes (big-endian int32), bytes.
 
     Raises:
-        ValueError: a file of another kind, or one cut short.
+        ValueError: a file of another kind, one cut short, or a compressed one that is broken or too large.
     """
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        content = gzip.decompress(content)
+    content = read_bytes(path, expanded_gib)
     if content[:3] != b"\x00\x00\x08" or len(content) < 4 + 4 * content[3]:
         raise ValueError(f"{path} must be an IDX file of unsigned bytes; it starts with {content[:4].hex()!r}")
     start = 4 + 4 * content[3]
@@ -365,18 +426,17 @@ def files_in(folder: Path, names: tuple[str, ...]) -> Files:
     Raises:
         ValueError: a class folder that is not among `names`, or no images.
     """
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in names:
-            raise ValueError(f"{entry} must be a class that training has: {', '.join(names)}")
+    for name in folders_in(folder):
+        if name not in names:
+            raise ValueError(f"{folder / name} must be a class that training has: {', '.join(names)}")
     files, labels = [], []
     for label, name in enumerate(names):
-        inside = sorted((folder / name).rglob("*")) if (folder / name).is_dir() else []
-        found = [path.relative_to(folder).as_posix() for path in inside if path.suffix.lower() in SUFFIXES]
+        found = [f"{name}/{below}" for below in files_below(folder / name, PICTURE_SUFFIXES)]
         files += found
         labels += [label] * len(found)
     if not files:
         raise ValueError(
-            f"data.source must hold images ({', '.join(sorted(SUFFIXES))}); {folder} has none in its class folders"
+            f"data.source must hold images ({', '.join(PICTURE_SUFFIXES)}); {folder} has none in its class folders"
         )
     return Files(folder, tuple(files), np.asarray(labels, dtype=np.int64))
 

@@ -10,6 +10,7 @@ from kvbind.inner.value import check_choice, nearest
 from kvbind.models.lact_nvs import PRESETS as SIZES
 from kvbind.models.lact_nvs import LactNvsConfig
 from kvbind.tasks import preset_files
+from kvbind.tasks.files import EXPANDED_GIB
 from kvbind.tasks.inner_loops import edited, table_rows
 from kvbind.train.config import TrainConfig
 
@@ -79,6 +80,7 @@ class DataConfig:
         batch: scenes in a batch.
         window: of chunked sources, how many chunks are shuffled together.
         skip_short: leave out scenes with fewer views than asked for; else they are an error.
+        expanded_gib: the most GiB that an image file may expand to.
         workers: processes that read files; 0 for none besides the training one. Nothing but speed depends on it.
         evaluation_scenes: held-out scenes, spread over all of them.
         evaluation_batch: scenes in an evaluation batch; 0 for as many as in training.
@@ -96,11 +98,12 @@ class DataConfig:
     batch: int = 8
     window: int = 8
     skip_short: bool = False
+    expanded_gib: float = EXPANDED_GIB
     workers: int = 0
     evaluation_scenes: int = 64
     evaluation_batch: int = 0
 
-    INDIFFERENT: ClassVar[tuple[str, ...]] = ("workers",)
+    INDIFFERENT: ClassVar[tuple[str, ...]] = ("workers", "expanded_gib")
 
     def __post_init__(self) -> None:
         check_choice("data.normalize", self.normalize, NORMALIZATIONS)
@@ -110,6 +113,8 @@ class DataConfig:
                 raise ValueError(f"data.{key} must be at least {least}; got {getattr(self, key)}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"data.held_out must lie between 0 and 1; got {self.held_out}")
+        if not self.expanded_gib > 0:
+            raise ValueError(f"data.expanded_gib must be above 0; got {self.expanded_gib}")
         if min(self.size) < LEAST_SIDE:
             raise ValueError(f"data.size must be a height and a width of at least {LEAST_SIDE}; got {list(self.size)}")
         if self.span and self.span < self.views:

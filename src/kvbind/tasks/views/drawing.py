@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from kvbind.models.lact_nvs.cameras import mean_frame
+from kvbind.tasks.reading import read_with
 from kvbind.tasks.views.config import DataConfig
 from kvbind.tasks.views.scenes import Source
 from kvbind.train.ranks import WHOLE, Share
@@ -130,11 +131,9 @@ def load_batches(batches: Batches, workers: int, position: dict[str, Any] | None
     """
     turns = batches.share.turns
     begin = position["next"] if position else 0
-    # its own generator: the loader draws a seed for its workers, which must not come out of the model's randomness
-    loader: Any = DataLoader(
-        batches, batch_size=None, sampler=itertools.count(begin + batches.share.turn, turns), num_workers=workers,
-        pin_memory=workers > 0 and torch.cuda.is_available(), generator=torch.Generator(),
-    )  # fmt: skip
+    numbers = itertools.count(begin + batches.share.turn, turns)
+    pinned = workers > 0 and torch.cuda.is_available()
+    loader = read_with(workers, batches, batch_size=None, sampler=numbers, pin_memory=pinned)
     for behind, batch in zip(itertools.count(begin + turns, turns), loader, strict=False):
         yield batch, {"next": behind}
 

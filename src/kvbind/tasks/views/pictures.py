@@ -1,30 +1,15 @@
-"""Image files: decoded, put on white, resized and cropped, with intrinsics that follow."""
+"""Images resized and cropped, with intrinsics that follow."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from kvbind.tasks.pictures import open_picture
 
-def open_picture(file: Path | BinaryIO) -> Image.Image:
-    """An image as RGB; what is transparent shows white.
-
-    Raises:
-        ValueError: a file that is no image.
-    """
-    try:
-        with Image.open(file) as picture:
-            if "A" not in picture.getbands() and "transparency" not in picture.info:
-                return picture.convert("RGB")
-            layer = picture.convert("RGBA")
-    except OSError as error:
-        raise ValueError(f"{file} must be an image; {error}") from error
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+__all__ = ["open_picture", "resize_and_crop"]
 
 
 def resize_and_crop(picture: Image.Image, fxfycxcy: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

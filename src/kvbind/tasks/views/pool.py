@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvbind.tasks.contents import Contents
 from kvbind.tasks.views.config import PROCEDURAL, ProceduralConfig
 from kvbind.tasks.views.procedural import VERSION, Cameras, make_cameras, make_scenes
 from kvbind.tasks.views.raycast import render
@@ -64,3 +65,6 @@ class Pool(Source):
 
     def fingerprint(self) -> str:
         return digest([PROCEDURAL, str(VERSION), self.split, str(len(self)), str(self.config), str(self.image_size)])
+
+    def contents(self) -> Contents:
+        return Contents(others={f"{PROCEDURAL}, {self.split}": self.fingerprint()})

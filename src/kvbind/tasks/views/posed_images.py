@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any, Self
 import torch
 
 from kvbind.models.lact_nvs.cameras import invert_pose
+from kvbind.tasks.contents import Contents
 from kvbind.tasks.documents import belongs
+from kvbind.tasks.files import EXPANDED_GIB, SCENE_SUFFIXES, files_below, inside, load_json
 from kvbind.tasks.views.pictures import open_picture, resize_and_crop
 from kvbind.tasks.views.scenes import Source, Split, Views, check_cameras, digest
 
@@ -21,20 +22,24 @@ INTRINSICS = ("fx", "fy", "cx", "cy")
 class PosedImages(Source):
     """Scenes, each a JSON file: a list of `{"file_path", "fx", "fy", "cx", "cy", "w2c"}`.
 
-    `file_path` is relative to the file; intrinsics are in pixels of the image; `w2c` is a 4x4 matrix, by rows.
+    `file_path` is relative to the file, and below its folder; intrinsics are in pixels of the image as it is stored; `w2c`
+    is a 4x4 matrix, by rows.
 
     Args:
         root: the folder below which scenes are named.
         files: of the scenes, below it.
         size: height and width of the images that are read.
+        expanded_gib: the most GiB that an image file may expand to.
     """
 
-    def __init__(self, root: Path, files: Sequence[str], size: tuple[int, int]) -> None:
-        self.root, self.files, self.image_size = root, tuple(files), size
+    def __init__(self, root: Path, files: Sequence[str], size: tuple[int, int], expanded_gib: float = EXPANDED_GIB) -> None:
+        self.root, self.files, self.image_size, self.expanded_gib = root, tuple(files), size, expanded_gib
         self.what, self.chunks = str(root), (len(self.files),)
 
     @classmethod
-    def open(cls, path: Path, split: Split | None, held_out: float, size: tuple[int, int]) -> Self:
+    def open(
+        cls, path: Path, split: Split | None, held_out: float, size: tuple[int, int], expanded_gib: float = EXPANDED_GIB
+    ) -> Self:
         """The scenes of a split.
 
         Args:
@@ -42,18 +47,21 @@ class PosedImages(Source):
             split: which, by a hash of each file's path; None for all.
             held_out: the fraction that is held out.
             size: height and width of the images that are read.
+            expanded_gib: the most GiB that an image file may expand to.
 
         Raises:
-            ValueError: a file that is neither.
+            ValueError: a file that is neither, or a list of files that leave its folder.
         """
         if path.is_dir():
             root = path
-            names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.json") if _begins_as_scene(file))
+            names = [name for name in files_below(path, SCENE_SUFFIXES) if _begins_as_scene(path / name)]
         else:
             root, content = path.parent, load_json(path)
             whole = isinstance(content, list) and bool(content) and all(isinstance(x, str) for x in content)
             names = content if whole else [path.name]
-        return cls(root, [name for name in names if belongs(name, split, held_out)], size)
+            for name in names:
+                inside(root, name, f"{path}: a scene's file")
+        return cls(root, [name for name in names if belongs(name, split, held_out)], size, expanded_gib)
 
     def name(self, scene: int) -> str:
         return str(self.root / self.files[scene])
@@ -69,7 +77,9 @@ class PosedImages(Source):
         check_cameras(str(path), "w2c", w2c, given)
         images, intrinsics = [], []
         for entry, fxfycxcy in zip(entries, given, strict=True):
-            image, moved = resize_and_crop(open_picture(path.parent / entry["file_path"]), fxfycxcy, self.image_size)
+            # as it is stored: that is how intrinsics count pixels
+            picture = open_picture(image_file(path, entry), expanded_gib=self.expanded_gib)
+            image, moved = resize_and_crop(picture, fxfycxcy, self.image_size)
             images.append(image)
             intrinsics.append(moved)
         return {
@@ -81,17 +91,22 @@ class PosedImages(Source):
     def fingerprint(self) -> str:
         return digest(f"{name}:{(self.root / name).stat().st_size}" for name in self.files)
 
+    def contents(self) -> Contents:
+        files = {}
+        for name in self.files:
+            path = self.root / name
+            files[str(path)] = path
+            files |= {str(picture): picture for picture in (image_file(path, entry) for entry in scene_entries(path))}
+        return Contents(files)
 
-def load_json(path: Path) -> Any:
-    """What a JSON file holds.
+
+def image_file(scene: Path, entry: dict[str, Any]) -> Path:
+    """The image file of a view.
 
     Raises:
-        ValueError: a file that is missing or no JSON.
+        ValueError: it leaves the folder of its scene.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} must be a JSON file; {error}") from error
+    return inside(scene.parent, entry["file_path"], f"{scene}: file_path")
 
 
 @lru_cache(maxsize=256)
@@ -108,6 +123,8 @@ def scene_entries(path: Path) -> list[dict[str, Any]]:
         for name in ("file_path", *INTRINSICS, "w2c"):
             if name not in entry:
                 raise ValueError(f"{path}: view {i} must have {name}; it has {', '.join(entry) or 'nothing'}")
+        if not isinstance(entry["file_path"], str):
+            raise ValueError(f"{path}: view {i}'s file_path must be a path; got {entry['file_path']!r}")
         rows = entry["w2c"] if isinstance(entry["w2c"], list) else []
         shape = [len(row) if isinstance(row, list) else 0 for row in rows]
         if shape != [4, 4, 4, 4]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvbind.models.lact_nvs.cameras import check_intrinsics, check_poses
+from kvbind.tasks.contents import Contents
 
 Split = Literal["train", "held_out"]
 
@@ -60,6 +61,10 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """A short text that differs where the scenes do."""
+
+    @abc.abstractmethod
+    def contents(self) -> Contents:
+        """What the scenes are read from, for noticing that it has changed."""
 
     def prepare(self, device: torch.device) -> None:  # noqa: B027
         """Do beforehand what `pixels` would have to do once."""

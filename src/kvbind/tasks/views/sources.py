@@ -52,7 +52,7 @@ def open_files(argument: str, where: str, split: Split | None, data: DataConfig)
     if not path.exists():
         raise ValueError(f"{argument} must be {PROCEDURAL!r}, or a folder or JSON file that exists; there is no {where!r}")
     kind = Chunks if Chunks.recognizes(path) else PosedImages
-    found = kind.open(path, split, data.held_out, data.size)
+    found = kind.open(path, split, data.held_out, data.size, data.expanded_gib)
     if not len(found):
         raise ValueError(
             f"{argument} must hold scenes{f' for the split {split!r}' if split else ''}; {where!r} has none "

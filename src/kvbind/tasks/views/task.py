@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvbind.models.lact_nvs import LactNvs
+from kvbind.tasks.contents import Contents
 from kvbind.tasks.views.config import ViewsConfig, model_config
 from kvbind.tasks.views.drawing import Batch, Batches, evaluation_batches, load_batches
 from kvbind.tasks.views.metrics import nearest_inputs, psnr, ssim
@@ -122,6 +123,11 @@ class ViewsTask:
     def save(self, model: LactNvs, folder: Path) -> None:
         """Write a model as `LactNvs.from_pretrained` reads it."""
         model.save_pretrained(folder)
+
+    def contents(self) -> Contents:
+        """What the scenes are read from, for noticing that it has changed."""
+        found = self.held_out.contents()
+        return found if self.scenes is None else self.scenes.contents() | found
 
     def fingerprint(self) -> dict[str, str]:
         """What scenes these are, for telling runs apart."""

@@ -1,0 +1,173 @@
+"""Files of data sets: which count, what they may expand to, and which of them a list may name.
+
+Text, tables and pictures are told by the end of their name, in capitals or not. What is hidden never counts: names that
+begin with a dot (`.git`, `.ipynb_checkpoints`, the `._name` files that macOS leaves on other systems), `__MACOSX`, and what
+editors keep beside a file (`name~`, `~$name`, `#name#`).
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Callable, Collection, Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".html")
+PYTHON_SUFFIXES = (".py",)
+JSONL_SUFFIXES, PARQUET_SUFFIXES = (".jsonl",), (".parquet",)
+TABLE_SUFFIXES = JSONL_SUFFIXES + PARQUET_SUFFIXES
+ARROW_SUFFIXES = (".parquet", ".arrow")
+PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SCENE_SUFFIXES = (".json",)
+
+EXPANDED_GIB = 1.0
+"""GiB that a compressed file or picture may expand to, unless `data.expanded_gib` says otherwise."""
+
+CHECKED = 256 * 2**20
+"""How many bytes of text files are read beforehand to see that they are text."""
+
+_GZIP = b"\x1f\x8b"
+_PIECE = 2**20
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder of that name is none of a data set's."""
+    return name.startswith((".", "~")) or name.endswith("~") or name == "__MACOSX" or (name[0] == name[-1] == "#")
+
+
+def is_named(name: str, suffixes: Collection[str]) -> bool:
+    """Whether a file of that name counts among those that end on one of `suffixes`."""
+    return not hidden(name) and name.lower().endswith(tuple(suffixes))
+
+
+def files_below(root: Path, suffixes: Collection[str], skips: Callable[[str], bool] | None = None) -> list[str]:
+    """The files of a data set's folder, as paths below it with "/" between their parts, sorted.
+
+    Links to files are followed, links to folders are not.
+
+    Args:
+        root: the folder.
+        suffixes: what their names end on.
+        skips: names of files and folders to pass over besides hidden ones.
+    """
+    names = []
+    for folder, subfolders, files in os.walk(root):
+        here = Path(folder).relative_to(root)
+        subfolders[:] = [name for name in subfolders if not hidden(name) and not (skips and skips(name))]
+        found = [name for name in files if is_named(name, suffixes) and not (skips and skips(name))]
+        names += [(here / name).as_posix() for name in found]
+    return sorted(names)
+
+
+def files_named(folder: Path, pattern: str) -> list[Path]:
+    """The files right in a folder whose names fit a pattern such as "*.torch", sorted."""
+    return sorted(path for path in folder.iterdir() if fnmatch(path.name, pattern) and not hidden(path.name))
+
+
+def folders_in(folder: Path) -> list[str]:
+    """The names of the folders right in a folder, sorted."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not hidden(path.name))
+
+
+def inside(folder: Path, name: str, what: str) -> Path:
+    """A file that a list names, by its path from the list's folder.
+
+    Args:
+        folder: the list's own.
+        name: the path, as the list has it.
+        what: what names it, for the error.
+
+    Raises:
+        ValueError: a path that leaves the folder: an absolute one, one with "..", or one through a link.
+    """
+    path = folder / name
+    parts = Path(name.replace("\\", "/")).parts
+    if os.path.isabs(name) or ".." in parts or not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{what} must stay inside {folder}; got {name!r}")
+    return path
+
+
+def read_text(path: Path, encoding: str = "utf-8", errors: str = "strict") -> str:
+    """The text of a file, whatever ends its lines.
+
+    Args:
+        path: the file.
+        encoding: its encoding.
+        errors: what to do with bytes that are no text in it, as `bytes.decode` takes it.
+
+    Raises:
+        ValueError: a file that is no text in that encoding, or holds the byte 0, as no text does.
+    """
+    try:
+        text = path.read_text(encoding=encoding, errors=errors)
+    except UnicodeError as error:
+        reason = f"byte {error.start + 1} is not" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise ValueError(f"{path} must be text in {encoding}; {reason} (data.encoding names another)") from error
+    if errors == "strict" and "\0" in text:
+        raise ValueError(f"{path} must be text in {encoding}; it holds the byte 0 (data.encoding names another encoding)")
+    return text
+
+
+def check_texts(paths: Iterable[Path], encoding: str) -> None:
+    """Read files before a run does, as long as they are no more than `CHECKED` bytes, so that it fails at once if at all.
+
+    Raises:
+        ValueError: as `read_text`.
+    """
+    size = 0
+    for path in paths:
+        size += path.stat().st_size
+        if size > CHECKED:
+            break
+        read_text(path, encoding)
+
+
+def load_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: a file that is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} must be a JSON file; it is nested too deeply") from None
+    except (OSError, ValueError) as error:  # which text that is no UTF-8 or no JSON raises too
+        raise ValueError(f"{path} must be a JSON file; {error}") from error
+
+
+def read_bytes(path: Path, expanded_gib: float = EXPANDED_GIB) -> bytes:
+    """A file's content, expanded where gzip has compressed it.
+
+    Raises:
+        ValueError: a compressed file that is broken, or expands to more than `expanded_gib` GiB.
+    """
+    content = path.read_bytes()
+    if not content.startswith(_GZIP):
+        return content
+    most, pieces, size = int(expanded_gib * 2**30), [], 0
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+            while piece := file.read(_PIECE):
+                size += len(piece)
+                if size > most:
+                    raise ValueError(
+                        f"{path} must expand to at most {expanded_gib:g} GiB, which data.expanded_gib raises; its "
+                        f"{len(content)} bytes expand to more"
+                    )
+                pieces.append(piece)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} must be a whole gzip file; {error}") from error
+    return b"".join(pieces)
+
+
+def shown(names: Iterable[str], most: int = 5) -> str:
+    """Some names for a message, and how many more there are."""
+    listed = list(names)
+    more = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {more} more" if more > 0 else "")
