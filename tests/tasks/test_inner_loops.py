@@ -8,8 +8,8 @@ import torch
 from kvbind import InnerLoop, Linear, NewtonSchulz, systems
 from kvbind.models.lact_nvs import LactNvs
 from kvbind.tasks import TASKS, images, language, open_task_module
-from kvbind.tasks.views import config as views
 from kvbind.tasks.inner_loops import beneath, edited
+from kvbind.tasks.views import config as views
 from kvbind.train.config import load_config, read_config, to_yaml
 
 EVERY = [(task, preset) for task in TASKS for preset in open_task_module(task).PRESETS]
