@@ -7,6 +7,7 @@ from rich.console import Console
 
 from kvbind import InnerLoop, explain, systems
 from kvbind.experiments import runs, speed
+from kvbind.experiments.page.tables import read_outcome, speed_charts
 from kvbind.experiments.paper import LANGUAGE
 from kvbind.experiments.plan import configuration, with_inner
 from kvbind.experiments.runs import open_run, run_name, train_run
@@ -257,4 +258,6 @@ def test_throughput_beside_the_papers_counts_tokens_times_heads_as_it_does(made)
     page = (out / "index.html").read_text()
     assert page.count("<small>x heads</small><br><small>paper</small>") == 2
     assert page.count("<small>x heads</small><br><small>here</small>") == 2
-    assert "million tokens x heads per second" in page
+    charts = speed_charts(read_outcome(results))
+    assert len(charts) == 2
+    assert all("million tokens x heads per second" in json.dumps(chart) for chart in charts)
