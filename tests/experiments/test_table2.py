@@ -7,9 +7,11 @@ from rich.console import Console
 
 from kvbind import InnerLoop, explain, systems
 from kvbind.experiments import runs, speed
+from kvbind.experiments.page.tables import read_outcome, speed_charts
 from kvbind.experiments.paper import LANGUAGE
 from kvbind.experiments.plan import configuration, with_inner
 from kvbind.experiments.runs import open_run, run_name, train_run
+from kvbind.experiments.subjects import SUBJECTS
 from kvbind.experiments.table2 import TABLE, reproduce
 from kvbind.experiments.tables import LABELS
 from kvbind.tasks import language
@@ -239,3 +241,23 @@ def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path, book):
         with pytest.raises(ValueError, match="another process is training in"):
             train_run("language", config, tmp_path)
     assert train_run("language", config, tmp_path).result["steps"] == 4
+
+
+def test_throughput_beside_the_papers_counts_tokens_times_heads_as_it_does(made):
+    out, results, shown = made
+    heads = results["throughput"]["heads"]
+    assert SUBJECTS["language"].speed.compared(9.9e6, {"heads": 4}) == pytest.approx(39.6)
+    for row in results["rows"]:
+        for form in ("recurrent", "parallel"):
+            speed = row[f"{form}_tokens_per_second"]
+            ours = None if speed is None else pytest.approx(speed / 1e6 * heads)
+            assert row[f"{form}_mtok_x_heads"] == ours
+            assert row["paper"]["speed_unit"] == "million tokens x heads per second"
+            assert speed is None or f"{speed / 1e6 * heads:.3f}" in shown
+    assert "counts tokens times heads (4 heads of 384, 32,768 tokens, forward without gradients)" in " ".join(shown.split())
+    page = (out / "index.html").read_text()
+    assert page.count("<small>x heads</small><br><small>paper</small>") == 2
+    assert page.count("<small>x heads</small><br><small>here</small>") == 2
+    charts = speed_charts(read_outcome(results))
+    assert len(charts) == 2
+    assert all("million tokens x heads per second" in json.dumps(chart) for chart in charts)

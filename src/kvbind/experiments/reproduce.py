@@ -131,6 +131,7 @@ def reproduce_task(table: Table, request: Request) -> Outcome:
     plan.out.mkdir(parents=True, exist_ok=True)
     rows = gather_rows(table, subject, plan, done, request.fresh)
     verdicts = judge(table, subject, rows)
+    setting = subject.speed.setting(plan.config) if table.speed else None
     results = {
         "experiment": table.name,
         "task": task,
@@ -143,9 +144,9 @@ def reproduce_task(table: Table, request: Request) -> Outcome:
         "machine": machine(plan.device),
         "data": next(iter(done.values())).result["data"],
         "config": to_plain(plan.config),
-        "throughput": subject.speed.setting(plan.config) if table.speed else None,
+        "throughput": setting,
         "verdicts": [asdict(verdict) for verdict in verdicts],
-        "rows": [as_data(row, subject, plan.trained.parent) for row in rows],
+        "rows": [as_data(row, subject, plan.trained.parent, setting) for row in rows],
     }
     outcome = Outcome(table, subject, rows, results, to_yaml(plan.config))
     write_report(plan.out, outcome)

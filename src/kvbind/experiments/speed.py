@@ -1,8 +1,8 @@
 """Throughput, beside quality: of the inner loop alone in both of its forms, or of whole training steps.
 
 A task's table has one of the two. Both offer `columns`, the names of their figures; `measure`, those figures by row;
-`published`, the paper's; `about`, a sentence on what was measured; and `measured_now`, whether that is done on the machine
-that writes the report: runs may have been trained earlier, elsewhere.
+`published`, the paper's; `compared`, ours in the paper's unit; `about`, a sentence on what was measured; and `measured_now`,
+whether that is done on the machine that writes the report: runs may have been trained earlier, elsewhere.
 """
 
 from __future__ import annotations
@@ -30,13 +30,17 @@ Speeds = dict[str, dict[str, float | None]]
 class InnerLoopSpeed:
     """Forward and backward of the inner loop alone, recurrent and parallel, on operands like a trained layer's.
 
+    The paper counts tokens times heads: its benchmark runs 4 heads of 384 over 32,768 tokens, forward alone.
+
     Attributes:
         size: the operands' sizes, from a configuration whose `model.inner` is one whole inner loop.
-        paper: millions of tokens per second by row and form.
+        paper: millions of tokens times heads per second by row and form.
         unit: what is counted.
         per: how many of them make 1 in a table.
         title: of such columns.
-        axis: below a figure.
+        compared_title: of those beside the paper's.
+        compared_unit: of those.
+        axis: below a figure, which has the paper's unit.
         pattern: of the numbers.
     """
 
@@ -45,15 +49,21 @@ class InnerLoopSpeed:
     unit: str = "tokens"
     per: float = 1e6
     title: str = "training of the inner loop, million tokens/s"
-    axis: str = "million tokens per second"
+    compared_title: str = "the same beside the paper's, million tokens x heads/s"
+    compared_unit: str = "x heads"
+    axis: str = "million tokens x heads per second"
     pattern: str = ".3f"
     columns: Mapping[str, str] = field(default_factory=lambda: {"recurrent": "recurrent", "parallel": "parallel"})
 
     measured_now: ClassVar[bool] = True
 
     def published(self, row: str) -> dict[str, float | None]:
-        """The paper's figures for a row, in millions of tokens per second."""
+        """The paper's figures for a row, in millions of tokens times heads per second."""
         return {form: self.paper.get(row, {}).get(form) for form in self.columns}
+
+    def compared(self, x: float | None, setting: Mapping[str, Any]) -> float | None:
+        """Tokens per second in the paper's unit, millions of tokens times heads."""
+        return None if x is None else x / self.per * setting["heads"]
 
     def setting(self, config: Any) -> dict[str, Any]:
         """The sizes, as plain data."""
@@ -63,7 +73,9 @@ class InnerLoopSpeed:
         """What was measured, and where."""
         return (
             "Throughput is forward and backward of the inner loop alone, in millions of tokens per second, at "
-            f"{setting['batch']} x {setting['tokens']} tokens, {setting['heads']} heads of {setting['width']}, on {device}."
+            f"{setting['batch']} x {setting['tokens']} tokens, {setting['heads']} heads of {setting['width']}, on {device}. "
+            "The paper's throughput counts tokens times heads (4 heads of 384, 32,768 tokens, forward without gradients); "
+            'columns "x heads" are in that unit.'
         )
 
     def measure(
@@ -111,6 +123,8 @@ class TrainingSpeed:
     pattern: str = ",.0f"
 
     measured_now: ClassVar[bool] = False
+    compared_title: ClassVar[str] = ""
+    compared_unit: ClassVar[str] = ""
 
     @property
     def title(self) -> str:
@@ -130,6 +144,10 @@ class TrainingSpeed:
     def published(self, row: str) -> dict[str, float | None]:
         """Nothing: the paper times inner loops alone."""
         return {}
+
+    def compared(self, x: float | None, setting: Mapping[str, Any]) -> float | None:
+        """A number as it stands in figures, where the paper has none to set the unit."""
+        return None if x is None else x / self.per
 
     def setting(self, config: Any) -> dict[str, Any]:
         """Nothing further: the configuration says it."""

@@ -76,10 +76,10 @@ def quality_figure(path: Path, outcome: Outcome) -> None:
 
 
 def speed_figure(path: Path, outcome: Outcome) -> None:
-    """Throughput by row, ours beside the paper's where it has some."""
-    speed, numbered = outcome.subject.speed, list(outcome.numbered())
+    """Throughput by row, ours beside the paper's where it has some, and then in its unit."""
+    speed, setting, numbered = outcome.subject.speed, outcome.results["throughput"], list(outcome.numbered())
     shown = [(i, row) for i, row in numbered if i is not None and (row.applies or any(row.paper_speeds.values()))]
-    sides = {"Here": [{name: x and x / speed.per for name, x in row.speeds.items()} for _, row in shown]}
+    sides = {"Here": [{name: speed.compared(x, setting) for name, x in row.speeds.items()} for _, row in shown]}
     if any(x for _, row in shown for x in row.paper_speeds.values()):
         sides = {"Paper": [dict(row.paper_speeds) for _, row in shown], **sides}
     colours = (figures.ORANGE, figures.BLUE) if len(speed.columns) > 1 else (figures.BLUE,)

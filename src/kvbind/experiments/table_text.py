@@ -62,19 +62,32 @@ def value_cell(row: Row, metric: Metric, error: bool = True) -> str:
 
 
 def speed_columns(outcome: Outcome) -> list[Column]:
-    """Throughput, here and in the paper; none of a table without."""
+    """Throughput, here and beside the paper's; none of a table without."""
+    return own_speed_columns(outcome) + compared_speed_columns(outcome)
+
+
+def own_speed_columns(outcome: Outcome) -> list[Column]:
+    """Throughput here, in the task's own unit."""
     if not outcome.table.speed:
         return []
     speed, rows = outcome.subject.speed, outcome.rows
-    here = [
+    return [
         Column(f"{heading}\nhere", [number_cell(row.speeds.get(name), speed.per, speed.pattern) for row in rows])
         for name, heading in speed.columns.items()
     ]
-    paper = [
-        Column(f"{speed.columns[name]}\npaper", [number_cell(row.paper_speeds[name], 1.0, ".2f") for row in rows])
-        for name in rows[0].paper_speeds
-    ]
-    return here + paper
+
+
+def compared_speed_columns(outcome: Outcome) -> list[Column]:
+    """Throughput here and in the paper, in the paper's unit; none where the paper has none."""
+    speed, rows, setting = outcome.subject.speed, outcome.rows, outcome.results["throughput"]
+    columns = []
+    for where in ("here", "paper"):
+        for name in rows[0].paper_speeds if outcome.table.speed else ():
+            own = [speed.compared(row.speeds.get(name), setting) for row in rows]
+            numbers, pattern = (own, speed.pattern) if where == "here" else ([row.paper_speeds[name] for row in rows], ".2f")
+            heading = f"{speed.columns[name]}\n{speed.compared_unit}\n{where}"
+            columns.append(Column(heading, [number_cell(x, 1.0, pattern) for x in numbers]))
+    return columns
 
 
 def number_cell(x: float | None, per: float, pattern: str) -> str:
@@ -136,13 +149,15 @@ def describe(outcome: Outcome) -> str:
 
 def terminal_tables(outcome: Outcome) -> Iterator[TerminalTable]:
     """The table for a terminal of 80 columns: quality, then throughput, side by side where there is room."""
-    quality, speed, names = quality_columns(outcome), speed_columns(outcome), row_names(outcome, outcome.labels)
+    quality, speed, names = quality_columns(outcome), own_speed_columns(outcome), row_names(outcome, outcome.labels)
     title = f"{outcome.table.title}, {outcome.results['task']}, scale {outcome.results['scale']}"
     parts = {f"{title}: {outcome.subject.metric.title} on {outcome.subject.held_out}": quality}
     if speed and width(names, quality + speed) <= TERMINAL:
         parts = {next(iter(parts)): quality + speed}
     elif speed:
         parts[f"{title}: {outcome.subject.speed.title}"] = speed
+    if compared := compared_speed_columns(outcome):
+        parts[f"{title}: {outcome.subject.speed.compared_title}"] = compared
     for heading, columns in parts.items():
         shown = TerminalTable(
             title=heading, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,

@@ -149,13 +149,27 @@ class Outcome:
             yield (i if i < self.table.rungs else None), row
 
 
-def as_data(row: Row, subject: Subject, home: Path) -> dict[str, Any]:
-    """A row as `results.json` holds it; runs are named by their place below `home`."""
+def as_data(row: Row, subject: Subject, home: Path, setting: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A row as `results.json` holds it; runs are named by their place below `home`.
+
+    Where the paper has throughput, ours is there in its unit too, millions of tokens times heads per second.
+
+    Args:
+        row: the row.
+        subject: its task.
+        home: of the folders of runs.
+        setting: what throughput was measured at; None without.
+    """
     metric, speed = subject.metric.name, subject.speed
     published: dict[str, Any] = {metric: row.published}
     if row.paper and not row.paper.applies:
         published["in_brackets"] = True
     published |= {f"{column}_mtok": x for column, x in row.paper_speeds.items()}
+    if row.paper_speeds:
+        published["speed_unit"] = "million tokens x heads per second"
+    compared = (
+        {} if setting is None else {column: speed.compared(row.speeds.get(column), setting) for column in row.paper_speeds}
+    )
     return {
         "name": row.name,
         "label": row.label,
@@ -166,6 +180,7 @@ def as_data(row: Row, subject: Subject, home: Path) -> dict[str, Any]:
         **{other.name: row.mean(other.name) for other in subject.others},
         f"untrained_{metric}": row.mean(metric, "untrained"),
         **{f"{column}_{speed.unit}_per_second": x for column, x in row.speeds.items()},
+        **{f"{column}_mtok_x_heads": x for column, x in compared.items()},
         "paper": published,
         "inner": row.inner,
         "runs": [

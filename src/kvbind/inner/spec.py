@@ -130,8 +130,8 @@ class InnerLoop(Value):
         if "network" not in fields:
             raise TypeError("an inner loop needs a field 'network', such as {kind: SwiGLU}")
         fields["network"] = network_from_dict(fields["network"])
-        if isinstance(fields.get("orthogonalize"), dict):
-            fields["orthogonalize"] = NewtonSchulz.from_dict(fields["orthogonalize"])
+        if isinstance(fields.get("orthogonalize"), str | dict):
+            fields["orthogonalize"] = orthogonalize_from_dict(fields["orthogonalize"])
         return super().from_dict(fields)
 
     def to_yaml(self, path: str | Path | None = None) -> str:
@@ -157,6 +157,16 @@ class InnerLoop(Value):
         except yaml.YAMLError as error:
             raise ValueError(f"source must be YAML; {f'{source} is' if is_file else 'the text is'} not: {error}") from error
         return cls.from_dict(data)
+
+
+def orthogonalize_from_dict(data: str | dict[str, Any]) -> NewtonSchulz:
+    """What `to_dict` wrote, also with its kind: `{"kind": "NewtonSchulz", "dtype": "float32"}`, or a kind alone."""
+    known = NewtonSchulz.__name__
+    fields = {"kind": data} if isinstance(data, str) else dict(data)
+    kind = fields.pop("kind", known)
+    if kind != known:
+        raise ValueError(f"orthogonalize's kind must be {known}; got {kind!r}{nearest(kind, [known])}")
+    return NewtonSchulz.from_dict(fields)
 
 
 def network_from_dict(data: Network | str | dict[str, Any]) -> Network:

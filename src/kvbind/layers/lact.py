@@ -14,7 +14,7 @@ from kvbind.forms.api import Form, ttt
 from kvbind.forms.autocast import without_autocast
 from kvbind.forms.state import State
 from kvbind.forms.waiting import Waiting
-from kvbind.inner.networks import DepthwiseConv
+from kvbind.inner.networks import DepthwiseConv, SwiGLU
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
 from kvbind.kernels.gated_output import gated_output
@@ -41,6 +41,11 @@ PARAMETER_NAMES = {"gate": "w0", "out": "w1", "up": "w2"}
 def parameter_name(matrix: str) -> str:
     """The parameter that holds a fast matrix: `w0`, `w1`, `w2` for gate, out and up; "in.0" is `w_in_0`."""
     return PARAMETER_NAMES.get(matrix, "w_" + matrix.replace(".", "_"))
+
+
+def with_released_parameters(inner: InnerLoop) -> InnerLoop:
+    """The inner loop whose parameters a released checkpoint of `inner` holds: those of the full system."""
+    return inner.replace(network=SwiGLU(), update="all", token_lr=True)
 
 
 class LowRankMatrix(nn.Module):
@@ -127,6 +132,8 @@ class LactLayer(nn.Module):
         rotary: rotary positions on fast queries and keys; attention always has them.
         rope_theta: base of the rotary wavelengths.
         output_scale: the learned scale `silu(ttt_scale_proj(x))`.
+        released_parameters: build what released checkpoints hold, a SwiGLU's matrices with learned rates for each, whether
+            or not `inner` has a use for them.
 
     Attributes:
         inner: the inner loop; assigning one that asks for parameters that were not built raises.
@@ -157,6 +164,7 @@ class LactLayer(nn.Module):
         rotary: bool = True,
         rope_theta: float = 1e6,
         output_scale: bool = True,
+        released_parameters: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -197,12 +205,14 @@ class LactLayer(nn.Module):
         self.ttt_scale_proj = nn.Linear(hidden_size, num_lact_heads) if output_scale else None
 
         self.hidden_width = int(self.fast_width * hidden_multiplier)
-        self._built_shapes = self._shapes_for(inner)
+        built = with_released_parameters(inner) if released_parameters else inner
+        self._built_shapes = self._shapes_for(built)
+        check_built("inner", inner, self._shapes_for(inner), self._built_shapes)
         for matrix, (inputs, outputs) in self._built_shapes.items():
             self._build_matrix(matrix, inputs, outputs, init_gain)
         # the released order: gate, out, up
-        self.rate_names = tuple(sorted(inner.updated, key=parameter_name)) if inner.token_lr else ()
-        self.lr_proj = nn.Linear(hidden_size, num_lact_heads * len(self.rate_names)) if inner.token_lr else None
+        self.rate_names = tuple(sorted(built.updated, key=parameter_name)) if built.token_lr else ()
+        self.lr_proj = nn.Linear(hidden_size, num_lact_heads * len(self.rate_names)) if built.token_lr else None
         self.momentum_proj = self._gate() if inner.momentum else None
         self.retention_proj = self._gate() if inner.retention else None
         self._inner = inner

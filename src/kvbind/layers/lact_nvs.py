@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import lact_nvs
 from kvbind.inner.value import check_positive_int
 from kvbind.layers.full import InnerCall, check_built, check_sees_everything
-from kvbind.layers.lact import NORM_EPS, parameter_name
+from kvbind.layers.lact import NORM_EPS, parameter_name, with_released_parameters
 from kvbind.layers.norm import RMSNorm
 from kvbind.layers.operands import split_heads, unit, wide
 
@@ -40,6 +41,8 @@ class LactNvsLayer(nn.Module):
         inter_multi: hidden width of the fast network over `head_dim`.
         base_lr: the learning rate where `lr_fc` gives 0.
         bias: biases in `to_qkv` and `c_proj`.
+        released_parameters: build what released checkpoints hold, a SwiGLU's matrices with learned rates for each, whether
+            or not `inner` has a use for them.
 
     Attributes:
         inner: the inner loop; assigning one that asks for parameters that were not built raises.
@@ -58,6 +61,7 @@ class LactNvsLayer(nn.Module):
         inter_multi: float = 1,
         base_lr: float = 0.01,
         bias: bool = False,
+        released_parameters: bool = False,
     ) -> None:
         super().__init__()
         check_positive_int("dim", dim)
@@ -75,13 +79,16 @@ class LactNvsLayer(nn.Module):
         self.to_qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.c_proj = nn.Linear(dim, dim, bias=bias)
         self.o_norm = RMSNorm(head_dim, eps=NORM_EPS)
-        self._built_shapes = self._shapes_for(inner)
+        built = with_released_parameters(inner) if released_parameters else inner
+        self._built_shapes = self._shapes_for(built)
+        check_built("inner", inner, self._shapes_for(inner), self._built_shapes)
         for matrix, shape in self._built_shapes.items():
             self.register_parameter(parameter_name(matrix), nn.Parameter(torch.empty(self.heads, *shape)))
         # the released order: gate, out, up
-        self.rate_names = tuple(sorted(inner.updated, key=parameter_name)) if inner.token_lr else ()
-        self.lr_fc = nn.Linear(dim, self.heads * len(self.rate_names)) if inner.token_lr else None
+        self.rate_names = tuple(sorted(built.updated, key=parameter_name)) if built.token_lr else ()
+        self.lr_fc = nn.Linear(dim, self.heads * len(self.rate_names)) if built.token_lr else None
         self._inner = inner
+        self.register_load_state_dict_pre_hook(_add_queries)
         self.reset_parameters()
 
     def _shapes_for(self, inner: InnerLoop) -> dict[str, tuple[int, ...]]:
@@ -160,6 +167,22 @@ class LactNvsLayer(nn.Module):
     def extra_repr(self) -> str:
         """What `print` shows beside the modules."""
         return f"heads={self.heads}, inner={self._inner!r}"
+
+
+def add_queries(weight: Tensor, dim: int) -> Tensor:
+    """`to_qkv`'s weight `[2 d, d]` or bias `[2 d]` without queries, with queries of zeros; any other as it is.
+
+    Released layers that read with keys have no queries.
+    """
+    return torch.cat((weight.new_zeros(dim, *weight.shape[1:]), weight)) if weight.shape[0] == 2 * dim else weight
+
+
+def _add_queries(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A layer that reads with keys takes weights without queries."""
+    if isinstance(module, LactNvsLayer) and module.inner.query == "key":
+        for name in (f"{prefix}to_qkv.weight", f"{prefix}to_qkv.bias"):
+            if name in state_dict:
+                state_dict[name] = add_queries(state_dict[name], module.dim)
 
 
 def check_fits_views(inner: InnerLoop) -> None:

@@ -16,6 +16,15 @@ from torch import Tensor, nn
 
 from kvbind.inner.networks import Linear
 from kvbind.inner.value import nearest
+from kvbind.layers.lact_nvs import add_queries
+from kvbind.models.ablations import (
+    IMAGES,
+    IMAGES_DIFFERING,
+    VIEWS_NAMES,
+    check_all_used,
+    no_words_for,
+    views_ablation,
+)
 
 Fields = dict[str, Any]
 Weights = dict[str, Tensor]
@@ -141,15 +150,14 @@ class Images:
             return VitttForImageClassification(config), weights
 
     def release(self, model: Any) -> tuple[Fields, Weights]:
-        from kvbind.models.vittt.released import DIFFERING_LOSSES, RELEASED_LOSSES
-
         config = model.config
         loops = (config.inner, config.inner_conv)
-        named = [x for x, known in RELEASED_LOSSES.items() if known == loops and x not in DIFFERING_LOSSES]
+        faithful = {name: known for name, known in IMAGES.items() if name not in IMAGES_DIFFERING}
+        named = [name for name, known in faithful.items() if known == loops]
         if not named:
             raise ValueError(
                 "inner and inner_conv must be those of a released ablation whose computation is the same, one of "
-                f"{', '.join(x for x in RELEASED_LOSSES if x not in DIFFERING_LOSSES)}; got {loops[0]} and {loops[1]}"
+                f"{', '.join(faithful)}; got {loops[0]} and {loops[1]}"
             )
         weights = {name.removeprefix(self.prefix): x for name, x in model.state_dict().items()}
         rates = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate}
@@ -189,10 +197,21 @@ class Views:
         if not released:
             return LactNvs.from_saved_config(fields), weights
         with torch.device("meta"):
-            return LactNvs.from_released_config(fields), weights
+            model = LactNvs.from_released_config(fields)
+        if model.inner.query == "key":
+            weights = {
+                name: add_queries(x, model.config.dim) if name.endswith("to_qkv.weight") else x
+                for name, x in weights.items()
+            }
+        return model, weights
 
     def release(self, model: Any) -> tuple[Fields, Weights]:
-        return nvs_fields(model.config.replace(inner=model.inner)), dict(model.state_dict())
+        weights, dim = dict(model.state_dict()), model.config.dim
+        if model.inner.query == "key":
+            for i in range(len(model.mixers)):
+                name = f"blocks.{i}.module_list.1.f.to_qkv.weight"
+                weights[name] = weights[name][dim:]
+        return nvs_fields(model.config.replace(inner=model.inner)), weights
 
 
 FAMILIES: tuple[Family, ...] = (Language(), Images(), Views())
@@ -252,9 +271,20 @@ def nvs_fields(config: Any) -> Fields:
     Raises:
         ValueError: an inner loop that it has no words for; the message names the fields that stand in the way.
     """
+    from kvbind.models.lact_nvs.config import full_of_released
+
     inner = config.inner
     steps = 0 if inner.orthogonalize is None else len(inner.orthogonalize.coefficients)
-    fields = {
+    full = full_of_released(steps)
+    loss = next((name for name in VIEWS_NAMES if views_ablation(full, name) == inner), None)
+    if loss is None:
+        raise ValueError(no_words_for(inner, full))
+    if not config.released_parameters:
+        check_all_used(loss, inner, full)
+    ablation: Fields = {} if loss == "dot_product" else {"ttt_loss_type": loss}
+    if inner.query == "key":
+        ablation = {"ttt_loss_type": "dot_product", "no_query": True}
+    return {
         "patch_size": config.patch_size,
         "dim": config.dim,
         "layers": config.layers,
@@ -272,17 +302,12 @@ def nvs_fields(config: Any) -> Fields:
                     "inter_multi": config.inter_multi,
                     "base_lr": config.base_lr,
                     "muon_update_steps": steps,
+                    **ablation,
                 },
             },
             {"type": "model.MLP", "length_dim": "vl", "params": {"inter_multi": config.mlp_ratio}},
         ],
     }
-    described = type(config).from_released_config(fields).inner if steps else None
-    if described != inner:
-        known = described or type(config)().inner
-        differing = [f"{x}={getattr(inner, x)!r}" for x in inner.differing(known)]
-        raise ValueError(f"inner must be one that released configurations describe; they have no {', '.join(differing)}")
-    return fields
 
 
 def load_into(model: nn.Module, weights: Weights, source: Path) -> None:

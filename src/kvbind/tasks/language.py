@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from kvbind.inner import InnerLoop
 from kvbind.inner.value import nearest
+from kvbind.layers.lact import check_fits_causal_layer
 from kvbind.models.presets import PRESETS as SIZES
 from kvbind.sequence import SequenceShard, sequence_parallel
 from kvbind.tasks import preset_files
 from kvbind.tasks.contents import Contents
 from kvbind.tasks.documents import Split
-from kvbind.tasks.inner_loops import edited, table_rows
+from kvbind.tasks.inner_loops import beneath, edited, table_rows
 from kvbind.tasks.packing import IGNORED, Batch, Packed, evaluation_batches, load_batches
 from kvbind.tasks.sources import Source
 from kvbind.tasks.tokenizers import Pretrained, Tokenizer, open_tokenizer
@@ -127,15 +128,17 @@ class LanguageConfig:
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0; got {self.seed}")
 
+    beneath = staticmethod(beneath)
+
 
 def inner_loop(model: ModelConfig) -> InnerLoop:
     """The inner loop that a model's configuration describes.
 
     Raises:
-        ValueError, TypeError: an unknown size, system or field (the message gives the nearest known one), or a value that
-            does not fit.
+        ValueError, TypeError: an unknown size, system or field (the message gives the nearest known one), a value that
+            does not fit, or an inner loop that is not causal.
     """
-    return edited(model_fields(model)["inner"], model.inner)
+    return edited(model_fields(model)["inner"], model.inner, check_fits_causal_layer)
 
 
 def model_fields(model: ModelConfig) -> dict[str, Any]:

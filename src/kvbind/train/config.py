@@ -147,9 +147,17 @@ def read_config(schema: type[T], presets: Mapping[str, Path], preset: str, overr
 
 
 def load_config(schema: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
-    """A configuration from the YAML that `to_yaml` gave, with edits."""
-    base = OmegaConf.structured(schema)
-    return to_object(merge(base, load_yaml(path), parse_overrides(overrides)), schema)
+    """A configuration from the YAML that `to_yaml` gave, with edits.
+
+    A schema may have a static method `beneath(file, edits)`, which says as plain data what the edits leave of the file: not
+    what belongs to something that they replace.
+    """
+    base, file, edits = OmegaConf.structured(schema), load_yaml(path), parse_overrides(overrides)
+    beneath = getattr(schema, "beneath", None)
+    if beneath is not None:
+        plain = (OmegaConf.to_container(tree) for tree in (file, edits))
+        file = cast(DictConfig, OmegaConf.create(beneath(*plain)))
+    return to_object(merge(base, file, edits), schema)
 
 
 def from_plain(schema: type[T], plain: dict[str, Any]) -> T:

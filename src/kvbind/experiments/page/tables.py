@@ -144,8 +144,8 @@ def quality_charts(outcome: Outcome) -> list[Chart]:
 
 
 def speed_charts(outcome: Outcome) -> list[Chart]:
-    """Throughput by row: ours, and the paper's where it has some."""
-    speed = outcome.subject.speed
+    """Throughput by row: ours, and the paper's where it has some, both then in its unit."""
+    speed, setting = outcome.subject.speed, outcome.results["throughput"]
     shown = [(i, row) for i, row in outcome.numbered() if i is not None and (row.applies or any(row.paper_speeds.values()))]
     labels = [f"{row.label} {i}" for i, row in shown]
     tones, log = ["orange", "blue"][-len(speed.columns) :], len(speed.columns) > 1
@@ -155,6 +155,6 @@ def speed_charts(outcome: Outcome) -> list[Chart]:
         return charts.bars(labels, series, title=title, x=speed.axis, tones=tones, log=log)
 
     paper = [dict(row.paper_speeds) for _, row in shown]
-    here = [{name: x and x / speed.per for name, x in row.speeds.items()} for _, row in shown]
+    here = [{name: speed.compared(x, setting) for name, x in row.speeds.items()} for _, row in shown]
     given = any(x for row in paper for x in row.values())
     return [*([chart("Paper", paper)] if given else []), chart("Here", here)]

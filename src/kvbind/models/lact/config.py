@@ -11,6 +11,14 @@ from kvbind.forms.api import Form
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import lact_llm
 from kvbind.inner.value import check_choice, check_positive_int, nearest
+from kvbind.models.ablations import (
+    LANGUAGE_NAMES,
+    check_all_used,
+    language_ablation,
+    no_words_for,
+    tell_unused,
+    unused_parameters,
+)
 
 RELEASED_DEFAULTS: dict[str, Any] = {
     "hidden_size": 2048,
@@ -30,7 +38,6 @@ RELEASED_DEFAULTS: dict[str, Any] = {
 """What a released configuration means by a field it leaves out, where that is not this library's default."""
 
 FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
-    "ttt_loss_type": ("dot_product",),
     "lr_dim": (1,),
     "lr_parameterization": ("mamba",),
     "hidden_act": ("swish", "silu"),
@@ -71,8 +78,8 @@ class LactConfig(PretrainedConfig):
     """Configuration of `LactModel` and `LactForCausalLM`; the defaults are the paper's 760M model.
 
     Fields have the released names. The inner loop is one field, `inner`; in its place the released fields `lact_chunk_size`,
-    `use_muon`, `use_momentum` and `ttt_prenorm` may be given, which describe one. A JSON file or dict without `inner` is
-    read as a released configuration: what it leaves out takes the released defaults.
+    `use_muon`, `use_momentum`, `ttt_prenorm` and `ttt_loss_type` may be given, which describe one. A JSON file or dict
+    without `inner` is read as a released configuration: what it leaves out takes the released defaults.
 
     Args:
         vocab_size: tokens in the vocabulary.
@@ -108,6 +115,10 @@ class LactConfig(PretrainedConfig):
         use_muon: orthogonalization, where `inner` is None; default True (False in a released configuration).
         use_momentum: momentum, where `inner` is None; default True.
         ttt_prenorm: normalized weights are read while unnormalized ones accumulate, where `inner` is None; default False.
+        ttt_loss_type: an ablation of arXiv 2602.21204 by its released name (`kvbind.models.ablations`), where `inner` is
+            None; default "dot_product", the full system.
+        released_parameters: hold what released checkpoints hold, whether or not `inner` has a use for it; by default where
+            released fields describe an inner loop that has none for some.
         **kwargs: fields of transformers' `PretrainedConfig`, and released fields that do not change the computation.
 
     Raises:
@@ -154,6 +165,8 @@ class LactConfig(PretrainedConfig):
         use_muon: bool | None = None,
         use_momentum: bool | None = None,
         ttt_prenorm: bool | None = None,
+        ttt_loss_type: str | None = None,
+        released_parameters: bool | None = None,
         **kwargs: Any,
     ) -> None:
         check_choice("ttt_form", ttt_form, ("auto", "recurrent", "parallel"))
@@ -164,17 +177,20 @@ class LactConfig(PretrainedConfig):
             "use_muon": use_muon,
             "use_momentum": use_momentum,
             "ttt_prenorm": ttt_prenorm,
+            "ttt_loss_type": ttt_loss_type,
         }
         given: dict[str, Any] = {name: value for name, value in released.items() if value is not None}
         if inner is None:
-            inner = inner_of_released(**given)
+            inner = inner_of_released(**given, inter_multi=inter_multi)
+            if released_parameters is None:
+                released_parameters = bool(unused_parameters(inner))
         elif given:
             raise ValueError(f"inner says what {', '.join(given)} would say; give one or the other")
         self.inner = inner
 
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
         self.num_attn_heads, self.num_lact_heads, self.window_size = num_attn_heads, num_lact_heads, window_size
-        self.ttt_form = ttt_form
+        self.ttt_form, self.released_parameters = ttt_form, bool(released_parameters)
         self.inter_multi, self.w0_w2_low_rank, self.fw_init_gain = inter_multi, w0_w2_low_rank, fw_init_gain
         self.base_lr = base_lr
         self.qkv_bias, self.attn_qk_norm = qkv_bias, attn_qk_norm
@@ -225,15 +241,19 @@ class LactConfig(PretrainedConfig):
         Raises:
             ValueError, TypeError: as the class does.
         """
-        if "inner" not in config_dict:
-            config_dict = {**RELEASED_DEFAULTS, **config_dict}
-        return super().from_dict(dict(config_dict), **kwargs)
+        if "inner" in config_dict:
+            return super().from_dict(dict(config_dict), **kwargs)
+        read = super().from_dict({**RELEASED_DEFAULTS, **config_dict}, **kwargs)
+        config = read[0] if isinstance(read, tuple) else read
+        tell_unused(config_dict.get("ttt_loss_type") or "dot_product", config.inner)
+        return read
 
     @classmethod
     def from_released_config(cls, fields: dict[str, Any]) -> Self:
         """The configuration that a released JSON file (arXiv 2505.23884's public code) stands for.
 
-        Newton-Schulz runs in bfloat16, as there. Fields left out take the released defaults.
+        Newton-Schulz runs in bfloat16, as there. Fields left out take the released defaults. `ttt_loss_type` may name any
+        ablation of arXiv 2602.21204; what a checkpoint of it holds without a use is said, as a logged warning.
 
         Args:
             fields: the file's content.
@@ -251,18 +271,22 @@ class LactConfig(PretrainedConfig):
         """The released JSON fields that mean this configuration.
 
         Raises:
-            ValueError: an inner loop, or a field, that the released code has no words for.
+            ValueError: an inner loop, or a field, that the released code has no words for, or a model without the
+                parameters of released checkpoints.
         """
         fields: dict[str, Any] = self.to_dict()
-        for name in ("inner", "ttt_form", "base_lr"):
+        for name in ("inner", "ttt_form", "base_lr", "released_parameters"):
             fields.pop(name)
+        described = released_of_inner(self.inner)
+        if not self.released_parameters:
+            check_all_used(described["ttt_loss_type"], self.inner, lact_llm(described["lact_chunk_size"]))
         if self.base_lr != 1e-3:
             raise ValueError(f"base_lr must be 0.001 in a released configuration; got {self.base_lr}")
         if self.hidden_ratio is not None:
             fields["hidden_ratio"] = self.hidden_ratio
         return {
             **fields,
-            **released_of_inner(self.inner),
+            **described,
             **{name: values[0] for name, values in FIXED_FIELDS.items()},
             "architectures": ["LaCTForCausalLM"],
             "fuse_norm": True,
@@ -273,15 +297,22 @@ class LactConfig(PretrainedConfig):
 
 
 def inner_of_released(
-    lact_chunk_size: int = 2048, use_muon: bool = True, use_momentum: bool = True, ttt_prenorm: bool = False
+    lact_chunk_size: int = 2048,
+    use_muon: bool = True,
+    use_momentum: bool = True,
+    ttt_prenorm: bool = False,
+    ttt_loss_type: str = "dot_product",
+    inter_multi: float = 1,
 ) -> InnerLoop:
-    """The inner loop that the released fields describe."""
-    full = lact_llm(lact_chunk_size)
-    return full.replace(
-        orthogonalize=full.orthogonalize if use_muon else None,
-        momentum=use_momentum,
-        normalize="read" if ttt_prenorm else True,
-    )
+    """The inner loop that the released fields describe.
+
+    Raises:
+        ValueError: an ablation that is unknown or not supported.
+    """
+    return language_ablation(
+        lact_llm(lact_chunk_size), ttt_loss_type, use_muon=use_muon, use_momentum=use_momentum, ttt_prenorm=ttt_prenorm,
+        inter_multi=inter_multi,
+    )  # fmt: skip
 
 
 def released_of_inner(inner: InnerLoop) -> dict[str, Any]:
@@ -298,11 +329,10 @@ def released_of_inner(inner: InnerLoop) -> dict[str, Any]:
         "use_momentum": inner.momentum,
         "ttt_prenorm": inner.normalize == "read",
     }
-    described = inner_of_released(**fields)
-    if described != inner:
-        differing = [f"{name}={getattr(inner, name)!r}" for name in inner.differing(described)]
-        raise ValueError(f"inner must be one that released configurations describe; they have no {', '.join(differing)}")
-    return fields
+    for name in ("dot_product",) if fields["ttt_prenorm"] else LANGUAGE_NAMES:
+        if inner_of_released(**fields, ttt_loss_type=name) == inner:
+            return {**fields, "ttt_loss_type": name}
+    raise ValueError(no_words_for(inner, inner_of_released(**fields)))
 
 
 def _generation_fields() -> set[str]:

@@ -74,6 +74,7 @@ class LactBlock(GradientCheckpointingLayer):
             rotary=not config.ttt_nope,
             rope_theta=config.rope_theta,
             output_scale=config.learnable_ttt_scale,
+            released_parameters=config.released_parameters,
         )
         self.mlp_norm = ResidualNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = LactMLP(config.hidden_size, config.mlp_width)

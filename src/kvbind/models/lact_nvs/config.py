@@ -10,6 +10,7 @@ from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import lact_nvs, ladder
 from kvbind.inner.value import Value, check_bool, check_positive_int, nearest
 from kvbind.layers.lact_nvs import check_fits_views
+from kvbind.models.ablations import tell_unused, unused_parameters, views_ablation
 
 _FULL = lact_nvs()
 
@@ -42,6 +43,7 @@ class LactNvsConfig(Value):
         inner: the inner loop of every layer.
         base_lr: its learning rate before training.
         qk_norm: RMS norms on the attention's queries and keys.
+        released_parameters: hold what released checkpoints hold, whether or not `inner` has a use for it.
 
     Raises:
         ValueError: widths that do not divide, or an inner loop that the layers cannot run.
@@ -58,6 +60,7 @@ class LactNvsConfig(Value):
     inner: InnerLoop = _FULL
     base_lr: float = 0.01
     qk_norm: bool = True
+    released_parameters: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dim", "layers", "patch_size", "head_dim", "fast_head_dim"):
@@ -71,6 +74,7 @@ class LactNvsConfig(Value):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
         check_bool("qk_norm", self.qk_norm)
+        check_bool("released_parameters", self.released_parameters)
         check_fits_views(self.inner)
 
     @classmethod
@@ -92,7 +96,9 @@ class LactNvsConfig(Value):
         Args:
             fields: `patch_size`, `dim`, `layers` and `block_config`, a list of three modules (attention inside each image,
                 fast weights across views, MLP), each with `type`, `length_dim` and `params`. What `params` leaves out takes
-                the released default.
+                the released default. Those of the fast weights may hold the fields of arXiv 2602.21204's ablations,
+                `ttt_loss_type`, `no_query`, `use_fused` and `grad_calc_method`; what a checkpoint of one holds without a
+                use is said, as a logged warning.
 
         Raises:
             ValueError: a field that is missing or unknown, or a block of other modules, an attention that is causal, biases,
@@ -112,31 +118,44 @@ class LactNvsConfig(Value):
             "FastWeightGluMLPMultihead's params",
             fast,
             ("head_dim",),
-            ("inter_multi", "base_lr", "muon_update_steps", "bias"),
+            ("inter_multi", "base_lr", "muon_update_steps", "bias", *ABLATION_FIELDS),
         )
         _check_names("MLP's params", mlp, (), ("inter_multi", "bias"))
         for name, params in (("SelfAttention", attention), ("FastWeightGluMLPMultihead", fast), ("MLP", mlp)):
             for switch in ("causal", "bias"):
                 if params.get(switch):
                     raise ValueError(f"{name}'s {switch} must be False; got {params[switch]!r}, which is not supported")
-        steps = fast.get("muon_update_steps", 0)
-        if steps < 1:
+        steps, width = fast.get("muon_update_steps", 0), fast.get("inter_multi", 1)
+        ablation = {name: fast[name] for name in ABLATION_FIELDS if name in fast}
+        inner = views_ablation(full_of_released(steps), **ablation, inter_multi=width)
+        if steps < 1 and inner.orthogonalize is not None:
             raise ValueError(
                 f"muon_update_steps must be at least 1; got {steps}, for which the released code divides each update by its "
                 "norm, which is not supported"
             )
+        tell_unused(ablation.get("ttt_loss_type", "dot_product"), inner)
         return cls(
             dim=fields["dim"],
             layers=fields["layers"],
             patch_size=fields["patch_size"],
             head_dim=attention["head_dim"],
             fast_head_dim=fast["head_dim"],
-            inter_multi=fast.get("inter_multi", 1),
+            inter_multi=width,
             mlp_ratio=mlp.get("inter_multi", 4),
-            inner=_FULL.replace(orthogonalize=NewtonSchulz(VIEWS_COEFFICIENTS[:1] * steps)),
+            inner=inner,
             base_lr=fast.get("base_lr", 0.01),
             qk_norm=attention.get("use_qk_norm", True),
+            released_parameters=bool(unused_parameters(inner)),
         )
+
+
+ABLATION_FIELDS = ("ttt_loss_type", "no_query", "use_fused", "grad_calc_method")
+"""Released fields that say which ablation of arXiv 2602.21204 a model is, as `views_ablation` takes them."""
+
+
+def full_of_released(steps: int) -> InnerLoop:
+    """The full system's inner loop with so many Newton-Schulz steps, at least one."""
+    return _FULL.replace(orthogonalize=NewtonSchulz(VIEWS_COEFFICIENTS[:1] * max(steps, 1)))
 
 
 _RELEASED_BLOCK = [("SelfAttention", "l"), ("FastWeightGluMLPMultihead", "vl"), ("MLP", "vl")]

@@ -93,7 +93,10 @@ class LactNvsBlock(nn.Module):
     def __init__(self, config: LactNvsConfig) -> None:
         super().__init__()
         dim = config.dim
-        fast = LactNvsLayer(dim, config.fast_head_dim, config.inner, inter_multi=config.inter_multi, base_lr=config.base_lr)
+        fast = LactNvsLayer(
+            dim, config.fast_head_dim, config.inner, inter_multi=config.inter_multi, base_lr=config.base_lr,
+            released_parameters=config.released_parameters,
+        )  # fmt: skip
         parts = (ImageAttention(dim, config.head_dim, config.qk_norm), fast, Mlp(dim, int(dim * config.mlp_ratio)))
         self.module_list = nn.ModuleList(nn.ModuleDict({"ln": nn.LayerNorm(dim, bias=False), "f": part}) for part in parts)
 

@@ -6,9 +6,10 @@ Importing this registers the models with timm, where timm is installed, and `Vit
 
 from transformers import AutoConfig, AutoModelForImageClassification
 
+from kvbind.models.ablations import IMAGES as RELEASED_LOSSES
 from kvbind.models.vittt.config import VitttConfig, VitttForImageClassification
 from kvbind.models.vittt.model import HierarchicalVittt, Vittt
-from kvbind.models.vittt.released import INNER_LOOPS, RELEASED_LOSSES, SIZES, build, from_released_config
+from kvbind.models.vittt.released import INNER_LOOPS, SIZES, build, from_released_config
 from kvbind.models.vittt.zoo import register
 
 AutoConfig.register(VitttConfig.model_type, VitttConfig)

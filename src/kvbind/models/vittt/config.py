@@ -14,9 +14,10 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import vittt
 from kvbind.layers.vittt import INIT_STD
+from kvbind.models.ablations import images_ablation
 from kvbind.models.vittt.blocks import init_weights, to_image
 from kvbind.models.vittt.model import HierarchicalVittt, ImageModel, Vittt
-from kvbind.models.vittt.released import read_released_config, released_inner_loops
+from kvbind.models.vittt.released import read_released_config
 
 
 class VitttConfig(PretrainedConfig):
@@ -127,7 +128,7 @@ class VitttConfig(PretrainedConfig):
             ValueError: as there.
         """
         hierarchical, arguments = read_released_config(fields)
-        inner, inner_conv = released_inner_loops(fields.get("ttt_loss_type", "dot_product"))
+        inner, inner_conv = images_ablation(fields.get("ttt_loss_type", "dot_product"))
         if hierarchical:
             arguments["embed_dim"], arguments["depth"] = arguments.pop("dim"), arguments.pop("depths")
         arguments |= {name: fields[name] for name in ("img_size",) if name in fields}

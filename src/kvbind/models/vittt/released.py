@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-from kvbind.inner.networks import Linear
 from kvbind.inner.spec import InnerLoop
-from kvbind.inner.systems import vittt
 from kvbind.inner.value import nearest
+from kvbind.models.ablations import IMAGES, images_ablation
 from kvbind.models.vittt.model import HierarchicalVittt, ImageModel, Vittt
 
-_HEADS, _CONV = vittt(), vittt("conv")
-_LAST = _HEADS.replace(update="last")
-_LINEAR = _LAST.replace(network=Linear())
+_LINEAR, _CONV = IMAGES["only_w1_straight_qk"]
 
 INNER_LOOPS: dict[str, tuple[InnerLoop, InnerLoop]] = {
-    "full": (_HEADS, _CONV),
-    "ascent": (_HEADS.replace(direction="ascent"), _CONV),
-    "key": (_HEADS.replace(query="key"), _CONV.replace(query="key")),
-    "rung1": (_LAST, _CONV),
-    "rung3": (_LINEAR, _CONV),
+    "full": IMAGES["dot_product"],
+    "ascent": IMAGES["ga_dot_product"],
+    "key": IMAGES["no_query_dot_product"],
+    "rung1": IMAGES["only_w1"],
+    "rung3": IMAGES["only_w1_straight_qk"],
     "rung6": (_LINEAR.replace(clip=False), _CONV),
-    "squared": (_HEADS.replace(loss="squared"), _CONV.replace(loss="squared")),
+    "squared": IMAGES["mse"],
 }
 """The paper's rows for ViTTT: the inner loops of the heads and of the convolution (arXiv 2602.21204, tables 1 and 2).
 
 Rungs change the heads alone: a convolution is one linear layer as it stands, and the published ablations clip it throughout.
 Rungs 2, 4 and 5 do not apply: there are no weight normalization, no learned rates and no momentum to remove.
 """
-
-RELEASED_LOSSES: dict[str, tuple[InnerLoop, InnerLoop]] = {
-    "dot_product": INNER_LOOPS["full"],
-    "ga_dot_product": INNER_LOOPS["ascent"],
-    "no_query_dot_product": INNER_LOOPS["key"],
-    "only_w1": INNER_LOOPS["rung1"],
-    "only_w1_no_muon": (_LAST.replace(clip=False), _CONV),
-    "only_w1_straight_qk": INNER_LOOPS["rung3"],
-    "mse": INNER_LOOPS["squared"],
-}
-"""What each `ttt_loss_type` of the released ablations stands for (specification, section 5)."""
-
-DIFFERING_LOSSES = frozenset({"only_w1_straight_qk", "mse"})
-"""Those whose released update is not the gradient of the loss they state."""
 
 SIZES: dict[str, dict[str, Any]] = {
     "vittt_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 6, "patch_size": 16},
@@ -78,32 +60,6 @@ def build(name: str, **fields: Any) -> ImageModel:
     return HierarchicalVittt(**arguments) if name.startswith("h_") else Vittt(**arguments)
 
 
-def released_inner_loops(ttt_loss_type: str) -> tuple[InnerLoop, InnerLoop]:
-    """The inner loops of the heads and of the convolution that a released ablation's name stands for.
-
-    Warns where the released computation is another than the name says.
-
-    Args:
-        ttt_loss_type: one of `RELEASED_LOSSES`.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if ttt_loss_type not in RELEASED_LOSSES:
-        raise ValueError(
-            f"ttt_loss_type must be one of {', '.join(RELEASED_LOSSES)}; got {ttt_loss_type!r}"
-            f"{nearest(ttt_loss_type, RELEASED_LOSSES)}"
-        )
-    if ttt_loss_type in DIFFERING_LOSSES:
-        warnings.warn(
-            f"ttt_loss_type={ttt_loss_type!r}: the released code's update is not the gradient of the loss that this name "
-            "states; this model computes the gradient, so that its outputs differ from the released model's",
-            UserWarning,
-            stacklevel=3,
-        )
-    return RELEASED_LOSSES[ttt_loss_type]
-
-
 def read_released_config(fields: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
     """Whether a released configuration is of the hierarchical model, and the model's arguments, without inner loops.
 
@@ -135,7 +91,7 @@ def from_released_config(fields: dict[str, Any]) -> Vittt | HierarchicalVittt:
         ValueError: an unknown field or `ttt_loss_type`, or a field that does not fit.
     """
     hierarchical, arguments = read_released_config(fields)
-    inner, inner_conv = released_inner_loops(fields.get("ttt_loss_type", "dot_product"))
+    inner, inner_conv = images_ablation(fields.get("ttt_loss_type", "dot_product"))
     model = HierarchicalVittt(**arguments) if hierarchical else Vittt(**arguments)
     # after building, as released checkpoints hold every matrix, also those that their ablation does not use
     model.inner, model.inner_conv = inner, inner_conv

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from kvbind.inner import InnerLoop
 from kvbind.inner.systems import vittt
 from kvbind.inner.value import check_choice, nearest
+from kvbind.layers.vittt import check_fits_conv, check_fits_heads
 from kvbind.models.saving import without_bars
 from kvbind.tasks import preset_files
 from kvbind.tasks.contents import Contents
@@ -21,7 +23,7 @@ from kvbind.tasks.files import EXPANDED_GIB
 from kvbind.tasks.images.augment import Augment, AugmentConfig, ReadEvaluation, ReadTraining, check_fits_memory, normalized
 from kvbind.tasks.images.loading import Batch, Order, Reads, evaluation_batches, training_batches
 from kvbind.tasks.images.sources import Images, InMemory, Source, Splits
-from kvbind.tasks.inner_loops import edited, table_rows
+from kvbind.tasks.inner_loops import beneath, edited, table_rows
 from kvbind.train.config import TrainConfig
 from kvbind.train.ranks import WHOLE, Share
 
@@ -33,6 +35,9 @@ PRESETS = preset_files("images")
 
 BRANCHES = {"heads": vittt("glu"), "conv": vittt("conv")}
 """The inner loops of ViTTT's two branches, by the keys of `model.inner`."""
+
+FITS = {"heads": check_fits_heads, "conv": check_fits_conv}
+"""What raises where a branch cannot run an inner loop."""
 
 MODEL_FIELDS = (
     "embed_dim", "depth", "num_heads", "patch_size", "mlp_ratio", "qkv_bias", "drop_rate", "drop_path_rate",
@@ -172,6 +177,8 @@ class ImagesConfig:
                     f"{name}=0 to count steps"
                 )
 
+    beneath = staticmethod(partial(beneath, branches=tuple(BRANCHES)))
+
 
 def inner_loops(model: ModelConfig) -> dict[str, InnerLoop]:
     """The inner loops of the heads and of the convolution that a model's configuration describes, under "heads" and "conv".
@@ -182,7 +189,7 @@ def inner_loops(model: ModelConfig) -> dict[str, InnerLoop]:
     """
     for key in model.inner:
         check_choice("model.inner's keys", key, tuple(BRANCHES))
-    return {key: edited(start, model.inner.get(key, {})) for key, start in BRANCHES.items()}
+    return {key: edited(start, model.inner.get(key, {}), FITS[key]) for key, start in BRANCHES.items()}
 
 
 def rows(config: ImagesConfig) -> dict[str, dict[str, Any]]:

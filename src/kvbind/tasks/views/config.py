@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 from kvbind.inner import InnerLoop
 from kvbind.inner.value import check_choice, nearest
+from kvbind.layers.lact_nvs import check_fits_views
 from kvbind.models.lact_nvs import PRESETS as SIZES
 from kvbind.models.lact_nvs import LactNvsConfig
 from kvbind.tasks import preset_files
 from kvbind.tasks.files import EXPANDED_GIB
-from kvbind.tasks.inner_loops import edited, table_rows
+from kvbind.tasks.inner_loops import beneath, edited, table_rows
 from kvbind.train.config import TrainConfig
 
 PRESETS = preset_files("views")
@@ -166,6 +167,8 @@ class ViewsConfig:
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0; got {self.seed}")
 
+    beneath = staticmethod(beneath)
+
 
 def model_config(model: ModelConfig) -> LactNvsConfig:
     """The model that a configuration describes.
@@ -179,7 +182,7 @@ def model_config(model: ModelConfig) -> LactNvsConfig:
     if "inner" in model.fields:
         raise ValueError("model.fields must not hold 'inner', which model.inner gives")
     size = SIZES[model.size].replace(**model.fields)
-    return size.replace(inner=edited(size.inner, model.inner))
+    return size.replace(inner=edited(size.inner, model.inner, check_fits_views))
 
 
 def inner_loop(model: ModelConfig) -> InnerLoop:
