@@ -13,7 +13,8 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -177,16 +178,18 @@ def read_yaml(path: str | Path) -> Any:
     return parse_yaml(read_text(path, YAML_LIMIT), path)
 
 
-def parse_yaml(text: str, source: object) -> Any:
+def parse_yaml(text: str, source: object, refusal: str | None = None) -> Any:
     """What a YAML text holds, as `read_yaml`.
 
     Args:
         text: the text.
         source: where it is from, for the message.
+        refusal: how the message on a text that is no YAML begins, where not with the source.
 
     Raises:
         ValueError: as `read_yaml`.
     """
+    refusal = f"{source} must be YAML" if refusal is None else refusal
     try:
         loader = _Loader(text)
         try:
@@ -196,9 +199,9 @@ def parse_yaml(text: str, source: object) -> Any:
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         reason = f"{problem} in line {mark.line + 1}" if mark and problem else " ".join(str(error).split())
-        raise ValueError(f"{source} must be YAML; it is not: {reason}") from error
+        raise ValueError(f"{refusal}: {reason}") from error
     except (ValueError, OverflowError, RecursionError) as error:  # a number or a time of day that is none
-        raise ValueError(f"{source} must be YAML; it is not: {error}") from error
+        raise ValueError(f"{refusal}: {error}") from error
     check_plain(data, source, finite=False)
     return data
 
@@ -352,6 +355,27 @@ def read_pickled(path: str | Path) -> Any:
     except Exception as error:  # the loader raises whatever a damaged or hostile file leads to
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} must be a file that torch.load reads safely; it is not: {reason}") from error
+
+
+@contextmanager
+def blaming(source: object, what: str) -> Iterator[None]:
+    """Take apart data from elsewhere in here: whatever their types and sizes lead to ends in one line that names them.
+
+    Args:
+        source: where they are from.
+        what: what they must be, in words.
+
+    Raises:
+        ValueError: for any error but of the system (`OSError`), of memory, and of packages that are not installed.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        said = reason if isinstance(error, ValueError) else f"{type(error).__name__} {reason}"
+        raise ValueError(f"{source} must be {what}; it is not: {said}") from error
 
 
 def shortened(value: object, most: int = 80) -> str:
