@@ -214,20 +214,26 @@ class _Loader(yaml.SafeLoader):
         self.nodes, self.depth = 0, 0
         self.sizes: dict[int, int] = {}
 
+    def fetch_flow_collection_start(self, kind: Any) -> None:
+        # the scanner looks ahead, in time that grows with the square of the depth
+        if self.flow_level >= DEPTH:
+            raise _refusal(f"more than {DEPTH} levels", self.get_mark())
+        super().fetch_flow_collection_start(kind)
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
         before, self.nodes, self.depth = self.nodes, self.nodes + 1, self.depth + 1
         if self.depth > DEPTH:
-            raise _refusal(f"more than {DEPTH} levels", event)
+            raise _refusal(f"more than {DEPTH} levels", event.start_mark)
         node: Any = super().compose_node(parent, index)
         if isinstance(event, yaml.events.AliasEvent):
             if id(node) not in self.sizes:
-                raise _refusal("a value that holds itself", event)
+                raise _refusal("a value that holds itself", event.start_mark)
             self.nodes = before + self.sizes[id(node)]
         else:
             self.sizes[id(node)] = self.nodes - before
         if self.nodes > NODES:
-            raise _refusal(f"more than {NODES} values", event)
+            raise _refusal(f"more than {NODES} values", event.start_mark)
         self.depth -= 1
         return node
 
@@ -238,15 +244,15 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(place, deep=True)
             if not isinstance(key, str):
-                raise _refusal(f"a key that is no text, {shortened(key)}", place)
+                raise _refusal(f"a key that is no text, {shortened(key)}", place.start_mark)
             if key in known:
-                raise _refusal(f"a key that is given twice, {shortened(key)}", place)
+                raise _refusal(f"a key that is given twice, {shortened(key)}", place.start_mark)
             known.add(key)
         return super().construct_mapping(node, deep)
 
 
-def _refusal(problem: str, at: Any) -> yaml.MarkedYAMLError:
-    return yaml.constructor.ConstructorError(None, None, problem, at.start_mark)
+def _refusal(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, mark)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -342,6 +348,8 @@ def read_pickled(path: str | Path) -> Any:
         OSError: a file that cannot be read.
     """
     path = check_regular(path)
+    with path.open("rb"):  # what the system refuses is not the file's fault
+        pass
     try:
         # torch.save compresses nothing; what does may expand to any size
         if zipfile.is_zipfile(path):
@@ -350,9 +358,9 @@ def read_pickled(path: str | Path) -> Any:
                     raise ValueError("it is compressed")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except MemoryError:
         raise
-    except Exception as error:  # the loader raises whatever a damaged or hostile file leads to
+    except Exception as error:  # the loader raises whatever a damaged or hostile file leads to, `OSError` too
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} must be a file that torch.load reads safely; it is not: {reason}") from error
 

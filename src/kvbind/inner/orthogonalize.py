@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,5 +78,5 @@ def _is_triple(row: Any) -> bool:
     return (
         isinstance(row, tuple | list)
         and len(row) == 3
-        and all(isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < math.inf for x in row)
+        and all(isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= sys.float_info.max for x in row)
     )

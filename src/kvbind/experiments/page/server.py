@@ -55,7 +55,7 @@ def served_files(page: Path) -> tuple[dict[str, Path], str]:
     """
     links = Links()
     links.feed(page.read_text(encoding="utf-8"))
-    root = f"/{quote(page.name)}"
+    address = f"http://localhost/{quote(page.name)}"
     found = {f"/{page.name}": page}
     for href in links.hrefs:
         there = urlsplit(href)
@@ -65,7 +65,7 @@ def served_files(page: Path) -> tuple[dict[str, Path], str]:
         real = path.resolve()
         if real.name == "results.json" and real == path.parent.resolve() / path.name:
             # an address has no place above its root: a browser leaves out what would lead there
-            found.setdefault(unquote(urlsplit(urljoin(root, href)).path), real)
+            found.setdefault(unquote(urlsplit(urljoin(address, href)).path), real)
     return found, links.policy
 
 
