@@ -314,6 +314,17 @@ def report(
         bool, typer.Option("--serve", help="Show the page at an address of this machine, until Ctrl-C.")
     ] = False,
     port: Annotated[int, typer.Option(help="Of that address; 0 for a free one.", min=0, max=65535)] = 8000,
+    bind: Annotated[
+        str, typer.Option(help="Where to listen; another address lets whoever reaches it read the page and its results.")
+    ] = "127.0.0.1",
+    host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A further name by which browsers reach the address, such as a proxy's; may be given several times.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Make one page of all results: claims with verdicts, tables beside the paper's, figures, and models to look into.
 
@@ -326,7 +337,7 @@ def report(
     path = make_report(folders or [Path("runs")], out)
     console().print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", markup=False, soft_wrap=True)
     if serve:
-        server, address = open_server(path, port)
+        server, address = open_server(path, port, bind=bind, hosts=host or ())
         console().print(f"{address} (Ctrl-C ends it)", markup=False, soft_wrap=True)
         with server, contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -521,6 +520,7 @@ def scaling(
     from kvbind.bench.record import growing, provenance, save
     from kvbind.bench.scaling import WHATS, Settings, cases, equality, finished, measured
     from kvbind.bench.scaling_tables import scaling_grids
+    from kvbind.files import read_json
     from kvbind.inner.systems import RUNGS
     from kvbind.inner.value import check_choice
     from kvbind.plan.costs import RECOMPUTE
@@ -540,7 +540,7 @@ def scaling(
     planned = cases(_some(what, WHATS, "what"), numbers, settings)
     kept: dict[int, dict[str, Any]] = {}
     if resume and out is not None and out.is_file():
-        kept = finished(json.loads(out.read_text(encoding="utf-8"))["rows"], planned)
+        kept = finished(read_json(out, finite=False)["rows"], planned)
     held = torch.cuda.get_device_properties(place).total_memory if place.type == "cuda" else None
     rest = [case for number, case in enumerate(planned) if number not in kept]
     rows = measured(rest, place.type, budget=budget, limit=limit, memory_bytes=held)

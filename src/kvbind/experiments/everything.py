@@ -8,7 +8,6 @@ command later goes on.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from kvbind.experiments.plan import Plan, plan_runs, report_folder
 from kvbind.experiments.runs import Fingerprints, Run, discard
 from kvbind.experiments.subjects import ALL, SUBJECTS, named_subject
 from kvbind.experiments.workers import VISIBLE, Job, train_all, visible_gpus
+from kvbind.files import read_fields
 
 THEOREMS = "theorems"
 
@@ -256,7 +256,7 @@ def write_list(out: Path, reports: Sequence[Report], unfinished: Mapping[str, st
     listed = []
     for one in reports:
         if one.title not in unfinished:
-            found = json.loads((one.folder / "results.json").read_text(encoding="utf-8"))
+            found = read_fields(one.folder / "results.json", finite=False)
             listed.append({"experiment": one.experiment, "task": found["task"], "folder": one.folder.as_posix(),
                            "verdicts": found.get("verdicts", [])})  # fmt: skip
     results = {

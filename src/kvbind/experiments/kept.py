@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from kvbind.experiments import report
 from kvbind.experiments.provenance import machine, versions
+from kvbind.files import read_json
 from kvbind.train.config import config_hash
 
 
@@ -42,7 +42,7 @@ class Kept:
 def read(path: Path) -> dict[str, Any]:
     """The data in a file, by hash."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, finite=False)
     except ValueError:
         found = None
     if not isinstance(found, dict):

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from kvbind.files import parse_json, read_tensors, shortened
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
@@ -201,22 +201,98 @@ class State:
 
         Raises:
             OSError: a file that cannot be read.
-            ValueError: a file that holds no state.
+            ValueError: a file that holds no state, or one whose tensors do not fit its inner loop and each other.
         """
         try:
-            with safe_open(str(path), framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                if not {"inner", "pending_lengths"} <= metadata.keys():
-                    raise ValueError(f"path must be a file that State.save wrote; {path} holds no inner loop")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+            tensors, metadata = read_tensors(path, device)
+            if not {"inner", "pending_lengths"} <= metadata.keys():
+                raise ValueError(f"{path} holds no inner loop")
+            spec = InnerLoop.from_dict(parse_json(metadata["inner"], "its inner loop"))
+            lengths = parse_json(metadata["pending_lengths"], "its pending_lengths")
+            if not isinstance(lengths, list):
+                raise ValueError(f"its pending_lengths must be a list; got {shortened(lengths)}")
+            state = cls(spec, tensors, tuple(lengths))
+            state.check()
+        except (TypeError, ValueError) as error:
             raise ValueError(f"path must be a file that State.save wrote; {path} is not: {error}") from error
-        spec = InnerLoop.from_dict(json.loads(metadata["inner"]))
-        return cls(spec, tensors, tuple(json.loads(metadata["pending_lengths"])))
+        return state
+
+    def check(self) -> None:
+        """Refuse a state that no call of `ttt` can have returned.
+
+        Raises:
+            ValueError: tensors that the inner loop does not have, or lacks; shapes that do not fit each other; dtypes that
+                are not floating point, or differ among the fast weights; numbers of pending tokens for which there is no
+                place.
+        """
+        spec, held = self.spec, self.tensors
+        needed = _shapes_of(spec, held, len(self.pending_lengths))
+        if differing := sorted(needed.keys() ^ held.keys()):
+            found = "lacks" if differing[0] in needed else "has"
+            raise ValueError(
+                f"a state of {spec!r} must have {', '.join(needed)}; this one {found} {shortened(differing[0])}"
+            )
+        fast = held["weights.out"].dtype
+        for name, shape in needed.items():
+            x = held[name]
+            if list(x.shape) != shape:
+                raise ValueError(f"a state's {name!r} must be {shape}, as its other tensors are; got {list(x.shape)}")
+            if x.dtype not in _DTYPES or not (name.startswith("pending.") or x.dtype == fast):
+                raise ValueError(
+                    f"a state's {name!r} must be floating point, and all fast weights alike, here {fast}; got {x.dtype}"
+                )
+        room = held["pending.k"].shape[2] if "pending.k" in held else 0
+        for length in self.pending_lengths:
+            if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= room:
+                raise ValueError(f"a state's pending_lengths must be integers from 0 to {room}; got {shortened(length)}")
 
     def __repr__(self) -> str:
         size = sum(x.numel() * x.element_size() for x in self.tensors.values())
         return f"State({self.batch} sequences, {size / self.batch / 1024:.1f} KiB each, of {self.spec!r})"
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What a state may be held in: what `ttt` returns, and what it may have been moved to."""
+
+
+def _shapes_of(spec: InnerLoop, tensors: Mapping[str, Tensor], batch: int) -> dict[str, list[int]]:
+    """The shape of each tensor of a state of `spec`, its sizes taken from the fast weights.
+
+    Raises:
+        ValueError: fast weights that are missing, or have another number of axes.
+    """
+    network = spec.network
+    axes = 2 + len(network.input_axes) + 1
+    for name in network.matrices:
+        x = tensors.get(f"weights.{name}")
+        if x is None or x.dim() != axes:
+            found = "it is missing" if x is None else f"got {list(x.shape)}"
+            raise ValueError(f"a state's 'weights.{name}' must have {axes} axes; {found}")
+    first, out = tensors[f"weights.{network.matrices[0]}"], tensors["weights.out"]
+    heads, keys, values = out.shape[1], first.shape[2], out.shape[2 if axes > 4 else 3]
+    weights = {name: tensors[f"weights.{name}"] for name in network.matrices}
+    matrices = {
+        name: [batch, heads, *shape] for name, shape in network.shapes(keys, values, network.hidden_widths(weights)).items()
+    }
+    channels = {name: list(shape) for name, shape in matrices.items()}
+    for shape in channels.values():
+        for axis in network.input_axes:
+            shape[axis] = 1
+    needed = {f"weights.{name}": shape for name, shape in matrices.items()}
+    if spec.momentum:
+        needed |= {f"momentum.{name}": matrices[name] for name in spec.updated}
+    if spec.normalize:
+        needed |= {f"norms.{name}": channels[name] for name in spec.updated}
+    if spec.normalize == "read":
+        needed |= {f"accumulated.{name}": matrices[name] for name in spec.updated}
+    # the state before a sequence's first token has no places yet
+    if spec.chunk is not None and spec.chunk > 1 and any(name.startswith("pending.") for name in tensors):
+        gates = [f"rates.{name}" for name in spec.updated]
+        gates += [name for name in ("momentum", "retention") if getattr(spec, name)]
+        places = [batch, heads, spec.chunk - 1]
+        needed |= {"pending.k": [*places, keys], "pending.v": [*places, values]}
+        needed |= {f"pending.{name}": places for name in gates}
+    return needed
 
 
 def _flatten(state: State) -> tuple[list[Tensor], tuple[InnerLoop, tuple[str, ...], tuple[int, ...]]]:

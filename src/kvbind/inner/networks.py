@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvbind.files import shortened
 from kvbind.inner.value import Value, check_choice, check_positive_int
 
 Weights = Mapping[str, Tensor]
@@ -175,6 +176,9 @@ class Linear(Network):
         return x
 
 
+MOST_LAYERS = 1024
+"""Hidden layers of the deepest fast network: a limit for numbers from files, far above what anybody trains."""
+
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh", "identity"]
 
 
@@ -195,6 +199,8 @@ class MLP(Network):
     def __post_init__(self) -> None:
         check_choice("activation", self.activation, tuple(_ACTIVATIONS))
         check_positive_int("depth", self.depth)
+        if self.depth > MOST_LAYERS:
+            raise ValueError(f"depth must be at most {MOST_LAYERS}; got {shortened(self.depth)}")
 
     @property
     def matrices(self) -> tuple[str, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvbind.files import shortened
 from kvbind.inner.value import Value
 
 Coefficients = tuple[tuple[float, float, float], ...]
@@ -45,7 +47,9 @@ class NewtonSchulz(Value):
     def __post_init__(self) -> None:
         rows = self.coefficients
         if not isinstance(rows, tuple | list) or not rows or not all(_is_triple(row) for row in rows):
-            raise ValueError(f"coefficients must be a non-empty sequence of (a, b, c) triples of numbers; got {rows!r}")
+            raise ValueError(
+                f"coefficients must be a non-empty sequence of (a, b, c) triples of finite numbers; got {shortened(rows)}"
+            )
         object.__setattr__(self, "coefficients", tuple(tuple(float(x) for x in row) for row in rows))
         if isinstance(self.dtype, str):
             object.__setattr__(self, "dtype", getattr(torch, self.dtype, self.dtype))
@@ -74,5 +78,5 @@ def _is_triple(row: Any) -> bool:
     return (
         isinstance(row, tuple | list)
         and len(row) == 3
-        and all(isinstance(x, int | float) and not isinstance(x, bool) for x in row)
+        and all(isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= sys.float_info.max for x in row)
     )

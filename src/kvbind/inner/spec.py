@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 import yaml
 
+from kvbind.files import YAML_LIMIT, check_plain, parse_yaml, read_text
 from kvbind.inner.losses import Loss
 from kvbind.inner.networks import NETWORKS, DepthwiseConv, Network
 from kvbind.inner.orthogonalize import NewtonSchulz
@@ -126,6 +127,7 @@ class InnerLoop(Value):
         """
         if not isinstance(data, dict):
             raise TypeError(f"InnerLoop.from_dict needs a dict; got {type(data).__name__}")
+        check_plain(data, "InnerLoop.from_dict's dict", values=True)
         fields = dict(data)
         if "network" not in fields:
             raise TypeError("an inner loop needs a field 'network', such as {kind: SwiGLU}")
@@ -151,12 +153,8 @@ class InnerLoop(Value):
             ValueError: as `from_dict`; text that is no YAML.
         """
         is_file = isinstance(source, Path) or source.endswith((".yaml", ".yml"))
-        text = Path(source).read_text(encoding="utf-8") if is_file else str(source)
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"source must be YAML; {f'{source} is' if is_file else 'the text is'} not: {error}") from error
-        return cls.from_dict(data)
+        text, where = (read_text(source, YAML_LIMIT), str(source)) if is_file else (str(source), "the text")
+        return cls.from_dict(parse_yaml(text, where, f"source must be YAML; {where} is not"))
 
 
 def orthogonalize_from_dict(data: str | dict[str, Any]) -> NewtonSchulz:

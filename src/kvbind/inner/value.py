@@ -9,6 +9,8 @@ from typing import Any, Self, cast
 
 import torch
 
+from kvbind.files import check_plain
+
 
 def nearest(name: object, known: Iterable[str]) -> str:
     """A clause that names the known word nearest to `name`, or an empty string where none is near."""
@@ -89,6 +91,7 @@ class Value:
         """
         if not isinstance(data, dict):
             raise TypeError(f"{cls.__name__}.from_dict needs a dict; got {type(data).__name__}")
+        check_plain(data, f"{cls.__name__}.from_dict's dict", values=True)
         cls._check_fields(data)
         return cls(**data)
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import pickle
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from kvbind import files
+from kvbind.files import inside, read_pickled, read_tensors
 from kvbind.inner.value import check_choice
-from kvbind.models.families import Family, Fields, family_of, load_into
-from kvbind.models.saving import without_bars
+from kvbind.models.families import Family, Fields, check_weights, configured, family_of, load_into
+from kvbind.models.saving import index_parts, without_bars
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pt", "model.pth", "checkpoint.pt", "checkpoint.pth")
 """The single files in which a folder may hold its weights, in the order in which they are looked for."""
@@ -74,7 +73,9 @@ def convert(
         wanted, found = ("released", "kvbind") if to == "kvbind" else ("kvbind", "released")
         raise ValueError(f"source must be a {wanted} checkpoint; {source} is {found}, of a {family.title}")
 
-    model, named = family.build(fields, weights, released)
+    copied = [inside(folder, path.name) for pattern in COPIED for path in sorted(folder.glob(pattern)) if path.is_file()]
+    with configured(source, family.title, fields, weights):
+        model, named = family.build(fields, weights, released)
     load_into(model, named, source)
     if to == "kvbind":
         if hasattr(model, "tie_weights"):
@@ -84,9 +85,8 @@ def convert(
             model.save_pretrained(target)
     else:
         write_released(target, family, *family.release(model))
-    for pattern in COPIED:
-        for path in folder.glob(pattern):
-            shutil.copy2(path, target / path.name)
+    for path in copied:
+        shutil.copy2(path, target / path.name)
     return target
 
 
@@ -107,41 +107,33 @@ def read_weights(source: Path) -> dict[str, Tensor]:
         if not path.exists():
             continue
         if name not in INDEX_FILES:
-            return _read_file(path)
-        parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        return {key: x for part in parts for key, x in _read_file(source / part).items()}
-    inside = "; those of a training run are in its folder 'model'" if (source / "model").is_dir() else ""
+            return _read_file(inside(source, name))
+        return {key: x for part in index_parts(inside(source, name)) for key, x in _read_file(part).items()}
+    hint = "; those of a training run are in its folder 'model'" if (source / "model").is_dir() else ""
     raise FileNotFoundError(
         f"source must hold weights ({', '.join((*WEIGHT_FILES, *INDEX_FILES))}) beside a config.json or config.yaml; "
-        f"{source} {'has none' if source.is_dir() else 'does not exist'}{inside}"
+        f"{source} {'has none' if source.is_dir() else 'does not exist'}{hint}"
     )
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"source must hold weights in safetensors; {path} is not: {error}") from error
+            return read_tensors(path)[0]
+        except ValueError as error:
+            raise ValueError(f"source must hold weights in safetensors; {error}") from error
     try:
-        # training scripts like to keep their command line beside the weights
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            held: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"source must be a file of weights that torch.load reads safely; {path} is not: {reason}"
-        ) from error
-    while not (isinstance(held, dict) and any(isinstance(x, Tensor) for x in held.values())):
-        inside = None
-        if isinstance(held, dict):
-            inside = next((held[name] for name in WRAPPERS if isinstance(held.get(name), dict)), None)
-        if inside is None:
-            found = list(held) if isinstance(held, dict) else type(held).__name__
-            raise ValueError(f"source must hold a state dict, alone or under {' or '.join(WRAPPERS)}; {path} has {found}")
-        held = inside
+        held = read_pickled(path)
+    except ValueError as error:
+        raise ValueError(f"source must be a file of weights that torch.load reads safely; {error}") from error
+    for _ in WRAPPERS:  # one may be inside another
+        if isinstance(held, dict) and not any(isinstance(x, Tensor) for x in held.values()):
+            held = next((held[name] for name in WRAPPERS if isinstance(held.get(name), dict)), held)
+    if not isinstance(held, dict) or not any(isinstance(x, Tensor) for x in held.values()):
+        found = files.shortened(list(held) if isinstance(held, dict) else type(held).__name__)
+        raise ValueError(f"source must hold a state dict, alone or under {' or '.join(WRAPPERS)}; {path} has {found}")
     # what torch.compile and DistributedDataParallel put before every name
-    return {name.replace("_orig_mod.", "").removeprefix("module."): x for name, x in held.items()}
+    return {name.replace("_orig_mod.", "").removeprefix("module."): x for name, x in check_weights(held, path).items()}
 
 
 def read_fields(folder: Path, config: str | Path | None, family: Family) -> Fields | None:
@@ -156,19 +148,12 @@ def read_fields(folder: Path, config: str | Path | None, family: Family) -> Fiel
         ValueError: a file that holds no mapping, or an unknown name.
     """
     if config is None:
-        path = next((folder / name for name in FIELD_FILES if (folder / name).is_file()), None)
+        path = next((inside(folder, name) for name in FIELD_FILES if (folder / name).is_file()), None)
     elif Path(config).is_file():
         path = Path(config)
     else:
         return family.named(str(config))
-    if path is None:
-        return None
-    # JSON is YAML, but for numbers such as 1e-5, which YAML takes for text
-    text = path.read_text(encoding="utf-8")
-    fields = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    if not isinstance(fields, dict):
-        raise ValueError(f"config must hold a mapping of fields; {path} holds {type(fields).__name__}")
-    return fields
+    return None if path is None else files.read_fields(path)
 
 
 def write_released(target: Path, family: Family, fields: Fields, weights: dict[str, Tensor]) -> None:

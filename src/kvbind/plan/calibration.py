@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kvbind.files import blaming, read_json
 from kvbind.hardware import ACCELERATORS, recognized
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import ladder
@@ -181,20 +182,22 @@ def read_points(path: Path) -> list[Point]:
     Raises:
         ValueError: another file, or a device that has no entry in `ACCELERATORS`.
     """
-    record = json.loads(path.read_text(encoding="utf-8"))
-    hardware = recognized(record.get("machine", {}).get("device", ""))
-    if "rows" not in record or hardware is None:
-        raise ValueError(
-            f"calibration files must be results of kvbind bench step or scaling on one of {', '.join(ACCELERATORS)}; "
-            f"{str(path)!r} is none"
-        )
+    record = read_json(path, finite=False)
+    with blaming(f"calibration files must be results of kvbind bench step or scaling; {path}", "such a file"):
+        return _points(path.name, record)
+
+
+def _points(name: str, record: Any) -> list[Point]:
+    hardware = recognized(record["machine"]["device"]) if isinstance(record, dict) and "machine" in record else None
+    if hardware is None or "rows" not in record:
+        raise ValueError(f"there are no rows, or not of one of {', '.join(ACCELERATORS)}")
     config, points = record["config"], []
     for row in record["rows"]:
         if "mesh" in row:
             if row.get("tokens_per_second") is None:
                 continue
             mesh = (row["mesh"]["replicate"], row["mesh"]["shard"], row["mesh"]["sequence"])
-            named: dict[str, Any] = {name: row[name] for name in ("rung", "form", "length", "batch", "recompute")}
+            named: dict[str, Any] = {key: row[key] for key in ("rung", "form", "length", "batch", "recompute")}
         else:
             mesh = (1, 1, 1)
             named = {
@@ -203,7 +206,7 @@ def read_points(path: Path) -> list[Point]:
             }  # fmt: skip
         points.append(
             Point(
-                path.name,
+                name,
                 hardware,
                 row.get("preset", config.get("preset")),
                 **named,

@@ -17,6 +17,7 @@ from kvbind.inner import InnerLoop
 from kvbind.inner.value import nearest
 from kvbind.layers.lact import check_fits_causal_layer
 from kvbind.models.presets import PRESETS as SIZES
+from kvbind.models.saving import open_exported
 from kvbind.sequence import SequenceShard, sequence_parallel
 from kvbind.tasks import preset_files
 from kvbind.tasks.contents import Contents
@@ -379,7 +380,10 @@ def open_trained(folder: Path, tokenizer: str | None = None) -> tuple[Any, Token
 
         if tokenizer is None and not any(folder.glob("tokenizer*")):
             raise ValueError(f"tokenizer must be 'bytes' or a tokenizer by name, as {str(folder)!r} holds none")
-        return LactForCausalLM.from_pretrained(folder).eval(), open_tokenizer(tokenizer or str(folder))
+        model = open_exported(folder)
+        if not isinstance(model, LactForCausalLM):
+            raise ValueError(f"run must be of a language model; {str(folder)!r} holds a {type(model).__name__}")
+        return model, open_tokenizer(tokenizer or str(folder))
     raise ValueError(f"run must be the folder of a training run or of a model; got {str(folder)!r}")
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from kvbind.files import read_yaml
 from kvbind.inner.value import check_choice, nearest
 
 T = TypeVar("T")
@@ -171,13 +171,13 @@ def load_yaml(path: Path) -> DictConfig:
     Raises:
         ValueError: a file that is no YAML, or holds no mapping.
     """
-    try:
-        loaded = OmegaConf.load(path)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} must be YAML: {error}") from error
-    if not isinstance(loaded, DictConfig):
+    loaded = read_yaml(path)
+    if not isinstance(loaded, dict):
         raise ValueError(f"{path} must hold a mapping of configuration keys")
-    return loaded
+    try:
+        return OmegaConf.create(loaded)
+    except OmegaConfBaseException as error:  # a text that looks like an interpolation and is none
+        raise ValueError(f"{path} must hold plain values: {str(error).splitlines()[0]}") from error
 
 
 def parse_overrides(overrides: Sequence[str]) -> DictConfig:

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from os.path import relpath
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 
 from kvbind.experiments import EXPERIMENTS
+from kvbind.experiments.page.checks import check_results, read_model
 from kvbind.experiments.page.findings import findings_part
 from kvbind.experiments.page.parts import STATES, Grid, Part, Picture
 from kvbind.experiments.page.tables import read_outcome, table_part
 from kvbind.experiments.subjects import SUBJECTS
+from kvbind.files import blaming, inside, read_json
 from kvbind.train.checkpoint import write_text
 
 __all__ = ["Grid", "Part", "Picture", "find_parts", "table_part", "write_index", "write_page"]
@@ -39,8 +44,10 @@ def write_index(folder: Path, part: Part, links: Mapping[str, Path] | None = Non
         part: what came out.
         links: further pages, by name.
     """
-    places = {name: Path(relpath(path, folder)).as_posix() for name, path in (links or {}).items()}
-    write_text(folder / "index.html", template("index.html").render(part=part, links=places, css=asset("page.css")))
+    places = {name: href(path, folder) for name, path in (links or {}).items()}
+    write_text(
+        folder / "index.html", template("index.html").render(part=part, links=places, css=asset("page.css"), policy=policy())
+    )
 
 
 def write_page(
@@ -59,15 +66,18 @@ def write_page(
     """
     drawn = {f"{i}-{name}-{j}": chart for i, part in enumerate(parts)
              for name, found in part.charts.items() for j, chart in enumerate(found)}  # fmt: skip
+    script, library = asset("page.js"), plotly()
     states = [part.state(verdict) for part in parts for verdict in part.verdicts]
     page = template("page.html").render(
         parts=list(enumerate(parts)),
         counts={state: states.count(state) for state in STATES.values()},
-        links={i: Path(relpath(part.place, path.parent)).as_posix() for i, part in enumerate(parts)},
+        links={i: href(part.place / RESULTS, path.parent) for i, part in enumerate(parts)},
+        places={i: shown(relpath(part.place / RESULTS, path.parent)) for i, part in enumerate(parts)},
         data=as_script({"charts": drawn, "explorer": list(explorer)}),
         css=asset("page.css"),
-        script=asset("page.js"),
-        library=packed_library(),
+        script=script,
+        library=packed(library),
+        policy=policy(script, library),
         versions=versions,
     )
     write_text(path, page)
@@ -80,7 +90,7 @@ def find_parts(folders: Sequence[Path]) -> tuple[list[Part], list[dict[str, Any]
         folders: each holds `results.json`, or folders that do, at any depth.
 
     Raises:
-        ValueError: a folder that is none, or a file that is no result.
+        ValueError: a folder that is none, a file that is no result, or one that names files outside its folder.
     """
     found = {place: results for folder in folders for place, results in find_results(folder)}
     ordered = sorted(found, key=lambda place: rank(found[place], place))
@@ -88,11 +98,12 @@ def find_parts(folders: Sequence[Path]) -> tuple[list[Part], list[dict[str, Any]
     for place in ordered:
         results = found[place]
         if results["experiment"] == EXPLORER:
-            models.append(json.loads((place / results["models"]).read_text(encoding="utf-8")))
-        elif "rows" in results and results["experiment"].startswith("table"):
-            parts.append(table_part(read_outcome(results), place))
-        else:
-            parts.append(findings_part(results, place))
+            models.append(read_model(inside(place, results.get("models"), place / RESULTS)))
+            continue
+        with blaming(place / RESULTS, "what kvbind reproduce writes"):
+            name = results["experiment"]
+            table = "rows" in results and name.startswith("table") and name in EXPERIMENTS
+            parts.append(table_part(read_outcome(results), place) if table else findings_part(results, place))
     return parts, models
 
 
@@ -101,12 +112,10 @@ def find_results(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     if not folder.is_dir():
         raise ValueError(f"folder must be a folder with results of kvbind reproduce; there is no {str(folder)!r}")
     for file in sorted(folder.rglob(RESULTS)):
-        try:
-            results = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} must be JSON, as kvbind reproduce writes it; {error}") from error
+        results = read_json(inside(file.parent, RESULTS), finite=False)
         # an overview over several tasks holds the results of others, which have folders of their own
         if isinstance(results, dict) and "experiment" in results:
+            check_results(results, file)
             yield file.parent.resolve(), results
 
 
@@ -143,8 +152,33 @@ def as_script(data: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def packed_library() -> str:
-    """Plotly's script, compressed, in base64: a third of its size, and no sign in it that HTML could take for its own.
+def href(path: Path, folder: Path) -> str:
+    """The address of a file on a page in a folder, relative and of no scheme, whatever names lie between."""
+    return "./" + quote(os.fsencode(Path(relpath(path, folder)).as_posix()))
+
+
+def shown(path: str) -> str:
+    """A path as text: bytes that are none are replaced."""
+    return os.fsencode(path).decode("utf-8", errors="replace")
+
+
+def policy(*scripts: str) -> str:
+    """What a page may load and run (Content Security Policy): these scripts, styles and pictures that stand in it."""
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    run = " ".join(f"'sha256-{digest}'" for digest in hashes) or "'none'"
+    return (
+        f"default-src 'none'; script-src {run}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; "
+        "form-action 'none'"
+    )
+
+
+def packed(library: str) -> str:
+    """A script, compressed, in base64: a third of its size, and no sign in it that HTML could take for its own."""
+    return base64.b64encode(gzip.compress(library.encode(), mtime=0)).decode()
+
+
+def plotly() -> str:
+    """Plotly's script.
 
     Raises:
         ImportError: plotly is not installed.
@@ -153,4 +187,5 @@ def packed_library() -> str:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise ImportError("kvbind report needs plotly: pip install plotly") from error
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
+    library: str = get_plotlyjs()
+    return library

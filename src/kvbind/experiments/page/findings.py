@@ -17,6 +17,7 @@ from kvbind.experiments.page.charts import Chart
 from kvbind.experiments.page.parts import Grid, Part, Picture
 from kvbind.experiments.subjects import named_subject
 from kvbind.experiments.tables import CURVE, SMOOTHING
+from kvbind.files import inside
 
 Results = Mapping[str, Any]
 
@@ -37,9 +38,11 @@ def findings_part(results: Results, place: Path) -> Part:
     name, task = str(results["experiment"]), results["task"]
     of = f"{task}, " if task else ""
     drawn = DRAW[name](results) if name in DRAW else {}
-    pictures = [Picture(x["heading"], place / x["file"], x["text"]) for x in results.get("pictures", ())]
+    file = place / "results.json"
+    pictures = [Picture(x["heading"], inside(place, x["file"], file), x["text"]) for x in results.get("pictures", ())]
     if "pictures" not in results and not drawn:
-        pictures = [Picture(file.stem, file, f"{name}: {file.stem}") for file in sorted(place.glob("*.png"))]
+        drawings = [inside(place, png.name) for png in sorted(place.glob("*.png"))]
+        pictures = [Picture(png.stem, png, f"{name}: {png.stem}") for png in drawings]
     return Part(
         experiment=name,
         title=results.get("title", f"{name.capitalize().replace('Figure', 'Figure ')}: {of}scale {results['scale']}"),

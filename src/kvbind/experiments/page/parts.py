@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from kvbind.experiments.page.charts import Chart
+from kvbind.files import check_regular
+
+PNG = b"\x89PNG\r\n\x1a\n"
 
 STATES = {True: "holds", False: "does not hold", None: "not decided at this scale"}
 """What is said of a verdict, by whether the claim holds."""
@@ -50,8 +53,16 @@ class Picture:
 
     @property
     def source(self) -> str:
-        """The picture itself, as a data URI."""
-        return f"data:image/png;base64,{base64.b64encode(self.file.read_bytes()).decode()}"
+        """The picture itself, as a data URI.
+
+        Raises:
+            ValueError: a file that is none: a page that is passed on must not carry others.
+            OSError: a file that cannot be read.
+        """
+        content = check_regular(self.file).read_bytes()
+        if not content.startswith(PNG):
+            raise ValueError(f"{self.file} must be a PNG; it is none")
+        return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 @dataclass(frozen=True)

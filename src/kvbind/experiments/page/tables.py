@@ -19,6 +19,7 @@ from kvbind.experiments.subjects import named_subject
 from kvbind.experiments.table_figures import headings
 from kvbind.experiments.table_text import NOT_APPLICABLE, as_grid, describe, quality_columns, speed_columns
 from kvbind.experiments.tables import Outcome, Row
+from kvbind.files import inside
 
 
 def read_outcome(results: Mapping[str, Any]) -> Outcome:
@@ -58,7 +59,7 @@ def table_part(outcome: Outcome, place: Path) -> Part:
     columns = quality_columns(outcome) + speed_columns(outcome)
     header, lines = as_grid([row.label for row in outcome.rows], columns)
     grid = Grid("Table", header, lines, [i for i, _ in outcome.numbered()], outcome.table.rungs)
-    pictures = [Picture(name, place / file, text) for name, (file, text) in headings(outcome).items()]
+    pictures = [Picture(name, inside(place, file), text) for name, (file, text) in headings(outcome).items()]
     seeds = len(results["seeds"])
     return Part(
         experiment=outcome.table.name,

@@ -24,6 +24,7 @@ from kvbind.models.lact.cache import LactCache
 from kvbind.models.lact.config import LactConfig
 from kvbind.models.lact.inputs import Arrangement, arrange
 from kvbind.models.lact.loss import IGNORE, linear_cross_entropy, next_token_labels
+from kvbind.models.saving import FromFolder
 from kvbind.sequence.shard import current_shard
 
 
@@ -103,7 +104,7 @@ class LactBlock(GradientCheckpointingLayer):
         return x + self.mlp(normed), after
 
 
-class LactPreTrainedModel(PreTrainedModel):
+class LactPreTrainedModel(FromFolder, PreTrainedModel):
     """What `LactModel` and `LactForCausalLM` share: configuration, initialization, and what transformers may do to them."""
 
     config: LactConfig

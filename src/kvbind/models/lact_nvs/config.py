@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Self
 
+from kvbind.files import shortened
 from kvbind.inner.orthogonalize import VIEWS_COEFFICIENTS, NewtonSchulz
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import lact_nvs, ladder
@@ -13,6 +15,9 @@ from kvbind.layers.lact_nvs import check_fits_views
 from kvbind.models.ablations import tell_unused, unused_parameters, views_ablation
 
 _FULL = lact_nvs()
+
+MOST_STEPS = 100
+"""Newton-Schulz iterations, far above what any model has: a limit for numbers from files."""
 
 INNER_LOOPS: dict[str, InnerLoop] = {
     "full": _FULL,
@@ -71,8 +76,8 @@ class LactNvsConfig(Value):
         for name in ("inter_multi", "mlp_ratio", "base_lr"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
                 raise TypeError(f"{name} must be a number; got {getattr(self, name)!r}")
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0, and finite; got {getattr(self, name)}")
         check_bool("qk_norm", self.qk_norm)
         check_bool("released_parameters", self.released_parameters)
         check_fits_views(self.inner)
@@ -106,6 +111,12 @@ class LactNvsConfig(Value):
         """
         _check_names("a released configuration", fields, ("patch_size", "dim", "layers", "block_config"), ())
         modules = fields["block_config"]
+        if not isinstance(modules, list) or not all(
+            isinstance(module, dict) and isinstance(module.get("params", {}), dict) for module in modules
+        ):
+            raise ValueError(
+                f"block_config must be a list of modules with type, length_dim and params; got {shortened(modules)}"
+            )
         kinds = [(str(module.get("type", "")).rpartition(".")[2], module.get("length_dim", "vl")) for module in modules]
         if kinds not in (_RELEASED_BLOCK, [*_RELEASED_BLOCK[:2], ("MLP", "l")]):
             raise ValueError(
@@ -126,6 +137,8 @@ class LactNvsConfig(Value):
                 if params.get(switch):
                     raise ValueError(f"{name}'s {switch} must be False; got {params[switch]!r}, which is not supported")
         steps, width = fast.get("muon_update_steps", 0), fast.get("inter_multi", 1)
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps > MOST_STEPS:
+            raise ValueError(f"muon_update_steps must be an int of at most {MOST_STEPS}; got {shortened(steps)}")
         ablation = {name: fast[name] for name in ABLATION_FIELDS if name in fast}
         inner = views_ablation(full_of_released(steps), **ablation, inter_multi=width)
         if steps < 1 and inner.orthogonalize is not None:

@@ -10,16 +10,18 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kvbind.files import inside, read_fields, read_tensors
 from kvbind.forms.state import State
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_positive_int
 from kvbind.layers.lact_nvs import LactNvsLayer
 from kvbind.layers.norm import RMSNorm
 from kvbind.layers.operands import split_heads
+from kvbind.models.families import configured, load_into
 from kvbind.models.lact_nvs.cameras import check_intrinsics, check_poses, ray_maps
 from kvbind.models.lact_nvs.config import LactNvsConfig
 from kvbind.models.lact_nvs.scene import Scene
@@ -186,14 +188,17 @@ class LactNvs(nn.Module):
             device: where to put its parameters.
 
         Raises:
-            ValueError: a folder that holds no such model.
+            ValueError: a folder that holds no such model, or a damaged one; the message names the file.
+            OSError: a file that cannot be read.
         """
-        config, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
-        fields = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        if fields.get("model_type") != MODEL_TYPE or not weights.is_file():
+        home = Path(folder)
+        fields = read_fields(inside(home, CONFIG)) if (home / CONFIG).is_file() else {}
+        if fields.get("model_type") != MODEL_TYPE or not (home / WEIGHTS).is_file():
             raise ValueError(f"folder must be one that LactNvs.save_pretrained wrote; got {str(folder)!r}")
-        model = cls.from_saved_config(fields)
-        model.load_state_dict(load_file(weights, str(device)), assign=True)
+        weights, _ = read_tensors(inside(home, WEIGHTS), device)
+        with configured(home, "LaCT view synthesis model", fields, weights):
+            model = cls.from_saved_config(fields)
+        load_into(model, weights, home)
         return model.eval()
 
     @classmethod

@@ -15,6 +15,7 @@ from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import vittt
 from kvbind.layers.vittt import INIT_STD
 from kvbind.models.ablations import images_ablation
+from kvbind.models.saving import FromFolder
 from kvbind.models.vittt.blocks import init_weights, to_image
 from kvbind.models.vittt.model import HierarchicalVittt, ImageModel, Vittt
 from kvbind.models.vittt.released import read_released_config
@@ -161,7 +162,7 @@ def _inner_loop(argument: str, inner: InnerLoop | dict[str, Any]) -> InnerLoop:
     return inner
 
 
-class VitttForImageClassification(PreTrainedModel):
+class VitttForImageClassification(FromFolder, PreTrainedModel):
     """A ViTTT model as transformers expects one; the model itself is the attribute `vittt`.
 
     Args:

@@ -48,8 +48,11 @@ function layout(more = {}) {
   };
 }
 
-const heading = (text) => ({ text, x: 0, xref: "paper", xanchor: "left", font: { size: 13 } });
-const title = (text) => ({ text, font: { size: 12 } });
+/** A text as it is where Plotly reads markup. */
+const safe = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+
+const heading = (text) => ({ text: safe(text), x: 0, xref: "paper", xanchor: "left", font: { size: 13 } });
+const title = (text) => ({ text: safe(text), font: { size: 12 } });
 
 // ---------------------------------------------------------------- charts, by kind
 
@@ -58,7 +61,7 @@ const KINDS = {
     const traces = chart.series.map((own) => ({
       type: "scatter", mode: chart.markers ? "lines+markers" : "lines", name: own.name, x: own.x, y: own.y,
       line: { color: colour(own.tone), width: 1.8, dash: own.dash ? "dash" : "solid" }, marker: { size: 6 },
-      hovertemplate: `${own.name}<br>%{x:.5~g}: %{y:.4~g}<extra></extra>`,
+      hovertemplate: "%{fullData.name}<br>%{x:.5~g}: %{y:.4~g}<extra></extra>",
     }));
     const yaxis = { title: title(chart.y), ...(chart.range ? { range: chart.range } : {}) };
     return [traces, layout({ title: heading(chart.title), xaxis: { title: title(chart.x) }, yaxis })];
@@ -83,7 +86,7 @@ const KINDS = {
         textfont: { size: 10.5, color: css(rgb("muted")) }, cliponaxis: false,
         marker: { size: 9, color: hollow.map((empty) => (empty ? css(rgb("paper")) : shown)), line: { color: shown, width: 1.8 } },
         error_x: own.errors ? { type: "data", array: own.errors.map((x) => x ?? 0), color: shown, thickness: 1.3, width: 3 } : undefined,
-        customdata: chart.rows, hovertemplate: `%{customdata}<br>${own.name}: %{x:.4~g}<extra></extra>`,
+        customdata: chart.rows.map(safe), hovertemplate: "%{customdata}<br>%{fullData.name}: %{x:.4~g}<extra></extra>",
       });
     });
     return [traces, layout(rows(chart))];
@@ -92,7 +95,7 @@ const KINDS = {
   bars(chart) {
     const traces = chart.series.map((own) => ({
       type: "bar", orientation: "h", name: own.name, x: own.x, y: chart.rows.map((_, i) => i), marker: { color: colour(own.tone) },
-      customdata: chart.rows, hovertemplate: `%{customdata}<br>${own.name}: %{x:.4~g}<extra></extra>`,
+      customdata: chart.rows.map(safe), hovertemplate: "%{customdata}<br>%{fullData.name}: %{x:.4~g}<extra></extra>",
     }));
     return [traces, layout({ ...rows(chart), barmode: "group", bargap: 0.3 })];
   },
@@ -121,7 +124,7 @@ function rows(chart) {
     title: heading(chart.title),
     xaxis: { title: title(chart.x), ...(chart.log ? { type: "log", ...decades(chart) } : { nticks: 6 }) },
     yaxis: {
-      tickvals: chart.rows.map((_, i) => i), ticktext: chart.rows, range: [chart.rows.length - 0.4, -0.75], showgrid: false,
+      tickvals: chart.rows.map((_, i) => i), ticktext: chart.rows.map(safe), range: [chart.rows.length - 0.4, -0.75], showgrid: false,
       zeroline: false, fixedrange: true,
     },
     shapes: chart.limits.map((x) => ({ type: "line", x0: x, x1: x, yref: "paper", y0: 0, y1: 1, line: { color: line, width: 1, dash: "dash" } })),
@@ -135,7 +138,10 @@ function draw(place) {
   place.classList.toggle("tall", chart.rows !== undefined && chart.rows.length > 14);
   const [traces, shape] = KINDS[chart.kind](chart);
   const hidden = hiddenNames(place.closest(".group"));
-  for (const trace of traces) if (hidden.has(trace.name)) trace.visible = false;
+  for (const trace of traces) {
+    if (hidden.has(trace.name)) trace.visible = false;
+    if (trace.name !== undefined) trace.name = safe(trace.name);
+  }
   drawn.set(place, Plotly.react(place, traces, shape, CONFIG));
 }
 
@@ -231,7 +237,6 @@ function codes(look) {
 
 const weight = (look, code) => Math.sign(code) * look.most * (code / 127) ** 2;
 const short = (x) => (x === null ? "without bound" : x === 0 ? "0" : Math.abs(x) < 1e-3 || Math.abs(x) >= 1e4 ? x.toExponential(1) : String(Number(x.toPrecision(2))));
-const safe = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");  // in a chart, where Plotly reads markup
 const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/[\0-\x1f]/g, "•");
 const model = () => data.explorer[chosen.model];
 const row = () => model().rows[chosen.row];

@@ -1,0 +1,87 @@
+"""What a page asks of results that others may have written, before it shows anything of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kvbind.files import read_json, shortened
+
+PNG = "data:image/png;base64,"
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
+def _rows(value: object) -> bool:
+    return isinstance(value, list) and all(map(_texts, value))
+
+
+def _verdict(value: object) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+Fields = Mapping[str, Callable[[object], bool]]
+
+NEEDED: Fields = {"experiment": _text, "scale": _text}
+KNOWN: Fields = {"task": lambda x: x is None or _text(x), "command": _text, "title": _text, "lead": _text}
+LISTS: Mapping[str, Fields] = {
+    "verdicts": {"claim": _text, "rule": _text, "found": _text, "holds": _verdict},
+    "tables": {"heading": _text, "header": _texts, "rows": _rows},
+    "pictures": {"heading": _text, "file": _text, "text": _text},
+}
+
+
+def check_results(results: Mapping[str, Any], file: Path) -> None:
+    """Refuse what `results.json` of an experiment cannot hold, of what pages show as it stands.
+
+    Raises:
+        ValueError: a field that is missing or of another type; the message names it and the file.
+    """
+    _check(results, NEEDED, str(file), KNOWN)
+    for name, fields in LISTS.items():
+        listed = results.get(name, [])
+        if not isinstance(listed, list):
+            raise ValueError(f"{file} must have a list of {name}; got {shortened(listed)}")
+        for one in listed:
+            _check(one, fields, f"{file}'s {name}")
+
+
+def read_model(file: Path) -> dict[str, Any]:
+    """A model to look into, as `kvbind reproduce explorer` writes it.
+
+    Raises:
+        ValueError: a file that holds none, or pictures that are not in it.
+        OSError: a file that cannot be read.
+    """
+    model: dict[str, Any] = read_json(file)
+    texts = dict.fromkeys(("title", "group", "about"), _text)
+    _check(model, texts | {"rows": lambda x: isinstance(x, list) and bool(x)}, str(file))
+    example = model.get("example")
+    if not isinstance(example, dict):
+        raise ValueError(f"{file} must have an example; got {shortened(example)}")
+    if example.get("kind") == "text":
+        _check(example, {"tokens": _texts, "unit": _text}, f"{file}'s example")
+        return model
+    panels = example.get("panels")
+    if not isinstance(panels, list):
+        raise ValueError(f"{file}'s example must have tokens or panels; got {shortened(panels)}")
+    for panel in panels:
+        _check(panel, {"caption": _text, "source": lambda x: isinstance(x, str) and x.startswith(PNG)}, f"{file}'s panels")
+    return model
+
+
+def _check(given: object, needed: Fields, where: str, known: Fields | None = None) -> None:
+    """Of a mapping's fields, those that are needed, and those that are known where they are there."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where} must be mappings of fields; got {shortened(given)}")
+    for name, fits in {**needed, **(known or {})}.items():
+        if (name in needed or name in given) and not fits(given.get(name)):
+            found = shortened(given[name]) if name in given else "none"
+            raise ValueError(f"{where} must have {name} as kvbind reproduce writes it; got {found}")
