@@ -38,6 +38,23 @@ def call(operator: CustomOpDef, *args: Any) -> Any:
     return body(*args) if body is not None and is_plain(args) else operator(*args)
 
 
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` is at work."""
+    # a transform whose presence cannot be asked for is not taken to be there
+    return hasattr(torch._C, "_are_functorch_transforms_active") and torch._C._are_functorch_transforms_active()
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether the host may read a tensor's values: not under a compiler, nor where `vmap` has one tensor for many."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        return False
+    while is_transformed() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return True
+
+
 def is_plain(args: tuple[Any, ...]) -> bool:
     """Whether an operator of these arguments is its body and nothing else: it is neither differentiated nor watched."""
     if not _KNOWN or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from kvbind.kernels.direct import is_transformed
 from kvbind.layers.layout import sequence_starts
 
 QUERY_BLOCK = 128
@@ -65,7 +66,8 @@ def window_attention(
         return q
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     short = q.shape[2] <= window and held is None and cu_seqlens is None and not ahead
-    trained = torch.is_grad_enabled() and q.requires_grad
+    # transforms of functions take no compiled kernels
+    trained = torch.is_grad_enabled() and q.requires_grad and not is_transformed()
     if trained and q.is_cuda and held is None and not short and q.dtype != torch.float64:
         return _flex(q, k, v, window, cu_seqlens, ahead).transpose(1, 2)
     return _blocked(q, k, v, window, cu_seqlens, ahead, held).transpose(1, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
 from kvbind.layers.vittt import INIT_STD, VitttLayer, rotary_angles
+from kvbind.models.recompute import check_recomputing
 from kvbind.models.vittt.blocks import Grid, VitttBlock, init_weights, to_image, to_tokens
 
 
@@ -119,8 +120,12 @@ class ImageModel(nn.Module, abc.ABC):
         init_weights(self.head, self.initializer_range)
 
     def _run(self, block: nn.Module, *args: Any) -> Tensor:
-        recompute = self.gradient_checkpointing and self.training
-        output: Tensor = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+        if not (self.gradient_checkpointing and self.training):
+            return block(*args)  # type: ignore[no-any-return]
+        check_recomputing()
+        # transformers puts one here, with the arguments that its user gave
+        recomputed = getattr(self, "_gradient_checkpointing_func", None) or partial(checkpoint, use_reentrant=False)
+        output: Tensor = recomputed(block, *args)
         return output
 
     def _check_image(self, image: Tensor) -> None:
@@ -156,9 +161,20 @@ class ImageModel(nn.Module, abc.ABC):
         pooled = x.mean(1) if self.global_pool else x
         return pooled if pre_logits else self.head(pooled)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits `[B, num_classes]` of images `[B, C, H, W]`."""
-        return self.forward_head(self.forward_features(image))
+    def forward(self, image: Tensor, return_layers: bool = False) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """Classify images.
+
+        Args:
+            image: `[B, C, H, W]`.
+            return_layers: also return each layer's tokens as images `[B, d, h, w]`.
+
+        Returns:
+            Logits `[B, num_classes]`; and, if so, the layers.
+        """
+        if not return_layers:
+            return self.forward_head(self.forward_features(image))
+        layers = list(self.layers_of(*self.embed(image)))
+        return self.forward_head(self._normed(layers[-1][0])), tuple(to_image(x, grid) for x, grid in layers)
 
     def get_intermediate_layers(
         self, image: Tensor, n: int | Sequence[int] = 1, reshape: bool = False, norm: bool = False
@@ -424,6 +440,22 @@ class Stage(nn.Module):
         self.blocks, self.downsample = blocks, downsample
         self.register_load_state_dict_pre_hook(_drop_rotations)
 
+    def forward(self, x: Tensor, grid: Grid, run: Callable[..., Tensor]) -> tuple[Tensor, Tensor | None]:
+        """On tokens `[B, T, d]`.
+
+        Args:
+            x: the tokens.
+            grid: their height and width.
+            run: calls a block with its arguments, as the model has it: kept or recomputed.
+
+        Returns:
+            The tokens behind the blocks, and the next stage's image, or None behind the last.
+        """
+        rotary = rotary_angles(grid, x.shape[-1], x.device)
+        for block in self.blocks:
+            x = run(block, x, grid, rotary)
+        return x, None if self.downsample is None else self.downsample(to_image(x, grid))
+
 
 def _drop_rotations(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Released checkpoints hold the tables of rotary positions for one image size, which we compute for any."""
@@ -523,12 +555,9 @@ class HierarchicalVittt(ImageModel):
 
     def layers_of(self, x: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Grid]]:
         for stage in self.layers:
-            rotary = rotary_angles(grid, x.shape[-1], x.device)
-            for block in stage.blocks:  # type: ignore[union-attr]
-                x = self._run(block, x, grid, rotary)
-            yield x, grid
-            if stage.downsample is not None:
-                image = stage.downsample(to_image(x, grid))  # type: ignore[operator]
+            mixed, image = stage(x, grid, self._run)
+            yield mixed, grid
+            if image is not None:
                 x, grid = to_tokens(image), tuple(image.shape[-2:])
 
 
