@@ -54,7 +54,10 @@ HARMLESS_FIELDS = frozenset(
 
 REFUSED: Refusals = {
     **NOT_FOR_US,
-    "attn_implementation": (("sdpa", None), "attention is FlexAttention or scaled_dot_product_attention, whichever is faster"),
+    "attn_implementation": (
+        ("sdpa", None),
+        "attention is FlexAttention or scaled_dot_product_attention, whichever is faster",
+    ),
 }
 """Options of transformers that the model has no use for."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvbind.kernels.direct import has_values, is_transformed
+from kvbind.kernels.direct import is_mapped
 from kvbind.layers.layout import Layout
 from kvbind.sequence.shard import current_shard
 
@@ -82,8 +82,10 @@ def arrange(
         reason = "no cache can be made inside sequence_parallel, where a row's state is spread over ranks"
         return Arrangement(shape, Layout.sharded(shard, batch, length, device), uncacheable=reason)
     for name, x in (("attention_mask", attention_mask), ("position_ids", position_ids), ("cu_seqlens", cu_seqlens)):
-        if isinstance(x, Tensor) and is_transformed() and not has_values(x):
-            raise ValueError(f"{name} must be the same for all that vmap runs at once, as it says where tokens are; loop over it")
+        if isinstance(x, Tensor) and is_mapped(x):
+            raise ValueError(
+                f"{name} must be the same for all that vmap runs at once, as it says where tokens are; loop over it"
+            )
     seen = seen or (0,) * batch
     if len(seen) != batch:
         raise ValueError(f"past_key_values must hold {batch} sequences, as the input has; it holds {len(seen)}")

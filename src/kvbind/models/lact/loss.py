@@ -52,7 +52,9 @@ def linear_cross_entropy(
     if reduction == "sum" and low != torch.float16 and not is_transformed():
         loss: Tensor = _Summed.apply(rows, weight, targets, low, piece, torch.is_grad_enabled())
         return loss
-    each = _in_pieces(lambda part, target: _losses(F.linear(part, weight), target), rows, targets, piece).reshape(labels.shape)
+    each = _in_pieces(lambda part, target: _losses(F.linear(part, weight), target), rows, targets, piece).reshape(
+        labels.shape
+    )
     return each if reduction == "none" else each.sum()
 
 

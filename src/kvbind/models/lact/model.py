@@ -227,6 +227,8 @@ class LactModel(LactPreTrainedModel):
             raise TypeError(
                 f"past_key_values must be a kvbind LactCache, which holds fast weights; got {type(past_key_values).__name__}"
             )
+        if torch.is_grad_enabled() and any(map(is_recomputed, self.layers)):
+            check_recomputing()
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
         arrangement = arrange(
@@ -245,12 +247,10 @@ class LactModel(LactPreTrainedModel):
             use_cache = bool(wanted or cache is not None)
         if use_cache and cache is None:
             cache = LactCache()
-        if torch.is_grad_enabled() and any(map(is_recomputed, self.layers)):
-            check_recomputing()
         if cache is not None and torch.is_grad_enabled() and any(map(is_reentrant, self.layers)):
             raise ValueError(
-                "gradient checkpointing must have use_reentrant=False beside a cache, through whose state gradients would be "
-                "lost: model.gradient_checkpointing_enable({'use_reentrant': False})"
+                "gradient checkpointing must have use_reentrant=False beside a cache, through whose state gradients would "
+                "be lost: model.gradient_checkpointing_enable({'use_reentrant': False})"
             )
 
         x, states, every = self._run_blocks(x, arrangement, cache, bool(use_cache), bool(output_hidden_states))

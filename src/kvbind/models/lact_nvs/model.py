@@ -22,6 +22,7 @@ from kvbind.layers.lact_nvs import LactNvsLayer
 from kvbind.layers.norm import RMSNorm
 from kvbind.layers.operands import split_heads
 from kvbind.layers.plain import input_dtype, matrix_of, own_weights
+from kvbind.layers.softmax import softmax_attention
 from kvbind.models.lact_nvs.cameras import check_intrinsics, check_poses, ray_maps
 from kvbind.models.lact_nvs.config import LactNvsConfig
 from kvbind.models.lact_nvs.scene import Scene
@@ -60,7 +61,7 @@ class ImageAttention(nn.Module):
         q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(images).chunk(3, dim=-1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        mixed = softmax_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         output: Tensor = self.c_proj(mixed.transpose(1, 2).flatten(2))
         return output.reshape(x.shape)
 

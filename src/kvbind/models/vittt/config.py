@@ -22,7 +22,6 @@ from kvbind.models.vittt.blocks import init_weights
 from kvbind.models.vittt.model import HierarchicalVittt, ImageModel, Vittt
 from kvbind.models.vittt.released import read_released_config, released_inner_loops
 
-
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 """What a classifier's labels may be, as transformers calls it."""
 
