@@ -100,10 +100,13 @@ class VitttConfig(PretrainedConfig):
         self.mlp_ratio, self.qkv_bias = mlp_ratio, qkv_bias
         self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
         self.initializer_range = initializer_range
+        if kwargs.get("problem_type") is not None:
+            check_choice("problem_type", kwargs["problem_type"], PROBLEMS)
+        if kwargs.get("problem_type") == PROBLEMS[1] and 1 in (kwargs.get("num_labels"), kwargs.get("num_classes")):
+            raise ValueError(f"problem_type must not be {PROBLEMS[1]!r} with one label, as there is nothing to choose from")
         own = inspect.signature(VitttConfig.__init__).parameters
         mapped = {name: kwargs.pop(name) for name in self.attribute_map if name in kwargs}
         super().__init__(**mapped, **inherited_fields("VitttConfig", kwargs, REFUSED, (*own, *self.attribute_map)))
-        _checked_problem(self)
 
     @property
     def inner(self) -> InnerLoop:
@@ -179,18 +182,16 @@ def _inner_loop(argument: str, inner: InnerLoop | dict[str, Any]) -> InnerLoop:
     return inner
 
 
-def _checked_problem(config: VitttConfig) -> str | None:
+def _problem(config: VitttConfig) -> str | None:
     """The configuration's `problem_type`, or the one that its number of labels says: "regression" for one alone.
 
     Raises:
-        ValueError: an unknown one, or one class of one.
+        ValueError: an unknown one.
     """
     problem = config.problem_type
     if problem is None:
         return "regression" if config.num_labels == 1 else None
     check_choice("problem_type", problem, PROBLEMS)
-    if problem == "single_label_classification" and config.num_labels == 1:
-        raise ValueError(f"problem_type must not be {problem!r} with num_labels=1, as there is nothing to choose from")
     return problem
 
 
@@ -267,7 +268,7 @@ class VitttForImageClassification(PreTrainedModel):
         return output.to_tuple() if (self.config.return_dict if return_dict is None else return_dict) is False else output
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        wide, problem = logits.to(torch.promote_types(logits.dtype, torch.float32)), _checked_problem(self.config)
+        wide, problem = logits.to(torch.promote_types(logits.dtype, torch.float32)), _problem(self.config)
         numbers = problem in ("regression", "multi_label_classification")
         shapes = [logits.shape[:1], logits.shape] if not numbers or logits.shape[-1] == 1 else [logits.shape]
         if labels.shape not in shapes or not self.config.num_labels:
