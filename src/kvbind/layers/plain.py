@@ -23,7 +23,7 @@ Kind = TypeVar("Kind", bound=nn.Module)
 def is_plain(module: nn.Module | None, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether calling a module is nothing but the `forward` of `kind`.
 
-    It is asked anew at every call, as hooks come and go; that takes the host about a microsecond.
+    It is asked anew at every call, as hooks come and go; that takes the host a microsecond or two.
 
     Args:
         module: which.
@@ -31,15 +31,18 @@ def is_plain(module: nn.Module | None, kind: type[Kind]) -> TypeGuard[Kind]:
     """
     if type(module) is not kind or "forward" in module.__dict__:
         return False
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and not nn.modules.module._has_any_global_hook()
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    return not nn.modules.module._has_any_global_hook()
 
 
 def is_a_product(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Whether a layer is `x W^T`, plus b where it has one, and no more, with weights that can be read."""
-    if not is_plain(layer, nn.Linear) or type(layer.weight) not in WEIGHTS:
+    if not is_plain(layer, nn.Linear):
         return False
-    return layer.bias is None or type(layer.bias) in WEIGHTS
+    # looked up once, as modules look slowly
+    weight, bias = layer.weight, layer.bias
+    return type(weight) in WEIGHTS and (bias is None or type(bias) in WEIGHTS)
 
 
 def input_dtype(layer: nn.Module, other: torch.dtype) -> torch.dtype:
@@ -58,9 +61,8 @@ def matrix_of(layer: nn.Module, width: int) -> Tensor:
         layer: the layer.
         width: how many channels it takes.
     """
-    weight = getattr(layer, "weight", None)
-    if type(layer) is nn.Linear and type(weight) in WEIGHTS and not weight.is_meta:
-        return weight
+    if type(layer) is nn.Linear and type(layer.weight) in WEIGHTS and not layer.weight.is_meta:
+        return layer.weight
     trained = [module for module in layer.modules() if module.training]
     like = next((x for x in layer.parameters() if not x.is_meta), torch.empty(0))
     try:

@@ -51,11 +51,10 @@ def check_options(config: PretrainedConfig, refusals: Refusals) -> None:
         ValueError: such an option.
     """
     for name, (allowed, reason) in refusals.items():
-        if name == "per_layer_config":
-            value = dict(config.per_layer_config or {}) if getattr(config, "is_heterogeneous", False) else None
-        else:
-            # what transformers stores under a name of its own
-            value = getattr(config, f"_{name}" if name.endswith("_implementation") else name, None)
+        # what transformers stores under names of its own
+        value: Any = getattr(config, f"_{name}" if name.endswith("_implementation") else name, None)
+        if name == "per_layer_config" and not getattr(config, "is_heterogeneous", False):
+            value = None
         if not any(value is x or value == x for x in allowed):
             raise ValueError(f"{name} must be {allowed[0]!r} in {type(config).__name__}, as {reason}; got {value!r}")
 
