@@ -100,6 +100,29 @@ def test_greedy_generation_equals_that_without_a_cache(rung):
         assert torch.equal(got[i, ids.shape[1] :], alone[0, len(row) :])
 
 
+def test_prompts_with_holes_generate_as_without():
+    model = small_model(LADDER["rung2"]).double()
+    rows = [tokens(1, n, seed=n)[0] for n in (9, 12)]
+    ids, mask = padded([torch.cat((rows[0][:4], tokens(1, 3)[0], rows[0][4:])), rows[1]])
+    mask[0, 4:7] = 0
+    for options in ({}, {"use_cache": False}, {"num_beams": 2}):
+        found = generate(model, ids, attention_mask=mask, max_new_tokens=6, **options)
+        for i, row in enumerate(rows):
+            alone = generate(model, row[None], max_new_tokens=6, **options)
+            assert torch.equal(found[i, ids.shape[1] :], alone[0, len(row) :])
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("given", [True, False], ids=["mask", "padding token"])
+def test_prompts_padded_on_the_right_are_refused_by_the_name_of_the_setting(given, use_cache):
+    model = small_model(LADDER["rung2"])
+    ids, mask = padded(ROWS, "right")
+    with pytest.raises(ValueError, match="padding_side='left'"):
+        generate(model, ids, use_cache=use_cache, **({"attention_mask": mask} if given else {}))
+    with pytest.raises(ValueError, match="padding_side='left'"):
+        generate(model, ids[1:2], attention_mask=mask[1:2], use_cache=use_cache)
+
+
 def test_generation_reads_each_token_once():
     model = small_model()
     lengths = []

@@ -1,5 +1,6 @@
 """The LaCT language model as a transformers model: training, packing, padding, saving, compiling."""
 
+import functools
 import subprocess
 import sys
 
@@ -8,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from lact_small import LADDER, VOCAB, small_config, small_model, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM
 
 import kvbind
 from kvbind import MLP, InnerLoop, Linear
-from kvbind.models import PRESETS, LactConfig, LactForCausalLM, LactModel
+from kvbind.models import PRESETS, LactCache, LactConfig, LactForCausalLM, LactModel
 from kvbind.models.lact import loss
 from kvbind.models.lact.loss import linear_cross_entropy
 
@@ -289,6 +291,42 @@ def test_gradient_checkpointing_changes_no_gradient():
         assert len(calls) == 1 + enabled
         found.append(gradients(model))
     assert_same_gradients(*found, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_gradients_through_a_state_are_right_under_checkpointing_or_it_is_refused():
+    inner = kvbind.systems.linear_attention(4).replace(visibility="past", token_lr=True)
+    ids = tokens(1, 12)
+
+    def gradients(options):
+        model = small_model(inner).double().train()
+        if options is None:
+            F.cross_entropy(model(ids, use_cache=False).logits[0, 8:11], ids[0, 9:]).backward()
+        else:
+            model._set_gradient_checkpointing(True, functools.partial(checkpoint, **options))
+            first = model(ids[:, :8], use_cache=True)
+            cache = next(value for value in first.values() if isinstance(value, LactCache))
+            model(ids[:, 8:], None, None, cache, labels=ids[:, 8:]).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    torch.testing.assert_close(gradients({"use_reentrant": False}), gradients(None))
+    for options in ({"use_reentrant": True}, {}):
+        with pytest.raises(ValueError, match="use_reentrant=False"):
+            gradients(options)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_reentrant_checkpointing_without_a_cache_is_right():
+    ids = tokens(1, 12)
+    model = small_model(LADDER["rung2"]).double().train()
+    model(ids, labels=ids).loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model(ids, labels=ids).loss.backward()
+    torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, expected)
+    with torch.no_grad():
+        model(ids, use_cache=True)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from lact_small import LADDER, small_model, tokens
+from lact_small import LADDER, small_config, small_model, tokens
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from kvbind.models import LactForCausalLM
+from kvbind.models.vittt import VitttConfig, VitttForImageClassification
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
@@ -50,3 +54,52 @@ def test_trainer_trains_two_steps_and_evaluates(tmp_path, collate):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
     for name, p in model.named_parameters():
         assert torch.equal(again.state_dict()[name], p)
+
+
+def smoothing_loss(model, inputs, tmp_path):
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, label_smoothing_factor=0.1)
+    return transformers.Trainer(model=model, args=arguments).compute_loss(model, dict(inputs))
+
+
+class Derived(LactForCausalLM):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["itself", "derived", "wrapped", "adapted"])
+def test_label_smoothing_smooths_the_next_token(tmp_path, kind):
+    model = small_model(LADDER["rung2"])
+    if kind == "derived":
+        model.__class__ = Derived
+    elif kind == "wrapped":
+        # as FSDP names the classes that it makes
+        model.__class__ = type("FSDPLactForCausalLM", (LactForCausalLM,), {})
+    elif kind == "adapted":
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    ids = tokens(2, 9)
+    labels = ids.clone()
+    labels[0, :3] = -100
+    logarithms = model(input_ids=ids).logits.log_softmax(-1)
+    expected = [
+        -0.9 * logarithms[row, place, labels[row, place + 1]] - 0.1 * logarithms[row, place].mean()
+        for row in range(2)
+        for place in range(8)
+        if labels[row, place + 1] >= 0
+    ]
+    found = smoothing_loss(model.train(), {"input_ids": ids, "labels": labels}, tmp_path)
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+
+
+def test_label_smoothing_of_images_smooths_their_own_labels(tmp_path):
+    config = VitttConfig(8, 1, 2, 4, num_labels=3, initializer_range=0.3)
+    model, labels = VitttForImageClassification(config).eval(), torch.tensor([2, 0])
+    image = torch.randn(2, 3, 8, 8)
+    logits = model(image).logits
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    torch.testing.assert_close(smoothing_loss(model, {"pixel_values": image, "labels": labels}, tmp_path), expected)
+
+
+def test_a_trainer_counts_predicted_tokens_whatever_the_class_is_called():
+    model = type("Mine", (LactForCausalLM,), {})(small_config(LADDER["rung2"]))
+    assert model.loss_type == "ForCausalLM"
+    assert "Mine" in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

@@ -17,6 +17,7 @@ from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import nearest
+from kvbind.kernels.direct import has_values
 from kvbind.sequence.shard import SequenceShard
 
 LearningRate = float | Tensor | Mapping[str, float | Tensor]
@@ -206,7 +207,7 @@ def check_weights(
         if x.dim() > ranks and x.shape[0] != batch:
             raise ValueError(f"weights[{name!r}] must have one entry for each of {batch} sequences; got {x.shape[0]}")
         # reading values back from a GPU would stall every call
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(x.isfinite().all()):
+        if x.device.type == "cpu" and has_values(x) and not bool(x.isfinite().all()):
             raise ValueError(f"weights[{name!r}] must be finite; got NaN or infinity")
         checked[name] = x.reshape(*x.shape[:-ranks], heads, *shape).expand(batch, heads, *shape)
     return checked

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvbind.kernels.ahead import compiling_ahead, is_new, rehearsing
+from kvbind.kernels.direct import is_transformed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of operands that kernels take."""
@@ -48,10 +49,11 @@ def capable(index: int) -> bool:
 def runs_on(device: torch.device) -> bool:
     """Whether kernels may run on tensors of `device`; `torch.compile` asks once for all calls.
 
+    Under transforms of `torch.func` they do not, as they know neither batches of tensors nor gradients of gradients.
     `KVBIND_KERNELS=0` turns them off; `KVBIND_KERNELS=force` takes them on the CPU too, where Triton interprets them.
     """
     wanted = os.environ.get("KVBIND_KERNELS", "1")
-    if wanted == "0" or not has_triton():
+    if wanted == "0" or not has_triton() or is_transformed():
         return False
     if device.type != "cuda":
         return wanted == "force" and interpreted()

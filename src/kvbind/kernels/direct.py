@@ -38,11 +38,37 @@ def call(operator: CustomOpDef, *args: Any) -> Any:
     return body(*args) if body is not None and is_plain(args) else operator(*args)
 
 
+def has_tangents() -> bool:
+    """Whether forward-mode differentiation is at work."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is at work."""
+    # one whose presence cannot be asked for is not taken to be there
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return (active is not None and active()) or has_tangents()
+
+
+def is_mapped(x: Tensor) -> bool:
+    """Whether a tensor is many tensors, under `vmap`."""
+    while is_transformed() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether the host may read a tensor's values: not under a compiler, nor where it is many tensors."""
+    return not torch.compiler.is_compiling() and not x.is_meta and not is_mapped(x)
+
+
 def is_eager() -> bool:
     """Whether operators run as they are called: nothing traces, transforms or replaces them."""
     if not _KNOWN or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_transformed():
         return False
     return torch._C._get_tracing_state() is None
 

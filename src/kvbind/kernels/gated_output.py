@@ -31,10 +31,14 @@ MAX_WIDTH = 8192
 
 def twin(fast: Tensor, weight: Tensor, gate: Tensor | None, mixed: Tensor, eps: float) -> Tensor:
     """The definition in PyTorch, for any dtypes."""
-    fast = F.rms_norm(fast.to(weight.dtype), weight.shape, weight, eps).to(fast.dtype)
+    return add_gated(F.rms_norm(fast.to(weight.dtype), weight.shape, weight, eps).to(fast.dtype), gate, mixed)
+
+
+def add_gated(normed: Tensor, gate: Tensor | None, mixed: Tensor) -> Tensor:
+    """`mixed + (normed * silu(gate)).flatten(2)`: what is left to do where the norm is done."""
     if gate is not None:
-        fast = fast * F.silu(gate).unsqueeze(-1)
-    return mixed + fast.flatten(2)
+        normed = normed * F.silu(gate).unsqueeze(-1)
+    return mixed + normed.flatten(2)
 
 
 def takes(fast: Tensor, weight: Tensor, gate: Tensor | None, mixed: Tensor) -> bool:

@@ -17,12 +17,13 @@ from kvbind.forms.waiting import Waiting
 from kvbind.inner.networks import DepthwiseConv, SwiGLU
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
-from kvbind.kernels.gated_output import gated_output
+from kvbind.kernels.gated_output import add_gated, gated_output
 from kvbind.layers.full import InnerCall, check_built
 from kvbind.layers.kept_keys import KeptKeys, keep_keys
 from kvbind.layers.layout import Layout
 from kvbind.layers.norm import RMSNorm
 from kvbind.layers.operands import Paths, make_operands, split_heads
+from kvbind.layers.plain import is_a_product, is_plain
 from kvbind.layers.rotary import Tables, rotary_tables
 from kvbind.layers.window_attention import halo_of, window_attention
 from kvbind.layers.writing import Writing
@@ -272,22 +273,27 @@ class LactLayer(nn.Module):
         with without_autocast(self.qk_scale.device.type):
             for matrix in self._inner.network.matrices:
                 held = getattr(self, parameter_name(matrix))
-                weights[matrix] = (held() if isinstance(held, LowRankMatrix) else held).mT
+                weights[matrix] = (held() if isinstance(held, nn.Module) else held).mT
         return weights
 
     @property
     def writing(self) -> Writing:
         """How projections become what tokens write."""
-        return Writing(self.num_lact_heads, self.rate_names, self._inner.updated, self.base_lr_inverse, self.silu_v)
+        gates = (("momentum", self.momentum_proj), ("retention", self.retention_proj))
+        called = tuple(name for name, gate in gates if gate is not None and not is_a_gate(gate))
+        return Writing(self.num_lact_heads, self.rate_names, self._inner.updated, self.base_lr_inverse, self.silu_v, called)
 
     def _logits(self, x: Tensor) -> dict[str, Tensor]:
-        """What the inner loop's rates ("lr") and gates, and the output's scale ("scale"), are made of: `[B, T, n]` each."""
+        """What the inner loop's rates ("lr") and gates, and the output's scale ("scale"), are made of: `[B, T, n]` each.
+
+        Gates that are no plain linear layer and sigmoid come as they are (`Writing.called`).
+        """
         layers: dict[str, nn.Module] = {}
         if self._inner.token_lr and self.lr_proj is not None:
             layers["lr"] = self.lr_proj
         for name, gate in (("momentum", self.momentum_proj), ("retention", self.retention_proj)):
             if gate is not None and getattr(self._inner, name):
-                layers[name] = gate[0]
+                layers[name] = gate[0] if is_a_gate(gate) else gate
         if self.ttt_scale_proj is not None:
             layers["scale"] = self.ttt_scale_proj
         return dict(zip(layers, side_by_side(x, list(layers.values())), strict=True))
@@ -371,12 +377,18 @@ class LactLayer(nn.Module):
         made = self._logits(x)
         scale = made.pop("scale", None)
         fast, waiting = self._fast_weights(fast_q, {"k": fast_k, "v": written, **made}, layout, state, return_state)
-        output = self.o_proj(gated_output(fast, self.ttt_norm.weight, scale, mixed, NORM_EPS))
+        output = self.o_proj(self._join(fast, scale, mixed))
 
         if waiting is None:
             return output, None
         after = keep_keys(kept, seen_k, seen_v, self.window_size, length, layout.lengths)
         return output, LactState(waiting, after, layout.after(seen, length))
+
+    def _join(self, fast: Tensor, scale: Tensor | None, mixed: Tensor) -> Tensor:
+        """The fast weights' output `[B, T, H, D]`, normed and scaled, added to attention's `[B, T, H D]`."""
+        if is_plain(self.ttt_norm, RMSNorm):
+            return gated_output(fast, self.ttt_norm.weight, scale, mixed, NORM_EPS)
+        return add_gated(self.ttt_norm(fast), scale, mixed)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, T, d]` of both paths."""
@@ -391,7 +403,8 @@ class LactLayer(nn.Module):
         """Run the inner loop: outputs `[B, T, H, D]`, and its state where that is wanted; `made` as `Writing` takes it."""
         inner, writing = self._inner, self.writing
         if state is not None and return_state and layout.lengths is None:
-            found = state.waiting.read(inner, q, made, writing)
+            waiting = state.waiting if state.waiting.make in (None, writing) else Waiting.of(state.fast)
+            found = waiting.read(inner, q, made, writing)
             if found is not None:
                 return found
         before = None if state is None else state.fast
@@ -426,21 +439,16 @@ class LactLayer(nn.Module):
 
 def side_by_side(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, ...]:
     """What narrow layers make of `x`, `[..., n]` each, in one product, where each of its own would read all of x."""
-    plain = [layer for layer in layers if is_a_product(layer)]
+    plain = [layer for layer in layers if is_a_product(layer) and layer.bias is not None]
     if len(layers) < 2 or len(plain) < len(layers):
         return tuple(layer(x) for layer in layers)
     joined = F.linear(x, torch.cat([layer.weight for layer in plain]), torch.cat([layer.bias for layer in plain]))
     return joined.split([layer.out_features for layer in plain], dim=-1)
 
 
-def is_a_product(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer is `x W^T + b` and no more: not derived from it, hooked, quantized, or with a forward of its own."""
-    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
-        return False
-    if type(layer.weight) is not nn.Parameter or type(layer.bias) is not nn.Parameter:
-        return False
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return not any(hooks) and not nn.modules.module._has_any_global_hook()
+def is_a_gate(gate: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether a gate is a layer and a sigmoid behind it, and no more, so that the layer alone may be called."""
+    return is_plain(gate, nn.Sequential) and len(gate) == 2 and is_plain(gate[1], nn.Sigmoid)
 
 
 def check_fits_causal_layer(inner: InnerLoop) -> None:

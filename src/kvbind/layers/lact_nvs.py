@@ -19,6 +19,7 @@ from kvbind.layers.full import InnerCall, check_built, check_sees_everything
 from kvbind.layers.lact import NORM_EPS, parameter_name, with_released_parameters
 from kvbind.layers.norm import RMSNorm
 from kvbind.layers.operands import split_heads, unit, wide
+from kvbind.layers.plain import input_dtype, is_a_product
 
 INIT_GAIN = math.sqrt(2)
 """Of the starting fast weights, over the root of their fan-in."""
@@ -120,14 +121,17 @@ class LactNvsLayer(nn.Module):
 
     def start_weights(self) -> dict[str, Tensor]:
         """The fast weights that every scene starts from, `[heads, in, out]` by matrix name."""
-        return {name: self.get_parameter(parameter_name(name)) for name in self._inner.network.matrices}
+        return {name: getattr(self, parameter_name(name)) for name in self._inner.network.matrices}
 
     def learning_rates(self, x: Tensor) -> float | dict[str, Tensor]:
         """Rates `[B, T, H]` by updated matrix, float32 or wider; or the constant 1 without `inner.token_lr`."""
         if not self._inner.token_lr or self.lr_fc is None:
             return 1.0
         with without_autocast(x.device.type):
-            logits = F.linear(wide(x), wide(self.lr_fc.weight), wide(self.lr_fc.bias))
+            if is_a_product(self.lr_fc) and self.lr_fc.bias is not None:
+                logits = F.linear(wide(x), wide(self.lr_fc.weight), wide(self.lr_fc.bias))
+            else:
+                logits = wide(self.lr_fc(x.to(input_dtype(self.lr_fc, x.dtype))))
             rates = torch.split(F.softplus(logits + self.base_lr_inverse), self.heads, dim=-1)
         by_name = dict(zip(self.rate_names, rates, strict=True))
         return {name: by_name[name] for name in self._inner.updated}

@@ -136,7 +136,7 @@ class VitttLayer(nn.Module):
 
     def start_weights(self) -> dict[str, Tensor]:
         """The fast weights that the heads start from on every image, `[heads, in, out]` by matrix name."""
-        return {name: self.get_parameter(parameter_name(name))[0] for name in self._inner.network.matrices}
+        return {name: getattr(self, parameter_name(name))[0] for name in self._inner.network.matrices}
 
     def calls(self, x: Tensor, grid: tuple[int, int], rotary: Tensor | None = None) -> tuple[InnerCall, InnerCall]:
         """What each branch gives to `kvbind.ttt`, heads first: their `linearize()` shows what the layer attends to.

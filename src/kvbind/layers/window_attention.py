@@ -12,11 +12,12 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from kvbind.kernels.direct import is_transformed
 from kvbind.layers.layout import sequence_starts
+from kvbind.layers.softmax import softmax_attention
 
 QUERY_BLOCK = 128
 """The fewest queries that one call of `scaled_dot_product_attention` takes where there are as many."""
@@ -65,7 +66,8 @@ def window_attention(
         return q
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     short = q.shape[2] <= window and held is None and cu_seqlens is None and not ahead
-    trained = torch.is_grad_enabled() and q.requires_grad
+    # transforms of functions take no compiled kernels
+    trained = torch.is_grad_enabled() and q.requires_grad and not is_transformed()
     if trained and q.is_cuda and held is None and not short and q.dtype != torch.float64:
         return _flex(q, k, v, window, cu_seqlens, ahead).transpose(1, 2)
     return _blocked(q, k, v, window, cu_seqlens, ahead, held).transpose(1, 2)
@@ -106,7 +108,7 @@ def _blocked(
         # one query sees all keys that its window reaches, and so do those of a row's beginning that come before them
         one, first = end - begin == 1, offset == 0 and end <= window
         if (one or first) and starts is None and unfilled is None:
-            outputs.append(F.scaled_dot_product_attention(queries, keys, values, is_causal=not one))
+            outputs.append(softmax_attention(queries, keys, values, is_causal=not one))
             continue
         column = torch.arange(low, high, device=q.device)[None, :]
         conditions = [] if unfilled is None else [column >= unfilled]
@@ -116,7 +118,7 @@ def _blocked(
             row = torch.arange(offset + begin, offset + end, device=q.device)[:, None]
             conditions += [column <= row, row - column < window]
         seen = functools.reduce(torch.logical_and, conditions)
-        outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen))
+        outputs.append(softmax_attention(queries, keys, values, seen))
     return torch.cat(outputs, dim=2) if len(outputs) != 1 else outputs[0]
 
 

@@ -22,6 +22,7 @@ class Writing:
         updated: the matrices that the inner loop updates.
         base_lr_inverse: what is added to the logits of rates.
         silu_v: silu on values.
+        called: gates that come as they are, made by modules of their own, and not as logits.
     """
 
     heads: int
@@ -29,15 +30,17 @@ class Writing:
     updated: tuple[str, ...]
     base_lr_inverse: float
     silu_v: bool
+    called: tuple[str, ...] = ()
 
     def __call__(self, made: Mapping[str, Tensor]) -> Tokens:
         """Writers, heads behind the token axis.
 
         Args:
             made: keys "k" `[B, T, H, D]` as they are; values "v" `[B, T, H D]`; and of "lr" `[B, T, H * matrices]`,
-                "momentum" and "retention" `[B, T, H]` the logits that there are. Without "lr" rates are 1.
+                "momentum" and "retention" `[B, T, H]` the logits that there are, or the gates themselves where they are
+                `called`. Without "lr" rates are 1.
         """
-        gates = {name: self.gate(made[name]) for name in ("momentum", "retention") if name in made}
+        gates = {name: self.gate(name, made[name]) for name in ("momentum", "retention") if name in made}
         rates: dict[str, Tensor | float] = {}
         rates |= self.rates(made["lr"]) if "lr" in made else dict.fromkeys(self.updated, 1.0)
         return Tokens(made["k"], self.values(made["v"]), rates, **gates)
@@ -52,6 +55,6 @@ class Writing:
         by_name = dict(zip(self.learned, each, strict=True))
         return {name: by_name[name] for name in self.updated}
 
-    def gate(self, logits: Tensor) -> Tensor:
+    def gate(self, name: str, made: Tensor) -> Tensor:
         """A gate `[B, T, H]`, float32 or wider."""
-        return wide(logits.sigmoid())
+        return wide(made if name in self.called else made.sigmoid())

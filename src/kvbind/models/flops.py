@@ -21,7 +21,7 @@ from kvbind.inner.value import check_positive_int
 from kvbind.models.lact.config import LactConfig
 from kvbind.models.lact_nvs.config import LactNvsConfig
 from kvbind.models.vittt.config import VitttConfig
-from kvbind.models.vittt.model import downsampling, stem
+from kvbind.models.vittt.stages import downsampling, stem
 
 Parts = dict[str, float]
 """Model FLOPs by part of a model."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import Any, Self
 
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from kvbind.forms.api import Form
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import lact_llm
-from kvbind.inner.value import check_choice, check_positive_int, nearest
+from kvbind.inner.value import check_choice, check_positive_int
 from kvbind.models.ablations import (
     LANGUAGE_NAMES,
     check_all_used,
@@ -19,6 +19,7 @@ from kvbind.models.ablations import (
     tell_unused,
     unused_parameters,
 )
+from kvbind.models.options import NOT_FOR_US, Refusals, inherited_fields
 
 RELEASED_DEFAULTS: dict[str, Any] = {
     "hidden_size": 2048,
@@ -58,20 +59,14 @@ HARMLESS_FIELDS = frozenset(
 )
 """Released fields that say how something is computed, not what."""
 
-TRANSFORMERS_FIELDS = frozenset(
-    {
-        "attn_implementation",
-        "auto_map",
-        "experts_implementation",
-        "name_or_path",
-        "num_labels",
-        "per_layer_config",
-        "quantization_config",
-        "tokenizer_class",
-        "torch_dtype",
-    }
-)
-"""Fields of transformers that its `PretrainedConfig` takes but does not list when asked."""
+REFUSED: Refusals = {
+    **NOT_FOR_US,
+    "attn_implementation": (
+        ("sdpa", None),
+        "attention is FlexAttention or scaled_dot_product_attention, whichever is faster",
+    ),
+}
+"""Options of transformers that the model has no use for."""
 
 
 class LactConfig(PretrainedConfig):
@@ -120,15 +115,23 @@ class LactConfig(PretrainedConfig):
         released_parameters: hold what released checkpoints hold, whether or not `inner` has a use for it; by default where
             released fields describe an inner loop that has none for some.
         **kwargs: fields of transformers' `PretrainedConfig`, and released fields that do not change the computation.
+            `num_labels`, `id2label`, `label2id` and `problem_type` are for heads of your own on top of `LactModel`.
 
     Raises:
-        ValueError: a field with a value that is not supported, an unknown field that is set, or an inner loop given twice.
+        ValueError: a field with a value that is not supported, an unknown field that is set, an option of transformers that
+            the model has no use for, a setting of generation, or an inner loop given twice.
         TypeError: `inner` is neither an InnerLoop nor a dict.
     """
 
     model_type = "lact_swiglu"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     attribute_map = {"num_attention_heads": "num_attn_heads"}  # noqa: RUF012
+    # transformers' own plan knows embeddings by another name
+    base_model_fsdp_plan = {  # noqa: RUF012
+        "embeddings": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "norm": "keep_full_weight",
+    }
 
     def __init__(
         self,
@@ -335,30 +338,16 @@ def released_of_inner(inner: InnerLoop) -> dict[str, Any]:
     raise ValueError(no_words_for(inner, inner_of_released(**fields)))
 
 
-def _generation_fields() -> set[str]:
-    return set(GenerationConfig().to_dict())
-
-
 def _transformers_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Of further fields, those that belong to transformers; the rest must be harmless.
 
     Raises:
-        ValueError: a fixed field with another value, or an unknown one that is set.
+        ValueError: a fixed field with another value, an option that would do nothing, or an unknown field that is set.
     """
-    passed = {}
-    known = {*PretrainedConfig().to_dict(), *_generation_fields(), *TRANSFORMERS_FIELDS}
-    for name, value in fields.items():
-        if name in FIXED_FIELDS:
-            if value not in FIXED_FIELDS[name]:
-                allowed = " or ".join(repr(x) for x in FIXED_FIELDS[name])
-                raise ValueError(f"{name} must be {allowed}; got {value!r}, which is not supported")
-        elif name in HARMLESS_FIELDS:
-            continue
-        elif name in known or name.startswith("_"):
-            passed[name] = value
-        elif value is not None and value is not False:
-            own = inspect.signature(LactConfig.__init__).parameters
-            raise ValueError(
-                f"{name} is no field of LactConfig, and set to {value!r} it may change what is computed{nearest(name, own)}"
-            )
-    return passed
+    for name in FIXED_FIELDS.keys() & fields.keys():
+        if fields[name] not in FIXED_FIELDS[name]:
+            allowed = " or ".join(repr(x) for x in FIXED_FIELDS[name])
+            raise ValueError(f"{name} must be {allowed}; got {fields[name]!r}, which is not supported")
+    further = {name: x for name, x in fields.items() if name not in FIXED_FIELDS and name not in HARMLESS_FIELDS}
+    own = inspect.signature(LactConfig.__init__).parameters
+    return inherited_fields("LactConfig", further, REFUSED, own)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvbind.kernels.direct import is_mapped
 from kvbind.layers.layout import Layout
 from kvbind.sequence.shard import current_shard
 
@@ -70,7 +71,7 @@ def arrange(
         columns: how many columns it has had, padding included.
 
     Raises:
-        ValueError: an argument of a wrong shape, packing beside padding, or any of them beside a shard.
+        ValueError: an argument of a wrong shape, packing beside padding, or any of them beside a shard or mapped by `vmap`.
     """
     batch, length = shape
     shard = current_shard()
@@ -80,6 +81,11 @@ def arrange(
                 raise ValueError(f"{name} must be None inside sequence_parallel, whose shard says where documents start")
         reason = "no cache can be made inside sequence_parallel, where a row's state is spread over ranks"
         return Arrangement(shape, Layout.sharded(shard, batch, length, device), uncacheable=reason)
+    for name, x in (("attention_mask", attention_mask), ("position_ids", position_ids), ("cu_seqlens", cu_seqlens)):
+        if isinstance(x, Tensor) and is_mapped(x):
+            raise ValueError(
+                f"{name} must be the same for all that vmap runs at once, as it says where tokens are; loop over it"
+            )
     seen = seen or (0,) * batch
     if len(seen) != batch:
         raise ValueError(f"past_key_values must hold {batch} sequences, as the input has; it holds {len(seen)}")

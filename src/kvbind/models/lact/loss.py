@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kvbind.forms.autocast import without_autocast
 from kvbind.kernels.cross_entropy import cross_entropy_
+from kvbind.kernels.direct import is_transformed
 from kvbind.layers.norm import narrowed
 
 IGNORE = -100
@@ -28,7 +29,7 @@ def linear_cross_entropy(
 
     Logits are made for `piece` tokens at a time. A sum's gradients are made with it, while its logits are there, up to the
     factor that a backward pass brings; those of each token's loss, and those of float16, which would lose what is small
-    before it is scaled, in the backward pass from logits made again.
+    before it is scaled, in the backward pass from logits made again. Transforms of `torch.func` keep all logits.
 
     Args:
         hidden: `[..., d]`.
@@ -48,17 +49,36 @@ def linear_cross_entropy(
     if len(rows) != len(targets):
         raise ValueError(f"labels must be {list(hidden.shape[:-1])}, one for each token; got {list(labels.shape)}")
     low = narrowed(torch.promote_types(hidden.dtype, weight.dtype), hidden.device.type)
-    if reduction == "sum" and low != torch.float16:
+    if reduction == "sum" and low != torch.float16 and not is_transformed():
         loss: Tensor = _Summed.apply(rows, weight, targets, low, piece, torch.is_grad_enabled())
         return loss
-    losses = []
-    for part, target in zip(torch.split(rows, piece), torch.split(targets, piece), strict=True):
-        if torch.is_grad_enabled():
-            losses.append(checkpoint(_piece_losses, part, weight, target, use_reentrant=False))
-        else:
-            losses.append(_piece_losses(part, weight, target))
-    each = torch.cat(losses).reshape(labels.shape)
+    each = _in_pieces(lambda part, target: _losses(F.linear(part, weight), target), rows, targets, piece).reshape(
+        labels.shape
+    )
     return each if reduction == "none" else each.sum()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, piece: int = PIECE) -> Tensor:
+    """The summed cross-entropy of logits that are there already; softmax in float32 or wider.
+
+    Args:
+        logits: `[..., vocab]`.
+        labels: `[...]` token ids, or -100 where nothing is predicted.
+        piece: tokens whose logits are widened at the same time.
+    """
+    return _in_pieces(_losses, logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), piece).sum()
+
+
+def _in_pieces(losses: Callable[[Tensor, Tensor], Tensor], rows: Tensor, targets: Tensor, piece: int) -> Tensor:
+    """Each token's loss; what a piece needs on the way is made again in the backward pass."""
+    # which transforms of functions know nothing of
+    again = torch.is_grad_enabled() and not is_transformed()
+    return torch.cat(
+        [
+            checkpoint(losses, part, target, use_reentrant=False) if again else losses(part, target)
+            for part, target in zip(torch.split(rows, piece), torch.split(targets, piece), strict=True)
+        ]
+    )
 
 
 class _Summed(torch.autograd.Function):
@@ -101,8 +121,7 @@ class _Summed(torch.autograd.Function):
         return *scaled, None, None, None, None
 
 
-def _piece_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = F.linear(hidden, weight)
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.to(wide), labels, ignore_index=IGNORE, reduction="none")
 

@@ -13,17 +13,21 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvbind.inner.spec import InnerLoop
 from kvbind.kernels.swiglu import swiglu
 from kvbind.layers.lact import LactLayer, LactState
 from kvbind.layers.layout import Layout
 from kvbind.layers.norm import ResidualNorm, RMSNorm
+from kvbind.layers.plain import is_a_product
 from kvbind.layers.rotary import Tables, rotary_tables
 from kvbind.models.lact.cache import LactCache
-from kvbind.models.lact.config import LactConfig
+from kvbind.models.lact.config import REFUSED, LactConfig
 from kvbind.models.lact.inputs import Arrangement, arrange
-from kvbind.models.lact.loss import IGNORE, linear_cross_entropy, next_token_labels
+from kvbind.models.lact.loss import IGNORE, cross_entropy, linear_cross_entropy, next_token_labels
+from kvbind.models.options import check_options, known_by_name
+from kvbind.models.recompute import check_recomputing, is_recomputed, is_reentrant
 from kvbind.models.saving import FromFolder
 from kvbind.sequence.shard import current_shard
 
@@ -115,9 +119,22 @@ class LactPreTrainedModel(FromFolder, PreTrainedModel):
     _no_split_modules = ["LactBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
-    _supports_flex_attn = True
     # generation cannot roll back, which rules out assisted decoding
     _is_stateful = True
+
+    def __init__(self, config: LactConfig) -> None:
+        check_options(config, REFUSED)
+        super().__init__(config)
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
+        """Refused, but for "sdpa": which attention runs where is not left to choose.
+
+        Raises:
+            ValueError: another name.
+        """
+        if attn_implementation != "sdpa":
+            allowed, reason = REFUSED["attn_implementation"]
+            raise ValueError(f"attn_implementation must be {allowed[0]!r}, as {reason}; got {attn_implementation!r}")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -186,8 +203,9 @@ class LactModel(LactPreTrainedModel):
             use_cache: make or advance a cache; by default outside training, for unpacked input, as the configuration says.
             cu_seqlens: `[n + 1]` boundaries of documents packed into one row (`B = 1`).
             output_attentions: must not be set: attention weights are never formed.
-            output_hidden_states: also return the hidden states before each block and after the last norm.
-            return_dict: False for a tuple.
+            output_hidden_states: also return the hidden states before each block and after the last norm; by default as the
+                configuration says.
+            return_dict: False for a tuple; by default as the configuration says.
 
         Returns:
             `last_hidden_state` `[B, T, d]` (zero at padding), `past_key_values`, `hidden_states`.
@@ -199,12 +217,20 @@ class LactModel(LactPreTrainedModel):
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if output_attentions is None:
+            output_attentions = config.output_attentions
         if output_attentions:
             raise ValueError("output_attentions must not be set: attention weights are never formed")
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if return_dict is None:
+            return_dict = config.return_dict
         if past_key_values is not None and not isinstance(past_key_values, LactCache):
             raise TypeError(
                 f"past_key_values must be a kvbind LactCache, which holds fast weights; got {type(past_key_values).__name__}"
             )
+        if torch.is_grad_enabled() and any(map(is_recomputed, self.layers)):
+            check_recomputing()
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
         arrangement = arrange(
@@ -223,6 +249,11 @@ class LactModel(LactPreTrainedModel):
             use_cache = bool(wanted or cache is not None)
         if use_cache and cache is None:
             cache = LactCache()
+        if cache is not None and torch.is_grad_enabled() and any(map(is_reentrant, self.layers)):
+            raise ValueError(
+                "gradient checkpointing must have use_reentrant=False beside a cache, through whose state gradients would "
+                "be lost: model.gradient_checkpointing_enable({'use_reentrant': False})"
+            )
 
         x, states, every = self._run_blocks(x, arrangement, cache, bool(use_cache), bool(output_hidden_states))
         if cache is not None and use_cache:
@@ -264,8 +295,14 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        known_by_name(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, cls)
+
     def __init__(self, config: LactConfig) -> None:
         super().__init__(config)
+        # transformers would tell it from the name of the class, which may be derived from this
+        self.loss_type = "ForCausalLM"
         self.model = LactModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -332,9 +369,10 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
             cu_seqlens,
             output_attentions,
             output_hidden_states,
+            return_dict=True,
         )
         hidden = outputs.last_hidden_state
-        targets, loss = None, None
+        targets = None
         if shift_labels is not None:
             targets = shift_labels.to(hidden.device)
         elif labels is not None:
@@ -344,19 +382,33 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
                 position_ids=position_ids,
                 cu_seqlens=cu_seqlens,
             )
-        if targets is not None:
-            count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE).sum().clamp(min=1)
-            loss = linear_cross_entropy(hidden, self.lm_head.weight, targets) / count
+        loss, every, kept = None, None, _kept(logits_to_keep)
+        if getattr(self, "_loss_function", None) is not None and targets is not None:
+            every = self.lm_head(hidden)
+            given = {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            given = {name: x for name, x in given.items() if x is not None}
+            loss = self.loss_function(logits=every, labels=labels, vocab_size=self.config.vocab_size, **given)
+        elif targets is not None:
+            loss, every = self._loss(hidden, targets, num_items_in_batch)
         logits = None
         if logits_to_keep is not None or targets is None or not self.training:
-            logits = self.lm_head(hidden[:, _kept(logits_to_keep)])
+            logits = self.lm_head(hidden[:, kept]) if every is None else every[:, kept]
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-        return output.to_tuple() if return_dict is False else output
+        return output.to_tuple() if (self.config.return_dict if return_dict is None else return_dict) is False else output
+
+    def _loss(self, hidden: Tensor, targets: Tensor, count: Tensor | int | None) -> tuple[Tensor, Tensor | None]:
+        """The loss, and the logits of all tokens where it took them."""
+        count = (targets != IGNORE).sum().clamp(min=1) if count is None else count
+        if is_a_product(self.lm_head) and self.lm_head.bias is None:
+            return linear_cross_entropy(hidden, self.lm_head.weight, targets) / count, None
+        # called once, for all tokens: what is put on it may count its calls, or draw at random
+        logits = self.lm_head(hidden)
+        return cross_entropy(logits, targets) / count, logits
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -366,8 +418,12 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
                 f"cache_implementation must be None: this model has one kind of cache; got "
                 f"{generation_config.cache_implementation!r}"
             )
+        _check_padding_side(model_kwargs.get("attention_mask"))
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = LactCache()
+
+
+known_by_name(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, LactForCausalLM)
 
 
 def _check_labels(labels: Tensor | None, shift_labels: Tensor | None, count: Tensor | int | None) -> None:
@@ -382,6 +438,16 @@ def _check_labels(labels: Tensor | None, shift_labels: Tensor | None, count: Ten
         raise ValueError(
             "num_items_in_batch must be the whole row's number of predicted tokens inside sequence_parallel, as "
             "kvbind.shard_batch makes it; got None"
+        )
+
+
+def _check_padding_side(mask: Tensor | None) -> None:
+    """Refuse prompts that end in padding, behind which no token can follow."""
+    if mask is not None and mask.dim() == 2 and mask.shape[1] and bool((mask[:, -1] == 0).any()):
+        rows = (mask[:, -1] == 0).nonzero().flatten().tolist()
+        raise ValueError(
+            "attention_mask must not end in padding, as what is generated follows the last column: tokenize with "
+            f"padding_side='left'; got padding at the end of rows {rows}"
         )
 
 

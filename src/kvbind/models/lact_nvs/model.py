@@ -18,13 +18,17 @@ from kvbind.files import inside, read_fields, read_tensors
 from kvbind.forms.state import State
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_positive_int
+from kvbind.kernels.direct import has_values
 from kvbind.layers.lact_nvs import LactNvsLayer
 from kvbind.layers.norm import RMSNorm
 from kvbind.layers.operands import split_heads
+from kvbind.layers.plain import input_dtype, matrix_of, own_weights
+from kvbind.layers.softmax import softmax_attention
 from kvbind.models.families import configured, load_into
 from kvbind.models.lact_nvs.cameras import check_intrinsics, check_poses, ray_maps
 from kvbind.models.lact_nvs.config import LactNvsConfig
 from kvbind.models.lact_nvs.scene import Scene
+from kvbind.models.recompute import check_recomputing
 
 INIT_STD = 0.02
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -59,7 +63,7 @@ class ImageAttention(nn.Module):
         q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(images).chunk(3, dim=-1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        mixed = softmax_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         output: Tensor = self.c_proj(mixed.transpose(1, 2).flatten(2))
         return output.reshape(x.shape)
 
@@ -365,7 +369,8 @@ class LactNvs(nn.Module):
         maps = ray_maps(c2w, fxfycxcy, size)
         colour = torch.zeros_like(maps[:, :, :3]) if image is None else image.to(maps.dtype) * 2 - 1
         patches = self._cut(torch.cat((maps, colour), dim=2))
-        tokens: Tensor = self.input_layernorm(self.input_linear(patches.to(self.input_linear.weight.dtype)))
+        dtype = input_dtype(self.input_linear, self.input_layernorm.weight.dtype)
+        tokens: Tensor = self.input_layernorm(self.input_linear(patches.to(dtype)))
         return tokens
 
     def _cut(self, maps: Tensor) -> Tensor:
@@ -391,9 +396,12 @@ class LactNvs(nn.Module):
     ) -> tuple[Tensor, list[State]]:
         """All blocks: tokens `[B, V * T, d]` and each layer's state."""
         per_image = size[0] * size[1] // self.config.patch_size**2
+        recomputed = self.gradient_checkpointing and self.training
+        if recomputed:
+            check_recomputing()
         after = []
         for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
-            if self.gradient_checkpointing and self.training:
+            if recomputed:
                 x, new = checkpoint(block, x, per_image, update_tokens, state, use_reentrant=False)
             else:
                 x, new = block(x, per_image, update_tokens, state)
@@ -411,8 +419,9 @@ class LactNvs(nn.Module):
         """Numbers that tell this model's weights from others', `[layers, matrices]`, float32 on the CPU."""
         rows = []
         for mixer in self.mixers:
-            weights = (mixer.to_qkv.weight, mixer.c_proj.weight, *mixer.start_weights().values())
-            parts = [w.detach().flatten()[:MARK_LENGTH].float() for w in weights]
+            with own_weights(mixer):
+                linear = (matrix_of(layer, self.config.dim) for layer in (mixer.to_qkv, mixer.c_proj))
+                parts = [w.detach().flatten()[:MARK_LENGTH].float() for w in (*linear, *mixer.start_weights().values())]
             waves = [torch.cos(torch.arange(len(part), device=part.device, dtype=torch.float32)) for part in parts]
             rows.append(torch.stack([part @ wave / part.norm() for part, wave in zip(parts, waves, strict=True)]))
         return torch.stack(rows).cpu()
@@ -495,7 +504,7 @@ class LactNvs(nn.Module):
                 raise ValueError(f"{name} must be on {device}, as the rest; got {x.device}")
 
     def _looks_at_values(self, x: object) -> bool:
-        if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or not has_values(x):
             return False
         return x.device.type == "cpu" or not self.training
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -10,15 +11,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import vittt
+from kvbind.inner.value import check_choice
 from kvbind.layers.vittt import INIT_STD
 from kvbind.models.ablations import images_ablation
+from kvbind.models.options import NOT_FOR_US, Refusals, check_options, inherited_fields, known_by_name
 from kvbind.models.saving import FromFolder
-from kvbind.models.vittt.blocks import init_weights, to_image
+from kvbind.models.vittt.blocks import init_weights
 from kvbind.models.vittt.model import HierarchicalVittt, ImageModel, Vittt
 from kvbind.models.vittt.released import read_released_config
+
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+"""What a classifier's labels may be, as transformers calls it."""
+
+REFUSED: Refusals = {
+    **NOT_FOR_US,
+    "attn_implementation": ((None, "eager"), "it has no softmax attention"),
+    "tie_word_embeddings": ((False, None), "it has no embeddings of words"),
+}
+"""Options of transformers that the model has no use for."""
 
 
 class VitttConfig(PretrainedConfig):
@@ -40,10 +54,12 @@ class VitttConfig(PretrainedConfig):
         drop_rate: dropout in the MLPs.
         drop_path_rate: stochastic depth of the last block.
         initializer_range: standard deviation of linear layers and fast weights at the start.
-        **kwargs: fields of transformers' `PretrainedConfig`, such as `num_labels` (also as `num_classes`).
+        **kwargs: fields of transformers' `PretrainedConfig`, such as `num_labels` (also as `num_classes`), `id2label`,
+            `label2id` and `problem_type`.
 
     Raises:
-        ValueError: a mixture of numbers and sequences, or an inner loop that does not fit.
+        ValueError: a mixture of numbers and sequences, an inner loop that does not fit, an unknown field that is set, or an
+            option of transformers that the model has no use for.
         TypeError: an inner loop that is neither an InnerLoop nor a dict.
     """
 
@@ -86,7 +102,13 @@ class VitttConfig(PretrainedConfig):
         self.mlp_ratio, self.qkv_bias = mlp_ratio, qkv_bias
         self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
         self.initializer_range = initializer_range
-        super().__init__(**kwargs)
+        if kwargs.get("problem_type") is not None:
+            check_choice("problem_type", kwargs["problem_type"], PROBLEMS)
+        if kwargs.get("problem_type") == PROBLEMS[1] and 1 in (kwargs.get("num_labels"), kwargs.get("num_classes")):
+            raise ValueError(f"problem_type must not be {PROBLEMS[1]!r} with one label, as there is nothing to choose from")
+        own = inspect.signature(VitttConfig.__init__).parameters
+        mapped = {name: kwargs.pop(name) for name in self.attribute_map if name in kwargs}
+        super().__init__(**mapped, **inherited_fields("VitttConfig", kwargs, REFUSED, (*own, *self.attribute_map)))
 
     @property
     def inner(self) -> InnerLoop:
@@ -162,6 +184,19 @@ def _inner_loop(argument: str, inner: InnerLoop | dict[str, Any]) -> InnerLoop:
     return inner
 
 
+def _problem(config: VitttConfig) -> str | None:
+    """The configuration's `problem_type`, or the one that its number of labels says: "regression" for one alone.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    problem = config.problem_type
+    if problem is None:
+        return "regression" if config.num_labels == 1 else None
+    check_choice("problem_type", problem, PROBLEMS)
+    return problem
+
+
 class VitttForImageClassification(FromFolder, PreTrainedModel):
     """A ViTTT model as transformers expects one; the model itself is the attribute `vittt`.
 
@@ -177,8 +212,15 @@ class VitttForImageClassification(FromFolder, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["VitttBlock"]  # noqa: RUF012
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        known_by_name(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, cls)
+
     def __init__(self, config: VitttConfig) -> None:
+        check_options(config, REFUSED)
         super().__init__(config)
+        # transformers would tell it from the name of the class, which may be derived from this
+        self.loss_type = "ForImageClassification"
         self.vittt = config.build()
         self.post_init()
 
@@ -197,23 +239,47 @@ class VitttForImageClassification(FromFolder, PreTrainedModel):
 
         Args:
             pixel_values: `[B, C, H, W]`.
-            labels: `[B]` class indices, or `[B, num_labels]` class probabilities, for the cross-entropy.
-            output_hidden_states: also return each layer's (or stage's) tokens as images `[B, d, h, w]`.
-            return_dict: False for a tuple.
+            labels: what `config.problem_type` asks for. "single_label_classification": `[B]` class indices, or
+                `[B, num_labels]` class probabilities, for the cross-entropy. "multi_label_classification": `[B, num_labels]`
+                of 0 to 1, for the binary cross-entropy. "regression": `[B, num_labels]`, or `[B]` of one, for the mean
+                squared error. None is regression with one label, and else, unlike in transformers, which takes probabilities
+                for several labels at once, classification.
+            output_hidden_states: also return each layer's (or stage's) tokens as images `[B, d, h, w]`; by default as the
+                configuration says.
+            return_dict: False for a tuple; by default as the configuration says.
 
         Returns:
             `loss` (float32 or wider), `logits` `[B, num_labels]`, `hidden_states`.
+
+        Raises:
+            ValueError: labels of another shape.
         """
-        every, last = [], None
-        for x, grid in self.vittt.layers_of(*self.vittt.embed(pixel_values)):
-            last = x
-            if output_hidden_states:
-                every.append(to_image(x, grid))
-        logits = self.vittt.forward_head(self.vittt.norm(last))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        every: tuple[Tensor, ...] | None = None
+        if output_hidden_states:
+            logits, every = self.vittt(pixel_values, return_layers=True)
+        else:
+            logits = self.vittt(pixel_values)
         loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.to(logits.device))
-        output = ImageClassifierOutputWithNoAttention(
-            loss=loss, logits=logits, hidden_states=tuple(every) if output_hidden_states else None
-        )
-        return output.to_tuple() if return_dict is False else output
+        if labels is not None and getattr(self, "_loss_function", None) is not None:
+            loss = self.loss_function(labels, logits, self.config)
+        elif labels is not None:
+            loss = self._loss(logits, labels.to(logits.device))
+        output = ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=every)
+        return output.to_tuple() if (self.config.return_dict if return_dict is None else return_dict) is False else output
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        wide, problem = logits.to(torch.promote_types(logits.dtype, torch.float32)), _problem(self.config)
+        numbers = problem in ("regression", "multi_label_classification")
+        shapes = [logits.shape[:1], logits.shape] if not numbers or logits.shape[-1] == 1 else [logits.shape]
+        if labels.shape not in shapes or not self.config.num_labels:
+            wanted = " or ".join(str(list(shape)) for shape in shapes) if self.config.num_labels else "None without classes"
+            raise ValueError(f"labels must be {wanted} for {problem or 'classification'}; got shape {list(labels.shape)}")
+        if not numbers:
+            return F.cross_entropy(wide, labels.to(wide.dtype) if labels.dim() == 2 else labels)
+        labels = labels.reshape(logits.shape).to(wide.dtype)
+        return F.mse_loss(wide, labels) if problem == "regression" else F.binary_cross_entropy_with_logits(wide, labels)
+
+
+known_by_name(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, VitttForImageClassification)

@@ -9,14 +9,15 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
-from kvbind.layers.vittt import INIT_STD, VitttLayer, rotary_angles
+from kvbind.layers.vittt import INIT_STD, VitttLayer
+from kvbind.models.recompute import check_recomputing
 from kvbind.models.vittt.blocks import Grid, VitttBlock, init_weights, to_image, to_tokens
+from kvbind.models.vittt.stages import Stage, TokenBatchNorm, downsampling, stem
 
 
 class ImageModel(nn.Module, abc.ABC):
@@ -119,8 +120,12 @@ class ImageModel(nn.Module, abc.ABC):
         init_weights(self.head, self.initializer_range)
 
     def _run(self, block: nn.Module, *args: Any) -> Tensor:
-        recompute = self.gradient_checkpointing and self.training
-        output: Tensor = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+        if not (self.gradient_checkpointing and self.training):
+            return block(*args)
+        check_recomputing()
+        # transformers puts one here, with the arguments that its user gave
+        recomputed = getattr(self, "_gradient_checkpointing_func", None) or partial(checkpoint, use_reentrant=False)
+        output: Tensor = recomputed(block, *args)
         return output
 
     def _check_image(self, image: Tensor) -> None:
@@ -156,9 +161,20 @@ class ImageModel(nn.Module, abc.ABC):
         pooled = x.mean(1) if self.global_pool else x
         return pooled if pre_logits else self.head(pooled)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits `[B, num_classes]` of images `[B, C, H, W]`."""
-        return self.forward_head(self.forward_features(image))
+    def forward(self, image: Tensor, return_layers: bool = False) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """Classify images.
+
+        Args:
+            image: `[B, C, H, W]`.
+            return_layers: also return each layer's tokens as images `[B, d, h, w]`.
+
+        Returns:
+            Logits `[B, num_classes]`; and, if so, the layers.
+        """
+        if not return_layers:
+            return self.forward_head(self.forward_features(image))
+        layers = list(self.layers_of(*self.embed(image)))
+        return self.forward_head(self._normed(layers[-1][0])), tuple(to_image(x, grid) for x, grid in layers)
 
     def get_intermediate_layers(
         self, image: Tensor, n: int | Sequence[int] = 1, reshape: bool = False, norm: bool = False
@@ -326,111 +342,6 @@ class Vittt(ImageModel):
             yield x, grid
 
 
-class ConvUnit(nn.Module):
-    """A convolution, then, where asked for, batch norm and ReLU.
-
-    Args:
-        inputs: input channels.
-        outputs: output channels.
-        kernel: side of the kernel, which is padded to keep the size.
-        stride: of the convolution.
-        groups: of the convolution.
-        bias: of the convolution.
-        norm: batch norm.
-        act: ReLU.
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel: int,
-        *,
-        stride: int = 1,
-        groups: int = 1,
-        bias: bool = True,
-        norm: bool = False,
-        act: bool = True,
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)
-        self.norm = nn.BatchNorm2d(outputs) if norm else None
-        self.act = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, inputs, H, W]` to `[B, outputs, ceil(H / stride), ceil(W / stride)]`."""
-        x = self.conv(x)
-        if self.norm is not None:
-            x = self.norm(x)
-        return F.relu(x) if self.act else x
-
-
-class Convs(nn.Module):
-    """Convolutions in a row, under the released name `conv`.
-
-    Args:
-        *units: the convolutions.
-    """
-
-    def __init__(self, *units: ConvUnit) -> None:
-        super().__init__()
-        self.conv = nn.Sequential(*units)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """All of them, on an image `[B, C, H, W]`."""
-        output: Tensor = self.conv(image)
-        return output
-
-
-def stem(in_chans: int, dim: int) -> Convs:
-    """From pixels to tokens at a quarter of the resolution."""
-    half = dim // 2
-    return Convs(
-        ConvUnit(in_chans, half, 3, stride=2, bias=False, norm=True),
-        ConvUnit(half, half, 3, bias=False, norm=True),
-        ConvUnit(half, half, 3, bias=False, norm=True),
-        ConvUnit(half, 4 * dim, 3, stride=2, bias=False, norm=True),
-        ConvUnit(4 * dim, dim, 1, bias=False, norm=True, act=False),
-    )
-
-
-def downsampling(inputs: int, outputs: int) -> Convs:
-    """Half the resolution, another width."""
-    hidden = 4 * outputs
-    return Convs(
-        ConvUnit(inputs, hidden, 1),
-        ConvUnit(hidden, hidden, 3, stride=2, groups=hidden),
-        ConvUnit(hidden, outputs, 1, norm=True, act=False),
-    )
-
-
-class TokenBatchNorm(nn.BatchNorm1d):
-    """Batch norm of the channels of tokens `[B, T, d]`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.mT).mT
-
-
-class Stage(nn.Module):
-    """Blocks at one resolution, and the downsampling behind them.
-
-    Args:
-        blocks: the blocks.
-        downsample: what leads to the next stage, or None.
-    """
-
-    def __init__(self, blocks: nn.ModuleList, downsample: Convs | None) -> None:
-        super().__init__()
-        self.blocks, self.downsample = blocks, downsample
-        self.register_load_state_dict_pre_hook(_drop_rotations)
-
-
-def _drop_rotations(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Released checkpoints hold the tables of rotary positions for one image size, which we compute for any."""
-    for name in [name for name in state_dict if name.startswith(prefix) and name.endswith(".rope.rotations")]:
-        del state_dict[name]
-
-
 class HierarchicalVittt(ImageModel):
     """Hierarchical ViTTT: a convolutional stem and four stages, each at half the resolution of the one before.
 
@@ -523,12 +434,9 @@ class HierarchicalVittt(ImageModel):
 
     def layers_of(self, x: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Grid]]:
         for stage in self.layers:
-            rotary = rotary_angles(grid, x.shape[-1], x.device)
-            for block in stage.blocks:  # type: ignore[union-attr]
-                x = self._run(block, x, grid, rotary)
-            yield x, grid
-            if stage.downsample is not None:
-                image = stage.downsample(to_image(x, grid))  # type: ignore[operator]
+            mixed, image = stage(x, grid, self._run)
+            yield mixed, grid
+            if image is not None:
                 x, grid = to_tokens(image), tuple(image.shape[-2:])
 
 
