@@ -68,7 +68,10 @@ class Planned:
         if not isinstance(rate, Tensor) and rate != 1:
             self.constant = torch.full((), float(rate), device=q.device).expand(q.shape[:3])
             rate = self.constant
+        # the others are cast where they are joined
         start, theta = weights["out"], None
+        self.dense = start.dtype == torch.float32 and fused.dense(start) is start and start.data_ptr() % 16 == 0
+        start = self._start(weights)
         if self.theta:
             first = weights[self.theta[0]]
             sets = first.shape[0] if first.dim() == 4 else 1
@@ -83,6 +86,11 @@ class Planned:
             ),
             q,
         )  # fmt: skip
+
+    def _start(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The last layer in float32, each matrix in one piece."""
+        start = weights["out"]
+        return start if self.dense else start.float().contiguous()
 
     def __call__(
         self,
@@ -99,12 +107,12 @@ class Planned:
         rates = rate if isinstance(rate, Tensor) else self.constant
         read = k if self.spec.query == "key" else q
         theta = [weights[name] for name in self.theta]
-        output, end, velocity = self.plan.run(read, k, v, rates, momentum, retention, weights["out"], theta)
+        output, end, velocity = self.plan.run(read, k, v, rates, momentum, retention, self._start(weights), theta)
         batch, rest = self.batch, self.rest
 
         def tensors() -> Mapping[str, Tensor]:
             heads = k.shape[2]
-            kept = {name: x.expand(batch, heads, *x.shape[-2:]) for name, x in weights.items() if name != "out"}
+            kept = {name: x.float().expand(batch, heads, *x.shape[-2:]) for name, x in weights.items() if name != "out"}
             moved = {} if velocity is None else {"out": velocity}
             after = FastWeights(kept | {"out": end}, moved, {})
             each = rates if rates is not None else rate
@@ -178,18 +186,13 @@ def can_plan(spec: InnerLoop, call: Operands, lr: LearningRate, weights: Mapping
     if spec.visibility == "chunk" and q.shape[1] % spec.chunk:
         return False
     rate = lr["out"] if isinstance(lr, Mapping) else lr
-    numbers = [*weights.values(), *(x for x in (rate, call.tokens.momentum, call.tokens.retention) if isinstance(x, Tensor))]
-    if any(x.dtype != torch.float32 or x.data_ptr() % 16 for x in numbers):
-        return False
-    if isinstance(rate, Tensor) and rate.dim() != 3:
+    if isinstance(rate, Tensor) and (rate.dtype != torch.float32 or rate.data_ptr() % 16 or rate.dim() != 3):
         return False
     from kvbind.kernels.tma_products import DEPTH, fits
 
     start = weights["out"]
     return (
         fits(spec.chunk, q, k, v)
-        and start.stride(-1) == 1
-        and start.stride(-2) == start.shape[-1]
         and start.shape[-1] % 16 == 0
         and (not spec.network.theta or start.shape[-2] % DEPTH == 0)
     )

@@ -242,7 +242,7 @@ class Plan:
         if gate is None:
             return None
         inside = gate if self.whole else gate[:, : self.complete * self.shapes.chunk]
-        return inside.unflatten(1, (self.complete, self.shapes.chunk)).mean(2).flatten(0, 1)
+        return inside.unflatten(1, (self.complete, self.shapes.chunk)).mean(2, dtype=torch.float32).flatten(0, 1)
 
     def spread(self, mean: Tensor) -> Tensor:
         """The gradient of a gate `[B, T, H]` from that of its means."""
