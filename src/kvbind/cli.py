@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kvbind.bench.app import app as bench
+from kvbind.screen import LogLines, Screen
 from kvbind.tasks import TASKS, preset_files
 
 app = typer.Typer(
@@ -48,12 +51,15 @@ TASK_NAMES = ", ".join(TASKS)
 
 def console() -> Console:
     """Where commands write what they were asked for."""
-    return Console(highlight=False)
+    return Screen()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; a user's mistake ends it with one line on stderr and exit code 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    lines = logging.getLogger("kvbind")
+    if not lines.handlers:
+        lines.addHandler(LogLines())
     if "--traceback" in words:
         words.remove("--traceback")
         app(words, prog_name="kvbind")
@@ -63,17 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError, ImportError, OSError) as error:
         fail(error, 2)
     except RuntimeError as error:
-        if type(error).__name__ not in ("TrainingStoppedError", "OutOfMemoryError"):
+        if type(error).__name__ not in ("TrainingStoppedError", "OutOfMemoryError", "WorkerKilledError"):
             raise
         fail(error, 1)
 
 
 def fail(error: Exception, code: int) -> None:
     """Say what went wrong in one line, and leave."""
-    stderr = Console(stderr=True, highlight=False)
-    stderr.print("[bold red]error:[/] ", end="")
-    stderr.print(str(error), markup=False, soft_wrap=True)
-    stderr.print("[dim](--traceback shows where)[/]")
+    stderr = Screen(stderr=True)
+    stderr.print("error: ", style="bold red", end="")
+    stderr.print(str(error), soft_wrap=True)
+    stderr.print("(--traceback shows where)", style="dim")
     sys.exit(code)
 
 
@@ -83,7 +89,7 @@ def continuable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        Console(stderr=True).print("\ninterrupted; the same command goes on from the last checkpoint")
+        Screen(stderr=True).print("\ninterrupted; the same command goes on from the last checkpoint")
         raise typer.Exit(130) from None
 
 
@@ -116,7 +122,7 @@ def systems() -> None:
         table.add_column(name, no_wrap=name != "inner loop", overflow="fold")
     for name, make in SYSTEMS.items():
         inner = make()
-        table.add_row(f"[bold]{name}[/]", "yes" if analyse(inner).parallel else "no", repr(inner))
+        table.add_row(Text(name, "bold"), "yes" if analyse(inner).parallel else "no", repr(inner))
     console().print(table)
 
 
@@ -152,7 +158,7 @@ def explain(
         inner = inner.replace(chunk=chunk)
     value_width, hidden = (key_width if width is None else width for width in (value_width, hidden))
     shapes = Shapes(heads, key_width, value_width, hidden, tokens)
-    console().print(str(analyse(inner, shapes)), markup=False, soft_wrap=True)
+    console().print(str(analyse(inner, shapes)), soft_wrap=True)
 
 
 def named_or_file(system: str) -> Any:
@@ -335,10 +341,10 @@ def report(
     from kvbind.experiments.page.command import make_report, open_server
 
     path = make_report(folders or [Path("runs")], out)
-    console().print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", markup=False, soft_wrap=True)
+    console().print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
     if serve:
         server, address = open_server(path, port, bind=bind, hosts=host or ())
-        console().print(f"{address} (Ctrl-C ends it)", markup=False, soft_wrap=True)
+        console().print(f"{address} (Ctrl-C ends it)", soft_wrap=True)
         with server, contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
 
@@ -364,7 +370,12 @@ def train(
         ),
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start anew, instead of going on where the folder's run stopped.")
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Start anew, instead of going on where the folder's run stopped. That is kept until the new one has a "
+            "checkpoint.",
+        ),
     ] = False,
     accept_changed_data: Annotated[
         bool,
@@ -380,14 +391,14 @@ def train(
 
     On several GPUs: [bold]torchrun --nproc-per-node 8 -m kvbind train language --preset 760m[/]
     """
-    from kvbind.experiments.runs import discard, run_name, train_run
+    from kvbind.experiments.runs import run_name, train_run
     from kvbind.experiments.subjects import named_subject
     from kvbind.tasks import open_task_module
     from kvbind.tasks.contents import RECORD, check_unchanged
     from kvbind.train.bars import progress_bars
     from kvbind.train.checkpoint import checkpoints
     from kvbind.train.config import read_config, to_yaml
-    from kvbind.train.ranks import barrier, connected, rank, restarted
+    from kvbind.train.ranks import connected, rank
 
     module, preset = open_task_module(task), preset or named_subject(task).scales["smoke"].preset
     edits = with_data(overrides, "source", data)
@@ -395,15 +406,12 @@ def train(
     folder = out or Path("runs") / run_name(task, config).replace(task, f"{task}-{Path(preset).stem}", 1)
     with connected(config.train.device):
         first = rank() == 0
-        if fresh and first and not restarted():
-            discard(folder)
-        barrier()
-        screen = console() if first else Console(quiet=True)
-        screen.print(to_yaml(config), style="dim", markup=False, soft_wrap=True)
-        screen.print(f"run folder: {folder}")
+        screen = console() if first else Screen(quiet=True)
+        screen.print(to_yaml(config), style="dim", soft_wrap=True)
+        screen.print(f"run folder: {folder}", soft_wrap=True)
         with continuable(), progress_bars(screen if first else None) as add:
             bar = add("training", config.train.steps)
-            run = train_run(task, config, folder, bar, accept_changed_data=accept_changed_data)
+            run = train_run(task, config, folder, bar, fresh=fresh, accept_changed_data=accept_changed_data)
         if run.reused and first and not accept_changed_data and (folder / RECORD).is_file():
             check_unchanged(folder, module.Task(config).contents(), checkpoints(folder))
     show_metrics(screen, run.result["held_out"])
@@ -467,7 +475,7 @@ def plan(
 @app.command("eval")
 def evaluate(
     task: Annotated[str, typer.Argument(help=f"What was trained: {TASK_NAMES}.")],
-    run: Annotated[Path, typer.Argument(help="Folder of the training run.")],
+    run: Annotated[Path, typer.Argument(help="Folder of the finished training run.")],
     overrides: Overrides = None,
     data: Data = None,
     write: Annotated[
@@ -482,7 +490,7 @@ def evaluate(
     """
     from kvbind.experiments.runs import load_model, open_run
     from kvbind.tasks import open_task_module
-    from kvbind.train.checkpoint import write_text
+    from kvbind.train.files import to_json, write_text
     from kvbind.train.loop import evaluate as evaluation
     from kvbind.train.loop import pick_device
 
@@ -497,7 +505,7 @@ def evaluate(
     metrics = evaluation(load_model(run, opened).to(device), opened, config.train, device)
     show_metrics(console(), metrics)
     if write is not None:
-        write_text(write, json.dumps(metrics, indent=2) + "\n")
+        write_text(write, to_json(metrics, indent=2) + "\n")
 
 
 def show_metrics(screen: Console, metrics: dict[str, Any]) -> None:
@@ -515,7 +523,7 @@ def show_metrics(screen: Console, metrics: dict[str, Any]) -> None:
 
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(help="Folder of a training run, or of a model in transformers' format.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a finished training run, or of a model in transformers' format.")],
     prompt: Annotated[str, typer.Option(help="What the text starts with.")] = "import ",
     tokens: Annotated[int, typer.Option(help="How many to write.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="Of sampling; 0 always takes the likeliest token.", min=0.0)] = 0.8,
@@ -547,7 +555,7 @@ def generate(
     written = model.to(device).generate(
         ids.to(device), max_new_tokens=tokens, pad_token_id=words.end, eos_token_id=words.end, **sampling
     )
-    console().print(words.decode(written[0].tolist()), markup=False, soft_wrap=True)
+    console().print(words.decode(written[0].tolist()), soft_wrap=True)
 
 
 @app.command()
@@ -580,7 +588,7 @@ def convert(
     """
     from kvbind.models.convert import convert as run_conversion
 
-    console().print(f"wrote {run_conversion(source, target, to=to, config=config)}")
+    console().print(f"wrote {run_conversion(source, target, to=to, config=config)}", soft_wrap=True)
 
 
 @app.command()
@@ -617,7 +625,7 @@ def show(
         raise ValueError(f"task must be 'images'; got {task!r}")
     places = [read_place(text) for text in at] if at else PLACES
     answer = draw(run, out, image=image, places=places, layers=layer or ())
-    console().print(f"class {answer['class']}, predicted {answer['predicted']}; wrote {out}", markup=False, soft_wrap=True)
+    console().print(f"class {answer['class']}, predicted {answer['predicted']}; wrote {out}", soft_wrap=True)
 
 
 @app.command()
@@ -645,4 +653,4 @@ def render(
     opened = Task(config, training=False)
     model = load_model(run, opened).to(pick_device(config.train.device))
     for path in write_pictures(model, opened, out or run / "pictures", scenes=scenes, frames=frames):
-        console().print(f"wrote {path}", markup=False, soft_wrap=True)
+        console().print(f"wrote {path}", soft_wrap=True)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from kvbind.tasks.contents import Contents
@@ -79,7 +80,7 @@ class Task:
 
     def save(self, model, folder):
         folder.mkdir(exist_ok=True)
-        torch.save(model.state_dict(), folder / "model.pt")
+        save_file(model.state_dict(), folder / "model.safetensors")
 
     def fingerprint(self):
         return {"train": self.config.data.source}

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
+
+from kvbind.screen import Screen
 
 if TYPE_CHECKING:
     from kvbind.bench.kernel_tables import Grid
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed, memory and exactness on the device at hand.")
-console = Console()
+console = Screen()
 
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens per sequence.")]
 Chunk = Annotated[int, typer.Option(min=1, help="Tokens in a chunk.")]
@@ -332,13 +333,11 @@ def _show(grid: Grid) -> None:
 
 def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 0, note: str = "") -> None:
     """Show a table, of whose columns the first `left` are words and the others numbers."""
-    from rich.markup import escape
-
-    table = Table(title=escape(title), caption=escape(note), caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=title, caption=note, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i < left else "right", no_wrap=0 < i < left)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     console.print(table)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kvbind.experiments.provenance import command, machine, versions
-from kvbind.train.checkpoint import write_text
+from kvbind.train.files import write_text
 
 OUT_OF_TIME = "no time left"
 """What a row whose case had no time says under "skipped"."""

@@ -22,10 +22,10 @@ from kvbind.experiments import EXPERIMENTS, figure1, figure4, open_experiment, r
 from kvbind.experiments.findings import Request
 from kvbind.experiments.page.command import make_report
 from kvbind.experiments.plan import Plan, plan_runs, report_folder
-from kvbind.experiments.runs import Fingerprints, Run, discard
+from kvbind.experiments.runs import Fingerprints, Run
 from kvbind.experiments.subjects import ALL, SUBJECTS, named_subject
 from kvbind.experiments.workers import VISIBLE, Job, train_all, visible_gpus
-from kvbind.files import read_fields
+from kvbind.train.files import read_json
 
 THEOREMS = "theorems"
 
@@ -134,10 +134,7 @@ def train_everything(tasks: Sequence[str], request: Request) -> None:
         plans.append(plan_runs("table2", table2.TABLE.rows, replace(request, task=task), known))
     if figure4.TASK in tasks:
         plans.append(figure4.plan_both(replace(request, task=figure4.TASK), known))
-    jobs = in_order(plans)
-    if request.fresh:
-        for job in jobs:
-            discard(job.folder)
+    jobs = [replace(job, fresh=request.fresh) for job in in_order(plans)]
     workers = request.workers or max(plan.workers for plan in plans)
     request.say(f"{len(jobs)} training runs, {workers} at once" + (f", {request.minutes:g} min" if request.minutes else ""))
     longest = max(len(job.title) for job in jobs)
@@ -154,11 +151,12 @@ def train_everything(tasks: Sequence[str], request: Request) -> None:
         broken.append(job)
         request.say(f"{job.title:<{longest}} failed: {error}")
 
-    train_all(jobs, workers, request.console, finished, deadline=request.deadline, failed=failed)
+    done = train_all(jobs, workers, request.console, finished, deadline=request.deadline, failed=failed)
     if broken and workers > 1:  # there may have been too many on one GPU
         again, broken = broken, []
-        train_all(again, workers // 2, request.console, finished, deadline=request.deadline, failed=failed)
-    missing = [job.title for job in jobs if not job.finished]
+        done += train_all(again, workers // 2, request.console, finished, deadline=request.deadline, failed=failed)
+    there = {run.folder for run in done if run is not None}
+    missing = [job.title for job in jobs if job.folder not in there]
     if missing:
         request.say(f"unfinished: {', '.join(missing)}; the same command goes on with them")
 
@@ -256,7 +254,7 @@ def write_list(out: Path, reports: Sequence[Report], unfinished: Mapping[str, st
     listed = []
     for one in reports:
         if one.title not in unfinished:
-            found = read_fields(one.folder / "results.json", finite=False)
+            found = read_json(one.folder / "results.json")
             listed.append({"experiment": one.experiment, "task": found["task"], "folder": one.folder.as_posix(),
                            "verdicts": found.get("verdicts", [])})  # fmt: skip
     results = {

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
-from kvbind.train.checkpoint import write_with
+from kvbind.train.files import write_with
 
 INK, MUTED, GRID = "#1b1f24", "#6a737d", "#e3e6ea"
 BLUE, ORANGE, GREEN, RED = "#0072b2", "#d55e00", "#009e73", "#cc79a7"

@@ -9,8 +9,8 @@ import torch
 
 from kvbind.experiments import report
 from kvbind.experiments.provenance import machine, versions
-from kvbind.files import read_json
 from kvbind.train.config import config_hash
+from kvbind.train.files import read_json
 
 
 class Kept:
@@ -42,7 +42,7 @@ class Kept:
 def read(path: Path) -> dict[str, Any]:
     """The data in a file, by hash."""
     try:
-        found = read_json(path, finite=False)
+        found = read_json(path)
     except ValueError:
         found = None
     if not isinstance(found, dict):

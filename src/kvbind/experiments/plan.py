@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvbind.experiments.findings import Request
-from kvbind.experiments.runs import RESULT, Fingerprints, Run, discard, run_name
+from kvbind.experiments.runs import RESULT, Fingerprints, Run, run_name
 from kvbind.experiments.subjects import named_subject
 from kvbind.experiments.workers import Finished, Job, default_workers, train_all
 from kvbind.inner.value import check_choice
@@ -88,10 +88,8 @@ class Plan:
             UnfinishedError: not one was finished in time.
             TrainingStoppedError: as `kvbind.train.train`.
         """
-        if request.fresh:
-            for job in self.jobs.values():
-                discard(job.folder)
-        found = train_all(list(self.jobs.values()), self.workers, request.console, finished, deadline=request.deadline)
+        jobs = [replace(job, fresh=request.fresh) for job in self.jobs.values()]
+        found = train_all(jobs, self.workers, request.console, finished, deadline=request.deadline)
         done = {key: run for key, run in zip(self.jobs, found, strict=True) if run is not None}
         if not done:
             others = len(list(self.trained.glob(f"*/{RESULT}")))

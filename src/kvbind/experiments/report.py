@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvbind.train.checkpoint import write_text
+from kvbind.train.files import to_json, write_text
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write plain data."""
-    write_text(path, json.dumps(data, indent=2) + "\n")
+    """Write plain data, as `kvbind.train.files.read_json` reads it."""
+    write_text(path, to_json(data, indent=2) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -114,8 +114,11 @@ def reproduce_task(table: Table, request: Request) -> Outcome:
     plan = plan_runs(table.name, table.rows, request)
     if console:
         console.print(
-            f"[bold]{table.title}, {task}, scale {scale}[/]: {len(plan.rows)} rows x {request.seeds} seed(s) on "
-            f"{plan.device}; report in {plan.out}"
+            f"{table.title}, {task}, scale {scale}: {len(plan.rows)} rows x {request.seeds} seed(s) on {plan.device}; "
+            f"report in {plan.out}",
+            style="bold",
+            markup=False,
+            soft_wrap=True,
         )
         console.print(to_yaml(plan.config), style="dim", highlight=False, markup=False, soft_wrap=True)
     longest = max(len(job.title) for job in plan.jobs.values())
@@ -125,7 +128,7 @@ def reproduce_task(table: Table, request: Request) -> Outcome:
             note = "finished earlier" if run.reused else f"{run.result['training_seconds']:.0f} s"
             value = run.result["held_out"][subject.metric.name]
             shown = f"{subject.metric.title} {value:.{subject.metric.digits}f}"
-            console.print(f"{job.title:<{longest}} {shown}, {note}", soft_wrap=True)
+            console.print(f"{job.title:<{longest}} {shown}, {note}", markup=False, soft_wrap=True)
 
     done = plan.train(request, finished)
     plan.out.mkdir(parents=True, exist_ok=True)
@@ -153,8 +156,12 @@ def reproduce_task(table: Table, request: Request) -> Outcome:
     if console:
         for part in terminal_tables(outcome):
             console.print(part)
-        console.print(describe(outcome))
+        console.print(describe(outcome), markup=False)
         for verdict in verdicts:
             console.print(f"{verdict.word}: {verdict.claim}: {verdict.found}", markup=False)
-        console.print(f"{results['wall_seconds']:.0f} s. Everything is in {plan.out}; start with {plan.out / 'index.html'}")
+        console.print(
+            f"{results['wall_seconds']:.0f} s. Everything is in {plan.out}; start with {plan.out / 'index.html'}",
+            markup=False,
+            soft_wrap=True,
+        )
     return outcome

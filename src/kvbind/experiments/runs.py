@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from kvbind.experiments.provenance import machine, versions
+from kvbind.files import read_tensors
+from kvbind.models import saving
 from kvbind.models.saving import without_bars
 from kvbind.tasks import open_task_module
-from kvbind.tasks.contents import accepted, check_unchanged
+from kvbind.tasks.contents import RECORD, accepted, check_unchanged
 from kvbind.train import latest_checkpoint, train
 from kvbind.train.bars import Watch
-from kvbind.train.checkpoint import checkpoints, write_text
+from kvbind.train.checkpoint import checkpoints, put_aside
 from kvbind.train.config import TrainConfig, config_hash, load_config, to_plain, to_yaml, what_matters
+from kvbind.train.files import open_own, read_json, to_json, write_folder, write_text
 from kvbind.train.loop import pick_device
-from kvbind.train.metrics import read_metrics
+from kvbind.train.metrics import FILE, read_metrics
 from kvbind.train.parallel import is_sharded
-from kvbind.train.ranks import connected, rank, ranks, restarted
+from kvbind.train.ranks import barrier, connected, rank, ranks, restarted
 
 CONFIG, RESULT, WEIGHTS = "config.yaml", "result.json", "model"
 
@@ -45,8 +48,9 @@ class Run:
     reused: bool
 
     def losses(self) -> list[float | None]:
-        """The training loss of each step, None for a skipped one."""
-        return [row["loss"] for row in read_metrics(self.folder) if "loss" in row]
+        """The training loss of each step, None for one that was skipped or whose line was lost."""
+        known = {row["step"]: row["loss"] for row in read_metrics(self.folder) if "loss" in row}
+        return [known.get(step) for step in range(1, max(known, default=0) + 1)]
 
 
 class OutOfTimeError(RuntimeError):
@@ -87,7 +91,7 @@ class Fingerprints:
         """The fingerprints that finished runs on the same data have recorded."""
         for path in sorted(self.trained.glob(f"{task}-*/{RESULT}")) if self.trained else ():
             if to_plain(open_run(path.parent)[1]).get("data") == data:
-                yield json.loads(path.read_text(encoding="utf-8"))["data"]
+                yield read_json(path)["data"]
 
 
 def run_name(task: str, config: Any, known: Fingerprints | None = None) -> str:
@@ -108,6 +112,7 @@ def train_run(
     folder: Path,
     watch: Watch | None = None,
     deadline: float | None = None,
+    fresh: bool = False,
     accept_changed_data: bool = False,
 ) -> Run:
     """Train a configuration in `folder`, or go on where an interruption left it, or read what it came to.
@@ -118,33 +123,44 @@ def train_run(
         folder: of the run.
         watch: told of every step.
         deadline: by `time.monotonic`, when to leave a checkpoint and end; None for never.
+        fresh: begin anew. An earlier run of the task in the folder, of whatever configuration, is put aside when everything
+            else has been checked, and removed when the new one has a checkpoint.
         accept_changed_data: go on with other data than the run was trained on, and write that down in its folder.
 
     Raises:
         OutOfTimeError: the deadline came first.
-        ValueError: the folder holds a run of another configuration, or one whose data have changed since, or another process
-            trains in it.
+        ValueError: the folder holds a run of another configuration or something else, or one whose data have changed since,
+            or another process trains in it.
         TrainingStoppedError: as `kvbind.train.train`.
     """
-    check_same_config(task, config, folder)
-    if (folder / RESULT).is_file():
-        return Run(folder, json.loads((folder / RESULT).read_text(encoding="utf-8")), reused=True)
+    fresh = fresh and not restarted()
+    check_folder(task, folder)
+    if not fresh:
+        check_same_config(config, folder)
+        if (folder / RESULT).is_file():
+            if deadline is None and not exported(folder) and checkpoints(folder):
+                export_again(task, config, folder)
+            return Run(folder, read_json(folder / RESULT), reused=True)
     if deadline is not None and time.monotonic() >= deadline:
         raise OutOfTimeError(f"{folder} was not finished in time; the same command goes on with it")
     opened = open_task_module(task).Task(config)
     model = opened.build()
     how = replace(config.train)
+
+    def begin() -> None:
+        check_folder(task, folder)
+        if fresh:
+            put_aside(folder, (RESULT, WEIGHTS), (FILE, "tensorboard", RECORD, CONFIG))
+        check_unchanged(folder, opened.contents(), checkpoints(folder), accept_changed_data)
+        write_text(folder / CONFIG, f"# kvbind train {task}\n{to_yaml(config)}")
+
     with connected(config.train.device):
         first, processes = rank() == 0, ranks()
-        folder.mkdir(parents=True, exist_ok=True)
         with only_one(folder) if first else nullcontext():
+            seen = watch if deadline is None else ending(how, folder, deadline, watch)
+            done = train(model, opened, how, folder, seen, begin)
             if first:
-                check_unchanged(folder, opened.contents(), checkpoints(folder), accept_changed_data)
-                write_text(folder / CONFIG, f"# kvbind train {task}\n{to_yaml(config)}")
-            done = train(model, opened, how, folder, watch if deadline is None else ending(how, folder, deadline, watch))
-            if first:
-                with without_bars():
-                    opened.save(load_model(folder, opened) if is_sharded(model) else model, folder / WEIGHTS)
+                export(opened, trained_model(folder, opened) if is_sharded(model) else model, folder)
     untrained = next((row for row in read_metrics(folder) if row["step"] == 0), {})
     result = {
         "task": task,
@@ -163,8 +179,29 @@ def train_run(
         **({"processes": processes} if processes > 1 else {}),
     }
     if first:
-        write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
+        write_text(folder / RESULT, to_json(result, indent=2) + "\n")
     return Run(folder, result, reused=False)
+
+
+def exported(folder: Path) -> bool:
+    """Whether a run has left its model."""
+    return any((folder / WEIGHTS / name).is_file() for name in (saving.WEIGHTS, saving.INDEX))
+
+
+def export(task: Any, model: Any, folder: Path) -> None:
+    """Write a run's model to its folder, complete and on disk or not at all."""
+    with without_bars():
+        write_folder(folder / WEIGHTS, lambda partial: task.save(model, partial))
+
+
+def export_again(task: str, config: Any, folder: Path) -> None:
+    """Write a finished run's model, which somebody has deleted, from its last checkpoint."""
+    opened = open_task_module(task).Task(config, training=False)
+    with connected(config.train.device):
+        if rank() == 0:
+            with only_one(folder):
+                export(opened, trained_model(folder, opened), folder)
+        barrier()
 
 
 def ending(config: TrainConfig, folder: Path, deadline: float, watch: Watch | None) -> Watch:
@@ -202,9 +239,10 @@ def only_one(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows, where nothing is held
         yield
         return
+    folder.mkdir(parents=True, exist_ok=True)
     # readers that a killed process has left behind hold its lock until they notice, some seconds later
     until = time.monotonic() + (PATIENCE if restarted() else 0)
-    with (folder / ".lock").open("w") as file:
+    with os.fdopen(open_own(folder / ".lock", os.O_RDWR)) as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -217,13 +255,25 @@ def only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-def check_same_config(task: str, config: Any, folder: Path) -> None:
-    """Raise `ValueError` where `folder` holds a run of another task, or of a configuration that differs in what matters."""
+def check_folder(task: str, folder: Path) -> None:
+    """Raise `ValueError` where `folder` holds a run of another task, or a configuration that no run has written."""
+    path = folder / CONFIG
+    if not path.is_file():
+        if (folder / RESULT).exists() or checkpoints(folder):
+            raise ValueError(f"{folder} holds a run without its {CONFIG}; name another folder")
+        return
+    held = task_of(path)
+    if held is None:
+        raise ValueError(f"{folder} holds a {CONFIG} that is of no run of kvbind; name another folder")
+    if held != task:
+        raise ValueError(f"{folder} holds a run of task {held!r}; name another folder")
+
+
+def check_same_config(config: Any, folder: Path) -> None:
+    """Raise `ValueError` where `folder` holds a run of a configuration that differs in what matters."""
     path = folder / CONFIG
     if not path.is_file():
         return
-    if (held := task_of(path)) not in (task, None):
-        raise ValueError(f"{folder} holds a run of task {held!r}; name another folder")
     old, new = (flatten(what_matters(x)) for x in (load_config(type(config), path), config))
     changed = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)]
     if changed:
@@ -235,12 +285,6 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix.rstrip("."): tree}
     return {key: value for name, sub in tree.items() for key, value in flatten(sub, f"{prefix}{name}.").items()}
-
-
-def discard(folder: Path) -> None:
-    """Delete a run, if it is one."""
-    if (folder / CONFIG).is_file():
-        shutil.rmtree(folder)
 
 
 def task_of(config: Path) -> str | None:
@@ -263,21 +307,38 @@ def open_run(folder: Path, overrides: Sequence[str] = ()) -> tuple[str, Any]:
 
 
 def load_model(folder: Path, task: Any) -> Any:
-    """The model of a run as its newest checkpoint has it, on the CPU.
+    """The model that a finished run has left in `model/`, on the CPU.
 
     Raises:
-        ValueError: a run without checkpoints yet, or a task whose model has other parameters than the run's.
+        ValueError: a run that is not finished, or a task whose model has other parameters than the run's.
     """
+    if not exported(folder):
+        raise ValueError(
+            f"run must be finished; {str(folder)!r} has no {WEIGHTS}/ yet, which the command that trains it leaves there"
+        )
+    weights = {name: x for path in saving.weight_files(folder / WEIGHTS) for name, x in read_tensors(path)[0].items()}
+    return with_weights(task.build(), weights, folder)
+
+
+def trained_model(folder: Path, task: Any) -> Any:
+    """The model of one's own run as its newest checkpoint has it, on the CPU."""
     saved = latest_checkpoint(folder, ("model",))
     if saved is None:
-        raise ValueError(f"run must have a checkpoint; {str(folder)!r} has none yet")
-    model, weights = task.build(), saved["model"]
-    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+        raise ValueError(f"run must have a checkpoint; {str(folder)!r} has none")
+    return with_weights(task.build(), saved["model"], folder)
+
+
+def with_weights(model: Any, weights: dict[str, Any], folder: Path) -> Any:
+    """A model in evaluation mode, with the weights that a run in `folder` has left."""
+    own = model.state_dict()
+    # of tensors that are one, a file holds one
+    held = {x.data_ptr() for name, x in own.items() if name in weights}
+    shapes = {name: tuple(x.shape) for name, x in own.items() if name in weights or x.data_ptr() not in held}
     differing = sorted(shapes.items() ^ {name: tuple(x.shape) for name, x in weights.items()}.items())
     if differing:
         raise ValueError(
             f"the configuration's edits must leave the parameters that {str(folder)!r} was trained with; "
             f"{differing[0][0]} differs"
         )
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=False)
     return model.eval()

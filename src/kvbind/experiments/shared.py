@@ -11,13 +11,12 @@ import torch
 
 from kvbind.experiments.findings import Request
 from kvbind.experiments.plan import UnfinishedError, plan_runs
-from kvbind.experiments.runs import Run, load_model
+from kvbind.experiments.runs import WEIGHTS, Run, exported, load_model
 from kvbind.experiments.subjects import Subject, named_subject
 from kvbind.experiments.tables import row_labels, unfinished
 from kvbind.experiments.workers import Job
 from kvbind.inner.value import check_choice
 from kvbind.tasks import open_task_module
-from kvbind.train.checkpoint import FOLDER, checkpoints
 from kvbind.train.config import to_plain
 
 
@@ -65,7 +64,7 @@ def train_rows(name: str, rows: Sequence[str], tasks: Sequence[str], request: Re
         rows: names among `kvbind.experiments.tables.LABELS`.
         tasks: those that the experiment is made for.
         request: what was asked.
-        weights: whether the experiment looks into models, so that runs that came without their checkpoints are left out.
+        weights: whether the experiment looks into models, so that runs that came without their weights are left out.
 
     Raises:
         ValueError: another task, an unknown scale, or an edit that does not fit.
@@ -85,10 +84,10 @@ def train_rows(name: str, rows: Sequence[str], tasks: Sequence[str], request: Re
             request.say(f"{job.title}: {run.result['training_seconds']:.0f} s")
 
     done = plan.train(request, tell)
-    elsewhere = {key for key, run in done.items() if weights and not checkpoints(run.folder)}
+    elsewhere = {key for key, run in done.items() if weights and not exported(run.folder)}
     if len(elsewhere) == len(done):
         raise UnfinishedError(
-            f"the weights of {name}'s finished runs are not here: no folder of them in {plan.trained} has {FOLDER}/; bring "
+            f"the weights of {name}'s finished runs are not here: no folder of them in {plan.trained} has {WEIGHTS}/; bring "
             "those, or train anew with --fresh"
         )
     own_runs: dict[str, dict[int, Run]] = {}

@@ -10,7 +10,7 @@ from kvbind.experiments.page import Grid, Part, table_part, write_index
 from kvbind.experiments.table_figures import draw_all
 from kvbind.experiments.table_text import Column, as_grid, comparison, describe, quality_columns, row_names, speed_columns
 from kvbind.experiments.tables import LABELS, Outcome, as_csv
-from kvbind.train.checkpoint import write_text
+from kvbind.train.files import write_text
 
 
 def write_report(out: Path, outcome: Outcome) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -34,8 +35,13 @@ from kvbind.train import TrainingStoppedError
 from kvbind.train.bars import Watch, progress_bars
 from kvbind.train.config import from_plain, to_plain
 
+log = logging.getLogger("kvbind.experiments")
+
 MOST_WORKERS = 4
 """A process takes some 600 MB before it does anything, so that more are started only where they are asked for."""
+
+LIVES = 3
+"""How many processes may be killed over one run."""
 
 GRACE = 45.0
 """Seconds behind a deadline for steps, evaluations and checkpoints that are under way, before processes are ended."""
@@ -53,6 +59,7 @@ class Job:
         folder: of the run.
         title: beside its progress bar.
         alone: its speed is what matters, so that nothing else runs on its device meanwhile.
+        fresh: train it anew, whatever there is.
     """
 
     task: str
@@ -60,11 +67,12 @@ class Job:
     folder: Path
     title: str
     alone: bool = False
+    fresh: bool = False
 
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to train."""
-        return (self.folder / RESULT).is_file()
+        return not self.fresh and (self.folder / RESULT).is_file()
 
 
 def visible_gpus() -> list[str]:
@@ -86,8 +94,15 @@ ERRORS: dict[str, type[Exception]] = {
     "stopped": TrainingStoppedError,
     "value": ValueError,
     "memory": torch.OutOfMemoryError,
+    "system": OSError,
+    "import": ImportError,
 }
 """What a run may raise that its parent should hear of, by the word for it in a message."""
+
+
+class WorkerKilledError(RuntimeError):
+    """The system, or somebody, has killed the process that trained a run."""
+
 
 AddBar = Callable[[str, int], Watch]
 Finished = Callable[[Job, Run], None]
@@ -111,14 +126,15 @@ def train_all(
         console: where progress is drawn; None for nowhere.
         finished: called with each job and its run as soon as there is one.
         deadline: by `time.monotonic`, when unfinished runs leave a checkpoint and end, and no other begins.
-        failed: called with a job that raised, in place of ending all others.
+        failed: called with a job that raised, in place of ending all others; no longer `fresh` where it had begun anew.
 
     Returns:
         The runs, in the order of the jobs; None for one that was not finished in time, or failed.
 
     Raises:
         TrainingStoppedError, ValueError, torch.OutOfMemoryError: as a run did, unless `failed` takes it.
-        RuntimeError: a worker ended without a word, unless `failed` takes it.
+        WorkerKilledError: a run whose processes were killed `LIVES` times, unless `failed` takes it.
+        RuntimeError: a worker ended otherwise without a word, unless `failed` takes it.
     """
     unique = {job.folder: job for job in jobs}
     with progress_bars(console) as add:
@@ -180,7 +196,11 @@ class Work:
                 continue
             try:
                 if not known:
-                    train(job, self.add(job.title, job.config.train.steps))
+                    begun = Begun(job, self.add(job.title, job.config.train.steps))
+                    try:
+                        outlive(begun, train)
+                    finally:
+                        job = begun.job
                 self.runs[job.folder] = replace(train_run(job.task, job.config, job.folder), reused=known)
             except OutOfTimeError:
                 continue
@@ -192,11 +212,38 @@ class Work:
             self.finished(job, self.runs[job.folder])
 
 
+class Begun:
+    """Watches a job, which is no longer to be trained anew when it has taken a step.
+
+    Args:
+        job: the job.
+        watch: told of every step.
+    """
+
+    def __init__(self, job: Job, watch: Watch) -> None:
+        self.job, self.watch = job, watch
+
+    def __call__(self, step: int, note: str) -> None:
+        if self.job.fresh:
+            self.job = replace(self.job, fresh=False)
+        self.watch(step, note)
+
+
+def outlive(begun: Begun, train: Callable[[Job, Watch], None]) -> None:
+    """Train a job to its end, by another process where one is killed."""
+    for _ in range(LIVES - 1):
+        try:
+            return train(begun.job, begun)
+        except WorkerKilledError as error:
+            log.warning("%s; another goes on with it", error)
+    train(begun.job, begun)
+
+
 def one_by_one(work: Work) -> None:
     """Train in this process."""
 
     def train(job: Job, watch: Watch) -> None:
-        train_run(job.task, job.config, job.folder, watch, work.deadline)
+        train_run(job.task, job.config, job.folder, watch, work.deadline, job.fresh)
 
     work.take(train, work.waiting)
     work.take(train, work.alone)
@@ -223,7 +270,12 @@ def in_turns(work: Work, workers: int) -> None:
                 crew.append(worker)
             if stopping.is_set():  # too late to be among those that are stopped below
                 worker.stop()
-            worker.train(job, watch, work.deadline)
+            try:
+                worker.train(job, watch, work.deadline)
+            except WorkerKilledError as error:
+                if stopping.is_set():  # by ourselves: there is no time for another try
+                    raise OutOfTimeError(str(error)) from error
+                raise
 
         if reserved is not None and number % len(gpus) == reserved:
             if number == reserved:
@@ -282,10 +334,13 @@ class Worker:
         Raises:
             OutOfTimeError: the deadline, by `time.monotonic`, came first.
             TrainingStoppedError, ValueError, torch.OutOfMemoryError: as the run did.
+            OSError, ImportError: likewise.
+            WorkerKilledError: a signal has ended the process.
             RuntimeError: the process failed otherwise.
         """
         left = None if deadline is None else deadline - time.monotonic()
-        order = {"task": job.task, "config": to_plain(job.config), "folder": str(job.folder), "seconds": left}
+        order = {"task": job.task, "config": to_plain(job.config), "folder": str(job.folder), "seconds": left,
+                 "fresh": job.fresh}  # fmt: skip
         with contextlib.suppress(BrokenPipeError):
             self._in.write(json.dumps(order) + "\n")
             self._in.flush()
@@ -297,7 +352,11 @@ class Worker:
                 raise ERRORS[message["kind"]](message["error"])
             else:
                 return
-        raise RuntimeError(f"the process that trained {job.title} ended with code {self.process.wait()}")
+        code = self.process.wait()
+        who = f"the process that trained {job.title} ({self.process.pid})"
+        if code < 0:
+            raise WorkerKilledError(f"{who} was killed by {signal.Signals(-code).name}")
+        raise RuntimeError(f"{who} ended with code {code}")
 
     def stop(self) -> None:
         """End the process, whatever it does."""
@@ -336,7 +395,7 @@ def main() -> None:
             left = job.get("seconds")
             deadline = None if left is None else time.monotonic() + left
             try:
-                train_run(job["task"], config, Path(job["folder"]), watch, deadline)
+                train_run(job["task"], config, Path(job["folder"]), watch, deadline, job.get("fresh", False))
             except tuple(ERRORS.values()) as error:
                 kind = next(name for name, known in ERRORS.items() if isinstance(error, known))
                 send(error=str(error), kind=kind)

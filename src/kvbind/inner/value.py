@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Self, cast
 
 import torch
@@ -23,6 +25,24 @@ def check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None
     if value not in allowed:
         words = ", ".join(repr(word) for word in allowed)
         raise ValueError(f"{argument} must be one of {words}; got {value!r}{nearest(value, allowed)}")
+
+
+_VALUES_COUNT: ContextVar[bool] = ContextVar("values count", default=True)
+
+
+def values_checked() -> bool:
+    """Whether tensors are looked into for values that are not finite, where that is cheap."""
+    return _VALUES_COUNT.get()
+
+
+@contextmanager
+def unchecked_values() -> Iterator[None]:
+    """Let values that are not finite through, to a loss that shows them: for weights that a model computes by itself."""
+    token = _VALUES_COUNT.set(False)
+    try:
+        yield
+    finally:
+        _VALUES_COUNT.reset(token)
 
 
 def check_bool(argument: str, value: object) -> None:

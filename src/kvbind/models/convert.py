@@ -59,12 +59,14 @@ def convert(
 
     Raises:
         FileNotFoundError: `source` lacks its configuration or weights.
-        ValueError: the checkpoint is of none of the families or of the target's kind already, its configuration is not
-            supported by the target, or its weights do not fit its configuration.
+        ValueError: `source` and `target` are one folder or one within the other; the checkpoint is of none of the families
+            or of the target's kind already, its configuration is not supported by the target, or its weights do not fit its
+            configuration.
     """
     check_choice("to", to, ("kvbind", "released"))
     source, target = Path(source), Path(target)
     folder = source if source.is_dir() else source.parent
+    check_apart(source, folder, target)
     weights = read_weights(source)
     family = family_of(weights, source)
     fields = read_fields(folder, config, family)
@@ -88,6 +90,15 @@ def convert(
     for path in copied:
         shutil.copy2(path, target / path.name)
     return target
+
+
+def check_apart(source: Path, folder: Path, target: Path) -> None:
+    """Raise `ValueError` where what is written would lie among what is read, whatever links lead there."""
+    read, written = folder.resolve(), target.resolve()
+    # a single file may be converted into a folder beside it
+    within = written.is_relative_to(read) if source.is_dir() else written == read
+    if within or read.is_relative_to(written):
+        raise ValueError(f"target must be a folder apart from source; got {str(target)!r} for {str(source)!r}")
 
 
 def read_weights(source: Path) -> dict[str, Tensor]:

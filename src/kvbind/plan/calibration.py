@@ -20,7 +20,7 @@ from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import ladder
 from kvbind.models import PRESETS, LactConfig
 from kvbind.plan.costs import Job, Mesh, memory, seconds
-from kvbind.train.checkpoint import write_text
+from kvbind.train.files import write_text
 
 SHIPPED = Path(__file__).parent / "calibration.json"
 

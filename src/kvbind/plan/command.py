@@ -20,8 +20,8 @@ from kvbind.plan.planner import Plan, plan
 from kvbind.plan.planner import overrides as edits_of
 from kvbind.plan.report import Budget, as_data, show
 from kvbind.tasks import language
-from kvbind.train.checkpoint import write_text
 from kvbind.train.config import read_config
+from kvbind.train.files import write_text
 
 
 def job_of(preset: str, overrides: Sequence[str], tokens: int | None, batch: int | None, recompute: str) -> tuple[Job, int]:

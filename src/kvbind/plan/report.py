@@ -122,7 +122,8 @@ def show(plans: list[Plan], title: str, budget: Budget, calibration: Calibration
             _detail(plan, console)
         console.print(launch(plan, command), style="green", markup=False, soft_wrap=True)
         for warning in plan.warnings:
-            console.print(f"[yellow]note:[/] {warning}", soft_wrap=True)
+            console.print("note: ", style="yellow", end="")
+            console.print(warning, markup=False, soft_wrap=True)
     console.print(f"calibration: {calibration.summary()}", soft_wrap=True)
 
 

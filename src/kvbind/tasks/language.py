@@ -25,9 +25,8 @@ from kvbind.tasks.documents import Split
 from kvbind.tasks.inner_loops import beneath, edited, table_rows
 from kvbind.tasks.packing import IGNORED, Batch, Packed, evaluation_batches, load_batches
 from kvbind.tasks.sources import Source
-from kvbind.tasks.tokenizers import Pretrained, Tokenizer, open_tokenizer
-from kvbind.train.checkpoint import latest_checkpoint
-from kvbind.train.config import TrainConfig, load_config
+from kvbind.tasks.tokenizers import Bytes, Pretrained, Tokenizer, open_tokenizer
+from kvbind.train.config import TrainConfig
 from kvbind.train.ranks import WHOLE, Share
 
 if TYPE_CHECKING:
@@ -356,35 +355,32 @@ def token_losses(logits: Tensor, targets: Tensor, rows: int = 4096) -> Tensor:
 
 
 def open_trained(folder: Path, tokenizer: str | None = None) -> tuple[Any, Tokenizer]:
-    """A trained model and its tokenizer, without any text.
+    """A trained model and its tokenizer, without any text. Weights come from safetensors alone.
 
     Args:
-        folder: of a training run (its newest checkpoint counts), or a model in transformers' format.
-        tokenizer: for a model folder, a tokenizer's name; default the folder's own.
+        folder: of a finished training run, or a model in transformers' format, such as the run's `model/`.
+        tokenizer: its name; default the model folder's own, or bytes where it has none and the vocabulary is theirs.
 
     Raises:
         ValueError: a folder that holds neither, or a model without a tokenizer where none is named.
     """
-    run = folder.parent if folder.name == "model" and (folder.parent / "config.yaml").is_file() else folder
-    if (run / "config.yaml").is_file():
-        config = load_config(LanguageConfig, run / "config.yaml")
-        words = open_tokenizer(tokenizer or config.data.tokenizer)
-        saved = latest_checkpoint(run, ("model",))
-        if saved is None:
-            raise ValueError(f"run must have a checkpoint; {str(run)!r} has none yet")
-        model = build_model(config, words)
-        model.load_state_dict(saved["model"])
-        return model.eval(), words
-    if (folder / "config.json").is_file():
-        from kvbind.models import LactForCausalLM
+    from kvbind.models import LactForCausalLM
 
-        if tokenizer is None and not any(folder.glob("tokenizer*")):
-            raise ValueError(f"tokenizer must be 'bytes' or a tokenizer by name, as {str(folder)!r} holds none")
-        model = open_exported(folder)
-        if not isinstance(model, LactForCausalLM):
-            raise ValueError(f"run must be of a language model; {str(folder)!r} holds a {type(model).__name__}")
-        return model, open_tokenizer(tokenizer or str(folder))
-    raise ValueError(f"run must be the folder of a training run or of a model; got {str(folder)!r}")
+    home = folder / "model" if (folder / "config.yaml").is_file() else folder
+    if not (home / "config.json").is_file():
+        if home != folder:
+            raise ValueError(f"run must be finished; {str(folder)!r} has no model/ yet, which training leaves there")
+        raise ValueError(f"run must be the folder of a training run or of a model; got {str(folder)!r}")
+    model = open_exported(home)
+    if not isinstance(model, LactForCausalLM):
+        raise ValueError(f"run must be of a language model; {str(home)!r} holds a {type(model).__name__}")
+    if tokenizer is None and any(home.glob("tokenizer*")):
+        tokenizer = str(home)
+    elif tokenizer is None and model.config.vocab_size == Bytes.vocab_size:
+        tokenizer = "bytes"
+    if tokenizer is None:
+        raise ValueError(f"tokenizer must be 'bytes' or a tokenizer by name, as {str(home)!r} holds none")
+    return model, open_tokenizer(tokenizer)
 
 
 Config = LanguageConfig

@@ -23,10 +23,10 @@ def progress_bars(console: Console | None) -> Iterator[Callable[[str, int], Watc
         A function of a title and a number of steps that adds a bar and returns what moves it. A full bar goes away.
     """
     columns = (
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(bar_width=None),
         progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[note]}"),
+        progress.TextColumn("{task.fields[note]}", markup=False),
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )

@@ -194,6 +194,7 @@ def parse_overrides(overrides: Sequence[str]) -> DictConfig:
 def merge(base: Any, *changes: DictConfig) -> Any:
     """`base` with changes, each checked against its keys and types."""
     for change in changes:
+        refuse_interpolations(change)
         try:
             base = OmegaConf.merge(base, change)
         except ConfigKeyError as error:
@@ -208,6 +209,20 @@ def merge(base: Any, *changes: DictConfig) -> Any:
                 raise ValueError(f"configuration key {where!r} must be a list, such as {[*old]}; got {got!r}") from error
             raise ValueError(f"configuration key {where!r}: {str(error).splitlines()[0]}") from error
     return base
+
+
+def refuse_interpolations(config: Any, prefix: str = "") -> None:
+    """Raise `ValueError` for a value that stands for another one.
+
+    What such a value comes to, of an environment variable for one, would be printed and saved with the run.
+    """
+    keys: Iterable[Any] = config if isinstance(config, DictConfig) else range(len(config))
+    for key in keys:
+        if OmegaConf.is_interpolation(config, key):
+            name, raw = f"{prefix}{key}", cast(Any, OmegaConf.to_container(config, resolve=False))[key]
+            raise ValueError(f"configuration key {name!r} must be a value, not an interpolation; got {raw!r}")
+        if not OmegaConf.is_missing(config, key) and OmegaConf.is_config(config[key]):
+            refuse_interpolations(config[key], f"{prefix}{key}.")
 
 
 def known_keys(unknown: str, known: Iterable[str]) -> str:

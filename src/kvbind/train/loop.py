@@ -1,7 +1,8 @@
 """The training loop, from the first line of this file to the last.
 
 A step: `accumulate` batches forward and backward, one clipped AdamW step at the schedule's rate, one line of metrics. A step
-whose loss or gradient is not finite changes nothing, no running statistics either, and is counted. Every so often a
+whose loss or gradient is not finite, or that would leave such weights, changes nothing, no running statistics either, and is
+counted. Every so often a
 checkpoint holds all that the next step depends on, so that a run that was interrupted goes on exactly as if it had not been.
 Where an average of the weights is kept, it is what evaluations see, what a checkpoint calls "model", and what is left in the
 model in the end.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,13 +26,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from kvbind.hardware import peak_flops
+from kvbind.inner.value import unchecked_values
 from kvbind.train.average import Average, local
 from kvbind.train.bars import Watch
 from kvbind.train.checkpoint import (
     Saver,
     empty_optimizer_state,
-    latest_path,
     load_into,
+    newest_whole,
     optimizer_tensors,
     part_ways,
     random_state,
@@ -42,16 +44,16 @@ from kvbind.train.checkpoint import (
 )
 from kvbind.train.config import TrainConfig
 from kvbind.train.metrics import Metrics, Silence
-from kvbind.train.optimizer import learning_rate, make_optimizer
+from kvbind.train.optimizer import GuardedStep, learning_rate, make_optimizer
 from kvbind.train.parallel import Distributed, Layout, clip_, reshard
-from kvbind.train.ranks import WHOLE, Share, average_, connected, from_all, rank, ranks, stacked, united
+from kvbind.train.ranks import WHOLE, Share, average_, barrier, connected, from_all, rank, ranks, stacked, united
 from kvbind.train.recompute import recompute
 
 Model = TypeVar("Model", bound=nn.Module, contravariant=True)
 
 
 class TrainingStoppedError(RuntimeError):
-    """Too many steps in a row had a non-finite loss or gradient."""
+    """Too many steps in a row were skipped, as their numbers were not finite."""
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Progress:
 
     Attributes:
         step: optimizer steps, skipped ones included.
-        skipped: steps whose loss or gradient was not finite.
+        skipped: steps whose loss, gradient or new weights were not finite.
         skipped_in_a_row: those since the last finite one.
         units: tokens, images or whatever the task counts, in finite steps.
         seconds: spent in steps; evaluations and checkpoints aside.
@@ -129,6 +131,7 @@ def train(
     config: TrainConfig,
     folder: Path,
     watch: Watch | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> Progress:
     """Train `model` on `task`, or go on from the newest checkpoint in `folder`.
 
@@ -141,19 +144,28 @@ def train(
         config: how.
         folder: of the run; metrics and checkpoints go there. All processes must see the same.
         watch: told of every step; `kvbind.train.bars.progress_bars` makes one that draws.
+        begin: called by the first process when everything else has been checked, before anything of the run is read.
 
     Returns:
         What was done, over all interruptions; its `held_out` is the evaluation after the last step.
 
     Raises:
         TrainingStoppedError: `config.max_skipped` steps in a row were not finite.
-        ValueError: processes among which a step's rows cannot be divided.
+        ValueError: processes among which a step's rows cannot be divided, or checkpoints of which not one is whole.
+        OSError: a checkpoint or the metrics could not be written, as on a full disk; earlier ones are as they were.
     """
-    with connected(config.device):
-        return _train(model, task, config, folder, watch)
+    with connected(config.device), unchecked_values():
+        return _train(model, task, config, folder, watch, begin)
 
 
-def _train(model: nn.Module, task: Task[Any], config: TrainConfig, folder: Path, watch: Watch | None) -> Progress:
+def _train(
+    model: nn.Module,
+    task: Task[Any],
+    config: TrainConfig,
+    folder: Path,
+    watch: Watch | None,
+    begin: Callable[[], None] | None,
+) -> Progress:
     device = pick_device(config.device)
     if device.type == "cuda":
         if device.index is not None:
@@ -181,6 +193,9 @@ def _train(model: nn.Module, task: Task[Any], config: TrainConfig, folder: Path,
     first = rank() == 0
     if first:
         folder.mkdir(parents=True, exist_ok=True)
+        if begin is not None:
+            begin()
+    barrier()
 
     def state() -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds of tensors, in place."""
@@ -188,7 +203,7 @@ def _train(model: nn.Module, task: Task[Any], config: TrainConfig, folder: Path,
         return {"model": evaluated.state_dict(), "optimizer": optimizer_tensors(model, optimizer), **trained}
 
     done = Progress()
-    path = latest_path(folder)
+    path, broken = newest_whole(folder)
     if path is None:
         part_ways(layout.data[0])
     else:
@@ -199,11 +214,12 @@ def _train(model: nn.Module, task: Task[Any], config: TrainConfig, folder: Path,
             average.updates = plain["averaged"]
         done = Progress(**plain["done"])
         restore_random_states(plain["random"], layout.data[0])
+    guarded = GuardedStep(optimizer, config)
     batches = task.batches(done.position, share)
     last_saved = time.monotonic()
 
     with (
-        closing(Saver(folder, config.keep)) as saver,
+        closing(Saver(folder, config.keep, broken)) as saver,
         closing(Metrics(folder, done.step, config.tensorboard) if first else Silence()) as metrics,
     ):
         if path is None:
@@ -245,9 +261,8 @@ def _train(model: nn.Module, task: Task[Any], config: TrainConfig, folder: Path,
             # one transfer for all numbers, as each would make a GPU wait
             numbers = torch.stack([total[0] / total[1], norm.to(total.dtype), total[2], most[3], most[4], told[0, 5]])
             loss_value, norm_value, size, waited, peak, unsaved = numbers.tolist()
-            finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+            finite = math.isfinite(loss_value) and math.isfinite(norm_value) and guarded(rate, norm_value)
             if finite:
-                optimizer.step()
                 average_(statistics)
                 if average is not None:
                     average.update(model)
@@ -276,8 +291,8 @@ def _train(model: nn.Module, task: Task[Any], config: TrainConfig, folder: Path,
                 watch(done.step, f"loss {loss_value:.3f}  {size / took:,.0f} {task.unit}/s")
             if done.skipped_in_a_row >= config.max_skipped:
                 raise TrainingStoppedError(
-                    f"stopped at step {done.step}: loss or gradient not finite in {done.skipped_in_a_row} steps in a row "
-                    f"(last loss {loss_value}, gradient norm {norm_value}); a lower train.learning_rate, a longer "
+                    f"stopped at step {done.step}: loss, gradient or new weights not finite in {done.skipped_in_a_row} "
+                    f"steps in a row (last loss {loss_value}, gradient norm {norm_value}); a lower train.learning_rate, a longer "
                     "train.warmup or train.precision=float32 may help"
                 )
             last = done.step == config.steps
@@ -289,6 +304,7 @@ def _train(model: nn.Module, task: Task[Any], config: TrainConfig, folder: Path,
             overdue = 0 < 60 * config.checkpoint_minutes <= unsaved  # by the first process's clock: all must agree
             if last or overdue or every(config.checkpoint_every, done.step):
                 done.position = united(from_all(done.position))
+                metrics.sync()
                 plain = {"done": asdict(done), "random": random_states()}
                 saver.save(done.step, state(), plain | ({} if average is None else {"averaged": average.updates}))
                 last_saved = time.monotonic()
@@ -331,7 +347,7 @@ def evaluate(
     """The task's held-out metrics; leaves the model in training mode, and random numbers as they were."""
     before = random_state()
     model.eval()
-    with torch.no_grad(), precision(config, device):
+    with torch.no_grad(), precision(config, device), unchecked_values():
         held_out = task.evaluate(model, share)
     reshard(model)
     model.train()

@@ -6,7 +6,6 @@ looked into where they are not.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from kvbind.experiments.table2 import TABLE
 from kvbind.tasks.images.augment import normalized
 from kvbind.tasks.views.drawing import evaluation_batches
 from kvbind.tasks.views.task import predict
-from kvbind.train.checkpoint import write_text
+from kvbind.train.files import to_json, write_text
 from kvbind.train.loop import precision
 
 FILE = "models.json"
@@ -71,7 +70,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
         "example": example,
         "rows": rows,
     }
-    write_text(trained.out / FILE, json.dumps(seen, separators=(",", ":")) + "\n")
+    write_text(trained.out / FILE, to_json(seen) + "\n")
     findings = Findings(
         experiment="explorer",
         title=f"Explorer: {title}",

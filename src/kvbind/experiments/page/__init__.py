@@ -26,8 +26,8 @@ from kvbind.experiments.page.findings import findings_part
 from kvbind.experiments.page.parts import STATES, Grid, Part, Picture
 from kvbind.experiments.page.tables import read_outcome, table_part
 from kvbind.experiments.subjects import SUBJECTS
-from kvbind.files import blaming, inside, read_json
-from kvbind.train.checkpoint import write_text
+from kvbind.files import blaming, inside
+from kvbind.train.files import read_json, restored, spelled, write_text
 
 __all__ = ["Grid", "Part", "Picture", "find_parts", "table_part", "write_index", "write_page"]
 
@@ -98,7 +98,7 @@ def find_parts(folders: Sequence[Path]) -> tuple[list[Part], list[dict[str, Any]
     for place in ordered:
         results = found[place]
         if results["experiment"] == EXPLORER:
-            models.append(read_model(inside(place, results.get("models"), place / RESULTS)))
+            models.append(restored(read_model(inside(place, results.get("models"), place / RESULTS))))
             continue
         with blaming(place / RESULTS, "what kvbind reproduce writes"):
             name = results["experiment"]
@@ -112,7 +112,7 @@ def find_results(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     if not folder.is_dir():
         raise ValueError(f"folder must be a folder with results of kvbind reproduce; there is no {str(folder)!r}")
     for file in sorted(folder.rglob(RESULTS)):
-        results = read_json(inside(file.parent, RESULTS), finite=False)
+        results = read_json(inside(file.parent, RESULTS))
         # an overview over several tasks holds the results of others, which have folders of their own
         if isinstance(results, dict) and "experiment" in results:
             check_results(results, file)
@@ -147,8 +147,8 @@ def asset(name: str) -> str:
 
 
 def as_script(data: Any) -> str:
-    """Plain data as JSON that can stand inside a script element, whatever texts it holds."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    """Plain data as JSON that can stand inside a script element, whatever texts it holds; null for NaN and infinity."""
+    text = json.dumps(spelled(data, null=True), separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

@@ -1,0 +1,37 @@
+"""What is printed for people: names from files, folders and users appear as they are, and do nothing to a terminal."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves the cursor, begins an escape sequence, or turns the direction of writing; but for tabs and ends of lines."""
+
+
+def visible(text: str) -> str:
+    r"""`text` with an escape such as `\x1b` in place of every character that a terminal would obey instead of showing it."""
+    return _UNSEEN.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+class Screen(Console):
+    """A console for which square brackets and colons are text, and control characters are shown."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**({"highlight": False, "markup": False, "emoji": False} | options))
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A text as it is shown; tables ask for their cells' too."""
+        return super().render_str(visible(text), **options)
+
+
+class LogLines(logging.Handler):
+    """Writes what the library logs to stderr, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        Screen(stderr=True).print(f"{record.levelname.lower()}: {record.getMessage()}", soft_wrap=True)
