@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from kvbind.train import train
 from kvbind.train.checkpoint import checkpoints
 from kvbind.train.config import ParallelConfig
 from kvbind.train.ranks import barrier, connected, rank, restarted
+from kvbind.train.storage import Writer
 from train.toy import Toy, config, make_model
 
 HOW = config(steps=12, checkpoint_every=2, ema=0.5, parallel=ParallelConfig("fsdp"))
@@ -34,14 +34,14 @@ class Killed(Toy):
 
 def kill_in_a_save():
     """Die in the attempt behind the first, when the tensors of one checkpoint are on disk and its index is not."""
-    whole = dcp.FileSystemWriter.finish
+    whole = Writer.finish
 
     def finish(writer, metadata, results):
-        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1" and "step-00000008" in str(writer.path):
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1" and "step-00000008" in str(writer.folder):
             kill()
         whole(writer, metadata, results)
 
-    dcp.FileSystemWriter.finish = finish
+    Writer.finish = finish
 
 
 def main(folder, number):

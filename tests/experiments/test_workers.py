@@ -10,7 +10,7 @@ import torch
 from kvbind.experiments import workers
 from kvbind.experiments.plan import configuration
 from kvbind.experiments.runs import OutOfTimeError, Run, run_name, train_run
-from kvbind.experiments.workers import Job, Worker, default_workers, train_all, visible_gpus
+from kvbind.experiments.workers import Job, Worker, WorkerKilledError, default_workers, train_all, visible_gpus
 from kvbind.train import TrainingStoppedError, latest_checkpoint
 from kvbind.train.config import to_plain
 from kvbind.train.metrics import read_metrics
@@ -82,7 +82,9 @@ def test_a_worker_that_dies_is_noticed(job):
     def kill(step, note):
         worker.process.kill()
 
-    with pytest.raises(RuntimeError, match=r"the process that trained mine ended with code -9"):
+    with pytest.raises(
+        WorkerKilledError, match=rf"the process that trained mine \({worker.process.pid}\) was killed by SIGKILL"
+    ):
         worker.train(job("mine", "train.steps=100000"), kill)
     worker.stop()
 

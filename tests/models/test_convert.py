@@ -181,11 +181,12 @@ def test_a_size_may_be_named_where_no_file_is(tmp_path):
 
 
 def test_what_is_no_checkpoint_of_any_family_is_said(tmp_path):
-    save_file({"encoder.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "theirs").mkdir()
+    save_file({"encoder.weight": torch.zeros(2)}, tmp_path / "theirs" / "model.safetensors")
     with pytest.raises(
         ValueError, match=r"LaCT language model, ViTTT classifier, .*none of their parameters, but encoder\.weight"
     ):
-        convert(tmp_path, tmp_path / "ours")
+        convert(tmp_path / "theirs", tmp_path / "ours")
     torch.save({"model": {"x": 1}}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"must hold a state dict, alone or under model"):
         convert(tmp_path / "other.pt", tmp_path / "ours")
@@ -218,9 +219,23 @@ def test_an_inner_loop_that_was_assigned_goes_along(tmp_path):
 
 
 def test_weights_that_are_no_safetensors_are_refused_and_a_runs_are_pointed_to(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"nothing of the kind")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "model.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match=r"source must hold weights in safetensors; .* is not: "):
-        convert(tmp_path, tmp_path / "mine")
+        convert(tmp_path / "theirs", tmp_path / "mine")
     (tmp_path / "run" / "model").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="has none; those of a training run are in its folder 'model'"):
         convert(tmp_path / "run", tmp_path / "mine")
+
+
+def test_a_folder_is_not_converted_into_itself_by_whatever_name(tmp_path):
+    released = released_vittt(tmp_path / "images")
+    (tmp_path / "link").symlink_to(tmp_path / "images", target_is_directory=True)
+    before = {path: path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    places = [tmp_path / "images", tmp_path / "link", tmp_path / "images" / "ours", tmp_path / "link" / "ours", tmp_path]
+    for source in (tmp_path / "images", tmp_path / "link", released):
+        for target in places:
+            if source.is_dir() or target.name != "ours":  # a file's folder may be written into
+                with pytest.raises(ValueError, match="target must be a folder apart from source"):
+                    convert(source, target)
+    assert {path: path.read_bytes() for path in (tmp_path / "images").iterdir()} == before

@@ -162,6 +162,5 @@ def reproduce_task(table: Table, request: Request) -> Outcome:
         console.print(
             f"{results['wall_seconds']:.0f} s. Everything is in {plan.out}; start with {plan.out / 'index.html'}",
             markup=False,
-            soft_wrap=True,
         )
     return outcome

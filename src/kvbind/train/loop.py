@@ -292,8 +292,8 @@ def _train(
             if done.skipped_in_a_row >= config.max_skipped:
                 raise TrainingStoppedError(
                     f"stopped at step {done.step}: loss, gradient or new weights not finite in {done.skipped_in_a_row} "
-                    f"steps in a row (last loss {loss_value}, gradient norm {norm_value}); a lower train.learning_rate, a longer "
-                    "train.warmup or train.precision=float32 may help"
+                    f"steps in a row (last loss {loss_value}, gradient norm {norm_value}); a lower train.learning_rate, a "
+                    "longer train.warmup or train.precision=float32 may help"
                 )
             last = done.step == config.steps
             if last or every(config.evaluate_every, done.step):
