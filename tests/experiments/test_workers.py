@@ -82,9 +82,7 @@ def test_a_worker_that_dies_is_noticed(job):
     def kill(step, note):
         worker.process.kill()
 
-    with pytest.raises(
-        WorkerKilledError, match=rf"the process that trained mine \({worker.process.pid}\) was killed by SIGKILL"
-    ):
+    with pytest.raises(WorkerKilledError, match=rf"trained mine \({worker.process.pid}\) was killed by SIGKILL"):
         worker.train(job("mine", "train.steps=100000"), kill)
     worker.stop()
 

@@ -159,8 +159,6 @@ def reproduce_task(table: Table, request: Request) -> Outcome:
         console.print(describe(outcome), markup=False)
         for verdict in verdicts:
             console.print(f"{verdict.word}: {verdict.claim}: {verdict.found}", markup=False)
-        console.print(
-            f"{results['wall_seconds']:.0f} s. Everything is in {plan.out}; start with {plan.out / 'index.html'}",
-            markup=False,
-        )
+        where = f"Everything is in {plan.out}; start with {plan.out / 'index.html'}"
+        console.print(f"{results['wall_seconds']:.0f} s. {where}", markup=False)
     return outcome

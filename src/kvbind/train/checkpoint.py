@@ -113,12 +113,12 @@ class Saver:
 
     def _begin(self, partial: Path, plain: Any) -> None:
         """Make the folder, with all but tensors in it."""
-        remove(partial)
-        partial.mkdir()
-        sync_folder(self.home)
         content = io.BytesIO()
         torch.save(plain, content)
+        remove(partial)
+        partial.mkdir()
         try:
+            sync_folder(self.home)
             with atomic_write(partial / PLAIN) as file:
                 file.write(content.getbuffer())
         except OSError:

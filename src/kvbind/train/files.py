@@ -44,17 +44,25 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     partial = path.with_name(path.name + TEMPORARY)
     handle = open_own(partial, os.O_WRONLY | os.O_TRUNC)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with about(path), os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException as error:  # a full disk gets back what this took
+    except BaseException:  # a full disk gets back what this took
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Let errors of the system say which file they are about, where they do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -62,7 +70,8 @@ def sync_folder(folder: Path) -> None:
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            with about(folder):
+                os.fsync(handle)
         finally:
             os.close(handle)
 
@@ -71,7 +80,7 @@ def sync_all(folder: Path) -> None:
     """Put all files in a folder on disk, whoever has written them."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
+            with path.open("rb") as file, about(path):
                 os.fsync(file.fileno())
         elif path.is_dir():
             sync_folder(path)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kvbind.train.files import from_json, open_own, to_json, write_text
+from kvbind.train.files import about, from_json, open_own, to_json, write_text
 
 FILE = "metrics.jsonl"
 
@@ -89,12 +89,9 @@ class Metrics:
 
     def write(self, step: int, **values: Any) -> None:
         """Write one line: `step` and `values`."""
-        try:
+        with about(self.path):
             self.file.write(to_json({"step": step, **values}) + "\n")
             self.file.flush()
-        except OSError as error:
-            error.filename = error.filename or str(self.path)
-            raise
         if self.events is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):
@@ -102,7 +99,8 @@ class Metrics:
 
     def sync(self) -> None:
         """Put what was written on disk: the lines of all steps that a checkpoint holds are there before it is."""
-        os.fsync(self.file.fileno())
+        with about(self.path):
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Close the files."""

@@ -1,6 +1,10 @@
-"""The toy of `tests/train` on two processes that are killed: one in a step, then one while a checkpoint is written."""
+"""The toy of `tests/train` on two processes that are killed: one in a step, then one while a checkpoint is written.
+
+In the end a bit of the second process's part of the newest checkpoint is flipped, and both go on.
+"""
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -8,7 +12,7 @@ from pathlib import Path
 import torch
 
 from kvbind.train import train
-from kvbind.train.checkpoint import checkpoints
+from kvbind.train.checkpoint import checkpoints, newest_whole
 from kvbind.train.config import ParallelConfig
 from kvbind.train.ranks import barrier, connected, rank, restarted
 from kvbind.train.storage import Writer
@@ -54,6 +58,22 @@ def main(folder, number):
         file.write(f"{os.environ['TORCHELASTIC_RESTART_COUNT']} {found[-1].name if found else '-'}\n")
     barrier()
     train(make_model(), Killed(number), HOW, folder / "run")
+    flip(folder)
+
+
+def flip(folder):
+    """Go on with a copy of the run, one bit of whose newest checkpoint is another."""
+    copied = folder / "flipped"
+    if rank() == 0:
+        shutil.copytree(folder / "run", copied)
+        shard = copied / "checkpoints" / "step-00000012" / "shard-00001.bin"
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    barrier()
+    path, broken = newest_whole(copied)
+    (folder / f"flipped-{rank()}").write_text(f"{path.name} {broken}")
+    train(make_model(), Toy(), HOW, copied)
 
 
 if __name__ == "__main__":
