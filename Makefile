@@ -4,7 +4,7 @@ RUN := .venv/run
 TEST := .venv/test
 INSTALL := pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: table2 test clean
+.PHONY: table2 test test-faults clean
 
 table2: $(RUN)/.done  ## train the ladder on real text and write its report to runs/
 	$(RUN)/bin/kvbind reproduce table2 --task language --scale smoke
@@ -14,6 +14,9 @@ test: $(TEST)/.done  ## lint, types and tests
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/mypy
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(TEST)/bin/pytest --numprocesses=auto
+
+test-faults: $(TEST)/.done  ## 200 kills at random moments, 2000 flipped bits, full disks and broken files
+	KVBIND_KILLS=200 KVBIND_FLIPS=2000 OMP_NUM_THREADS=1 $(TEST)/bin/pytest tests/faults
 
 $(RUN)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(RUN)

@@ -92,3 +92,17 @@ def test_the_hash_goes_by_what_the_result_depends_on():
     assert config_hash(what_matters(Run(train=TrainConfig(keep=5, device="cpu", checkpoint_every=3)))) == base
     assert config_hash(what_matters(Run(seed=1))) != base
     assert config_hash(what_matters(Run(train=TrainConfig(steps=2)))) != base
+
+
+@pytest.mark.parametrize("value", ["${oc.env:SECRET}", "a ${train.steps} b", "[1, '${oc.env:SECRET}']"])
+def test_a_value_that_stands_for_another_is_refused_and_nothing_of_it_is_saved(presets, tmp_path, monkeypatch, value):
+    monkeypatch.setenv("SECRET", "hunter2")
+    with pytest.raises(
+        ValueError, match=r"configuration key '(train\.)?\w+(\.1)?' must be a value, not an interpolation; got"
+    ):
+        read_config(Run, presets, "fast", [f"train.device={value}"])
+    path = tmp_path / "own.yaml"
+    path.write_text(f'train: {{precision: "{value}"}}' if not value.startswith("[") else f"train: {{betas: {value}}}")
+    with pytest.raises(ValueError, match="not an interpolation") as caught:
+        read_config(Run, {}, str(path))
+    assert "hunter2" not in str(caught.value)

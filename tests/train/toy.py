@@ -1,13 +1,11 @@
 """A small model and task for the loop: dropout, so that random numbers matter; a position, so that data order does."""
 
-import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from kvbind.train import TrainConfig, train
+from kvbind.train import TrainConfig
 from kvbind.train.ranks import WHOLE
 
 
@@ -58,12 +56,3 @@ def config(**fields):
     return TrainConfig(
         **({"steps": 20, "warmup": 3, "learning_rate": 1e-2, "device": "cpu", "checkpoint_every": 4} | fields)
     )
-
-
-def killed_config():
-    return config(steps=40, checkpoint_every=1)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    train(make_model(), Toy(pause=0.02), killed_config(), Path(sys.argv[1]))

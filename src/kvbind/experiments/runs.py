@@ -289,7 +289,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def task_of(config: Path) -> str | None:
     """The task that a run's configuration file names in its first line; None of a file that names none."""
-    head, mark, task = config.read_text(encoding="utf-8").partition("\n")[0].partition("# kvbind train ")
+    head, mark, task = config.read_text(encoding="utf-8", errors="replace").partition("\n")[0].partition("# kvbind train ")
     return task.strip() if mark and not head else None
 
 
