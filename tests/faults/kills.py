@@ -17,8 +17,8 @@ import torch
 
 from faults import small
 
-LONGEST = 0.25
-"""Seconds from the start of a life to its end, at the most; a run takes some four times as long."""
+LONGEST = 0.6
+"""Seconds from the start of a life to its end, at the most; a run takes about as long."""
 
 
 def life(folder, pause):
