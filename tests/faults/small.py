@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from kvbind import tasks
 from kvbind.experiments.runs import train_run
+from kvbind.tasks.contents import Contents
 from kvbind.train import TrainConfig
 from kvbind.train.metrics import read_metrics
 from train import toy
@@ -41,6 +42,9 @@ class Task(toy.Toy):
 
     def fingerprint(self):
         return {"train": self.config.data.source}
+
+    def contents(self):
+        return Contents(others={self.config.data.source: "1"})
 
 
 def config(**fields):

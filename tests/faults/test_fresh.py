@@ -30,7 +30,7 @@ def test_a_run_is_replaced_by_one_of_another_configuration(old, whole):
     small.run(old, fresh=True)
     assert small.left(old) == whole
     assert {path.name for path in old.iterdir()} == {
-        ".lock", "config.yaml", "metrics.jsonl", "checkpoints", "model", "result.json",
+        ".lock", "config.yaml", "data.json", "metrics.jsonl", "checkpoints", "model", "result.json",
     }  # fmt: skip
 
 

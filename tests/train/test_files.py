@@ -38,7 +38,7 @@ def test_metrics_that_are_not_finite_are_valid_json_and_come_back(tmp_path):
 def test_a_file_that_is_no_json_is_named(tmp_path):
     for text in ("{", "[" * 100_000, ""):
         (tmp_path / "x.json").write_text(text)
-        with pytest.raises(ValueError, match=r"x\.json must be JSON"):
+        with pytest.raises(ValueError, match=r"x\.json must be (JSON|at most)"):
             files.read_json(tmp_path / "x.json")
 
 

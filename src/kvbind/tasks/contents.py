@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbind.tasks.files import shown
-from kvbind.train.checkpoint import write_text
+from kvbind.train.files import write_text
 
 RECORD = "data.json"
 """The record's file in a run's folder."""
