@@ -192,7 +192,5 @@ def can_plan(spec: InnerLoop, call: Operands, lr: LearningRate, weights: Mapping
 
     start = weights["out"]
     return (
-        fits(spec.chunk, q, k, v)
-        and start.shape[-1] % 16 == 0
-        and (not spec.network.theta or start.shape[-2] % DEPTH == 0)
+        fits(spec.chunk, q, k, v) and start.shape[-1] % 16 == 0 and (not spec.network.theta or start.shape[-2] % DEPTH == 0)
     )
