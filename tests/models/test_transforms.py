@@ -189,7 +189,7 @@ def test_what_transforms_cannot_do_is_refused_by_name():
     with pytest.raises(ValueError, match="attention_mask must be the same"):
         vmap(lambda mask: model.model(ids, attention_mask=mask).logits)(torch.ones(2, 2, 12))
     model.train()
-    model.model.gradient_checkpointing_enable()
+    enable_checkpointing(model.model)
     with pytest.raises(ValueError, match="gradient checkpointing must be off"):
         grad(lambda weights: functional_call(model, weights, (ids,)))(weights_of(model))
     for family in (images, views):
