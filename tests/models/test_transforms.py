@@ -8,6 +8,7 @@ from lact_small import small_model, tokens
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 
 import kvbind
+from checkpointing import enable_checkpointing
 from kvbind.models import vittt
 from kvbind.models.lact_nvs import LactNvs, LactNvsConfig
 
