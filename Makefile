@@ -1,33 +1,84 @@
-# The README's two commands, each in a virtual environment of its own.
+# The README's two commands, and tests at both ends of the versions that pyproject.toml accepts. Each in a virtual environment
+# of its own, with nothing but what a lock names: constraints.txt (the newest versions) or constraints-oldest.txt.
 PYTHON ?= python3
 RUN := .venv/run
 TEST := .venv/test
-INSTALL := pip install --quiet --disable-pip-version-check --constraint constraints.txt
+OLDEST := .venv/oldest
+LOCK := .venv/lock
+# byte code of everything takes longer to compile than of what is imported
+INSTALL := pip install --quiet --disable-pip-version-check --no-compile
+# the build backend is installed from the lock too: an isolated build would fetch its own
+BUILD := 'hatchling>=1.27' 'editables>=0.5'
+# what tests run with; PyPI's build of it on Linux says which triton and which CUDA libraries
+TORCH_LOCKED := torch==2.13.0
+UV := uv==0.13.9
+# the resolver takes the newest of what a package needs first, and the newest fsspec needs the newest datasets
+OLDEST_HINTS := 'datasets<4.1'
+# a file's tests run in one process, which trains and compiles once what they share
+PYTEST := TRITON_INTERPRET=1 OMP_NUM_THREADS=1
+PARALLEL := --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+# tests of what changes with other packages' versions: models, generation, Trainer, pipelines, data, configurations, the report, the CLI
+VERSION_TESTS := tests/models tests/tasks tests/train/test_config.py tests/train/test_checkpoint.py tests/test_cli.py \
+	tests/experiments/test_report_page.py tests/experiments/test_figures.py tests/test_locked.py
 
-.PHONY: table2 test test-faults clean
+.PHONY: table2 test test-faults test-newest test-oldest lock clean
 
-table2: $(RUN)/.done  ## train the ladder on real text and write its report to runs/
+table2: $(RUN)/.lock  ## train the ladder on real text and write its report to runs/
 	$(RUN)/bin/kvbind reproduce table2 --task language --scale smoke
 
-test: $(TEST)/.done  ## lint, types and tests
+test: $(TEST)/.lock  ## lint, types and tests
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/mypy
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(TEST)/bin/pytest --numprocesses=auto
+	$(PYTEST) $(TEST)/bin/pytest $(PARALLEL)
 
-test-faults: $(TEST)/.done  ## 200 kills at random moments, 2000 flipped bits, full disks and broken files
+test-faults: $(TEST)/.lock  ## 200 kills at random moments, 2000 flipped bits, full disks and broken files
 	KVBIND_KILLS=200 KVBIND_FLIPS=2000 OMP_NUM_THREADS=1 $(TEST)/bin/pytest tests/faults
 
-$(RUN)/.done: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(RUN)
-	$(RUN)/bin/$(INSTALL) torch
-	$(RUN)/bin/$(INSTALL) --editable .
-	touch $@
+test-newest: $(TEST)/.lock  ## tests of what depends on versions, with the newest
+	$(PYTEST) $(TEST)/bin/pytest $(PARALLEL) $(VERSION_TESTS)
 
-$(TEST)/.done: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(TEST)
-	$(TEST)/bin/$(INSTALL) torch
-	$(TEST)/bin/$(INSTALL) --editable '.[dev]'
+test-oldest: $(OLDEST)/.lock  ## the same with the oldest; with TORCH=2.11.0, that torch and what it asks for
+	$(PYTEST) $(OLDEST)/bin/pytest $(PARALLEL) $(VERSION_TESTS)
+
+lock: $(LOCK)/.lock  ## renew both locks from pyproject.toml
+	printf '%s\n' $(TORCH_LOCKED) $(BUILD) | $(LOCK)/bin/uv pip compile --upgrade --quiet --no-annotate \
+		--custom-compile-command 'make lock' --universal --python-version 3.11 \
+		--output-file constraints.txt --extra dev pyproject.toml -
+	printf '%s\n' $(TORCH_LOCKED) $(BUILD) $(OLDEST_HINTS) | $(LOCK)/bin/uv pip compile --upgrade --quiet --no-annotate \
+		--custom-compile-command 'make lock' --resolution lowest-direct --python-version 3.11 --python-platform linux \
+		--output-file constraints-oldest.txt --extra test pyproject.toml -
+
+# $(call install,folder,lock,what): each file .lock names the lock that the environment holds to, where it is whole
+define install
+	$(PYTHON) -m venv --clear $(1)
+	$(1)/bin/$(INSTALL) --constraint $(2) torch $(BUILD)
+	$(1)/bin/$(INSTALL) --constraint $(2) --no-build-isolation --editable '$(3)'
+endef
+
+$(RUN)/.lock: pyproject.toml constraints.txt
+	$(call install,$(RUN),constraints.txt,.)
+	echo constraints.txt > $@
+
+$(TEST)/.lock: pyproject.toml constraints.txt
+	$(call install,$(TEST),constraints.txt,.[dev])
+	echo constraints.txt > $@
+
+$(OLDEST)/.lock: pyproject.toml constraints-oldest.txt
+ifdef TORCH
+	mkdir -p .venv
+	grep -vE '^(torch|triton|setuptools|cuda-[a-z-]*|nvidia-[a-z0-9-]*)==' constraints-oldest.txt > .venv/oldest.txt
+	echo 'torch==$(TORCH)' >> .venv/oldest.txt
+	$(call install,$(OLDEST),.venv/oldest.txt,.[test])
+	touch $@
+else
+	$(call install,$(OLDEST),constraints-oldest.txt,.[test])
+	echo constraints-oldest.txt > $@
+endif
+
+$(LOCK)/.lock: Makefile
+	$(PYTHON) -m venv --clear $(LOCK)
+	$(LOCK)/bin/$(INSTALL) $(UV)
 	touch $@
 
 clean:

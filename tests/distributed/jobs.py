@@ -20,6 +20,8 @@ from strategies import operands
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from lact_small import LADDER, small_config, tokens
 
+from checkpointing import enable_checkpointing
+
 
 def named_leaves(o):
     """A call's differentiable tensors by name."""
@@ -143,7 +145,7 @@ def model_over_ranks(group, inner, batch, lengths, schedule, fields, checkpointi
     """One rank of the same: its part of the loss and of the gradients, and the bytes it received."""
     model = make_model(inner, fields)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model, use_reentrant=False)
     shard = SequenceShard(group, lengths, batch.get("cu_seqlens"), schedule)
     with count_bytes() as traffic:
         with sequence_parallel(shard), torch.autocast("cpu", torch.bfloat16, enabled=autocast):

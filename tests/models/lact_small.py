@@ -4,6 +4,7 @@ import torch
 
 import kvbind
 from kvbind.models import LactConfig, LactForCausalLM
+from kvbind.models.lact.cache import CACHE
 
 VOCAB = 61
 
@@ -48,3 +49,21 @@ def small_model(inner=LADDER["rung0"], *, seed=0, **fields):
 def tokens(batch, length, seed=0):
     """Random ids, none of them padding."""
     return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def cache_of(output):
+    """The cache in what a model or `generate` returns, under the installed transformers' name of it."""
+    return getattr(output, CACHE)
+
+
+def word_tokenizer():
+    """Letters as tokens 1 to 26, padding and what is no letter as 0."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, **{chr(96 + i): i for i in range(1, 27)}}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    letters = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.WhitespaceSplit(), letters])
+    plain.decoder = tokenizers.decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", padding_side="left")

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from lact_small import LADDER, small_model, tokens
+from lact_small import LADDER, cache_of, small_model, tokens, word_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache, pipeline
 
 import kvbind
 from kvbind.models import LactCache
+from kvbind.models.lact.cache import CACHE
 
 LENGTH = 37
 """Tokens of a sequence: four chunks of 8 and a rest; nearly four windows of 10."""
@@ -24,7 +25,7 @@ def in_pieces(model, ids, sizes):
     cache, outputs = LactCache(), []
     with torch.no_grad():
         for part in ids.split(sizes, dim=1):
-            outputs.append(model(part, past_key_values=cache).logits)
+            outputs.append(model(part, cache=cache).logits)
     return torch.cat(outputs, dim=1), cache
 
 
@@ -162,9 +163,9 @@ def test_a_cache_passed_on_continues_the_conversation(whole):
     conversation = torch.cat([first.sequences, more], dim=1)
     conversation_mask = torch.cat([mask, torch.ones(3, 9, dtype=torch.long), more_mask], dim=1)
     expected = generate(model, conversation, attention_mask=conversation_mask)
-    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+    assert cache_of(first).get_seq_length() == first.sequences.shape[1] - 1
     given = conversation if whole else conversation[:, first.sequences.shape[1] - 1 :]
-    got = generate(model, given, attention_mask=conversation_mask, past_key_values=first.past_key_values)
+    got = generate(model, given, attention_mask=conversation_mask, **{CACHE: cache_of(first)})
     assert torch.equal(got[:, -20:], expected[:, -20:])
 
 
@@ -183,16 +184,16 @@ def test_reordered_caches_continue_the_chosen_sequences():
     more = tokens(4, 12, seed=5)
     cache = LactCache()
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, cache=cache)
         cache.reorder_cache(chosen)
-        got = model(more, attention_mask=torch.cat([mask[chosen], torch.ones(4, 12)], 1), past_key_values=cache).logits
+        got = model(more, attention_mask=torch.cat([mask[chosen], torch.ones(4, 12)], 1), cache=cache).logits
         for i, source in enumerate(chosen.tolist()):
             sequence = torch.cat([ROWS[source], more[i]])[None]
             torch.testing.assert_close(got[i], model(sequence).logits[0, -12:], rtol=0, atol=1e-10)
     assert cache.seen == (28, 35, 35, 16)
     repeated = LactCache()
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=repeated)
+        model(ids, attention_mask=mask, cache=repeated)
     repeated.batch_repeat_interleave(2)
     assert repeated.seen == (23, 23, 4, 4, 16, 16)
     assert repeated.batch_size == 6
@@ -202,9 +203,9 @@ def test_reordered_caches_continue_the_chosen_sequences():
 def test_a_padded_prefill_leaves_the_state_of_each_row_alone(side):
     model = small_model().double()
     ids, mask = padded(ROWS, side)
-    together = model(ids, attention_mask=mask).past_key_values
+    together = cache_of(model(ids, attention_mask=mask))
     for i, row in enumerate(ROWS):
-        alone = model(row[None]).past_key_values
+        alone = cache_of(model(row[None]))
         for one, other in zip(together.states, alone.states, strict=True):
             mine = one.select(torch.tensor([i]))
             assert mine.seen == other.seen
@@ -229,7 +230,7 @@ def test_the_cache_is_as_large_after_a_long_prompt_as_after_a_short_one():
     sizes = []
     for length in (16, 160, 643, 647):
         with torch.no_grad():
-            sizes.append(storage_bytes(model(tokens(1, length), use_cache=True).past_key_values))
+            sizes.append(storage_bytes(cache_of(model(tokens(1, length), use_cache=True))))
     assert len(set(sizes)) == 1
 
 
@@ -237,20 +238,20 @@ def test_a_copied_cache_is_a_fork():
     model = small_model().double()
     prompt, one, other = tokens(1, 21), tokens(1, 9, seed=1), tokens(1, 9, seed=2)
     with torch.no_grad():
-        cache = model(prompt).past_key_values
+        cache = cache_of(model(prompt))
         fork = copy.deepcopy(cache)
-        model(one, past_key_values=cache)
-        got = model(other, past_key_values=fork).logits
+        model(one, cache=cache)
+        got = model(other, cache=fork).logits
         torch.testing.assert_close(got, model(torch.cat([prompt, other], 1)).logits[:, 21:], rtol=0, atol=1e-10)
 
 
 def test_a_cache_can_be_read_without_being_advanced():
     model = small_model()
     with torch.no_grad():
-        cache = model(tokens(1, 21)).past_key_values
-        first = model(tokens(1, 4, seed=1), past_key_values=cache, use_cache=False).logits
+        cache = cache_of(model(tokens(1, 21)))
+        first = model(tokens(1, 4, seed=1), cache=cache, use_cache=False).logits
         assert cache.get_seq_length() == 21
-        assert torch.equal(model(tokens(1, 4, seed=1), past_key_values=cache).logits, first)
+        assert torch.equal(model(tokens(1, 4, seed=1), cache=cache).logits, first)
     assert cache.get_seq_length() == 25
     cache.reset()
     assert (cache.get_seq_length(), cache.batch_size, len(cache)) == (0, -1, 0)
@@ -258,7 +259,7 @@ def test_a_cache_can_be_read_without_being_advanced():
 
 def test_cropping_is_refused():
     model = small_model()
-    cache = model(tokens(1, 21)).past_key_values
+    cache = cache_of(model(tokens(1, 21)))
     assert not cache.is_croppable
     with pytest.raises(ValueError, match="cannot be cropped"):
         cache.crop(-1)
@@ -268,15 +269,15 @@ def test_cropping_is_refused():
 
 def test_what_does_not_fit_a_cache_raises():
     model = small_model()
-    cache = model(tokens(2, 21)).past_key_values
+    cache = cache_of(model(tokens(2, 21)))
     with pytest.raises(ValueError, match="past_key_values must hold 1 sequences"):
-        model(tokens(1, 3), past_key_values=cache)
+        model(tokens(1, 3), cache=cache)
     with pytest.raises(ValueError, match="attention_mask must be"):
-        model(tokens(2, 3), past_key_values=cache, attention_mask=torch.ones(2, 3))
+        model(tokens(2, 3), cache=cache, attention_mask=torch.ones(2, 3))
     with pytest.raises(ValueError, match="position_ids must go on"):
-        model(tokens(2, 3), past_key_values=cache, position_ids=torch.arange(3)[None])
+        model(tokens(2, 3), cache=cache, position_ids=torch.arange(3)[None])
     with pytest.raises(TypeError, match="LactCache"):
-        model(tokens(2, 3), past_key_values=DynamicCache())
+        model(tokens(2, 3), cache=DynamicCache())
     with pytest.raises(ValueError, match="advance"):
         cache.update(torch.zeros(1), torch.zeros(1), 0)
     with pytest.raises(ValueError, match="cache_implementation"):
@@ -284,16 +285,11 @@ def test_what_does_not_fit_a_cache_raises():
     for layer in model.model.layers:
         layer.inner = layer.inner.replace(direction="ascent")
     with pytest.raises(ValueError, match="its spec differs in direction"):
-        model(tokens(2, 3), past_key_values=cache)
+        model(tokens(2, 3), cache=cache)
 
 
 def test_a_text_pipeline_generates_from_a_saved_model(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
-    words = {"<pad>": 0, **{chr(96 + i): i for i in range(1, 27)}}
-    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
-    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", padding_side="left")
+    tokenizer = word_tokenizer()
     model = small_model(vocab_size=27)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from lact_small import LADDER, VOCAB, small_config, small_model, tokens
+from lact_small import LADDER, VOCAB, cache_of, small_config, small_model, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM
 
 import kvbind
+from checkpointing import enable_checkpointing
 from kvbind import MLP, InnerLoop, Linear
 from kvbind.models import PRESETS, LactCache, LactConfig, LactForCausalLM, LactModel
 from kvbind.models.lact import loss
@@ -232,7 +233,7 @@ def test_position_ids_that_restart_start_documents():
     expected = torch.cat([model(ids[:1, :10]).logits, model(ids[:1, 10:]).logits], dim=1)
     torch.testing.assert_close(got.logits[:1], expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(got.logits[1:], model(ids[1:]).logits, rtol=0, atol=1e-9)
-    assert got.past_key_values is None
+    assert cache_of(got) is None
     # 9 + 15 + 25 tokens are predicted, none of them across documents
     parts = [(ids[:1, :10], 9), (ids[:1, 10:], 15), (ids[1:], 25)]
     expected_loss = sum(model(part, labels=part).loss.item() * n for part, n in parts) / 49
@@ -277,14 +278,13 @@ def test_padding_is_neither_attended_to_nor_written(side):
         assert output.loss.item() == pytest.approx(mean, rel=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_gradient_checkpointing_changes_no_gradient():
     ids = tokens(2, 29)
     found = []
     for enabled in (False, True):
         model = small_model().train()
         if enabled:
-            model.gradient_checkpointing_enable()
+            enable_checkpointing(model)
         calls = []
         model.model.layers[0].attn_norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         model(ids, labels=ids).loss.backward()
@@ -322,7 +322,7 @@ def test_reentrant_checkpointing_without_a_cache_is_right():
     model(ids, labels=ids).loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    enable_checkpointing(model, use_reentrant=True)
     model(ids, labels=ids).loss.backward()
     torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, expected)
     with torch.no_grad():
@@ -438,7 +438,7 @@ def test_bfloat16_weights_keep_a_float32_state():
     model = small_model().bfloat16()
     output = model(tokens(1, 29))
     assert output.logits.dtype == torch.bfloat16
-    assert output.past_key_values.states[0].fast.weights["out"].dtype == torch.float32
+    assert cache_of(output).states[0].fast.weights["out"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("rung", ["rung0", "rung2"])

@@ -8,6 +8,7 @@ from lact_small import small_model, tokens
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 
 import kvbind
+from checkpointing import enable_checkpointing
 from kvbind.models import vittt
 from kvbind.models.lact_nvs import LactNvs, LactNvsConfig
 
@@ -189,7 +190,7 @@ def test_what_transforms_cannot_do_is_refused_by_name():
     with pytest.raises(ValueError, match="attention_mask must be the same"):
         vmap(lambda mask: model.model(ids, attention_mask=mask).logits)(torch.ones(2, 2, 12))
     model.train()
-    model.model.gradient_checkpointing_enable()
+    enable_checkpointing(model.model)
     with pytest.raises(ValueError, match="gradient checkpointing must be off"):
         grad(lambda weights: functional_call(model, weights, (ids,)))(weights_of(model))
     for family in (images, views):

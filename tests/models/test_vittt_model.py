@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification
 
+from checkpointing import disable_checkpointing, enable_checkpointing
 from kvbind import systems
 from kvbind.models import vittt
 from kvbind.models.vittt import zoo
@@ -268,7 +269,6 @@ def test_transformers_model_starts_as_the_model_itself_does():
     assert block.cpe.weight.abs().max() > 0.1
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
 def test_transformers_model_gives_loss_hidden_states_and_tuples():
     config = vittt.VitttConfig(embed_dim=16, depth=2, num_heads=2, patch_size=4, num_labels=5)
     model = vittt.VitttForImageClassification(config)
@@ -279,10 +279,10 @@ def test_transformers_model_gives_loss_hidden_states_and_tuples():
     soft = model(image, labels=torch.nn.functional.one_hot(labels, 5).float(), return_dict=False)
     torch.testing.assert_close(soft[0], output.loss)
     torch.testing.assert_close(soft[1], output.logits)
-    model.gradient_checkpointing_enable()
+    enable_checkpointing(model)
     assert model.vittt.gradient_checkpointing
     model.train()(image, labels=labels).loss.backward()
-    model.gradient_checkpointing_disable()
+    disable_checkpointing(model)
     assert not model.vittt.gradient_checkpointing
 
 

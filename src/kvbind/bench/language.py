@@ -78,12 +78,12 @@ def bench_decoding(
         cache = LactCache()
         for begin in range(0, length, piece):
             part = ids[:, begin : min(begin + piece, length)]
-            logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(part, cache=cache, use_cache=True, logits_to_keep=1).logits
         return cache, logits
 
     def one_more(cache: LactCache, logits: Tensor) -> Tensor:
         token = logits[:, -1:].argmax(-1)
-        after: Tensor = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        after: Tensor = model(token, cache=cache, use_cache=True, logits_to_keep=1).logits
         return after
 
     def again(length: int) -> None:
@@ -174,7 +174,8 @@ def bench_step(
     for name, (inner, form) in rungs.items():
         with matmul_precision("high"):
             model = build(preset, device, torch.float32, inner=inner, ttt_form=form).train()
-            model.gradient_checkpointing_enable()
+            # transformers renamed it in 5.23
+            (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
             row = _steps(name, form, model, length, device, steps, profile)
             del model
         yield row

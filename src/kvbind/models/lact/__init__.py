@@ -1,5 +1,11 @@
 """The LaCT language model (arXiv 2505.23884), registered with transformers' Auto classes as "lact_swiglu"."""
 
+# ruff: noqa: E402
+from kvbind.models.lact.supported import check_transformers
+
+# first, as what follows may not exist in another transformers
+check_transformers()
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from kvbind.models.lact.cache import LactCache

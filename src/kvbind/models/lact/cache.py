@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from kvbind.layers.lact import LactState
+
+CACHE_NAMES = ("past_key_values", "cache")
+"""What transformers calls the cache: the first before version 5.24, the second since."""
+
+CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(BaseModelOutputWithPast)})
+"""What the installed transformers calls the cache: an argument of its models, and a field of what they return."""
 
 
 class LactCache(Cache):
     """For each layer the fast weights with their pending chunk, and the last `window - 1` keys and values.
 
-    transformers' `generate` makes one by itself, returns it as `past_key_values`, and takes it back to go on. It reads and
-    reorders sequences; it cannot be cropped, as fast weights do not unlearn.
+    transformers' `generate` makes one by itself, returns it as `cache` (`past_key_values` before transformers 5.24), and
+    takes it back to go on. It reads and reorders sequences; it cannot be cropped, as fast weights do not unlearn.
 
     Attributes:
         states: one `LactState` per layer; empty before the first token.
@@ -93,6 +101,17 @@ class LactCache(Cache):
         """False."""
         return False
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """False for each layer: it counts the tokens it has read, by which `generate` knows those that are new."""
+        # never empty, as all() of an empty list is True
+        return [False] * max(len(self.states), 1)
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: its states are replaced, not written in place."""
+        return False
+
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: no length is too long."""
         return -1
@@ -102,3 +121,18 @@ class LactCache(Cache):
 
     def __repr__(self) -> str:
         return f"LactCache({len(self.states)} layers, {len(self.seen)} sequences, {self.columns} columns read)"
+
+
+def given_cache(past_key_values: Any, cache: Any) -> LactCache | None:
+    """The cache that a model was given under either of its names.
+
+    Raises:
+        TypeError: it is no LactCache.
+        ValueError: two of them.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("cache must be None beside past_key_values: they are two names of one argument; got both")
+    name, found = ("cache", cache) if past_key_values is None else ("past_key_values", past_key_values)
+    if found is not None and not isinstance(found, LactCache):
+        raise TypeError(f"{name} must be a kvbind LactCache, which holds fast weights; got {type(found).__name__}")
+    return found

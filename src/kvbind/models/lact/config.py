@@ -19,6 +19,7 @@ from kvbind.models.ablations import (
     tell_unused,
     unused_parameters,
 )
+from kvbind.models.lact.cache import CACHE_NAMES
 from kvbind.models.options import NOT_FOR_US, Refusals, inherited_fields
 
 RELEASED_DEFAULTS: dict[str, Any] = {
@@ -124,7 +125,7 @@ class LactConfig(PretrainedConfig):
     """
 
     model_type = "lact_swiglu"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = list(CACHE_NAMES)  # noqa: RUF012
     attribute_map = {"num_attention_heads": "num_attn_heads"}  # noqa: RUF012
     # transformers' own plan knows embeddings by another name
     base_model_fsdp_plan = {  # noqa: RUF012

@@ -22,7 +22,7 @@ from kvbind.layers.layout import Layout
 from kvbind.layers.norm import ResidualNorm, RMSNorm
 from kvbind.layers.plain import is_a_product
 from kvbind.layers.rotary import Tables, rotary_tables
-from kvbind.models.lact.cache import LactCache
+from kvbind.models.lact.cache import CACHE, CACHE_NAMES, LactCache, given_cache
 from kvbind.models.lact.config import REFUSED, LactConfig
 from kvbind.models.lact.inputs import Arrangement, arrange
 from kvbind.models.lact.loss import IGNORE, cross_entropy, linear_cross_entropy, next_token_labels
@@ -117,7 +117,7 @@ class LactPreTrainedModel(FromFolder, PreTrainedModel):
     _input_embed_layer = "embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LactBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
     _supports_sdpa = True
     # generation cannot roll back, which rules out assisted decoding
     _is_stateful = True
@@ -190,6 +190,7 @@ class LactModel(LactPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: LactCache | None = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Hidden states of tokens.
 
@@ -206,13 +207,15 @@ class LactModel(LactPreTrainedModel):
             output_hidden_states: also return the hidden states before each block and after the last norm; by default as the
                 configuration says.
             return_dict: False for a tuple; by default as the configuration says.
+            cache: another name of `past_key_values`, that of transformers since 5.24.
 
         Returns:
-            `last_hidden_state` `[B, T, d]` (zero at padding), `past_key_values`, `hidden_states`.
+            `last_hidden_state` `[B, T, d]` (zero at padding), `hidden_states`, and the cache under transformers' name:
+            `cache`, or `past_key_values` before 5.24.
 
         Raises:
             ValueError: arguments that do not fit together; the message names them.
-            TypeError: `past_key_values` is no LactCache.
+            TypeError: the cache is no LactCache.
         """
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
@@ -225,14 +228,10 @@ class LactModel(LactPreTrainedModel):
             output_hidden_states = config.output_hidden_states
         if return_dict is None:
             return_dict = config.return_dict
-        if past_key_values is not None and not isinstance(past_key_values, LactCache):
-            raise TypeError(
-                f"past_key_values must be a kvbind LactCache, which holds fast weights; got {type(past_key_values).__name__}"
-            )
+        cache = given_cache(past_key_values, cache)
         if torch.is_grad_enabled() and any(map(is_recomputed, self.layers)):
             check_recomputing()
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values
         arrangement = arrange(
             (x.shape[0], x.shape[1]),
             x.device,
@@ -258,9 +257,8 @@ class LactModel(LactPreTrainedModel):
         x, states, every = self._run_blocks(x, arrangement, cache, bool(use_cache), bool(output_hidden_states))
         if cache is not None and use_cache:
             cache.advance(states, arrangement.shape[1])
-        output = BaseModelOutputWithPast(
-            last_hidden_state=x, past_key_values=cache if use_cache else None, hidden_states=every
-        )
+        kept: dict[str, Any] = {CACHE: cache if use_cache else None}
+        output = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=every, **kept)
         return output.to_tuple() if return_dict is False else output
 
     def _run_blocks(
@@ -332,38 +330,43 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
             input_ids: `[B, T]`; or `inputs_embeds`.
             attention_mask: as `LactModel` takes it.
             position_ids: as `LactModel` takes them.
-            past_key_values: a `LactCache`.
+            past_key_values: a `LactCache`; also as `cache`, its name in transformers since 5.24.
             inputs_embeds: `[B, T, d]`.
             use_cache: make or advance a cache.
             cu_seqlens: `[n + 1]` boundaries of documents packed into one row.
             labels: `[B, T]`, aligned with the input (the model shifts them), -100 where nothing is predicted. Nothing is
                 predicted across documents, nor at padding.
-            logits_to_keep: of how many last positions (0: all), or of which (an index tensor), to return logits. By
-                default of all, but of none in training with labels.
+            logits_to_keep: of how many last positions (0: all), or of which, to return logits: indices `[n]` or, by
+                sequence, `[B, n]`; or a mask `[B, T]`, for logits `[number of True, vocab]`. By default of all, but of
+                none in training with labels.
             num_items_in_batch: what the summed loss is divided by; by default the number of predicted tokens.
             output_attentions: must not be set.
             output_hidden_states: also return every hidden state.
             return_dict: False for a tuple.
-            **kwargs: what transformers' data collators add for FlashAttention (`cu_seq_lens_q` and its like); and
+            **kwargs: `cache`; what transformers' data collators add for FlashAttention (`cu_seq_lens_q` and its like);
+                what belongs to `generate` alone (`cache_position`, `stop_strings`, `tokenizer`) and is ignored; and
                 `shift_labels` `[B, T]` in place of `labels`: what each position has to predict, shifted already, -100 where
                 nothing. Inside `kvbind.sequence_parallel` there is no other way, and `num_items_in_batch` is needed, of the
                 whole row: losses and gradients then add up over ranks. `kvbind.shard_batch` makes both.
 
         Returns:
-            `loss` (float32 or wider), `logits` `[B, kept, vocab]` in the model's dtype, `past_key_values`, `hidden_states`.
+            `loss` (float32 or wider), `logits` `[B, kept, vocab]` in the model's dtype, `hidden_states`, and the cache under
+            transformers' name: `cache`, or `past_key_values` before 5.24.
 
         Raises:
             ValueError, TypeError: arguments that do not fit; the message names them.
         """
         # no named argument, as transformers' Trainer takes those for labels that every batch has
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
+        # nor `cache`: a `generate` that knows it as past_key_values would pass it on without counting its tokens
+        cache = given_cache(past_key_values, kwargs.pop("cache", None))
         cu_seqlens = _collated_bounds(cu_seqlens, kwargs)
         _check_labels(labels, shift_labels, num_items_in_batch)
         outputs = self.model(
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values,
+            cache,
             inputs_embeds,
             use_cache,
             cu_seqlens,
@@ -382,7 +385,7 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
                 position_ids=position_ids,
                 cu_seqlens=cu_seqlens,
             )
-        loss, every, kept = None, None, _kept(logits_to_keep)
+        loss, every = None, None
         if getattr(self, "_loss_function", None) is not None and targets is not None:
             every = self.lm_head(hidden)
             given = {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
@@ -392,12 +395,12 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
             loss, every = self._loss(hidden, targets, num_items_in_batch)
         logits = None
         if logits_to_keep is not None or targets is None or not self.training:
-            logits = self.lm_head(hidden[:, kept]) if every is None else every[:, kept]
+            logits = self.lm_head(_kept(hidden, logits_to_keep)) if every is None else _kept(every, logits_to_keep)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
         return output.to_tuple() if (self.config.return_dict if return_dict is None else return_dict) is False else output
 
@@ -410,17 +413,20 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden)
         return cross_entropy(logits, targets) / count, logits
 
-    def _prepare_cache_for_generation(  # type: ignore[override]
+    def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
+    ) -> Any:
         if generation_config.cache_implementation is not None:
             raise ValueError(
                 f"cache_implementation must be None: this model has one kind of cache; got "
                 f"{generation_config.cache_implementation!r}"
             )
         _check_padding_side(model_kwargs.get("attention_mask"))
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = LactCache()
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE] = LactCache()
+            return None
+        parent: Any = super()
+        return parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
 known_by_name(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, LactForCausalLM)
@@ -451,16 +457,27 @@ def _check_padding_side(mask: Tensor | None) -> None:
         )
 
 
-def _kept(logits_to_keep: int | Tensor | None) -> slice | Tensor:
-    """The positions whose logits are wanted."""
-    if isinstance(logits_to_keep, Tensor):
-        return logits_to_keep
-    return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+def _kept(hidden: Tensor, logits_to_keep: int | Tensor | None) -> Tensor:
+    """Of `hidden` `[B, T, d]` the positions whose logits are wanted."""
+    if not isinstance(logits_to_keep, Tensor):
+        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+    if logits_to_keep.ndim < 2:
+        return hidden[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden[logits_to_keep]
+    return hidden.take_along_dim(logits_to_keep[..., None], dim=1)
+
+
+_COLLATED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+"""What transformers' collator of flattened batches adds."""
+
+_OF_GENERATION = frozenset({"assistant_tokenizer", "cache_position", "stop_strings", "tokenizer"})
+"""What generation loops hand to every model, and no model of transformers reads."""
 
 
 def _collated_bounds(cu_seqlens: Tensor | Sequence[int] | None, extra: dict[str, Any]) -> Tensor | Sequence[int] | None:
-    """`cu_seqlens`, or what transformers' collator of flattened batches calls it; nothing else may be in `extra`."""
+    """`cu_seqlens`, or what transformers' collator of flattened batches calls it; nothing unknown may be in `extra`."""
     for name, value in extra.items():
-        if name not in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx") and value is not None:
+        if name not in _COLLATED | _OF_GENERATION and value is not None:
             raise TypeError(f"LactForCausalLM.forward takes no argument {name!r}")
     return extra.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
