@@ -301,3 +301,60 @@ def test_bad_arguments_are_named(message):
     operands = draw(20)
     with pytest.raises(kind, match=message):
         causal_linear_attention(**(operands | change(operands)))
+
+
+def spoil(operands, token, where, value):
+    """Operands with one number of a token replaced."""
+    x = operands[where].clone()
+    x.select(1, token).flatten()[-1:].fill_(value)
+    return operands | {where: x}
+
+
+FUTURES = {
+    "gates, values": (NAMES, {"tokens": 150}, {}, "v", 130),
+    "gates, a tile's first": (NAMES, {"tokens": 150}, {}, "k", 64),
+    "gates": (NAMES, {"tokens": 100}, {"sign": -1.0}, "retention", 70),
+    "rates": ((*PLAIN, "rates"), {"tokens": 100}, {}, "rates", 50),
+    "queries": (NAMES, {"tokens": 150}, {}, "q", 100),
+    "wide": ((*PLAIN, "rates"), {"tokens": 70, "key": 24, "value": 80}, {}, "v", 66),
+    "past": (PLAIN, {"tokens": 100}, {"mode": "past", "chunk": 5}, "v", 42),
+    "chunk": ((*PLAIN, "rates"), {"tokens": 100}, {"mode": "chunk", "chunk": 16}, "k", 42),
+    "packed": (NAMES, {"tokens": 150, "sequences": 3}, {"cu_seqlens": [0, 30, 100, 150]}, "v", 60),
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("case", FUTURES)
+def test_the_future_does_not_leak_into_the_past(case, value):
+    """Outputs before a spoilt token and the gradients of a loss on them are those without it; later outputs are NaN."""
+    names, sizes, options, where, token = FUTURES[case]
+    options = dict(options)
+    bounds = options.pop("cu_seqlens", None)
+    if bounds:
+        options["cu_seqlens"] = torch.tensor(bounds, device=DEVICE)
+    operands = draw(**sizes, names=names)
+    chunk = options.get("chunk", 1)
+    first = token // chunk * chunk + (chunk if options.get("mode") == "past" else 0)
+    sees = slice(first, 100 if bounds else None)
+    unseen = torch.ones(sizes["tokens"], dtype=torch.bool, device=DEVICE)
+    unseen[sees] = False
+
+    def run(o):
+        o = {name: x.detach().requires_grad_() for name, x in o.items()}
+        y, state = causal_linear_attention(**o, **options)
+        kept = y[:, unseen]
+        grads = torch.autograd.grad(kept.square().sum(), list(o.values()))
+        return y, state, dict(zip(o, grads, strict=True))
+
+    y, state, grads = run(operands)
+    z, after, found = run(spoil(operands, token, where, value))
+    assert torch.equal(z[:, unseen], y[:, unseen])
+    for name, x in grads.items():
+        assert error(found[name], x) < 1e-6, name
+        if name != "initial_state":
+            assert (found[name][:, sees] == 0).all()
+    if value != 1e30 and where != "q":
+        assert not z[:, sees].isfinite().all(-1).any()
+        assert not after[1 if bounds else 0].isfinite().all()
+        if bounds:
+            assert torch.equal(after[[0, 2]], state[[0, 2]])
