@@ -21,7 +21,7 @@ from properties import PROPERTIES, cases
 
 
 def draw(draws: int, start: int) -> dict[str, object]:
-    """Run every check on so many cases; one failure of each, the smallest found, is recorded."""
+    """Draw so many cases, as many for each property; one failure of each, the smallest found, is recorded."""
     failures: list[dict[str, str]] = []
     counts: Counter[str] = Counter()
 
@@ -32,9 +32,10 @@ def draw(draws: int, start: int) -> dict[str, object]:
 
         return check
 
+    each = -(-draws // len(PROPERTIES))
     for name in PROPERTIES:
         options = settings(
-            max_examples=draws, deadline=None, database=None, print_blob=False, report_multiple_bugs=False,
+            max_examples=each, deadline=None, database=None, print_blob=False, report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink),
         )  # fmt: skip
         try:
@@ -49,7 +50,7 @@ def draw(draws: int, start: int) -> dict[str, object]:
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=10000, help="cases of each property")
+    parser.add_argument("--draws", type=int, default=10000, help="cases of all properties")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--out", type=Path, help="where to write the record")
     options = parser.parse_args()
