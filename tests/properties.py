@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import kvbind
 from kvbind.forms import blockwise, parallel
 from kvbind.forms.analysis import parallel_obstacles
-from strategies import Operands, error, operands, parallel_specs, small_sizes, specs
+from strategies import Operands, error, leaves, operands, parallel_specs, small_sizes, specs
 
 CAUSAL = ("past", "chunk", "token")
 VALUES = (float("nan"), float("inf"), float("-inf"), 1e30)
@@ -108,7 +108,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool
 def forms_agree(case: Case) -> None:
     """Every form has the outputs, states and gradients of the recurrent one."""
     o = operands(case.spec, **case.size)
-    tensors = leaves(o)
+    tensors = asked(o)
     whole = [(0, case.size["tokens"])]
     expected = None
     for form in case.forms:
@@ -138,16 +138,18 @@ def future_stays_ahead(case: Case) -> None:
 
     Those that see what is not finite are NaN, and so is the state.
     """
-    o = operands(case.spec, **case.size, dtype=torch.float32)
+    finite = abs(case.value) < 1e31
+    # in float32 the squares of huge numbers overflow; in float64 cancelling gradients keep their digits
+    o = operands(case.spec, **case.size, dtype=torch.float32 if finite else torch.float64)
+    tolerance = 1e-4 if finite else 1e-8
     batch, token = divmod(case.place, case.size["tokens"])
     head = case.size["heads"] - 1
     spoilt, where = spoil(o, case, batch, token, head)
     sees = seeing(case, where, batch, token, head, o.q.shape[:3])
-    finite = abs(case.value) < 1e31
     for form in case.forms:
         results = []
         for given in (o, spoilt):
-            tensors = leaves(given)
+            tensors = asked(given)
             y, state = run(case, given, form, case.calls())
             loss = y[~sees].square().sum()
             grads = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True, materialize_grads=True)
@@ -156,27 +158,24 @@ def future_stays_ahead(case: Case) -> None:
         if not all(x.isfinite().all() for x in (y, *grads.values())):
             # the operands alone are too much for float32
             return
-        assert close(z[~sees], y[~sees], 1e-4), form
+        assert close(z[~sees], y[~sees], tolerance), form
         if finite:
             continue
         assert not z[sees].isfinite().any(), form
+        if where != "q":
+            assert not all(x[batch, head].isfinite().all() for x in after.tensors.values()), form
         for name, x in grads.items():
             assert found[name].isfinite().all(), f"{form}: {name}"
-            assert (found[name] - x).norm() <= 1e-4 * x.norm() + 1e-6, f"{form}: {name}"
+            assert (found[name] - x).norm() <= 1e-6 * x.norm() + 1e-9, f"{form}: {name}"
         for name, x in after.tensors.items():
             apart = torch.ones(x.shape[:2], dtype=torch.bool)
             apart[batch, head] = False
-            assert close(x[apart], state.tensors[name][apart], 1e-4), f"{form}: {name}"
+            assert close(x[apart], state.tensors[name][apart], tolerance), f"{form}: {name}"
 
 
-def leaves(o: Operands) -> dict[str, torch.Tensor]:
+def asked(o: Operands) -> dict[str, torch.Tensor]:
     """Every operand by name, asked for its gradient."""
-    found = {"q": o.q, "k": o.k, "v": o.v} | {f"weights.{name}": x for name, x in o.weights.items()}
-    found |= {f"lr.{name}": x for name, x in o.options["lr"].items()}
-    found |= {name: x for name, x in o.options.items() if name != "lr"}
-    for x in found.values():
-        x.requires_grad_()
-    return found
+    return {name: x.requires_grad_() for name, x in leaves(o).items()}
 
 
 def spoil(o: Operands, case: Case, batch: int, token: int, head: int) -> tuple[Operands, str]:

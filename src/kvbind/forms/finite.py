@@ -28,7 +28,8 @@ Form = Callable[[InnerLoop, Tensor, Tokens, State], tuple[Tensor, State]]
 
 def known_finite(*tensors: Tensor) -> bool:
     """Whether all numbers are known to be finite: looked at on a CPU alone, and not while anything is traced."""
-    if torch.compiler.is_compiling() or any(x.device.type != "cpu" for x in tensors):
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or any(x.device.type != "cpu" for x in tensors):
         return False
     try:
         # a sum is finite only of finite numbers, and takes half as long as looking at each
@@ -94,7 +95,9 @@ def guarded(form: Form, spec: InnerLoop, q: Tensor, tokens: Tokens, state: State
         tokens: what writes.
         state: where the sequences stopped.
     """
-    if known_finite(q, *tokens.tensors().values(), *state.tensors.values()):
+    # a token on its own, as in decoding, has none behind it
+    alone = q.shape[2] == 1 and not torch.is_grad_enabled()
+    if alone or known_finite(q, *tokens.tensors().values(), *state.tensors.values()):
         return form(spec, q, tokens, state)
     pending = state.pending()
     old = 0 if pending is None else len(pending)
