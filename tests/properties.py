@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import kvbind
 from kvbind.forms import blockwise, parallel
 from kvbind.forms.analysis import parallel_obstacles
-from strategies import Operands, error, leaves, operands, parallel_specs, small_sizes, specs
+from strategies import Operands, leaves, operands, parallel_specs, small_sizes, specs
 
 CAUSAL = ("past", "chunk", "token")
 VALUES = (float("nan"), float("inf"), float("-inf"), 1e30)
@@ -99,10 +99,9 @@ def run(case: Case, o: Operands, form: str, calls: list[tuple[int, int]]) -> tup
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    """Whether two tensors are equal but for rounding; where the numbers themselves overflow, both do."""
-    if not expected.isfinite().all():
-        return True
-    return error(found, expected) < tolerance or bool((found - expected).abs().max() < 1e-12)
+    """Whether two tensors are equal but for rounding, of operands of order one; true of numbers that overflow."""
+    # gradients of what cancels, such as a rate before Newton-Schulz, are made of rounding
+    return not expected.isfinite().all() or bool((found - expected).norm() <= tolerance * expected.norm().clamp(min=1))
 
 
 def forms_agree(case: Case) -> None:
@@ -166,7 +165,7 @@ def future_stays_ahead(case: Case) -> None:
             assert not all(x[batch, head].isfinite().all() for x in after.tensors.values()), form
         for name, x in grads.items():
             assert found[name].isfinite().all(), f"{form}: {name}"
-            assert (found[name] - x).norm() <= 1e-6 * x.norm() + 1e-9, f"{form}: {name}"
+            assert close(found[name], x, tolerance), f"{form}: {name}"
         for name, x in after.tensors.items():
             apart = torch.ones(x.shape[:2], dtype=torch.bool)
             apart[batch, head] = False
