@@ -21,7 +21,7 @@ PARALLEL := --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 VERSION_TESTS := tests/models tests/tasks tests/train/test_config.py tests/train/test_checkpoint.py tests/test_cli.py \
 	tests/experiments/test_report_page.py tests/experiments/test_figures.py tests/test_locked.py
 
-.PHONY: table2 test test-faults test-newest test-oldest lock clean
+.PHONY: table2 test test-faults test-nightly test-newest test-oldest lock clean
 
 table2: $(RUN)/.lock  ## train the ladder on real text and write its report to runs/
 	$(RUN)/bin/kvbind reproduce table2 --task language --scale smoke
@@ -31,6 +31,9 @@ test: $(TEST)/.lock  ## lint, types and tests
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/mypy
 	$(PYTEST) $(TEST)/bin/pytest $(PARALLEL)
+
+test-nightly: $(TEST)/.lock  ## ten thousand drawn inner loops: forms and calls agree, the future stays ahead
+	$(TEST)/bin/python tests/nightly.py --draws 10000 --out results/properties-cpu.json
 
 test-faults: $(TEST)/.lock  ## 200 kills at random moments, 2000 flipped bits, full disks and broken files
 	KVBIND_KILLS=200 KVBIND_FLIPS=2000 OMP_NUM_THREADS=1 $(TEST)/bin/pytest tests/faults

@@ -113,6 +113,13 @@ def operands(spec, batch=2, tokens=7, heads=2, key_width=3, value_width=4, hidde
     return Operands(weights, q, k, v, options)
 
 
+def leaves(o):
+    """Every operand of a call by name."""
+    found = {"q": o.q, "k": o.k, "v": o.v} | {f"weights.{name}": x for name, x in o.weights.items()}
+    found |= {f"lr.{name}": x for name, x in o.options["lr"].items()}
+    return found | {name: x for name, x in o.options.items() if name != "lr"}
+
+
 def error(x, reference):
     """Relative error in norm; NaN where either has one."""
     return float(

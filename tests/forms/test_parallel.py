@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import kvbind
 from kvbind import Linear, NewtonSchulz, SwiGLU
 from kvbind.forms import blockwise, parallel
-from strategies import error, operands, parallel_specs, small_sizes
+from strategies import error, leaves, operands, parallel_specs, small_sizes
 
 CAUSAL = ("past", "chunk", "token")
 schedules = st.fixed_dictionaries(
@@ -48,13 +48,6 @@ def test_parallel_equals_recurrent(spec, size, cut, schedule):
     assert after.pending_lengths == state.pending_lengths
     for name, x in state.tensors.items():
         assert torch.allclose(after.tensors[name], x, rtol=1e-9, atol=1e-11), name
-
-
-def leaves(o):
-    found = {"q": o.q, "k": o.k, "v": o.v} | {f"weights.{name}": x for name, x in o.weights.items()}
-    found |= {f"lr.{name}": x for name, x in o.options["lr"].items()}
-    found |= {name: x for name, x in o.options.items() if name != "lr"}
-    return found
 
 
 def gradients(spec, o, form, cut):

@@ -1,9 +1,12 @@
+import math
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbind.bench.accuracy import scan_errors
-from kvbind.forms.scan import decay_matrix, linear_scan
+from kvbind.forms.scan import decay_matrix, linear_scan, product_of, products_after
 from strategies import error
 
 
@@ -45,3 +48,28 @@ def test_scan_has_finite_gradients_at_gates_of_zero():
     linear_scan(gates, writes, initial).sum().backward()
     assert torch.isfinite(gates.grad).all()
     assert error(gates.grad, torch.tensor([[[2.0, 1.5 * 2 * 1.3, 1.0 * 2]]])) < 1e-6
+
+
+@pytest.mark.parametrize("gates", [[0.5, 1e-30, 1e-20, 0.3], [0.5, 0.0, 1e-30, 0.3], [0.0, 0.0, 2.0], [0.7], []])
+def test_products_of_gates_have_exact_gradients_at_any_gate(gates):
+    """In float32, of which the product of two gates may be too small where that of the others is not."""
+    low = torch.tensor([[gates]], requires_grad=True)
+    products = torch.cat((product_of(low)[..., None], products_after(low)), -1)
+    n = len(gates)
+    for i in range(n + 1):
+        spans = range(n) if i == 0 else range(i, n)
+        (found,) = torch.autograd.grad(products[0, 0, i], low, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for t in range(n):
+            others = math.prod(gates[s] for s in spans if s != t) if t in spans else 0.0
+            assert found[0, 0, t].item() == pytest.approx(others, rel=1e-5, abs=1e-45)
+
+
+def test_a_scan_keeps_what_is_not_finite_from_what_comes_before_it():
+    gates, writes, initial = torch.full((1, 1, 80), 0.5), torch.ones(1, 1, 80, 3), torch.ones(1, 1, 3)
+    expected = linear_scan(gates, writes, initial)
+    for x in (gates, writes):
+        changed = x.clone()
+        changed[0, 0, 50] = math.inf
+        found = linear_scan(*(changed if y is x else y for y in (gates, writes)), initial)
+        assert torch.equal(found[:, :, :50], expected[:, :, :50])
+        assert not found[:, :, 50:].isfinite().any()

@@ -57,6 +57,32 @@ def test_packed_sequences_do_not_see_one_another(window, bounds):
     torch.testing.assert_close(got[0], plain(q[0], k[0], v[0], window, starts_of(bounds)))
 
 
+@pytest.mark.parametrize("where", [0, 1, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{}, {"cu_seqlens": (0, 90, 300)}, {"ahead": 20}, {"ahead": 20, "held": (5,)}])
+def test_what_is_not_finite_reaches_only_what_sees_it(where, value, options):
+    ahead, window, token = options.get("ahead", 0), 40, 70
+    given = [x[:, ahead:] if i == 0 else x for i, x in enumerate(operands(1, 300))]
+    changed = [x.clone() for x in given]
+    changed[where][0, token, 1, 0] = value
+    sees = torch.zeros(1, 300 - ahead, 2, dtype=torch.bool)
+    if where:
+        # of keys, those ahead count; no window reaches past a boundary
+        sees[0, token - ahead : min(token - ahead + window, options.get("cu_seqlens", (0, 300))[1]), 1] = True
+    else:
+        sees[0, token, 1] = True
+    results = []
+    for tensors in (given, changed):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        y = window_attention(*leaves, window, **options)
+        results.append((y, torch.autograd.grad(y[~sees].square().sum(), leaves)))
+    (y, grads), (z, found) = results
+    assert z[sees].isnan().all()
+    torch.testing.assert_close(z[~sees], y[~sees])
+    for x, expected in zip(found, grads, strict=True):
+        torch.testing.assert_close(x, expected)
+
+
 @pytest.mark.parametrize("held", [(6, 6), (6, 2), (0, 5)])
 @pytest.mark.parametrize("length", [1, 4, 20])
 @pytest.mark.parametrize("block", [1, 4, 256])

@@ -83,6 +83,7 @@ class Case:
         cu_seqlens: boundaries of packed sequences.
         update_tokens: tokens that write, of visibility "full".
         wide_newton_schulz: Newton-Schulz runs in float32 for bfloat16 operands too.
+        small_gates: retention gates are between 1 and 1e-30, many of them small.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Case:
     cu_seqlens: tuple[int, ...] | None = None
     update_tokens: slice | None = None
     wide_newton_schulz: bool = False
+    small_gates: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -211,10 +213,12 @@ def cases(scale: Scale) -> list[Case | Piece]:
 
     # the recurrent form keeps a state for every token, or loops over them
     narrow, causal = at(s.narrow, 2, s.short), systems.linear_attention()
-    decayed = InnerLoop(network=Linear(), chunk=1, visibility="token", momentum=True, retention=True)
+    gated = InnerLoop(network=Linear(), chunk=1, visibility="token", retention=True)
     add("linear attention", causal, narrow)
     add("linear attention in chunks", causal.replace(chunk=16, token_lr=True), narrow, both=False)
-    add("linear attention, momentum and retention", decayed, narrow, both=False)
+    add("linear attention, momentum and retention", gated.replace(momentum=True), narrow, both=False)
+    add("linear attention, retention", gated, narrow, both=False)
+    add("linear attention, retention gates of all sizes", gated, narrow, both=False, small_gates=True)
     for split in (1, 3, 6):
         size = replace(full, heads=split * s.heads, width=s.width // split)
         add(f"linear attention, {size.heads} heads", causal, size, both=False, reference="parallel")
@@ -400,6 +404,10 @@ def of_case(case: Case, narrow: torch.dtype, device: torch.device) -> Evaluation
     """Of an inner loop."""
     wide, exact = torch.float32, torch.float64
     drawn = draw_leaves(case.spec, case.size, device, hidden=case.hidden, value_width=case.value_width, dtype=exact)
+    if case.small_gates:
+        generator = torch.Generator(device).manual_seed(0)
+        shape = drawn["retention"].shape
+        drawn["retention"] = 10 ** (-30 * torch.rand(shape, generator=generator, dtype=exact, device=device).square())
     rounded = in_precision(drawn, narrow, wide)
     del drawn
     slopes: Leaves = {}

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvbind.forms import fused, planned
 from kvbind.forms.analysis import NoParallelFormError, explain, parallel_obstacles
 from kvbind.forms.autocast import without_autocast
+from kvbind.forms.finite import guarded
 from kvbind.forms.parallel import parallel
 from kvbind.forms.recurrent import chunk_update, chunks, recurrent
 from kvbind.forms.sharded import sharded
@@ -123,7 +124,8 @@ def _evaluate(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, Stat
     kernels = fused.engine(spec, call, form)
     if kernels is not None:
         return kernels(spec, call)
-    return (parallel if form == "parallel" else recurrent)(spec, call.q.to(call.state.dtype), call.tokens, call.state)
+    run = parallel if form == "parallel" else recurrent
+    return guarded(run, spec, call.q.to(call.state.dtype), call.tokens, call.state)
 
 
 def _run(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, State]:

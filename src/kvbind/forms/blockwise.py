@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvbind.forms.finite import known_finite, seen_product, spoilt
 from kvbind.forms.recurrent import prefix_means
-from kvbind.forms.scan import decay_matrix
+from kvbind.forms.scan import decay_matrix, up_to
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.networks import gated
@@ -64,11 +65,11 @@ class Coefficients:
         else:
             keep = decay_matrix(retention)
             keep_reach = retention[..., :1] * keep[..., 0]
-        state_momentum = sign * (keep @ buffer_reach[..., None])[..., 0]
+        state_momentum = sign * seen_product(keep, buffer_reach[..., None], up_to(keep))[..., 0]
         return Coefficients(
             F.pad(keep_reach, (1, 0), value=1.0),
             F.pad(state_momentum, (1, 0)),
-            F.pad(sign * (keep @ buffer), (0, 0, 1, 0)),
+            F.pad(sign * seen_product(keep, buffer, up_to(keep)), (0, 0, 1, 0)),
             F.pad(buffer_reach, (1, 0), value=0.0 if momentum is None else 1.0),
             F.pad(buffer, (0, 0, 1, 0)),
         )
@@ -152,12 +153,15 @@ def _blocks(spec: InnerLoop, chunk: int, q: Tensor | None, tokens: Tokens, fast:
             elif rate != 1.0:
                 among = among * rate
             right = torch.cat((g, on_state, on_momentum), dim=-1)
-            solved = torch.linalg.solve_triangular(among, right, upper=False, unitriangular=True)
+            solved = _solved(among, right, place[:, None] > place[None, :])
             g, on_state, on_momentum = solved.split((g.shape[-1], write.shape[-1], write.shape[-1]), dim=-1)
         solved_state, solved_momentum = on_state, on_momentum if spec.momentum else None
 
-    into_state = rate * share.state_writes[..., complete, place, None]
-    into_momentum = rate * share.momentum_writes[..., complete, place, None] if spec.momentum else None
+    # of tokens in complete chunks; the others are pending
+    whole = complete * chunk
+    its_rate = rate[..., :whole, :] if isinstance(rate, Tensor) else rate
+    into_state = its_rate * share.state_writes[..., complete, place[:whole], None]
+    into_momentum = its_rate * share.momentum_writes[..., complete, place[:whole], None] if spec.momentum else None
     keep = share.state_state[..., complete, None, None], share.state_momentum[..., complete, None, None]
     keep_momentum = share.momentum_momentum[..., complete, None, None]
 
@@ -177,11 +181,11 @@ def _blocks(spec: InnerLoop, chunk: int, q: Tensor | None, tokens: Tokens, fast:
             if solved_momentum is not None:
                 own = own - solved_momentum[:, :, b] @ momentum
         descents.append(own)
-        columns = write[:, :, b].mT
-        state = block(keep[0], b) * state + columns @ (block(into_state, b) * own)
+        columns, enters = write[:, :, b, :whole].mT, own[:, :, :whole]
+        state = block(keep[0], b) * state + columns @ (block(into_state, b) * enters)
         if momentum is not None and into_momentum is not None:
             state = state + block(keep[1], b) * momenta[-1]
-            momentum = block(keep_momentum, b) * momentum + columns @ (block(into_momentum, b) * own)
+            momentum = block(keep_momentum, b) * momentum + columns @ (block(into_momentum, b) * enters)
 
     end = FastWeights(dict(fast.weights) | {"out": state}, {} if momentum is None else {"out": momentum}, fast.norms)
     if q is None:
@@ -192,8 +196,37 @@ def _blocks(spec: InnerLoop, chunk: int, q: Tensor | None, tokens: Tokens, fast:
     if momenta:
         output = output + on_momentum[..., None] * (read @ torch.stack(momenta, 2))
     if interacting:
-        output = output + (on_tokens * (read @ write.mT)) @ (rate * torch.stack(descents, 2))
+        seen = _seen(spec, place)
+        attention = torch.where(seen, on_tokens * (read @ write.mT), 0.0)
+        output = output + seen_product(attention, rate * torch.stack(descents, 2), seen)
     return gated(network.gate(weights, q), output), end
+
+
+def _seen(spec: InnerLoop, place: Tensor) -> Tensor:
+    """Which of its block's tokens, in the chunks that `place` tells, each token sees: bool `[L, L]`."""
+    ahead = place[:, None] - place[None, :]
+    if spec.visibility == "token":
+        token = torch.arange(len(place), device=place.device)
+        return token[:, None] >= token[None, :]
+    return ahead > 0 if spec.visibility == "past" else ahead >= 0
+
+
+def _solved(among: Tensor, right: Tensor, seen: Tensor) -> Tensor:
+    """`x` of `x + among x = right`, of which row i depends on the rows that it sees alone.
+
+    Args:
+        among: `[..., L, L]`, of which only what rows see is read.
+        right: `[..., L, m]`.
+        seen: bool `[L, L]`, below the diagonal.
+    """
+    among = torch.where(seen, among, 0.0)
+    if known_finite(among, right):
+        return torch.linalg.solve_triangular(among, right, upper=False, unitriangular=True)
+    wrong = ~(right.isfinite().all(-1) & among.isfinite().all(-1))
+    among, right = (x.masked_fill(wrong[..., None], 0.0) for x in (among, right))
+    solved = torch.linalg.solve_triangular(among, right, upper=False, unitriangular=True)
+    # rows pass it on to all that see them
+    return spoilt(solved, (wrong | (seen & wrong[..., None, :]).any(-1))[..., None])
 
 
 def _chunk_means(gate: Tensor | None, chunk: int) -> Tensor | None:

@@ -1,7 +1,8 @@
 """First-order scans `y_c = g_c y_{c-1} + x_c` by products alone.
 
 Dividing by a cumulative product of gates (`cumprod`, then `cumsum`) loses the sum as soon as that product underflows.
-Here no quantity is ever divided: a gate's product over a span underflows only where its contribution does.
+Here no quantity is ever divided, in gradients neither: a gate's product over a span underflows only where its contribution
+does.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kvbind.forms.finite import seen_product
 
 BLOCK = 32
 
@@ -40,10 +43,22 @@ def decay_matrix(gates: Tensor) -> Tensor:
     return spans[..., 0, :n, :n]
 
 
+def up_to(matrix: Tensor) -> Tensor:
+    """Which columns each row of a lower triangular `[..., n, n]` sees, bool `[n, n]`."""
+    return torch.ones(matrix.shape[-2:], dtype=torch.bool, device=matrix.device).tril()
+
+
 def products_after(gates: Tensor) -> Tensor:
-    """The product of all gates behind each, along the last axis: `prod_{s>c} g_s`, 1 for the last."""
+    """The product of all gates behind each of `[B, H, N]`, along the last axis: `prod_{s>c} g_s`, 1 for the last."""
     behind = F.pad(gates[..., 1:], (0, 1), value=1.0) if gates.shape[-1] else gates
-    return behind.flip(-1).cumprod(-1).flip(-1)
+    # the gradients of `cumprod` and `prod` divide by gates
+    nothing, one = torch.zeros_like(gates)[..., None], gates.new_ones(*gates.shape[:2], 1)
+    return linear_scan(behind.flip(-1), nothing, one).squeeze(-1).flip(-1)
+
+
+def product_of(gates: Tensor) -> Tensor:
+    """The product of all gates `[B, H, N]`, `[B, H]`."""
+    return (gates[..., :1] * products_after(gates)[..., :1]).prod(-1)
 
 
 def linear_scan(gates: Tensor, writes: Tensor, initial: Tensor) -> Tensor:
@@ -63,7 +78,8 @@ def linear_scan(gates: Tensor, writes: Tensor, initial: Tensor) -> Tensor:
     for start in range(0, shape[2], BLOCK):
         inside = decay_matrix(gates[:, :, start : start + BLOCK])
         reach = gates[:, :, start : start + 1] * inside[..., 0]
-        block = inside @ flat[:, :, start : start + BLOCK] + reach[..., None] * carry[:, :, None]
+        writing = flat[:, :, start : start + BLOCK]
+        block = seen_product(inside, writing, up_to(inside)) + reach[..., None] * carry[:, :, None]
         states.append(block)
         carry = block[:, :, -1]
     return torch.cat(states, dim=2).reshape(shape) if states else writes

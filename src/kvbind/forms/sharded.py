@@ -21,7 +21,7 @@ from torch import Tensor
 from kvbind.forms import fused
 from kvbind.forms.analysis import sequence_schedule
 from kvbind.forms.parallel import runs_blockwise, segment
-from kvbind.forms.scan import products_after
+from kvbind.forms.scan import product_of, products_after
 from kvbind.forms.state import State
 from kvbind.forms.summary import block_summary, stacked, unstacked
 from kvbind.forms.tokens import Tokens
@@ -166,7 +166,7 @@ class _Across:
         end: Tensor | None,
         meanwhile: Callable[[], None] | None = None,
     ) -> Tensor:
-        reach = start.new_ones(start.shape[:2]) if gates is None else gates.prod(-1)
+        reach = start.new_ones(start.shape[:2]) if gates is None else product_of(gates)
         continues = self.exchanges.shard.here.before > 0
         if end is None:
             end = writes.sum(2) if gates is None else torch.einsum("bhn,bhnij->bhij", products_after(gates), writes)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvbind.forms.blockwise import advance
-from kvbind.forms.scan import linear_scan, products_after
+from kvbind.forms.scan import linear_scan, product_of, products_after
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.networks import gated
 from kvbind.inner.rule import FastWeights
@@ -63,7 +63,7 @@ def _dot_summary(spec: InnerLoop, tokens: Tokens, fast: FastWeights) -> tuple[Te
 
     retention = per_chunk(tokens.retention)
     in_state = products_after(retention)
-    rows = [[retention.prod(-1)]]
+    rows = [[product_of(retention)]]
     shares = [in_state]
     if spec.momentum:
         momentum = per_chunk(tokens.momentum)
@@ -72,7 +72,7 @@ def _dot_summary(spec: InnerLoop, tokens: Tokens, fast: FastWeights) -> tuple[Te
         start = in_state.new_zeros(*in_state.shape[:2], 1)
         in_state = linear_scan(behind.flip(-1), in_state.flip(-1)[..., None], start).squeeze(-1).flip(-1)
         of_buffer = (momentum * in_state)[..., :1].sum(-1)
-        rows = [[rows[0][0], spec.sign * of_buffer], [torch.zeros_like(of_buffer), momentum.prod(-1)]]
+        rows = [[rows[0][0], spec.sign * of_buffer], [torch.zeros_like(of_buffer), product_of(momentum)]]
         shares = [in_state, products_after(momentum)]
     reach = torch.stack([torch.stack(row, -1) for row in rows], -2)
 

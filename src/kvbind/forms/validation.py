@@ -6,13 +6,13 @@ import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvbind.forms.state import State
-from kvbind.forms.tokens import Tokens
+from kvbind.forms.tokens import Tokens, as_factor
 from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
@@ -300,11 +300,8 @@ def choose_update_tokens(
         raise TypeError(f"update_tokens must be a slice or a bool tensor [T] or [B, T]; got {chosen!r}")
     if tuple(mask.shape) not in ((length,), (batch, length)):
         raise ValueError(f"update_tokens must be [T] = [{length}] or [B, T] = [{batch}, {length}]; got {list(mask.shape)}")
-    return Tokens(
-        tokens.k,
-        tokens.v,
-        tokens.rates,
-        tokens.momentum,
-        tokens.retention,
-        mask.to(tokens.k.device).expand(batch, length).unsqueeze(1),
-    )
+    mask = mask.to(tokens.k.device).expand(batch, length).unsqueeze(1)
+    # what does not write may be anything; a convolution has it as a neighbour
+    idle = ~mask
+    written = replace(tokens.map(lambda x: x.masked_fill(as_factor(idle, x), 0.0)), mask=mask)
+    return replace(written, k=tokens.k) if isinstance(spec.network, DepthwiseConv) else written

@@ -2,7 +2,8 @@
 
 The forward pass reads keys and values for the segments' writes, scans those, and sweeps over the tokens once
 (`kvbind.kernels.causal_kernels`); where sequences and heads alone fill the card, the sweep is all there is. The backward
-pass is three sweeps more. Kept for it: the operands and one state per segment.
+pass is three sweeps more. Kept for it: the operands and one state per segment; with gates, the backward pass makes a state
+per tile while it runs.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from torch import Tensor
 
 from kvbind.inner.value import check_choice, check_positive_int
 from kvbind.kernels import direct
-from kvbind.kernels.causal_kernels import TILE, Segments, gate_gradients, segment_states, sweep, sweep_blocks
+from kvbind.kernels.causal_gates import gate_gradients
+from kvbind.kernels.causal_kernels import sweep, sweep_blocks
+from kvbind.kernels.causal_segments import TILE, Segments, segment_states
 from kvbind.kernels.common import cdiv, last_contiguous, multiprocessors
 
 MODES = ("token", "past", "chunk")
 LEAST_SEGMENT = 4 * TILE
 """A segment of fewer tokens costs more in states than it gains in parallel work."""
-LONGEST_GATED_SEGMENT = 1024
-"""Where gates are differentiated, running sums over tokens start anew in each segment; this bounds their rounding."""
 SPLITTING = 1.5
 """How much longer a sequence takes when its segments' writes are computed first: keys and values are read twice."""
 
@@ -37,22 +38,19 @@ def _segments_each(programs: int, slots: int) -> int:
     return min(range(1, max(2 * slots // max(programs, 1), 1) + 1), key=time)
 
 
-def segment_length(q: Tensor, v: Tensor, step: int, gated: bool) -> int:
+def segment_length(q: Tensor, v: Tensor, step: int) -> int:
     """Tokens of a segment: a multiple of `step`, so that few segments cover the card evenly.
 
     Args:
         q: `[B, T, H, Dk]`.
         v: `[B, T, H, Dv]`.
         step: tokens that a tile advances by.
-        gated: there are retention gates.
     """
     batch, tokens, heads, width = v.shape
     blocks = sweep_blocks(q.dtype, q.shape[-1], width)
     programs = int(batch) * int(heads) * cdiv(int(width), blocks.columns)
     each = _segments_each(programs, blocks.resident * multiprocessors(v, elsewhere=8))
     length = max((tokens + each - 1) // each, LEAST_SEGMENT)
-    if gated:
-        length = min(length, LONGEST_GATED_SEGMENT)
     return (length + step - 1) // step * step
 
 
@@ -90,13 +88,18 @@ def segment_table(cu_seqlens: Tensor, tokens: int, length: int) -> tuple[Tensor,
     return table.to(torch.int32), offsets.to(torch.int32)
 
 
-def _cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int, gated: bool) -> Segments:
-    length = segment_length(q, v, TILE // chunk * chunk, gated)
+def _cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int) -> Segments:
+    length = segment_length(q, v, TILE // chunk * chunk)
     if cu_seqlens is None:
         each = max(1, (q.shape[1] + length - 1) // length)
         return Segments(length, each, q.shape[0] * each, q.shape[0], None, None)
     table, offsets = segment_table(cu_seqlens, q.shape[1], length)
     return Segments(length, 0, len(table), len(cu_seqlens) - 1, table, offsets)
+
+
+def _unmarked(segments: Segments, q: Tensor) -> Tensor:
+    """Of no segment it is known that something in it is not finite."""
+    return torch.zeros((segments.count, q.shape[2]), dtype=torch.int32, device=q.device)
 
 
 def _whole(x: Tensor | None) -> Tensor | None:
@@ -118,7 +121,7 @@ def _forward(
     return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, final states, and the states in which segments start; either of the latter empty where there is no need."""
-    segments = _cut(q, v, cu_seqlens, chunk, retention is not None)
+    segments = _cut(q, v, cu_seqlens, chunk)
     q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
     rates, retention, initial_state = _whole(rates), _whole(retention), _whole(initial_state)
     final, starts = _new_states(q, v, segments, return_state)
@@ -127,7 +130,7 @@ def _forward(
         starts = states = segment_states(segments, k, v, initial_state, rates=rates, gates=retention, sign=sign)
     out, _, _ = sweep(
         segments, q, k, v, states=states, rates=rates, gates=retention, chunk=chunk, strict=strict, sign=sign,
-        end=final if return_state else None,
+        wrongs=_unmarked(segments, q), end=final if return_state else None,
     )  # fmt: skip
     return out, final, starts
 
@@ -141,7 +144,7 @@ def _new_states(q: Tensor, v: Tensor, segments: Segments, return_state: bool) ->
 
 @_forward.register_fake
 def _(q, k, v, rates, retention, initial_state, cu_seqlens, chunk, strict, sign, return_state):
-    segments = _cut(q, v, cu_seqlens, chunk, retention is not None)
+    segments = _cut(q, v, cu_seqlens, chunk)
     return v.new_empty(v.shape), *_new_states(q, v, segments, return_state)
 
 
@@ -164,35 +167,38 @@ def _backward(
     needs_initial_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, rates, retention and the initial state; empty where nobody needs them."""
-    segments = _cut(q, v, cu_seqlens, chunk, retention is not None)
+    segments = _cut(q, v, cu_seqlens, chunk)
     q, k, v, d_out = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(d_out)
     rates, gates, initial_state, d_final = _whole(rates), _whole(retention), _whole(initial_state), _whole(d_final)
     initial_states, d_states = (initial_state, d_final) if segments.single else (starts, None)
     if not segments.single:
         d_states = segment_states(segments, q, d_out, d_final, rates=None, gates=gates, sign=1, reverse=True)
+    heads, widths = q.shape[2], (v.shape[3], q.shape[3])
     d_initial = q.new_empty((segments.sequences if needs_initial_state else 0, *starts.shape[1:]), dtype=torch.float32)
-    gated = gates is not None
+    kept = None if gates is None else q.new_empty((segments.tiles(q.shape[1]), heads, *widths))
+    wrongs = _unmarked(segments, q)
 
     def go(read: Tensor, key: Tensor, value: Tensor, states: Tensor | None, **options):
         return sweep(
             segments, read, key, value, states=states, rates=rates, gates=gates, chunk=chunk, strict=strict, sign=sign,
-            **options,
+            wrongs=wrongs, **options,
         )  # fmt: skip
 
-    dq, read_dots, _ = go(d_out, v, k, initial_states, transposed=True, primal=q if gated else None)
-    dk, _, _ = go(v, d_out, q, d_states, transposed=True, reverse=True)
-    dv, write_dots, anchors = go(
+    gated = gates is not None
+    dq, read_dots, _ = go(d_out, v, k, initial_states, transposed=True, primal=q if gated else None, kept=kept)
+    dk, write_dots, anchors = go(
+        v, d_out, q, d_states, transposed=True, reverse=True, primal=k if gated else None, kept=kept
+    )  # fmt: skip
+    dv, rate_dots, _ = go(
         k, q, d_out, d_states, reverse=True,
-        end=d_initial if needs_initial_state else None,
-        primal=v if gated or needs_rates else None,
-        starts=initial_states if gated else None,
+        end=d_initial if needs_initial_state else None, primal=v if needs_rates else None,
     )  # fmt: skip
     d_rates = q.new_empty(0, dtype=torch.float32)
     d_retention = torch.empty_like(d_rates)
     if needs_rates:
-        d_rates = write_dots.sum(0)
+        d_rates = rate_dots.sum(0)
     if gates is not None:
-        d_retention = gate_gradients(segments, read_dots, write_dots, rates, gates, anchors)
+        d_retention = gate_gradients(segments, q, k, v, d_out, read_dots, write_dots, anchors, rates, gates, sign)
     return dq, dk, dv, d_rates, d_retention, d_initial
 
 
@@ -201,7 +207,7 @@ def _(
     d_out, d_final, q, k, v, rates, retention, initial_state, starts, cu_seqlens, chunk, strict, sign,
     needs_rates, needs_initial_state,
 ):  # fmt: skip
-    segments = _cut(q, v, cu_seqlens, chunk, retention is not None)
+    segments = _cut(q, v, cu_seqlens, chunk)
     each_token = torch.float32
     return (
         q.new_empty(q.shape),
@@ -258,8 +264,11 @@ def causal_linear_attention(
     With the state `S_t = a_t S_{t-1} + sign r_t k_t^T v_t`, outputs under `mode="token"` are `o_t = q_t S_t`. The other
     modes, without gates, move in chunks of `chunk` tokens from each sequence's start: a token reads the writes of all
     chunks before its own ("past"), or of its own chunk too, later tokens included ("chunk"). Products are of operands in q's
-    dtype, sums and states are float32. Differentiable, once, in every tensor and through the final state; a gate's gradient
-    is that of its logarithm, divided by it, and 0 for gates under 1e-18, which count as 0.
+    dtype, sums and states are float32. Differentiable, once, in every tensor and through the final state. Gates under
+    float32's least normal number count as 0, whose gradient is as exact as any.
+
+    An output depends on what it sees alone: keys, values, rates or gates that are not finite leave every earlier output and
+    its gradients as they are, and make those that see them NaN.
 
     Args:
         q: queries, `[B, T, H, Dk]`, float32, bfloat16 or float16.

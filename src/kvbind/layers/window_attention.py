@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from kvbind.forms.finite import known_finite, spoilt
 from kvbind.kernels.direct import is_transformed
 from kvbind.layers.layout import sequence_starts
 from kvbind.layers.softmax import softmax_attention
@@ -59,18 +60,54 @@ def window_attention(
             may be trained; excludes `cu_seqlens`.
 
     Returns:
-        `[B, T, H, D]` in q's dtype.
+        `[B, T, H, D]` in q's dtype; NaN where a query, or a key or value that it sees, is not finite.
     """
     if not q.shape[1]:
         # an empty slice of a row
         return q
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    # one query has nothing behind it that it must not see; on GPUs numbers are not looked at
+    if q.shape[2] == 1 or q.is_cuda or known_finite(q, k, v):
+        return _attention(q, k, v, window, cu_seqlens, ahead, held).transpose(1, 2)
+    # a weight of 0 would hand what is not finite to every query of a block
+    asks, wrong = ~q.isfinite().all(-1), ~(k.isfinite().all(-1) & v.isfinite().all(-1))
+    q, k, v = q.masked_fill(asks[..., None], 0.0), *(x.masked_fill(wrong[..., None], 0.0) for x in (k, v))
+    output = _attention(q, k, v, window, cu_seqlens, ahead, held)
+    sees = _wrong_in_window(wrong, window, cu_seqlens, ahead, held)
+    return spoilt(output, (asks | sees)[..., None]).transpose(1, 2)
+
+
+def _wrong_in_window(
+    wrong: Tensor, window: int, cu_seqlens: tuple[int, ...] | None, ahead: int, held: tuple[int, ...] | None
+) -> Tensor:
+    """Which queries `[B, H, T]` see any of some keys, `[B, H, ahead + T]`."""
+    place = torch.arange(ahead, wrong.shape[2], device=wrong.device)
+    first = (place - window + 1).clamp(min=0)
+    if cu_seqlens is not None:
+        first = torch.maximum(first, sequence_starts(behind(cu_seqlens, ahead), wrong.device)[ahead:])
+    first = first.expand(wrong.shape[0], 1, -1)
+    if held is not None:
+        first = first.clamp(min=ahead - torch.tensor(held, device=wrong.device)[:, None, None])
+    before = F.pad(wrong.cumsum(-1), (1, 0))
+    return before[..., ahead + 1 :] > before.gather(2, first.expand(*wrong.shape[:2], -1))
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    cu_seqlens: tuple[int, ...] | None,
+    ahead: int,
+    held: tuple[int, ...] | None,
+) -> Tensor:
+    """The attention of PyTorch that fits, to operands `[B, H, T, D]`."""
     short = q.shape[2] <= window and held is None and cu_seqlens is None and not ahead
     # transforms of functions take no compiled kernels
     trained = torch.is_grad_enabled() and q.requires_grad and not is_transformed()
     if trained and q.is_cuda and held is None and not short and q.dtype != torch.float64:
-        return _flex(q, k, v, window, cu_seqlens, ahead).transpose(1, 2)
-    return _blocked(q, k, v, window, cu_seqlens, ahead, held).transpose(1, 2)
+        return _flex(q, k, v, window, cu_seqlens, ahead)
+    return _blocked(q, k, v, window, cu_seqlens, ahead, held)
 
 
 def halo_of(window: int) -> int:
