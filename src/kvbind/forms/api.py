@@ -48,6 +48,7 @@ def ttt(
 
     Differentiable in every tensor. State, norms and accumulation are in float32 (float64 where an input is float64),
     also under autocast. Values of weights are checked for NaN on the CPU alone, as reading them from a GPU stalls it.
+    What is not finite in a token makes NaN of the outputs that see it, and leaves all others as they are.
 
     On NVIDIA GPUs of compute capability 8.0 and up, with Triton installed, kernels run what they cover; their products take
     operands in the dtype of q, k and v, and round a state to it where they read it. Elsewhere, and with `KVBIND_KERNELS=0`,

@@ -44,7 +44,6 @@ from kvbind.kernels.causal_segments import (
     segment,
     state_places,
     token_strides,
-    without,
 )
 from kvbind.kernels.common import cdiv, on_device_of
 
@@ -216,13 +215,16 @@ def _sweep_kernel(
                     gate = tl.load(gates + places, mask=rows, other=1.0)
                     dropped = tl.maximum(dropped, tl.where(gate < float("inf"), 0, 1))
             rate = tl.where(tl.abs(rate) < float("inf"), rate, 0.0)
-            y0, z = without(y0, dropped), without(z, dropped)
+            # read once more without them: selecting rows of float32 operands here does not compile
+            left = rows & (dropped == 0)
+            y0 = read_rows(key_tile, key_places, left, inner, DK, BK)
+            z = read_rows(value + token * value_token, value_places, left, columns, DV, BV)
             if NK > 1:
-                y1 = without(y1, dropped)
+                y1 = read_rows(key_tile + BK, key_places, left, BK + inner, DK, BK)
             if NK > 2:
-                y2 = without(y2, dropped)
+                y2 = read_rows(key_tile + 2 * BK, key_places, left, 2 * BK + inner, DK, BK)
             if NK > 3:
-                y3 = without(y3, dropped)
+                y3 = read_rows(key_tile + 3 * BK, key_places, left, 3 * BK + inner, DK, BK)
             scores = tl.where(dropped[None, :] > 0, 0.0, scores)
 
         if dots is not None and kept is not None:
@@ -408,6 +410,6 @@ def sweep(
                     DK=read.shape[-1], DV=width, TILE=TILE, STEP=TILE // chunk * chunk, CHUNK=chunk, STRICT=strict,
                     REVERSE=reverse, TRANSPOSED=transposed, SIGN=sign, PRECISION=product_precision(read.dtype),
                     BK=blocks.rows, NK=blocks.row_blocks, BV=blocks.columns, CAREFUL=careful,
-                    num_warps=blocks.warps, num_stages=blocks.stages,
+                    num_warps=blocks.warps, num_stages=1 if careful else blocks.stages,
                 )  # fmt: skip
     return out, dots, anchors
