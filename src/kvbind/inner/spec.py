@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -62,6 +63,9 @@ class InnerLoop(Value):
     visibility: Visibility = "past"
     token_lr: bool = True
 
+    # no field: all fields as JSON, empty where the network is of a class that users made
+    text = ""
+
     def __post_init__(self) -> None:
         if not isinstance(self.network, Network):
             raise TypeError(f"network must be one of {', '.join(f'{name}()' for name in NETWORKS)}; got {self.network!r}")
@@ -85,6 +89,9 @@ class InnerLoop(Value):
         else:
             check_positive_int("chunk", self.chunk)
         self._check_combinations()
+        # made here and not when asked: a compiler tells by one string whether it has compiled for this value
+        known = type(self.network) in NETWORKS.values()
+        object.__setattr__(self, "text", json.dumps(self.to_dict()) if known else "")
 
     def _check_combinations(self) -> None:
         if self.clip and self.orthogonalize is not None:
