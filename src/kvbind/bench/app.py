@@ -256,6 +256,9 @@ def peers(
 
 @app.command()
 def verify(
+    what: Annotated[
+        str, typer.Option(help="operators: kernels against float64; models: what the documentation promises of them.")
+    ] = "operators",
     only: Annotated[str, typer.Option(help="Only cases whose name has this in it.")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto for what the device computes in.")] = "auto",
     small: Annotated[bool, typer.Option("--small", help="Small sizes, for kernels interpreted on a CPU.")] = False,
@@ -264,14 +267,22 @@ def verify(
     device: Device = "auto",
     out: Out = None,
 ) -> None:
-    """Hold kernels to the PyTorch forms in float64: outputs, states and every gradient, over many inner loops.
+    """Hold kernels to the PyTorch forms in float64, or models to what is promised of them: compiled, generating, training.
 
-    Exits with code 1 where a case fails, where one was not run, and where no kernel runs on the device at all.
+    Exits with code 1 where a case fails or was not run; of operators, also where no kernel runs on the device at all.
     """
-    from kvbind.bench.kernel_tables import summary_grid, verify_grid
+    from kvbind.bench.kernel_tables import promises_grid, summary_grid, verify_grid
+    from kvbind.bench.promises import kept_promises
     from kvbind.bench.verify import DTYPES, verified
 
     place = _device(device)
+    if _some(what, ("operators", "models"), "what") == ("models",):
+        record = _watch(kept_promises(place, small=small, only=only, budget=budget), out, every=5)
+        _show(promises_grid(record))
+        _point_to(out)
+        if not all(row["passed"] for row in record["rows"]):
+            raise typer.Exit(1)
+        return
     dtypes = None if dtype == "auto" else _some(dtype, DTYPES, "dtype")
     records = verified(place, dtypes=dtypes, small=small, only=only, budget=budget, workers=workers)
     record = _watch(records, out, every=20)

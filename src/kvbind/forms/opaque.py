@@ -1,9 +1,9 @@
 """An inner loop as one operator, for what `torch.compile` makes for the CPU.
 
-A compiler that looks inside writes out every chunk and every step of Newton-Schulz: graphs of hundreds of nodes for each
-layer, of another form for each length, whose code takes minutes to compile and, as nearly all of it are products, hardly gains.
-Behind an operator the forms run as they do uncompiled, with the same rounding. Its backward pass runs the forward one again.
-On GPUs the kernels are operators already.
+A compiler that looks inside writes out every chunk and every step of Newton-Schulz: hundreds of nodes for each layer, others
+for each length, which take long to compile and hardly gain, as nearly all of them are products. Behind an operator the
+forms run as they do uncompiled, with the same rounding; its backward pass runs the forward one again. On GPUs kernels are
+operators already.
 """
 
 from __future__ import annotations
@@ -174,8 +174,7 @@ def _backward(
 _library.impl("inner_loop_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("kvbind::inner_loop_backward")
-def _(
+def _backward_shapes(
     text: str,
     form: str,
     pending: Sequence[int],
@@ -186,6 +185,9 @@ def _(
     grads: Sequence[Tensor],
 ) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors if x.is_floating_point()]
+
+
+torch.library.register_fake("kvbind::inner_loop_backward", _backward_shapes)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -85,7 +85,7 @@ class Waiting:
         state, count = self.state, self.count + q.shape[1]
         if spec.visibility != "past" or not state.has_room or q.shape[0] != state.batch or not q.shape[1]:
             return None
-        if (state.spec is not spec and state.spec != spec) or max(state.pending_lengths) + count >= (spec.chunk or 0):
+        if not state.spec.same_as(spec) or max(state.pending_lengths) + count >= (spec.chunk or 0):
             return None
         with without_autocast(q.device.type):
             read = made["k"] if spec.query == "key" else q
