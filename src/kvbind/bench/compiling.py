@@ -14,7 +14,7 @@ WAYS = ("model", "blocks")
 """`model.compile(fullgraph=True)`, or `block.compile(fullgraph=True)` of each block, all of which share one graph."""
 
 
-def compiled_step(fields: dict[str, Any]) -> dict[str, Any]:
+def compiled_step(fields: dict[str, Any], backend: str = "inductor") -> dict[str, Any]:
     """Seconds of the first training step, of one more, of the first at another length; processor seconds of the first."""
     import torch
 
@@ -41,8 +41,10 @@ def compiled_step(fields: dict[str, Any]) -> dict[str, Any]:
     tokens = fields["tokens"]
     # what PyTorch starts at its own first step
     step(tokens)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     for part in [model] if fields["way"] == "model" else model.model.layers:  # type: ignore[union-attr]
-        part.compile(fullgraph=True)  # type: ignore[union-attr]
+        part.compile(fullgraph=True, backend=backend)  # type: ignore[union-attr]
     (first, used), (again, _), (other, _) = step(tokens), step(tokens), step(tokens + chunk // 2 + 3)
     found = torch._dynamo.utils.counters["stats"]
     return {

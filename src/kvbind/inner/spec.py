@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -63,7 +64,7 @@ class InnerLoop(Value):
     visibility: Visibility = "past"
     token_lr: bool = True
 
-    # no field: all fields as JSON, empty where the network is of a class that users made
+    # no field: all fields as JSON, empty where the network is of a class that is not known by name
     text = ""
 
     def __post_init__(self) -> None:
@@ -90,8 +91,9 @@ class InnerLoop(Value):
             check_positive_int("chunk", self.chunk)
         self._check_combinations()
         # made here and not when asked: a compiler tells by one string whether it has compiled for this value
-        known = type(self.network) in NETWORKS.values()
-        object.__setattr__(self, "text", json.dumps(self.to_dict()) if known else "")
+        if type(self.network) in NETWORKS.values():
+            with suppress(TypeError):  # of a field that is no plain data, as a network that users entered may have
+                object.__setattr__(self, "text", json.dumps(self.to_dict()))
 
     def _check_combinations(self) -> None:
         if self.clip and self.orthogonalize is not None:
