@@ -15,7 +15,7 @@ WAYS = ("model", "blocks")
 
 
 def compiled_step(fields: dict[str, Any], backend: str = "inductor") -> dict[str, Any]:
-    """Seconds of the first training step, of one more, of the first at another length; processor seconds of the first."""
+    """Seconds of the first training step, of one more, of the first at another length; this process's processor seconds."""
     import torch
 
     from kvbind.inner.systems import lact_llm, ladder
@@ -44,7 +44,7 @@ def compiled_step(fields: dict[str, Any], backend: str = "inductor") -> dict[str
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for part in [model] if fields["way"] == "model" else model.model.layers:  # type: ignore[union-attr]
-        part.compile(fullgraph=True, backend=backend)  # type: ignore[union-attr]
+        part.compile(fullgraph=True, backend=backend)
     (first, used), (again, _), (other, _) = step(tokens), step(tokens), step(tokens + chunk // 2 + 3)
     found = torch._dynamo.utils.counters["stats"]
     return {
