@@ -215,10 +215,12 @@ def trains_compiled(make: Callable[[Scale, torch.device], Job], scale: Scale, de
 
 def reads_compiled(rung: str, scale: Scale, device: torch.device) -> dict[str, float]:
     """Compiled blocks without gradients, that return a state and go on from it."""
+    from kvbind.models.lact.cache import CACHE
+
     model, ids = language(scale, device, rung).eval(), text(scale, device)
 
     def call(ids: Tensor, cache: Any) -> Any:
-        return model(input_ids=ids, past_key_values=cache, use_cache=True)
+        return model(input_ids=ids, use_cache=True, **{CACHE: cache})
 
     with torch.no_grad():
         whole = model(input_ids=ids, use_cache=False).logits
@@ -226,7 +228,7 @@ def reads_compiled(rung: str, scale: Scale, device: torch.device) -> dict[str, f
         for block in model.model.layers:
             block.compile(fullgraph=True, backend=scale.backend)
         first = call(ids[:, :-4], None)
-        later = call(ids[:, -4:], first.past_key_values)
+        later = call(ids[:, -4:], getattr(first, CACHE))
     return {"output": difference(torch.cat((first.logits, later.logits), dim=1), whole)}
 
 
@@ -280,12 +282,14 @@ def generates(dtype: str, scale: Scale, device: torch.device, **options: Any) ->
 
 def goes_on_from_cache(scale: Scale, device: torch.device) -> dict[str, float]:
     """`generate` from a cache that a forward pass left, beside the prompt in one."""
+    from kvbind.models.lact.cache import CACHE
+
     model, ids = language(scale, device).eval(), text(scale, device)[:, : scale.chunk + 5]
     fixed = {"max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
     with torch.no_grad():
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), **fixed)
-        cache = model(input_ids=ids[:, :-3], use_cache=True).past_key_values
-        found = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **fixed)
+        cache = {CACHE: getattr(model(input_ids=ids[:, :-3], use_cache=True), CACHE)}
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **cache, **fixed)
     return {"tokens": float((found != expected).sum())}
 
 
@@ -312,7 +316,9 @@ def checkpointing_keeps_gradients(reentrant: bool, scale: Scale, device: torch.d
     """`gradient_checkpointing_enable` in one of PyTorch's two ways."""
     model, loss = language_job("rung2", scale, device)
     value, grads = gradients(model, partial(loss, model, 0))
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
+    # the newest transformers' name of it
+    enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
     again, others = gradients(model, partial(loss, model, 0))
     return {"loss": difference(again, value), "gradients": difference(others, grads)}
 
