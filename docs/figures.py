@@ -101,6 +101,29 @@ def decoding() -> None:
         axes[0].legend()
 
 
+def growth() -> None:
+    """How what two evaluations of one inner loop differ by grows with the length of the sequence."""
+    record = json.loads((RESULTS / "bench" / "growth-cpu.json").read_text())
+    chunk, rows = record["config"]["chunk"], {(x["rung"], x["evaluation"]): x["errors"] for x in record["rows"]}
+    lines = {
+        "float32": (RED, "-"),
+        "products in float32, updates and state in float64": (ORANGE, "--"),
+        "float64, weights changed by 1e-08": ("0.55", "-"),
+        "float64, weights changed by 1e-12": ("0.55", "--"),
+        "float64, weights changed by 1e-15": (BLUE, "-"),
+    }
+    with figure(IMAGES / "growth.png", 9, 3.6) as drawing:
+        axes = drawing.subplots(1, 2, sharey=True)
+        for ax, (rung, title) in zip(axes, {"rung0": "rung 0, the full system", "rung2": "rung 2"}.items(), strict=True):
+            for name, (colour, style) in lines.items():
+                errors = rows[rung, name]
+                tokens = [chunk * place for place in range(1, len(errors))]
+                ax.plot(tokens, errors[1:], style, color=colour, label=name, linewidth=1.4)
+            ax.set(title=title, yscale="log", xlabel="tokens before")
+        axes[0].set_ylabel("relative distance from float64")
+        axes[1].legend(fontsize=7)
+
+
 def kernels() -> None:
     """Speed of kernels by the number of tokens, the chunk and the width; forward, and forward and backward."""
     record = json.loads((RESULTS / "bench" / "kernels-shapes-h100.json").read_text())
@@ -329,6 +352,7 @@ if __name__ == "__main__":
     language_30m()
     kernels_training()
     decoding()
+    growth()
     smoke, small = (RESULTS / f"table2-language-{scale}" / "results.json" for scale in ("smoke", "small"))
     ladder(small if small.is_file() else smoke, "ladder.png")  # the README's first picture
     if (RESULTS / "bench" / "kernels-shapes-h100.json").is_file():

@@ -24,6 +24,18 @@ SPECS = {
 }
 
 
+class Writer:
+    """Makes writers of their tensors by name."""
+
+    tokens = staticmethod(Tokens.of)
+
+    def same_as(self, other):
+        return other is self
+
+
+WRITER = Writer()
+
+
 def made(o):
     """What the writers of a call are made of: their tensors by name."""
     rates = {f"rates.{name}": x for name, x in o.options["lr"].items()}
@@ -58,7 +70,7 @@ def test_tokens_read_and_left_waiting_are_those_of_ttt(name, data):
     held, at, outputs = Waiting.of(before), 28, []
     for size in sizes:
         part = o.span(at, at + size)
-        found = held.read(spec, part.q, made(part), Tokens.of)
+        found = held.read(spec, part.q, made(part), WRITER)
         assert found is not None
         outputs.append(found[0])
         held, at = found[1], at + size
@@ -78,18 +90,18 @@ def test_what_completes_a_chunk_or_sees_more_than_the_last_update_is_left_to_ttt
     o = operands(spec, tokens=40)
     held = Waiting.of(started(spec, [14] * o.q.shape[0], o))
     none, one, two = (o.span(30, 30 + n) for n in range(3))
-    assert held.read(spec, two.q, made(two), Tokens.of) is None
-    assert held.read(spec, none.q, made(none), Tokens.of) is None
-    found = held.read(spec, one.q, made(one), Tokens.of)
+    assert held.read(spec, two.q, made(two), WRITER) is None
+    assert held.read(spec, none.q, made(none), WRITER) is None
+    found = held.read(spec, one.q, made(one), WRITER)
     assert found is not None
-    assert found[1].read(spec, one.q, made(one), Tokens.of) is None
-    assert held.read(spec.replace(direction="ascent"), one.q, made(one), Tokens.of) is None
+    assert found[1].read(spec, one.q, made(one), WRITER) is None
+    assert held.read(spec.replace(direction="ascent"), one.q, made(one), WRITER) is None
     shown = spec.replace(visibility="chunk")
     other = Waiting.of(replace(held.state, spec=shown))
-    assert other.read(shown, one.q, made(one), Tokens.of) is None
+    assert other.read(shown, one.q, made(one), WRITER) is None
     _, fresh = kvbind.ttt(spec, o.weights, *(x[:, :0] for x in (o.q, o.k, o.v)), **o.span(0, 0).options)
     bare = kvbind.State(spec, {n: x for n, x in fresh.tensors.items() if "pending" not in n}, fresh.pending_lengths)
-    assert Waiting.of(bare).read(spec, one.q, made(one), Tokens.of) is None
+    assert Waiting.of(bare).read(spec, one.q, made(one), WRITER) is None
 
 
 def test_no_more_than_some_tokens_wait_and_a_state_may_be_read_on_twice():
@@ -99,8 +111,21 @@ def test_no_more_than_some_tokens_wait_and_a_state_may_be_read_on_twice():
     held = start
     for at in range(1, 2 * MOST + 1):
         part = o.span(at, at + 1)
-        held = held.read(spec, part.q, made(part), Tokens.of)[1]
+        held = held.read(spec, part.q, made(part), WRITER)[1]
         assert held.count == sum(each["k"].shape[1] for each in held.later) < MOST
     assert held.settled().pending_lengths == (2 * MOST + 1,) * o.q.shape[0]
     assert start.settled().pending_lengths == (1,) * o.q.shape[0]
     assert not start.settled().tensors["pending.k"][:, :, 1:].any()
+
+
+def test_tokens_of_another_maker_go_to_their_places_before_others_are_read():
+    spec = SPECS["rung2"]
+    o = operands(spec, tokens=20)
+    held = Waiting.of(started(spec, [2] * o.q.shape[0], o))
+    first, second = o.span(2, 3), o.span(3, 4)
+    held = held.read(spec, first.q, made(first), WRITER)[1]
+    expected = Waiting.of(held.settled()).read(spec, second.q, made(second), WRITER)
+    found = held.read(spec, second.q, made(second), Writer())
+    assert torch.equal(found[0], expected[0])
+    assert (found[1].count, len(found[1].later)) == (1, 1)
+    assert found[1].settled().pending_lengths == (4,) * o.q.shape[0]

@@ -106,6 +106,75 @@ def accuracy(
 
 
 @app.command()
+def growth(
+    tokens: Tokens = 6144,
+    chunk: Chunk = 64,
+    width: Width = 64,
+    heads: Heads = 2,
+    out: Out = None,
+) -> None:
+    """Measure how the distance between two evaluations of rungs 0, 1 and 2 grows with the length of a sequence."""
+    import torch
+
+    from kvbind.bench.growth import bench_growth
+    from kvbind.bench.operands import Size
+
+    rows = [asdict(row) for row in bench_growth(Size(1, tokens // chunk * chunk, heads, width), chunk)]
+    places = [2**i for i in range(tokens // chunk) if 2**i < tokens // chunk]
+    _table(
+        f"relative distance from float64 in the n-th chunk of {chunk} tokens, {heads} heads of width {width}",
+        ("rung", "evaluation", *map(str, places), "per chunk", "seconds"),
+        [
+            (
+                x["rung"],
+                x["evaluation"],
+                *(f"{x['errors'][i]:.0e}" for i in places),
+                f"{x['per_chunk']:.2f}",
+                f"{x['seconds']:.2f}",
+            )
+            for x in rows
+        ],
+        left=2,
+    )
+    config = {"tokens": tokens, "chunk": chunk, "heads": heads, "width": width}
+    _write(out, torch.device("cpu"), {"config": config, "rows": rows})
+
+
+@app.command("compile")
+def compile_(
+    rungs: Annotated[str, typer.Option(help="Rungs of the ladder, such as 0,2.")] = "0,2",
+    layers: Annotated[int, typer.Option(min=1, help="Blocks of the model.")] = 2,
+    width: Width = 64,
+    chunk: Chunk = 16,
+    tokens: Tokens = 48,
+    limit: Annotated[float, typer.Option(min=1.0, help="Give up on a process after this, seconds.")] = 300,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Time `torch.compile` of a language model's training step, with empty caches: whole, and block by block."""
+    from kvbind.bench.compiling import WAYS, bench_compile
+    from kvbind.bench.record import growing, provenance
+    from kvbind.inner.systems import RUNGS
+
+    place = _device(device)
+    chosen = _some(",".join(f"rung{x.strip()}" for x in rungs.split(",")), RUNGS, "rungs")
+    config = {"layers": layers, "width": width, "chunk": chunk, "tokens": tokens, "device": str(place)}
+    rows = bench_compile(chosen, config, limit=limit)
+    about = provenance(place, ("triton",)) | {"config": config}
+    record = _watch(growing(about, len(WAYS) * len(chosen), rows), out)
+    times = ("first_seconds", "processor_seconds", "again_seconds", "new_length_seconds")
+    lines = [
+        (x["rung"], x["way"], x["error"], *["-"] * 5)
+        if "error" in x
+        else (x["rung"], x["way"], *(f"{x[name]:.2f}" for name in times), str(x["graphs"]), str(x["nodes"]))
+        for x in record["rows"]
+    ]
+    header = ("rung", "compiled", "first s", "processor s", "again s", "new length s", "graphs", "nodes")
+    _table(f"a training step of {layers} layers of width {width}, T = {tokens}, {place}", header, lines, left=2)
+    _point_to(out)
+
+
+@app.command()
 def decode(
     preset: Annotated[str, typer.Option(help="Size of the LaCT language model: tiny, 30m, 125m, 760m or 3b.")] = "tiny",
     prompts: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "1024,4096,16384,65536",
@@ -256,6 +325,9 @@ def peers(
 
 @app.command()
 def verify(
+    what: Annotated[
+        str, typer.Option(help="operators: kernels against float64; models: what the documentation promises of them.")
+    ] = "operators",
     only: Annotated[str, typer.Option(help="Only cases whose name has this in it.")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto for what the device computes in.")] = "auto",
     small: Annotated[bool, typer.Option("--small", help="Small sizes, for kernels interpreted on a CPU.")] = False,
@@ -264,14 +336,22 @@ def verify(
     device: Device = "auto",
     out: Out = None,
 ) -> None:
-    """Hold kernels to the PyTorch forms in float64: outputs, states and every gradient, over many inner loops.
+    """Hold kernels to the PyTorch forms in float64, or models to what is promised of them: compiled, generating, training.
 
-    Exits with code 1 where a case fails, where one was not run, and where no kernel runs on the device at all.
+    Exits with code 1 where a case fails or was not run; of operators, also where no kernel runs on the device at all.
     """
-    from kvbind.bench.kernel_tables import summary_grid, verify_grid
+    from kvbind.bench.kernel_tables import promises_grid, summary_grid, verify_grid
+    from kvbind.bench.promises import kept_promises
     from kvbind.bench.verify import DTYPES, verified
 
     place = _device(device)
+    if _some(what, ("operators", "models"), "what") == ("models",):
+        record = _watch(kept_promises(place, small=small, only=only, budget=budget), out, every=5)
+        _show(promises_grid(record))
+        _point_to(out)
+        if not all(row["passed"] for row in record["rows"]):
+            raise typer.Exit(1)
+        return
     dtypes = None if dtype == "auto" else _some(dtype, DTYPES, "dtype")
     records = verified(place, dtypes=dtypes, small=small, only=only, budget=budget, workers=workers)
     record = _watch(records, out, every=20)

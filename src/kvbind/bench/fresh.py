@@ -103,6 +103,13 @@ def measured(fields: dict[str, Any]) -> dict[str, Any]:
         return measure(case, torch.device(fields["device"]), fields["seconds"])
 
 
+def compiled_step(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a row of `kvbind bench compile`."""
+    from kvbind.bench.compiling import compiled_step
+
+    return compiled_step(fields)
+
+
 @contextlib.contextmanager
 def compiling_configurations() -> Iterator[None]:
     """Inside, all that an autotuner of Triton's chooses from is compiled at once, at its first launch.
@@ -129,7 +136,7 @@ def compiling_configurations() -> Iterator[None]:
         Autotuner.run = before
 
 
-JOBS = {"first_calls": first_calls, "measured": measured}
+JOBS = {"first_calls": first_calls, "measured": measured, "compiled_step": compiled_step}
 
 
 def main() -> None:

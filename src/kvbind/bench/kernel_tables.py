@@ -221,6 +221,18 @@ def verify_grid(record: Mapping[str, Any]) -> Grid:
     return Grid("verify", title, header, tuple(lines), left=3, note="\n".join(said))
 
 
+def promises_grid(record: Mapping[str, Any]) -> Grid:
+    """The table of a record of `kvbind bench verify --what models`."""
+    header, lines = ("promise", "seconds", "found", ""), []
+    for row in record["rows"]:
+        found = ", ".join(f"{name} {x:.2g}" for name, x in row.get("found", {}).items())
+        said = "; ".join(row["problems"]) if row["problems"] else found
+        lines.append((row["case"], f"{row.get('seconds', 0):.1f}", said, "PASS" if row["passed"] else "FAIL"))
+    kept = sum(row["passed"] for row in record["rows"])
+    title = f"{kept} of {record['planned']} promises kept"
+    return Grid("promises", title, header, tuple(lines), left=1, note=record["rules"])
+
+
 def _over_twin(row: Row) -> float:
     """The error of the output or of the worst gradient, whichever is larger, in units of the twin's own."""
     ours, twins = row["errors"], row["twin_errors"]

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvbind.forms import fused, planned
+from kvbind.forms import fused, opaque, planned
 from kvbind.forms.analysis import NoParallelFormError, explain, parallel_obstacles
 from kvbind.forms.autocast import without_autocast
 from kvbind.forms.finite import guarded
@@ -102,9 +102,9 @@ def ttt(
             return kind.planned(weights, q, k, v, lr, momentum, retention)
     with without_autocast(q.device.type):
         if sequence is None:
-            output, state = _run(spec, call, form)
+            output, state = opaque.run(spec, call, form) if opaque.takes(spec, call) else run(spec, call, form)
         else:
-            output, state = sharded(spec, call, sequence, form, partial(_run, form=form))
+            output, state = sharded(spec, call, sequence, form, partial(run, form=form))
     return output.transpose(1, 2).to(q.dtype), state
 
 
@@ -129,7 +129,7 @@ def _evaluate(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, Stat
     return guarded(run, spec, call.q.to(call.state.dtype), call.tokens, call.state)
 
 
-def _run(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, State]:
+def run(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, State]:
     """Run a call, sequences of equal length and equally many pending tokens together."""
     lengths, total = call.state.pending_lengths, call.q.shape[2]
     together = call.cu_seqlens is None or fused.takes_packed(spec, call, chosen_form(spec, form, total))

@@ -184,7 +184,7 @@ class State:
         if not states:
             raise ValueError("states must hold at least one state; got none")
         first = states[0]
-        other = next((state.spec for state in states if state.spec != first.spec), None)
+        other = next((state.spec for state in states if not state.spec.same_as(first.spec)), None)
         if other is not None:
             raise ValueError(f"states must be of one inner loop; theirs differ in {', '.join(first.spec.differing(other))}")
         tensors = {name: torch.cat([state.tensors[name] for state in states]) for name in first.tensors}

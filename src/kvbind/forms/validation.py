@@ -217,7 +217,7 @@ def check_state(spec: InnerLoop, state: State, sequences: int, k: Tensor, v: Ten
     """A state fits a call when it is of the same inner loop, batch, heads and widths."""
     if not isinstance(state, State):
         raise TypeError(f"state must be what ttt returned (kvbind.State) or None; got {type(state).__name__}")
-    if state.spec != spec:
+    if not state.spec.same_as(spec):
         raise ValueError(f"state must be of this inner loop; its spec differs in {', '.join(spec.differing(state.spec))}")
     if state.batch != sequences:
         raise ValueError(f"state must have one entry for each of {sequences} sequences; got {state.batch}")

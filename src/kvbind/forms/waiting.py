@@ -7,8 +7,9 @@ go to their places many at once; what their writing takes beyond that is also co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,18 @@ MOST = 64
 """Tokens of a sequence that wait; further ones send all to their places."""
 
 
+class Maker(Protocol):
+    """What makes writers of what a call made, each token's of its own alone."""
+
+    def tokens(self, made: Made) -> Tokens:
+        """The writers, heads behind the token axis."""
+        ...
+
+    def same_as(self, other: object) -> bool:
+        """Whether `other` makes the same of the same."""
+        ...
+
+
 @dataclass(frozen=True)
 class Waiting:
     """A state, and tokens that came after it and complete no chunk.
@@ -33,14 +46,14 @@ class Waiting:
         weights: its fast weights.
         later: of each call what its writers are made of, tensors by name whose axis 1 is of tokens, "k" among them.
         count: how many tokens all calls had.
-        make: makes writers of such tensors, heads behind the token axis; each token's of its own alone.
+        make: makes writers of such tensors.
     """
 
     state: State
     weights: Mapping[str, Tensor]
     later: tuple[Made, ...] = ()
     count: int = 0
-    make: Callable[[Made], Tokens] | None = None
+    make: Maker | None = None
 
     @staticmethod
     def of(state: State) -> Waiting:
@@ -52,25 +65,27 @@ class Waiting:
         if self.make is None:
             return self.state
         joined = {name: torch.cat([made[name] for made in self.later], dim=1) for name in self.later[0]}
-        return self.state.append(self.make(joined).map(lambda x: x.transpose(1, 2)))
+        return self.state.append(self.make.tokens(joined).map(lambda x: x.transpose(1, 2)))
 
-    def read(self, spec: InnerLoop, q: Tensor, made: Made, make: Callable[[Made], Tokens]) -> tuple[Tensor, Waiting] | None:
+    def read(self, spec: InnerLoop, q: Tensor, made: Made, make: Maker) -> tuple[Tensor, Waiting] | None:
         """Outputs at some queries, and what is then waiting: what `ttt` says where only the last update is seen.
 
         Args:
             spec: the inner loop.
             q: queries `[B, T, H, Dk]`.
             made: what as many writers are made of; rates and gates are to be in the state's dtype.
-            make: makes them, and those of earlier calls since the state was whole.
+            make: makes them.
 
         Returns:
             Outputs `[B, T, H, Dv]` in q's dtype; None where a chunk is completed, tokens see more than the last update or
             there are none, which is for `ttt`.
         """
+        if self.make is not None and not self.make.same_as(make):
+            return Waiting.of(self.settled()).read(spec, q, made, make)
         state, count = self.state, self.count + q.shape[1]
         if spec.visibility != "past" or not state.has_room or q.shape[0] != state.batch or not q.shape[1]:
             return None
-        if (state.spec is not spec and state.spec != spec) or max(state.pending_lengths) + count >= (spec.chunk or 0):
+        if not state.spec.same_as(spec) or max(state.pending_lengths) + count >= (spec.chunk or 0):
             return None
         with without_autocast(q.device.type):
             read = made["k"] if spec.query == "key" else q

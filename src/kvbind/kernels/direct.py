@@ -60,8 +60,8 @@ def is_mapped(x: Tensor) -> bool:
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether the host may read a tensor's values: not under a compiler, nor where it is many tensors."""
-    return not torch.compiler.is_compiling() and not x.is_meta and not is_mapped(x)
+    """Whether the host may read a tensor's values: not under a compiler, nor of a fake tensor or one that is many."""
+    return type(x) in PLAIN and not torch.compiler.is_compiling() and not x.is_meta and not is_mapped(x)
 
 
 def is_eager() -> bool:

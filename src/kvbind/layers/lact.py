@@ -317,7 +317,7 @@ class LactLayer(nn.Module):
             tables = rotary_tables(layout.positions, self.head_width, self.rope_theta)
         q, k, v = self._project(x)
         _, _, q, k = make_operands(q, k, v, self.qk_scale, self.qk_offset, tables, self.paths)
-        made, bounds = self.writing({"k": k, "v": v, **self._logits(x)}), layout.cu_seqlens
+        made, bounds = self.writing.tokens({"k": k, "v": v, **self._logits(x)}), layout.cu_seqlens
         rates, gates = made.rates, (made.momentum, made.retention)
         return InnerCall(self._inner, self.start_weights(), q, k, made.v, rates, *gates, cu_seqlens=bounds)
 
@@ -403,12 +403,11 @@ class LactLayer(nn.Module):
         """Run the inner loop: outputs `[B, T, H, D]`, and its state where that is wanted; `made` as `Writing` takes it."""
         inner, writing = self._inner, self.writing
         if state is not None and return_state and layout.lengths is None:
-            waiting = state.waiting if state.waiting.make in (None, writing) else Waiting.of(state.fast)
-            found = waiting.read(inner, q, made, writing)
+            found = state.waiting.read(inner, q, made, writing)
             if found is not None:
                 return found
         before = None if state is None else state.fast
-        weights, tokens = self.start_weights() if before is None else None, writing(made)
+        weights, tokens = self.start_weights() if before is None else None, writing.tokens(made)
         if layout.lengths is None or not return_state:
             # padding sits behind a row's tokens, which do not see it; only what they leave behind would
             shard = layout.sequence

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvbind.forms.autocast import autocasts
 from kvbind.kernels.common import runs_on
 
 
@@ -64,5 +65,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
 
 def narrowed(dtype: torch.dtype, device: str) -> torch.dtype:
     """The dtype of products of float32 operands under autocast, or `dtype` itself."""
-    autocast = dtype == torch.float32 and torch.is_autocast_enabled(device)
+    autocast = dtype == torch.float32 and autocasts(device)
     return torch.get_autocast_dtype(device) if autocast else dtype

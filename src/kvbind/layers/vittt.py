@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import Tensor, nn
 
+from kvbind.forms.autocast import autocasts
 from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import vittt
@@ -190,7 +191,7 @@ class VitttLayer(nn.Module):
             ValueError: a grid that does not fit.
         """
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = torch.get_autocast_dtype(kind) if autocasts(kind) else x.dtype
         outputs = [narrow(call.run()[0].flatten(2), dtype) for call in self.calls(x, grid, rotary)]
         mixed: Tensor = self.proj(torch.cat(outputs, dim=-1))
         return mixed

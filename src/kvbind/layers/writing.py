@@ -32,7 +32,8 @@ class Writing:
     silu_v: bool
     called: tuple[str, ...] = ()
 
-    def __call__(self, made: Mapping[str, Tensor]) -> Tokens:
+    # no __call__: PyTorch 2.11's compiler asks a value that it has made and is to call for its hash, before it has fields
+    def tokens(self, made: Mapping[str, Tensor]) -> Tokens:
         """Writers, heads behind the token axis.
 
         Args:
@@ -58,3 +59,11 @@ class Writing:
     def gate(self, name: str, made: Tensor) -> Tensor:
         """A gate `[B, T, H]`, float32 or wider."""
         return wide(made if name in self.called else made.sigmoid())
+
+    def same_as(self, other: object) -> bool:
+        """Whether `other` is equal; a compiler for which numbers may vary compares fields, but no values of several."""
+        if not isinstance(other, Writing):
+            return False
+        names = (self.learned, self.updated, self.called) == (other.learned, other.updated, other.called)
+        numbers = self.heads == other.heads and self.base_lr_inverse == other.base_lr_inverse
+        return names and numbers and self.silu_v == other.silu_v
