@@ -260,14 +260,43 @@ def test_weights_of_which_some_are_shared_run_as_before(calls, monkeypatch):
     assert calls == []
 
 
-@pytest.mark.parametrize("name", ["lr", "momentum", "weights.out"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_what_is_not_in_float32_runs_as_before(name, dtype, calls, monkeypatch):
-    spec = BARE.replace(token_lr=True, momentum=True)
+@pytest.mark.parametrize("name", ["momentum", "weights.gate", "weights.out"])
+def test_gates_and_weights_of_other_dtypes_are_turned_into_float32(name, dtype, calls, monkeypatch):
+    spec = RUNGS["rung2"].replace(orthogonalize=None)
     given = draw(spec)
     given[name] = given[name].detach().to(dtype).requires_grad_()
     compare(spec, given, 3e-3, monkeypatch)
+    _, state = call(spec, given)
+    assert len(calls) == 2
+    assert {x.dtype for n, x in state.tensors.items() if n not in ("pending.k", "pending.v")} == {torch.float32}
+    state.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_rates_of_other_dtypes_run_as_before(dtype, calls, monkeypatch):
+    spec = BARE.replace(token_lr=True)
+    given = draw(spec)
+    given["lr"] = given["lr"].detach().to(dtype).requires_grad_()
+    compare(spec, given, 3e-3, monkeypatch)
     assert calls == []
+
+
+@pytest.mark.parametrize("lie", ["transposed", "odd", "unaligned"])
+def test_the_last_layer_lies_as_it_likes(lie, calls, monkeypatch):
+    spec = BARE.replace(retention=True)
+    given = draw(spec, heads=2)
+    start = given["weights.out"].detach()
+    room = torch.zeros(2, 16, 20, device=DEVICE)
+    if lie == "transposed":
+        start = start.mT.contiguous().mT
+    elif lie == "odd":
+        start = room[..., :16].copy_(start)
+    else:
+        start = room.flatten()[1 : 1 + start.numel()].view(start.shape).copy_(start)
+    given["weights.out"] = start.requires_grad_()
+    compare(spec, given, 3e-3, monkeypatch)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("width", [24, 40])
@@ -287,7 +316,8 @@ def test_heads_that_share_keys_and_values_run_as_before(calls, monkeypatch):
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "lr", "momentum", "weights.gate", "weights.out"])
 def test_any_one_operand_may_ask_for_its_gradient(wanted, calls):
     spec = InnerLoop(network=SwiGLU(), update="last", momentum=True, chunk=64)
-    given = draw(spec, tokens=65)
+    # of one chunk nothing depends on the momentum's gate
+    given = draw(spec, tokens=130 if wanted == "momentum" else 65)
     alone = {name: x.detach().requires_grad_(name == wanted) for name, x in given.items()}
     (grad,) = torch.autograd.grad(
         sum((a * b).sum() for a, b in zip(*[_outcomes(spec, alone)] * 2, strict=True)), alone[wanted]
