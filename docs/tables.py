@@ -14,6 +14,7 @@ from typing import Any
 
 from kvbind.bench.kernel_tables import Grid, profile_grid, speed_grids, summary_grid, verify_grid
 from kvbind.bench.layer_tables import layer_grid, step_grids
+from kvbind.bench.peers import peer_grids
 from kvbind.bench.record import answered
 from kvbind.bench.scaling_tables import scaling_grids
 from kvbind.experiments.page.parts import STATES
@@ -80,7 +81,9 @@ def table(path: str, key: str, root: Path) -> str:
         return f"{picture}\n\n*Drawn by `python docs/figures.py` from `{path}`: `{record['command']}`.*"
     if key == "views":
         return views_table(record, path)
-    if "fsdp_length" in record["config"]:
+    if any("ratio_plain" in row for row in record["rows"]):
+        found = peer_grids(record)
+    elif "fsdp_length" in record["config"]:
         found = scaling_grids(record)
     elif "steps" in record["config"]:
         found = step_grids(record)

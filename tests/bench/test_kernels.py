@@ -562,6 +562,9 @@ def test_cases_cover_every_rung_visibility_network_and_way_to_call():
         assert {case.size.batch for case in cases} >= {1, scale.many}
         for way in ("splits", "cu_seqlens", "update_tokens", "hidden", "value_width"):
             assert any(getattr(case, way) for case in cases), way
+        equal = [case for case in cases if case.name.startswith("equal chunks")]
+        assert {case.layout for case in equal} == {"heads", "tokens"}
+        assert all(case.spec.chunk % 64 == 0 and "float16" in case.also for case in equal)
         for name in ("rung0", "rung6"):
             spec = systems.ladder(systems.lact_llm(scale.chunk))[name]
             assert any(case.spec == spec for case in cases)
@@ -587,6 +590,18 @@ def test_a_record_of_verify_has_its_rows_in_the_order_of_cases(monkeypatch):
     names = [case.name for case in listed if "rung 6, width" in case.name]
     assert [[row["case"] for row in record["rows"]] for record in records] == [names[n:] for n in range(len(names), -1, -1)]
     assert [record["complete"] for record in records] == [False] * len(names) + [True]
+
+
+def test_cases_are_verified_in_the_dtypes_that_they_ask_for_besides(monkeypatch):
+    monkeypatch.setattr(verify, "why_off", lambda device: None)
+    monkeypatch.setattr(verify, "interpreted", lambda: False)
+    monkeypatch.setattr(verify, "attempts", lambda chosen, *_, **__: iter(()))
+
+    def planned(**options):
+        return next(verify.verified(CPU, small=True, only="equal chunks, rung 6, head", **options))["planned"]
+
+    assert planned() == 3
+    assert planned(dtypes=["bfloat16"]) == 1
 
 
 def test_verify_refuses_a_name_that_no_case_has():

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvbind.kernels.common import Tuned
 
@@ -49,6 +50,9 @@ def compile_call(fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any],
         plain = parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not plain):
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}[{block}]>"
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(place,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, float):
@@ -69,7 +73,8 @@ def compile_call(fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any],
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = {key: int(x) for key, x in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = kernel.asm["ptx"]
-    units = "wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else "none"
+    named = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
+    units = next((unit for unit, instruction in named.items() if instruction in ptx), "none")
     shapes = {k: v for k, v in kwargs.items() if k.isupper() or k.startswith("num_")}
     return Compiled(fn.__name__, shapes, found["REG"], found["STACK"] + found["LOCAL"], kernel.metadata.shared, units)
 
@@ -85,6 +90,7 @@ def compiling(capability: int = 90, enough: Callable[[Compiled], bool] = lambda 
 
     def run(self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
         tensors = [str(a.dtype) for a in args if isinstance(a, torch.Tensor)]
+        tensors += [f"{a.base.dtype}{a.block_shape}" for a in args if isinstance(a, TensorDescriptor)]
         key = f"{self.__name__} {tensors} {sorted(kwargs.items(), key=str)}"
         if key not in seen:
             seen.add(key)

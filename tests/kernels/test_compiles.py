@@ -14,13 +14,17 @@ import pytest
 pytest.importorskip("triton")
 
 WIDTH, CHUNK, TOKENS, MATRICES = 384, 256, 512, 64
-SHARED = {90: 227 << 10, 80: 163 << 10}
+SHARED = {90: 227 << 10, 80: 163 << 10, 100: 227 << 10}
 """Bytes of shared memory that a block may have, by compute capability."""
+LENGTHS = (90, 80)
+"""Compute capabilities for which the kernels of sequences of any lengths are compiled."""
 REGISTERS = 64 << 10
 """Of a multiprocessor."""
 STACK = 64
 """Bytes of stack per thread, beyond which a kernel spills in earnest."""
 NEWTON_SCHULZ = {"_products_forward", "_products_backward"}
+FETCHING = {90: "wgmma", 100: "tcgen05"}
+"""Matrix units, by compute capability, of devices that fetch the operands of products of equal chunks."""
 PRODUCTS = {"_product_kernel", "_features_kernel", "_features_backward_kernel", "_write_kernel", *NEWTON_SCHULZ}
 OTHERS = {"_forward_kernel", "_backward_kernel", "_cast", "_undo_norm"}
 
@@ -63,17 +67,69 @@ def compile_for(capability):
     return found
 
 
+def compile_equal_chunks_for(capability):
+    """What forward and backward calls on equal chunks compile to: features of both kinds, rates, every scan."""
+    import torch
+    from compiling import compiling
+
+    from kvbind import NewtonSchulz
+    from kvbind.kernels.equal_chunks import Plan, Shapes
+    from kvbind.kernels.tma_products import Rows, Theta
+
+    def zeros(*shape, dtype=torch.float32):
+        return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+    found = []
+    rule, low = NewtonSchulz().coefficients, torch.bfloat16
+    for chunk, theta, rated, momentum, coefficients in (
+        (CHUNK, Theta(2, 1, WIDTH, "silu"), True, True, rule),
+        (CHUNK, None, True, True, ()),
+        (64, None, True, False, ()),
+    ):
+        q, k, v = (zeros(1, TOKENS, 1, WIDTH, dtype=low) for _ in range(3))
+        gate, start = zeros(1, TOKENS, 1), zeros(1, WIDTH, WIDTH)
+        matrices = [] if theta is None else [zeros(1, WIDTH, WIDTH) for _ in range(theta.factors)]
+        rows = [Rows.of(x) for x in (q, k, v)]
+        shapes = Shapes(
+            *rows, chunk, False, 1.0, theta, (0, WIDTH**2), gate.stride() if rated else None, momentum, momentum,
+            coefficients, low,
+        )  # fmt: skip
+        with compiling(capability) as compiled:
+            gates = [gate if there else None for there in (rated, momentum, momentum)]
+            output, end, _ = Plan(shapes, q).run(q, k, v, *gates, start, matrices)
+            (output.sum() + end.sum()).backward()
+        found += [kernel for kernel in compiled if kernel.name not in NEWTON_SCHULZ | {"_cast", "_undo_norm"}]
+    return found
+
+
 @pytest.fixture(scope="module")
-def compiled():
-    """By compute capability, every kernel that was compiled."""
+def every():
+    """By compute capability, every kernel that was compiled: of sequences of any lengths, and of equal chunks."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    return {int(capability): kernels for capability, kernels in json.loads(run.stdout).items()}
+    return {name: {int(n): x for n, x in kernels.items()} for name, kernels in json.loads(run.stdout).items()}
 
 
-@pytest.mark.parametrize("capability", SHARED)
+@pytest.fixture(scope="module")
+def compiled(every):
+    """Those of sequences of any lengths."""
+    return every["any"]
+
+
+@pytest.mark.parametrize("capability", FETCHING)
+def test_equal_chunks_fit_where_their_operands_are_fetched_without_a_spill(every, capability):
+    kernels = every["equal"][capability]
+    products = {"_product_kernel", "_write_kernel", "_features_kernel", "_features_backward_kernel"}
+    assert {kernel["name"] for kernel in kernels} == {*products, "_rated_kernel", "_forward_kernel", "_backward_kernel"}
+    for kernel in kernels:
+        assert kernel["fits"], kernel
+        if kernel["name"] in products:
+            assert (kernel["stack"], kernel["tensor_cores"]) == (0, FETCHING[capability]), kernel
+
+
+@pytest.mark.parametrize("capability", LENGTHS)
 def test_every_kernel_has_a_configuration_that_fits_without_spilling(compiled, capability):
     best = {}
     for kernel in compiled[capability]:
@@ -99,5 +155,10 @@ def test_a_program_of_newton_schulz_waits_while_others_of_its_multiprocessor_com
         assert kernel["fits"]
 
 
+def written(kernels, capability):
+    return [asdict(kernel) | {"fits": fits(kernel, capability)} for kernel in kernels]
+
+
 if __name__ == "__main__":
-    json.dump({n: [asdict(x) | {"fits": fits(x, n)} for x in compile_for(n)] for n in SHARED}, sys.stdout)
+    lengths = {n: written(compile_for(n), n) for n in LENGTHS}
+    json.dump({"any": lengths, "equal": {n: written(compile_equal_chunks_for(n), n) for n in FETCHING}}, sys.stdout)

@@ -20,6 +20,9 @@ Leaves = dict[str, Tensor]
 NARROW = ("q", "k", "v")
 """The leaves that a layer gives in its own dtype; the others stay in float32."""
 
+LAYOUTS = ("heads", "tokens")
+"""How those lie in memory: `[B, H, T, D]`, which batched products take as it is, or `[B, T, H, D]`."""
+
 
 def draw_leaves(
     spec: InnerLoop,
@@ -69,6 +72,13 @@ def in_precision(leaves: Leaves, narrow: torch.dtype, wide: torch.dtype, *, grad
     return {
         name: x.detach().to(narrow if name in NARROW else wide).clone().requires_grad_(grad) for name, x in leaves.items()
     }
+
+
+def laid_out(leaves: Leaves, layout: str) -> Leaves:
+    """The same leaves, queries, keys and values in a layout."""
+    if layout == "tokens":
+        return leaves
+    return {name: x.transpose(1, 2).contiguous().transpose(1, 2) if name in NARROW else x for name, x in leaves.items()}
 
 
 def arguments(spec: InnerLoop, leaves: Leaves, start: int = 0, stop: int | None = None) -> dict[str, Any]:

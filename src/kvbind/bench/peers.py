@@ -22,7 +22,7 @@ from kvbind.bench.ceilings import Ceilings, forward_work, measure_ceilings, trai
 from kvbind.bench.events import duration, first_line
 from kvbind.bench.goals import SIZE, goal_of
 from kvbind.bench.kernel_tables import Grid
-from kvbind.bench.leaves import NARROW, Leaves, draw_leaves, in_precision, run
+from kvbind.bench.leaves import NARROW, Leaves, draw_leaves, in_precision, laid_out, run
 from kvbind.bench.operands import Size
 from kvbind.bench.record import growing, provenance
 from kvbind.bench.timing import Work, synchronize
@@ -30,9 +30,6 @@ from kvbind.forms.analysis import parallel_obstacles
 from kvbind.inner.networks import Linear
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import lact_llm, ladder, linear_attention
-
-LAYOUTS = ("heads", "tokens")
-"""How the operands lie in memory: `[B, H, T, D]`, which batched products take as it is, or `[B, T, H, D]`."""
 
 HOST_SIZE = Size(batch=3, tokens=8192, heads=2, width=192)
 """A call whose launches cost the host more than the device."""
@@ -163,7 +160,7 @@ class Row:
         rung: of the ladder, or "linear_attention".
         size: of the call.
         chunk: tokens in a chunk.
-        layout: of `LAYOUTS`.
+        layout: of `kvbind.bench.leaves.LAYOUTS`.
         host: compare what a call costs the host.
     """
 
@@ -189,13 +186,6 @@ def plan(rungs: Sequence[str], size: Size = SIZE, chunk: int = 2048) -> list[Row
     if size == SIZE:
         rows += [Row(f"linear_attention-{s.heads}x{s.width}", "linear_attention", s, 1, "tokens") for s in TOKEN_SIZES]
     return rows
-
-
-def laid_out(leaves: Leaves, layout: str) -> Leaves:
-    """The same leaves, queries, keys and values in a layout."""
-    if layout == "tokens":
-        return leaves
-    return {name: x.transpose(1, 2).contiguous().transpose(1, 2) if name in NARROW else x for name, x in leaves.items()}
 
 
 def passes(read: Read, leaves: Leaves) -> dict[str, Work]:
@@ -309,7 +299,8 @@ def peer_grids(record: dict[str, Any]) -> list[Grid]:
         lines.append((*line, text(row["goal"]), text(row["of_limit"], ".0%")))
     header = ("rung", "pass", "ours plain", "peer plain", "ours graph", "peer graph", "x plain", "x graph", "plain / graph",
               "goal", "of limit")  # fmt: skip
-    grids = [Grid("peers", "Beside compiled PyTorch, Mtok/s", header, tuple(lines))]
+    note = "plain: calls from Python; graph: replays of a CUDA graph; x: ours over the peer's; of limit: ours, of replays"
+    grids = [Grid("peers", "Beside compiled PyTorch, Mtok/s", header, tuple(lines), note=note)]
     if host:
         title = f"What a small call costs the host, us: {HOST_SIZE.batch} x {HOST_SIZE.tokens}, {HOST_SIZE.heads} heads of "
         grids.append(Grid("host", f"{title}{HOST_SIZE.width}", ("rung", "pass", "ours", "peer"), tuple(host)))

@@ -28,7 +28,7 @@ from torch import Tensor
 from kvbind.bench.evaluation import Evaluation, moves, relative_errors
 from kvbind.bench.events import first_line
 from kvbind.bench.kernels import release
-from kvbind.bench.leaves import Leaves, arguments, draw_leaves, in_precision, weights_of
+from kvbind.bench.leaves import Leaves, arguments, draw_leaves, in_precision, laid_out, weights_of
 from kvbind.bench.operands import Size
 from kvbind.bench.pieces import Piece, pieces
 from kvbind.bench.record import growing, provenance
@@ -48,7 +48,7 @@ from kvbind.precision import matmul_precision
 
 DTYPES = ("float32", "bfloat16")
 
-BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2}
+BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 """Bounds on relative errors in norm."""
 
 TWINS = 2.0
@@ -60,9 +60,9 @@ evaluations differ by more than a factor of two, and PyTorch's own form exceeds 
 
 RULES = (
     "float32: output, state and every gradient within 1e-5; through Newton-Schulz output and state within that or twice the "
-    "twin's own error, gradients within 1e-4 or four times it. bfloat16: all within twice the twin's own error or 1e-5, "
-    "output and state also within 1e-2; through Newton-Schulz within twice the twin's own error, gradients within four "
-    "times it. Norms and pending tokens in the state within 1e-5 always."
+    "twin's own error, gradients within 1e-4 or four times it. bfloat16, float16: all within twice the twin's own error or "
+    "1e-5, output and state also within 1e-2; through Newton-Schulz within twice the twin's own error, gradients within "
+    "four times it. Norms and pending tokens in the state within 1e-5 always."
 )
 """Relative errors in norm; what is not finite breaks them."""
 
@@ -84,6 +84,8 @@ class Case:
         update_tokens: tokens that write, of visibility "full".
         wide_newton_schulz: Newton-Schulz runs in float32 for bfloat16 operands too.
         small_gates: retention gates are between 1 and 1e-30, many of them small.
+        layout: of queries, keys and values, of `kvbind.bench.leaves.LAYOUTS`.
+        also: dtypes in which it is verified besides `DTYPES`.
     """
 
     name: str
@@ -98,6 +100,8 @@ class Case:
     update_tokens: slice | None = None
     wide_newton_schulz: bool = False
     small_gates: bool = False
+    layout: str = "tokens"
+    also: tuple[str, ...] = ()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -210,6 +214,18 @@ def cases(scale: Scale) -> list[Case | Piece]:
         ("Atlas", systems.atlas(64)),
     ):
         add(name, spec, at(s.odd, tokens=s.short))
+
+    # narrow operands of equal chunks are fetched by the accelerator, wherever tokens lie
+    three = Size(3, ends["rung2"].tokens, max(s.heads // 2, 1), s.width // 2)
+    for title in ("rung 2", "rung 3", "rung 4", "rung 5", "rung 6"):
+        spec, short = (of[title.replace(" ", "")] for of in (rungs, small))
+        equal: dict[str, Any] = {"both": False, "also": ("float16",)}
+        add(f"equal chunks, {title}, head by head", spec, layout="heads", **equal)
+        add(f"equal chunks, {title}, visibility chunk", spec.replace(visibility="chunk"), layout="heads", **equal)
+        add(f"equal chunks, {title}, three ragged rows", short, three, **equal)
+        every = short.replace(retention=True, momentum=True, token_lr=True)
+        add(f"equal chunks, {title}, every gate", every, replace(three, tokens=4 * small_chunk), layout="heads", **equal)
+        add(f"equal chunks, {title}, every gate, ascent", every.replace(direction="ascent"), three, layout="heads", **equal)
 
     # the recurrent form keeps a state for every token, or loops over them
     narrow, causal = at(s.narrow, 2, s.short), systems.linear_attention()
@@ -358,7 +374,7 @@ def problems(errors: dict[str, Any], twins: dict[str, Any], dtype: str, *, shape
             by_twin = max(TWINS * own, BOUNDS["float32"])
             return by_twin if gradient else min(BOUNDS[dtype], by_twin)
         by_twin = (SHAPED_TWINS if gradient else TWINS) * own
-        return by_twin if dtype == "bfloat16" else max(SHAPED_GRADIENT if gradient else BOUNDS[dtype], by_twin)
+        return by_twin if dtype != "float32" else max(SHAPED_GRADIENT if gradient else BOUNDS[dtype], by_twin)
 
     for name in ("output", "state"):
         hold(name, errors[name], bound(twins[name], False))
@@ -408,7 +424,7 @@ def of_case(case: Case, narrow: torch.dtype, device: torch.device) -> Evaluation
         generator = torch.Generator(device).manual_seed(0)
         shape = drawn["retention"].shape
         drawn["retention"] = 10 ** (-30 * torch.rand(shape, generator=generator, dtype=exact, device=device).square())
-    rounded = in_precision(drawn, narrow, wide)
+    rounded = laid_out(in_precision(drawn, narrow, wide), case.layout)
     del drawn
     slopes: Leaves = {}
 
@@ -492,7 +508,8 @@ def verified(
 
     Args:
         device: where to run.
-        dtypes: of the operands; default all that the device computes in: float32 alone where kernels are interpreted.
+        dtypes: of the operands; default all that the device computes in, and what a case asks for besides; float32 alone
+            where kernels are interpreted.
         small: sizes for kernels that are interpreted.
         only: run only cases whose name has this in it.
         budget: seconds after which no further case is begun. The record then says `complete: false`.
@@ -506,12 +523,18 @@ def verified(
         ValueError: `only` is in no case's name, or bfloat16 is asked of interpreted kernels.
     """
     deadline = time.monotonic() + budget
+    every = dtypes is None and not interpreted()
     if dtypes is None:
         dtypes = DTYPES[:1] if interpreted() else DTYPES
     elif interpreted() and "bfloat16" in dtypes:
         raise ValueError("dtype must be float32 under TRITON_INTERPRET=1, whose bfloat16 arithmetic is not that of a GPU")
     listed = cases(SMALL if small else FULL)
-    chosen = [(index, dtype) for index, case in enumerate(listed) if only in case.name for dtype in dtypes]
+    chosen = [
+        (index, dtype)
+        for index, case in enumerate(listed)
+        if only in case.name
+        for dtype in (*dtypes, *(case.also if every and isinstance(case, Case) else ()))
+    ]
     if not chosen:
         raise ValueError(f"only must be part of a case's name, such as 'rung 2' or 'packed'; got {only!r}")
     reason = why_off(device)

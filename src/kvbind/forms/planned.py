@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from math import isfinite
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,10 @@ class Kind(NamedTuple):
 
 
 _kinds: dict[Key, Kind] = {}
+_plans: dict[Key, Planned] = {}
+"""By the inner loop itself in place of its identity."""
+
+T = TypeVar("T")
 
 
 class Planned:
@@ -63,13 +68,13 @@ class Planned:
         q, k, v = (x.transpose(1, 2) for x in (call.q, call.tokens.k, call.tokens.v))
         self.spec, self.theta = spec, tuple(spec.network.theta)
         self.batch, self.rest = q.shape[0], q.shape[1] % spec.chunk
-        rate = lr["out"] if isinstance(lr, Mapping) else lr
-        self.constant = None
-        if not isinstance(rate, Tensor) and rate != 1:
-            self.constant = torch.full((), float(rate), device=q.device).expand(q.shape[:3])
-            rate = self.constant
+        self.heads = q.shape[2]
+        # tokens like the call's without keeping them, for states with none pending
+        self.none = call.tokens.map(lambda x: x[:, :, :0].detach().clone())
+        rates = as_rates(lr["out"] if isinstance(lr, Mapping) else lr, k)
+        theta = None
         # the others are cast where they are joined
-        start, theta = weights["out"], None
+        start = weights["out"]
         self.dense = start.dtype == torch.float32 and fused.dense(start) is start and start.data_ptr() % 16 == 0
         start = self._start(weights)
         if self.theta:
@@ -81,7 +86,7 @@ class Planned:
         self.plan = Plan(
             Shapes(
                 Rows.of(q), Rows.of(k), Rows.of(v), spec.chunk, spec.visibility != "past", spec.sign, theta, strides,
-                rate.stride() if isinstance(rate, Tensor) else None, spec.momentum, bool(spec.retention),
+                None if rates is None else rates.stride(), spec.momentum, spec.retention,
                 tuple((a, b, c) for a, b, c in muon.coefficients) if muon else (), muon.dtype if muon else torch.bfloat16,
             ),
             q,
@@ -104,25 +109,36 @@ class Planned:
     ) -> tuple[Tensor, State]:
         """What `ttt` returns."""
         rate = lr["out"] if isinstance(lr, Mapping) else lr
-        rates = rate if isinstance(rate, Tensor) else self.constant
+        rates = as_rates(rate, k)
         read = k if self.spec.query == "key" else q
         theta = [weights[name] for name in self.theta]
         output, end, velocity = self.plan.run(read, k, v, rates, momentum, retention, self._start(weights), theta)
-        batch, rest = self.batch, self.rest
+        moved = {} if velocity is None else {"out": velocity}
+
+        def state(pending: Tokens) -> State:
+            kept = {name: weights[name].float().expand(self.batch, self.heads, -1, -1) for name in self.theta}
+            return State.of(self.spec, FastWeights(kept | {"out": end}, moved, {}), pending, self.rest)
+
+        if self.rest:
+            # made at once, as the call's tensors may be written over
+            each = rate.transpose(1, 2) if isinstance(rate, Tensor) else float(rate)
+            gates = (None if x is None else x.transpose(1, 2).float() for x in (momentum, retention))
+            tokens = Tokens(k.transpose(1, 2), v.transpose(1, 2), {"out": each}, *gates)
+            return output, state(tokens.span(len(tokens) - self.rest, len(tokens)))
+        differentiated = torch.is_grad_enabled()
 
         def tensors() -> Mapping[str, Tensor]:
-            heads = k.shape[2]
-            kept = {name: x.float().expand(batch, heads, *x.shape[-2:]) for name, x in weights.items() if name != "out"}
-            moved = {} if velocity is None else {"out": velocity}
-            after = FastWeights(kept | {"out": end}, moved, {})
-            each = rates if rates is not None else rate
-            turned = each.transpose(1, 2) if isinstance(each, Tensor) else float(each)
-            gates = (None if x is None else x.transpose(1, 2) for x in (momentum, retention))
-            tokens = Tokens(k.transpose(1, 2), v.transpose(1, 2), {"out": turned}, *gates)
-            pending = tokens.span(len(tokens) - rest, len(tokens)) if rest else tokens
-            return State.of(self.spec, after, pending, rest).tensors
+            with torch.inference_mode(False), torch.set_grad_enabled(differentiated):
+                return state(self.none).tensors
 
-        return output, State(self.spec, Deferred(tensors), (rest,) * batch)
+        return output, State(self.spec, Deferred(tensors), (0,) * self.batch)
+
+
+def as_rates(rate: Tensor | float, k: Tensor) -> Tensor | None:
+    """A rate as launches take it, float32 `[B, T, H]`, or None for 1."""
+    if isinstance(rate, Tensor):
+        return rate
+    return None if rate == 1 else torch.full((), float(rate), device=k.device).expand(k.shape[:3])
 
 
 def key_of(
@@ -138,25 +154,31 @@ def key_of(
 ) -> Key | None:
     """All that the handling of a call depends on, or None where it cannot be told from outside.
 
-    Weights' names come in the order in which they were given.
+    Weights' names come in the order in which they were given. Of rates that are numbers it matters whether they are 1.
     """
-    if type(weights) is not dict:
+    if type(weights) is not dict or type(form) is not str:
         return None
     if type(lr) is dict:
         rates: tuple[Any, ...] = (*lr, *lr.values())
     else:
         rates = (lr,)
     key: list[Any] = [id(spec), form, os.environ.get("KVBIND_KERNELS"), *weights]
-    for x in (q, k, v, *weights.values(), momentum, retention, *rates):
-        if isinstance(x, Tensor):
-            if type(x) not in direct.PLAIN:
+    try:
+        for x in (q, k, v, *weights.values(), momentum, retention, *rates):
+            if isinstance(x, Tensor):
+                if type(x) not in direct.PLAIN:
+                    return None
+                # float32 operands besides the tokens are taken by address, which must be aligned
+                key += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
+            elif x is None or type(x) is str:
+                key.append(x)
+            elif type(x) in (int, float) and isfinite(x):
+                key.append(1 if x == 1 else float)
+            else:
                 return None
-            # float32 operands besides the tokens are taken by address, which must be aligned
-            key += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
-        elif x is None or type(x) in (int, float, str):
-            key.append(x)
-        else:
-            return None
+    except RuntimeError:
+        # neither sparse nor nested tensors have strides and addresses
+        return None
     return tuple(key)
 
 
@@ -167,11 +189,21 @@ def known(key: Key | None) -> Kind | None:
 
 def learn(key: Key, spec: InnerLoop, call: Operands, lr: LearningRate, weights: Mapping[str, Tensor], form: str) -> Kind:
     """Find what runs a kind of calls, of which `call` is a checked one, and remember it."""
-    if len(_kinds) >= MOST:
-        _kinds.clear()
-    kind = Kind(spec, Planned(spec, call, lr, weights) if can_plan(spec, call, lr, weights, form) else None)
-    _kinds[key] = kind
-    return kind
+    planned = None
+    if can_plan(spec, call, lr, weights, form):
+        # an inner loop that is made anew for every call has the plan of its equal
+        same = (spec, *key[1:])
+        planned = _plans.get(same)
+        if planned is None:
+            planned = _kept(_plans, same, Planned(spec, call, lr, weights))
+    return _kept(_kinds, key, Kind(spec, planned))
+
+
+def _kept(known: dict[Key, T], key: Key, new: T) -> T:
+    if len(known) >= MOST:
+        known.clear()
+    known[key] = new
+    return new
 
 
 def can_plan(spec: InnerLoop, call: Operands, lr: LearningRate, weights: Mapping[str, Tensor], form: str) -> bool:
@@ -187,6 +219,8 @@ def can_plan(spec: InnerLoop, call: Operands, lr: LearningRate, weights: Mapping
         return False
     rate = lr["out"] if isinstance(lr, Mapping) else lr
     if isinstance(rate, Tensor) and (rate.dtype != torch.float32 or rate.data_ptr() % 16 or rate.dim() != 3):
+        return False
+    if len({weights[name].shape for name in spec.network.theta}) > 1:
         return False
     from kvbind.kernels.tma_products import DEPTH, fits
 

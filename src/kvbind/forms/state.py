@@ -31,8 +31,10 @@ class Deferred(Mapping[str, Tensor]):
         self._made: Mapping[str, Tensor] = {}
 
     def _all(self) -> Mapping[str, Tensor]:
-        if self._make is not None:
-            self._made, self._make = self._make(), None
+        make = self._make
+        if make is not None:
+            # threads that meet here make the same
+            self._made, self._make = make(), None
         return self._made
 
     def __getitem__(self, name: str) -> Tensor:

@@ -63,7 +63,8 @@ def compiling_ahead() -> Iterator[None]:
             _here.noted = None
 
 
-def _can_rehearse(args: Sequence[Any]) -> bool:
+def can_rehearse(args: Sequence[Any]) -> bool:
+    """Whether a call of these arguments is one on a GPU that launches at once, outside of any rehearsal."""
     on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in args)
     return on_gpu and not rehearsing() and not torch.cuda.is_current_stream_capturing()
 
@@ -97,7 +98,7 @@ def rehearsed(*lengths: str, unless: str = "") -> Callable[[Callable[..., R]], C
             if len(met) < MOST and (stops is None or not args[stops]):
                 kind = tuple(x is None if varies else _kind(x) for x, varies in zip(args, vary, strict=True))
                 # asked last, as every call comes by here
-                if kind not in met and _can_rehearse(args):
+                if kind not in met and can_rehearse(args):
                     met.add(kind)
                     with compiling_ahead():
                         body(*args)

@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvbind.kernels.ahead import rehearsing
 from kvbind.kernels.common import interpreted
 
 
 class Block:
     """A tensor as the tensor memory accelerator sees it: an address, a shape, strides and the block that one fetch brings.
 
-    What Triton's `TensorDescriptor` holds, without its checks, which whoever binds a launch has made once.
+    What Triton's `TensorDescriptor` holds, of 3.6 and 3.7, without its checks, which whoever binds a launch has made once.
     """
 
-    __slots__ = ("base", "block_shape", "padding", "shape", "strides")
+    __slots__ = ("base", "block_shape", "padding", "round_f32_to_tf32", "shape", "strides")
 
     def __init__(self, base: Tensor, shape: Sequence[int], strides: Sequence[int], block_shape: Sequence[int]) -> None:
-        self.base, self.shape, self.strides, self.block_shape, self.padding = base, shape, strides, block_shape, "zero"
+        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape
+        self.padding, self.round_f32_to_tf32 = "zero", False
 
 
 class View:
@@ -61,7 +63,7 @@ class Bound:
         self.rest = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
 
     def __call__(self, stream: int, *tensors: Any) -> None:
-        """Launch on a stream of the current device, which is that of the tensors."""
+        """Launch on a stream of the current device, which is that of the tensors; in a rehearsal, compile."""
         args = [x if view is None else view(x) for view, x in zip(self.views, tensors, strict=True)]
         if self.compiled is None:
             self._first(args)
@@ -74,8 +76,12 @@ class Bound:
         described = [
             TensorDescriptor(x.base, x.shape, x.strides, x.block_shape) if isinstance(x, Block) else x for x in args
         ]
+        if rehearsing():
+            self.kernel.warmup(*described, *self.numbers, grid=self.grid, **self.constants)
+            return
         compiled = self.kernel[self.grid](*described, *self.numbers, **self.constants)
-        if interpreted():
+        # the interpreter has none to give, nor has what compiles for GPUs that are not there
+        if compiled is None or interpreted():
             return
         self.run, self.function, self.packed = compiled.run, compiled.function, compiled.packed_metadata
         self.compiled = compiled

@@ -40,6 +40,13 @@ def capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index) if torch.version.hip is None else (0, 0)
 
 
+@cache
+def shared_memory(index: int) -> int:
+    """Bytes of shared memory that a block of CUDA device `index` may have."""
+    # not in the annotations of PyTorch
+    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
 def capable(index: int) -> bool:
     """Whether CUDA device `index` is an NVIDIA GPU of at least `LEAST_CAPABILITY`."""
     return capability(index) >= LEAST_CAPABILITY

@@ -7,6 +7,7 @@ a call of the operator's body.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -62,6 +63,14 @@ def is_mapped(x: Tensor) -> bool:
 def has_values(x: Tensor) -> bool:
     """Whether the host may read a tensor's values: not under a compiler, nor of a fake tensor or one that is many."""
     return type(x) in PLAIN and not torch.compiler.is_compiling() and not x.is_meta and not is_mapped(x)
+
+
+_UNMARKED = contextlib.nullcontext()
+
+
+def marked(name: str) -> contextlib.AbstractContextManager[Any]:
+    """A mark in profiles, `kvbind::name`, of what is no operator; where nothing profiles it costs nothing."""
+    return torch.profiler.record_function(f"kvbind::{name}") if torch.autograd._profiler_enabled() else _UNMARKED
 
 
 def is_eager() -> bool:

@@ -7,9 +7,9 @@ one allocates its results and launches; nothing is derived again. Products are t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kvbind.kernels import direct
 from kvbind.kernels import tma_products as products
+from kvbind.kernels.ahead import can_rehearse, compiling_ahead
 from kvbind.kernels.bound import Bound, stream_of
 from kvbind.kernels.common import cdiv, on_device_of
 from kvbind.kernels.newton_schulz import newton_schulz_backward, newton_schulz_forward
@@ -63,6 +65,29 @@ class Shapes:
     precision: torch.dtype
 
 
+@cache
+def zeros(device: torch.device, count: int) -> Tensor:
+    """float32 zeros, the same for all plans; never written."""
+    return torch.zeros(count, device=device)
+
+
+_met: set[tuple[Any, ...]] = set()
+
+
+def compiled_first(kind: tuple[Any, ...], body: Callable[..., Any], *args: Any) -> Any:
+    """What `body` returns; before its first call of a kind all that it launches is compiled, in threads."""
+    if kind not in _met and can_rehearse(args):
+        with compiling_ahead():
+            body(*args)
+        _met.add(kind)
+    return body(*args)
+
+
+def ready(x: Tensor) -> Tensor:
+    """A gradient as launches take it: contiguous, at an address that is a multiple of 16."""
+    return x if x.is_contiguous() and not x.data_ptr() % 16 else x.clone(memory_format=torch.contiguous_format)
+
+
 class LibraryWrite:
     """`tma_products.write` as one product of the vendor's library, for chunks that lie one after another, head by head.
 
@@ -79,9 +104,9 @@ class LibraryWrite:
         self.shape = count, x.shape[3], g.shape[3]
 
     @staticmethod
-    def fits(*tokens: Rows) -> bool:
-        """Whether tokens lie head by head, without gaps."""
-        return all(x.strides == (math.prod(x.shape[1:]), x.shape[3], x.shape[1] * x.shape[3], 1) for x in tokens)
+    def fits(like: Tensor, *tokens: Rows) -> bool:
+        """Whether the library is there for tensors like one, and tokens lie head by head, without gaps."""
+        return like.is_cuda and all(x.strides == x.by_head(x.shape[3]).strides for x in tokens)
 
     def __call__(self, stream: int, x: Any, g: Any, y: Any) -> None:
         """Write to y, float32, sequences outermost, then heads; the stream is the current one."""
@@ -108,16 +133,17 @@ class Plan:
         self.size = self.hidden * self.value_width
         self.like = like.new_empty(0)
         self.staged = bool(s.coefficients)
+        self.others: dict[Any, Plan] = {}
         self.sequences = self._table(
             [(b * self.complete, self.complete, self.complete, b * self.states) for b in range(self.batch)]
         )
         self.single = self._table([(c, 1) for c in range(self.chunks)])
-        self.no_velocity = torch.zeros(self.size, device=self.device) if s.momentum else None
+        self.no_velocity = zeros(self.device, self.size) if s.momentum else None
 
         output = s.v.like(self.value_width)
         seen = s.q if s.theta is None else s.q.like(self.hidden)
         # the vendor's library is faster where it takes the operands; Newton-Schulz's gradients want chunks outermost
-        self.by_head = like.is_cuda and self.whole and LibraryWrite.fits(s.k, s.v) and (s.momentum or not self.staged)
+        self.by_head = self.whole and (s.momentum or not self.staged) and LibraryWrite.fits(like, s.k, s.v)
         self.written = s.k.by_head(self.hidden) if self.by_head else s.k.like(self.hidden)
         written = s.k if s.theta is None and s.rates is None else self.written
         self.read = products.product(seen, output, s.chunk, self.states, like, own=s.own)
@@ -279,9 +305,45 @@ class Plan:
             if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
                 output, end, *velocity = _Planned.apply(self, *tensors)
                 return output, end, velocity[0] if velocity else None
-            m, r = self.means(momentum), self.means(retention)
-            output, end, moved, _ = self.forward(stream_of(self.index), q, k, v, rates, m, r, start, theta, False)
+            output, end, moved, _ = self.evaluated(q, k, v, rates, momentum, retention, start, theta, False)
             return output, end, moved
+
+    def evaluated(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rates: Tensor | None,
+        momentum: Tensor | None,
+        retention: Tensor | None,
+        start: Tensor,
+        theta: Sequence[Tensor],
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None]]:
+        """`forward` of gates `[B, T, H]` on the current stream; keeps the gates' means too where it keeps anything."""
+        with direct.marked("equal_chunks"):
+            m, r = self.means(momentum), self.means(retention)
+            output, end, moved, kept = compiled_first(
+                self.kind("forward"), self.forward, stream_of(self.index), q, k, v, rates, m, r, start, theta, keep
+            )
+        return output, end, moved, [m, r, *kept]
+
+    def kind(self, part: str) -> tuple[Any, ...]:
+        """All that compilation depends on: not how many tokens and sequences there are, nor where they lie."""
+        s = self.shapes
+        theta = s.theta and s.theta._replace(sets=1)
+        flags = self.by_head, s.own, s.rates is None, s.momentum, s.retention, s.chunk, s.coefficients, s.precision
+        return part, self.dtype, self.device, self.heads, self.key_width, self.value_width, theta, *flags
+
+    def of_saved(self, q: Tensor, k: Tensor, v: Tensor, rates: Tensor | None) -> Plan:
+        """This plan, or its like for tensors that hooks of autograd saved and brought back with other strides."""
+        s = self.shapes
+        found = (q.stride(), k.stride(), v.stride(), None if rates is None else rates.stride())
+        if found == (s.q.strides, s.k.strides, s.v.strides, s.rates):
+            return self
+        if found not in self.others:
+            self.others[found] = Plan(replace(s, q=Rows.of(q), k=Rows.of(k), v=Rows.of(v), rates=found[3]), self.like)
+        return self.others[found]
 
     @cached_property
     def forgetful_scan(self) -> Bound:
@@ -315,7 +377,6 @@ class Backward:
                 there = 0 <= chunk < reads
                 rows.append((b * reads + (chunk if there else 0), int(there)))
         self.row_pieces = plan._table(rows)
-        self.zeros = plan.matrices(plan.batch).zero_()
         self.from_output = products.product(
             output, hiddens if s.theta else keys, s.chunk, plan.states, like, own=s.own, transposed=True
         )
@@ -339,7 +400,9 @@ class Backward:
             run = cdiv(cdiv(plan.length, RUNS), products.DEPTH) * products.DEPTH
             self.runs = cdiv(plan.length, run)
             self.query_theta = products.write(s.q, joined, run, self.runs, like)
-            self.key_theta = products.write(s.k, joined, run, self.runs, like)
+            # tokens of an incomplete chunk have written nothing, whatever they hold
+            inside = plan.complete * s.chunk
+            self.key_theta = products.write(s.k.first(inside), joined.first(inside), run, self.runs, like)
         moving: dict[str, Any] = {"momentum": s.momentum, "velocity": (0, 0), "retention": False}
         shape = plan.batch, plan.heads, plan.size
         if plan.staged:
@@ -391,8 +454,9 @@ class Backward:
             del du
 
         d_state = plan.matrices(plan.batch)
-        d_end = self.zeros if d_end is None else d_end.contiguous()
-        d_end_velocity = self.zeros if d_end_velocity is None else d_end_velocity.contiguous()
+        nothing = zeros(plan.device, plan.batch * plan.heads * plan.size)
+        d_end = nothing if d_end is None else ready(d_end)
+        d_end_velocity = nothing if d_end_velocity is None else ready(d_end_velocity)
         counts = (blocks_of(plan.size), plan.chunks, plan.heads)
         d_momentum = torch.empty(counts, device=plan.device) if momentum is not None else None
         d_retention = torch.empty(counts, device=plan.device) if retention is not None else None
@@ -440,15 +504,12 @@ class Backward:
             del dh
             self.to_values(stream, written, d_writes, dv, unused, unused, unused)
             del written
-            if not plan.whole:
-                du[:, plan.complete * s.chunk :].zero_()
             dk = plan.tokens(plan.key_width)
             self.to_keys(stream, du, both, dk, unused, unused, unused)
             d_theta = d_theta + self._theta(plan, stream, self.key_theta, k, du)
         if rates is not None:
             d_rates = sums.sum(-1)
         if not plan.whole:
-            # tokens of an incomplete chunk have written nothing yet
             for x in (dk, dv, d_rates):
                 if x is not None:
                     x[:, plan.complete * s.chunk :].zero_()
@@ -480,10 +541,8 @@ class _Planned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: Any) -> tuple[Tensor, ...]:
         q, k, v, rates, momentum, retention, start, *theta = tensors
-        m, r = plan.means(momentum), plan.means(retention)
-        stream = stream_of(plan.index)
-        output, end, velocity, kept = plan.forward(stream, q, k, v, rates, m, r, start, theta, True)
-        ctx.save_for_backward(q, k, v, rates, m, r, *kept)
+        output, end, velocity, kept = plan.evaluated(q, k, v, rates, momentum, retention, start, theta, True)
+        ctx.save_for_backward(q, k, v, rates, *kept)
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.shapes = plan, [None if x is None else x.shape for x in tensors]
         return (output, end) if velocity is None else (output, end, velocity)
@@ -491,18 +550,17 @@ class _Planned(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor | None, d_end: Tensor | None, d_velocity: Tensor | None = None) -> Any:
-        plan, saved = ctx.plan, ctx.saved_tensors
-        shapes = plan.shapes
-        if d_output is None:
-            d_output = plan.tokens(plan.value_width).zero_()
-        elif d_output.data_ptr() % 16 or not d_output.is_contiguous():
-            d_output = d_output.clone(memory_format=torch.contiguous_format)
-        dq, dk, dv, d_rates, d_momentum, d_retention, d_start, d_theta = plan.backward_launches.run(
-            plan, stream_of(plan.index), d_output, d_end, d_velocity, saved[:6], saved[6:]
-        )
-        gates = [None if x is None else plan.spread(x) for x in (d_momentum, d_retention)]
+        saved = [x if x is None or not x.data_ptr() % 16 else x.clone() for x in ctx.saved_tensors]
+        plan = ctx.plan.of_saved(*saved[:4])
+        d_output = plan.tokens(plan.value_width).zero_() if d_output is None else ready(d_output)
+        with direct.marked("equal_chunks_backward"):
+            dq, dk, dv, d_rates, d_momentum, d_retention, d_start, d_theta = compiled_first(
+                plan.kind("backward"), plan.backward_launches.run, plan, stream_of(plan.index), d_output, d_end, d_velocity,
+                saved[:6], saved[6:],
+            )  # fmt: skip
+            gates = [None if x is None else plan.spread(x) for x in (d_momentum, d_retention)]
         start = ctx.shapes[6]
         if len(start) == 3:
             d_start = d_start.sum(0) if plan.batch > 1 else d_start[0]
-        found = [] if d_theta is None else [x.reshape(ctx.shapes[7]) for x in d_theta.split(shapes.theta.hidden, dim=-1)]
+        found = [] if d_theta is None else [x.reshape(ctx.shapes[7]) for x in d_theta.split(plan.hidden, dim=-1)]
         return None, dq, dk, dv, d_rates, *gates, d_start, *found

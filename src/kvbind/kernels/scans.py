@@ -30,7 +30,7 @@ def _program(SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @Launcher
-@triton.jit
+@triton.jit(do_not_specialize=["part_chunk", "part_head"])
 def _forward_kernel(
     parts, pieces, momentum, retention, velocity, state, sequences, velocities, rows, end_velocity, end_state,
     state_index, state_head, velocity_index, velocity_head, sign, part_chunk, part_head,

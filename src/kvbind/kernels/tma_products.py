@@ -2,8 +2,9 @@
 
 The same products as in `kvbind.kernels.products`, for sequences that all have the same length and chunks that all have the
 same. Tiles need no tables then: a persistent grid, a block or two to a multiprocessor, walks over them and stores one tile
-while it fetches the next. Tokens are `[B, T, H, D]` views of any strides (the last axis contiguous, the others multiples of
-16 bytes), so that neither layout of heads and tokens is copied. Rows past the last read as zeros and are not stored.
+while it fetches the next. Its step is a constant of the kernel, the number of tiles, which grows with a sequence, is not.
+Tokens are `[B, T, H, D]` views of any strides (the last axis contiguous, the others multiples of 16 bytes), so that neither
+layout of heads and tokens is copied. Rows past the last read as zeros and are not stored.
 
 Operands are bfloat16 or float16, sums float32. Each function of this module binds a launch (`kvbind.kernels.bound`) to
 shapes and strides; its docstring says which tensors the launch takes.
@@ -21,10 +22,13 @@ from torch import Tensor
 
 from kvbind.kernels.activations import activate, slope
 from kvbind.kernels.bound import Bound, View
-from kvbind.kernels.common import capability, cdiv, interpreted, multiprocessors
+from kvbind.kernels.common import capability, cdiv, interpreted, multiprocessors, power_of_2, shared_memory
 
 LEAST_CAPABILITY = (9, 0)
 """Compute capability of the first devices with a tensor memory accelerator."""
+
+LEAST_SHARED = 227 << 10
+"""Bytes of shared memory to a block, which tiles are sized for; some devices with the accelerator have less than half."""
 
 DEPTH = 64
 """Channels, or tokens, of one step of a product; chunks and hidden widths are multiples of it."""
@@ -56,6 +60,11 @@ class Rows(NamedTuple):
         batch, length, heads, _ = self.shape
         return Rows((batch, length, heads, width), (length * heads * width, width, length * width, 1))
 
+    def first(self, length: int) -> Rows:
+        """The first tokens of each sequence, where they lie."""
+        batch, _, heads, width = self.shape
+        return Rows((batch, length, heads, width), self.strides)
+
     def empty(self, like: Tensor) -> Tensor:
         """Room for such tokens, of a tensor's dtype and device."""
         return torch.empty_strided(self.shape, self.strides, dtype=like.dtype, device=like.device)
@@ -76,14 +85,16 @@ def fits(chunk: int, *tokens: Tensor) -> bool:
     x = tokens[0]
     if chunk % DEPTH or x.dtype not in (torch.bfloat16, torch.float16):
         return False
-    able = capability(x.device.index) >= LEAST_CAPABILITY if x.is_cuda else interpreted()
+    index = x.device.index
+    able = capability(index) >= LEAST_CAPABILITY and shared_memory(index) >= LEAST_SHARED if x.is_cuda else interpreted()
     return able and all(_fetched(x) for x in tokens)
 
 
 def _fetched(x: Tensor) -> bool:
-    # what the accelerator asks of an address and of strides, of 2-byte elements
+    # what the accelerator asks of an address and of strides, of 2-byte elements; repeated tokens have strides of zero
     *others, last = x.stride()
-    return last == 1 and x.data_ptr() % 16 == 0 and x.shape[-1] % 16 == 0 and all(s % 8 == 0 for s in others)
+    apart = all(s % 8 == 0 and (s > 0 or n == 1) for s, n in zip(others, x.shape, strict=False))
+    return last == 1 and x.data_ptr() % 16 == 0 and x.shape[-1] % 16 == 0 and apart
 
 
 def _rows_of(chunk: int, most: int) -> int:
@@ -186,15 +197,15 @@ def product(
     bm, bn, stages = _rows_of(chunk, 256), 128, 4
     if bm == 256 and against is not None:
         bm = 128
-    across = cdiv(width, bn)
-    tiles = across * cdiv(length, bm) * heads * batch
-    programs = min(multiprocessors(device), tiles)
+    tiles = cdiv(width, bn) * cdiv(length, bm) * heads * batch
+    programs = multiprocessors(device)
     matrix = (batch * states * heads, width, inner) if transposed else (batch * states * heads, inner, width)
     block = (bn, DEPTH) if transposed else (DEPTH, bn)
     views: list[View | None] = [x.view(bm, DEPTH), matrices(*matrix, *block), y.view(bm, bn // 2)]
     views += [None if against is None else against.view(bm, bn), None, None]
     return Bound(
-        _product_kernel, views, (programs,), (batch, heads, length, chunk, states, int(own), *(rates or (0, 0, 0))),
+        _product_kernel, views, (min(programs, tiles),),
+        (batch, heads, length, chunk, states, int(own), *(rates or (0, 0, 0))),
         K=inner, N=width, TRANSPOSED=transposed, RATED=rates is not None, DOT=against is not None,
         PROGRAMS=programs, BM=bm, BN=bn, BK=DEPTH, num_warps=4 if bm == 64 else 8, num_stages=stages,
     )  # fmt: skip
@@ -239,10 +250,10 @@ def write(x: Rows, g: Rows, chunk: int, parts: int, device: Tensor) -> Bound:
     batch, _, heads, height = x.shape
     width, bm, bn = g.shape[3], 128, 128
     tiles = cdiv(height, bm) * cdiv(width, bn) * parts * heads * batch
-    programs = min(multiprocessors(device), tiles)
+    programs = multiprocessors(device)
     views = [x.view(DEPTH, bm), g.view(DEPTH, bn), matrices(batch * parts * heads, height, width, bm, bn // 2)]
     return Bound(
-        _write_kernel, views, (programs,), (batch, heads, chunk, parts),
+        _write_kernel, views, (min(programs, tiles),), (batch, heads, chunk, parts),
         M=height, N=width, PROGRAMS=programs, BM=bm, BN=bn, BT=DEPTH, num_warps=8, num_stages=5,
     )  # fmt: skip
 
@@ -305,10 +316,11 @@ def features(x: Rows, theta: Theta, device: Tensor, rates: Sequence[int] | None 
     batch, length, heads, width = x.shape
     hidden, bm, bn = theta.hidden, 128, 64
     tiles = cdiv(hidden, bn) * cdiv(length, bm) * heads * batch
-    programs = min(2 * multiprocessors(device), tiles)
+    programs = 2 * multiprocessors(device)
     stored = matrices(theta.factors * theta.sets * heads, width, hidden, DEPTH, bn)
     return Bound(
-        _features_kernel, [x.view(bm, DEPTH), stored, (out or x.like(hidden)).view(bm, bn // 2), None], (programs,),
+        _features_kernel, [x.view(bm, DEPTH), stored, (out or x.like(hidden)).view(bm, bn // 2), None],
+        (min(programs, tiles),),
         (batch, heads, length, theta.sets, *(rates or (0, 0, 0))),
         D=width, F=hidden, ACTIVATION=theta.activation, UP=theta.factors == 2, RATED=rates is not None,
         PROGRAMS=programs, BM=bm, BN=bn, BK=DEPTH, num_warps=8, num_stages=3,
@@ -368,28 +380,31 @@ def features_backward(x: Rows, theta: Theta, device: Tensor, rates: Sequence[int
     hidden, bm, bn = theta.hidden, 64, 64
     hiddens = x.like(hidden)
     tiles = cdiv(hidden, bn) * cdiv(length, bm) * heads * batch
-    programs = min(2 * multiprocessors(device), tiles)
+    programs = 2 * multiprocessors(device)
     stored = matrices(theta.factors * theta.sets * heads, width, hidden, DEPTH, bn)
     views: list[View | None] = [x.view(bm, DEPTH), stored, hiddens.view(bm, bn), hiddens.view(bm, bn // 2)]
     views += [x.like(theta.factors * hidden).view(bm, bn // 2), None, None]
     return Bound(
-        _features_backward_kernel, views, (programs,), (batch, heads, length, theta.sets, *(rates or (0, 0, 0))),
+        _features_backward_kernel, views, (min(programs, tiles),),
+        (batch, heads, length, theta.sets, *(rates or (0, 0, 0))),
         D=width, F=hidden, ACTIVATION=theta.activation, UP=theta.factors == 2, RATED=rates is not None,
         PROGRAMS=programs, BM=bm, BN=bn, BK=DEPTH, num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["heads", "length", "x_b", "x_t", "x_h", "rate_b", "rate_t", "rate_h", "y_b", "y_t", "y_h"])
+@triton.jit(
+    do_not_specialize=["rows", "heads", "length", "x_b", "x_t", "x_h", "rate_b", "rate_t", "rate_h", "y_b", "y_t", "y_h"]
+)
 def _rated_kernel(
-    x, rates, y, heads, length, x_b, x_t, x_h, rate_b, rate_t, rate_h, y_b, y_t, y_h,
+    x, rates, y, rows, heads, length, x_b, x_t, x_h, rate_b, rate_t, rate_h, y_b, y_t, y_h,
     D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     # rows are tokens of all sequences, heads innermost
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     h, t, b = row % heads, (row // heads % length).to(tl.int64), (row // heads // length).to(tl.int64)
-    rate = tl.load(rates + b * rate_b + t * rate_t + h * rate_h)
+    rate = tl.load(rates + b * rate_b + t * rate_t + h * rate_h, mask=row < rows, other=0.0)
     columns = tl.arange(0, WIDTH)
-    inside = (columns < D)[None, :]
+    inside = (row < rows)[:, None] & (columns < D)[None, :]
     value = tl.load(x + (b * x_b + t * x_t + h * x_h)[:, None] + columns[None, :], mask=inside, other=0.0) * rate[:, None]
     tl.store(y + (b * y_b + t * y_t + h * y_h)[:, None] + columns[None, :], value.to(y.dtype.element_ty), mask=inside)
 
@@ -398,13 +413,13 @@ def rated(x: Rows, rates: Sequence[int], out: Rows) -> Bound:
     """`rates * x`. The launch takes x `[B, T, H, D]`, rates, float32 `[B, T, H]`, and where to write y `[B, T, H, D]`.
 
     Args:
-        x: the tokens; T is a multiple of 16.
+        x: the tokens.
         rates: strides of the rates.
         out: y.
     """
     batch, length, heads, width = x.shape
-    rows, wide = 16, triton.next_power_of_2(width)
+    rows, bm = batch * length * heads, 16
     return Bound(
-        _rated_kernel, [None] * 3, (batch * length * heads // rows,),
-        (heads, length, *x.strides[:3], *rates, *out.strides[:3]), D=width, WIDTH=wide, BM=rows, num_warps=4, num_stages=1,
+        _rated_kernel, [None] * 3, (cdiv(rows, bm),), (rows, heads, length, *x.strides[:3], *rates, *out.strides[:3]),
+        D=width, WIDTH=power_of_2(width), BM=bm, num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -1,0 +1,173 @@
+"""`kvbind bench peers`: peers compute what `ttt` computes, and rows, rates and tables say what was measured."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvbind import NewtonSchulz, systems
+from kvbind.bench import peers
+from kvbind.bench.app import app
+from kvbind.bench.ceilings import Ceilings
+from kvbind.bench.goals import SIZE
+from kvbind.bench.leaves import LAYOUTS, draw_leaves, in_precision, laid_out, run
+from kvbind.bench.operands import Size
+from kvbind.inner.systems import RUNGS
+
+CPU = torch.device("cpu")
+SMALL = Size(batch=2, tokens=32, heads=2, width=16)
+LADDER = systems.ladder(systems.lact_llm(8))
+PARALLEL = [name for name in RUNGS if name not in ("rung0", "rung1")]
+CEILINGS = Ceilings(matmul_flops=1e12, matmul_size=1024, dtype="bfloat16", copy_bytes=1e11)
+
+
+def leaves_of(spec, dtype=torch.float32):
+    return in_precision(draw_leaves(spec, SMALL, CPU, dtype=torch.float64), dtype, dtype)
+
+
+def error(found, expected):
+    return peers.error_of(found, expected)
+
+
+@pytest.fixture
+def exact_products(monkeypatch):
+    """Newton-Schulz of peers in the operands' precision, as that of the inner loop is here."""
+
+    def orthogonal(x, coefficients):
+        return NewtonSchulz(coefficients=tuple(coefficients), dtype=torch.float64)(x)
+
+    monkeypatch.setattr(peers, "orthogonal", orthogonal)
+
+
+def exact(spec):
+    return spec.replace(orthogonalize=spec.orthogonalize and spec.orthogonalize.replace(dtype=torch.float64))
+
+
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", PARALLEL)
+def test_the_parallel_peer_computes_what_ttt_computes_with_every_gradient(name, layout):
+    spec = exact(LADDER[name])
+    # momentum by a cumulative product loses digits, which float64 has to spare
+    leaves = {n: x.requires_grad_() for n, x in laid_out(leaves_of(spec, torch.float64), layout).items()}
+    ours, theirs = run(spec, leaves, "recurrent")[0], peers.parallel_peer(leaves, spec)
+    # the peer's writes are in float32, as in the released code
+    assert error(theirs, ours) < 1e-5
+    slope = torch.randn_like(ours)
+    for x, y in zip(*(torch.autograd.grad(out, list(leaves.values()), slope) for out in (theirs, ours)), strict=True):
+        assert error(x, y) < 1e-4
+
+
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("name", ["rung0", "rung1"])
+def test_the_recurrent_peer_computes_what_ttt_computes(name):
+    spec = exact(LADDER[name])
+    leaves = leaves_of(spec, torch.float64)
+    found = peers.recurrent_peer(leaves, spec, peers.chunk_step)
+    assert error(found, run(spec, leaves, "recurrent")[0]) < 1e-4
+
+
+def test_peers_orthogonalize_in_bfloat16_as_released():
+    x = torch.randn(3, 8, 12)
+    found, rule = peers.orthogonal(x, LADDER["rung2"].orthogonalize.coefficients), LADDER["rung2"].orthogonalize
+    assert found.dtype == torch.bfloat16
+    assert error(found, rule(x)) < 3e-2
+
+
+def test_peers_are_what_a_user_would_run(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or f)
+    assert peers.peer_of(systems.linear_attention(1)) is peers.fla_peer
+    assert compiled == []
+    parallel = peers.peer_of(LADDER["rung6"])
+    assert parallel.func is compiled[-1].func is peers.parallel_peer
+    assert peers.peer_of(LADDER["rung0"]).func is peers.recurrent_peer
+    assert compiled[-1] is peers.chunk_step
+
+
+def test_rows_are_every_rung_both_layouts_small_calls_and_token_visibility():
+    rows = peers.plan(tuple(RUNGS))
+    assert len({row.name for row in rows}) == len(rows)
+    named = {row.name: row for row in rows}
+    assert set(RUNGS) < set(named)
+    assert {row.layout for row in rows} == set(LAYOUTS)
+    assert [row.name for row in rows if row.host] == [f"host-{name}" for name in reversed(PARALLEL)]
+    assert {row.rung for row in rows if row.layout == "tokens"} == {*PARALLEL, "linear_attention"}
+    assert named["rung6"].spec == systems.ladder(systems.lact_llm(2048))["rung6"]
+    assert named["linear_attention-12x128"].spec == systems.linear_attention(1)
+    assert not any(row.rung == "linear_attention" for row in peers.plan(("rung6",), replace(SIZE, tokens=64)))
+
+
+def test_layouts_hold_the_same_numbers():
+    leaves = leaves_of(LADDER["rung3"])
+    heads = laid_out(leaves, "heads")
+    assert all(torch.equal(heads[name], x) for name, x in leaves.items())
+    assert heads["q"].transpose(1, 2).is_contiguous()
+    assert leaves["q"].is_contiguous()
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_a_row_compares_rates_errors_and_what_calls_cost_the_host(host, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    monkeypatch.setattr(peers, "host_seconds", lambda work, device: 1e-6 * (work() is not None))
+    row = peers.Row("rung6", "rung6", SMALL, 8, host=host)
+    forward, training = peers.compare(row, CEILINGS, CPU, seconds=0.0)
+    assert (forward["pass"], training["pass"]) == ("forward", "training")
+    assert forward["difference"] < 2e-2
+    for found in (forward, training):
+        assert found["ratio_plain"] == found["ours_plain"] / found["peer_plain"]
+        assert found["ours_graph"] is None
+        assert found["of_limit"] is None
+        assert ("ours_host_us" in found) == host
+
+
+def test_a_peer_that_fails_is_named_and_stops_nothing(monkeypatch):
+    def broken(leaves):
+        raise RuntimeError("not installed")
+
+    monkeypatch.setattr(peers, "peer_of", lambda spec: broken)
+    found = list(peers.compare(peers.Row("rung6", "rung6", SMALL, 8), CEILINGS, CPU, seconds=0.0))
+    assert [row["peer_error"] for row in found] == ["RuntimeError: not installed"] * 2
+    assert all(row["ours_plain"] and row["ratio_plain"] is None for row in found)
+
+
+def test_tables_set_ours_beside_the_peers_and_show_what_is_missing():
+    whole = {
+        "name": "rung6", "pass": "forward", "ours_plain": 100.0, "peer_plain": 50.0, "ours_graph": 120.0, "peer_graph": 60.0,
+        "limit": 240.0, "goal": 90.0,
+    }  # fmt: skip
+    partial = {
+        "name": "rung5",
+        "pass": "training",
+        "ours_plain": 10.0,
+        "peer_error": "ValueError: x",
+        "limit": 20.0,
+        "goal": None,
+    }
+    host = whole | {"name": "host-rung6", "ours_host_us": 61.4, "peer_host_us": 80.0}
+    grids = peers.peer_grids({"rows": [row | peers.ratios(row) for row in (whole, partial, host)]})
+    table, small = grids
+    cells = dict(zip(table.header, table.rows[0], strict=True))
+    assert cells["x plain"] == cells["x graph"] == "2.00"
+    assert (cells["plain / graph"], cells["goal"], cells["of limit"]) == ("0.83", "90", "50%")
+    assert dict(zip(table.header, table.rows[1], strict=True))["x plain"] == "-"
+    assert small.rows == (("host-rung6", "fwd", "61", "80"),)
+    assert [grid.key for grid in grids] == ["peers", "host"]
+
+
+def test_the_command_writes_a_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "measure_ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    out = tmp_path / "peers.json"
+    options = ["--tokens", "32", "--chunk", "8", "--width", "16", "--heads", "1", "--seconds", "0", "--device", "cpu"]
+    monkeypatch.setattr(peers, "HOST_SIZE", SMALL)
+    result = CliRunner().invoke(app, ["peers", "--only", "rung6-tokens", *options, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    record = json.loads(out.read_text())
+    assert record["complete"]
+    assert [row["name"] for row in record["rows"]] == ["rung6-tokens"] * 2
+    result = CliRunner().invoke(app, ["peers", "--only", "rung9", *options])
+    assert result.exit_code == 2
+    assert "only must be in the name of a row" in result.output

@@ -1,0 +1,234 @@
+"""Plans of equal chunks give what a loop over chunks gives in float64, with either kind of write, and share what they can.
+
+Memory that nothing has written holds NaN in these tests, so that what reads it is seen.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kvbind.kernels.common import has_triton, interpreted
+
+pytestmark = pytest.mark.skipif(
+    not has_triton() or not (interpreted() or torch.cuda.is_available()), reason="needs Triton's interpreter or a GPU"
+)
+if has_triton():
+    from kvbind.kernels import equal_chunks
+    from kvbind.kernels.equal_chunks import LibraryWrite, Plan, Shapes, compiled_first
+    from kvbind.kernels.tma_products import Rows, Theta
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CHUNK = 64
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_not_a_number():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def by_library(monkeypatch):
+    """Writes by the vendor's library; off GPUs by PyTorch's product in its place."""
+    if DEVICE == "cuda":
+        return
+    monkeypatch.setattr(
+        LibraryWrite, "fits", staticmethod(lambda _, *x: all(r.strides == r.by_head(r.shape[3]).strides for r in x))
+    )
+
+    def product(self, _, x, g, y):
+        torch.bmm(x.as_strided(*self.left).float(), g.as_strided(*self.right).float(), out=y.view(self.shape))
+
+    monkeypatch.setattr(LibraryWrite, "__call__", product)
+
+
+def orthogonal(x, coefficients):
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in coefficients:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def plain(given, own, coefficients):
+    """Outputs, the state and the momentum buffer after the last complete chunk, chunk by chunk."""
+    q, k, v = given["q"], given["k"], given["v"]
+    if "gate" in given:
+        q, k = (F.silu(x.transpose(1, 2) @ given["gate"]).transpose(1, 2) for x in (q, k))
+    if "rates" in given:
+        k = k * given["rates"][..., None]
+    state = given["start"].expand(len(q), -1, -1, -1)
+    moved, outputs = torch.zeros_like(state), []
+    for at in range(0, q.shape[1], CHUNK):
+        here = slice(at, at + CHUNK)
+        read = state
+        if at + CHUNK <= q.shape[1]:
+            write = torch.einsum("bthf,bthv->bhfv", k[:, here], v[:, here])
+            if "momentum" in given:
+                write = moved = write + given["momentum"][:, here].mean(1)[..., None, None] * moved
+            if coefficients:
+                write = orthogonal(write, coefficients)
+            if "retention" in given:
+                state = state * given["retention"][:, here].mean(1)[..., None, None]
+            state = state + write
+        outputs.append(torch.einsum("bthf,bhfv->bthv", q[:, here], state if own else read))
+    return torch.cat(outputs, 1), state, moved
+
+
+def draw(*, length, by_head, gates, theta, batch=2, heads=1, width=16):
+    make = torch.Generator().manual_seed(0)
+
+    def tokens():
+        x = torch.randn(batch, heads, length, width, generator=make).half()
+        return (x if by_head else x.transpose(1, 2).contiguous().transpose(1, 2)).transpose(1, 2)
+
+    given = {"q": tokens(), "k": tokens(), "v": tokens()}
+    given |= {name: torch.rand(batch, length, heads, generator=make) * 0.5 + 0.3 for name in gates}
+    given["start"] = torch.randn(heads, 64 if theta else width, width, generator=make) * 0.1
+    if theta:
+        given["gate"] = torch.randn(heads, width, 64, generator=make) * 0.3
+    return {name: x.to(DEVICE).detach().requires_grad_() for name, x in given.items()}
+
+
+def plan_of(given, *, own=False, coefficients=()):
+    rows = [Rows.of(given[name]) for name in ("q", "k", "v")]
+    theta = Theta(1, 1, 64, "silu") if "gate" in given else None
+    rates = given["rates"].stride() if "rates" in given else None
+    start = given["start"].stride(0)
+    shapes = Shapes(
+        *rows,
+        CHUNK,
+        own,
+        1.0,
+        theta,
+        (0, start),
+        rates,
+        "momentum" in given,
+        "retention" in given,
+        coefficients,
+        torch.float32,
+    )
+    return Plan(shapes, given["q"])
+
+
+def run(plan, given):
+    gates = [given.get(name) for name in ("rates", "momentum", "retention")]
+    theta = [given["gate"]] if "gate" in given else []
+    return plan.run(given["q"], given["k"], given["v"], *gates, given["start"], theta)
+
+
+def compare(given, bound=3e-3, *, own=False, coefficients=()):
+    plan = plan_of(given, own=own, coefficients=coefficients)
+    exact = {name: x.detach().double().requires_grad_() for name, x in given.items()}
+    found = []
+    for results, leaves in ((run(plan, given), given), (plain(exact, own, coefficients), exact)):
+        results = [x for x, of in zip(results, (True, True, "momentum" in given), strict=True) if of]
+        slopes = [torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE) for x in results]
+        loss = sum((x.double() * slope).sum() for x, slope in zip(results, slopes, strict=True))
+        found.append([*results, *torch.autograd.grad(loss, list(leaves.values()))])
+    for ours, want in zip(*found, strict=True):
+        assert ours.shape == want.shape
+        error = (ours.double() - want).norm() / want.norm()
+        assert error < bound, f"{error:.1e}"
+    return plan
+
+
+SOME = ((3.4445, -4.775, 2.0315),)
+
+
+@pytest.mark.parametrize(
+    ("gates", "theta", "coefficients"),
+    [
+        ((), False, ()),
+        (("rates", "momentum"), False, SOME),
+        (("momentum", "retention"), False, ()),
+        (("rates", "momentum", "retention"), True, ()),
+    ],
+)
+@pytest.mark.usefixtures("by_library")
+def test_writes_by_the_vendors_library_lie_head_by_head(gates, theta, coefficients):
+    given = draw(length=128, by_head=True, gates=gates, theta=theta, heads=1 if theta else 2)
+    assert compare(given, 8e-3 if coefficients else 3e-3, coefficients=coefficients).by_head
+    # without gradients too, where less is kept
+    plan = plan_of(given, coefficients=coefficients)
+    with torch.no_grad():
+        found = run(plan, given)
+    assert all(x is y or torch.equal(x, y) for x, y in zip(found, run(plan, given), strict=True))
+
+
+@pytest.mark.usefixtures("by_library")
+def test_writes_are_our_own_where_the_library_would_copy():
+    whole = {"length": 128, "by_head": True, "theta": False}
+    assert plan_of(draw(gates=(), **whole)).by_head
+    assert not plan_of(draw(gates=(), **whole | {"length": 130})).by_head
+    assert not plan_of(draw(gates=(), **whole | {"by_head": False})).by_head
+    # gradients of Newton-Schulz lie chunk by chunk
+    assert not plan_of(draw(gates=(), **whole), coefficients=SOME).by_head
+
+
+def test_the_library_is_asked_on_gpus_alone():
+    rows = Rows.of(torch.empty(2, 3, 70, 16).transpose(1, 2))
+    assert LibraryWrite.fits(SimpleNamespace(is_cuda=True), rows)
+    assert not LibraryWrite.fits(SimpleNamespace(is_cuda=False), rows)
+    assert not LibraryWrite.fits(SimpleNamespace(is_cuda=True), rows, Rows.of(torch.empty(2, 70, 3, 16)))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_chunks_in_a_loop_give_the_same(own):
+    compare(draw(length=128 if own else 150, by_head=False, gates=("rates", "momentum", "retention"), theta=False), own=own)
+
+
+def test_a_plan_serves_tensors_of_its_shapes_whatever_their_numbers():
+    given = draw(length=70, by_head=False, gates=("rates",), theta=False)
+    plan = compare(given)
+    with torch.no_grad():
+        doubled = {name: x * (2 if name == "v" else 1) for name, x in given.items()}
+        first, start = run(plan, given)[1], given["start"]
+        assert torch.allclose(run(plan, doubled)[1] - start, 2 * (first - start), rtol=1e-3, atol=1e-3)
+
+
+def test_plans_share_zeros_and_hold_nothing_that_grows_with_a_model():
+    given = draw(length=128, by_head=False, gates=("momentum",), theta=False)
+    plans = [plan_of(given), plan_of(given)]
+    assert plans[0].no_velocity is plans[1].no_velocity
+    for plan in plans:
+        run(plan, given)[0].float().sum().backward()
+        for part in (plan, plan.backward_launches):
+            tensors = [x for x in vars(part).values() if isinstance(x, torch.Tensor) and x is not plan.no_velocity]
+            assert sum(x.numel() for x in tensors) < 64
+    assert not plans[0].no_velocity.any()
+    assert not equal_chunks.zeros(given["q"].device, 2 * 16 * 16).any()
+
+
+def test_saved_tensors_of_other_strides_have_a_plan_of_their_own():
+    given = draw(length=128, by_head=True, gates=("rates",), theta=False)
+    plan = plan_of(given)
+    saved = [given[name] for name in ("q", "k", "v", "rates")]
+    assert plan.of_saved(*saved) is plan
+    moved = [saved[0].contiguous(), *saved[1:]]
+    other = plan.of_saved(*moved)
+    assert other is not plan
+    assert other.shapes.q.strides == moved[0].stride()
+    assert plan.of_saved(*moved) is other
+
+
+def test_compilation_does_not_depend_on_the_number_of_tokens_and_sequences():
+    few = plan_of(draw(length=70, by_head=False, gates=("rates",), theta=True, batch=1))
+    many = plan_of(draw(length=200, by_head=False, gates=("rates",), theta=True, batch=2))
+    assert few.kind("forward") == many.kind("forward") != many.kind("backward")
+    other = plan_of(draw(length=70, by_head=False, gates=(), theta=True, batch=1))
+    assert other.kind("forward") != few.kind("forward")
+
+
+def test_a_call_on_a_gpu_is_rehearsed_once(monkeypatch):
+    from kvbind.kernels.ahead import rehearsing
+
+    monkeypatch.setattr(equal_chunks, "_met", set())
+    monkeypatch.setattr(equal_chunks, "can_rehearse", lambda _: not rehearsing())
+    seen = []
+    for kind in ("a", "a", "b"):
+        assert compiled_first((kind,), lambda x: seen.append((x, rehearsing())) or x, kind) == kind
+    assert seen == [("a", True), ("a", False), ("a", False), ("b", True), ("b", False)]
