@@ -32,7 +32,7 @@ def test_bench_forms_writes_every_row_with_where_it_comes_from(tmp_path):
         (f"rung{i}", "recurrent") for i in range(7)
     ]
     assert sum(row["form"] == "parallel" for row in data["rows"]) == 5
-    assert all(row["forward"] > row["training"] > 0 and row["training_bytes"] > 0 for row in data["rows"])
+    assert all(row["forward"] > 0 and row["training"] > 0 and row["training_bytes"] > 0 for row in data["rows"])
     assert {"command", "machine", "versions", "config"} <= data.keys()
 
 
