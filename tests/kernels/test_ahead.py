@@ -23,7 +23,7 @@ def log(monkeypatch):
         def __enter__(self):
             calls.append("rehearsal")
 
-    monkeypatch.setattr(ahead, "_can_rehearse", lambda args: True)
+    monkeypatch.setattr(ahead, "can_rehearse", lambda args: True)
     monkeypatch.setattr(ahead, "compiling_ahead", Rehearsal)
     return calls
 
