@@ -23,7 +23,7 @@ def log(monkeypatch):
         def __enter__(self):
             calls.append("rehearsal")
 
-    monkeypatch.setattr(ahead, "_can_rehearse", lambda args: True)
+    monkeypatch.setattr(ahead, "can_rehearse", lambda args: True)
     monkeypatch.setattr(ahead, "compiling_ahead", Rehearsal)
     return calls
 
@@ -104,11 +104,16 @@ def test_launches_in_a_rehearsal_compile_each_kernel_once_and_run_none(monkeypat
 
 
 def rehearse_for_hopper():
-    """Names of what a forward and a backward call of Newton-Schulz compile in a rehearsal, for a GPU that is not there."""
+    """Names of what forward and backward calls compile in a rehearsal, for a GPU that is not there.
+
+    They are calls of Newton-Schulz and of a plan of equal chunks.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from kvbind.kernels import newton_schulz
+    from kvbind.kernels import newton_schulz, scans, tma_products
+    from kvbind.kernels.equal_chunks import Plan, Shapes
+    from kvbind.kernels.tma_products import Rows
 
     target = SimpleNamespace(
         get_current_device=lambda: 0, get_current_stream=lambda _: 0, get_current_target=lambda: GPUTarget("cuda", 90, 32)
@@ -117,9 +122,16 @@ def rehearse_for_hopper():
     x = torch.ones(2, 16, 16, requires_grad=True)
     with ahead.compiling_ahead():
         newton_schulz.newton_schulz(x, ((3.0, -3.0, 1.0),)).sum().backward()
+        q = torch.zeros(1, 64, 1, 16, dtype=torch.bfloat16)
+        rows, start = Rows.of(q), torch.zeros(1, 16, 16, requires_grad=True)
+        shapes = Shapes(rows, rows, rows, 64, False, 1.0, None, (0, 256), None, False, False, (), torch.bfloat16)
+        Plan(shapes, q).run(q, q, q, None, None, None, start, ())[0].sum().backward()
         rehearsing = ahead.rehearsing()
-    launchers = {name: x for name, x in vars(newton_schulz).items() if isinstance(x, Launcher)}
-    compiled = sorted(name for name, x in launchers.items() if x.kernel.device_caches[0][0])
+    kernels = {
+        name: x.kernel for x_of in (newton_schulz, scans) for name, x in vars(x_of).items() if isinstance(x, Launcher)
+    }
+    kernels |= {name: x for name, x in vars(tma_products).items() if name.endswith("_kernel")}
+    compiled = sorted(name for name, kernel in kernels.items() if kernel.device_caches[0][0])
     return {"compiled": compiled, "inside": rehearsing, "after": ahead.rehearsing()}
 
 
@@ -130,7 +142,15 @@ def test_a_rehearsal_compiles_with_triton_what_launches_need(tmp_path):
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    assert found == {"compiled": ["_whole_backward", "_whole_forward"], "inside": True, "after": False}
+    compiled = {
+        "_whole_backward",
+        "_whole_forward",
+        "_backward_kernel",
+        "_forward_kernel",
+        "_product_kernel",
+        "_write_kernel",
+    }
+    assert found == {"compiled": sorted(compiled), "inside": True, "after": False}
 
 
 if __name__ == "__main__":

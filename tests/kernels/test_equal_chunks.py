@@ -9,14 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvbind.kernels.common import has_triton, interpreted
+from kvbind.kernels.ahead import rehearsing
+from kvbind.kernels.common import has_triton, interpreted, zeros
 
 pytestmark = pytest.mark.skipif(
     not has_triton() or not (interpreted() or torch.cuda.is_available()), reason="needs Triton's interpreter or a GPU"
 )
 if has_triton():
     from kvbind.kernels import equal_chunks
-    from kvbind.kernels.equal_chunks import LibraryWrite, Plan, Shapes, compiled_first
+    from kvbind.kernels.equal_chunks import LibraryWrite, Plan, Shapes
     from kvbind.kernels.tma_products import Rows, Theta
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -161,7 +162,7 @@ def test_writes_by_the_vendors_library_lie_head_by_head(gates, theta, coefficien
 
 @pytest.mark.usefixtures("by_library")
 def test_writes_are_our_own_where_the_library_would_copy():
-    whole = {"length": 128, "by_head": True, "theta": False}
+    whole = {"length": 128, "by_head": True, "theta": False, "heads": 2}
     assert plan_of(draw(gates=(), **whole)).by_head
     assert not plan_of(draw(gates=(), **whole | {"length": 130})).by_head
     assert not plan_of(draw(gates=(), **whole | {"by_head": False})).by_head
@@ -200,11 +201,11 @@ def test_plans_share_zeros_and_hold_nothing_that_grows_with_a_model():
             tensors = [x for x in vars(part).values() if isinstance(x, torch.Tensor) and x is not plan.no_velocity]
             assert sum(x.numel() for x in tensors) < 64
     assert not plans[0].no_velocity.any()
-    assert not equal_chunks.zeros(given["q"].device, 2 * 16 * 16).any()
+    assert not zeros(given["q"].device, 2 * 16 * 16).any()
 
 
 def test_saved_tensors_of_other_strides_have_a_plan_of_their_own():
-    given = draw(length=128, by_head=True, gates=("rates",), theta=False)
+    given = draw(length=128, by_head=True, gates=("rates",), theta=False, heads=2)
     plan = plan_of(given)
     saved = [given[name] for name in ("q", "k", "v", "rates")]
     assert plan.of_saved(*saved) is plan
@@ -215,20 +216,19 @@ def test_saved_tensors_of_other_strides_have_a_plan_of_their_own():
     assert plan.of_saved(*moved) is other
 
 
-def test_compilation_does_not_depend_on_the_number_of_tokens_and_sequences():
-    few = plan_of(draw(length=70, by_head=False, gates=("rates",), theta=True, batch=1))
-    many = plan_of(draw(length=200, by_head=False, gates=("rates",), theta=True, batch=2))
-    assert few.kind("forward") == many.kind("forward") != many.kind("backward")
-    other = plan_of(draw(length=70, by_head=False, gates=(), theta=True, batch=1))
-    assert other.kind("forward") != few.kind("forward")
-
-
-def test_a_call_on_a_gpu_is_rehearsed_once(monkeypatch):
-    from kvbind.kernels.ahead import rehearsing
-
+def test_a_kind_of_calls_is_rehearsed_once_whatever_the_number_of_tokens_and_sequences(monkeypatch):
     monkeypatch.setattr(equal_chunks, "_met", set())
-    monkeypatch.setattr(equal_chunks, "can_rehearse", lambda _: not rehearsing())
+    monkeypatch.setattr(equal_chunks, "can_rehearse", lambda _: True)
     seen = []
-    for kind in ("a", "a", "b"):
-        assert compiled_first((kind,), lambda x: seen.append((x, rehearsing())) or x, kind) == kind
-    assert seen == [("a", True), ("a", False), ("a", False), ("b", True), ("b", False)]
+
+    def begun(part, length, batch, gates=("rates",)):
+        plan = plan_of(draw(length=length, by_head=False, gates=gates, theta=True, batch=batch))
+        for _ in range(2):
+            plan.begun(part, lambda x: seen.append((x, rehearsing())), part)
+
+    begun("forward", 70, 1)
+    assert seen == [("forward", True), ("forward", False), ("forward", False)]
+    begun("forward", 200, 2)
+    begun("backward", 70, 1)
+    begun("forward", 70, 1, gates=())
+    assert [rehearsed for _, rehearsed in seen[3:]] == [False] * 2 + [True, False, False] * 2

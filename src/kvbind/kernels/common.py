@@ -79,6 +79,17 @@ def last_contiguous(x: Tensor) -> Tensor:
 
 
 @cache
+def zeros(device: torch.device, count: int) -> Tensor:
+    """float32 zeros that whoever asks shares; never written."""
+    return torch.zeros(count, device=device)
+
+
+def ready(x: Tensor) -> Tensor:
+    """A gradient as launches take it: contiguous, at an address that is a multiple of 16."""
+    return x if x.is_contiguous() and not x.data_ptr() % 16 else x.clone(memory_format=torch.contiguous_format)
+
+
+@cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
