@@ -23,7 +23,8 @@ from kvbind.experiments.calls import Call, seen_calls
 from kvbind.experiments.figures import picture
 from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
 from kvbind.experiments.shared import train_rows
-from kvbind.train.loop import precision, to_device
+from kvbind.train.graphs import to_device
+from kvbind.train.step import precision
 
 ROW = "rung0"
 

@@ -28,9 +28,11 @@ from kvbind.inner.value import check_choice
 from kvbind.precision import matmul_precision
 from kvbind.tasks import open_task_module
 from kvbind.train.config import to_plain
-from kvbind.train.loop import pick_device, precision, to_device
+from kvbind.train.graphs import to_device
+from kvbind.train.loop import pick_device
 from kvbind.train.optimizer import make_optimizer
 from kvbind.train.recompute import recompute
+from kvbind.train.step import precision
 
 GPUS = (1, 8, 64)
 

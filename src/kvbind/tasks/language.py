@@ -254,6 +254,11 @@ class LanguageTask:
 
         return flops_per_unit(model.config, self.config.data)
 
+    @staticmethod
+    def uncapturable(batch: Batch) -> str | None:
+        """Why a step on a batch cannot be replayed as a CUDA graph; None where it can."""
+        return "the boundaries of packed documents are read by the host" if "cu_seqlens" in batch else None
+
     def loss(self, model: LactForCausalLM, batch: Batch) -> Tensor:
         """Mean next-token cross-entropy, in nats."""
         loss: Tensor = model(**batch, use_cache=False).loss

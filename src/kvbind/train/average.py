@@ -25,10 +25,19 @@ class Average:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.module, self.decay, self.updates = copy.deepcopy(model).requires_grad_(False), decay, 0
 
-    @torch.no_grad()
     def update(self, model: nn.Module) -> None:
+        """Let a step enter the average."""
+        self.move(model)
+        self.updates += 1
+
+    def tensors(self) -> list[Tensor]:
+        """What this process holds of the average's parameters and buffers."""
+        return [local(x) for x in (*self.module.parameters(), *self.module.buffers())]
+
+    @torch.no_grad()
+    def move(self, model: nn.Module) -> None:
         """Move the average by one step towards `model`; counters and other integers are taken as they are."""
-        kept, new = ([local(x) for x in (*m.parameters(), *m.buffers())] for m in (self.module, model))
+        kept, new = self.tensors(), [local(x) for x in (*model.parameters(), *model.buffers())]
         weight = 1 - self.decay if self.updates else 1.0
         for old, now in zip(kept, new, strict=True):
             if not old.is_floating_point() or weight == 1:
@@ -36,7 +45,6 @@ class Average:
         averaged = [i for i, x in enumerate(kept) if x.is_floating_point()] if weight != 1 else []
         if averaged:
             torch._foreach_lerp_([kept[i] for i in averaged], [new[i] for i in averaged], weight)
-        self.updates += 1
 
 
 def local(tensor: Tensor) -> Tensor:

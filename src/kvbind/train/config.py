@@ -22,6 +22,7 @@ RECOMPUTE = ("none", "block", "selective", "offload")
 
 _INDIFFERENT = {
     "device", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "parallel", "activation_checkpointing",
+    "graphs",
 }  # fmt: skip
 
 
@@ -80,6 +81,8 @@ class TrainConfig:
         activation_checkpointing: what is computed again in the backward pass, for memory: "none"; "block", everything but
             each block's input; "selective", everything but that and the outputs of matrix products, attention and kernels;
             "offload", as "block", with the inputs in host memory.
+        graphs: replay steps as CUDA graphs: "auto", on one GPU, wherever they can be captured; "off"; "on", which on a CPU
+            takes the same steps, on fixed buffers and with decisions of the device, without capturing them.
         parallel: over several processes.
     """
 
@@ -103,11 +106,15 @@ class TrainConfig:
     max_skipped: int = 10
     tensorboard: bool = False
     activation_checkpointing: str = "none"
+    graphs: str = "auto"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        # YAML reads on and off as booleans
+        self.graphs = {"True": "on", "False": "off"}.get(str(self.graphs), self.graphs)
         check_choice("train.precision", self.precision, ("auto", "float32", "bfloat16"))
         check_choice("train.gather", self.gather, ("float32", "bfloat16"))
+        check_choice("train.graphs", self.graphs, ("auto", "on", "off"))
         check_choice("train.activation_checkpointing", self.activation_checkpointing, RECOMPUTE)
         for name, least in {"steps": 1, "accumulate": 1, "keep": 1, "max_skipped": 1, "warmup": 0, "final": 0,
                             "evaluate_every": 0, "checkpoint_every": 0, "checkpoint_minutes": 0,

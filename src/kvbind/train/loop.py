@@ -1,9 +1,9 @@
 """The training loop, from the first line of this file to the last.
 
-A step: `accumulate` batches forward and backward, one clipped AdamW step at the schedule's rate, one line of metrics. A step
-whose loss or gradient is not finite, or that would leave such weights, changes nothing, no running statistics either, and is
-counted. Every so often a
-checkpoint holds all that the next step depends on, so that a run that was interrupted goes on exactly as if it had not been.
+A step: `accumulate` batches forward and backward, one clipped AdamW step at the schedule's rate (`kvbind.train.step`), and
+one line of metrics. A step whose loss or gradient is not finite, or that would leave such weights, changes nothing, no running
+statistics either, and is counted. Every so often a checkpoint holds all that the next step depends on, so that a run that
+was interrupted goes on exactly as if it had not been.
 Where an average of the weights is kept, it is what evaluations see, what a checkpoint calls "model", and what is left in the
 model in the end.
 
@@ -13,17 +13,15 @@ them, gradients are means over all, and every decision follows from numbers that
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from kvbind.hardware import peak_flops
 from kvbind.inner.value import unchecked_values
@@ -44,10 +42,11 @@ from kvbind.train.checkpoint import (
 )
 from kvbind.train.config import TrainConfig
 from kvbind.train.metrics import Metrics, Silence
-from kvbind.train.optimizer import GuardedStep, learning_rate, make_optimizer
-from kvbind.train.parallel import Distributed, Layout, clip_, reshard
-from kvbind.train.ranks import WHOLE, Share, average_, barrier, connected, from_all, rank, ranks, stacked, united
+from kvbind.train.optimizer import learning_rate, make_optimizer
+from kvbind.train.parallel import Distributed, Layout, reshard
+from kvbind.train.ranks import WHOLE, Share, barrier, connected, from_all, rank, ranks, united
 from kvbind.train.recompute import recompute
+from kvbind.train.step import Step, in_bfloat16, precision
 
 Model = TypeVar("Model", bound=nn.Module, contravariant=True)
 
@@ -179,7 +178,6 @@ def _train(
     if sequences > 1 and cut is None:
         raise ValueError(f"train.parallel.sequence must be 1 for a task whose samples are not cut; got {sequences}")
     share = layout.share(task.batch, config.accumulate)
-    accumulate = config.accumulate // share.turns
 
     average = Average(model, config.ema) if config.ema else None
     if average is not None:
@@ -188,7 +186,6 @@ def _train(
     recompute(task.blocks(model), config.activation_checkpointing)
     together = Distributed(model.train(), task.blocks(model), layout, config, device)
     optimizer = make_optimizer(model, config)
-    statistics = [x for x in model.buffers() if x.is_floating_point()]
     fastest = peak_rate(task, model, device)
     first = rank() == 0
     if first:
@@ -214,8 +211,8 @@ def _train(
             average.updates = plain["averaged"]
         done = Progress(**plain["done"])
         restore_random_states(plain["random"], layout.data[0])
-    guarded = GuardedStep(optimizer, config)
     batches = task.batches(done.position, share)
+    step = Step(model, together, task, config, optimizer, average, batches, share, device)
     last_saved = time.monotonic()
 
     with (
@@ -229,78 +226,40 @@ def _train(
         while done.step < config.steps:
             started = time.perf_counter()
             rate = learning_rate(config, done.step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss, weights, size, waited = torch.zeros((), device=device), 0.0, 0, 0.0
-            buffers = [x.clone() for x in model.buffers()]
-            for i in range(accumulate):
-                asked = time.perf_counter()
-                batch, done.position = next(batches)
-                waited += time.perf_counter() - asked
-                weight = task.weight(batch)
-                size, weights = size + task.size(batch), weights + weight
-                inside: AbstractContextManager[None] = nullcontext()
-                if sequences > 1 and cut is not None:
-                    batch, inside = cut(batch, share.sequence)
-                batch = to_device(batch, device)
-                with together.accumulating(last=i == accumulate - 1), inside:
-                    with precision(config, device):
-                        part = task.loss(together.module, batch) * weight / accumulate
-                    part.backward()
-                loss = loss + part.detach()
-
-            # what all processes tell each other outside of gradients; a loss that is not finite makes the sum so
-            # ranks that divide a sequence have the same batch, and each a part of its loss
-            counted = [weights / accumulate / sequences, size / sequences]
-            now = [*counted, waited, peak_memory(device), time.monotonic() - last_saved]
-            own = torch.tensor(now, dtype=exact(device)).to(device)
-            told = stacked(torch.cat([loss.to(own.dtype)[None], own]))
-            total, most = told.sum(0), told.amax(0)
-            scale = total[1] / len(told)
-            norm = clip_(model.parameters(), config.clip, scale.float())
-            # one transfer for all numbers, as each would make a GPU wait
-            numbers = torch.stack([total[0] / total[1], norm.to(total.dtype), total[2], most[3], most[4], told[0, 5]])
-            loss_value, norm_value, size, waited, peak, unsaved = numbers.tolist()
-            finite = math.isfinite(loss_value) and math.isfinite(norm_value) and guarded(rate, norm_value)
-            if finite:
-                average_(statistics)
-                if average is not None:
-                    average.update(model)
-                done.units, done.skipped_in_a_row = done.units + round(size), 0
+            found = step(rate, time.monotonic() - last_saved, more=done.step + 1 < config.steps)
+            done.position = found.position
+            if found.finite:
+                done.units, done.skipped_in_a_row = done.units + round(found.size), 0
             else:
-                for buffer, before in zip(model.buffers(), buffers, strict=True):
-                    buffer.copy_(before)
                 done.skipped, done.skipped_in_a_row = done.skipped + 1, done.skipped_in_a_row + 1
-            optimizer.zero_grad(set_to_none=True)
             took = time.perf_counter() - started
             done.step, done.seconds = done.step + 1, done.seconds + took
 
             metrics.write(
                 done.step,
-                loss=loss_value if finite else None,
+                loss=found.loss if found.finite else None,
                 learning_rate=rate,
-                gradient_norm=norm_value if finite else None,
+                gradient_norm=found.norm if found.finite else None,
                 skipped=done.skipped,
                 seconds=round(done.seconds, 3),
-                **{f"{task.unit}_per_second": round(size / took, 1)},
-                data_wait=round(waited / took, 4),
-                **({"mfu": round(size / took / fastest, 4)} if fastest else {}),
-                **({"peak_memory_gib": round(peak, 3)} if device.type == "cuda" else {}),
+                **{f"{task.unit}_per_second": round(found.size / took, 1)},
+                data_wait=round(found.waited / took, 4),
+                **({"mfu": round(found.size / took / fastest, 4)} if fastest else {}),
+                **({"peak_memory_gib": round(found.peak, 3)} if device.type == "cuda" else {}),
             )
             if watch is not None:
-                watch(done.step, f"loss {loss_value:.3f}  {size / took:,.0f} {task.unit}/s")
+                watch(done.step, f"loss {found.loss:.3f}  {found.size / took:,.0f} {task.unit}/s")
             if done.skipped_in_a_row >= config.max_skipped:
                 raise TrainingStoppedError(
                     f"stopped at step {done.step}: loss, gradient or new weights not finite in {done.skipped_in_a_row} "
-                    f"steps in a row (last loss {loss_value}, gradient norm {norm_value}); a lower train.learning_rate, a "
+                    f"steps in a row (last loss {found.loss}, gradient norm {found.norm}); a lower train.learning_rate, a "
                     "longer train.warmup or train.precision=float32 may help"
                 )
             last = done.step == config.steps
             if last or every(config.evaluate_every, done.step):
                 done.held_out = evaluate(evaluated, task, config, device, share)
                 metrics.write(done.step, **{f"held_out/{name}": value for name, value in done.held_out.items()})
-            if len(told) == 1:
-                unsaved = time.monotonic() - last_saved
+            unsaved = found.unsaved if ranks() > 1 else time.monotonic() - last_saved
             overdue = 0 < 60 * config.checkpoint_minutes <= unsaved  # by the first process's clock: all must agree
             if last or overdue or every(config.checkpoint_every, done.step):
                 done.position = united(from_all(done.position))
@@ -315,11 +274,6 @@ def _train(
     return done
 
 
-def exact(device: torch.device) -> torch.dtype:
-    """The widest floating point numbers of a device."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def peak_rate(task: Task[Any], model: nn.Module, device: torch.device) -> float | None:
     """Units per second at which all GPUs would compute at their peak, which model FLOP utilization (MFU) is a fraction of.
 
@@ -329,11 +283,6 @@ def peak_rate(task: Task[Any], model: nn.Module, device: torch.device) -> float 
     flops = getattr(task, "flops", None)
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return ranks() * peak / flops(model) if peak and flops is not None else None
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory that tensors have taken on a GPU so far, in GiB; 0 elsewhere."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
 
 
 def every(interval: int, step: int) -> bool:
@@ -371,18 +320,3 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ValueError(f"train.device must be a device of this machine, which has {gpus} GPUs for PyTorch; got {name!r}")
     return device
-
-
-def precision(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """The autocast context that `config.precision` means on `device`."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_bfloat16(config, device))
-
-
-def in_bfloat16(config: TrainConfig, device: torch.device) -> bool:
-    """Whether matrix products run in bfloat16."""
-    return config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A pytree with its tensors on `device`."""
-    return pytree.tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), batch)

@@ -54,6 +54,21 @@ class GuardedStep:
         found = from_all(float(torch.stack([x.cpu() for x in own]).amax()) if own else 0.0)
         return math.nan if any(math.isnan(x) for x in found) else max(found)
 
+    def _after(self, rate: float) -> float:
+        """The bound behind a step."""
+        return self.bound * max(1.0, abs(1 - rate * self.config.weight_decay)) + rate * self.ratio
+
+    def foreseen(self, rate: float) -> bool:
+        """Whether a step leaves weights and averages that are finite, whatever its gradients, if those are.
+
+        If so, it is counted as taken.
+        """
+        bound = self._after(rate)
+        if not (bound < self.limit and self.config.clip < math.sqrt(self.limit)):
+            return False
+        self.bound = bound
+        return True
+
     def __call__(self, rate: float, norm: float) -> bool:
         """Take a step.
 
@@ -64,7 +79,7 @@ class GuardedStep:
         Returns:
             Whether it was taken, the same on every process.
         """
-        bound = self.bound * max(1.0, abs(1 - rate * self.config.weight_decay)) + rate * self.ratio
+        bound = self._after(rate)
         if bound < self.limit and min(norm, self.config.clip) < math.sqrt(self.limit):
             self.bound = bound
             self.optimizer.step()

@@ -37,21 +37,30 @@ def recompute(blocks: Iterable[nn.Module], what: str) -> None:
     if what == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in blocks:
-        block.forward = partial(_forward, block.forward, options, kept_by)
+        block.forward = _Recomputed(block.forward, options, kept_by)
 
 
-def _forward(
-    forward: Any,
-    options: dict[str, Any],
-    kept_by: Callable[[], AbstractContextManager[object]],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    # inside, checkpointing's own hooks see what the block keeps; these see its inputs
-    with kept_by():
-        return checkpoint(forward, *args, **options, **kwargs)
+class _Recomputed:
+    """A block's `forward` whose activations are made again.
+
+    Outside of a capture, the state of random numbers is kept for the second time, and whether the block draws any is noticed.
+    A CUDA graph cannot read that state, so that only blocks that draw none are captured.
+    """
+
+    def __init__(self, forward: Any, options: dict[str, Any], kept_by: Callable[[], AbstractContextManager[object]]) -> None:
+        self.forward, self.options, self.kept_by, self.draws = forward, options, kept_by, False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        before = None if captured or self.draws or not torch.cuda.is_initialized() else torch.cuda.get_rng_state()
+        # inside, checkpointing's own hooks see what the block keeps; these see its inputs
+        with self.kept_by():
+            found = checkpoint(self.forward, *args, preserve_rng_state=not captured or self.draws, **self.options, **kwargs)
+        if before is not None:
+            self.draws = not torch.equal(before, torch.cuda.get_rng_state())
+        return found
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

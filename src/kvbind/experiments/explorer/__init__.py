@@ -25,7 +25,7 @@ from kvbind.tasks.images.augment import normalized
 from kvbind.tasks.views.drawing import evaluation_batches
 from kvbind.tasks.views.task import predict
 from kvbind.train.files import to_json, write_text
-from kvbind.train.loop import precision
+from kvbind.train.step import precision
 
 FILE = "models.json"
 

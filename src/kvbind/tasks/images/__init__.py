@@ -372,11 +372,16 @@ class ImagesTask:
 
         return flops_per_unit(model.config, self.config.data)
 
-    def loss(self, model: VitttForImageClassification, batch: Batch) -> Tensor:
-        """Mean cross-entropy against the augmented targets, in nats."""
-        images, labels = self.pixels(batch, "train", model.device)
+    def prepare(self, batch: Batch, device: torch.device) -> Batch:
+        """A batch with all that is random about it drawn: `x` and `targets`, as `Augment` gives them, on `device`."""
+        images, labels = self.pixels(batch, "train", device)
         x, targets = self.augment(images, labels, batch["seed"], batch.get("among"))
-        loss: Tensor = model(x, labels=targets).loss
+        return {"x": x, "targets": targets}
+
+    def loss(self, model: VitttForImageClassification, batch: Batch) -> Tensor:
+        """Mean cross-entropy against the augmented targets, in nats; of a batch as it comes, or prepared."""
+        ready = batch if "targets" in batch else self.prepare(batch, model.device)
+        loss: Tensor = model(ready["x"], labels=ready["targets"]).loss
         return loss
 
     def evaluate(self, model: VitttForImageClassification, share: Share = WHOLE) -> dict[str, Any]:

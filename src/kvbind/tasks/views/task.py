@@ -80,18 +80,29 @@ class ViewsTask:
 
         return flops_per_unit(model.config, self.config.data)
 
-    def loss(self, model: LactNvs, batch: Batch) -> Tensor:
-        """Mean squared error of the targets, RGB in [0, 1]; with the perceptual loss where the configuration has it."""
+    def prepare(self, batch: Batch, device: torch.device) -> Batch:
+        """A batch with its pictures as RGB in [0, 1], float32, on `device`, and `perceptual` in place of its number."""
         if self.scenes is None:
             raise ValueError("this task was opened with training=False")
+        ready = {name: x for name, x in batch.items() if name != "number"}
+        for name in ("image", "target_image"):
+            ready[name] = self.scenes.pixels(batch[name], device)
+        step = batch["number"] // self.config.train.accumulate
+        return ready | {"perceptual": self._perceptual is not None and step >= self.config.loss.perceptual_from}
+
+    def loss(self, model: LactNvs, batch: Batch) -> Tensor:
+        """Mean squared error of the targets, with the perceptual loss where the configuration has it.
+
+        Of a batch as it comes, or prepared.
+        """
         device = batch["c2w"].device
-        true = self.scenes.pixels(batch["target_image"], device)
-        predicted = predict(model, self.scenes.pixels(batch["image"], device), batch)
+        ready = batch if "perceptual" in batch else self.prepare(batch, device)
+        true, predicted = ready["target_image"], predict(model, ready["image"], ready)
         loss = F.mse_loss(predicted, true)
-        extra, step = self.config.loss, batch["number"] // self.config.train.accumulate
-        if self._perceptual is not None and step >= extra.perceptual_from:
+        if self._perceptual is not None and ready["perceptual"]:
             network = self._perceptual.to(device)
-            loss = loss + extra.perceptual * perceptual_loss(network, predicted.flatten(0, 1), true.flatten(0, 1))
+            extra = perceptual_loss(network, predicted.flatten(0, 1), true.flatten(0, 1))
+            loss = loss + self.config.loss.perceptual * extra
         return loss
 
     def evaluate(self, model: LactNvs, share: Share = WHOLE) -> dict[str, Any]:
