@@ -7,6 +7,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from kvbind.models import LactForCausalLM
 from kvbind.models.vittt import VitttConfig, VitttForImageClassification
+from kvbind.train import graph_trainer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
@@ -103,3 +104,34 @@ def test_a_trainer_counts_predicted_tokens_whatever_the_class_is_called():
     model = type("Mine", (LactForCausalLM,), {})(small_config(LADDER["rung2"]))
     assert model.loss_type == "ForCausalLM"
     assert "Mine" in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_trainer_whose_passes_are_replayed_trains_as_it_did(tmp_path, accumulate):
+    losses = []
+    for replayed in (False, True):
+        torch.manual_seed(0)
+        model = small_model(LADDER["rung2"])
+        rows = [tokens(1, 12, seed=i)[0].tolist() for i in range(8)]
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / str(replayed)),
+            max_steps=6,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=accumulate,
+            learning_rate=1e-2,
+            optim="adamw_torch_fused",
+            report_to=[],
+            logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=2,
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        data = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in rows]
+        trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data[:2])
+        (graph_trainer(trainer) if replayed else trainer).train()
+        history = trainer.state.log_history
+        losses.append([(x["step"], x[name]) for x in history for name in ("loss", "grad_norm", "eval_loss") if name in x])
+    assert len(losses[0]) == 15
+    assert losses[1] == losses[0]

@@ -8,9 +8,10 @@ branches on values. Nothing that the host reads of a tensor can be captured.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -146,30 +147,50 @@ class Replays:
     def _capture(self, shape: _Shape) -> Callable[[], None] | None:
         """What replays the work on a shape's buffers; None where it cannot be captured. Executes nothing of it."""
         if self.device.type != "cuda":
-            return lambda: self.plainly(shape.batch)
+            return lambda: self.work(shape.batch)
         self.prepare()
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
-        generator = torch.cuda.default_generators[index]
+        generator, current = torch.cuda.default_generators[index], torch.cuda.current_stream(self.device)
         before = generator.clone_state()
         graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        gc.collect()
+        collecting = gc.isenabled()
+        # what the collector would free belongs to other work
+        gc.disable()
         try:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
             # other threads go on: what they ask of the GPU, such as copies for a checkpoint, is no part of this
             with torch.cuda.graph(graph, pool=self._pool, stream=self._side(), capture_error_mode="thread_local"):
                 self.work(shape.batch)
         except (
             Exception
         ) as error:  # whatever cannot be captured; an error of the work's own comes again where it runs plainly
-            self.broken = " ".join(str(error).split())[:200] or type(error).__name__
-            del graph
+            # the end of a capture that failed fails too
+            reason = error.__context__ or error
+            self.broken = " ".join(str(reason).split())[:200] or type(reason).__name__
             for other in self._shapes.values():
                 other.replay = None
-            # a capture that failed leaves the generator waiting for its end
-            generator.graphsafe_set_state(before)
+            del graph
+            self._recover(index, generator, before, current)
             self._tell(self.broken)
             return None
+        finally:
+            if collecting:
+                gc.enable()
         return graph.replay
+
+    def _recover(self, index: int, generator: Any, before: Any, current: torch.cuda.Stream) -> None:
+            """Put back what a capture that did not come to its end has left: stream, generator, allocator, the last error."""
+        torch.cuda.set_stream(current)
+        generator.graphsafe_set_state(before)
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+        self._pool = self._stream = None
+        for _ in range(2):  # the first call after an error may be told of it
+            with suppress(Exception):
+                torch.cuda.synchronize(self.device)
+                torch.zeros(1, device=self.device)
 
     def _tell(self, reason: str) -> None:
         if not self._told:

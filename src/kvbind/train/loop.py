@@ -1,9 +1,9 @@
 """The training loop, from the first line of this file to the last.
 
 A step: `accumulate` batches forward and backward, one clipped AdamW step at the schedule's rate (`kvbind.train.step`), and
-one line of metrics. A step whose loss or gradient is not finite, or that would leave such weights, changes nothing, no running
-statistics either, and is counted. Every so often a checkpoint holds all that the next step depends on, so that a run that
-was interrupted goes on exactly as if it had not been.
+one line of metrics. A step whose loss or gradient is not finite, or that would leave such weights, changes nothing, no
+running statistics either, and is counted. Every so often a checkpoint holds all that the next step depends on, so that a run
+that was interrupted goes on exactly as if it had not been.
 Where an average of the weights is kept, it is what evaluations see, what a checkpoint calls "model", and what is left in the
 model in the end.
 

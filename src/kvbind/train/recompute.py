@@ -43,7 +43,7 @@ def recompute(blocks: Iterable[nn.Module], what: str) -> None:
 class _Recomputed:
     """A block's `forward` whose activations are made again.
 
-    Outside of a capture, the state of random numbers is kept for the second time, and whether the block draws any is noticed.
+    Outside of a capture, the state of random numbers is kept for the second time, and whether a block draws any is noticed.
     A CUDA graph cannot read that state, so that only blocks that draw none are captured.
     """
 

@@ -229,6 +229,8 @@ class Replayed:
         for group in step.optimizer.param_groups:
             group["lr"] = self.rate
         self.rate.fill_(rate)
+        if not self.alone:
+            self.gradients.attach()  # an eager step gives them up
         if self.buffers:
             torch._foreach_copy_(self.before, self.buffers)
         weights, size, waited = 0.0, 0, 0.0

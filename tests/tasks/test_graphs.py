@@ -1,0 +1,100 @@
+"""Every task's steps as they are replayed, on the CPU: the same losses as eager steps, bit for bit."""
+
+import pytest
+import torch
+from image_files import class_folders, idx_folder
+
+from kvbind.tasks import images, language, views
+from kvbind.train import graphs, train
+from kvbind.train.config import read_config
+from kvbind.train.metrics import read_metrics
+
+LANGUAGE = [
+    "model.fields.hidden_size=32", "model.fields.num_hidden_layers=1", "model.fields.num_attn_heads=2",
+    "model.fields.window_size=16", "model.inner.chunk=16", "data.length=64", "data.batch=2", "data.evaluation_samples=4",
+]  # fmt: skip
+IMAGES = [
+    "model.fields.embed_dim=16", "model.fields.depth=2", "model.fields.num_heads=2", "model.fields.patch_size=4",
+    "data.batch=8", "data.evaluation_batch=10", "model.fields.drop_path_rate=0.2", "augment.erasing=0.5",
+    "augment.mixup=0.5", "augment.cutmix=0.5", "train.ema=0.9",
+]  # fmt: skip
+COLOUR = [
+    "data.channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.25,0.25,0.25]", "augment.crop=resized", "augment.shift=0",
+]  # fmt: skip
+VIEWS = [
+    "model.fields.dim=32", "model.fields.head_dim=16", "model.fields.fast_head_dim=32", "model.fields.layers=1",
+    "data.size=[16,16]", "data.procedural.scenes=6", "data.procedural.views=8", "data.inputs=3", "data.targets=2",
+    "data.batch=2", "data.evaluation_scenes=3",
+]  # fmt: skip
+COUNTS = {"train": {"red": 9, "blue": 8, "green": 8}, "val": {"red": 3, "blue": 4, "green": 4}}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """How often each shape's work was captured, or would be on a GPU."""
+    found, plain = [], graphs.Replays._capture
+
+    def capture(self, shape):
+        found.append(shape)
+        return plain(self, shape)
+
+    monkeypatch.setattr(graphs.Replays, "_capture", capture)
+    return found
+
+
+def opened(kind, folder, *edits):
+    common = ["train.device=cpu", "train.steps=8", "train.warmup=2", "train.evaluate_every=3", *edits]
+    if kind in ("text", "packed"):
+        (folder / "book.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+        common += [f"data.source={folder / 'book.txt'}", f"data.separate={kind == 'packed'}"]
+        return language.Task(read_config(language.Config, language.PRESETS, "tiny", [*LANGUAGE, *common]))
+    if kind == "views":
+        return views.Task(views.resolve(read_config(views.Config, views.PRESETS, "tiny", [*VIEWS, *common])))
+    source = idx_folder(folder / "idx") if kind == "digits" else class_folders(folder / "colours", COUNTS)
+    common += [f"data.source={source}", *(() if kind == "digits" else COLOUR)]
+    return images.Task(images.resolve(read_config(images.Config, images.PRESETS, "digits", [*IMAGES, *common])))
+
+
+def trained(kind, folder, *edits):
+    folder.mkdir()
+    task = opened(kind, folder, *edits)
+    train(task.build(), task, task.config.train, folder / "run")
+    timed = {"seconds", "data_wait", f"{task.unit}_per_second"}
+    return [{name: x for name, x in row.items() if name not in timed} for row in read_metrics(folder / "run")]
+
+
+@pytest.mark.parametrize(("accumulate", "shapes"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize("kind", ["text", "digits", "colours", "views"])
+def test_replayed_steps_of_a_task_are_the_eager_ones_bit_for_bit(kind, accumulate, shapes, captured, tmp_path):
+    edits = [f"train.accumulate={accumulate}"]
+    eager = trained(kind, tmp_path / "a", "train.graphs=off", *edits)
+    assert not captured
+    assert trained(kind, tmp_path / "b", "train.graphs=on", *edits) == eager
+    assert len(captured) == shapes
+
+
+def test_packed_documents_are_not_captured_and_that_is_said_once(captured, tmp_path, caplog):
+    eager = trained("packed", tmp_path / "a", "train.graphs=off")
+    assert trained("packed", tmp_path / "b", "train.graphs=on") == eager
+    assert not captured
+    (said,) = [x.getMessage() for x in caplog.records if "CUDA graphs" in x.getMessage()]
+    assert "packed documents" in said
+
+
+@pytest.mark.parametrize("kind", ["digits", "colours", "views"])
+def test_a_prepared_batch_has_the_loss_of_the_batch_and_no_number_of_its_own(kind, tmp_path):
+    task = opened(kind, tmp_path)
+    model, batches = task.build().eval(), task.batches(None)
+    shapes = set()
+    for _ in range(3):
+        batch, _ = next(batches)
+        ready = task.prepare(batch, torch.device("cpu"))
+        assert torch.equal(task.loss(model, ready), task.loss(model, batch))
+        shapes.add(graphs.shape_of(ready))
+    assert len(shapes) == 1
