@@ -181,7 +181,7 @@ class Replays:
         return graph.replay
 
     def _recover(self, index: int, generator: Any, before: Any, current: torch.cuda.Stream) -> None:
-            """Put back what a capture that did not come to its end has left: stream, generator, allocator, the last error."""
+        """Put back what a capture that did not come to its end has left: stream, generator, allocator, the last error."""
         torch.cuda.set_stream(current)
         generator.graphsafe_set_state(before)
         with suppress(Exception):
