@@ -44,7 +44,7 @@ class _Shape:
         self.leaves = [made[id(x)] if isinstance(x, Tensor) else x for x in leaves]
         self.batch = pytree.tree_unflatten(self.leaves, self.tree)
         self.calls = 0
-        self.replay: Callable[[], None] | None = None
+        self.replay: Callable[[], object] | None = None
 
     def fill(self, batch: Any) -> None:
         """Copy a batch into the buffers; from pinned memory without waiting for it."""
@@ -144,7 +144,7 @@ class Replays:
             self._stream = torch.cuda.Stream(self.device)
         return self._stream
 
-    def _capture(self, shape: _Shape) -> Callable[[], None] | None:
+    def _capture(self, shape: _Shape) -> Callable[[], object] | None:
         """What replays the work on a shape's buffers; None where it cannot be captured. Executes nothing of it."""
         if self.device.type != "cuda":
             return lambda: self.work(shape.batch)
