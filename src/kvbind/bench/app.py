@@ -247,6 +247,24 @@ def step(
 
 
 @app.command()
+def graphs(
+    only: Annotated[str, typer.Option(help="Part of the names of the models to run, such as 30m; all by default.")] = "",
+    sizes: Annotated[str, typer.Option(help="full, for a GPU, or tiny, for a look on a CPU.")] = "full",
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to time each kind of steps.")] = 1.5,
+    budget: Annotated[float, typer.Option(min=0.0, help="Begin nothing more after this, seconds.")] = 165,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Compare and time training steps replayed as CUDA graphs beside eager ones, of each family of models."""
+    from kvbind.bench.graphs import main
+
+    if sizes not in ("full", "tiny"):
+        raise typer.BadParameter(f"sizes must be full or tiny; got {sizes!r}")
+    main(out, str(_device(device)), sizes=sizes, only=only, seconds=seconds, budget=budget)
+    _point_to(out)
+
+
+@app.command()
 def kernels(
     what: Annotated[
         str, typer.Option(help="targets, token, lengths, chunks, widths, first, compiled; some of them, or all.")
