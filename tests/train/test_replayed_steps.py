@@ -1,5 +1,6 @@
 """Replayed steps on the CPU, where nothing is captured: the same buffers, order of work and decisions as on a GPU."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -171,6 +172,13 @@ def test_buffers_stay_where_they_are_and_are_shared_as_a_batch_shares_them():
     assert replays.captured == 1
 
 
+def test_what_a_cache_holds_is_found_alive_by_its_device():
+    cached = functools.lru_cache(lambda n: torch.zeros(n))
+    made = cached(3)
+    assert any(x is made for x in graphs.alive(CPU))
+    assert not graphs.alive(torch.device("meta"))
+
+
 def test_an_average_moves_without_counting_and_counts_when_it_is_updated():
     model = make_model()
     average = Average(model, 0.5)
@@ -247,3 +255,49 @@ def test_a_graphed_step_needs_a_fused_optimizer():
     model = make_model()
     with pytest.raises(TypeError, match="optimizer must be a fused one"):
         GraphedStep(model, torch.optim.AdamW(model.parameters(), foreach=True), lambda model, x: model(x).mean())
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
+
+
+@gpu
+@pytest.mark.parametrize("edits", [{}, {"accumulate": 2}, {"ema": 0.9}, {"activation_checkpointing": "block"}])
+def test_captured_steps_are_the_eager_ones(tmp_path, edits):
+    for how in ("off", "on"):
+        done = train(
+            normed(), Tensors({7: math.nan}), config(graphs=how, device="cuda", evaluate_every=6, **edits), tmp_path / how
+        )
+        assert done.skipped == 1
+    one, other = ([row["loss"] for row in rows(tmp_path / how) if "loss" in row] for how in ("off", "on"))
+    assert [x is None for x in one] == [x is None for x in other]
+    assert [x for x in other if x is not None] == pytest.approx([x for x in one if x is not None], rel=1e-4)
+
+
+@gpu
+def test_steps_go_on_where_a_capture_fails(tmp_path, caplog):
+    class Reads(Tensors):
+        def loss(self, model, batch):
+            loss = super().loss(model, batch)
+            loss.item()
+            return loss
+
+    for how, task in (("off", Tensors()), ("on", Reads())):
+        train(make_model(), task, config(graphs=how, device="cuda"), tmp_path / how)
+    one, other = ([row["loss"] for row in rows(tmp_path / how) if "loss" in row] for how in ("off", "on"))
+    assert other == pytest.approx(one, rel=1e-4)
+    assert sum("CUDA graphs" in x.getMessage() for x in caplog.records) == 1
+
+
+@gpu
+def test_a_captured_step_of_ones_own_loop_learns():
+    model = make_model().cuda()
+    take = GraphedStep(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True),
+        lambda model, batch: (model(batch["x"]) - batch["x"].sum(1, keepdim=True)).square().mean(),
+        autocast=torch.bfloat16,
+    )
+    task = Tensors().batches(None)
+    found = [take(next(task)[0]) for _ in range(100)]
+    assert take.captured == 1
+    assert sum(found[-10:]) < sum(found[:10])

@@ -26,8 +26,8 @@ WARMUP = 2
 MOST = 4
 """Shapes that are captured."""
 
-REMEMBERED = 64
-"""Shapes remembered without a graph."""
+LARGEST = 1 << 26
+"""The most bytes of a tensor that a graph may read and that something else may forget."""
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class _Shape:
         self.batch = pytree.tree_unflatten(self.leaves, self.tree)
         self.calls = 0
         self.replay: Callable[[], object] | None = None
+        self.read: list[Tensor] = []
 
     def fill(self, batch: Any) -> None:
         """Copy a batch into the buffers; from pinned memory without waiting for it."""
@@ -80,7 +81,6 @@ class Replays:
         self.work, self.device, self.prepare, self.name = work, device, prepare, name
         self.broken: str | None = None
         self._shapes: dict[Hashable, _Shape] = {}
-        self._refused: set[Hashable] = set()
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
         self._told = False
@@ -102,8 +102,6 @@ class Replays:
             return False
         if len(self._shapes) < MOST:
             return True
-        if len(self._refused) < REMEMBERED:
-            self._refused.add(key)
         self._tell(f"batches have more than {MOST} shapes")
         return False
 
@@ -156,6 +154,7 @@ class Replays:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         gc.collect()
+        shape.read = alive(self.device)
         collecting = gc.isenabled()
         # what the collector would free belongs to other work
         gc.disable()
@@ -170,7 +169,7 @@ class Replays:
             reason = error.__context__ or error
             self.broken = " ".join(str(reason).split())[:200] or type(reason).__name__
             for other in self._shapes.values():
-                other.replay = None
+                other.replay, other.read = None, []
             del graph
             self._recover(index, generator, before, current)
             self._tell(self.broken)
@@ -218,6 +217,17 @@ def shape_of(batch: Any) -> Hashable | None:
     except TypeError:
         return None
     return key
+
+
+def alive(device: torch.device) -> list[Tensor]:
+    """All tensors on a GPU that Python holds, up to `LARGEST`.
+
+    A graph reads tables and masks that were made before it and that caches hold, by their addresses: they must outlive it,
+    though a cache forgets them.
+    """
+    # by their types, as asking an object of another library for its class may do anything
+    found = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+    return [x for x in found if x.device.type == device.type and x.layout == torch.strided and x.nbytes <= LARGEST]
 
 
 def skipping_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
