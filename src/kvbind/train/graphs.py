@@ -226,7 +226,7 @@ def alive(device: torch.device) -> list[Tensor]:
     though a cache forgets them.
     """
     # by their types, as asking an object of another library for its class may do anything
-    found = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+    found = [x for x in gc.get_objects() if type(x) is Tensor or type(x) is nn.Parameter]
     return [x for x in found if x.device.type == device.type and x.layout == torch.strided and x.nbytes <= LARGEST]
 
 
