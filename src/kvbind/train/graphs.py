@@ -162,9 +162,8 @@ class Replays:
             # other threads go on: what they ask of the GPU, such as copies for a checkpoint, is no part of this
             with torch.cuda.graph(graph, pool=self._pool, stream=self._side(), capture_error_mode="thread_local"):
                 self.work(shape.batch)
-        except (
-            Exception
-        ) as error:  # whatever cannot be captured; an error of the work's own comes again where it runs plainly
+        except Exception as error:
+            # whatever cannot be captured; an error of the work's own comes again where it runs plainly
             # the end of a capture that failed fails too
             reason = error.__context__ or error
             self.broken = " ".join(str(reason).split())[:200] or type(reason).__name__

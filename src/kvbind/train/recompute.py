@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,29 +38,37 @@ def recompute(blocks: Iterable[nn.Module], what: str) -> None:
     if what == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in blocks:
-        block.forward = _Recomputed(block.forward, options, kept_by)
+        block.forward = partial(_forward, block.forward, options, kept_by, _Draws())
 
 
-class _Recomputed:
-    """A block's `forward` whose activations are made again.
+@dataclass
+class _Draws:
+    """Whether a block was seen to draw random numbers on a GPU."""
 
-    Outside of a capture, the state of random numbers is kept for the second time, and whether a block draws any is noticed.
-    A CUDA graph cannot read that state, so that only blocks that draw none are captured.
-    """
+    seen: bool = False
 
-    def __init__(self, forward: Any, options: dict[str, Any], kept_by: Callable[[], AbstractContextManager[object]]) -> None:
-        self.forward, self.options, self.kept_by, self.draws = forward, options, kept_by, False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self.forward(*args, **kwargs)
-        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        before = None if captured or self.draws or not torch.cuda.is_initialized() else torch.cuda.get_rng_state()
-        # inside, checkpointing's own hooks see what the block keeps; these see its inputs
-        with self.kept_by():
-            found = checkpoint(self.forward, *args, preserve_rng_state=not captured or self.draws, **self.options, **kwargs)
+def _forward(
+    forward: Any,
+    options: dict[str, Any],
+    kept_by: Callable[[], AbstractContextManager[object]],
+    draws: _Draws,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # inside, checkpointing's own hooks see what the block keeps; these see its inputs
+    with kept_by():
+        if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+            return checkpoint(forward, *args, **options, **kwargs)
+        if torch.cuda.is_current_stream_capturing():
+            # a graph cannot read the state of random numbers, which a block that draws none does not need
+            return checkpoint(forward, *args, preserve_rng_state=draws.seen, **options, **kwargs)
+        before = None if draws.seen else torch.cuda.get_rng_state()
+        found = checkpoint(forward, *args, **options, **kwargs)
         if before is not None:
-            self.draws = not torch.equal(before, torch.cuda.get_rng_state())
+            draws.seen = not torch.equal(before, torch.cuda.get_rng_state())
         return found
 
 
