@@ -15,6 +15,7 @@ from kvbind.train.config import TrainConfig, read_config, what_matters
 from kvbind.train.metrics import read_metrics
 from kvbind.train.ranks import WHOLE
 from kvbind.train.step import replays_wanted
+from tape import capture
 
 CPU = torch.device("cpu")
 
@@ -84,6 +85,35 @@ def test_replayed_steps_are_the_eager_ones_bit_for_bit(tmp_path, make, task, edi
         )
         assert done.skipped >= 2
     assert_same(tmp_path / "off", tmp_path / "on")
+
+
+@pytest.mark.parametrize(
+    ("make", "edits"),
+    [
+        (make_model, {"clip": 0.1}),
+        (normed, {"accumulate": 3, "ema": 0.9}),
+        (normed, {"ema": 0.5}),
+        (make_model, {"activation_checkpointing": "block", "accumulate": 2}),
+    ],
+)
+def test_what_is_written_down_once_does_for_all_steps(tmp_path, monkeypatch, make, edits):
+    monkeypatch.setattr(graphs.Replays, "_capture", capture)
+    faults = {11: math.nan, 20: math.nan, 21: math.inf}
+    for how in ("off", "on"):
+        train(make(), Weighted(faults), config(graphs=how, evaluate_every=7, **edits), tmp_path / how)
+    assert_same(tmp_path / "off", tmp_path / "on")
+
+
+def test_nothing_is_read_within_a_step(tmp_path, monkeypatch, caplog):
+    class Reads(Tensors):
+        def loss(self, model, batch):
+            loss = super().loss(model, batch)
+            loss.item()
+            return loss
+
+    monkeypatch.setattr(graphs.Replays, "_capture", capture)
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        train(make_model(), Reads(), config(graphs="on"), tmp_path)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
