@@ -340,7 +340,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def rate_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which fused optimizers take a learning rate that is a tensor."""
-    return torch.float32 if device.type == "cuda" else torch.float64
+    return torch.float64 if device.type == "cpu" else torch.float32
 
 
 def graph_trainer(trainer: Any) -> Any:
@@ -360,7 +360,13 @@ def graph_trainer(trainer: Any) -> Any:
 
     Returns:
         The same trainer.
+
+    Raises:
+        ValueError: a trainer on several devices.
     """
+    devices = max(trainer.args.world_size, trainer.args.n_gpu)
+    if devices > 1:
+        raise ValueError(f"trainer must train on one device; it has {devices}")
     plain = trainer.training_step
     held: dict[str, Any] = {}
 

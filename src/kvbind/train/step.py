@@ -24,7 +24,7 @@ from kvbind.train.config import TrainConfig
 from kvbind.train.graphs import Gradients, Replays, rate_dtype, skipping_step, to_device
 from kvbind.train.optimizer import GuardedStep
 from kvbind.train.parallel import Distributed, clip_
-from kvbind.train.ranks import Share, average_, ranks, stacked
+from kvbind.train.ranks import Share, average_, rank, ranks, stacked
 
 if TYPE_CHECKING:
     from kvbind.train.loop import Task
@@ -322,7 +322,7 @@ def replays_wanted(config: TrainConfig, device: torch.device) -> bool:
         reason = f"gradients of {ranks()} processes meet between their kernels"
     elif config.activation_checkpointing == "offload":
         reason = "train.activation_checkpointing=offload moves activations by the host"
-    if reason is not None:
+    if reason is not None and rank() == 0:
         log.warning("training steps are not replayed as CUDA graphs: %s", reason)
     return reason is None
 
