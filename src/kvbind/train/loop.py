@@ -85,9 +85,9 @@ class Task(Protocol[Model]):
     this rank's part of a batch, and a context in which the parts' losses add up to that of the whole. By a method
     `flops(model)`, the operations that a unit takes in training, the utilization of GPUs is known.
 
-    A step that is replayed as a CUDA graph depends on a batch's tensors alone. Where the loss depends on something else, such
-    as a seed, a method `prepare(batch, device)` makes a batch of which that is no longer so; `loss` must take both kinds.
-    What is no tensor in it must take few values. A method `uncapturable(batch)` says why a batch cannot be captured, or None.
+    A step that is replayed as a CUDA graph depends on a batch's tensors alone. Where a loss depends on something else, such
+    as a seed, a method `prepare(batch, device)` makes a batch of which that is no longer so, and `loss` takes both kinds.
+    What is no tensor in it must have few values. A method `uncapturable(batch)` says why a batch is not captured, or None.
     """
 
     unit: str
