@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvbind.bench.graphs import step_grid as replayed_grid
 from kvbind.bench.kernel_tables import Grid, profile_grid, speed_grids, summary_grid, verify_grid
 from kvbind.bench.layer_tables import layer_grid, step_grids
-from kvbind.bench.peers import peer_grids
+from kvbind.bench.peers import peer_grids, short_grid
 from kvbind.bench.record import answered
 from kvbind.bench.scaling_tables import scaling_grids
 from kvbind.experiments.page.parts import STATES
@@ -22,6 +23,8 @@ from kvbind.experiments.page.tables import read_outcome
 from kvbind.experiments.table_text import as_grid, describe, quality_columns, row_names, speed_columns
 
 DOCS = Path(__file__).parent
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+"""Pages with tables that are made from results."""
 PLAN = re.compile(r"(<!-- plan: ([^\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -82,7 +85,9 @@ def table(path: str, key: str, root: Path) -> str:
     if key == "views":
         return views_table(record, path)
     if any("ratio_plain" in row for row in record["rows"]):
-        found = peer_grids(record)
+        found = [*peer_grids(record), short_grid(record)]
+    elif any("on" in row for row in record["rows"]):
+        found = [replayed_grid(record)]
     elif "fsdp_length" in record["config"]:
         found = scaling_grids(record)
     elif "steps" in record["config"]:
@@ -195,7 +200,7 @@ def fill(text: str, root: Path) -> str:
 
 
 if __name__ == "__main__":
-    for page in sorted(DOCS.glob("*.md")):
+    for page in PAGES:
         old = page.read_text(encoding="utf-8")
         if (new := fill(old, DOCS.parent)) != old:
             page.write_text(new, encoding="utf-8")

@@ -387,7 +387,7 @@ def test_the_documentation_counts_rows_that_had_no_time_as_missing(documentation
 
 
 def test_the_documentation_holds_the_tables_of_its_data(documentation):
-    for page in documentation.DOCS.glob("*.md"):
+    for page in documentation.PAGES:
         text = page.read_text(encoding="utf-8")
         assert documentation.fill(text, documentation.DOCS.parent) == text, f"{page.name}: run python docs/tables.py"
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvbind.bench.kernel_tables import Grid
 from kvbind.bench.record import OUT_OF_TIME, growing, provenance, save
 from kvbind.bench.timing import now
 from kvbind.inner.systems import ladder
@@ -360,6 +361,23 @@ def line_of(row: dict[str, Any]) -> str:
     if "skipped" in row:
         parts.append(row["skipped"])
     return "\n".join([" | ".join(parts), *told])
+
+
+def step_grid(record: dict[str, Any]) -> Grid:
+    """Speed of replayed and of eager steps, seconds of a capture, and peak memory."""
+
+    def cells(row: dict[str, Any]) -> tuple[str, ...]:
+        on, off = row["on"], row.get("off") or {}
+        eager = off.get("per_second")
+        return (
+            row["name"], row["unit"], f"{on['per_second']:,.0f}", "-" if eager is None else f"{eager:,.0f}",
+            "-" if eager is None else f"{on['per_second'] / eager:.2f}", f"{on['capture_seconds']:.1f}",
+            f"{on['peak_bytes'] / 2**30:.1f}",
+        )  # fmt: skip
+
+    header = ("model", "unit", "replayed /s", "eager /s", "x", "capture s", "peak GiB")
+    rows = tuple(cells(row) for row in record["rows"] if "per_second" in row.get("on", {}))
+    return Grid("steps", "Training steps as CUDA graphs and eager, bfloat16 autocast, AdamW", header, rows)
 
 
 def main(

@@ -307,6 +307,22 @@ def peer_grids(record: dict[str, Any]) -> list[Grid]:
     return grids
 
 
+def short_grid(record: dict[str, Any]) -> Grid:
+    """The rungs of a record alone, forward and with backward, plain calls: ours and the peer's."""
+    rows = {(row["name"], row["pass"]): row for row in record["rows"] if row["name"].startswith("rung")}
+    names = dict.fromkeys(name for name, _ in rows if "-" not in name)
+
+    def cells(name: str) -> tuple[str, ...]:
+        found = []
+        for work in ("forward", "training"):
+            row = rows[name, work]
+            found += [f"{row['ours_plain']:.3g}", f"{row['peer_plain']:.3g}", f"{row['ratio_plain']:.2f}"]
+        return (name.replace("rung", "rung "), *found)
+
+    header = ("", "forward", "compiled PyTorch", "x", "with backward", "compiled PyTorch", "x")
+    return Grid("short", "Calls of `ttt`, millions of tokens per second", header, tuple(map(cells, sorted(names))), left=1)
+
+
 def measured(rows: Sequence[Row], device: torch.device, seconds: float, budget: float) -> Iterator[dict[str, Any]]:
     """Measure rows; the record as it is `growing`.
 
