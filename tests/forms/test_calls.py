@@ -193,3 +193,18 @@ def test_every_sequence_may_have_starting_weights_of_its_own():
     for row in range(2):
         z, _ = kvbind.ttt(spec, {name: x[row] for name, x in own.items()}, o.q, o.k, o.v, **o.options)
         assert error(y[row], z[row]) < 1e-12
+
+
+@pytest.mark.parametrize("what", range(3))
+def test_tokens_one_by_one_without_gradients_see_what_is_not_finite_as_a_row_does(what):
+    spec = kvbind.InnerLoop(network=kvbind.Linear(), chunk=4, update="last")
+    operands = [torch.randn(1, 9, 2, 8) for _ in range(3)]
+    operands[what][0, 6, 0, 3] = float("inf")
+    weights, state, parts = spec.network.initial(2, 8, 8), None, []
+    with torch.no_grad():
+        whole, end = kvbind.ttt(spec, weights, *operands, lr=0.1)
+        for t in range(9):
+            part, state = kvbind.ttt(spec, weights, *(x[:, t : t + 1] for x in operands), lr=0.1, state=state)
+            parts.append(part)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, equal_nan=True)
+    torch.testing.assert_close(state.weights["out"], end.weights["out"], equal_nan=True)

@@ -255,3 +255,13 @@ def test_configurations_read_what_they_wrote(tmp_path):
         again = type(config).from_pretrained(tmp_path)
         assert again.to_dict() == config.to_dict() | {"transformers_version": again.transformers_version}
     assert LactConfig.from_dict(small_config().to_dict()).inner == small_config().inner
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hidden_size", 0), ("intermediate_size", -5), ("base_lr", "x"), ("norm_eps", "a"), ("rope_theta", float("inf")),
+     ("inter_multi", 0), ("window_size", 2.5)],
+)  # fmt: skip
+def test_sizes_and_rates_of_a_configuration_are_refused_by_name(field, value):
+    with pytest.raises((TypeError, ValueError), match=f"{field} must be"):
+        LactConfig(**{field: value})

@@ -106,3 +106,16 @@ def test_a_value_that_stands_for_another_is_refused_and_nothing_of_it_is_saved(p
     with pytest.raises(ValueError, match="not an interpolation") as caught:
         read_config(Run, {}, str(path))
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_value_that_is_missing_is_refused_by_name(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text('train: {device: "???"}')
+    with pytest.raises(ValueError, match=r"configuration key train\.device must have a value"):
+        read_config(Run, {}, str(path))
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "final", "checkpoint_minutes", "learning_rate", "clip"])
+def test_numbers_of_a_run_are_numbers(name):
+    with pytest.raises(ValueError, match=rf"train\.{name} must be"):
+        TrainConfig(**{name: float("nan")})

@@ -95,8 +95,8 @@ def guarded(form: Form, spec: InnerLoop, q: Tensor, tokens: Tokens, state: State
         tokens: what writes.
         state: where the sequences stopped.
     """
-    # a token on its own, as in decoding, has none behind it
-    alone = q.shape[2] == 1 and not torch.is_grad_enabled()
+    # a token on its own, as in decoding, has none behind it; on a GPU looking at it would take longer than the token
+    alone = q.is_cuda and q.shape[2] == 1 and not torch.is_grad_enabled()
     if alone or known_finite(q, *tokens.tensors().values(), *state.tensors.values()):
         return form(spec, q, tokens, state)
     pending = state.pending()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -253,8 +252,8 @@ def _rate(argument: str, rate: float | Tensor, shape: Sequence[int], dtype: torc
         return _per_token(argument, rate, shape, dtype)
     if isinstance(rate, bool) or not isinstance(rate, int | float):
         raise TypeError(f"{argument} must be a number, a tensor [B, T, H] or a dict by matrix; got {type(rate).__name__}")
-    if not math.isfinite(rate):
-        raise ValueError(f"{argument} must be finite; got {rate}")
+    if not abs(rate) <= torch.finfo(dtype).max:
+        raise ValueError(f"{argument} must be finite in {dtype}; got {rate}")
     return float(rate)
 
 

@@ -53,8 +53,8 @@ class NewtonSchulz(Value):
         object.__setattr__(self, "coefficients", tuple(tuple(float(x) for x in row) for row in rows))
         if isinstance(self.dtype, str):
             object.__setattr__(self, "dtype", getattr(torch, self.dtype, self.dtype))
-        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point torch.dtype; got {self.dtype!r}")
+        if self.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise ValueError(f"dtype must be bfloat16, float16, float32 or float64 of torch; got {self.dtype!r}")
 
     def __call__(self, matrix: Tensor) -> Tensor:
         """Orthogonalize `matrix` `[..., rows, columns]`; the result has its shape and dtype."""

@@ -51,6 +51,14 @@ def check_bool(argument: str, value: object) -> None:
         raise TypeError(f"{argument} must be True or False; got {value!r} ({type(value).__name__})")
 
 
+def check_positive(argument: str, value: object) -> None:
+    """Raise `TypeError` or `ValueError` unless `value` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{argument} must be a number above 0; got {value!r} ({type(value).__name__})")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{argument} must be a finite number above 0; got {value}")
+
+
 def check_positive_int(argument: str, value: object) -> None:
     """Raise `TypeError` or `ValueError` unless `value` is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -385,7 +385,13 @@ def open_trained(folder: Path, tokenizer: str | None = None) -> tuple[Any, Token
         tokenizer = "bytes"
     if tokenizer is None:
         raise ValueError(f"tokenizer must be 'bytes' or a tokenizer by name, as {str(home)!r} holds none")
-    return model, open_tokenizer(tokenizer)
+    opened, room = open_tokenizer(tokenizer), model.config.vocab_size
+    if opened.vocab_size > room:
+        raise ValueError(
+            f"tokenizer must have at most the {room} tokens that the model in {str(home)!r} knows; "
+            f"{tokenizer!r} has {opened.vocab_size}"
+        )
+    return model, opened
 
 
 Config = LanguageConfig

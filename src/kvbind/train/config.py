@@ -119,7 +119,8 @@ class TrainConfig:
         for name, least in {"steps": 1, "accumulate": 1, "keep": 1, "max_skipped": 1, "warmup": 0, "final": 0,
                             "evaluate_every": 0, "checkpoint_every": 0, "checkpoint_minutes": 0,
                             "weight_decay": 0}.items():  # fmt: skip
-            if getattr(self, name) < least:
+            # not (x >= least) is also true of NaN
+            if not getattr(self, name) >= least:
                 raise ValueError(f"train.{name} must be at least {least}; got {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"train.ema must be at least 0 and below 1; got {self.ema}")
@@ -228,7 +229,9 @@ def refuse_interpolations(config: Any, prefix: str = "") -> None:
         if OmegaConf.is_interpolation(config, key):
             name, raw = f"{prefix}{key}", cast(Any, OmegaConf.to_container(config, resolve=False))[key]
             raise ValueError(f"configuration key {name!r} must be a value, not an interpolation; got {raw!r}")
-        if not OmegaConf.is_missing(config, key) and OmegaConf.is_config(config[key]):
+        if OmegaConf.is_missing(config, key):
+            raise ValueError(f"configuration key {prefix}{key} must have a value; got '???', which stands for none")
+        if OmegaConf.is_config(config[key]):
             refuse_interpolations(config[key], f"{prefix}{key}.")
 
 

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from kvbind.forms.api import Form
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import lact_llm
-from kvbind.inner.value import check_choice, check_positive_int
+from kvbind.inner.value import check_choice, check_positive, check_positive_int
 from kvbind.models.ablations import (
     LANGUAGE_NAMES,
     check_all_used,
@@ -174,8 +174,15 @@ class LactConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         check_choice("ttt_form", ttt_form, ("auto", "recurrent", "parallel"))
-        check_positive_int("vocab_size", vocab_size)
-        check_positive_int("num_hidden_layers", num_hidden_layers)
+        whole = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers,
+                 "num_attn_heads": num_attn_heads, "num_lact_heads": num_lact_heads, "window_size": window_size}  # fmt: skip
+        for name, number in whole.items():
+            check_positive_int(name, number)
+        if intermediate_size is not None:
+            check_positive_int("intermediate_size", intermediate_size)
+        for name, real in {"inter_multi": inter_multi, "fw_init_gain": fw_init_gain, "base_lr": base_lr,
+                             "rope_theta": rope_theta, "norm_eps": norm_eps}.items():  # fmt: skip
+            check_positive(name, real)
         released = {
             "lact_chunk_size": lact_chunk_size,
             "use_muon": use_muon,
