@@ -157,13 +157,33 @@ def test_no_link_is_followed_where_a_run_writes(tmp_path, name):
     assert latest_checkpoint(run)["done"]["step"] == 8
 
 
-def test_links_in_the_place_of_whole_files_are_replaced(tmp_path, whole):
+def test_links_in_the_place_of_what_a_run_writes_are_refused_before_it_and_replaced_by_it(tmp_path, whole):
     run, precious = tmp_path / "run", tmp_path / "precious"
     precious.mkdir()
     (precious / "notes").write_text("mine")
     run.mkdir()
-    (run / "metrics.jsonl").symlink_to(precious / "notes")
+    for name, place in (("metrics.jsonl", precious / "notes"), ("model", precious)):
+        (run / name).symlink_to(place)
+        with pytest.raises(ValueError, match=f"holds a {name} that is of no run of kvbind"):
+            small.run(run)
+        (run / name).unlink()
+    with pytest.raises(KeyboardInterrupt):
+        small.run(run, small.stop_at(2))
     (run / "model").symlink_to(precious)
     small.run(run)
     assert small.left(run) == whole
     assert contents(precious) == {Path("notes"): b"mine"}
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("name", ["model", "metrics.jsonl"])
+def test_what_a_run_would_write_over_is_refused_where_no_run_has_written_it(tmp_path, name, fresh):
+    mine = tmp_path / "run" / name
+    mine.parent.mkdir()
+    if name == "model":
+        mine.mkdir()
+        mine = mine / "mine.bin"
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match=f"holds a {name} that is of no run of kvbind; name another folder"):
+        small.run(tmp_path / "run", fresh=fresh)
+    assert mine.read_text() == "mine"

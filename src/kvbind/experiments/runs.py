@@ -261,6 +261,10 @@ def check_folder(task: str, folder: Path) -> None:
     if not path.is_file():
         if (folder / RESULT).exists() or checkpoints(folder):
             raise ValueError(f"{folder} holds a run without its {CONFIG}; name another folder")
+        for name in (WEIGHTS, FILE):
+            # a run would write over it at its end, or go on behind it
+            if (folder / name).exists() or (folder / name).is_symlink():
+                raise ValueError(f"{folder} holds a {name} that is of no run of kvbind; name another folder")
         return
     held = task_of(path)
     if held is None:
