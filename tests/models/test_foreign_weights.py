@@ -181,6 +181,8 @@ def test_a_hook_that_comes_between_two_calls_leaves_what_waits_as_it_was():
     assert state.fast.pending_lengths == (12,)
 
 
+# what PEFT asks of transformers by a deprecated name
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_low_rank_adapters_of_peft_train_with_the_loss_of_their_logits():
     peft = pytest.importorskip("peft")
     targets = ["qkv", "o_proj", "lr_proj", "momentum_proj.0", "ttt_scale_proj", "down_proj", "lm_head"]
@@ -196,6 +198,8 @@ def test_low_rank_adapters_of_peft_train_with_the_loss_of_their_logits():
     torch.testing.assert_close(run(merged), output.logits, rtol=1e-4, atol=1e-4)
 
 
+# what PEFT asks of transformers by a deprecated name
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_an_adapter_of_peft_on_fast_weights_is_heeded():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["attn.w1"], init_lora_weights=False)

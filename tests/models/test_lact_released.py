@@ -291,8 +291,9 @@ def test_convert_refuses_what_is_converted_already_missing_or_misfit(tmp_path):
         convert(tmp_path / "ours", tmp_path / "other")
     with pytest.raises(ValueError, match="source must be a kvbind checkpoint"):
         convert(tmp_path / "released", tmp_path / "other", to="released")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        convert(tmp_path, tmp_path / "other")
+        convert(tmp_path / "empty", tmp_path / "other")
     path = tmp_path / "released" / "model.safetensors"
     weights = load_file(path)
     del weights["lm_head.weight"]
