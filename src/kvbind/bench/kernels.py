@@ -329,10 +329,10 @@ def works(case: Case, device: torch.device) -> tuple[Work, Work, dict[str, Any]]
     if case.by == "compiled":
         read = torch.compile(read)
     facts = {"operand_bytes": sum(x.nbytes for x in leaves.values())}
-    return *_passes(read, leaves), facts
+    return *passes(read, leaves), facts
 
 
-def _passes(read: Any, leaves: Leaves) -> tuple[Work, Work]:
+def passes(read: Any, leaves: Leaves) -> tuple[Work, Work]:
     """The two passes of a function of leaves that gives one output."""
     wanted = {name: x.clone().requires_grad_() for name, x in leaves.items()}
     slope: list[Tensor] = []
@@ -363,13 +363,13 @@ def _attention(case: Case, device: torch.device) -> tuple[Work, Work, dict[str, 
         shape = (case.batch, total // width, case.tokens, width)
         small = {name: torch.randn(*shape[:2], 16, width, device=device).to(case.torch_dtype) for name in ("q", "k", "v")}
         try:
-            _passes(read, small)[1]()
+            passes(read, small)[1]()
         except RuntimeError:
             refused.append(width)
             continue
         leaves = {name: torch.randn(shape, device=device).to(case.torch_dtype) for name in ("q", "k", "v")}
         facts = {"heads": total // width, "width": width, "refused_widths": refused}
-        return *_passes(read, leaves), facts | {"operand_bytes": sum(x.nbytes for x in leaves.values())}
+        return *passes(read, leaves), facts | {"operand_bytes": sum(x.nbytes for x in leaves.values())}
     raise RuntimeError(f"no head width up to {case.width} is supported")
 
 

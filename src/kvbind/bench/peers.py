@@ -22,6 +22,7 @@ from kvbind.bench.ceilings import Ceilings, forward_work, measure_ceilings, trai
 from kvbind.bench.events import duration, first_line
 from kvbind.bench.goals import SIZE, goal_of
 from kvbind.bench.kernel_tables import Grid
+from kvbind.bench.kernels import PASSES, passes
 from kvbind.bench.leaves import NARROW, Leaves, draw_leaves, in_precision, laid_out, run
 from kvbind.bench.operands import Size
 from kvbind.bench.record import growing, provenance
@@ -188,24 +189,6 @@ def plan(rungs: Sequence[str], size: Size = SIZE, chunk: int = 2048) -> list[Row
     return rows
 
 
-def passes(read: Read, leaves: Leaves) -> dict[str, Work]:
-    """A forward pass without gradients, and one with a backward pass and the gradients of all leaves."""
-    wanted = {name: x.detach().requires_grad_() for name, x in leaves.items()}
-    slope: list[Tensor] = []
-
-    def forward() -> object:
-        with torch.no_grad():
-            return read(leaves)
-
-    def training() -> object:
-        y = read(wanted)
-        if not slope:
-            slope.append(torch.randn_like(y))
-        return torch.autograd.grad(y, list(wanted.values()), slope[0], allow_unused=True)
-
-    return {"forward": forward, "training": training}
-
-
 def host_seconds(work: Work, device: torch.device, rounds: int = 100) -> float:
     """What one call costs the host, the least of three means over calls that do not wait for the device."""
     found = []
@@ -230,12 +213,13 @@ def compare(row: Row, ceilings: Ceilings, device: torch.device, seconds: float) 
     """The two passes of one row; rates in Mtok/s, times of the host in microseconds."""
     spec, tokens = row.spec, row.size.batch * row.size.tokens
     leaves = laid_out(in_precision(draw_leaves(spec, row.size, device), torch.bfloat16, torch.float32), row.layout)
-    ours, theirs = passes(lambda x: run(spec, x, "auto")[0], leaves), passes(peer_of(spec), leaves)
+    ours = dict(zip(PASSES, passes(lambda x: run(spec, x, "auto")[0], leaves), strict=True))
+    theirs = dict(zip(PASSES, passes(peer_of(spec), leaves), strict=True))
     need = forward_work(spec, row.size, torch.bfloat16)
     needs = {"forward": need, "training": training_work(need, row.size, torch.bfloat16)}
     form = "recurrent" if parallel_obstacles(spec) else "parallel"
     goal = goal_of(row.rung, form, row.size, row.chunk, "bfloat16")
-    for name in ("forward", "training"):
+    for name in PASSES:
         found: dict[str, Any] = {
             "name": row.name,
             "pass": name,
