@@ -70,7 +70,8 @@ def test_every_command_explains_itself(run, command):
 def test_help_names_every_task(run, command):
     code, out, errors = run(command, "--help")
     assert code == 0, errors
-    assert [task for task in TASKS if task not in out] == []
+    # tests of other files may have added a task of their own
+    assert [task for task, module in TASKS.items() if module.startswith("kvbind.") and task not in out] == []
 
 
 def test_help_names_the_shipped_configurations_of_every_task(run):
