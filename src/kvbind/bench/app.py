@@ -364,7 +364,7 @@ def verify(
 
     place = _device(device)
     if _some(what, ("operators", "models"), "what") == ("models",):
-        record = _watch(kept_promises(place, small=small, only=only, budget=budget), out, every=5)
+        record = _watch(kept_promises(place, small=small, only=only, budget=budget, workers=workers), out, every=5)
         _show(promises_grid(record))
         _point_to(out)
         if not all(row["passed"] for row in record["rows"]):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kvbind.bench.events import first_line
 from kvbind.bench.kernels import release
 from kvbind.bench.record import OUT_OF_TIME, growing, provenance
+from kvbind.bench.spread import spread
 from kvbind.bench.switch import operators_of
 from kvbind.inner import systems
 from kvbind.inner.spec import InnerLoop
@@ -450,8 +451,14 @@ def tried(promise: Promise, scale: Scale, device: torch.device) -> dict[str, Any
     }  # fmt: skip
 
 
+def _tried_by_name(name: str, small: bool, device: str) -> dict[str, Any]:
+    """`tried` for processes that are told a case's name."""
+    (promise,) = [p for p in promises() if p.name == name]
+    return tried(promise, SMALL if small else FULL, torch.device(device))
+
+
 def kept_promises(
-    device: torch.device, *, small: bool = False, only: str = "", budget: float = 540.0
+    device: torch.device, *, small: bool = False, only: str = "", budget: float = 540.0, workers: int = 1
 ) -> Iterator[dict[str, Any]]:
     """Try every promise that can be tried on a device; the record as it is `growing`.
 
@@ -460,6 +467,7 @@ def kept_promises(
         small: models of one layer and a quick compiler, to try the cases themselves.
         only: run only cases whose name has this in it.
         budget: seconds after which no further case is begun; the rest is then in the record, as `skipped`.
+        workers: processes that share the device.
 
     Raises:
         ValueError: `only` is in no case's name.
@@ -468,14 +476,22 @@ def kept_promises(
     chosen = [p for p in promises() if only in p.name and (device.type == "cuda" or not p.gpu_only)]
     if not chosen:
         raise ValueError(f"only must be part of a case's name, such as 'generate' or 'Trainer'; got {only!r}")
-    scale = SMALL if small else FULL
 
     def rows() -> Iterator[dict[str, Any]]:
-        for promise in chosen:
-            if time.monotonic() > deadline:
-                yield {"case": promise.name, "passed": False, "problems": [OUT_OF_TIME], "skipped": OUT_OF_TIME}
-            else:
-                yield tried(promise, scale, device)
+        left = {p.name: p for p in chosen}
+        if workers > 1:
+            # what takes longest first: processes then end together
+            jobs = [((p.name, small, str(device)), {"case": p.name}) for p in reversed(chosen)]
+            for row in spread(_tried_by_name, jobs, workers, deadline):
+                del left[row["case"]]
+                yield row
+        else:
+            while left and time.monotonic() <= deadline:
+                yield tried(left.pop(next(iter(left))), SMALL if small else FULL, device)
+        for name in left:
+            yield {"case": name, "passed": False, "problems": [OUT_OF_TIME], "skipped": OUT_OF_TIME}
 
     about = provenance(device, ("triton", "accelerate")) | {"config": {"small": small, "only": only}, "rules": RULES}
-    yield from growing(about, len(chosen), rows())
+    order = [p.name for p in chosen]
+    for record in growing(about, len(chosen), rows()):
+        yield record | {"rows": sorted(record["rows"], key=lambda row: order.index(row["case"]))}

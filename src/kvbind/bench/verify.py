@@ -13,10 +13,8 @@ released, unless a case says otherwise.
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -32,6 +30,7 @@ from kvbind.bench.leaves import Leaves, arguments, draw_leaves, in_precision, la
 from kvbind.bench.operands import Size
 from kvbind.bench.pieces import Piece, pieces
 from kvbind.bench.record import growing, provenance
+from kvbind.bench.spread import spread
 from kvbind.bench.switch import VARIABLE, operators_of, without_kernels
 from kvbind.forms.analysis import parallel_obstacles
 from kvbind.forms.api import Form, ttt
@@ -479,20 +478,8 @@ def attempts(
                 return
             yield attempt(listed[index], dtype, device)
         return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        begun = {
-            pool.submit(_attempt_by_place, index, small, dtype, str(device)): described(listed[index], dtype)
-            for index, dtype in chosen
-        }
-        try:
-            for done in as_completed(begun, timeout=max(0.0, deadline - time.monotonic())):
-                lost = done.exception()
-                yield begun[done] | {"passed": False, "problems": [first_line(lost)]} if lost else done.result()
-        except TimeoutError:
-            pass
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    jobs = [((index, small, dtype, str(device)), described(listed[index], dtype)) for index, dtype in chosen]
+    yield from spread(_attempt_by_place, jobs, workers, deadline)
 
 
 def verified(
