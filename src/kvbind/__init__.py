@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvbind.forms.api import inner_loss, ttt
     from kvbind.forms.linearize import LinearAttention, linearize
     from kvbind.forms.state import State
-    from kvbind.inner import GLU, MLP, DepthwiseConv, InnerLoop, Linear, Network, NewtonSchulz, SwiGLU, systems
+    from kvbind.inner import GLU, MLP, DepthwiseConv, InnerLoop, Linear, Network, NewtonSchulz, SwiGLU, cite, systems
     from kvbind.models.lact.sharding import shard_batch
     from kvbind.sequence import SequenceShard, count_bytes, sequence_parallel
 
@@ -37,6 +37,7 @@ __all__ = [
     "SequenceShard",
     "State",
     "SwiGLU",
+    "cite",
     "count_bytes",
     "explain",
     "inner_loss",

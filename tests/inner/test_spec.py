@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from itertools import pairwise
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 
 import kvbind
 from kvbind import GLU, DepthwiseConv, InnerLoop, Linear, NewtonSchulz, SwiGLU, systems
+from kvbind.inner.gates import GATES
 from kvbind.inner.systems import RUNGS, SYSTEMS
 from strategies import specs
 
@@ -119,6 +121,36 @@ def test_every_named_system_is_valid_and_unknown_names_get_the_nearest():
         systems.vittt("gelu")
     with pytest.raises(ValueError, match="grid belongs to the conv branch"):
         systems.vittt("glu", grid=(2, 2))
+
+
+def test_every_system_is_cited_by_name_and_by_value():
+    for name in SYSTEMS:
+        entries = kvbind.cite(name)
+        assert entries.count("@misc{") == 2, name
+        assert "eprint = {2602.21204}" in entries
+        assert kvbind.cite(systems.named(name)).endswith(entries)
+    assert "eprint = {2406.06484}" in kvbind.cite(systems.delta_net(chunk=64))
+    edited = kvbind.cite(systems.lact_llm().replace(steps=2, update="last"))
+    assert edited.startswith("% nearest named system: lact_llm; differs in update, steps\n@misc{arxiv2505.23884")
+    with pytest.raises(ValueError, match="did you mean 'titans'"):
+        kvbind.cite("titan")
+    with pytest.raises(TypeError, match=r"what must be a kvbind\.InnerLoop or the name of a system; got int"):
+        kvbind.cite(3)
+
+
+@given(specs())
+def test_gates_are_those_that_the_fields_ask_for(spec):
+    assert list(spec.gates) == [gate.name for gate in GATES if getattr(spec, gate.name)]
+    assert all(gate.name == name for name, gate in spec.gates.items())
+
+
+def test_what_is_written_of_an_inner_loop_stays_as_stored_runs_have_it():
+    """Runs are shared by a hash of these words."""
+    assert json.dumps(systems.titans(4).to_dict()) == (
+        '{"network": {"kind": "MLP", "activation": "silu", "depth": 1}, "loss": "squared", "update": "all", '
+        '"momentum": true, "orthogonalize": null, "clip": false, "retention": true, "normalize": false, '
+        '"direction": "descent", "query": "query", "steps": 1, "chunk": 4, "visibility": "past", "token_lr": true}'
+    )
 
 
 def test_the_ladder_goes_from_the_system_to_linear_attention_one_change_at_a_time():

@@ -18,7 +18,7 @@ from kvbind.kernels import causal
 from kvbind.kernels.causal import causal_linear_attention, segment_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAMES = ("q", "k", "v", "rates", "retention", "initial_state")
+NAMES = ("q", "k", "v", "rates", "decay", "initial_state")
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def _exact(monkeypatch):
     torch.set_float32_matmul_precision(before)
 
 
-def recurrence(q, k, v, rates=None, retention=None, initial_state=None, *, chunk=1, mode="token", sign=1.0):
+def recurrence(q, k, v, rates=None, decay=None, initial_state=None, *, chunk=1, mode="token", sign=1.0):
     """The definition: one state after another."""
     if mode == "token":
         chunk = 1
@@ -41,7 +41,7 @@ def recurrence(q, k, v, rates=None, retention=None, initial_state=None, *, chunk
         writes = rates[..., None, None] * writes
     outputs = []
     for start in range(0, q.shape[1], chunk):
-        before = state if retention is None else retention[:, start, :, None, None] * state
+        before = state if decay is None else decay[:, start, :, None, None] * state
         state = before + writes[:, start : start + chunk].sum(1)
         outputs.append(torch.einsum("bthd,bhde->bthe", q[:, start : start + chunk], before if mode == "past" else state))
     return torch.cat(outputs, 1), state
@@ -59,7 +59,7 @@ def draw(tokens, key=16, value=16, batch=1, heads=1, *, names=NAMES, dtype=torch
         "k": normal(batch, tokens, heads, key).to(dtype),
         "v": normal(batch, tokens, heads, value).to(dtype),
         "rates": torch.rand(batch, tokens, heads, generator=g),
-        "retention": 0.5 + 0.5 * torch.rand(batch, tokens, heads, generator=g),
+        "decay": 0.5 + 0.5 * torch.rand(batch, tokens, heads, generator=g),
         "initial_state": normal(sequences or batch, heads, key, value),
     }
     return {name: x.to(DEVICE) for name, x in made.items() if name in names}
@@ -91,11 +91,11 @@ CASES = {
     "plain": (PLAIN, {"tokens": 70}, {}),
     "rates, a state and two segments": ((*PLAIN, "rates", "initial_state"), {"tokens": 100, "key": 48, "heads": 2}, {}),
     "ascent": ((*PLAIN, "initial_state"), {"tokens": 70, "value": 48}, {"sign": -1.0}),
-    "gates": ((*PLAIN, "retention"), {"tokens": 130, "key": 32, "value": 16}, {}),
-    "gates, one segment, no state": ((*PLAIN, "retention"), {"tokens": 64}, {}),
+    "gates": ((*PLAIN, "decay"), {"tokens": 130, "key": 32, "value": 16}, {}),
+    "gates, one segment, no state": ((*PLAIN, "decay"), {"tokens": 64}, {}),
     "everything": (NAMES, {"tokens": 150, "key": 16, "value": 40}, {"sign": -1.0}),
     "values wider than a block": (NAMES, {"tokens": 66, "key": 24, "value": 96}, {}),
-    "more segments than a scan takes at once": ((*PLAIN, "retention", "initial_state"), {"tokens": 390}, {}),
+    "more segments than a scan takes at once": ((*PLAIN, "decay", "initial_state"), {"tokens": 390}, {}),
     "two sequences": (NAMES, {"tokens": 20, "batch": 2}, {}),
     "past": ((*PLAIN, "rates", "initial_state"), {"tokens": 100}, {"mode": "past", "chunk": 5}),
     "past, odd": (PLAIN, {"tokens": 100}, {"mode": "past", "chunk": 37}),
@@ -180,9 +180,9 @@ def test_segments_cover_every_packed_sequence_once(lengths, size):
 
 
 def test_gates_that_are_shut_cut_the_sequence():
-    operands = draw(140, heads=2, names=(*PLAIN, "retention", "initial_state"))
-    operands["retention"][:, [3, 4, 40, 64, 100, 139]] = 0.0
-    operands["retention"][:, 50] = 1e-30
+    operands = draw(140, heads=2, names=(*PLAIN, "decay", "initial_state"))
+    operands["decay"][:, [3, 4, 40, 64, 100, 139]] = 0.0
+    operands["decay"][:, 50] = 1e-30
     exact = results(recurrence, operands, {}, torch.float64)
     size, name = worst(results(causal_linear_attention, operands, {}), exact)
     assert size < 1e-5, name
@@ -200,17 +200,17 @@ GATES = {
 def test_gradients_of_gates_are_exact_at_any_gate(gates):
     """Every gate's, not only those that make up the norm: divided by its gate, a gradient would be lost below 1e-7."""
     operands = draw(140, heads=2)
-    operands["retention"] = GATES[gates](torch.Generator().manual_seed(1))[None].to(DEVICE)
+    operands["decay"] = GATES[gates](torch.Generator().manual_seed(1))[None].to(DEVICE)
     exact = results(recurrence, operands, {}, torch.float64)
     found = results(causal_linear_attention, operands, {})
     size, name = worst(found, exact)
     assert size < 1e-5, name
-    typical = exact["retention"].square().mean().sqrt()
-    assert (found["retention"] - exact["retention"]).abs().max() < 1e-5 * typical
+    typical = exact["decay"].square().mean().sqrt()
+    assert (found["decay"] - exact["decay"]).abs().max() < 1e-5 * typical
 
 
 def test_goes_on_from_a_state():
-    operands = draw(90, names=(*PLAIN, "rates", "retention"))
+    operands = draw(90, names=(*PLAIN, "rates", "decay"))
     exact, end = recurrence(**{name: x.double() for name, x in operands.items()})
     head, state = causal_linear_attention(**{name: x[:, :50] for name, x in operands.items()})
     tail, state = causal_linear_attention(**{name: x[:, 50:] for name, x in operands.items()}, initial_state=state)
@@ -238,7 +238,7 @@ def test_equals_the_inner_loop(system):
     o = draw(70, 16, 32, names=names)
     y, state = causal_linear_attention(**o)
     high = {name: x.double().cpu() for name, x in o.items()}
-    gates = {"retention": high["retention"]} if spec.retention else {}
+    gates = {"retention": high["decay"]} if spec.retention else {}
     weights = {"out": high["initial_state"]}
     z, after = kvbind.ttt(spec, weights, high["q"], high["k"], high["v"], lr=high["rates"], form="recurrent", **gates)
     assert error(y.cpu(), z) < 1e-5
@@ -287,8 +287,8 @@ BAD = {
     "rates must be": (ValueError, lambda o: {"rates": o["rates"][..., None]}),
     "initial_state must be": (ValueError, lambda o: {"initial_state": o["initial_state"][0]}),
     "mode must be one of": (ValueError, lambda o: {"mode": "tokens"}),
-    "chunk must be at most 64": (ValueError, lambda o: {"mode": "past", "chunk": 65, "retention": None}),
-    "retention must be None": (ValueError, lambda o: {"mode": "past", "chunk": 4}),
+    "chunk must be at most 64": (ValueError, lambda o: {"mode": "past", "chunk": 65, "decay": None}),
+    "decay must be None": (ValueError, lambda o: {"mode": "past", "chunk": 4}),
     "sign must be": (ValueError, lambda o: {"sign": 0.5}),
     "cu_seqlens must be int32": (TypeError, lambda o: {"cu_seqlens": torch.tensor([0.0, 20.0])}),
     "cu_seqlens must be .n": (ValueError, lambda o: {"cu_seqlens": torch.tensor([0])}),
@@ -313,7 +313,7 @@ def spoil(operands, token, where, value):
 FUTURES = {
     "gates, values": (NAMES, {"tokens": 150}, {}, "v", 130),
     "gates, a tile's first": (NAMES, {"tokens": 150}, {}, "k", 64),
-    "gates": (NAMES, {"tokens": 100}, {"sign": -1.0}, "retention", 70),
+    "gates": (NAMES, {"tokens": 100}, {"sign": -1.0}, "decay", 70),
     "rates": ((*PLAIN, "rates"), {"tokens": 100}, {}, "rates", 50),
     "queries": (NAMES, {"tokens": 150}, {}, "q", 100),
     "wide": ((*PLAIN, "rates"), {"tokens": 70, "key": 24, "value": 80}, {}, "v", 66),

@@ -63,7 +63,7 @@ def wide_updates(spec: InnerLoop, o: Operands, chunk: int) -> Tensor:
         each = dict.fromkeys(spec.updated, rates[:, :, part])
         updates = gradient(spec, narrow, k[:, :, part], v[:, :, part], each)
         gate = momentum[:, :, part].mean(2)[..., None, None]
-        fast = apply_update(spec, fast, {name: x.double() for name, x in updates.items()}, gate, None)
+        fast = apply_update(spec, fast, {name: x.double() for name, x in updates.items()}, {"momentum": gate})
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 

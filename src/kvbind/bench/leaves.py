@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbind.bench.operands import Size
+from kvbind.bench.operands import Size, draw_gate
 from kvbind.forms.api import Form, ttt
 from kvbind.forms.state import State
 from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.spec import InnerLoop
 
 Leaves = dict[str, Tensor]
-"""By name: "q", "k", "v", "lr.M" for each updated matrix M, "momentum", "retention", "weights.M"."""
+"""By name: "q", "k", "v", "lr.M" for each updated matrix M, gates by their own, "weights.M"."""
 
 NARROW = ("q", "k", "v")
 """The leaves that a layer gives in its own dtype; the others stay in float32."""
@@ -34,7 +34,7 @@ def draw_leaves(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Leaves:
-    """Random leaves like those of a trained layer: unit-norm silu'd queries and keys, rates near 0.02, gates near 1/2.
+    """Random leaves like those of a trained layer: unit-norm silu'd queries and keys, rates near 0.02, gates near 1/2 or 1.
 
     Under squared error rates fall with the chunk, which keeps the inner loop's steps from growing.
 
@@ -58,10 +58,7 @@ def draw_leaves(
     if spec.token_lr:
         scale = min(1.0, 16 / (spec.chunk or size.tokens)) if spec.loss == "squared" else 1.0
         leaves |= {f"lr.{name}": scale * F.softplus(normal(*shape) - 4) for name in spec.updated}
-    if spec.momentum:
-        leaves["momentum"] = torch.sigmoid(normal(*shape))
-    if spec.retention:
-        leaves["retention"] = torch.sigmoid(normal(*shape) + 4)
+    leaves |= {name: draw_gate(gate, normal(*shape)) for name, gate in spec.gates.items()}
     inner = None if isinstance(spec.network, DepthwiseConv) else hidden or size.width
     weights = spec.network.initial(size.heads, size.width, values, inner, generator=generator, dtype=dtype, device=device)
     return leaves | {f"weights.{name}": x for name, x in weights.items()}
@@ -84,7 +81,7 @@ def laid_out(leaves: Leaves, layout: str) -> Leaves:
 def arguments(spec: InnerLoop, leaves: Leaves, start: int = 0, stop: int | None = None) -> dict[str, Any]:
     """The keyword arguments of `ttt` for the tokens from `start` up to `stop`."""
     rates = {name: leaves[f"lr.{name}"][:, start:stop] for name in spec.updated} if spec.token_lr else 1.0
-    gates = {name: leaves[name][:, start:stop] for name in ("momentum", "retention") if name in leaves}
+    gates = {name: leaves[name][:, start:stop] for name in spec.gates}
     return {name: leaves[name][:, start:stop] for name in NARROW} | {"lr": rates} | gates
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvbind.forms.api import Form, ttt
+from kvbind.inner.gates import Gate
 from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.spec import InnerLoop
 
@@ -29,6 +30,11 @@ class Size:
     tokens: int
     heads: int
     width: int
+
+
+def draw_gate(gate: Gate, noise: Tensor) -> Tensor:
+    """A gate of standard normal `noise`: near 1/2, or near 1 where learned ones start there."""
+    return torch.sigmoid(noise if gate.start is None else noise + 4)
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,7 @@ class Operands:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         gates: dict[str, Any] = {"lr": F.softplus(normal(*shape) - 4) if spec.token_lr else 1.0}
-        if spec.momentum:
-            gates["momentum"] = torch.sigmoid(normal(*shape))
-        if spec.retention:
-            gates["retention"] = torch.sigmoid(normal(*shape) + 4)
+        gates |= {name: draw_gate(gate, normal(*shape)) for name, gate in spec.gates.items()}
         hidden = None if isinstance(spec.network, DepthwiseConv) else size.width
         weights = spec.network.initial(size.heads, size.width, size.width, hidden, generator=generator, dtype=torch.float64)
         q, k = (F.normalize(F.silu(normal(*shape, size.width)), dim=-1) for _ in range(2))

@@ -82,7 +82,7 @@ class Case:
         cu_seqlens: boundaries of packed sequences.
         update_tokens: tokens that write, of visibility "full".
         wide_newton_schulz: Newton-Schulz runs in float32 for bfloat16 operands too.
-        small_gates: retention gates are between 1 and 1e-30, many of them small.
+        small_gates: gates are between 1 and 1e-30, many of them small.
         layout: of queries, keys and values, of `kvbind.bench.leaves.LAYOUTS`.
         also: dtypes in which it is verified besides `DTYPES`.
     """
@@ -319,8 +319,8 @@ def twin(dtype: torch.dtype) -> Call:
             return torch.cat([y for y, _ in parts], dim=1), State.cat([after for _, after in parts])
         chosen = given.pop("update_tokens", None)
         q, k, v, lr = (given[name] for name in ("q", "k", "v", "lr"))
-        gates = given.get("momentum"), given.get("retention")
-        checked = check_operands(spec, weights, q, k, v, lr, *gates, state, None, chosen)
+        gates = {name: given[name] for name in spec.gates}
+        checked = check_operands(spec, weights, q, k, v, lr, gates, state, None, chosen)
         solves = spec.loss == "squared" and dtype == torch.bfloat16
         engine = parallel if form == "parallel" and not solves else recurrent
         low = _cast(checked, dtype)
@@ -421,8 +421,9 @@ def of_case(case: Case, narrow: torch.dtype, device: torch.device) -> Evaluation
     drawn = draw_leaves(case.spec, case.size, device, hidden=case.hidden, value_width=case.value_width, dtype=exact)
     if case.small_gates:
         generator = torch.Generator(device).manual_seed(0)
-        shape = drawn["retention"].shape
-        drawn["retention"] = 10 ** (-30 * torch.rand(shape, generator=generator, dtype=exact, device=device).square())
+        for name in case.spec.gates:
+            shape = drawn[name].shape
+            drawn[name] = 10 ** (-30 * torch.rand(shape, generator=generator, dtype=exact, device=device).square())
     rounded = laid_out(in_precision(drawn, narrow, wide), case.layout)
     del drawn
     slopes: Leaves = {}

@@ -101,9 +101,9 @@ def of_views(
 
 def as_call(call: InnerCall, update_tokens: slice | Tensor | None = None) -> Call:
     """A layer's call with its options by name."""
-    options = call._asdict() | {"update_tokens": update_tokens}
-    inner, weights, q, k, v = (options.pop(name) for name in ("inner", "weights", "q", "k", "v"))
-    return Call(inner, weights, q, k, v, {name: x for name, x in options.items() if x is not None})
+    options = {"lr": call.lr, **call.gates, "cu_seqlens": call.cu_seqlens, "update_tokens": update_tokens}
+    given = {name: x for name, x in options.items() if x is not None}
+    return Call(call.inner, call.weights, call.q, call.k, call.v, given)
 
 
 def check_from_start(state: Any) -> None:

@@ -139,8 +139,7 @@ def loss_after(call: Call) -> float:
             own(call.k),
             own(call.v),
             lr={name: own(x) for name, x in rates.items()} if isinstance(rates, dict) else own(rates),
-            momentum=own(call.options.get("momentum")),
-            retention=own(call.options.get("retention")),
+            **{name: own(call.options[name]) for name in call.spec.gates},
             update_tokens=call.options.get("update_tokens"),
         )
         total, tokens = total + float(loss.mean()) * (stop - start), tokens + stop - start

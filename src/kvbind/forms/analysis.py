@@ -237,7 +237,7 @@ def cost(spec: InnerLoop, shapes: Shapes) -> Cost:
     parts = work(spec, shapes)
     updated = sum(sizes[name] for name in spec.updated)
     channels = sum(math.prod(dims[name]) // math.prod(dims[name][a] for a in network.input_axes) for name in spec.updated)
-    gates = spec.momentum + spec.retention
+    gates = len(spec.gates)
     rates = len(spec.updated) * spec.token_lr
     width, itemsize = shapes.key_width + shapes.value_width, shapes.dtype.itemsize
     pending = (chunk - 1) * (width * itemsize + 4 * (len(spec.updated) + gates)) if spec.chunk else 0

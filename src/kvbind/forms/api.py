@@ -19,6 +19,7 @@ from kvbind.forms.recurrent import chunk_update, chunks, recurrent
 from kvbind.forms.sharded import sharded
 from kvbind.forms.state import State
 from kvbind.forms.validation import LearningRate, Operands, check_operands, check_shard
+from kvbind.inner.gates import given_gates
 from kvbind.inner.losses import loss_value
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice
@@ -83,23 +84,23 @@ def ttt(
         TypeError, ValueError: an argument that does not fit; the message names it.
         NoParallelFormError: `form="parallel"`, or a `sequence` with `schedule="scan"`, for an inner loop that has none.
     """
-    key = None
+    gates, key = given_gates(momentum=momentum, retention=retention), None
     if state is None and cu_seqlens is None and update_tokens is None and sequence is None and direct.is_eager():
         # a call like an earlier one needs no checks: all that they look at is in the key
-        key = planned.key_of(spec, weights, q, k, v, lr, momentum, retention, form)
+        key = planned.key_of(spec, weights, q, k, v, lr, gates, form)
         kind = planned.known(key)
         if kind is not None and kind.planned is not None and weights is not None and q.is_cuda:
-            return kind.planned(weights, q, k, v, lr, momentum, retention)
+            return kind.planned(weights, q, k, v, lr, gates)
     check_choice("form", form, ("auto", "recurrent", "parallel"))
     if sequence is not None:
         cu_seqlens = check_shard(spec, sequence, q, state, cu_seqlens)
-    call = check_operands(spec, weights, q, k, v, lr, momentum, retention, state, cu_seqlens, update_tokens)
+    call = check_operands(spec, weights, q, k, v, lr, gates, state, cu_seqlens, update_tokens)
     if form == "parallel" and parallel_obstacles(spec):
         raise NoParallelFormError(explain(spec))
     if key is not None and weights is not None:
         kind = kind or planned.learn(key, spec, call, lr, weights, form)
         if kind.planned is not None:
-            return kind.planned(weights, q, k, v, lr, momentum, retention)
+            return kind.planned(weights, q, k, v, lr, gates)
     with without_autocast(q.device.type):
         if sequence is None:
             output, state = opaque.run(spec, call, form) if opaque.takes(spec, call) else run(spec, call, form)
@@ -194,7 +195,8 @@ def inner_loss(
         TypeError, ValueError: an argument that does not fit; the message names it.
     """
     check_choice("at", at, ("before", "after"))
-    call = check_operands(spec, weights, k, k, v, lr, momentum, retention, None, None, update_tokens)
+    gates = given_gates(momentum=momentum, retention=retention)
+    call = check_operands(spec, weights, k, k, v, lr, gates, None, None, update_tokens)
     parts = [call.tokens] if spec.visibility == "full" else [c.tokens for c in chunks(spec, call.tokens, None)]
     fast = call.state.fast
     losses = []

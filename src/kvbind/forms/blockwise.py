@@ -6,7 +6,7 @@ block's own tokens, weighted by those coefficients, plus a read of `S` and `D`.
 
 Under squared error a write also reads the state: `g_i = v_i - phi_i S_c(i)`. With the same coefficients this is one
 triangular system for each block, `(I + N) g = v - phi (coefficients of S and D)`: the WY representation of the delta rule
-(arXiv 2406.06484), here for any chunk length, with retention and momentum.
+(arXiv 2406.06484), here for any chunk length, with both gates.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from kvbind.forms.recurrent import prefix_means
 from kvbind.forms.scan import decay_matrix, up_to
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
+from kvbind.inner.gates import decays
 from kvbind.inner.networks import gated
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
@@ -51,7 +52,7 @@ class Coefficients:
     momentum_writes: Tensor
 
     @staticmethod
-    def of(sign: int, momentum: Tensor | None, retention: Tensor | None, count: int, like: Tensor) -> Coefficients:
+    def of(sign: int, momentum: Tensor | None, decay: Tensor | None, count: int, like: Tensor) -> Coefficients:
         """Coefficients from the chunks' gates `[..., n]`, either of which may be missing."""
         eye = torch.eye(count, dtype=like.dtype, device=like.device)
         ones = eye.new_ones(count)
@@ -60,11 +61,11 @@ class Coefficients:
         else:
             buffer = decay_matrix(momentum)
             buffer_reach = momentum[..., :1] * buffer[..., 0]
-        if retention is None:
+        if decay is None:
             keep, keep_reach = eye.new_ones(count, count).tril(), ones
         else:
-            keep = decay_matrix(retention)
-            keep_reach = retention[..., :1] * keep[..., 0]
+            keep = decay_matrix(decay)
+            keep_reach = decay[..., :1] * keep[..., 0]
         state_momentum = sign * seen_product(keep, buffer_reach[..., None], up_to(keep))[..., 0]
         return Coefficients(
             F.pad(keep_reach, (1, 0), value=1.0),
@@ -137,7 +138,8 @@ def _blocks(spec: InnerLoop, chunk: int, q: Tensor | None, tokens: Tokens, fast:
     # an incomplete last chunk has a column like any other, but the state that goes on stands before it
     count, complete = -(-length // chunk), length // chunk
     place = torch.arange(length, device=k.device) // chunk
-    share = Coefficients.of(spec.sign, _chunk_means(tokens.momentum, chunk), _chunk_means(tokens.retention, chunk), count, v)
+    momentum_gate, decay = decays(tokens.gates)
+    share = Coefficients.of(spec.sign, _chunk_means(momentum_gate, chunk), _chunk_means(decay, chunk), count, v)
     interacting = count > 1 or spec.visibility != "past"
 
     solved_state = solved_momentum = None
@@ -251,11 +253,12 @@ def _reads(spec: InnerLoop, chunk: int, share: Coefficients, place: Tensor, toke
         )
     on_state, on_momentum = share.state_state[..., place], share.state_momentum[..., place]
     on_tokens = share.state_writes[..., place, :][..., place]
-    if tokens.retention is not None:
-        kept = _chunk_prefix_means(tokens.retention, chunk)
+    momentum, decay = decays(tokens.gates)
+    if decay is not None:
+        kept = _chunk_prefix_means(decay, chunk)
         on_state, on_momentum, on_tokens = kept * on_state, kept * on_momentum, kept[..., None] * on_tokens
-    if tokens.momentum is not None:
-        carried = spec.sign * _chunk_prefix_means(tokens.momentum, chunk)
+    if momentum is not None:
+        carried = spec.sign * _chunk_prefix_means(momentum, chunk)
         on_momentum = on_momentum + carried * share.momentum_momentum[..., place]
         on_tokens = on_tokens + carried[..., None] * share.momentum_writes[..., place, :][..., place]
     own = (place[:, None] == place[None, :]).tril()

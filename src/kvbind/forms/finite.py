@@ -121,7 +121,7 @@ def guarded(form: Form, spec: InnerLoop, q: Tensor, tokens: Tokens, state: State
 def _clean_tokens(tokens: Tokens) -> tuple[Tokens, Tensor]:
     """Tokens with zeros in place of those that hold what is not finite, and which these are, `[B, H, T]`."""
     wrong = ~(tokens.k.isfinite().all(-1) & tokens.v.isfinite().all(-1))
-    for x in (*tokens.rates.values(), tokens.momentum, tokens.retention):
+    for x in (*tokens.rates.values(), *tokens.gates.values()):
         if isinstance(x, Tensor):
             wrong = wrong | ~x.isfinite()
     cleaned = replace(tokens, mask=None).map(lambda x: x.masked_fill(as_factor(wrong, x), 0.0))

@@ -21,6 +21,7 @@ from kvbind.forms.recurrent import recurrent
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import Operands
+from kvbind.inner.gates import decays
 from kvbind.inner.networks import GLU, MLP, DepthwiseConv, Linear, Network, SwiGLU, gated
 from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.rule import FastWeights
@@ -52,7 +53,7 @@ def engine(spec: InnerLoop, call: Operands, form: str) -> Engine | None:
             return glu_form
         if conv_fits(spec, call):
             return conv_form
-        gated_mask = call.tokens.mask is not None and (spec.momentum or spec.retention)
+        gated_mask = call.tokens.mask is not None and bool(spec.gates)
         if gated_mask or not len(call.tokens) or not wide_enough(call):
             return None
         return chunked_form if chunked_fits(spec) else full_form if recurrent_fits(spec, call) else None
@@ -109,7 +110,7 @@ def chunked_fits(spec: InnerLoop) -> bool:
 
 def bare(spec: InnerLoop) -> bool:
     """Whether nothing but clipping stands between a gradient and the weights, and there is one step."""
-    return not spec.momentum and not spec.retention and not spec.normalize and spec.steps == 1
+    return not spec.gates and not spec.normalize and spec.steps == 1
 
 
 def glu_fits(spec: InnerLoop, call: Operands) -> bool:
@@ -153,7 +154,7 @@ def recurrent_fits(spec: InnerLoop, call: Operands) -> bool:
 def causal_fits(spec: InnerLoop, call: Operands) -> bool:
     """Whether an inner loop is one of `kvbind.kernels.causal`."""
     short = spec.visibility == "token" or (spec.chunk is not None and spec.chunk < SHORT_CHUNK)
-    gates = not spec.momentum and (not spec.retention or (spec.visibility == "token" and spec.chunk == 1))
+    gates = not spec.gates or (not spec.momentum and spec.visibility == "token" and spec.chunk == 1)
     known = is_a(spec.network, Linear, GLU) and spec.visibility != "full" and spec.orthogonalize is None
     if max(call.q.shape[-1], call.tokens.v.shape[-1]) > WIDEST_CAUSAL:
         return False
@@ -271,13 +272,13 @@ def _chunked(
     def per_chunk(gate: Tensor | None) -> Tensor | None:
         return None if gate is None else chunk_means(layout, as_rows(gate).float())
 
-    rate = column_of(joined.rates["out"], joined)
+    rate, (momentum, decay) = column_of(joined.rates["out"], joined), decays(joined.gates)
     output_gate, gated_tokens = between_gates(network, fast, q, joined)
     output, end, velocity = chunked(
         as_rows(q), as_rows(gated_tokens.k), as_rows(gated_tokens.v), layout, dense(start), theta=theta,
         activation=activation_of(network), rates=None if rate is None else as_rows(rate).contiguous(),
-        momentum=per_chunk(joined.momentum), velocity=dense(fast.momentum["out"]) if spec.momentum else None,
-        retention=per_chunk(joined.retention), coefficients=orthogonalize.coefficients if orthogonalize else (),
+        momentum=per_chunk(momentum), velocity=dense(fast.momentum["out"]) if spec.momentum else None,
+        decay=per_chunk(decay), coefficients=orthogonalize.coefficients if orthogonalize else (),
         orthogonal_dtype=orthogonalize.dtype if orthogonalize else torch.bfloat16, sign=spec.sign, across=across,
     )  # fmt: skip
     after = FastWeights(dict(fast.weights) | {"out": end}, {"out": velocity} if spec.momentum else {}, fast.norms)
@@ -301,7 +302,7 @@ def causal_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
     q, tokens, state, bounds = call.q, call.tokens, call.state, call.cu_seqlens
     fast, length = state.fast, q.shape[2]
     output_gate, gated_tokens = between_gates(spec.network, fast, q, tokens)
-    rates = column_of(tokens.rates["out"], tokens)
+    rates, (_, decay) = column_of(tokens.rates["out"], tokens), decays(tokens.gates)
     packed = None if bounds is None else torch.tensor(bounds, device=q.device)
     rest = length % chunk if bounds is None else 0
 
@@ -311,7 +312,7 @@ def causal_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
 
         return causal_linear_attention(
             part(q), part(gated_tokens.k), part(gated_tokens.v), None if rates is None else part(rates),
-            None if tokens.retention is None else part(tokens.retention), before,
+            None if decay is None else part(decay), before,
             chunk=1 if spec.visibility == "token" else chunk, mode=spec.visibility, cu_seqlens=packed,
             sign=spec.sign, return_state=stop == length - rest,
         )  # fmt: skip
@@ -446,10 +447,11 @@ def sweep(spec: InnerLoop, q: Tensor, tokens: Tokens, fast: FastWeights, chunk: 
         rate = column_of(tokens.rates[name], tokens)
         full = torch.ones(tokens.k.shape[:3], device=q.device) if rate is None else rate
         rates[name] = heads_last(full).contiguous()
+    momentum, decay = decays(tokens.gates)
     output, gate, up, out, velocity = recurrent_swiglu(
         heads_last(padded), heads_last(tokens.k), heads_last(tokens.v), weights.get("gate"), weights.get("up"),
-        weights["out"], rates.get("gate"), rates.get("up"), rates["out"], per_chunk(tokens.momentum),
-        per_chunk(tokens.retention), [fast.momentum[name] for name in updated] if spec.momentum else None,
+        weights["out"], rates.get("gate"), rates.get("up"), rates["out"], per_chunk(momentum),
+        per_chunk(decay), [fast.momentum[name] for name in updated] if spec.momentum else None,
         [fast.norms[name] for name in updated] if spec.normalize else None, chunk=chunk, update_all=len(updated) > 1,
         normalize=bool(spec.normalize), coefficients=spec.orthogonalize.coefficients if spec.orthogonalize else None,
         sign=spec.sign, own_chunk=spec.visibility != "past",

@@ -19,6 +19,7 @@ from kvbind.forms.recurrent import Chunk, chunk_gates, chunks, prefix_means, pre
 from kvbind.forms.scan import decay_matrix
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import LearningRate, check_operands
+from kvbind.inner.gates import decays, given_gates
 from kvbind.inner.losses import descent_direction
 from kvbind.inner.networks import DepthwiseConv, gated
 from kvbind.inner.orthogonalize import NewtonSchulz
@@ -356,7 +357,8 @@ def linearize(
         mask = torch.zeros(k.shape[1], dtype=torch.bool, device=k.device)
         mask[update_tokens] = True
         update_tokens = mask
-    call = check_operands(spec, weights, q, k, v, lr, momentum, retention, None, None, update_tokens)
+    gates = given_gates(momentum=momentum, retention=retention)
+    call = check_operands(spec, weights, q, k, v, lr, gates, None, None, update_tokens)
     with without_autocast(q.device.type):
         return _linearize(spec, call.q.to(call.state.dtype), call.tokens, call.state.fast)
 
@@ -415,9 +417,10 @@ def _note_update(spec: InnerLoop, note: _Trajectory, fast: FastWeights, tokens: 
     if not entered:
         return fast
 
-    momentum, retention = chunk_gates(tokens, out)
+    gates = chunk_gates(tokens, out)
+    momentum, retention = decays(gates)
     updates = gradient(spec, fast.weights, k, v, rates)
-    after = apply_update(spec, fast, updates, momentum, retention)
+    after = apply_update(spec, fast, updates, gates)
     accumulated = after.momentum["out"] if spec.momentum else updates["out"]
     writes = out.new_ones(out.shape[:2], dtype=torch.bool)
     if tokens.mask is not None:
@@ -438,8 +441,7 @@ def _note_update(spec: InnerLoop, note: _Trajectory, fast: FastWeights, tokens: 
 
 def _partial(spec: InnerLoop, fast: FastWeights, each: FastWeights, chunk: Chunk) -> Partial:
     """A chunk's share of the factors of `visibility="token"`."""
-    gates = (chunk.tokens.momentum, chunk.tokens.retention)
-    momentum, retention = (None if gate is None else prefix_means(gate) for gate in gates)
+    momentum, retention = (None if gate is None else prefix_means(gate) for gate in decays(chunk.tokens.gates))
     rescaling = None
     if spec.normalize:
         if spec.normalize == "read":

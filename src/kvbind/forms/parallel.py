@@ -21,6 +21,7 @@ from kvbind.forms.recurrent import chunk_update, recurrent
 from kvbind.forms.scan import linear_scan
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
+from kvbind.inner.gates import decays
 from kvbind.inner.networks import gated
 from kvbind.inner.rule import FastWeights, rescale, shape_update
 from kvbind.inner.spec import InnerLoop
@@ -161,14 +162,14 @@ def chunk_states(
 
     updates = network.write(fold(network.features(weights, k)), fold(g))
     momentum: dict[str, Tensor] = {}
-    if tokens.momentum is not None:
-        gates, before = fold(tokens.momentum).mean(-1), fast.momentum["out"]
+    moved, kept = (None if gate is None else fold(gate).mean(-1) for gate in decays(tokens.gates))
+    if moved is not None:
+        before = fast.momentum["out"]
         if carry is not None:
-            before = carry.momentum(gates, updates, before)
-        updates = linear_scan(gates, updates, before)
+            before = carry.momentum(moved, updates, before)
+        updates = linear_scan(moved, updates, before)
         momentum = {"out": updates[:, :, -1] if count else before}
     writes = spec.sign * shape_update(spec, updates)
-    kept = None if tokens.retention is None else fold(tokens.retention).mean(-1)
     first = fast.weights["out"]
     if carry is not None:
         start = carry.state(kept, writes, start, meanwhile)

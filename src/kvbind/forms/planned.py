@@ -19,6 +19,7 @@ from kvbind.forms import fused
 from kvbind.forms.state import Deferred, State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import LearningRate, Operands
+from kvbind.inner.gates import decays
 from kvbind.inner.networks import GLU
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
@@ -82,11 +83,11 @@ class Planned:
             sets = first.shape[0] if first.dim() == 4 else 1
             theta = Theta(len(self.theta), sets, first.shape[-1], fused.activation_of(spec.network))
         strides = (start.stride(0), start.stride(1)) if start.dim() == 4 else (0, start.stride(0))
-        muon = spec.orthogonalize
+        muon, (momentum, decay) = spec.orthogonalize, decays(spec.gates)
         self.plan = Plan(
             Shapes(
                 Rows.of(q), Rows.of(k), Rows.of(v), spec.chunk, spec.visibility != "past", spec.sign, theta, strides,
-                None if rates is None else rates.stride(), spec.momentum, spec.retention,
+                None if rates is None else rates.stride(), momentum is not None, decay is not None,
                 tuple((a, b, c) for a, b, c in muon.coefficients) if muon else (), muon.dtype if muon else torch.bfloat16,
             ),
             q,
@@ -104,15 +105,14 @@ class Planned:
         k: Tensor,
         v: Tensor,
         lr: LearningRate,
-        momentum: Tensor | None,
-        retention: Tensor | None,
+        gates: Mapping[str, Tensor],
     ) -> tuple[Tensor, State]:
         """What `ttt` returns."""
         rate = lr["out"] if isinstance(lr, Mapping) else lr
         rates = as_rates(rate, k)
         read = k if self.spec.query == "key" else q
         theta = [weights[name] for name in self.theta]
-        output, end, velocity = self.plan.run(read, k, v, rates, momentum, retention, self._start(weights), theta)
+        output, end, velocity = self.plan.run(read, k, v, rates, *decays(gates), self._start(weights), theta)
         moved = {} if velocity is None else {"out": velocity}
 
         def state(pending: Tokens) -> State:
@@ -122,8 +122,8 @@ class Planned:
         if self.rest:
             # made at once, as the call's tensors may be written over
             each = rate.transpose(1, 2) if isinstance(rate, Tensor) else float(rate)
-            gates = (None if x is None else x.transpose(1, 2).float() for x in (momentum, retention))
-            tokens = Tokens(k.transpose(1, 2), v.transpose(1, 2), {"out": each}, *gates)
+            kept = {name: gates[name].transpose(1, 2).float() for name in self.spec.gates}
+            tokens = Tokens(k.transpose(1, 2), v.transpose(1, 2), {"out": each}, kept)
             return output, state(tokens.span(len(tokens) - self.rest, len(tokens)))
         differentiated = torch.is_grad_enabled()
 
@@ -148,8 +148,7 @@ def key_of(
     k: Tensor,
     v: Tensor,
     lr: LearningRate,
-    momentum: Tensor | None,
-    retention: Tensor | None,
+    gates: Mapping[str, Tensor],
     form: str,
 ) -> Key | None:
     """All that the handling of a call depends on, or None where it cannot be told from outside.
@@ -162,9 +161,9 @@ def key_of(
         rates: tuple[Any, ...] = (*lr, *lr.values())
     else:
         rates = (lr,)
-    key: list[Any] = [id(spec), form, os.environ.get("KVBIND_KERNELS"), *weights]
+    key: list[Any] = [id(spec), form, os.environ.get("KVBIND_KERNELS"), *weights, *gates]
     try:
-        for x in (q, k, v, *weights.values(), momentum, retention, *rates):
+        for x in (q, k, v, *weights.values(), *gates.values(), *rates):
             if isinstance(x, Tensor):
                 if type(x) not in direct.PLAIN:
                     return None

@@ -93,20 +93,16 @@ def chunk_update(spec: InnerLoop, fast: FastWeights, tokens: Tokens) -> FastWeig
     """Apply the update rule to one chunk, `spec.steps` times."""
     out = fast.weights["out"]
     k, v, rates = tokens.k.to(out.dtype), tokens.v.to(out.dtype), tokens.column_rates()
-    momentum, retention = chunk_gates(tokens, out)
+    gates = chunk_gates(tokens, out)
     for _ in range(spec.steps):
         updates = gradient(spec, fast.weights, k, v, rates)
-        fast = apply_update(spec, fast, updates, momentum, retention)
+        fast = apply_update(spec, fast, updates, gates)
     return fast
 
 
-def chunk_gates(tokens: Tokens, matrix: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """`m_c` and `a_c` of one chunk, shaped to multiply `matrix`; None where the tokens have no such gate."""
-    momentum, retention = tokens.mean(tokens.momentum), tokens.mean(tokens.retention)
-    return (
-        None if momentum is None else as_factor(momentum, matrix),
-        None if retention is None else as_factor(retention, matrix),
-    )
+def chunk_gates(tokens: Tokens, matrix: Tensor) -> dict[str, Tensor]:
+    """The gates of one chunk, shaped to multiply `matrix`."""
+    return {name: as_factor(tokens.mean(gate), matrix) for name, gate in tokens.gates.items()}
 
 
 def full_update(spec: InnerLoop, fast: FastWeights, tokens: Tokens) -> FastWeights:
@@ -147,12 +143,9 @@ def prefix_updates(spec: InnerLoop, fast: FastWeights, chunk: Chunk) -> FastWeig
     if len(old):
         held = gradient(spec, fast.weights, old.k.to(dtype), old.v.to(dtype), old.column_rates())
         updates = {name: g + held[name].unsqueeze(2) for name, g in updates.items()}
-
-    momentum, retention = (
-        None if gate is None else as_factor(prefix_means(gate)[:, :, len(old) :], updates["out"])
-        for gate in (tokens.momentum, tokens.retention)
-    )
-    return apply_update(spec, each, updates, momentum, retention)
+    out = updates["out"]
+    gates = {name: as_factor(prefix_means(gate)[:, :, len(old) :], out) for name, gate in tokens.gates.items()}
+    return apply_update(spec, each, updates, gates)
 
 
 def prefix_means(gate: Tensor) -> Tensor:

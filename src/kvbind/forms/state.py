@@ -61,7 +61,7 @@ class State:
         spec: the inner loop that this is a state of.
         tensors: by dotted name: "weights.M", "momentum.M", "norms.M", "accumulated.M" `[B, H, in, out]`, those that the
             inner loop has, in float32 (float64 for float64 inputs); and, where it has chunks of two tokens or more,
-            "pending.k", "pending.v" `[B, H, chunk - 1, D]`, "pending.rates.M", "pending.momentum" and "pending.retention"
+            "pending.k", "pending.v" `[B, H, chunk - 1, D]`, "pending.rates.M" and "pending.G" of each gate G
             `[B, H, chunk - 1]`.
         pending_lengths: how many of the pending places each sequence fills; the rest are zeros.
     """
@@ -290,7 +290,7 @@ def _shapes_of(spec: InnerLoop, tensors: Mapping[str, Tensor], batch: int) -> di
     # the state before a sequence's first token has no places yet
     if spec.chunk is not None and spec.chunk > 1 and any(name.startswith("pending.") for name in tensors):
         gates = [f"rates.{name}" for name in spec.updated]
-        gates += [name for name in ("momentum", "retention") if getattr(spec, name)]
+        gates += spec.gates
         places = [batch, heads, spec.chunk - 1]
         needed |= {"pending.k": [*places, keys], "pending.v": [*places, values]}
         needed |= {f"pending.{name}": places for name in gates}

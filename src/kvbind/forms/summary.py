@@ -17,6 +17,7 @@ from torch import Tensor
 from kvbind.forms.blockwise import advance
 from kvbind.forms.scan import linear_scan, product_of, products_after
 from kvbind.forms.tokens import Tokens
+from kvbind.inner.gates import decays
 from kvbind.inner.networks import gated
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
@@ -61,12 +62,11 @@ def _dot_summary(spec: InnerLoop, tokens: Tokens, fast: FastWeights) -> tuple[Te
     def per_chunk(gate: Tensor | None) -> Tensor:
         return ones if gate is None else gate.unflatten(2, (count, spec.chunk)).mean(-1)
 
-    retention = per_chunk(tokens.retention)
-    in_state = products_after(retention)
-    rows = [[product_of(retention)]]
+    momentum, decay = (per_chunk(gate) for gate in decays(tokens.gates))
+    in_state = products_after(decay)
+    rows = [[product_of(decay)]]
     shares = [in_state]
     if spec.momentum:
-        momentum = per_chunk(tokens.momentum)
         # a write stays in the buffer, from where each later chunk adds it to the state once more
         behind = F.pad(momentum[..., 1:], (0, 1)) if count else momentum
         start = in_state.new_zeros(*in_state.shape[:2], 1)
@@ -94,6 +94,6 @@ def _delta_summary(spec: InnerLoop, tokens: Tokens, fast: FastWeights) -> tuple[
     start = torch.cat((torch.zeros_like(out).repeat(1, 1, parts, 1), eye), dim=3)
     values = F.pad(tokens.v, (0, width * parts))
     begun = unstacked(spec, start, FastWeights(fast.weights, {}, {}))
-    end = advance(spec, Tokens(tokens.k, values, tokens.rates, tokens.momentum, tokens.retention), begun)
+    end = advance(spec, Tokens(tokens.k, values, tokens.rates, tokens.gates), begun)
     x = stacked(spec, end)
     return x[..., : out.shape[-1]], x[..., out.shape[-1] :]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kvbind.inner.gates import GATES
 
 
 @dataclass(frozen=True)
@@ -18,16 +20,14 @@ class Tokens:
         k: keys `[B, H, T, Dk]`, in the dtype they came in.
         v: values `[B, H, T, Dv]`.
         rates: learning rate by matrix name, a number or `[B, H, T]`.
-        momentum: per-token momentum gates `[B, H, T]`, or None.
-        retention: per-token retention gates `[B, H, T]`, or None.
+        gates: per-token gates `[B, H, T]` by name, those that the inner loop asks for (`InnerLoop.gates`).
         mask: which tokens write, bool `[B, 1, T]`, or None where all do.
     """
 
     k: Tensor
     v: Tensor
     rates: dict[str, Tensor | float]
-    momentum: Tensor | None = None
-    retention: Tensor | None = None
+    gates: Mapping[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
 
     def __len__(self) -> int:
@@ -35,17 +35,12 @@ class Tokens:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
         """These tokens with every tensor changed."""
-
-        def optional(x: Tensor | None) -> Tensor | None:
-            return None if x is None else change(x)
-
         return Tokens(
             change(self.k),
             change(self.v),
             {name: change(rate) if isinstance(rate, Tensor) else rate for name, rate in self.rates.items()},
-            optional(self.momentum),
-            optional(self.retention),
-            optional(self.mask),
+            {name: change(gate) for name, gate in self.gates.items()},
+            None if self.mask is None else change(self.mask),
         )
 
     def span(self, start: int, stop: int) -> Tokens:
@@ -76,10 +71,9 @@ class Tokens:
         return Tokens.of({name: torch.cat([tensors[name] for tensors in named], dim=2) for name in named[0]})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by dotted name: "k", "v", "rates.M", and those of "momentum", "retention" and "mask" there are."""
-        named = {"k": self.k, "v": self.v, "momentum": self.momentum, "retention": self.retention, "mask": self.mask}
-        named |= {f"rates.{name}": rate for name, rate in self.rates.items() if isinstance(rate, Tensor)}
-        return {name: x for name, x in named.items() if x is not None}
+        """Every tensor by dotted name: "k", "v", the gates by their own, "mask" where there is one, "rates.M"."""
+        named = {"k": self.k, "v": self.v, **self.gates} | ({} if self.mask is None else {"mask": self.mask})
+        return named | {f"rates.{name}": rate for name, rate in self.rates.items() if isinstance(rate, Tensor)}
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> Tokens:
@@ -87,8 +81,8 @@ class Tokens:
         rates: dict[str, Tensor | float] = {
             name.removeprefix("rates."): x for name, x in tensors.items() if name.startswith("rates.")
         }
-        gates = (tensors.get(name) for name in ("momentum", "retention", "mask"))
-        return Tokens(tensors["k"], tensors["v"], rates, *gates)
+        gates = {gate.name: tensors[gate.name] for gate in GATES if gate.name in tensors}
+        return Tokens(tensors["k"], tensors["v"], rates, gates, tensors.get("mask"))
 
     def padded(self, length: int) -> Tokens:
         """These tokens with every rate a tensor, zero-padded to `length`."""
@@ -98,10 +92,9 @@ class Tokens:
     def blank(self, batch: int, length: int) -> Tokens:
         """Zeros in place of tokens like these, of so many sequences; rates and gates of one dtype lie in one piece."""
         heads = self.k.shape[1]
-        gates = {"momentum": self.momentum, "retention": self.retention}
-        named = {f"rates.{name}": rate for name, rate in self.rates.items()} | gates
+        named = {f"rates.{name}": rate for name, rate in self.rates.items()} | dict(self.gates)
         wide = torch.promote_types(self.k.dtype, torch.float32)
-        dtypes = {name: x.dtype if isinstance(x, Tensor) else wide for name, x in named.items() if x is not None}
+        dtypes = {name: x.dtype if isinstance(x, Tensor) else wide for name, x in named.items()}
         zeros = {
             "k": self.k.new_zeros(batch, heads, length, self.k.shape[3]),
             "v": self.v.new_zeros(batch, heads, length, self.v.shape[3]),
@@ -120,10 +113,10 @@ class Tokens:
             columns[name] = column if self.mask is None else column * self.mask[..., None]
         return columns
 
-    def mean(self, gate: Tensor | None) -> Tensor | None:
+    def mean(self, gate: Tensor) -> Tensor:
         """The mean of a per-token gate over the tokens that write, `[B, H, T]` to `[B, H]`."""
-        if gate is None or self.mask is None:
-            return None if gate is None else gate.mean(2)
+        if self.mask is None:
+            return gate.mean(2)
         return (gate * self.mask).sum(2) / self.mask.sum(2).clamp(min=1)
 
 

@@ -46,8 +46,7 @@ def check_operands(
     k: Tensor,
     v: Tensor,
     lr: LearningRate,
-    momentum: Tensor | None,
-    retention: Tensor | None,
+    gates: Mapping[str, Tensor],
     state: State | None,
     cu_seqlens: Tensor | Sequence[int] | None,
     update_tokens: slice | Tensor | None,
@@ -85,8 +84,7 @@ def check_operands(
         k.transpose(1, 2),
         v.transpose(1, 2),
         check_rates(spec, lr, k.shape[:3], dtype),
-        check_gate("momentum", spec.momentum, momentum, k.shape[:3], dtype),
-        check_gate("retention", spec.retention, retention, k.shape[:3], dtype),
+        check_gates(spec, gates, k.shape[:3], dtype),
     )
     read = k if spec.query == "key" else q
     tokens = choose_update_tokens(spec, tokens, update_tokens, bounds)
@@ -257,17 +255,22 @@ def _rate(argument: str, rate: float | Tensor, shape: Sequence[int], dtype: torc
     return float(rate)
 
 
-def check_gate(argument: str, wanted: bool, gate: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-    """A per-token gate `[B, H, T]`, there exactly when the spec asks for it."""
-    if gate is None:
-        if wanted:
-            raise ValueError(f"{argument} must be a tensor [B, T, H], as the inner loop has {argument}=True; got None")
-        return None
-    if not wanted:
-        raise ValueError(f"{argument} must be None, as the inner loop has {argument}=False; got a gate")
-    if not isinstance(gate, Tensor):
-        raise TypeError(f"{argument} must be a tensor [B, T, H]; got {type(gate).__name__}")
-    return _per_token(argument, gate, shape, dtype)
+def check_gates(spec: InnerLoop, given: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The gates that the spec asks for, per token `[B, H, T]`, each there exactly when it does."""
+    for name in given:
+        if name not in spec.gates:
+            value = getattr(spec, name)
+            raise ValueError(f"{name} must be None, as the inner loop has {name}={value!r}; got a gate")
+    gates = {}
+    for name, declared in spec.gates.items():
+        gate = given.get(name)
+        if gate is None:
+            value = getattr(spec, name)
+            raise ValueError(f"{name} must be a tensor {declared.axes}, as the inner loop has {name}={value!r}; got None")
+        if not isinstance(gate, Tensor):
+            raise TypeError(f"{name} must be a tensor {declared.axes}; got {type(gate).__name__}")
+        gates[name] = _per_token(name, gate, shape, dtype)
+    return gates
 
 
 def _per_token(argument: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

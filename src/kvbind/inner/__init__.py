@@ -4,6 +4,7 @@ from kvbind.inner import systems
 from kvbind.inner.networks import GLU, MLP, NETWORKS, DepthwiseConv, Linear, Network, SwiGLU
 from kvbind.inner.orthogonalize import LANGUAGE_COEFFICIENTS, VIEWS_COEFFICIENTS, NewtonSchulz
 from kvbind.inner.spec import InnerLoop, Visibility
+from kvbind.inner.systems import cite
 
 __all__ = [
     "GLU",
@@ -18,5 +19,6 @@ __all__ = [
     "NewtonSchulz",
     "SwiGLU",
     "Visibility",
+    "cite",
     "systems",
 ]

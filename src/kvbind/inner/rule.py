@@ -99,8 +99,7 @@ def apply_update(
     spec: InnerLoop,
     state: FastWeights,
     updates: Mapping[str, Tensor],
-    momentum: Tensor | None,
-    retention: Tensor | None,
+    gates: Mapping[str, Tensor],
 ) -> FastWeights:
     """Lines 2 to 6: enter one chunk's summed gradients into the weights.
 
@@ -108,9 +107,9 @@ def apply_update(
         spec: the inner loop.
         state: weights, momentum and norms before.
         updates: line 1's result.
-        momentum: `m_c`, broadcastable to the matrices; None without momentum.
-        retention: `a_c`, likewise.
+        gates: the chunk's gates by name, `m_c` and `a_c` among them, broadcastable to the matrices.
     """
+    momentum, retention = gates.get("momentum"), gates.get("retention")
     if momentum is not None:
         updates = {name: g + momentum * state.momentum[name] for name, g in updates.items()}
     weights, accumulated = dict(state.weights), {}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 
 from kvbind.files import YAML_LIMIT, check_plain, parse_yaml, read_text
+from kvbind.inner.gates import GATES, Gate
 from kvbind.inner.losses import Loss
 from kvbind.inner.networks import NETWORKS, DepthwiseConv, Network
 from kvbind.inner.orthogonalize import NewtonSchulz
@@ -64,8 +66,10 @@ class InnerLoop(Value):
     visibility: Visibility = "past"
     token_lr: bool = True
 
-    # no field: all fields as JSON, empty where the network is of a class that is not known by name
+    # no fields: all of them as JSON, empty where the network is of a class that is not known by name; and the gates that are
+    # asked for, by name
     text = ""
+    gates: ClassVar[Mapping[str, Gate]] = {}
 
     def __post_init__(self) -> None:
         if not isinstance(self.network, Network):
@@ -90,6 +94,7 @@ class InnerLoop(Value):
         else:
             check_positive_int("chunk", self.chunk)
         self._check_combinations()
+        object.__setattr__(self, "gates", {gate.name: gate for gate in GATES if getattr(self, gate.name)})
         # made here and not when asked: a compiler tells by one string whether it has compiled for this value
         if type(self.network) in NETWORKS.values():
             with suppress(TypeError):  # of a field that is no plain data, as a network that users entered may have

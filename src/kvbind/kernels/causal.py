@@ -1,4 +1,4 @@
-"""Token-causal linear attention, `o_t = q_t (S_0 + sum_{i <= t} r_i k_i^T v_i)`, optionally with retention gates.
+"""Token-causal linear attention, `o_t = q_t (S_0 + sum_{i <= t} r_i k_i^T v_i)`, optionally with decay gates.
 
 The forward pass reads keys and values for the segments' writes, scans those, and sweeps over the tokens once
 (`kvbind.kernels.causal_kernels`); where sequences and heads alone fill the card, the sweep is all there is. The backward
@@ -112,7 +112,7 @@ def _forward(
     k: Tensor,
     v: Tensor,
     rates: Tensor | None,
-    retention: Tensor | None,
+    decay: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk: int,
@@ -123,13 +123,13 @@ def _forward(
     """Outputs, final states, and the states in which segments start; either of the latter empty where there is no need."""
     segments = _cut(q, v, cu_seqlens, chunk)
     q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
-    rates, retention, initial_state = _whole(rates), _whole(retention), _whole(initial_state)
+    rates, decay, initial_state = _whole(rates), _whole(decay), _whole(initial_state)
     final, starts = _new_states(q, v, segments, return_state)
     states = initial_state
     if not segments.single:
-        starts = states = segment_states(segments, k, v, initial_state, rates=rates, gates=retention, sign=sign)
+        starts = states = segment_states(segments, k, v, initial_state, rates=rates, gates=decay, sign=sign)
     out, _, _ = sweep(
-        segments, q, k, v, states=states, rates=rates, gates=retention, chunk=chunk, strict=strict, sign=sign,
+        segments, q, k, v, states=states, rates=rates, gates=decay, chunk=chunk, strict=strict, sign=sign,
         wrongs=_unmarked(segments, q), end=final if return_state else None,
     )  # fmt: skip
     return out, final, starts
@@ -143,7 +143,7 @@ def _new_states(q: Tensor, v: Tensor, segments: Segments, return_state: bool) ->
 
 
 @_forward.register_fake
-def _(q, k, v, rates, retention, initial_state, cu_seqlens, chunk, strict, sign, return_state):
+def _(q, k, v, rates, decay, initial_state, cu_seqlens, chunk, strict, sign, return_state):
     segments = _cut(q, v, cu_seqlens, chunk)
     return v.new_empty(v.shape), *_new_states(q, v, segments, return_state)
 
@@ -156,7 +156,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     rates: Tensor | None,
-    retention: Tensor | None,
+    decay: Tensor | None,
     initial_state: Tensor | None,
     starts: Tensor,
     cu_seqlens: Tensor | None,
@@ -166,10 +166,10 @@ def _backward(
     needs_rates: bool,
     needs_initial_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, rates, retention and the initial state; empty where nobody needs them."""
+    """Gradients of q, k, v, rates, decay and the initial state; empty where nobody needs them."""
     segments = _cut(q, v, cu_seqlens, chunk)
     q, k, v, d_out = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(d_out)
-    rates, gates, initial_state, d_final = _whole(rates), _whole(retention), _whole(initial_state), _whole(d_final)
+    rates, gates, initial_state, d_final = _whole(rates), _whole(decay), _whole(initial_state), _whole(d_final)
     initial_states, d_states = (initial_state, d_final) if segments.single else (starts, None)
     if not segments.single:
         d_states = segment_states(segments, q, d_out, d_final, rates=None, gates=gates, sign=1, reverse=True)
@@ -194,17 +194,17 @@ def _backward(
         end=d_initial if needs_initial_state else None, primal=v if needs_rates else None,
     )  # fmt: skip
     d_rates = q.new_empty(0, dtype=torch.float32)
-    d_retention = torch.empty_like(d_rates)
+    d_decay = torch.empty_like(d_rates)
     if needs_rates:
         d_rates = rate_dots.sum(0)
     if gates is not None:
-        d_retention = gate_gradients(segments, q, k, v, d_out, read_dots, write_dots, anchors, rates, gates, sign)
-    return dq, dk, dv, d_rates, d_retention, d_initial
+        d_decay = gate_gradients(segments, q, k, v, d_out, read_dots, write_dots, anchors, rates, gates, sign)
+    return dq, dk, dv, d_rates, d_decay, d_initial
 
 
 @_backward.register_fake
 def _(
-    d_out, d_final, q, k, v, rates, retention, initial_state, starts, cu_seqlens, chunk, strict, sign,
+    d_out, d_final, q, k, v, rates, decay, initial_state, starts, cu_seqlens, chunk, strict, sign,
     needs_rates, needs_initial_state,
 ):  # fmt: skip
     segments = _cut(q, v, cu_seqlens, chunk)
@@ -214,7 +214,7 @@ def _(
         k.new_empty(k.shape),
         v.new_empty(v.shape),
         q.new_empty(q.shape[:3] if needs_rates else (0,), dtype=each_token),
-        q.new_empty(q.shape[:3] if retention is not None else (0,), dtype=each_token),
+        q.new_empty(q.shape[:3] if decay is not None else (0,), dtype=each_token),
         q.new_empty((segments.sequences if needs_initial_state else 0, *starts.shape[1:]), dtype=torch.float32),
     )
 
@@ -228,16 +228,16 @@ def _setup(ctx, inputs, output):
 
 
 def _differentiate(ctx, d_out, d_final, _):
-    q, k, v, rates, retention, initial_state, cu_seqlens, starts = ctx.saved_tensors
+    q, k, v, rates, decay, initial_state, cu_seqlens, starts = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(v)
     needs = ctx.needs_input_grad
-    dq, dk, dv, d_rates, d_retention, d_initial = direct.call(
-        _backward, d_out, d_final, q, k, v, rates, retention, initial_state, starts, cu_seqlens, *ctx.options, needs[3],
+    dq, dk, dv, d_rates, d_decay, d_initial = direct.call(
+        _backward, d_out, d_final, q, k, v, rates, decay, initial_state, starts, cu_seqlens, *ctx.options, needs[3],
         needs[5],
     )  # fmt: skip
     return (
-        dq, dk, dv, d_rates if needs[3] else None, d_retention if needs[4] else None, d_initial if needs[5] else None,
+        dq, dk, dv, d_rates if needs[3] else None, d_decay if needs[4] else None, d_initial if needs[5] else None,
         *(None,) * 5,
     )  # fmt: skip
 
@@ -250,7 +250,7 @@ def causal_linear_attention(
     k: Tensor,
     v: Tensor,
     rates: Tensor | None = None,
-    retention: Tensor | None = None,
+    decay: Tensor | None = None,
     initial_state: Tensor | None = None,
     *,
     chunk: int = 1,
@@ -275,7 +275,7 @@ def causal_linear_attention(
         k: keys, `[B, T, H, Dk]`, in any floating dtype.
         v: values, `[B, T, H, Dv]`, in any floating dtype.
         rates: `r`, `[B, T, H]`, computed with in float32; None for 1.
-        retention: `a`, in [0, 1], the same; None for 1. For `mode="token"` alone.
+        decay: `a`, in [0, 1], the same; None for 1. For `mode="token"` alone.
         initial_state: `S_0`, float32 `[B, H, Dk, Dv]`, or `[n, H, Dk, Dv]` for n packed sequences; None for zeros.
         chunk: tokens of a chunk, at most 64, for the modes that have chunks.
         mode: "token", "past" or "chunk".
@@ -292,7 +292,7 @@ def causal_linear_attention(
         TypeError: a dtype or type that is not supported.
         ValueError: a shape or option that does not fit.
     """
-    _check(q, k, v, rates, retention, initial_state, chunk, mode, cu_seqlens, sign)
+    _check(q, k, v, rates, decay, initial_state, chunk, mode, cu_seqlens, sign)
     if mode == "token":
         chunk = 1
 
@@ -300,7 +300,7 @@ def causal_linear_attention(
         return None if x is None else x.to(torch.float32)
 
     out, final, _ = direct.call(
-        _forward, q, k.to(q.dtype), v.to(q.dtype), float32(rates), float32(retention), float32(initial_state),
+        _forward, q, k.to(q.dtype), v.to(q.dtype), float32(rates), float32(decay), float32(initial_state),
         None if cu_seqlens is None else cu_seqlens.to(q.device), chunk, mode == "past", int(sign), return_state,
     )  # fmt: skip
     return out, final if return_state else None
@@ -311,7 +311,7 @@ def _check(
     k: Tensor,
     v: Tensor,
     rates: Tensor | None,
-    retention: Tensor | None,
+    decay: Tensor | None,
     initial_state: Tensor | None,
     chunk: int,
     mode: str,
@@ -329,15 +329,15 @@ def _check(
         raise ValueError(f"k must have q's shape {tuple(q.shape)}; got {tuple(k.shape)}")
     if v.shape[:3] != q.shape[:3]:
         raise ValueError(f"v must be [B, T, H, Dv] with q's {tuple(q.shape[:3])}; got {tuple(v.shape)}")
-    for name, gate in (("rates", rates), ("retention", retention)):
+    for name, gate in (("rates", rates), ("decay", decay)):
         if gate is not None and gate.shape != q.shape[:3]:
             raise ValueError(f"{name} must be [B, T, H] = {tuple(q.shape[:3])}; got shape {tuple(gate.shape)}")
     check_choice("mode", mode, MODES)
     check_positive_int("chunk", chunk)
     if mode != "token" and chunk > TILE:
         raise ValueError(f"chunk must be at most {TILE} for mode={mode!r}; got {chunk}")
-    if mode != "token" and retention is not None:
-        raise ValueError(f"retention must be None for mode={mode!r}; gates need mode='token'")
+    if mode != "token" and decay is not None:
+        raise ValueError(f"decay must be None for mode={mode!r}; gates need mode='token'")
     if sign not in (1, -1):
         raise ValueError(f"sign must be 1.0 or -1.0; got {sign!r}")
     sequences = q.shape[0]

@@ -1,4 +1,4 @@
-"""Gradients of the retention gates of token-causal linear attention.
+"""Gradients of the decay gates of token-causal linear attention.
 
 With `D_t` the gradient of the loss with respect to `S_t`, `dL/da_t = <S_{t-1}, D_t>`: a sum over all pairs of a write before
 t and a read from t on, each times the gates between them but for `a_t`. Those of a tile are of four kinds, by whether the
@@ -128,7 +128,7 @@ def gate_gradients(
     gates: Tensor,
     sign: int,
 ) -> Tensor:
-    """Gradients with respect to retention gates.
+    """Gradients with respect to decay gates.
 
     Args:
         segments: how sequences are cut.

@@ -375,7 +375,7 @@ def sweep(
         value: what it gets, `[B, T, H, DV]`.
         states: float32 `[segments, H, DK, DV]` in which each segment's sweep starts, None for zeros.
         rates: weights of the keys' tokens, float32 `[B, T, H]`, contiguous, or None.
-        gates: retention of each token, the same.
+        gates: decay of each token, the same.
         chunk: tokens that share their visibility.
         strict: a chunk does not see itself.
         sign: 1 or -1, of every write.

@@ -305,7 +305,7 @@ def segment_states(
         value: `[B, T, H, DV]`.
         initial: the state in which each sequence's sweep starts, float32 `[sequences, H, DK, DV]`, or None for zeros.
         rates: weights of tokens, float32 `[B, T, H]`, contiguous, or None.
-        gates: retention of each token, the same.
+        gates: decay of each token, the same.
         sign: 1 or -1, of every write.
         reverse: sweep from the last token to the first.
 

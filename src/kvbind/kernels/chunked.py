@@ -46,7 +46,7 @@ def _chunked(
     rates: Tensor | None,
     momentum: Tensor | None,
     velocity: Tensor | None,
-    retention: Tensor | None,
+    decay: Tensor | None,
     state: Tensor,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
@@ -87,17 +87,17 @@ def _chunked(
     else:
         pieces = chunk_pieces
     if across is not None:
-        sent = across.send_end(parts, pieces, sequences, retention, state, sign)
+        sent = across.send_end(parts, pieces, sequences, decay, state, sign)
         if seen is None:
             seen = q if cast is None else features(q, cast, reads, longest_read, activation)
         state = across.receive_start(sent, state)
     if staged:
-        _, states, _, end_state = run(parts, pieces, sequences, state=state, retention=retention, keep=False)
+        _, states, _, end_state = run(parts, pieces, sequences, state=state, decay=decay, keep=False)
         if not keep or momentum is None:
             velocities = velocities.new_empty(0)
     else:
         velocities, states, end_velocity, end_state = run(
-            parts, pieces, sequences, state=state, momentum=momentum, velocity=velocity, retention=retention,
+            parts, pieces, sequences, state=state, momentum=momentum, velocity=velocity, decay=decay,
             keep=keep and momentum is not None,
         )  # fmt: skip
     del parts
@@ -116,7 +116,7 @@ def triples(coefficients: Sequence[float]) -> list[tuple[float, float, float]]:
 
 @_chunked.register_fake
 def _(
-    q, k, v, theta, rates, momentum, velocity, retention, state, tables, sizes, activation, coefficients, orthogonal_dtype,
+    q, k, v, theta, rates, momentum, velocity, decay, state, tables, sizes, activation, coefficients, orthogonal_dtype,
     sign, keep, group, numbers,
 ):  # fmt: skip
     rows, heads = sizes[2], q.shape[1]
@@ -153,7 +153,7 @@ def _chunked_backward(
     rates: Tensor | None,
     momentum: Tensor | None,
     velocity: Tensor | None,
-    retention: Tensor | None,
+    decay: Tensor | None,
     states: Tensor,
     velocities: Tensor,
     iterates: Tensor,
@@ -183,7 +183,7 @@ def _chunked_backward(
     across = Across.of(group, numbers)
     staged = bool(coefficients) or (across is not None and momentum is not None)
     back = partial(scan_backward, chunks=chunks, sign=sign)
-    running = partial(back, parts, row_pieces, retention=retention)
+    running = partial(back, parts, row_pieces, decay=decay)
     moving = partial(back, momentum=momentum, velocity=velocity, dtype=dtype)
     sent = None
     if across is not None:
@@ -191,7 +191,7 @@ def _chunked_backward(
         if across.continues:
             first = sequences[: across.count]
             _, gradient, *_ = running(sequences=first, d_end_state=d_end_state, dtype=torch.float32, start_only=True)
-        sent = across.send_start_gradient(gradient, retention)
+        sent = across.send_start_gradient(gradient, decay)
     if du is None or both is None:
         dq, _ = product(d_output, states, reads, longest_read, transposed=True)
     else:
@@ -203,7 +203,7 @@ def _chunked_backward(
 
     d_velocity, d_momentum = None, None
     if staged:
-        d_shaped, d_state, _, _, d_retention = running(
+        d_shaped, d_state, _, _, d_decay = running(
             sequences=sequences, dtype=torch.float32, rows=states, d_end_state=d_end_state
         )
         del parts, running
@@ -229,9 +229,9 @@ def _chunked_backward(
                 d_moved, whole_chunks, sequences=sequences, velocities=velocities, d_end_velocity=d_end_velocity
             )
     else:
-        d_writes, d_state, d_velocity, d_momentum, d_retention = moving(
+        d_writes, d_state, d_velocity, d_momentum, d_decay = moving(
             parts, row_pieces, sequences=sequences, velocities=velocities, d_end_velocity=d_end_velocity, rows=states,
-            d_end_state=d_end_state, retention=retention,
+            d_end_state=d_end_state, decay=decay,
         )  # fmt: skip
     if across is not None:
         d_state = across.without_start(d_state)
@@ -257,7 +257,7 @@ def _chunked_backward(
     if theta is not None:
         d_theta = d_theta.unflatten(0, (theta.shape[1], -1)).sum(1)
         found.append(torch.stack(d_theta.split(theta.shape[-1], dim=-1)))
-    for wanted, x in ((rates, d_rates), (momentum, d_momentum), (momentum, d_velocity), (retention, d_retention)):
+    for wanted, x in ((rates, d_rates), (momentum, d_momentum), (momentum, d_velocity), (decay, d_decay)):
         if wanted is not None and x is not None:
             found.append(x)
     return found
@@ -265,25 +265,25 @@ def _chunked_backward(
 
 @_chunked_backward.register_fake
 def _(
-    d_output, d_end_state, d_end_velocity, q, k, v, theta, rates, momentum, velocity, retention, states, velocities,
+    d_output, d_end_state, d_end_velocity, q, k, v, theta, rates, momentum, velocity, decay, states, velocities,
     iterates, squares, tables, sizes, activation, coefficients, orthogonal_dtype, sign, group, numbers,
 ):  # fmt: skip
-    found = [q, k, v, d_end_state, theta, rates, momentum, None if momentum is None else velocity, retention]
+    found = [q, k, v, d_end_state, theta, rates, momentum, None if momentum is None else velocity, decay]
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in found if x is not None]
 
 
 def _setup(ctx, inputs, output) -> None:
-    q, k, v, theta, rates, momentum, velocity, retention, _, tables, sizes, *flags = inputs
+    q, k, v, theta, rates, momentum, velocity, decay, _, tables, sizes, *flags = inputs
     kept = output[3:]
     # or autograd would fill gradients of all that is kept with zeros
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*kept)
-    ctx.save_for_backward(q, k, v, theta, rates, momentum, velocity, retention, *kept, *tables)
+    ctx.save_for_backward(q, k, v, theta, rates, momentum, velocity, decay, *kept, *tables)
     ctx.sizes, ctx.flags = sizes, flags
 
 
 def _backward(ctx, d_output, d_end_state, d_end_velocity, *_):
-    q, k, v, theta, rates, momentum, velocity, retention, *saved = ctx.saved_tensors
+    q, k, v, theta, rates, momentum, velocity, decay, *saved = ctx.saved_tensors
     states, velocities, iterates, squares, entered, *tables = saved
     activation, coefficients, orthogonal_dtype, sign, _, group, numbers = ctx.flags
     if len(entered):
@@ -298,18 +298,18 @@ def _backward(ctx, d_output, d_end_state, d_end_velocity, *_):
     at_end = [zeros if grad is None else grad.contiguous() for grad in at_end]
     grads = direct.call(
         _chunked_backward, d_output, at_end[0], None if momentum is None else at_end[1],
-        q, k, v, theta, rates, momentum, velocity, retention, states, velocities, iterates, squares, tables,
+        q, k, v, theta, rates, momentum, velocity, decay, states, velocities, iterates, squares, tables,
         ctx.sizes, activation, coefficients, orthogonal_dtype, sign, group, numbers,
     )  # fmt: skip
     found = iter(grads)
     dq, dk, dv, d_state = (next(found) for _ in range(4))
-    d_theta, d_rates, d_momentum, d_velocity, d_retention = (
-        None if x is None else next(found) for x in (theta, rates, momentum, velocity, retention)
+    d_theta, d_rates, d_momentum, d_velocity, d_decay = (
+        None if x is None else next(found) for x in (theta, rates, momentum, velocity, decay)
     )
     # autograd takes a list without elements for one of tensors
     no_coefficients, no_numbers = None if coefficients else [], None if numbers else []
     return (
-        dq, dk, dv, d_theta, d_rates, d_momentum, d_velocity, d_retention, d_state,
+        dq, dk, dv, d_theta, d_rates, d_momentum, d_velocity, d_decay, d_state,
         [None] * len(tables), None, None, no_coefficients, None, None, None, None, no_numbers,
     )  # fmt: skip
 
@@ -329,7 +329,7 @@ def chunked(
     rates: Tensor | None = None,
     momentum: Tensor | None = None,
     velocity: Tensor | None = None,
-    retention: Tensor | None = None,
+    decay: Tensor | None = None,
     coefficients: Sequence[Sequence[float]] = (),
     orthogonal_dtype: torch.dtype = torch.bfloat16,
     sign: float = 1.0,
@@ -352,7 +352,7 @@ def chunked(
         rates: learning rates, float32 `[writing rows, heads]`; None for 1.
         momentum: chunk means of the gates, float32 `[chunks, heads]`, with `velocity`.
         velocity: the momentum buffer to start from, float32 `[S, heads, F, Dv]`.
-        retention: chunk means of the gates, float32 `[chunks, heads]`.
+        decay: chunk means of the gates, float32 `[chunks, heads]`.
         coefficients: Newton-Schulz's; empty for no orthogonalization.
         orthogonal_dtype: the precision of its products.
         sign: 1 for descent, -1 for ascent.
@@ -367,10 +367,10 @@ def chunked(
         layout.reads, layout.read_pieces, layout.row_pieces, layout.writes, layout.chunk_pieces, layout.whole_chunks,
         layout.sequences, layout.query_runs, layout.key_runs, idle,
     ]  # fmt: skip
-    tensors = (q, k, v, theta, rates, momentum, velocity, retention, state)
+    tensors = (q, k, v, theta, rates, momentum, velocity, decay, state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     output, end_state, end_velocity, *_ = direct.call(
-        _chunked, q, k, v, theta, rates, momentum, velocity, retention, state, tables,
+        _chunked, q, k, v, theta, rates, momentum, velocity, decay, state, tables,
         [layout.longest_read, layout.longest_write, layout.rows], activation,
         [x for row in coefficients for x in row], orthogonal_dtype, sign, keep, "" if across is None else across.group,
         [] if across is None else across.numbers(),

@@ -42,7 +42,7 @@ class Shapes:
         start: strides of sequence and head of the state to start from, `[B, H, F, Dv]`.
         rates: strides of the rates, float32 `[B, T, H]`; None for 1.
         momentum: there are momentum gates; the buffer starts from zeros.
-        retention: there are retention gates.
+        decay: there are decay gates.
         coefficients: Newton-Schulz's; empty for no orthogonalization.
         precision: of its products.
     """
@@ -57,7 +57,7 @@ class Shapes:
     start: tuple[int, int]
     rates: tuple[int, ...] | None
     momentum: bool
-    retention: bool
+    decay: bool
     coefficients: tuple[tuple[float, float, float], ...]
     precision: torch.dtype
 
@@ -156,7 +156,7 @@ class Plan:
         """Of the forward pass: momentum and states in one, or each in its own with Newton-Schulz between them."""
         s = self.shapes
         moving: dict[str, Any] = {"momentum": s.momentum, "velocity": (0, 0)}
-        stated: dict[str, Any] = {"state": s.start, "retention": s.retention}
+        stated: dict[str, Any] = {"state": s.start, "decay": s.decay}
         kinds = [moving, stated] if self.staged else [moving | stated]
         return [
             bound_scan(
@@ -174,7 +174,7 @@ class Plan:
         v: Tensor,
         rates: Tensor | None,
         momentum: Tensor | None,
-        retention: Tensor | None,
+        decay: Tensor | None,
         start: Tensor,
         theta: Sequence[Tensor],
         keep: bool,
@@ -188,7 +188,7 @@ class Plan:
             v: values `[B, T, H, Dv]`.
             rates: as `Shapes` has them.
             momentum: chunk means of the gates, float32 `[chunks, H]`, contiguous.
-            retention: likewise.
+            decay: likewise.
             start: float32 `[B or 1, H, F, Dv]`, matrices contiguous.
             theta: the other matrices, `[B or 1, H, D, F]` each.
             keep: keep what the backward pass needs.
@@ -212,7 +212,7 @@ class Plan:
         velocities: Any = None
         iterates: Any = None
         squares: Any = None
-        m, r = unused if momentum is None else momentum, unused if retention is None else retention
+        m, r = unused if momentum is None else momentum, unused if decay is None else decay
         zero, moved = (
             unused if self.no_velocity is None else self.no_velocity,
             unused if end_velocity is None else end_velocity,
@@ -265,7 +265,7 @@ class Plan:
         v: Tensor,
         rates: Tensor | None,
         momentum: Tensor | None,
-        retention: Tensor | None,
+        decay: Tensor | None,
         start: Tensor,
         theta: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -277,16 +277,16 @@ class Plan:
             v: values `[B, T, H, Dv]`.
             rates: float32 `[B, T, H]`, or None.
             momentum: gates, float32 `[B, T, H]`, or None.
-            retention: likewise.
+            decay: likewise.
             start: float32 `[H, F, Dv]` or `[B, H, F, Dv]`, matrices contiguous.
             theta: the other matrices, float32 `[H, D, F]` or `[B, H, D, F]`.
         """
         with on_device_of(q):
-            tensors = (q, k, v, rates, momentum, retention, start, *theta)
+            tensors = (q, k, v, rates, momentum, decay, start, *theta)
             if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
                 output, end, *velocity = _Planned.apply(self, *tensors)
                 return output, end, velocity[0] if velocity else None
-            output, end, moved, _ = self.evaluated(q, k, v, rates, momentum, retention, start, theta, False)
+            output, end, moved, _ = self.evaluated(q, k, v, rates, momentum, decay, start, theta, False)
             return output, end, moved
 
     def evaluated(
@@ -296,14 +296,14 @@ class Plan:
         v: Tensor,
         rates: Tensor | None,
         momentum: Tensor | None,
-        retention: Tensor | None,
+        decay: Tensor | None,
         start: Tensor,
         theta: Sequence[Tensor],
         keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None]]:
         """`forward` of gates `[B, T, H]` on the current stream; keeps the gates' means too where it keeps anything."""
         with direct.marked("equal_chunks"):
-            m, r = self.means(momentum), self.means(retention)
+            m, r = self.means(momentum), self.means(decay)
             output, end, moved, kept = self.begun(
                 "forward", self.forward, stream_of(self.index), q, k, v, rates, m, r, start, theta, keep
             )
@@ -317,7 +317,7 @@ class Plan:
         if part not in self.met:
             self.met.add(part)
             s = self.shapes
-            flags = self.by_head, s.own, s.rates is None, s.momentum, s.retention, s.chunk, s.coefficients, s.precision
+            flags = self.by_head, s.own, s.rates is None, s.momentum, s.decay, s.chunk, s.coefficients, s.precision
             theta = s.theta and s.theta._replace(sets=1)
             kind = part, self.dtype, self.device, self.heads, self.key_width, self.value_width, theta, *flags
             if kind not in _met and can_rehearse(args):
@@ -342,7 +342,7 @@ class Plan:
         s = self.shapes
         return bound_scan(
             self.batch, self.heads, self.size, sign=s.sign, keep=False, momentum=s.momentum, velocity=(0, 0),
-            state=s.start, retention=s.retention, by_head=self.complete if self.by_head else 0,
+            state=s.start, decay=s.decay, by_head=self.complete if self.by_head else 0,
         )  # fmt: skip
 
     @cached_property
@@ -358,8 +358,8 @@ class _Planned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: Any) -> tuple[Tensor, ...]:
-        q, k, v, rates, momentum, retention, start, *theta = tensors
-        output, end, velocity, kept = plan.evaluated(q, k, v, rates, momentum, retention, start, theta, True)
+        q, k, v, rates, momentum, decay, start, *theta = tensors
+        output, end, velocity, kept = plan.evaluated(q, k, v, rates, momentum, decay, start, theta, True)
         ctx.save_for_backward(q, k, v, rates, *kept)
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.shapes = plan, [None if x is None else x.shape for x in tensors]
@@ -372,11 +372,11 @@ class _Planned(torch.autograd.Function):
         plan = ctx.plan.of_saved(*saved[:4])
         d_output = plan.tokens(plan.value_width).zero_() if d_output is None else ready(d_output)
         with direct.marked("equal_chunks_backward"):
-            dq, dk, dv, d_rates, d_momentum, d_retention, d_start, d_theta = plan.begun(
+            dq, dk, dv, d_rates, d_momentum, d_decay, d_start, d_theta = plan.begun(
                 "backward", plan.backward_launches.run, plan, stream_of(plan.index), d_output, d_end, d_velocity,
                 saved[:6], saved[6:],
             )  # fmt: skip
-            gates = [None if x is None else plan.spread(x) for x in (d_momentum, d_retention)]
+            gates = [None if x is None else plan.spread(x) for x in (d_momentum, d_decay)]
         start = ctx.shapes[6]
         if len(start) == 3:
             d_start = d_start.sum(0) if plan.batch > 1 else d_start[0]

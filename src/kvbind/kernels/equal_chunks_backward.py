@@ -65,16 +65,16 @@ class Backward:
             # tokens of an incomplete chunk have written nothing, whatever they hold
             inside = plan.complete * s.chunk
             self.key_theta = products.write(s.k.first(inside), joined.first(inside), run, self.runs, like)
-        moving: dict[str, Any] = {"momentum": s.momentum, "velocity": (0, 0), "retention": False}
+        moving: dict[str, Any] = {"momentum": s.momentum, "velocity": (0, 0), "decay": False}
         shape = plan.batch, plan.heads, plan.size
         if plan.staged:
             self.states_scan = bound_scan_backward(
-                *shape, chunks=plan.chunks, sign=s.sign, stated=True, momentum=False, velocity=(0, 0), retention=s.retention
+                *shape, chunks=plan.chunks, sign=s.sign, stated=True, momentum=False, velocity=(0, 0), decay=s.decay
             )
             self.moving_scan = bound_scan_backward(*shape, chunks=plan.chunks, sign=s.sign, stated=False, **moving)
         else:
             self.states_scan = bound_scan_backward(
-                *shape, chunks=plan.chunks, sign=s.sign, stated=True, **(moving | {"retention": s.retention})
+                *shape, chunks=plan.chunks, sign=s.sign, stated=True, **(moving | {"decay": s.decay})
             )
 
     def run(
@@ -87,9 +87,9 @@ class Backward:
         inputs: Sequence[Any],
         kept: Sequence[Any],
     ) -> list[Any]:
-        """Gradients of q, k, v, rates, momentum and retention means, the start, and theta side by side."""
+        """Gradients of q, k, v, rates, momentum and decay means, the start, and theta side by side."""
         s, unused = plan.shapes, plan.like
-        q, k, v, rates, momentum, retention = inputs
+        q, k, v, rates, momentum, decay = inputs
         cast, states, velocities, iterates, squares = kept
         zero = unused if plan.no_velocity is None else plan.no_velocity
         rate = unused if rates is None else rates
@@ -121,11 +121,11 @@ class Backward:
         d_end_velocity = nothing if d_end_velocity is None else ready(d_end_velocity)
         counts = (blocks_of(plan.size), plan.chunks, plan.heads)
         d_momentum = torch.empty(counts, device=plan.device) if momentum is not None else None
-        d_retention = torch.empty(counts, device=plan.device) if retention is not None else None
+        d_decay = torch.empty(counts, device=plan.device) if decay is not None else None
         d_velocity = plan.matrices(plan.batch) if momentum is not None else unused
-        m, r = unused if momentum is None else momentum, unused if retention is None else retention
+        m, r = unused if momentum is None else momentum, unused if decay is None else decay
         held = unused if velocities is None else velocities
-        dm, dr = unused if d_momentum is None else d_momentum, unused if d_retention is None else d_retention
+        dm, dr = unused if d_momentum is None else d_momentum, unused if d_decay is None else d_decay
         if plan.staged:
             d_shaped = plan.matrices(plan.chunks)
             self.states_scan(
@@ -175,8 +175,8 @@ class Backward:
             for x in (dk, dv, d_rates):
                 if x is not None:
                     x[:, plan.complete * s.chunk :].zero_()
-        d_momentum, d_retention = (None if x is None else x.sum(0) for x in (d_momentum, d_retention))
-        return [dq, dk, dv, d_rates, d_momentum, d_retention, d_state, d_theta]
+        d_momentum, d_decay = (None if x is None else x.sum(0) for x in (d_momentum, d_decay))
+        return [dq, dk, dv, d_rates, d_momentum, d_decay, d_state, d_theta]
 
     def to_states_shape(self, plan: Plan) -> tuple[int, ...]:
         """The shape of the partial sums of the states' gradients."""

@@ -43,17 +43,17 @@ class _Call:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, theta: Tensor | None, rates: Tensor, momentum: Tensor | None,
-        retention: Tensor | None, norms: Tensor | None, chunk: int, hidden: int, update_all: bool, sign: float,
+        decay: Tensor | None, norms: Tensor | None, chunk: int, hidden: int, update_all: bool, sign: float,
         own_chunk: bool, coefficients: Sequence[float], precision: torch.dtype,
     ) -> None:  # fmt: skip
         bank = Bank(q.shape[-1], hidden, v.shape[-1], update_all)
         swiglu = update_all or theta is not None
         self.rule = Rule(chunk, bank, swiglu, sign, own_chunk, tuple(coefficients), precision)
         self.q, self.k, self.v, self.rates = aligned(q), aligned(k), aligned(v), rates
-        self.gates = self.momentum, self.retention = by_chunk(momentum), by_chunk(retention)
+        self.gates = self.momentum, self.decay = by_chunk(momentum), by_chunk(decay)
         self.norms = None if norms is None else norms.flatten(0, 1).contiguous()
         self.shape = Shape(self.rule, q)
-        self.flags = (momentum is not None, retention is not None, norms is not None)
+        self.flags = (momentum is not None, decay is not None, norms is not None)
         self.reader = Reader(self.shape, theta)
         self.writer = LastLayer(self.shape, self.reader)
         if update_all:
@@ -74,13 +74,13 @@ class _Call:
 
 
 @torch.library.custom_op("kvbind::recurrent_swiglu", mutates_args=())
-@rehearsed("momentum", "retention")
+@rehearsed("momentum", "decay")
 def _recurrent(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor | None, weights: Tensor, rates: Tensor, momentum: Tensor | None,
-    retention: Tensor | None, velocity: Tensor | None, norms: Tensor | None, chunk: int, hidden: int, update_all: bool,
+    decay: Tensor | None, velocity: Tensor | None, norms: Tensor | None, chunk: int, hidden: int, update_all: bool,
     sign: float, own_chunk: bool, coefficients: Sequence[float], precision: torch.dtype, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    call = _Call(q, k, v, theta, rates, momentum, retention, norms, chunk, hidden, update_all, sign, own_chunk,
+    call = _Call(q, k, v, theta, rates, momentum, decay, norms, chunk, hidden, update_all, sign, own_chunk,
                  coefficients, precision)  # fmt: skip
     shape, bank, rule, z = call.shape, call.rule.bank, call.rule, call.shape.z
     out = shape.rows(shape.tokens, bank.value)
@@ -122,7 +122,7 @@ def _recurrent(
                     call.writer.forward(k_here, v_here, rates_here, written)
                     momentum_forward(moving, written, call.momentum[first:stop], velocities[after])
                 updates = rule.orthogonalize(velocities[after])
-                gates = None if call.retention is None else call.retention[first:stop]
+                gates = None if call.decay is None else call.decay[first:stop]
                 normed = (None, None) if norms is None else (call.norms, found[here])
                 apply(bank, running, updates, states[after], sign, gates, *normed)
             call.reader.forward(
@@ -142,7 +142,7 @@ def _recurrent(
 @_recurrent.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor | None, weights: Tensor, rates: Tensor, momentum: Tensor | None,
-    retention: Tensor | None, velocity: Tensor | None, norms: Tensor | None, chunk: int, hidden: int, update_all: bool,
+    decay: Tensor | None, velocity: Tensor | None, norms: Tensor | None, chunk: int, hidden: int, update_all: bool,
     sign: float, own_chunk: bool, coefficients: Sequence[float], precision: torch.dtype, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, heads, size = weights.shape
@@ -159,15 +159,15 @@ def _(
 
 
 @torch.library.custom_op("kvbind::recurrent_swiglu_backward", mutates_args=())
-@rehearsed("momentum", "retention")
+@rehearsed("momentum", "decay")
 def _recurrent_backward(
     d_out: Tensor | None, d_weights: Tensor | None, d_velocity: Tensor | None,
     states: Tensor, velocities: Tensor, found: Tensor,
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor | None, rates: Tensor, momentum: Tensor | None,
-    retention: Tensor | None, norms: Tensor | None, chunk: int, hidden: int, update_all: bool,
+    decay: Tensor | None, norms: Tensor | None, chunk: int, hidden: int, update_all: bool,
     sign: float, own_chunk: bool, coefficients: Sequence[float], precision: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    call = _Call(q, k, v, theta, rates, momentum, retention, norms, chunk, hidden, update_all, sign, own_chunk,
+    call = _Call(q, k, v, theta, rates, momentum, decay, norms, chunk, hidden, update_all, sign, own_chunk,
                  coefficients, precision)  # fmt: skip
     shape, bank, rule, z = call.shape, call.rule.bank, call.rule, call.shape.z
     grad_out = aligned(torch.zeros_like(v) if d_out is None else d_out)
@@ -181,7 +181,7 @@ def _recurrent_backward(
 
     grad, moving, d_norms = begun(d_weights, bank.size), begun(d_velocity, bank.size), begun(None, bank.channels)
     d_theta = shape.room(0) if theta is None else torch.zeros(z, theta.shape[-1], device=q.device)
-    d_momentum, d_retention = (shape.room(0 if gate is None else shape.chunks, z) for gate in (momentum, retention))
+    d_momentum, d_decay = (shape.room(0 if gate is None else shape.chunks, z) for gate in (momentum, decay))
 
     with contextlib.ExitStack() as stack:
         if update_all:
@@ -209,18 +209,18 @@ def _recurrent_backward(
                     copy(operands)
                     run()
                     results = [(shape.span(dk, c, c + 1), step.dk), (shape.span(dv, c, c + 1), step.dv)]
-                    gates = enumerate((d_momentum, d_retention))
+                    gates = enumerate((d_momentum, d_decay))
                     results += [(d_gate[c], step.d_gates[i]) for i, d_gate in gates if len(d_gate)]
                     copy([*results, (d_rates[c], step.d_rates)])
                 continue
             d_updates = shape.room(stop - first, z, bank.size, dtype=rule.velocity_dtype)
-            retained = None if call.retention is None else call.retention[here]
+            retained = None if call.decay is None else call.decay[here]
             normed = (None, None, None) if norms is None else (call.norms, found[here], d_norms)
             d_retained = apply_backward(
                 bank, grad, grad, states[around], reads, d_updates, sign, own_chunk, retained, *normed
             )
             if d_retained is not None:
-                d_retention[here] = d_retained
+                d_decay[here] = d_retained
             d_velocities = rule.orthogonalize_backward(kept, d_updates)
             if call.momentum is not None:
                 d_written = shape.room(stop - first, z, bank.size, dtype=shape.low)
@@ -252,7 +252,7 @@ def _recurrent_backward(
     return (
         dq, dk, dv, per_head(d_theta) if theta is not None else d_theta, per_head(grad),
         d_rates.movedim(0, 2).flatten(2, 3).contiguous(),
-        per_gate(d_momentum), per_gate(d_retention),
+        per_gate(d_momentum), per_gate(d_decay),
         per_head(moving) if momentum is not None else shape.room(0),
         per_head(d_norms) if norms is not None else shape.room(0),
     )  # fmt: skip
@@ -263,7 +263,7 @@ def _(
     d_out: Tensor | None, d_weights: Tensor | None, d_velocity: Tensor | None,
     states: Tensor, velocities: Tensor, found: Tensor,
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor | None, rates: Tensor, momentum: Tensor | None,
-    retention: Tensor | None, norms: Tensor | None, chunk: int, hidden: int, update_all: bool,
+    decay: Tensor | None, norms: Tensor | None, chunk: int, hidden: int, update_all: bool,
     sign: float, own_chunk: bool, coefficients: Sequence[float], precision: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     per_head = (q.shape[0], q.shape[2])
@@ -274,16 +274,16 @@ def _(
     size = states.shape[-1]
     return (
         q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), like(theta), rates.new_empty(*per_head, size),
-        rates.new_empty(rates.shape), like(momentum), like(retention),
+        rates.new_empty(rates.shape), like(momentum), like(decay),
         rates.new_empty(0) if momentum is None else rates.new_empty(*per_head, size), like(norms),
     )  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, theta, _, rates, momentum, retention, velocity, norms, *static, keep = inputs
+    q, k, v, theta, _, rates, momentum, decay, velocity, norms, *static, keep = inputs
     ctx.set_materialize_grads(False)
     ctx.keep, ctx.static, ctx.moving = keep, static, velocity is not None
-    ctx.save_for_backward(*output[3:], q, k, v, theta, rates, momentum, retention, norms)
+    ctx.save_for_backward(*output[3:], q, k, v, theta, rates, momentum, decay, norms)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -291,14 +291,14 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         raise RuntimeError("kvbind::recurrent_swiglu was called with keep=False, so that it has no gradient")
     d_out, d_weights, d_velocity = grads[:3]
     saved: tuple[Tensor | None, ...] = ctx.saved_tensors
-    dq, dk, dv, d_theta, d_start, d_rates, d_momentum, d_retention, d_moving, d_norms = direct.call(
+    dq, dk, dv, d_theta, d_start, d_rates, d_momentum, d_decay, d_moving, d_norms = direct.call(
         _recurrent_backward, d_out, d_weights, d_velocity if ctx.moving else None, *saved, *ctx.static
     )
 
     def wanted(place: int, d: Tensor) -> Tensor | None:
         return None if saved[place] is None else d
 
-    gates = (wanted(8, d_momentum), wanted(9, d_retention), wanted(8, d_moving))
+    gates = (wanted(8, d_momentum), wanted(9, d_decay), wanted(8, d_moving))
     return dq, dk, dv, wanted(6, d_theta), d_start, d_rates, *gates, wanted(10, d_norms), *(None,) * (len(ctx.static) + 1)
 
 
@@ -316,7 +316,7 @@ def recurrent_swiglu(
     rate_up: Tensor | None,
     rate_down: Tensor,
     momentum: Tensor | None,
-    retention: Tensor | None,
+    decay: Tensor | None,
     momentum_state: Sequence[Tensor] | None,
     norms: Sequence[Tensor] | None,
     *,
@@ -341,7 +341,7 @@ def recurrent_swiglu(
         rate_up: likewise of W_up.
         rate_down: likewise of the last layer.
         momentum: each chunk's mean gate `m_c`, float32 `[B, H, T / chunk]`, or None.
-        retention: each chunk's mean gate `a_c`, likewise.
+        decay: each chunk's mean gate `a_c`, likewise.
         momentum_state: with `momentum`, the buffer of each updated matrix, float32, laid out as that; None for zeros.
         norms: with `normalize`, the starting norm of each channel of each updated matrix, `[B, H, 1, out]`; None for
             those of the weights given.
@@ -383,7 +383,7 @@ def recurrent_swiglu(
         given = norms or [torch.linalg.vector_norm(x, dim=-2, keepdim=True) for x in updated if x is not None]
         start = torch.cat([x.flatten(2) for x in given], -1)
 
-    operands = (q, k, v, theta, weights, rates, momentum, retention, velocity, start)
+    operands = (q, k, v, theta, weights, rates, momentum, decay, velocity, start)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
     flat = [float(x) for row in coefficients or () for x in row]
     out, end, moved, *_ = direct.call(

@@ -32,9 +32,9 @@ def _program(SIZE: tl.constexpr, BLOCK: tl.constexpr):
 @Launcher
 @triton.jit(do_not_specialize=["part_chunk", "part_head"])
 def _forward_kernel(
-    parts, pieces, momentum, retention, velocity, state, sequences, velocities, rows, end_velocity, end_state,
+    parts, pieces, momentum, decay, velocity, state, sequences, velocities, rows, end_velocity, end_state,
     state_index, state_head, velocity_index, velocity_head, sign, part_chunk, part_head,
-    SIZE: tl.constexpr, HEADS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, RETENTION: tl.constexpr,
+    SIZE: tl.constexpr, HEADS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, DECAY: tl.constexpr,
     KEEP: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     # if WHOLE, writes are in one piece, a sequence's chunk c of head h at part_chunk c + part_head h; pieces are not read
@@ -75,8 +75,8 @@ def _forward_kernel(
         if KEEP:
             tl.store(velocities + (chunk * HEADS + head) * SIZE + place, g, mask=inside)
         if STATE:
-            if RETENTION:
-                s *= tl.load(retention + chunk * HEADS + head)
+            if DECAY:
+                s *= tl.load(decay + chunk * HEADS + head)
             s += sign * g
             tl.store(rows + ((row + c + 1) * HEADS + head) * SIZE + place, s.to(rows.dtype.element_ty), mask=inside)
             if c == complete - 1:
@@ -86,11 +86,11 @@ def _forward_kernel(
 @Launcher
 @triton.jit(do_not_specialize=["chunks"])
 def _backward_kernel(
-    parts, pieces, momentum, retention, velocity, velocities, rows, sequences, d_end_state, d_end_velocity,
-    d_writes, d_state, d_velocity, d_momentum, d_retention,
+    parts, pieces, momentum, decay, velocity, velocities, rows, sequences, d_end_state, d_end_velocity,
+    d_writes, d_state, d_velocity, d_momentum, d_decay,
     velocity_index, velocity_head, sign, chunks,
     SIZE: tl.constexpr, HEADS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
-    RETENTION: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr,
+    DECAY: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block, head, sequence = _program(SIZE, BLOCK)
     block = block.to(tl.int64)
@@ -113,11 +113,11 @@ def _backward_kernel(
             if c == complete - 1:
                 ds += tl.load(d_end_state + end, mask=inside, other=0.0)
             g = sign * ds
-            if RETENTION:
+            if DECAY:
                 if WRITES:
                     held = tl.load(rows + ((row + c) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
-                    tl.store(d_retention + (block * chunks + chunk) * HEADS + head, tl.sum(held.to(tl.float32) * ds))
-                ds *= tl.load(retention + chunk * HEADS + head)
+                    tl.store(d_decay + (block * chunks + chunk) * HEADS + head, tl.sum(held.to(tl.float32) * ds))
+                ds *= tl.load(decay + chunk * HEADS + head)
         else:
             g = tl.load(parts + (chunk * HEADS + head) * SIZE + place, mask=inside, other=0.0).to(tl.float32)
         if MOMENTUM:
@@ -161,7 +161,7 @@ def scan(
     dtype: torch.dtype,
     momentum: Tensor | None = None,
     velocity: Tensor | None = None,
-    retention: Tensor | None = None,
+    decay: Tensor | None = None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Momentum, if there are gates for it, then the running state, if there is one.
@@ -176,7 +176,7 @@ def scan(
         dtype: of the stored states.
         momentum: gates, float32 `[chunks, heads]`, with `velocity`.
         velocity: the momentum buffer to start from, float32 `[S, heads, M, N]`.
-        retention: gates, float32 `[chunks, heads]`.
+        decay: gates, float32 `[chunks, heads]`.
         keep: return the writes after momentum.
 
     Returns:
@@ -196,11 +196,11 @@ def scan(
     if count:
         with on_device_of(parts):
             _forward_kernel[cdiv(size, _BLOCK) * count, heads](
-                parts, pieces, parts if momentum is None else momentum, parts if retention is None else retention,
+                parts, pieces, parts if momentum is None else momentum, parts if decay is None else decay,
                 first, start, sequences, velocities, states, end_velocity, end_state,
                 start.stride(0), start.stride(1), first.stride(0), first.stride(1), sign, heads, 1,
                 SIZE=size, HEADS=heads, MOMENTUM=momentum is not None, STATE=state is not None,
-                RETENTION=retention is not None, KEEP=keep, BLOCK=_BLOCK, WHOLE=False, num_warps=4,
+                DECAY=decay is not None, KEEP=keep, BLOCK=_BLOCK, WHOLE=False, num_warps=4,
             )  # fmt: skip
     return velocities, states, end_velocity, end_state
 
@@ -219,7 +219,7 @@ def scan_backward(
     velocity: Tensor | None = None,
     velocities: Tensor | None = None,
     d_end_velocity: Tensor | None = None,
-    retention: Tensor | None = None,
+    decay: Tensor | None = None,
     start_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradient of `scan`, from the last chunk to the first.
@@ -232,18 +232,18 @@ def scan_backward(
         chunks: how many there are.
         sign: as `scan` took it.
         dtype: of the writes' gradients.
-        rows: the states that `scan` returned; read where there is retention.
+        rows: the states that `scan` returned; read where there is decay.
         d_end_state: the gradient of the end state, float32; None where `scan` had no state.
         momentum: as `scan` took it.
         velocity: as `scan` took it.
         velocities: the writes after momentum that `scan` returned; read where there is momentum.
         d_end_velocity: the gradient of the end velocity, float32.
-        retention: as `scan` took it.
+        decay: as `scan` took it.
         start_only: find the gradients of the starting state and velocity alone; all others are empty or None.
 
     Returns:
         The gradients of the writes, `[chunks, heads, M, N]` in `dtype`; of the starting state and of the starting velocity,
-        float32 `[S, heads, M, N]` or empty; of the momentum and of the retention gates, `[chunks, heads]` or None.
+        float32 `[S, heads, M, N]` or empty; of the momentum and of the decay gates, `[chunks, heads]` or None.
     """
     heads, height, width = parts.shape[1:]
     count, size = len(sequences), height * width
@@ -255,18 +255,18 @@ def scan_backward(
     stated, moving = d_end_state is not None, momentum is not None
     d_writes = room(not start_only, (chunks, heads, height, width), dtype)
     d_state, d_velocity = room(stated, (count, heads, height, width)), room(moving, (count, heads, height, width))
-    gated = retention is not None and not start_only
-    d_momentum, d_retention = room(moving and not start_only, (blocks, chunks, heads)), room(gated, (blocks, chunks, heads))
+    gated = decay is not None and not start_only
+    d_momentum, d_decay = room(moving and not start_only, (blocks, chunks, heads)), room(gated, (blocks, chunks, heads))
     unused = parts
     first = unused if velocity is None else velocity
     if count:
         with on_device_of(parts):
             _backward_kernel[blocks * count, heads](
-                parts, pieces, unused if momentum is None else momentum, unused if retention is None else retention, first,
+                parts, pieces, unused if momentum is None else momentum, unused if decay is None else decay, first,
                 unused if velocities is None else velocities, unused if rows is None else rows, sequences,
                 unused if d_end_state is None else d_end_state, unused if d_end_velocity is None else d_end_velocity,
-                d_writes, d_state, d_velocity, d_momentum, d_retention, first.stride(0), first.stride(1), sign, chunks,
-                SIZE=size, HEADS=heads, MOMENTUM=moving, STATE=stated, RETENTION=retention is not None,
+                d_writes, d_state, d_velocity, d_momentum, d_decay, first.stride(0), first.stride(1), sign, chunks,
+                SIZE=size, HEADS=heads, MOMENTUM=moving, STATE=stated, DECAY=decay is not None,
                 WRITES=not start_only, BLOCK=_BLOCK, num_warps=4,
             )  # fmt: skip
     return (
@@ -274,7 +274,7 @@ def scan_backward(
         d_state,
         d_velocity,
         d_momentum.sum(0) if moving and not start_only else None,
-        d_retention.sum(0) if gated else None,
+        d_decay.sum(0) if gated else None,
     )
 
 
@@ -293,7 +293,7 @@ def bound_scan(
     momentum: bool = False,
     velocity: tuple[int, int] = (0, 0),
     state: tuple[int, int] | None = None,
-    retention: bool = False,
+    decay: bool = False,
     by_head: int = 0,
 ) -> Bound:
     """`scan` bound to sizes, of writes that are in one piece each; the launch takes its tensors in the order of the kernel.
@@ -307,13 +307,13 @@ def bound_scan(
         momentum: there are gates.
         velocity: strides of sequence and head of the momentum buffer to start from.
         state: those of the state to start from, or None to stop at momentum.
-        retention: there are gates.
+        decay: there are gates.
         by_head: the chunks of a sequence where writes lie by head, chunks innermost; 0 where heads are innermost.
     """
     numbers = (*(state or (0, 0)), *velocity, sign, *((1, by_head) if by_head else (heads, 1)))
     return Bound(
         _forward_kernel.kernel, [None] * 11, (blocks_of(size) * sequences, heads), numbers,
-        SIZE=size, HEADS=heads, MOMENTUM=momentum, STATE=state is not None, RETENTION=retention, KEEP=keep,
+        SIZE=size, HEADS=heads, MOMENTUM=momentum, STATE=state is not None, DECAY=decay, KEEP=keep,
         BLOCK=_BLOCK, WHOLE=True, num_warps=4,
     )  # fmt: skip
 
@@ -328,7 +328,7 @@ def bound_scan_backward(
     stated: bool,
     momentum: bool,
     velocity: tuple[int, int],
-    retention: bool,
+    decay: bool,
 ) -> Bound:
     """`scan_backward` bound to sizes; the launch takes its tensors in the order of the kernel.
 
@@ -341,10 +341,10 @@ def bound_scan_backward(
         stated: the forward scan had a state.
         momentum: it had momentum.
         velocity: as `bound_scan` takes it.
-        retention: it had retention.
+        decay: it had decay.
     """
     return Bound(
         _backward_kernel.kernel, [None] * 15, (blocks_of(size) * sequences, heads), (*velocity, sign, chunks),
-        SIZE=size, HEADS=heads, MOMENTUM=momentum, STATE=stated, RETENTION=retention, WRITES=True,
+        SIZE=size, HEADS=heads, MOMENTUM=momentum, STATE=stated, DECAY=decay, WRITES=True,
         BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip

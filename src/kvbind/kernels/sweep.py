@@ -180,13 +180,13 @@ class Shape:
 class Write:
     """One chunk's update of all matrices, on buffers of its own.
 
-    Filled by callers: `k`, `v`, `rates`, `gates` (momentum, retention), and by `start`.
+    Filled by callers: `k`, `v`, `rates`, `gates` (momentum, decay), and by `start`.
     Results: `state`, `velocities`, `found`; `weights` and `velocity` go on.
     """
 
-    def __init__(self, shape: Shape, with_momentum: bool, with_retention: bool, normalize: bool) -> None:
+    def __init__(self, shape: Shape, with_momentum: bool, with_decay: bool, normalize: bool) -> None:
         rule, bank, z, chunk = shape.rule, shape.bank, shape.z, shape.rule.chunk
-        self.rule, self.with_momentum, self.with_retention, self.normalize = rule, with_momentum, with_retention, normalize
+        self.rule, self.with_momentum, self.with_decay, self.normalize = rule, with_momentum, with_decay, normalize
         self.k, self.v = shape.rows(chunk, bank.key), shape.rows(chunk, bank.value)
         self.rates = shape.room(3, shape.batch, chunk, shape.heads)
         self.gates = shape.room(2, z)
@@ -221,9 +221,9 @@ class Write:
             copy=stored if self.with_momentum else None,
         )
         updates = rule.orthogonalize(self.velocities)
-        retention = self.gates[1:] if self.with_retention else None
+        decay = self.gates[1:] if self.with_decay else None
         normed = (self.norms, self.found) if self.normalize else (None, None)
-        apply(bank, self.weights, updates, self.state, rule.sign, retention, *normed)
+        apply(bank, self.weights, updates, self.state, rule.sign, decay, *normed)
 
 
 class WriteBackward:
@@ -234,9 +234,9 @@ class WriteBackward:
     Results: `dk`, `dv`, `d_rates`, `d_gates`; `grad`, `d_velocity` and `d_norms` go on.
     """
 
-    def __init__(self, shape: Shape, with_momentum: bool, with_retention: bool, normalize: bool) -> None:
+    def __init__(self, shape: Shape, with_momentum: bool, with_decay: bool, normalize: bool) -> None:
         rule, bank, z, chunk = shape.rule, shape.bank, shape.z, shape.rule.chunk
-        self.rule, self.with_momentum, self.with_retention, self.normalize = rule, with_momentum, with_retention, normalize
+        self.rule, self.with_momentum, self.with_decay, self.normalize = rule, with_momentum, with_decay, normalize
         self.k, self.v = shape.rows(chunk, bank.key), shape.rows(chunk, bank.value)
         self.dk, self.dv = torch.empty_like(self.k), torch.empty_like(self.v)
         self.rates, self.d_rates = (shape.room(3, shape.batch, chunk, shape.heads) for _ in range(2))
@@ -272,8 +272,8 @@ class WriteBackward:
     def run(self) -> None:
         rule, bank, chunk = self.rule, self.rule.bank, self.rule.chunk
         normed = (self.norms, self.found, self.d_norms) if self.normalize else (None, None, None)
-        retention = self.gates[1:] if self.with_retention else None
-        d_retention = apply_backward(
+        decay = self.gates[1:] if self.with_decay else None
+        d_decay = apply_backward(
             bank,
             self.grad,
             self.carry,
@@ -282,11 +282,11 @@ class WriteBackward:
             self.d_updates,
             rule.sign,
             rule.own_chunk,
-            retention,
+            decay,
             *normed,
         )
-        if d_retention is not None:
-            self.d_gates[1:].copy_(d_retention)
+        if d_decay is not None:
+            self.d_gates[1:].copy_(d_decay)
         d_velocities = rule.orthogonalize_backward(self.kept, self.d_updates)
         if self.with_momentum:
             found = momentum_backward(self.d_velocity, d_velocities, self.velocity, self.gates[:1], self.d_written)

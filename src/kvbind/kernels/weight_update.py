@@ -1,6 +1,6 @@
 r"""Updates entering fast weights chunk by chunk, momentum, and the gradients of both: lines 2 and 4 to 6 of the update rule.
 
-With update `U_c`, weights `W_c` before chunk c, retention `a_c`, and `n` the norm of an output channel at the start:
+With update `U_c`, weights `W_c` before chunk c, decay `a_c`, and `n` the norm of an output channel at the start:
 
     X_c = a_c W_c + sign U_c        W_{c+1} = X_c n / (||X_c|| + eps)  with normalization, else X_c
 
@@ -54,9 +54,9 @@ def _channels(KEY: tl.constexpr, HIDDEN: tl.constexpr, VALUE: tl.constexpr, THET
 @Launcher
 @triton.jit(do_not_specialize=["count", "heads"])
 def _apply_kernel(
-    weights, updates, states, retention, norms, found, count, heads, sign, update_c, state_c,
+    weights, updates, states, decay, norms, found, count, heads, sign, update_c, state_c,
     KEY: tl.constexpr, HIDDEN: tl.constexpr, VALUE: tl.constexpr, THETA: tl.constexpr, SIZE: tl.constexpr,
-    CHANNELS: tl.constexpr, NORMALIZE: tl.constexpr, RETENTION: tl.constexpr, IN: tl.constexpr, BN: tl.constexpr,
+    CHANNELS: tl.constexpr, NORMALIZE: tl.constexpr, DECAY: tl.constexpr, IN: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     z = tl.program_id(1).to(tl.int64)
     place, inside, channel, exists = _channels(KEY, HIDDEN, VALUE, THETA, IN, BN)
@@ -69,8 +69,8 @@ def _apply_kernel(
     found += z * CHANNELS
     for c in range(count):
         u = tl.load(updates + place, mask=inside, other=0.0).to(tl.float32)
-        if RETENTION:
-            w *= tl.load(retention + c * heads + z)
+        if DECAY:
+            w *= tl.load(decay + c * heads + z)
         w += sign * u
         if NORMALIZE:
             norm = tl.sqrt(tl.sum(w * w, 0))
@@ -89,7 +89,7 @@ def apply(
     updates: Tensor,
     states: Tensor,
     sign: float,
-    retention: Tensor | None,
+    decay: Tensor | None,
     norms: Tensor | None,
     found: Tensor | None,
 ) -> None:
@@ -101,26 +101,26 @@ def apply(
         updates: `[chunks, B*H, P]`, a slice of whole banks.
         states: where to write the weights after each chunk, `[chunks, B*H, P]`.
         sign: what updates are multiplied by.
-        retention: float32 `[chunks, B*H]`, contiguous.
+        decay: float32 `[chunks, B*H]`, contiguous.
         norms: float32 `[B*H, Q]`, each channel's norm at the start, for normalization.
         found: where to write each channel's norm before it is scaled back, float32 `[chunks, B*H, Q]`, with `norms`.
     """
     count, z = updates.shape[:2]
     with on_device_of(weights):
         _apply_kernel[(bank.blocks(COLUMNS), z)](
-            weights, updates, states, *(weights if x is None else x for x in (retention, norms, found)), count, z, sign,
+            weights, updates, states, *(weights if x is None else x for x in (decay, norms, found)), count, z, sign,
             updates.stride(0), states.stride(0), **bank.widths, SIZE=bank.size, CHANNELS=bank.channels,
-            NORMALIZE=norms is not None, RETENTION=retention is not None, IN=bank.longest, BN=COLUMNS, num_warps=8,
+            NORMALIZE=norms is not None, DECAY=decay is not None, IN=bank.longest, BN=COLUMNS, num_warps=8,
         )  # fmt: skip
 
 
 @Launcher
 @triton.jit(do_not_specialize=["count", "heads", "blocks"])
 def _apply_backward_kernel(
-    grad, carry, states, reads, retention, norms, found, d_updates, d_retention, d_norms, count, heads, blocks, sign,
+    grad, carry, states, reads, decay, norms, found, d_updates, d_decay, d_norms, count, heads, blocks, sign,
     state_c, read_c, update_c,
     KEY: tl.constexpr, HIDDEN: tl.constexpr, VALUE: tl.constexpr, THETA: tl.constexpr, SIZE: tl.constexpr,
-    CHANNELS: tl.constexpr, NORMALIZE: tl.constexpr, RETENTION: tl.constexpr, READ_AFTER: tl.constexpr,
+    CHANNELS: tl.constexpr, NORMALIZE: tl.constexpr, DECAY: tl.constexpr, READ_AFTER: tl.constexpr,
     IN: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     z = tl.program_id(1).to(tl.int64)
@@ -147,10 +147,10 @@ def _apply_backward_kernel(
             d = (start / (norm + EPSILON))[None, :] * (d - y * along[None, :])
         update = d_updates + c * update_c + z * SIZE + place
         tl.store(update, (sign * d).to(d_updates.dtype.element_ty), mask=inside)
-        if RETENTION:
+        if DECAY:
             w = tl.load(states + c * state_c + z * SIZE + place, mask=inside, other=0.0).to(tl.float32)
-            tl.store(d_retention + (c * heads + z) * blocks + tl.program_id(0), tl.sum(tl.sum(d * w, 1), 0))
-            d *= tl.load(retention + c * heads + z)
+            tl.store(d_decay + (c * heads + z) * blocks + tl.program_id(0), tl.sum(tl.sum(d * w, 1), 0))
+            d *= tl.load(decay + c * heads + z)
         if not READ_AFTER:
             d += tl.load(reads + c * read_c + z * SIZE + place, mask=inside, other=0.0)
     tl.store(carry + z * SIZE + place, d, mask=inside)
@@ -167,7 +167,7 @@ def apply_backward(
     d_updates: Tensor,
     sign: float,
     read_after: bool,
-    retention: Tensor | None,
+    decay: Tensor | None,
     norms: Tensor | None,
     found: Tensor | None,
     d_norms: Tensor | None,
@@ -183,26 +183,26 @@ def apply_backward(
         d_updates: where to write the updates' gradients, `[chunks, B*H, P]`.
         sign: as `apply` took it.
         read_after: tokens read the weights after their chunk, not before it.
-        retention: as `apply` took it.
+        decay: as `apply` took it.
         norms: as `apply` took it.
         found: as `apply` wrote it.
         d_norms: the gradient of `norms`, float32 `[B*H, Q]`, added to in place.
 
     Returns:
-        The gradient of `retention`, or None.
+        The gradient of `decay`, or None.
     """
     count, z = d_updates.shape[:2]
     blocks = bank.blocks(COLUMNS)
-    d_retention = None if retention is None else torch.empty(count, z, blocks, device=grad.device)
-    optional = (grad if x is None else x for x in (retention, norms, found))
+    d_decay = None if decay is None else torch.empty(count, z, blocks, device=grad.device)
+    optional = (grad if x is None else x for x in (decay, norms, found))
     with on_device_of(grad):
         _apply_backward_kernel[(blocks, z)](
-            grad, carry, states, reads, *optional, d_updates, *(grad if x is None else x for x in (d_retention, d_norms)),
+            grad, carry, states, reads, *optional, d_updates, *(grad if x is None else x for x in (d_decay, d_norms)),
             count, z, blocks, sign, states.stride(0), reads.stride(0), d_updates.stride(0), **bank.widths, SIZE=bank.size,
-            CHANNELS=bank.channels, NORMALIZE=norms is not None, RETENTION=retention is not None, READ_AFTER=read_after,
+            CHANNELS=bank.channels, NORMALIZE=norms is not None, DECAY=decay is not None, READ_AFTER=read_after,
             IN=bank.longest, BN=COLUMNS, num_warps=8,
         )  # fmt: skip
-    return None if d_retention is None else d_retention.sum(-1)
+    return None if d_decay is None else d_decay.sum(-1)
 
 
 @Launcher

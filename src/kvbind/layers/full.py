@@ -6,7 +6,8 @@ The checks of visibility are of the layers whose tokens all see one update, thos
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,8 +28,7 @@ class InnerCall(NamedTuple):
         k: keys `[B, T, H, Dk]`.
         v: values `[B, T, H, Dv]`.
         lr: learning rates, as `ttt` takes them.
-        momentum: gate of the momentum `[B, T, H]`; None without.
-        retention: gate of the weights `[B, T, H]`; None without.
+        gates: what else `ttt` takes of tokens, by name, `[B, T, H]` each.
         cu_seqlens: boundaries of packed sequences; None for rows.
     """
 
@@ -38,16 +38,15 @@ class InnerCall(NamedTuple):
     k: Tensor
     v: Tensor
     lr: LearningRate
-    momentum: Tensor | None = None
-    retention: Tensor | None = None
+    gates: Mapping[str, Any] = MappingProxyType({})
     cu_seqlens: Sequence[int] | None = None
 
     def run(self, update_tokens: slice | Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:
         """Outputs `[B, T, H, Dv]` in q's dtype, and the state; arguments as `kvbind.ttt` takes them."""
         weights = self.weights if state is None else None
         return ttt(
-            self.inner, weights, self.q, self.k, self.v, lr=self.lr, momentum=self.momentum, retention=self.retention,
-            state=state, cu_seqlens=self.cu_seqlens, update_tokens=update_tokens,
+            self.inner, weights, self.q, self.k, self.v, lr=self.lr, **self.gates, state=state,
+            cu_seqlens=self.cu_seqlens, update_tokens=update_tokens,
         )  # fmt: skip
 
     def linearize(self, update_tokens: slice | Tensor | None = None) -> LinearAttention:
@@ -59,8 +58,7 @@ class InnerCall(NamedTuple):
         if self.cu_seqlens is not None:
             raise ValueError(f"cu_seqlens must be None for one linear attention; got {len(self.cu_seqlens) - 1} sequences")
         return linearize(
-            self.inner, self.weights, self.q, self.k, self.v, lr=self.lr, momentum=self.momentum,
-            retention=self.retention, update_tokens=update_tokens,
+            self.inner, self.weights, self.q, self.k, self.v, lr=self.lr, **self.gates, update_tokens=update_tokens,
         )  # fmt: skip
 
 
@@ -73,7 +71,7 @@ def check_sees_everything(argument: str, inner: InnerLoop) -> None:
 
     Raises:
         TypeError: no InnerLoop.
-        ValueError: a visibility other than "full", or momentum or retention, for which these layers have no gates.
+        ValueError: a visibility other than "full", or gates, which these layers do not make.
     """
     if not isinstance(inner, InnerLoop):
         raise TypeError(f"{argument} must be a kvbind.InnerLoop; got {type(inner).__name__}")
@@ -82,9 +80,8 @@ def check_sees_everything(argument: str, inner: InnerLoop) -> None:
             f"{argument}'s visibility must be 'full' (with chunk=None), as one update is seen by all tokens; got "
             f"{inner.visibility!r}"
         )
-    for gate in ("momentum", "retention"):
-        if getattr(inner, gate):
-            raise ValueError(f"{argument} must have {gate}=False: this layer has no {gate} gate")
+    for gate in inner.gates:
+        raise ValueError(f"{argument} must have {gate}=False: this layer has no {gate} gate")
 
 
 def check_built(

@@ -14,6 +14,7 @@ from kvbind.forms.api import Form, ttt
 from kvbind.forms.autocast import without_autocast
 from kvbind.forms.state import State
 from kvbind.forms.waiting import Waiting
+from kvbind.inner.gates import GATES
 from kvbind.inner.networks import DepthwiseConv, SwiGLU
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
@@ -31,9 +32,6 @@ from kvbind.sequence.exchanges import Exchanges
 
 NORM_EPS = 1e-5
 """Of the norms inside the layer: queries, keys, output, and the L2 norm of fast queries and keys."""
-
-START_RETENTION = 0.99
-"""What a retention gate starts at, before training."""
 
 PARAMETER_NAMES = {"gate": "w0", "out": "w1", "up": "w2"}
 """The released names of a SwiGLU's matrices, which every other network's matrices of that role share."""
@@ -112,8 +110,9 @@ class LactLayer(nn.Module):
     block has normalized.
 
     Parameters have the released names and layouts (MATH section 6), so that released checkpoints load. What an inner
-    loop has no use for is not built: `lr_proj` needs `inner.token_lr`, `momentum_proj` `inner.momentum`, `retention_proj`
-    `inner.retention`.
+    loop has no use for is not built: `lr_proj` needs `inner.token_lr`, and `G_proj` a gate G among `inner.gates`. In
+    place of a `G_proj` any module may stand that makes a gate `[B, T, heads]` of `x`: one that is fixed, or has
+    parameters of its own.
 
     Args:
         hidden_size: width d of the residual stream.
@@ -214,8 +213,8 @@ class LactLayer(nn.Module):
         # the released order: gate, out, up
         self.rate_names = tuple(sorted(built.updated, key=parameter_name)) if built.token_lr else ()
         self.lr_proj = nn.Linear(hidden_size, num_lact_heads * len(self.rate_names)) if built.token_lr else None
-        self.momentum_proj = self._gate() if inner.momentum else None
-        self.retention_proj = self._gate() if inner.retention else None
+        for gate in GATES:
+            setattr(self, f"{gate.name}_proj", self._gate() if gate.name in inner.gates else None)
         self._inner = inner
         self.reset_parameters()
 
@@ -235,7 +234,7 @@ class LactLayer(nn.Module):
         return nn.Sequential(nn.Linear(self.hidden_size, self.num_lact_heads), nn.Sigmoid())
 
     def reset_parameters(self) -> None:
-        """Draw the layer's own parameters anew: fast weights, scale and offset, and the retention gate's bias."""
+        """Draw the layer's own parameters anew: fast weights, scale and offset, and the biases of gates."""
         nn.init.ones_(self.qk_scale)
         nn.init.zeros_(self.qk_offset)
         for matrix in self._built_shapes:
@@ -244,8 +243,15 @@ class LactLayer(nn.Module):
                 held.reset_parameters()
             else:
                 nn.init.normal_(held, std=1 / math.sqrt(held.shape[-1]))
-        if self.retention_proj is not None:
-            nn.init.constant_(self.retention_proj.get_parameter("0.bias"), math.log(START_RETENTION / (1 - START_RETENTION)))
+        for gate, module in self._gates().items():
+            start = next(declared.start for declared in GATES if declared.name == gate)
+            if start is not None and is_a_gate(module):
+                nn.init.constant_(module.get_parameter("0.bias"), math.log(start / (1 - start)))
+
+    def _gates(self) -> dict[str, nn.Module]:
+        """The modules that make gates, by gate."""
+        found = {gate.name: getattr(self, f"{gate.name}_proj") for gate in GATES}
+        return {name: module for name, module in found.items() if module is not None}
 
     @property
     def inner(self) -> InnerLoop:
@@ -256,8 +262,8 @@ class LactLayer(nn.Module):
     def inner(self, inner: InnerLoop) -> None:
         check_fits_causal_layer(inner)
         check_built("inner", inner, self._shapes_for(inner), self._built_shapes)
-        for gate in ("momentum", "retention"):
-            if getattr(inner, gate) and getattr(self, f"{gate}_proj") is None:
+        for gate in inner.gates:
+            if gate not in self._gates():
                 raise ValueError(f"inner has {gate}=True, but this layer was built without a {gate} gate")
         missing = [name for name in inner.updated if name not in self.rate_names]
         if inner.token_lr and missing:
@@ -279,8 +285,7 @@ class LactLayer(nn.Module):
     @property
     def writing(self) -> Writing:
         """How projections become what tokens write."""
-        gates = (("momentum", self.momentum_proj), ("retention", self.retention_proj))
-        called = tuple(name for name, gate in gates if gate is not None and not is_a_gate(gate))
+        called = tuple(name for name, gate in self._gates().items() if not is_a_gate(gate))
         return Writing(self.num_lact_heads, self.rate_names, self._inner.updated, self.base_lr_inverse, self.silu_v, called)
 
     def _logits(self, x: Tensor) -> dict[str, Tensor]:
@@ -291,8 +296,8 @@ class LactLayer(nn.Module):
         layers: dict[str, nn.Module] = {}
         if self._inner.token_lr and self.lr_proj is not None:
             layers["lr"] = self.lr_proj
-        for name, gate in (("momentum", self.momentum_proj), ("retention", self.retention_proj)):
-            if gate is not None and getattr(self._inner, name):
+        for name, gate in self._gates().items():
+            if name in self._inner.gates:
                 layers[name] = gate[0] if is_a_gate(gate) else gate
         if self.ttt_scale_proj is not None:
             layers["scale"] = self.ttt_scale_proj
@@ -318,8 +323,7 @@ class LactLayer(nn.Module):
         q, k, v = self._project(x)
         _, _, q, k = make_operands(q, k, v, self.qk_scale, self.qk_offset, tables, self.paths)
         made, bounds = self.writing.tokens({"k": k, "v": v, **self._logits(x)}), layout.cu_seqlens
-        rates, gates = made.rates, (made.momentum, made.retention)
-        return InnerCall(self._inner, self.start_weights(), q, k, made.v, rates, *gates, cu_seqlens=bounds)
+        return InnerCall(self._inner, self.start_weights(), q, k, made.v, made.rates, made.gates, bounds)
 
     def forward(
         self,
@@ -413,8 +417,8 @@ class LactLayer(nn.Module):
             shard = layout.sequence
             packed = layout.cu_seqlens if shard is None else None
             output, after = ttt(
-                inner, weights, q, tokens.k, tokens.v, lr=tokens.rates, momentum=tokens.momentum,
-                retention=tokens.retention, state=before, cu_seqlens=packed, form=self.form, sequence=shard,
+                inner, weights, q, tokens.k, tokens.v, lr=tokens.rates, **tokens.gates, state=before,
+                cu_seqlens=packed, form=self.form, sequence=shard,
             )  # fmt: skip
             return output, Waiting.of(after) if return_state else None
 
@@ -424,8 +428,8 @@ class LactLayer(nn.Module):
             bounds.append(bounds[-1] + length)
         tokens = tokens.map(lambda x: x[real][None])
         joined, after = ttt(
-            inner, weights, q[real][None], tokens.k, tokens.v, lr=tokens.rates, momentum=tokens.momentum,
-            retention=tokens.retention, state=before, cu_seqlens=bounds, form=self.form, sequence=None,
+            inner, weights, q[real][None], tokens.k, tokens.v, lr=tokens.rates, **tokens.gates, state=before,
+            cu_seqlens=bounds, form=self.form, sequence=None,
         )  # fmt: skip
         output = joined.new_zeros(*q.shape[:2], *joined.shape[2:])
         output[real] = joined[0]

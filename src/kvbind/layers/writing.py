@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvbind.forms.tokens import Tokens
+from kvbind.inner.gates import GATES
 from kvbind.layers.operands import split_heads, wide
 
 
@@ -37,14 +38,14 @@ class Writing:
         """Writers, heads behind the token axis.
 
         Args:
-            made: keys "k" `[B, T, H, D]` as they are; values "v" `[B, T, H D]`; and of "lr" `[B, T, H * matrices]`,
-                "momentum" and "retention" `[B, T, H]` the logits that there are, or the gates themselves where they are
-                `called`. Without "lr" rates are 1.
+            made: keys "k" `[B, T, H, D]` as they are; values "v" `[B, T, H D]`; and of "lr" `[B, T, H * matrices]` and gates
+                `[B, T, H]` by name the logits that there are, or the gates themselves where they are `called`. Without "lr"
+                rates are 1.
         """
-        gates = {name: self.gate(name, made[name]) for name in ("momentum", "retention") if name in made}
+        gates = {gate.name: self.gate(gate.name, made[gate.name]) for gate in GATES if gate.name in made}
         rates: dict[str, Tensor | float] = {}
         rates |= self.rates(made["lr"]) if "lr" in made else dict.fromkeys(self.updated, 1.0)
-        return Tokens(made["k"], self.values(made["v"]), rates, **gates)
+        return Tokens(made["k"], self.values(made["v"]), rates, gates)
 
     def values(self, v: Tensor) -> Tensor:
         """Values `[B, T, H D]` as the fast weights take them, `[B, T, H, D]`."""

@@ -63,7 +63,7 @@ def lact_flops(config: LactConfig, length: int) -> Parts:
     width = d // heads
     hidden = int(width * config.inter_multi)
     rates = len(inner.updated) * inner.token_lr
-    gates = heads * (rates + inner.momentum + inner.retention + config.learnable_ttt_scale)
+    gates = heads * (rates + len(inner.gates) + config.learnable_ttt_scale)
     fast = training_flops(inner, Shapes(heads, width, width, hidden, length))
     if config.w0_w2_low_rank > 0:
         shapes = inner.network.shapes(width, width, (hidden,) * inner.network.hidden_layers)

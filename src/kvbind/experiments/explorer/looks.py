@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvbind import DepthwiseConv, InnerLoop, explain, inner_loss, linearize
 from kvbind.experiments.calls import Call
+from kvbind.inner.gates import GATES
 
 Look = dict[str, Any]
 """As the page's script reads it:
@@ -34,7 +35,7 @@ LEVELS = 127
 
 STEPS = (1, 2, 4, 8)
 
-NAMES = ("lr", "momentum", "retention", "update_tokens")
+NAMES = ("lr", *(gate.name for gate in GATES), "update_tokens")
 """The arguments of a call, besides its operands, that its linear attention depends on."""
 
 
@@ -51,7 +52,7 @@ def head_of(call: Call, head: int) -> Call:
         return x[:, :, head : head + 1] if isinstance(x, Tensor) else x
 
     rates = call.options.get("lr", 1.0)
-    options = {name: own(call.options.get(name)) for name in ("momentum", "retention")}
+    options = {name: own(call.options.get(name)) for name in call.spec.gates}
     options["lr"] = {name: own(x) for name, x in rates.items()} if isinstance(rates, Mapping) else own(rates)
     options["update_tokens"] = call.options.get("update_tokens")
     weights = {name: x[..., head : head + 1, :, :] for name, x in call.weights.items()}

@@ -1,0 +1,114 @@
+"""How a system is declared: a function that returns its value, the names it goes by, and its sources."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from kvbind.inner.spec import InnerLoop
+from kvbind.inner.value import nearest
+
+Make = TypeVar("Make", bound=Callable[..., InnerLoop])
+
+SYSTEMS: dict[str, Callable[[], InnerLoop]] = {}
+"""Every named system, with its published settings."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A publication.
+
+    Attributes:
+        arxiv: its identifier at arXiv; the first two digits are the year.
+        title: as published.
+        author: as BibTeX takes it; empty to cite by identifier and title.
+    """
+
+    arxiv: str
+    title: str
+    author: str = ""
+
+    def bibtex(self) -> str:
+        """Its BibTeX entry."""
+        author = f"  author = {{{self.author}}},\n" if self.author else ""
+        return (
+            f"@misc{{arxiv{self.arxiv},\n  title = {{{{{self.title}}}}},\n{author}  year = {{20{self.arxiv[:2]}}},\n"
+            f"  eprint = {{{self.arxiv}}},\n  archivePrefix = {{arXiv}},\n  url = {{https://arxiv.org/abs/{self.arxiv}}},\n}}"
+        )
+
+
+KV_BINDING = Source(
+    "2602.21204", "Test-Time Training with KV Binding Is Secretly Linear Attention", "Liu, Junchen and others"
+)
+
+SOURCES: dict[str, tuple[Source, ...]] = {}
+"""The sources of each named system."""
+
+
+def system(*sources: Source, **names: dict[str, Any]) -> Callable[[Make], Make]:
+    """Enter a function that returns an inner loop into `SYSTEMS`, under its own name.
+
+    Args:
+        sources: where it was published.
+        names: further names, each with the arguments that make it.
+    """
+
+    def enter(make: Make) -> Make:
+        SYSTEMS[make.__name__], SOURCES[make.__name__] = make, sources
+        for name, given in names.items():
+            SYSTEMS[name], SOURCES[name] = partial(make, **given), sources
+        return make
+
+    return enter
+
+
+def named(name: str) -> InnerLoop:
+    """The system of that name.
+
+    Raises:
+        ValueError: an unknown name; the message gives the nearest known one.
+    """
+    if name not in SYSTEMS:
+        raise ValueError(f"no system is named {name!r}{nearest(name, SYSTEMS)}; known: {', '.join(SYSTEMS)}")
+    return SYSTEMS[name]()
+
+
+SIZES = ("chunk", "refresh", "grid")
+"""Fields in which a system stays the same system."""
+
+
+def nearest_system(spec: InnerLoop) -> tuple[str, tuple[str, ...]]:
+    """The named system that differs from `spec` in the fewest fields, chunk lengths aside, and the fields."""
+    differing = {name: spec.differing(make()) for name, make in SYSTEMS.items()}
+    # sizes decide between systems that differ in nothing else
+    found = {name: tuple(field for field in fields if field not in SIZES) for name, fields in differing.items()}
+    best = min(found, key=lambda name: (len(found[name]), len(differing[name])))
+    return best, found[best]
+
+
+def cite(what: InnerLoop | str) -> str:
+    """BibTeX of what an inner loop comes from.
+
+    Args:
+        what: a named system, or any inner loop: then of the named system nearest to it, and where it differs from that one a
+            comment says in what.
+
+    Returns:
+        One entry for each source, that of the paper behind this library last.
+
+    Raises:
+        TypeError: neither a name nor an inner loop.
+        ValueError: an unknown name.
+    """
+    note = ""
+    if isinstance(what, str):
+        named(what)
+        name = what
+    elif isinstance(what, InnerLoop):
+        name, fields = nearest_system(what)
+        note = f"% nearest named system: {name}; differs in {', '.join(fields)}\n" if fields else f"% {name}\n"
+    else:
+        raise TypeError(f"what must be a kvbind.InnerLoop or the name of a system; got {type(what).__name__}")
+    return note + "\n\n".join(source.bibtex() for source in (*SOURCES[name], KV_BINDING))
