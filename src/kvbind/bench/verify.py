@@ -248,6 +248,14 @@ def cases(scale: Scale) -> list[Case | Piece]:
 
     views = Size(2, ragged, s.heads, s.width)
     add("LaCT view synthesis", systems.lact_nvs(), views, hidden=2 * s.width, update_tokens=slice(0, whole // 2))
+    wide = Size(2, small_chunk * 4, 1, 2 * s.width)
+    add(
+        "LaCT view synthesis, one wide head",
+        systems.lact_nvs(),
+        wide,
+        hidden=4 * s.width,
+        update_tokens=slice(0, 2 * small_chunk),
+    )
     image = Size(s.many, s.grid**2, s.heads, s.narrow)
     add("ViTTT, GLU", systems.vittt(), image)
     add("ViTTT, GLU, last layer", systems.vittt().replace(update="last"), image)

@@ -16,7 +16,7 @@ from kvbind.train.offload import HostMemory
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 _ATTENTION = ("_scaled_dot_product", "flex_attention")
-_CHEAP = {"layer_operands", "gated_output", "swiglu", "add_norm"}
+_CHEAP = {"layer_operands", "gated_output", "swiglu", "add_norm", "silu_unit", "token_conv"}
 """Kernels of this library without a matrix product."""
 
 
