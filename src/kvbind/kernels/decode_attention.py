@@ -5,8 +5,9 @@ exponentials and the values so weighted; a second launch joins the splits of eac
 
     m = max_s m_s        out = sum_s exp(m_s - m) acc_s / sum_s exp(m_s - m) l_s
 
-Bound by memory: keys and values are read once. Splits count from the earliest key that is seen, wherever in the ring it lies,
-so that a result does not depend on where that is, bit by bit. All arithmetic is in float32, with one rounding at the end.
+Bound by memory: keys and values are read once. Splits count from the earliest key that is seen, wherever in the ring it
+lies, so that a result does not depend on where that is, bit by bit. All arithmetic is in float32, with one rounding at the
+end.
 """
 
 from __future__ import annotations
