@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from kvbind.forms.api import Form, ttt
 from kvbind.forms.autocast import without_autocast
 from kvbind.forms.state import State
-from kvbind.forms.waiting import Waiting
+from kvbind.forms.tokens import Tokens
+from kvbind.forms.waiting import Waiting, read
 from kvbind.inner.gates import GATES
 from kvbind.inner.networks import DepthwiseConv, SwiGLU
 from kvbind.inner.spec import InnerLoop
@@ -26,6 +27,7 @@ from kvbind.layers.norm import RMSNorm
 from kvbind.layers.operands import Paths, make_operands, split_heads
 from kvbind.layers.plain import is_a_product, is_plain
 from kvbind.layers.rotary import Tables, rotary_tables
+from kvbind.layers.slots import Slots, Step
 from kvbind.layers.window_attention import halo_of, window_attention
 from kvbind.layers.writing import Writing
 from kvbind.sequence.exchanges import Exchanges
@@ -388,6 +390,41 @@ class LactLayer(nn.Module):
         after = keep_keys(kept, seen_k, seen_v, self.window_size, length, layout.lengths)
         return output, LactState(waiting, after, layout.after(seen, length))
 
+    def slots(self, state: LactState) -> Slots:
+        """Room for rows like those of a state, for `step`; nothing in it yet."""
+        settled, kept = state.fast, state.kept
+        held = {name: x for name, x in settled.tensors.items() if not name.startswith("pending.")}
+        heads, widths = self.num_lact_heads, (self.fast_width, self.fast_width)
+        k, v = (kept.keys.new_empty(1, heads, 1, width) for width in widths)
+        wide = k.new_empty(1, heads, 1, dtype=torch.promote_types(k.dtype, torch.float32))
+        like = Tokens(k, v, dict.fromkeys(self._inner.updated, wide), dict.fromkeys(self._inner.gates, wide))
+        return Slots(self._inner, self.window_size, held, kept, like)
+
+    def step(self, x: Tensor, tables: Tables, place: Step, slots: Slots) -> Tensor:
+        """Mix one more token of each row, and take it in where the rows are: `forward` without a shape that depends on them.
+
+        A chunk that the token completes is left to `kvbind.forms.waiting.completed`.
+
+        Args:
+            x: normalized input `[B, 1, d]`.
+            tables: the rotary tables of `place.positions`.
+            place: where the tokens go.
+            slots: where the rows are, which this changes.
+
+        Returns:
+            `[B, 1, d]`.
+        """
+        q, k, v = self._project(x)
+        q, k, fast_q, fast_k = make_operands(q, k, v, self.qk_scale, self.qk_offset, tables, self.paths)
+        mixed = slots.attend(place, q, k, split_heads(v, self.num_attn_heads)).flatten(2)
+        made = self._logits(x)
+        scale = made.pop("scale", None)
+        fast = read(self._inner, slots.weights, fast_q, fast_k)
+        tokens = self.writing.tokens({"k": fast_k, "v": v, **made})
+        slots.put(place, tokens.map(lambda y: y.transpose(1, 2)))
+        output: Tensor = self.o_proj(self._join(fast, scale, mixed))
+        return output
+
     def _join(self, fast: Tensor, scale: Tensor | None, mixed: Tensor) -> Tensor:
         """The fast weights' output `[B, T, H, D]`, normed and scaled, added to attention's `[B, T, H D]`."""
         if is_plain(self.ttt_norm, RMSNorm):
@@ -406,10 +443,12 @@ class LactLayer(nn.Module):
     ) -> tuple[Tensor, Waiting | None]:
         """Run the inner loop: outputs `[B, T, H, D]`, and its state where that is wanted; `made` as `Writing` takes it."""
         inner, writing = self._inner, self.writing
+        answer = None
         if state is not None and return_state and layout.lengths is None:
             found = state.waiting.read(inner, q, made, writing)
             if found is not None:
                 return found
+            answer = state.waiting.answer(inner, q, made["k"])
         before = None if state is None else state.fast
         weights, tokens = self.start_weights() if before is None else None, writing.tokens(made)
         if layout.lengths is None or not return_state:
@@ -420,7 +459,7 @@ class LactLayer(nn.Module):
                 inner, weights, q, tokens.k, tokens.v, lr=tokens.rates, **tokens.gates, state=before,
                 cu_seqlens=packed, form=self.form, sequence=shard,
             )  # fmt: skip
-            return output, Waiting.of(after) if return_state else None
+            return output if answer is None else answer, Waiting.of(after) if return_state else None
 
         real = torch.arange(q.shape[1], device=q.device) < torch.tensor(layout.lengths, device=q.device)[:, None]
         bounds = [0]
