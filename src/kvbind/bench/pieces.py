@@ -113,10 +113,12 @@ def pieces(tokens: int, heads: int, width: int) -> list[Piece]:
         y, h = add_layer_norm(x["stream"], x.get("delta"), norm)
         return (y, h) if "delta" in x else (h,)
 
-    def convolved(x: Leaves, _: torch.dtype) -> tuple[Tensor, ...]:
+    def convolved(x: Leaves, dtype: torch.dtype) -> tuple[Tensor, ...]:
         conv = nn.Conv2d(model, model, 3, padding=1, groups=model, device="meta")
         conv.__dict__["_parameters"] |= {name: x[name] for name in ("weight", "bias")}
-        return (add_convolution(x["image"], conv, (side, side)),)
+        # PyTorch's convolution takes operands of one dtype
+        with torch.autocast(x["image"].device.type, dtype=dtype, enabled=x["image"].dtype != x["weight"].dtype):
+            return (add_convolution(x["image"], conv, (side, side)),)
 
     def loss(x: Leaves, _: torch.dtype) -> tuple[Tensor, ...]:
         labels = torch.arange(2 * tokens, device=x["hidden"].device).view(2, tokens) % vocabulary

@@ -17,7 +17,7 @@ from kvbind.inner.value import check_choice, nearest
 
 T = TypeVar("T")
 
-RECOMPUTE = ("none", "block", "selective", "offload")
+RECOMPUTE = ("auto", "none", "block", "selective", "offload")
 """What `train.activation_checkpointing` can be."""
 
 _INDIFFERENT = {
@@ -80,7 +80,8 @@ class TrainConfig:
         tensorboard: also write TensorBoard's event files, where it is installed.
         activation_checkpointing: what is computed again in the backward pass, for memory: "none"; "block", everything but
             each block's input; "selective", everything but that and the outputs of matrix products, attention and kernels;
-            "offload", as "block", with the inputs in host memory.
+            "offload", as "block", with the inputs in host memory; "auto", on GPUs as many blocks as must be, as a batch
+            shows before the first step, and elsewhere none.
         graphs: replay steps as CUDA graphs: "auto", on one GPU, wherever they can be captured; "off"; "on", which on a CPU
             takes the same steps, on fixed buffers and with decisions of the device, without capturing them.
         parallel: over several processes.
@@ -105,7 +106,7 @@ class TrainConfig:
     keep: int = 2
     max_skipped: int = 10
     tensorboard: bool = False
-    activation_checkpointing: str = "none"
+    activation_checkpointing: str = "auto"
     graphs: str = "auto"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 

@@ -41,6 +41,7 @@ from kvbind.train.checkpoint import (
     restore_random_states,
 )
 from kvbind.train.config import TrainConfig
+from kvbind.train.memory import initial, keep_what_fits
 from kvbind.train.metrics import Metrics, Silence
 from kvbind.train.optimizer import learning_rate, make_optimizer
 from kvbind.train.parallel import Distributed, Layout, reshard
@@ -187,7 +188,7 @@ def _train(
     if average is not None:
         Distributed(average.module, task.blocks(average.module), layout, config, device, trained=False)
     evaluated = model if average is None else average.module
-    recompute(task.blocks(model), config.activation_checkpointing)
+    recomputed = recompute(task.blocks(model), initial(config.activation_checkpointing, device))
     together = Distributed(model.train(), task.blocks(model), layout, config, device)
     optimizer = make_optimizer(model, config)
     fastest = peak_rate(task, model, device)
@@ -217,6 +218,8 @@ def _train(
         restore_random_states(plain["random"], layout.data[0])
     batches = task.batches(done.position, share)
     step = Step(model, together, task, config, optimizer, average, batches, share, device)
+    if config.activation_checkpointing == "auto" and recomputed:
+        keep_what_fits(step, recomputed)
     last_saved = time.monotonic()
 
     with (
