@@ -123,13 +123,15 @@ def agreement_grids(record: dict[str, Any]) -> list[Grid]:
     loops = Grid("loops", title, ("system", "public code", "note", *numbers), tuple(rows), left=3)
 
     by_form = {(row["system"], row["form"]): row for row in record["rows"] if row["what"] == "kvbind"}
+    forms = list(dict.fromkeys(form for _, form in by_form))
     rows = []
     for system in dict.fromkeys(name for name, _ in by_form):
-        recurrent, automatic = by_form[system, "recurrent"], by_form[system, "auto"]
-        name = f"`{recurrent['function']}`"
-        rows.append((system, name, recurrent.get("skipped", ""), *cells(recurrent), *cells(automatic)))
-    title = "Largest relative differences between the library and the loops, in the recurrent form and in the automatic one"
-    header = ("system", "function", "not run, as", *numbers, *(f"{name}, auto" for name in numbers))
+        found = [by_form[system, form] for form in forms]
+        skipped = list(dict.fromkeys(row["skipped"] for row in found if "skipped" in row))
+        shown = [" / ".join(cells(row)) if row["form"] != "linearize" else " / ".join(cells(row)[::2]) for row in found]
+        rows.append((system, f"`{found[0]['function']}`", "; ".join(skipped), *shown))
+    title = "Largest relative differences between the library and the loops: output / state / gradients"
+    header = ("system", "function", "not run, as", *(f"`{form}`" for form in forms))
     return [loops, Grid("systems", title, header, tuple(rows), left=3)]
 
 

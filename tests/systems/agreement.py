@@ -80,7 +80,7 @@ def library_rows() -> Iterator[dict[str, Any]]:
     """The library beside the loops, in each of its forms."""
     for system in loops.SYSTEMS:
         adapter = by_kvbind.adapter(system)
-        for form in ("recurrent", "auto"):
+        for form in by_kvbind.FORMS:
             row = {"what": "kvbind", "system": system.name, "against": "loop", "function": f"kvbind.systems.{adapter.name}"}
             row |= {"form": form, "dtype": "float64"}
             missing = adapter.missing()
@@ -103,7 +103,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
 
-    planned = len(public_code.COMPARISONS) + len(repositories.RELEASED) + 2 * len(loops.SYSTEMS)
+    planned = len(public_code.COMPARISONS) + len(repositories.RELEASED) + len(by_kvbind.FORMS) * len(loops.SYSTEMS)
     about = {**provenance(torch.device("cpu"), PACKAGES), "config": {"seed": SEED}}
     rows = (row for part in (public_rows(), released_rows(options.repositories), library_rows()) for row in part)
     try:

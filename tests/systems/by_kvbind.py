@@ -22,8 +22,11 @@ MUON = NewtonSchulz(loops.VIEWS, dtype=torch.float64)
 
 BIAS = "{}.bias"
 """The name of a matrix's fast bias among weights."""
-SCALE, SHIFT = "head.scale", "head.shift"
-"""The names of a head's LayerNorm among weights; of a fast head, its gamma less 1 under SCALE."""
+GAMMA, BETA = "gamma", "beta"
+"""The names of a head's LayerNorm among weights."""
+
+FORMS = ("recurrent", "auto", "linearize")
+"""How the library runs each."""
 
 Operands = Mapping[str, Any]
 Outcome = tuple[Tensor, dict[str, Tensor]]
@@ -56,10 +59,22 @@ class Adapter:
 
 
 def ran(spec: InnerLoop, weights: Mapping[str, Tensor], q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Outcome:
-    """Outputs, and of the state the matrices that move with their momentum."""
+    """Outputs, and of the state weights and momentum; what a loop has no name for is not compared.
+
+    A third form beside those of `ttt` is "linearize": the linear attention that the inner loop is, which has no state.
+    """
+    if given.get("form") == "linearize":
+        return kvbind.linearize(
+            spec, weights, q, k, v, **{name: x for name, x in given.items() if name != "form"}
+        ).output(), {}
     output, state = kvbind.ttt(spec, weights, q, k, v, **given)
-    found = {name: state.weights[name] for name in spec.updated}
-    return output, found | {f"{name}.momentum": state.momentum[name] for name in spec.updated if spec.momentum}
+
+    def stored(name: str, x: Tensor) -> Tensor:
+        # a state holds vectors as matrices of one row
+        return x.squeeze(-2) if weights[name].dim() == 2 and x.dim() == 4 else x
+
+    momenta = {f"{name}.momentum": stored(name, x) for name, x in state.momentum.items()}
+    return output, {name: stored(name, x) for name, x in state.weights.items()} | momenta
 
 
 # linear recurrences
@@ -123,7 +138,7 @@ def momentum_delta(make: Callable[[], InnerLoop], x: Operands, settings: Operand
 def ttt(make: Callable[[], InnerLoop], x: Operands, settings: Operands, **options: Any) -> Outcome:
     spec = make()
     renamed = {name: BIAS.format(name.removesuffix("_bias")) if name.endswith("_bias") else name for name in x["weights"]}
-    weights = {renamed[name]: w for name, w in x["weights"].items()} | {SCALE: x["ln_weight"], SHIFT: x["ln_bias"]}
+    weights = {renamed[name]: w for name, w in x["weights"].items()} | {GAMMA: x["ln_weight"], BETA: x["ln_bias"]}
     output, state = ran(spec, weights, x["q"], x["k"], x["v"], lr=x["lr"], read_rate=x["reader"], **options)
     return output, {ours: state[name] for ours, name in renamed.items()}
 
@@ -137,7 +152,9 @@ def titans(make: Callable[[], InnerLoop], x: Operands, settings: Operands, **opt
     """Their loss has no 1/2, and alpha is what is lost."""
     spec = make().replace(network=network(settings), refresh=settings["batch"])
     given = {"lr": 2 * x["theta"], "momentum": x["eta"], "retention": 1 - x["alpha"]}
-    return ran(spec, x["weights"], x["q"], x["k"], x["v"], **given, **options)
+    output, state = ran(spec, x["weights"], x["q"], x["k"], x["v"], **given, **options)
+    # tokens of a batch that is not complete wait in the state, where the loop's has them in already
+    return output, {} if x["q"].shape[1] % settings["batch"] else state
 
 
 def titans_pytorch(make: Callable[[], InnerLoop], x: Operands, settings: Operands, **options: Any) -> Outcome:
@@ -164,10 +181,9 @@ def titans_pytorch(make: Callable[[], InnerLoop], x: Operands, settings: Operand
 
     given = {"lr": longer(2 / x["v"].shape[3] * x["lr"])}
     given |= {"momentum": by_token(x["momentum"]), "retention": by_token(1 - x["decay"])}
-    weights = {SCALE if name == "gamma" else name: w for name, w in x["weights"].items()}
     q, k, v = longer(x["q"], front=True), longer(x["k"]), longer(x["v"])
-    output, state = ran(spec, weights, q, k, v, **given, **options)
-    return output[:, 1:], {name.replace(SCALE, "gamma"): y for name, y in state.items()}
+    output, state = ran(spec, x["weights"], q, k, v, **given, **options)
+    return output[:, 1:], state
 
 
 def atlas(make: Callable[[], InnerLoop], x: Operands, settings: Operands, **options: Any) -> Outcome:
@@ -212,17 +228,21 @@ def zipmap(make: Callable[[], InnerLoop], x: Operands, settings: Operands, **opt
 def tttlrm(make: Callable[[], InnerLoop], x: Operands, settings: Operands, **options: Any) -> Outcome:
     spec = make().replace(orthogonalize=MUON, chunk=settings["chunk"])
     if "strength" in settings:
-        anchor = kvbind.Anchor(
-            importance="squared", inverse=True, memory=0.5, follow=0.8, strength=settings["strength"], detach=("later",)
-        )
-        spec = spec.replace(anchor=anchor)
+        peak = "batch" if settings["joint"] else "head"
+        spec = spec.replace(
+            anchor=kvbind.Anchor(
+                importance="square", weight="rest", follow=0.8, strength=settings["strength"], peak=peak,
+                detach=("importance", "follow"),
+            )
+        )  # fmt: skip
     return ran(spec, x["weights"], x["q"], x["k"], x["v"], lr=dict(x["lr"]), **options)
 
 
 def elastic(make: Callable[[], InnerLoop], x: Operands, settings: Operands, **options: Any) -> Outcome:
     follow = {"fixed": 1.0, "copy": 0.0, "average": 0.5}[settings["anchor"]]
+    importance = {"update": "absolute", "squared": "square", "path": "drift"}[settings["importance"]]
     spec = make()
-    anchor = spec.anchor.replace(importance=settings["importance"], follow=follow, memory=0.5, strength=0.5)
+    anchor = spec.anchor.replace(importance=importance, follow=follow, start=0.0)
     spec = spec.replace(orthogonalize=MUON, chunk=settings["chunk"], visibility=settings["sees"], anchor=anchor)
     return ran(spec, x["weights"], x["q"], x["k"], x["v"], lr=dict(x["lr"]), **options)
 
@@ -243,6 +263,8 @@ ADAPTERS = {
     "titans/titans-pytorch": Adapter("titans", titans_pytorch, FIELDS),
     "atlas": Adapter("atlas", atlas, FIELDS),
     "simple_gla": Adapter("simple_gla", recurrence),
+    "retnet": Adapter("retnet", recurrence),
+    "mamba2": Adapter("mamba2", recurrence),
     "gla": Adapter("gla", recurrence),
     "delta_net": Adapter("delta_net", recurrence),
     "gated_delta_net": Adapter("gated_delta_net", recurrence, FIELDS),

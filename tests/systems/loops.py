@@ -301,6 +301,11 @@ def gated_linear_attention(
     return tokens(rows), {"out": s}
 
 
+def retention_of_retnet(heads: int) -> Tensor:
+    """RetNet's constant decay by head, `1 - 2^(-5-h)`."""
+    return 1 - 2.0 ** (-5 - torch.arange(heads, dtype=torch.float64))
+
+
 def delta_rule(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -705,6 +710,18 @@ def draw_more(base: Draw, more: Callable[[Source, dict[str, Any]], dict[str, Any
 T = 21
 """Tokens of a linear recurrence."""
 
+draw_retnet = draw_more(
+    draw_recurrence(T, beta=False, decay=False), lambda source, _: {"decay": retention_of_retnet(H).expand(B, T, H)}
+)
+
+
+def draw_mamba2(source: Source) -> dict[str, Any]:
+    """Values `dt x`, gates `exp(-A dt)`."""
+    found = draw_recurrence(T, beta=False, decay=False)(source)
+    dt = F.softplus(source.normal(B, T, H) - 1)
+    return {**found, "v": dt[..., None] * found["v"], "decay": (-source.between(0.1, 2.0, H) * dt).exp()}
+
+
 draw_gdn2 = draw_more(
     draw_recurrence(T, key_decay=True, beta=False),
     lambda source, _: {"erase": source.between(0.0, 1.0, B, T, H, D), "write": source.between(0.0, 1.0, B, T, H, D)},
@@ -751,8 +768,9 @@ SYSTEMS = [
     System("ttt_linear", ttt, draw_ttt(48, None), {"predict": biased_linear}),
     System("ttt_linear/partial mini-batch", ttt, draw_ttt(41, None), {"predict": biased_linear}),
     System("ttt_mlp", ttt, draw_ttt(32, 4 * D), {"predict": biased_mlp}),
-    System("titans/linear", titans, draw_titans(T, None), {"predict": linear, "batch": 8}),
-    System("titans/MLP", titans, draw_titans(T, 2 * D), {"predict": SILU, "batch": 8}),
+    System("titans/linear", titans, draw_titans(24, None), {"predict": linear, "batch": 8}),
+    System("titans/linear, partial batch", titans, draw_titans(T, None), {"predict": linear, "batch": 8}),
+    System("titans/MLP", titans, draw_titans(24, 2 * D), {"predict": SILU, "batch": 8}),
     System("titans/MLP, batch 1", titans, draw_titans(10, 2 * D), {"predict": GELU, "batch": 1}),
     System(
         "titans/titans-pytorch, batch of two chunks",
@@ -775,6 +793,8 @@ SYSTEMS = [
     System("atlas/linear", atlas, draw_atlas(18, 2, None), {"predict": linear, "window": 3, "batch": 6}),
     System("atlas/MLP", atlas, draw_atlas(12, 2, 5), {"predict": SILU, "window": 4, "batch": 6}),
     System("simple_gla", gated_linear_attention, draw_recurrence(T, beta=False)),
+    System("retnet", gated_linear_attention, draw_retnet),
+    System("mamba2", gated_linear_attention, draw_mamba2),
     System("gla", gated_linear_attention, draw_recurrence(T, beta=False, key_decay=True)),
     System("delta_net", delta_rule, draw_recurrence(T, decay=False)),
     System("gated_delta_net", delta_rule, draw_recurrence(T)),
@@ -793,6 +813,7 @@ SYSTEMS = [
     System("tttlrm/full", tttlrm, draw_lact(15), {"chunk": 15}),
     System("tttlrm/ar", tttlrm, draw_lact(15), {"chunk": 5}),
     System("tttlrm/anchor", tttlrm, draw_lact(15), {"chunk": 5, "strength": 0.05, "joint": False}),
+    System("tttlrm/anchor, one max", tttlrm, draw_lact(15), {"chunk": 5, "strength": 0.05, "joint": True}),
     *(
         System(
             f"elastic_lact/{importance}, {anchor}",
@@ -806,8 +827,3 @@ SYSTEMS = [
     System("in_place_ttt", in_place_ttt, draw_in_place(22), {"lr": 0.3, "chunk": 6}),
 ]
 """Every system, small."""
-
-
-def retention_of_retnet(heads: int) -> Tensor:
-    """RetNet's constant decay by head, `1 - 2^(-5-h)`."""
-    return 1 - 2.0 ** (-5 - torch.arange(heads, dtype=torch.float64))

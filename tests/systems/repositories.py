@@ -436,7 +436,7 @@ def view_family() -> list[Released]:
     for name, window in (("zipmap", None), ("zipmap/streaming", 5)):
         system = of(name)
         found.append(Released(name, ZIPMAP, FAST, system.run, lambda s, x, w=window: zipmap(s, x, w), system.draw))
-    for name, strength in (("tttlrm/ar", 0.0), ("tttlrm/anchor", 0.05)):
+    for name, strength in (("tttlrm/ar", 0.0), ("tttlrm/anchor, one max", 0.05)):
 
         def joint(x: Mapping[str, Any], strength: float = strength) -> tuple[Tensor, dict[str, Tensor]]:
             output, state = loops.tttlrm(**x, chunk=5, strength=strength, joint=True)
