@@ -87,7 +87,10 @@ def library_rows() -> Iterator[dict[str, Any]]:
             if missing:
                 yield row | {"skipped": missing}
                 continue
-            yield row | apart(adapter.run(system, form=form), system.run, system.draw(Source(SEED)))
+            try:
+                yield row | apart(adapter.run(system, form=form), system.run, system.draw(Source(SEED)))
+            except Exception as error:  # a table says what does not work, too
+                yield row | {"skipped": f"{form} failed: {type(error).__name__}: {error}", "failed": True}
 
 
 def shown(row: dict[str, Any]) -> str:
@@ -95,7 +98,7 @@ def shown(row: dict[str, Any]) -> str:
     return f"{row['system']}: {row['against']} {row['function']}: {row.get('skipped', numbers)}"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="How far loops, public code and the library are from each other.")
     parser.add_argument("--out", type=Path, help="a JSON file to write results, machine, versions and command to")
     parser.add_argument("--repositories", type=Path, help="a folder of clones, OWNER/NAME, whose code is run")
@@ -113,7 +116,8 @@ def main() -> None:
                 print(shown(record["rows"][-1]), flush=True)
     except subprocess.CalledProcessError as error:
         sys.exit(f"--repositories: {error.stderr.strip() or error}")
+    return int(any("failed" in row for row in record["rows"]))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
