@@ -83,9 +83,15 @@ class Waiting:
         if self.make is not None and not self.make.same_as(make):
             return Waiting.of(self.settled()).read(spec, q, made, make)
         state, count = self.state, self.count + q.shape[1]
-        if spec.visibility != "past" or not state.has_room or q.shape[0] != state.batch or not q.shape[1]:
+        if (
+            spec.visibility != "past"
+            or "refresh" in spec.extensions
+            or not state.has_room
+            or q.shape[0] != state.batch
+            or not q.shape[1]
+        ):
             return None
-        if not state.spec.same_as(spec) or max(state.pending_lengths) + count >= (spec.chunk or 0):
+        if not state.spec.same_as(spec) or max(state.pending_lengths) + count >= spec.room + 1:
             return None
         with without_autocast(q.device.type):
             read = made["k"] if spec.query == "key" else q
