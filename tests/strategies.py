@@ -7,7 +7,19 @@ from dataclasses import dataclass, field
 import torch
 from hypothesis import strategies as st
 
-from kvbind import GLU, MLP, DepthwiseConv, InnerLoop, Linear, NewtonSchulz, SwiGLU
+from kvbind import (
+    GLU,
+    MLP,
+    Anchor,
+    DepthwiseConv,
+    InnerLoop,
+    LayerNormHead,
+    Linear,
+    NewtonSchulz,
+    Retention,
+    SwiGLU,
+    Window,
+)
 from kvbind.inner import LANGUAGE_COEFFICIENTS, VIEWS_COEFFICIENTS
 
 NETWORKS = [
@@ -22,8 +34,8 @@ NETWORKS = [
 
 
 @st.composite
-def specs(draw, visibilities=("past", "chunk", "token", "full"), networks=NETWORKS, **fixed):
-    """Any valid inner loop; `fixed` fields keep their value."""
+def specs(draw, visibilities=("past", "chunk", "token", "full"), networks=NETWORKS, valid=True, **fixed):
+    """Any valid inner loop; `fixed` fields keep their value. Unless `valid`, fields that may exclude each other."""
     visibility = draw(st.sampled_from(visibilities))
     network = draw(st.sampled_from(networks))
     chunk = None if visibility == "full" else draw(st.sampled_from([1, 2, 3, 5, 8]))
@@ -44,7 +56,71 @@ def specs(draw, visibilities=("past", "chunk", "token", "full"), networks=NETWOR
         "orthogonalize": NewtonSchulz(coefficients, torch.float64) if shaping == "orthogonalize" else None,
         "clip": shaping == "clip",
     }
-    return InnerLoop(network=network, chunk=chunk, visibility=visibility, **(fields | fixed))
+    fields = {"network": network, "chunk": chunk, "visibility": visibility} | fields | fixed
+    return InnerLoop(**fields) if valid else fields
+
+
+HEADS = [LayerNormHead(residual, where, 1e-3) for residual in (True, False) for where in ("both", "loss", "read")]
+HEADS += [LayerNormHead(True, "both", 1e-3, fast=True), LayerNormHead(False, "loss", 1e-3, fast=True)]
+
+ANCHORS = [
+    Anchor(),
+    Anchor(importance="absolute", strength=0.3, follow=1.0, start=1e-3),
+    Anchor(importance="square", weight="rest", decay=0.4, strength=0.2, follow=0.8),
+    Anchor(follow=0.3, detach=("importance", "start")),
+    Anchor(importance="square", weight="rest", strength=0.2, detach=("importance", "follow")),
+]
+
+
+@st.composite
+def general_specs(draw, visibilities=("past", "chunk", "token", "full"), **fixed):
+    """Any valid inner loop with fields beyond the six lines on whole chunks, several at once."""
+    networks = [
+        *NETWORKS,
+        *(Linear(bias=bias, head=draw(st.sampled_from([None, *HEADS]))) for bias in (True, False)),
+        MLP("tanh", bias=True, head=draw(st.sampled_from([None, *HEADS]))),
+        MLP("silu", 2, bias=draw(st.booleans()), head=draw(st.sampled_from(HEADS))),
+    ]
+    spec = draw(specs(visibilities=visibilities, networks=networks, valid=False))
+    if spec["visibility"] == "full":
+        spec["chunk"] = draw(st.sampled_from([None, 2, 3]))
+    retention = draw(
+        st.sampled_from([False, True, *(Retention(p, o) for p in ("head", "key") for o in ("after", "before"))])
+    )
+    changes = {
+        "retention": retention,
+        "refresh": draw(
+            st.sampled_from([None, None, "call", *([] if spec["chunk"] is None else [n * spec["chunk"] for n in (2, 3)])])
+        ),
+        "erase": draw(st.booleans()),
+        "writes": draw(st.sampled_from([1, 1, 2, 3])),
+        "read_rate": draw(st.sampled_from([False, False, True])),
+        "step_rate": draw(st.booleans()),
+        "window": draw(st.sampled_from([1, 1, 2, 3, Window(2, "update"), Window(3, "update")])),
+        "anchor": draw(st.sampled_from([None, None, *ANCHORS])),
+        "detach_norms": draw(st.booleans()),
+    }
+    # what few others go with comes first now and then
+    first = draw(st.sampled_from([None, None, "read_rate", "writes", "retention"]))
+    if first == "read_rate" and "token" in visibilities:
+        spec |= {"visibility": "token", "chunk": spec["chunk"] or 2}
+        changes |= {"read_rate": True}
+    elif first == "writes" and spec["visibility"] != "full":
+        spec |= {"chunk": 1, "query": "query"}
+        changes |= {"writes": draw(st.sampled_from([2, 3])), "refresh": None}
+    elif first == "retention":
+        spec |= {"network": draw(st.sampled_from([Linear(), GLU()]))}
+    # fields that exclude each other: the later one gives way
+    found = InnerLoop(**(spec | {"network": Linear(), "orthogonalize": None, "clip": False, "normalize": False, "steps": 1}))
+    found = found.replace(momentum=False, retention=False)
+    whole = draw(st.permutations([*changes, *(name for name in spec if name not in changes)]))
+    for name in [name for name in (first,) if name] + whole:
+        value = (spec | changes)[name]
+        try:
+            found = found.replace(**{name: value})
+        except ValueError:
+            continue
+    return found.replace(**fixed)
 
 
 @st.composite
@@ -75,40 +151,49 @@ class Operands:
 
     def span(self, start, stop):
         """The call's tokens from start to stop."""
-        cut = slice(start, stop)
-        rates = self.options["lr"]
+        tokens, rates = self.q.shape[1], self.options["lr"]
+
+        def cut(x):
+            # a token may have several rows
+            each = x.shape[1] // tokens if tokens else 1
+            return x[:, start * each : None if stop is None else stop * each]
+
         options = {
-            **{name: x[:, cut] for name, x in self.options.items() if name != "lr"},
-            "lr": {name: x[:, cut] for name, x in rates.items()} if isinstance(rates, dict) else rates[:, cut],
+            **{name: cut(x) for name, x in self.options.items() if name != "lr"},
+            "lr": {name: cut(x) for name, x in rates.items()} if isinstance(rates, dict) else cut(rates),
         }
-        return Operands(self.weights, self.q[:, cut], self.k[:, cut], self.v[:, cut], options)
+        return Operands(self.weights, cut(self.q), cut(self.k), cut(self.v), options)
 
 
 def operands(spec, batch=2, tokens=7, heads=2, key_width=3, value_width=4, hidden=5, seed=0, dtype=torch.float64, rate=0.3):
     """Random operands that fit `spec`; rates by matrix, gates in (0.2, 1)."""
     g = torch.Generator().manual_seed(seed)
-    if isinstance(spec.network, DepthwiseConv):
+    head = spec.network.output_head
+    if isinstance(spec.network, DepthwiseConv) or (head is not None and head.residual):
         key_width = value_width
+    rows = tokens * spec.writes
 
     def normal(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
-    def gate():
-        return (0.2 + 0.8 * torch.rand(batch, tokens, heads, generator=g, dtype=torch.float64)).to(dtype)
+    def gate(*shape):
+        return (0.2 + 0.8 * torch.rand(*(shape or (batch, tokens, heads)), generator=g, dtype=torch.float64)).to(dtype)
 
     weights = {
         name: x.to(dtype)
         for name, x in spec.network.initial(heads, key_width, value_width, hidden, generator=g, dtype=torch.float64).items()
     }
-    options = {"lr": {name: rate * gate() for name in spec.updated}}
-    if spec.momentum:
-        options["momentum"] = gate()
-    if spec.retention:
-        options["retention"] = gate()
+    weights |= {name: weights[name] + 0.3 * normal(*weights[name].shape) for name in spec.network.vectors}
+    options = {"lr": {name: rate * gate(batch, rows, heads) for name in spec.updated}}
+    for name, declared in spec.gates.items():
+        if declared.writes == "itself":
+            options[name] = 0.5 * normal(batch, rows, heads, key_width)
+        else:
+            options[name] = gate(batch, tokens, heads, *([key_width] if declared.per == "key" else []))
     q, k, v = (
         normal(batch, tokens, heads, key_width),
-        normal(batch, tokens, heads, key_width),
-        normal(batch, tokens, heads, value_width),
+        normal(batch, rows, heads, key_width),
+        normal(batch, rows, heads, value_width),
     )
     return Operands(weights, q, k, v, options)
 

@@ -14,7 +14,22 @@ if TYPE_CHECKING:
     from kvbind.forms.api import inner_loss, ttt
     from kvbind.forms.linearize import LinearAttention, linearize
     from kvbind.forms.state import State
-    from kvbind.inner import GLU, MLP, DepthwiseConv, InnerLoop, Linear, Network, NewtonSchulz, SwiGLU, cite, systems
+    from kvbind.inner import (
+        GLU,
+        MLP,
+        Anchor,
+        DepthwiseConv,
+        InnerLoop,
+        LayerNormHead,
+        Linear,
+        Network,
+        NewtonSchulz,
+        Retention,
+        SwiGLU,
+        Window,
+        cite,
+        systems,
+    )
     from kvbind.models.lact.sharding import shard_batch
     from kvbind.sequence import SequenceShard, count_bytes, sequence_parallel
 
@@ -26,17 +41,21 @@ except PackageNotFoundError:
 __all__ = [
     "GLU",
     "MLP",
+    "Anchor",
     "DepthwiseConv",
     "Explanation",
     "InnerLoop",
+    "LayerNormHead",
     "Linear",
     "LinearAttention",
     "Network",
     "NewtonSchulz",
     "NoParallelFormError",
+    "Retention",
     "SequenceShard",
     "State",
     "SwiGLU",
+    "Window",
     "cite",
     "count_bytes",
     "explain",

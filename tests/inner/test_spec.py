@@ -78,7 +78,7 @@ def test_an_edit_is_a_copy():
         ({"chunk": 0}, ValueError, "chunk must be an int of at least 1; got 0"),
         ({"chunk": 2.0}, TypeError, "chunk must be an int"),
         ({"chunk": None}, ValueError, "chunk must be an int of at least 1 under visibility='past'; got None"),
-        ({"visibility": "full"}, ValueError, "chunk must be None under visibility='full'"),
+        ({"visibility": "full", "network": DepthwiseConv()}, ValueError, "DepthwiseConv needs chunk=None"),
         ({"clip": True, "orthogonalize": NewtonSchulz()}, ValueError, "exclude each other"),
         ({"network": DepthwiseConv()}, ValueError, "DepthwiseConv needs visibility='full'"),
         (

@@ -91,7 +91,7 @@ CLAIMS = (
     Claim("orthogonalization", "a polynomial maps each update's write", lambda s: s.orthogonalize is not None),
     Claim("weight normalization", "a decay on value channels, on the data's own terms", lambda s: bool(s.normalize)),
     Claim("clipping", "a factor on each update's value channels", lambda s: s.clip),
-    Claim("retention", "a decay of the whole state", lambda s: s.retention),
+    Claim("retention", "a decay of the whole state", lambda s: "retention" in s.gates),
     Claim("squared error", "values are what the state does not predict yet", lambda s: s.loss == "squared"),
     Claim("gated linear unit", "gates on values and outputs", lambda s: isinstance(s.network, GLU)),
     Claim("depthwise convolution", "sliding-window attention per channel", lambda s: isinstance(s.network, DepthwiseConv)),

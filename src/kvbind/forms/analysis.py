@@ -46,7 +46,7 @@ def parallel_obstacles(spec: InnerLoop) -> tuple[Obstacle, ...]:
     trained part is one ungated matrix and no orthogonalization or clipping acts on the update: the delta rule, which the
     WY representation makes parallel.
     """
-    found = []
+    found = extension_obstacles(spec)
     if spec.update == "all" and spec.network.theta:
         names = " and ".join(spec.network.theta)
         reason = f"the features of each chunk depend on every earlier chunk through the updated {names}, nonlinearly"
@@ -71,6 +71,46 @@ def parallel_obstacles(spec: InnerLoop) -> tuple[Obstacle, ...]:
             reason = "its gradient reads the state through a gate that differs from channel to channel"
             found.append(Obstacle("loss", spec.loss, reason, {"loss": "dot"}))
     return tuple(found)
+
+
+NOT_YET = "it has no parallel form yet"
+
+_REASONS: dict[str, str] = {
+    "erase": f"the residual reads at a key of its own; {NOT_YET}",
+    "writes": f"a token writes several times; {NOT_YET}",
+    "read_rate": f"a token sees a share of its span's writes; {NOT_YET}",
+    "step_rate": f"it scales each update after all else; {NOT_YET}",
+    "retention": f"decays per key channel or before the gradient take other operands; {NOT_YET}",
+    "refresh": f"gradients are renewed less often than writes are made; {NOT_YET}",
+    "window": f"each write is made of the tokens of several; {NOT_YET}",
+    "chunk": f"several writes before anything is read; {NOT_YET}",
+    "network.bias": f"a bias has writes of its own; {NOT_YET}",
+    "anchor": "the pull towards the anchor is a product with an importance that the state itself has made",
+}
+
+
+def extension_obstacles(spec: InnerLoop) -> list[Obstacle]:
+    """What of `spec.extensions`, and of a network that applies itself, keeps it from a parallel form."""
+    edits: dict[str, Any] = {
+        "erase": False, "writes": 1, "read_rate": False, "step_rate": False, "retention": True, "refresh": None, "window": 1,
+        "chunk": None, "anchor": None,
+    }  # fmt: skip
+    found = []
+    network = spec.network
+    if not network.applies_itself:
+        reason = f"{type(network).__name__} has an apply of its own, of which nothing is known"
+        found.append(Obstacle("network", network, reason, {"network": Linear()}))
+    for name, value in spec.extensions.items():
+        reason = _REASONS.get(name, "")
+        if name == "network.head":
+            in_loss = value.where != "read" and spec.loss == "squared"
+            reason = "the slope of its normalization reads the state" if in_loss else f"outputs pass through it; {NOT_YET}"
+        if name.startswith("network."):
+            plain = {field: default for field, default in (("bias", False), ("head", None)) if hasattr(network, field)}
+            found.append(Obstacle(name, value, reason, {"network": network.replace(**plain)}))
+        else:
+            found.append(Obstacle(name, value, reason, {name: edits[name]}))
+    return found
 
 
 class NoParallelFormError(ValueError):
@@ -216,15 +256,15 @@ def training_flops(spec: InnerLoop, shapes: Shapes, written: int | None = None) 
         raise ValueError(f"written must be None unless visibility is 'full'; got {written} under {spec.visibility!r}")
     if written is not None and not 0 <= written <= tokens:
         raise ValueError(f"written must be from 0 to the number of tokens, {tokens}; got {written}")
-    if spec.chunk is None:
+    if spec.visibility == "full" or spec.chunk is None:
         seen = tokens if written is None else written
-        updates = int(seen > 0)
+        updates = -(-seen // (spec.chunk or max(seen, 1)))
     elif spec.visibility == "past":
         updates = (tokens - 1) // spec.chunk
         seen = updates * spec.chunk
     else:
         seen, updates = tokens, -(-tokens // spec.chunk)
-    parts = work(spec, shapes)
+    parts, seen = work(spec, shapes), seen * spec.writes * (1 if spec.sums_updates else spec.window_size)
     return 3 * (tokens * parts.read + seen * parts.write + updates * parts.orthogonalize)
 
 
@@ -235,22 +275,27 @@ def cost(spec: InnerLoop, shapes: Shapes) -> Cost:
     sizes = {name: math.prod(shape) for name, shape in dims.items()}
     chunk = min(spec.chunk or shapes.tokens, shapes.tokens)
     parts = work(spec, shapes)
+    vectors = network.vector_shapes(shapes.key_width, shapes.value_width, (shapes.hidden,) * network.hidden_layers)
+    sizes |= {name: math.prod(shape) for name, shape in vectors.items()}
     updated = sum(sizes[name] for name in spec.updated)
-    channels = sum(math.prod(dims[name]) // math.prod(dims[name][a] for a in network.input_axes) for name in spec.updated)
-    gates = len(spec.gates)
+    matrices = [name for name in spec.updated if name in dims]
+    channels = sum(math.prod(dims[name]) // math.prod(dims[name][a] for a in network.input_axes) for name in matrices)
+    # numbers per token; those of keys are as many as a key has channels
+    gates = sum(shapes.key_width if gate.per == "key" else 1 for gate in spec.gates.values())
     rates = len(spec.updated) * spec.token_lr
     width, itemsize = shapes.key_width + shapes.value_width, shapes.dtype.itemsize
-    pending = (chunk - 1) * (width * itemsize + 4 * (len(spec.updated) + gates)) if spec.chunk else 0
+    token = width * itemsize + 4 * (len(spec.updated) + gates)
+    pending = (chunk - 1) * token if spec.chunk else 0
+    if "refresh" in spec.extensions and spec.visibility != "full":
+        pending = spec.room * token
+    earlier, per_write = spec.window_size - 1, spec.writes * (1 if spec.sums_updates else spec.window_size)
+    pending += 0 if spec.sums_updates else earlier * chunk * 4 * (width + len(spec.updated) + spec.erase * shapes.key_width)
+    kept = spec.momentum + (spec.normalize == "read") + 2 * (spec.anchor is not None) + spec.sums_updates * earlier
     return Cost(
-        flops_per_token=parts.read + parts.write + parts.orthogonalize / chunk,
-        orthogonalize_flops_per_token=parts.orthogonalize / chunk,
+        flops_per_token=parts.read + per_write * parts.write + spec.writes * parts.orthogonalize / chunk,
+        orthogonalize_flops_per_token=spec.writes * parts.orthogonalize / chunk,
         bytes_per_token=2 * h * width * itemsize + 4 * h * (rates + gates),
-        state_bytes=h
-        * (
-            4 * (sum(sizes.values()) + updated * (spec.momentum + (spec.normalize == "read")))
-            + 4 * channels * bool(spec.normalize)
-            + pending
-        ),
+        state_bytes=h * (4 * (sum(sizes.values()) + updated * kept) + 4 * channels * bool(spec.normalize) + pending),
     )
 
 

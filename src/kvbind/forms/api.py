@@ -15,12 +15,13 @@ from kvbind.forms.analysis import NoParallelFormError, explain, parallel_obstacl
 from kvbind.forms.autocast import without_autocast
 from kvbind.forms.finite import guarded
 from kvbind.forms.parallel import parallel
-from kvbind.forms.recurrent import chunk_update, chunks, recurrent
+from kvbind.forms.recurrent import Chunk, chunks, last_share, recurrent, seen_weights, write
 from kvbind.forms.sharded import sharded
 from kvbind.forms.state import State
 from kvbind.forms.validation import LearningRate, Operands, check_operands, check_shard
 from kvbind.inner.gates import given_gates
 from kvbind.inner.losses import loss_value
+from kvbind.inner.rule import set_off
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice
 from kvbind.kernels import direct
@@ -39,6 +40,10 @@ def ttt(
     lr: LearningRate = 1.0,
     momentum: Tensor | None = None,
     retention: Tensor | None = None,
+    log_retention: Tensor | None = None,
+    erase: Tensor | None = None,
+    read_rate: Tensor | None = None,
+    step_rate: Tensor | None = None,
     state: State | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     update_tokens: slice | Tensor | None = None,
@@ -61,14 +66,22 @@ def ttt(
             `[C, 3, 3]`, `C = H * D`; packed sequences: `B` counts them). May be None where `state` is given, whose
             weights are then the ones that count.
         q: queries `[B, T, H, Dk]`; under `query="key"` only their shape and dtype matter.
-        k: keys `[B, T, H, Dk]`.
+        k: keys `[B, T, H, Dk]`; with `spec.writes` n above 1 `[B, T n, H, Dk]`, those of a token side by side, and likewise
+            values, rates and `erase`.
         v: values `[B, T, H, Dv]`.
-        lr: learning rate: a number, `[B, T, H]`, or a dict of these by updated matrix.
+        lr: learning rate: a number, `[B, T, H]`, or a dict of these by updated matrix. Biases and a head's gamma take that
+            of their matrix unless they are named.
         momentum: per-token gate `[B, T, H]`, averaged over each chunk; exactly when `spec.momentum`.
-        retention: per-token gate `[B, T, H]` in (0, 1], averaged over each chunk; exactly when `spec.retention`.
+        retention: per-token gate in (0, 1], `[B, T, H]`, or `[B, T, H, Dk]` per key channel, averaged over each chunk;
+            exactly when `spec.retention`.
+        log_retention: its logarithm in its place, of the same shape.
+        erase: keys `[B, T, H, Dk]` at which residuals read; exactly when `spec.erase`.
+        read_rate: per-token gate `[B, T, H]`; exactly when `spec.read_rate`.
+        step_rate: per-token gate `[B, T, H]`, averaged over each chunk; exactly when `spec.step_rate`.
         state: what an earlier call returned, to go on from where it stopped.
         cu_seqlens: `[n + 1]` boundaries of sequences packed into one row (`B = 1`); nothing crosses them.
-        update_tokens: for `visibility="full"`, a slice or a bool mask (`[T]` or `[B, T]`) of the tokens that write.
+        update_tokens: a slice or a bool mask (`[T]` or `[B, T]`) of the tokens that write; all are read. A chunk without
+            any leaves all as it is.
         form: "recurrent", "parallel", or "auto": the parallel form where there is one and more than one chunk to run it
             on, else the recurrent one.
         sequence: q, k and v, rates and gates are this rank's slice of a row that is cut over ranks, all of which call with
@@ -84,7 +97,13 @@ def ttt(
         TypeError, ValueError: an argument that does not fit; the message names it.
         NoParallelFormError: `form="parallel"`, or a `sequence` with `schedule="scan"`, for an inner loop that has none.
     """
-    gates, key = given_gates(momentum=momentum, retention=retention), None
+    gates, key = (
+        given_gates(
+            {"retention": log_retention}, momentum=momentum, retention=retention, erase=erase, read_rate=read_rate,
+            step_rate=step_rate,
+        ),
+        None,
+    )  # fmt: skip
     if state is None and cu_seqlens is None and update_tokens is None and sequence is None and direct.is_eager():
         # a call like an earlier one needs no checks: all that they look at is in the key
         key = planned.key_of(spec, weights, q, k, v, lr, gates, form)
@@ -93,10 +112,15 @@ def ttt(
             return kind.planned(weights, q, k, v, lr, gates)
     check_choice("form", form, ("auto", "recurrent", "parallel"))
     if sequence is not None:
-        cu_seqlens = check_shard(spec, sequence, q, state, cu_seqlens)
+        cu_seqlens = check_shard(spec, sequence, q, state, cu_seqlens, update_tokens)
     call = check_operands(spec, weights, q, k, v, lr, gates, state, cu_seqlens, update_tokens)
     if form == "parallel" and parallel_obstacles(spec):
         raise NoParallelFormError(explain(spec))
+    if form == "parallel" and idles(spec, call):
+        raise ValueError(
+            f"form='parallel' takes no update_tokens under visibility={spec.visibility!r}; form='auto' runs the "
+            f"recurrent form"
+        )
     if key is not None and weights is not None:
         kind = kind or planned.learn(key, spec, call, lr, weights, form)
         if kind.planned is not None:
@@ -107,6 +131,11 @@ def ttt(
         else:
             output, state = sharded(spec, call, sequence, form, partial(run, form=form))
     return output.transpose(1, 2).to(q.dtype), state
+
+
+def idles(spec: InnerLoop, call: Operands) -> bool:
+    """Whether some tokens of causal chunks do not write, for which the recurrent form alone is made."""
+    return spec.visibility != "full" and (call.tokens.mask is not None or "pending.mask" in call.state.tensors)
 
 
 def chosen_form(spec: InnerLoop, form: Form, tokens: int) -> Literal["recurrent", "parallel"]:
@@ -122,7 +151,9 @@ def _evaluate(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, Stat
 
     Packed sequences of different lengths come here only where `fused.takes_packed` says so.
     """
-    form = chosen_form(spec, form, call.state.pending_lengths[0] + len(call.tokens))
+    if idles(spec, call):
+        return guarded(recurrent, spec, call.q.to(call.state.dtype), call.tokens, call.state)
+    form = chosen_form(spec, form, call.state.pending_lengths[0] + call.q.shape[2])
     kernels = fused.engine(spec, call, form)
     if kernels is not None:
         return kernels(spec, call)
@@ -133,7 +164,9 @@ def _evaluate(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, Stat
 def run(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, State]:
     """Run a call, sequences of equal length and equally many pending tokens together."""
     lengths, total = call.state.pending_lengths, call.q.shape[2]
-    together = call.cu_seqlens is None or fused.takes_packed(spec, call, chosen_form(spec, form, total))
+    together = call.cu_seqlens is None or (
+        not idles(spec, call) and fused.takes_packed(spec, call, chosen_form(spec, form, total))
+    )
     if len(set(lengths)) == 1 and together:
         return _evaluate(spec, call, form)
 
@@ -147,12 +180,12 @@ def run(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, State]:
     states, order = [], []
     for members in groups.values():
 
-        def take(x: Tensor, members: list[int] = members) -> Tensor:
+        def take(x: Tensor, rows: int = 1, members: list[int] = members) -> Tensor:
             if packed:
-                return torch.cat([x[:, :, bounds[i] : bounds[i + 1]] for i in members])
+                return torch.cat([x[:, :, rows * bounds[i] : rows * bounds[i + 1]] for i in members])
             return x[members]
 
-        part = Operands(take(call.q), call.tokens.map(take), call.state[members], None)
+        part = Operands(take(call.q), call.tokens.map(partial(take, rows=spec.writes)), call.state[members], None)
         output, after = _evaluate(spec, part, form)
         outputs |= dict(zip(members, output.split(1), strict=True))
         states.append(after)
@@ -171,6 +204,10 @@ def inner_loss(
     lr: LearningRate = 1.0,
     momentum: Tensor | None = None,
     retention: Tensor | None = None,
+    log_retention: Tensor | None = None,
+    erase: Tensor | None = None,
+    step_rate: Tensor | None = None,
+    read_rate: Tensor | None = None,
     update_tokens: slice | Tensor | None = None,
     at: Literal["before", "after"] = "after",
 ) -> Tensor:
@@ -184,6 +221,10 @@ def inner_loss(
         lr: as `ttt` takes it.
         momentum: as `ttt` takes it.
         retention: as `ttt` takes it.
+        log_retention: as `ttt` takes it.
+        erase: as `ttt` takes it; the loss of a residual that reads there is `1/2 ||f(e) - v||^2`.
+        step_rate: as `ttt` takes it.
+        read_rate: as `ttt` takes it; the weights after a chunk are those that its last token sees.
         update_tokens: as `ttt` takes it.
         at: the loss at the weights after the chunk's own update ("after", all `spec.steps` of them), or before it.
 
@@ -195,17 +236,29 @@ def inner_loss(
         TypeError, ValueError: an argument that does not fit; the message names it.
     """
     check_choice("at", at, ("before", "after"))
-    gates = given_gates(momentum=momentum, retention=retention)
-    call = check_operands(spec, weights, k, k, v, lr, gates, None, None, update_tokens)
-    parts = [call.tokens] if spec.visibility == "full" else [c.tokens for c in chunks(spec, call.tokens, None)]
-    fast = call.state.fast
+    gates = given_gates(
+        {"retention": log_retention}, momentum=momentum, retention=retention, erase=erase, read_rate=read_rate,
+        step_rate=step_rate,
+    )  # fmt: skip
+    # nothing is read, at as many tokens as there are
+    q = k[:, :: spec.writes] if isinstance(spec, InnerLoop) and isinstance(k, Tensor) and k.dim() == 4 else k
+    call = check_operands(spec, weights, q, k, v, lr, gates, None, None, update_tokens)
+    whole = Chunk(call.tokens.span(0, 0), call.tokens, slice(0, q.shape[1]), complete=True)
+    parts = [whole] if spec.chunk is None else chunks(spec, call.tokens, None)
+    fast = point = set_off(spec, call.state.fast)
     losses = []
     with without_autocast(k.device.type):
         for part in parts:
-            after = chunk_update(spec, fast, part)
-            at_weights = after.weights if at == "after" else fast.weights
+            if part.renews:
+                point = fast
+            tokens = part.own
+            after = write(spec, fast, tokens, point.weights)
+            at_weights = seen_weights(spec, after, tokens) if at == "after" else fast.weights
             dtype = at_weights["out"].dtype
-            loss = loss_value(spec.loss, spec.network.apply(at_weights, part.k.to(dtype)), part.v.to(dtype))
-            losses.append(part.mean(loss))
+            read = tokens.gates.get("erase", tokens.k)
+            loss = loss_value(spec.loss, spec.network.predict(at_weights, read.to(dtype)), tokens.v.to(dtype))
+            losses.append(tokens.mean(loss))
             fast = after
-    return torch.stack([x for x in losses if x is not None], dim=-1)
+            if spec.read_rate and part.closes:
+                fast = set_off(spec, fast, last_share(tokens, fast.weights["out"]))
+    return torch.stack(losses, dim=-1)

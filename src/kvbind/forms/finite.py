@@ -106,14 +106,16 @@ def guarded(form: Form, spec: InnerLoop, q: Tensor, tokens: Tokens, state: State
     read_wrong = ~q.isfinite().all(-1)
     output, after = form(spec, q.masked_fill(read_wrong[..., None], 0.0), cleaned, started)
 
+    per_token = spec.writes
     written = wrong if tokens.mask is None or isinstance(spec.network, DepthwiseConv) else wrong & tokens.mask
     if isinstance(spec.network, DepthwiseConv):
         read_wrong = read_wrong.any(-1, keepdim=True)
     if pending is not None:
         written = torch.cat((_clean_tokens(pending)[1], written), dim=2)
+    written = written.unflatten(2, (-1, per_token)).any(-1) if per_token > 1 else written
     sees = begun_wrong | read_wrong | _seen(spec, written, old, q.shape[2])
     total = written.shape[2]
-    complete = total if spec.chunk is None else total // spec.chunk * spec.chunk
+    complete = total if spec.visibility == "full" or spec.span is None else total // spec.span * spec.span
     ends_wrong = begun_wrong[..., 0] | written[:, :, :complete].any(-1)
     return spoilt(output, sees[..., None]), _spoilt_state(spec, after, ends_wrong, written[:, :, complete:])
 
@@ -123,7 +125,8 @@ def _clean_tokens(tokens: Tokens) -> tuple[Tokens, Tensor]:
     wrong = ~(tokens.k.isfinite().all(-1) & tokens.v.isfinite().all(-1))
     for x in (*tokens.rates.values(), *tokens.gates.values()):
         if isinstance(x, Tensor):
-            wrong = wrong | ~x.isfinite()
+            finite = x.isfinite()
+            wrong = wrong | ~(finite.all(-1) if x.dim() > 3 else finite)
     cleaned = replace(tokens, mask=None).map(lambda x: x.masked_fill(as_factor(wrong, x), 0.0))
     return replace(cleaned, mask=tokens.mask), wrong
 
@@ -141,7 +144,7 @@ def _clean_state(state: State, pending: Tokens | None) -> tuple[State, Tensor]:
 
 def _seen(spec: InnerLoop, wrong: Tensor, old: int, queries: int) -> Tensor:
     """Which queries `[B, H, T]` see a wrong token, of writers `[B, H, old + T]`."""
-    if spec.chunk is None:
+    if spec.visibility == "full" or spec.chunk is None:
         return wrong.any(-1, keepdim=True).expand(*wrong.shape[:2], queries)
     if spec.visibility == "token":
         return wrong.cummax(-1).values[..., old:]
@@ -157,7 +160,7 @@ def _spoilt_state(spec: InnerLoop, state: State, wrong: Tensor, waiting: Tensor)
     """A state with NaN in the fast weights of some sequences and heads `[B, H]`, and in the keys of pending tokens."""
     tensors = dict(state.tensors)
     for name in spec.updated:
-        for full in (f"weights.{name}", f"momentum.{name}", f"accumulated.{name}"):
+        for full in [f"{part}.{name}" for part in ("weights", "momentum", "accumulated", "window", "anchor", "importance")]:
             if full in tensors:
                 tensors[full] = spoilt(tensors[full], as_factor(wrong, tensors[full]))
     if "pending.k" in tensors and waiting.shape[-1]:

@@ -79,6 +79,9 @@ def takes_packed(spec: InnerLoop, call: Operands, form: str) -> bool:
 def operands_fit(call: Operands) -> bool:
     """Whether kernels run on a call's device and dtypes at all."""
     q, tokens = call.q, call.tokens
+    if call.state.spec.extensions:
+        # kernels are of the six lines on whole chunks
+        return False
     if not runs_on(q.device) or q.dtype not in DTYPES or len({q.dtype, tokens.k.dtype, tokens.v.dtype}) > 1:
         return False
     return call.state.dtype == torch.float32 and q.numel() > 0

@@ -21,7 +21,7 @@ from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import LearningRate, check_operands
 from kvbind.inner.gates import decays, given_gates
 from kvbind.inner.losses import descent_direction
-from kvbind.inner.networks import DepthwiseConv, gated
+from kvbind.inner.networks import DepthwiseConv, Network, gated
 from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.rule import FastWeights, apply_update, channel_norm, gradient, rescale, shape_update
 from kvbind.inner.spec import InnerLoop
@@ -359,6 +359,17 @@ def linearize(
         update_tokens = mask
     gates = given_gates(momentum=momentum, retention=retention)
     call = check_operands(spec, weights, q, k, v, lr, gates, None, None, update_tokens)
+    network = spec.network
+    own = [name for name in ("read", "write") if getattr(type(network), name) is not getattr(Network, name)]
+    if not network.applies_itself or (own and not isinstance(network, DepthwiseConv)):
+        raise ValueError(
+            f"spec's network must be one whose apply is features, last layer, gate and head, which is linear attention; "
+            f"{type(network).__name__} has {' and '.join(own) or 'an apply'} of its own"
+        )
+    if spec.extensions:
+        raise ValueError(f"spec must have no {', '.join(spec.extensions)} for linearize, which knows nothing of it yet")
+    if call.tokens.mask is not None and spec.visibility != "full":
+        raise ValueError("update_tokens must be None for linearize unless visibility='full'")
     with without_autocast(q.device.type):
         return _linearize(spec, call.q.to(call.state.dtype), call.tokens, call.state.fast)
 
@@ -379,7 +390,7 @@ def _linearize(spec: InnerLoop, q: Tensor, tokens: Tokens, fast: FastWeights) ->
         entered = chunk.complete or spec.visibility == "chunk"
         if spec.visibility == "past" or own_parts:
             if own_parts:
-                each = prefix_updates(spec, fast, chunk)
+                each = prefix_updates(spec, fast, chunk, fast.weights)
                 _note_read(spec, note, each.weights, queries.unsqueeze(-2))
                 partials.append(_partial(spec, fast, each, chunk))
             else:
@@ -449,7 +460,7 @@ def _partial(spec: InnerLoop, fast: FastWeights, each: FastWeights, chunk: Chunk
         else:
             # the weights that line 6 rescales are those of the same rule without it
             plain = FastWeights(fast.weights, fast.momentum, {})
-            before = prefix_updates(spec.replace(normalize=False), plain, chunk).weights["out"]
+            before = prefix_updates(spec.replace(normalize=False), plain, chunk, plain.weights).weights["out"]
         rescaling = rescale(spec.network, before, fast.norms["out"].unsqueeze(2)).squeeze(-2)
     return Partial(momentum, retention, rescaling)
 

@@ -33,6 +33,8 @@ def takes(spec: InnerLoop, call: Operands) -> bool:
         return False
     if call.q.device.type != "cpu" or runs_on(call.q.device) or not spec.text:
         return False
+    if "pending.mask" in call.state.tensors or (call.tokens.mask is not None and spec.visibility != "full"):
+        return False
     # of a state whose pending tokens have another dtype, the next one's dtypes depend on how many there are
     held, given = call.state.tensors, call.tokens.spread().tensors()
     return all(held[f"pending.{name}"].dtype == x.dtype for name, x in given.items() if f"pending.{name}" in held)
@@ -53,14 +55,14 @@ def run(spec: InnerLoop, call: Operands, form: str) -> tuple[Tensor, State]:
         spec.text, form, list(pending), bounds, ",".join(tensors), ",".join(names), list(tensors.values())
     )
     lengths = (call.q.shape[2],) * len(pending) if bounds is None else tuple(b - a for a, b in pairwise(bounds))
-    left = tuple((old + n) % spec.chunk if spec.chunk else 0 for old, n in zip(pending, lengths, strict=True))
+    left = tuple((old + n) % (spec.room + 1) for old, n in zip(pending, lengths, strict=True))
     return output, State(spec, dict(zip(names, after, strict=True)), left)
 
 
 def _result_names(spec: InnerLoop, call: Operands) -> list[str]:
     """The names of the tensors in the state after a call."""
     names = [name for name in call.state.tensors if not name.startswith("pending.")]
-    if spec.chunk is not None and spec.chunk > 1:
+    if spec.room:
         names += [f"pending.{name}" for name in call.tokens.spread().tensors()]
     return names
 
@@ -135,7 +137,7 @@ def _(
     for name in results.split(","):
         part, _, rest = name.partition(".")
         if part == "pending":
-            x, room = named[rest], (spec.chunk or 1) - 1
+            x, room = named[rest], spec.room
             found.append(x.new_empty((len(pending), x.shape[1], room, *x.shape[3:])))
         else:
             found.append(torch.empty_like(named[STATE + name], memory_format=torch.contiguous_format))

@@ -111,7 +111,7 @@ def segment(
     own_included = spec.visibility != "past"
     seen = states[:, :, 1:] if own_included else states
     if own_included and len(rest):
-        seen = torch.cat((seen, chunk_update(spec, end, rest).weights["out"].unsqueeze(2)), dim=2)
+        seen = torch.cat((seen, chunk_update(spec, end, rest, end.weights).weights["out"].unsqueeze(2)), dim=2)
 
     features, outputs = early[0] if early else network.features(weights, q), []
     head = min(size - kept, new) if kept else 0

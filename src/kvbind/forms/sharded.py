@@ -109,7 +109,7 @@ def _ring(spec: InnerLoop, call: Operands, exchanges: Exchanges, run: Run) -> tu
     if place.before:
         blank = _roomy(spec, first.state, first.tokens)
         tensors = dict(zip(sorted(blank.tensors), exchanges.receive(_in_order(blank)), strict=True))
-        first = replace(first, state=State(spec, tensors, (place.before % spec.chunk,) * blank.batch))
+        first = replace(first, state=State(spec, tensors, (place.before % (spec.room + 1),) * blank.batch))
     output, state = run(spec, first)
     if others is None and place.last > shard.rank:
         exchanges.send(_in_order(state))

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from kvbind.files import parse_json, read_tensors, shortened
 from kvbind.forms.tokens import Tokens
+from kvbind.inner.gates import Gate
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 
@@ -59,10 +60,11 @@ class State:
 
     Attributes:
         spec: the inner loop that this is a state of.
-        tensors: by dotted name: "weights.M", "momentum.M", "norms.M", "accumulated.M" `[B, H, in, out]`, those that the
-            inner loop has, in float32 (float64 for float64 inputs); and, where it has chunks of two tokens or more,
-            "pending.k", "pending.v" `[B, H, chunk - 1, D]`, "pending.rates.M" and "pending.G" of each gate G
-            `[B, H, chunk - 1]`.
+        tensors: by dotted name: "weights.M", "momentum.M", "norms.M", "accumulated.M", "anchor.M", "importance.M"
+            `[B, H, in, out]` and "window.M" or "window.k", ... (`FastWeights`), those that the inner loop has, in float32
+            (float64 for float64 inputs); and, where `spec.room`, the most tokens that can be pending, is not 0, "pending.k",
+            "pending.v" `[B, H, room, D]`, "pending.rates.M" and "pending.G" of each gate G `[B, H, room]`, and where some
+            of the tokens do not write "pending.mask" `[B, 1, room]`.
         pending_lengths: how many of the pending places each sequence fills; the rest are zeros.
     """
 
@@ -73,12 +75,9 @@ class State:
     @staticmethod
     def of(spec: InnerLoop, fast: FastWeights, pending: Tokens | None, length: int) -> State:
         """A state of sequences that all have `length` tokens pending, or none, with `pending` any tokens like theirs."""
-        tensors = {f"weights.{name}": x for name, x in fast.weights.items()}
-        tensors |= {f"momentum.{name}": x for name, x in fast.momentum.items()}
-        tensors |= {f"norms.{name}": x for name, x in fast.norms.items()}
-        tensors |= {f"accumulated.{name}": x for name, x in fast.accumulated.items()}
-        if pending is not None and spec.chunk is not None and spec.chunk > 1:
-            batch, room = tensors["weights.out"].shape[0], spec.chunk - 1
+        tensors = {f"{part}.{name}": x for part, group in fast.parts().items() if part in KEPT for name, x in group.items()}
+        if pending is not None and spec.room:
+            batch, room = tensors["weights.out"].shape[0], spec.room
             kept = pending.padded(room) if length else pending.blank(batch, room)
             tensors |= {f"pending.{name}": x for name, x in kept.tensors().items()}
         return State(spec, tensors, (length,) * tensors["weights.out"].shape[0])
@@ -105,7 +104,7 @@ class State:
     @property
     def fast(self) -> FastWeights:
         """Everything but the pending tokens, as the update rule takes it."""
-        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "momentum": {}, "norms": {}, "accumulated": {}}
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in KEPT}
         for name, x in self.tensors.items():
             part, _, rest = name.partition(".")
             if part in parts:
@@ -136,6 +135,19 @@ class State:
 
     def append(self, tokens: Tokens) -> State:
         """This state with more tokens of every sequence pending, which complete no chunk."""
+        if tokens.mask is not None or "pending.mask" in self.tensors:
+            return self._masked()._append(tokens.masked())
+        return self._append(tokens)
+
+    def _masked(self) -> State:
+        """This state with a mask of its pending tokens, of which all write where there was none."""
+        if "pending.mask" in self.tensors:
+            return self
+        keys = self.tensors["pending.k"]
+        ones = torch.ones(self.batch, 1, keys.shape[2], dtype=torch.bool, device=keys.device)
+        return State(self.spec, dict(self.tensors) | {"pending.mask": ones}, self.pending_lengths)
+
+    def _append(self, tokens: Tokens) -> State:
         lengths, more = self.pending_lengths, len(tokens)
 
         def put(held: Tensor, x: Tensor, length: int) -> Tensor:
@@ -189,6 +201,9 @@ class State:
         other = next((state.spec for state in states if not state.spec.same_as(first.spec)), None)
         if other is not None:
             raise ValueError(f"states must be of one inner loop; theirs differ in {', '.join(first.spec.differing(other))}")
+        if any("pending.mask" in state.tensors for state in states):
+            states = [state._masked() for state in states]
+            first = states[0]
         tensors = {name: torch.cat([state.tensors[name] for state in states]) for name in first.tensors}
         return State(first.spec, tensors, tuple(n for state in states for n in state.pending_lengths))
 
@@ -229,6 +244,9 @@ class State:
         """
         spec, held = self.spec, self.tensors
         needed = _shapes_of(spec, held, len(self.pending_lengths))
+        mask = held.get("pending.mask")
+        if mask is not None and "pending.k" in needed:
+            needed["pending.mask"] = [len(self.pending_lengths), 1, spec.room]
         if differing := sorted(needed.keys() ^ held.keys()):
             found = "lacks" if differing[0] in needed else "has"
             raise ValueError(
@@ -239,6 +257,8 @@ class State:
             x = held[name]
             if list(x.shape) != shape:
                 raise ValueError(f"a state's {name!r} must be {shape}, as its other tensors are; got {list(x.shape)}")
+            if name == "pending.mask" and x.dtype == torch.bool:
+                continue
             if x.dtype not in _DTYPES or not (name.startswith("pending.") or x.dtype == fast):
                 raise ValueError(
                     f"a state's {name!r} must be floating point, and all fast weights alike, here {fast}; got {x.dtype}"
@@ -252,6 +272,9 @@ class State:
         size = sum(x.numel() * x.element_size() for x in self.tensors.values())
         return f"State({self.batch} sequences, {size / self.batch / 1024:.1f} KiB each, of {self.spec!r})"
 
+
+KEPT = ("weights", "momentum", "norms", "accumulated", "window", "anchor", "importance")
+"""The parts of `FastWeights` that a state keeps; the rest is of a span that has begun, whose tokens are pending."""
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What a state may be held in: what `ttt` returns, and what it may have been moved to."""
@@ -276,24 +299,37 @@ def _shapes_of(spec: InnerLoop, tensors: Mapping[str, Tensor], batch: int) -> di
     matrices = {
         name: [batch, heads, *shape] for name, shape in network.shapes(keys, values, network.hidden_widths(weights)).items()
     }
+    vectors = network.vector_shapes(keys, values, network.hidden_widths(weights))
     channels = {name: list(shape) for name, shape in matrices.items()}
     for shape in channels.values():
         for axis in network.input_axes:
             shape[axis] = 1
-    needed = {f"weights.{name}": shape for name, shape in matrices.items()}
+    each = matrices | {name: [batch, heads, 1, *shape] for name, shape in vectors.items()}
+    needed = {f"weights.{name}": shape for name, shape in each.items()}
     if spec.momentum:
-        needed |= {f"momentum.{name}": matrices[name] for name in spec.updated}
+        needed |= {f"momentum.{name}": each[name] for name in spec.updated}
     if spec.normalize:
-        needed |= {f"norms.{name}": channels[name] for name in spec.updated}
+        needed |= {f"norms.{name}": channels[name] for name in spec.updated if name in channels}
     if spec.normalize == "read":
-        needed |= {f"accumulated.{name}": matrices[name] for name in spec.updated}
+        needed |= {f"accumulated.{name}": each[name] for name in spec.updated}
+    if spec.anchor is not None:
+        needed |= {f"{part}.{name}": each[name] for part in ("anchor", "importance") for name in spec.updated}
+
+    def of_tokens(group: str, room: int, gates: Mapping[str, Gate]) -> dict[str, list[int]]:
+        places = [batch, heads, room]
+        shapes = {"k": [*places, keys], "v": [*places, values]} | {f"rates.{name}": places for name in spec.updated}
+        shapes |= {name: [*places, keys] if gate.per == "key" else places for name, gate in gates.items()}
+        return {f"{group}.{name}": shape for name, shape in shapes.items()}
+
+    earlier = spec.window_size - 1
+    if earlier and spec.sums_updates:
+        needed |= {f"window.{name}": [*each[name][:2], earlier, *each[name][2:]] for name in spec.updated}
+    elif earlier:
+        of_keys = {name: gate for name, gate in spec.gates.items() if gate.chunk == "own"}
+        needed |= of_tokens("window", earlier * (spec.chunk or 1), of_keys)
     # the state before a sequence's first token has no places yet
-    if spec.chunk is not None and spec.chunk > 1 and any(name.startswith("pending.") for name in tensors):
-        gates = [f"rates.{name}" for name in spec.updated]
-        gates += spec.gates
-        places = [batch, heads, spec.chunk - 1]
-        needed |= {"pending.k": [*places, keys], "pending.v": [*places, values]}
-        needed |= {f"pending.{name}": places for name in gates}
+    if spec.room and any(name.startswith("pending.") for name in tensors):
+        needed |= of_tokens("pending", spec.room, spec.gates)
     return needed
 
 

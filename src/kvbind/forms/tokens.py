@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbind.inner.gates import GATES
+from kvbind.inner.gates import DECLARED, GATES
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Tokens:
         k: keys `[B, H, T, Dk]`, in the dtype they came in.
         v: values `[B, H, T, Dv]`.
         rates: learning rate by matrix name, a number or `[B, H, T]`.
-        gates: per-token gates `[B, H, T]` by name, those that the inner loop asks for (`InnerLoop.gates`).
+        gates: gates `[B, H, T]`, or `[B, H, T, Dk]` per key channel, by name, those that the inner loop asks for
+            (`InnerLoop.gates`).
         mask: which tokens write, bool `[B, 1, T]`, or None where all do.
     """
 
@@ -57,8 +58,17 @@ class Tokens:
         }
         return replace(self, rates=rates)
 
+    def of_keys(self) -> dict[str, Tensor]:
+        """What belongs to keys alone, by name, with rates that are zero for tokens that do not write."""
+        tokens = self.spread()
+        own = {name: gate for name, gate in tokens.gates.items() if DECLARED[name].chunk == "own"}
+        rates = {f"rates.{name}": rate for name, rate in tokens.rates.items() if isinstance(rate, Tensor)}
+        if self.mask is not None:
+            rates = {name: rate * self.mask for name, rate in rates.items()}
+        return {"k": tokens.k, "v": tokens.v, **own, **rates}
+
     def append(self, later: Tokens) -> Tokens:
-        """These tokens, then `later`, which has the same gates."""
+        """These tokens, then `later`, which has the same gates; where one of both has a mask, all of the other write."""
         return Tokens.cat((self, later))
 
     @staticmethod
@@ -67,8 +77,16 @@ class Tokens:
         parts = [part for part in parts if len(part)] or parts[:1]
         if len(parts) == 1:
             return parts[0]
+        if any(part.mask is not None for part in parts):
+            parts = [part.masked() for part in parts]
         named = [part.spread().tensors() for part in parts]
         return Tokens.of({name: torch.cat([tensors[name] for tensors in named], dim=2) for name in named[0]})
+
+    def masked(self) -> Tokens:
+        """These tokens with a mask, of which all write where there was none."""
+        if self.mask is not None:
+            return self
+        return replace(self, mask=torch.ones(self.k.shape[0], 1, len(self), dtype=torch.bool, device=self.k.device))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by dotted name: "k", "v", the gates by their own, "mask" where there is one, "rates.M"."""
@@ -82,7 +100,8 @@ class Tokens:
             name.removeprefix("rates."): x for name, x in tensors.items() if name.startswith("rates.")
         }
         gates = {gate.name: tensors[gate.name] for gate in GATES if gate.name in tensors}
-        return Tokens(tensors["k"], tensors["v"], rates, gates, tensors.get("mask"))
+        mask = tensors.get("mask")
+        return Tokens(tensors["k"], tensors["v"], rates, gates, None if mask is None else mask.bool())
 
     def padded(self, length: int) -> Tokens:
         """These tokens with every rate a tensor, zero-padded to `length`."""
@@ -99,6 +118,9 @@ class Tokens:
             "k": self.k.new_zeros(batch, heads, length, self.k.shape[3]),
             "v": self.v.new_zeros(batch, heads, length, self.v.shape[3]),
         }
+        per_key = {name: gate for name, gate in self.gates.items() if gate.dim() > 3}
+        zeros |= {name: gate.new_zeros(batch, heads, length, gate.shape[3]) for name, gate in per_key.items()}
+        dtypes = {name: dtype for name, dtype in dtypes.items() if name not in per_key}
         for dtype in dict.fromkeys(dtypes.values()):
             names = [name for name, its in dtypes.items() if its == dtype]
             together = self.k.new_zeros(len(names), batch, heads, length, dtype=dtype)
@@ -114,10 +136,11 @@ class Tokens:
         return columns
 
     def mean(self, gate: Tensor) -> Tensor:
-        """The mean of a per-token gate over the tokens that write, `[B, H, T]` to `[B, H]`."""
+        """The mean of a gate over the tokens that write, `[B, H, T]` to `[B, H]`, or with channels behind both."""
         if self.mask is None:
             return gate.mean(2)
-        return (gate * self.mask).sum(2) / self.mask.sum(2).clamp(min=1)
+        mask = self.mask.reshape(*self.mask.shape, *(1,) * (gate.dim() - 3))
+        return (gate * mask).sum(2) / mask.sum(2).clamp(min=1)
 
 
 def as_factor(gate: Tensor, matrix: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens, as_factor
+from kvbind.inner.gates import DECLARED
 from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
@@ -60,10 +61,18 @@ def check_operands(
     if not isinstance(spec, InnerLoop):
         raise TypeError(f"spec must be a kvbind.InnerLoop; got {type(spec).__name__}")
     check_qkv(spec, q, k, v)
-    batch, length, heads, key_width = k.shape
+    batch, length, heads, key_width = q.shape
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.promote_types(v.dtype, torch.float32))
     bounds = check_cu_seqlens(cu_seqlens, batch, length)
     sequences = batch if bounds is None else len(bounds) - 1
+    if bounds is not None and spec.anchor is not None and spec.anchor.peak == "batch":
+        raise ValueError("cu_seqlens must be None where an anchor takes its peak over the batch (peak='batch')")
+    tokens = Tokens(
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        check_rates(spec, lr, k.shape[:3], dtype),
+        check_gates(spec, gates, q.shape, dtype),
+    )
 
     if state is None:
         if weights is None:
@@ -71,7 +80,8 @@ def check_operands(
         fast = {
             name: x.to(dtype) for name, x in check_weights(spec, weights, sequences, heads, key_width, v.shape[-1]).items()
         }
-        state = State.of(spec, FastWeights.start(spec, fast), None, 0)
+        slides = spec.window_size > 1 and not spec.sums_updates
+        state = State.of(spec, FastWeights.start(spec, fast, tokens.of_keys() if slides else None), None, 0)
     else:
         check_state(spec, state, sequences, k, v)
         if weights is not None:
@@ -80,19 +90,18 @@ def check_operands(
         if x.device != q.device:
             raise ValueError(f"weights and state must be on q's device, {q.device}; {name} is on {x.device}")
 
-    tokens = Tokens(
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        check_rates(spec, lr, k.shape[:3], dtype),
-        check_gates(spec, gates, k.shape[:3], dtype),
-    )
     read = k if spec.query == "key" else q
     tokens = choose_update_tokens(spec, tokens, update_tokens, bounds)
     return Operands(read.transpose(1, 2), tokens, state, bounds)
 
 
 def check_shard(
-    spec: InnerLoop, shard: SequenceShard, q: Tensor, state: State | None, cu_seqlens: Tensor | Sequence[int] | None
+    spec: InnerLoop,
+    shard: SequenceShard,
+    q: Tensor,
+    state: State | None,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    update_tokens: slice | Tensor | None = None,
 ) -> tuple[int, ...] | None:
     """A slice of a row: what it excludes, and the boundaries of its documents where the row is packed."""
     if not isinstance(shard, SequenceShard):
@@ -101,10 +110,17 @@ def check_shard(
         raise ValueError("state must be None beside sequence: where a slice starts from is on the rank before it")
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens must be None beside sequence, whose cu_seqlens are those of the whole row")
+    if update_tokens is not None:
+        raise ValueError("update_tokens must be None beside sequence: all tokens of a row that is cut over ranks write")
     if isinstance(q, Tensor) and q.dim() == 4 and q.shape[1] != shard.here.length:
         raise ValueError(
             f"q, k and v must have the {shard.here.length} tokens of rank {shard.rank}'s slice; got {q.shape[1]}"
         )
+    for name in ("refresh", "writes", "window", "anchor"):
+        if name in spec.extensions:
+            raise ValueError(
+                f"sequence takes no inner loop with {name}={spec.extensions[name]!r}, which is not cut over ranks"
+            )
     if spec.visibility == "chunk" and spec.chunk is not None and any(shard.pending(spec.chunk)):
         raise ValueError(
             f"sequence's slices must end between chunks under visibility='chunk', whose tokens see the end of their chunk; "
@@ -125,7 +141,12 @@ def check_qkv(spec: InnerLoop, q: Tensor, k: Tensor, v: Tensor) -> None:
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device, {q.device}; got {x.device}")
     for axis, what in ((0, "batch"), (1, "token"), (2, "head"), (3, "channel")):
-        if q.shape[axis] != k.shape[axis]:
+        if q.shape[axis] * (spec.writes if axis == 1 else 1) != k.shape[axis]:
+            if axis == 1 and spec.writes > 1:
+                raise ValueError(
+                    f"k must have {spec.writes} rows for each token of q, as the inner loop has writes={spec.writes}; got q "
+                    f"{list(q.shape)} and k {list(k.shape)}"
+                )
             raise ValueError(f"q and k must have equal {what} counts; got q {list(q.shape)} and k {list(k.shape)}")
         if axis < 3 and v.shape[axis] != k.shape[axis]:
             raise ValueError(f"v and k must have equal {what} counts; got v {list(v.shape)} and k {list(k.shape)}")
@@ -133,6 +154,9 @@ def check_qkv(spec: InnerLoop, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"q, k and v must have at least one sequence, head and channel; got q {list(q.shape)}, v {list(v.shape)}"
         )
+    head = spec.network.output_head
+    if head is not None and head.residual and q.shape[3] != v.shape[3]:
+        raise ValueError(f"a head with residual=True needs Dk = Dv; got Dk = {q.shape[3]} and Dv = {v.shape[3]}")
     if isinstance(spec.network, DepthwiseConv) and q.shape[3] != v.shape[3]:
         raise ValueError(f"DepthwiseConv needs Dk = Dv; got Dk = {q.shape[3]} and Dv = {v.shape[3]}")
 
@@ -173,29 +197,33 @@ def check_weights(
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights must be a dict of tensors; got {type(weights).__name__}")
     kind = type(network).__name__
+    needed = network.tensors
     for name in weights:
-        if name not in network.matrices:
+        if name not in needed:
             raise ValueError(
-                f"weights has {name!r}, which {kind} has not{nearest(name, network.matrices)}; "
-                f"it needs {', '.join(network.matrices)}"
+                f"weights has {name!r}, which {kind} has not{nearest(name, needed)}; it needs {', '.join(needed)}"
             )
-    for name in network.matrices:
+    for name in needed:
         if name not in weights:
-            raise ValueError(f"weights lacks {name!r}; {kind} needs {', '.join(network.matrices)}")
+            raise ValueError(f"weights lacks {name!r}; {kind} needs {', '.join(needed)}")
         x = weights[name]
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(
                 f"weights[{name!r}] must be a floating-point tensor; got {x if not isinstance(x, Tensor) else x.dtype}"
             )
     ranks = len(network.stored_shape(1, network.shapes(1, 1, (1,) * network.hidden_layers)["out"]))
+    rank_of = dict.fromkeys(network.matrices, ranks) | dict.fromkeys(network.vectors, 2)
     for name, x in weights.items():
-        if x.dim() not in (ranks, ranks + 1):
+        if x.dim() not in (rank_of[name], rank_of[name] + 1):
             what = "[C, 3, 3] or [B, C, 3, 3]" if isinstance(network, DepthwiseConv) else "[H, in, out] or [B, H, in, out]"
+            what = "[H, out] or [B, H, out]" if name in network.vectors else what
             raise ValueError(f"weights[{name!r}] must be {what}; got shape {list(x.shape)}")
-    shapes = network.shapes(key_width, value_width, network.hidden_widths(weights))
+    hidden = network.hidden_widths(weights)
+    shapes = network.shapes(key_width, value_width, hidden) | network.vector_shapes(key_width, value_width, hidden)
     checked = {}
     for name, shape in shapes.items():
-        x, need = weights[name], network.stored_shape(heads, shape)
+        ranks, vector = rank_of[name], name in network.vectors
+        x, need = weights[name], (heads, *shape) if vector else network.stored_shape(heads, shape)
         if tuple(x.shape[-ranks:]) != need:
             raise ValueError(
                 f"weights[{name!r}] must end in {list(need)} for {heads} heads, Dk = {key_width} and Dv = {value_width}; "
@@ -206,7 +234,9 @@ def check_weights(
         # reading values back from a GPU would stall every call
         if x.device.type == "cpu" and has_values(x) and values_checked() and not bool(x.isfinite().all()):
             raise ValueError(f"weights[{name!r}] must be finite; got NaN or infinity")
-        checked[name] = x.reshape(*x.shape[:-ranks], heads, *shape).expand(batch, heads, *shape)
+        # a vector has an input axis of length 1, as rows have
+        inner = (1, *shape) if vector else shape
+        checked[name] = x.reshape(*x.shape[:-ranks], heads, *inner).expand(batch, heads, *inner)
     return checked
 
 
@@ -230,15 +260,18 @@ def check_state(spec: InnerLoop, state: State, sequences: int, k: Tensor, v: Ten
 def check_rates(spec: InnerLoop, lr: LearningRate, shape: Sequence[int], dtype: torch.dtype) -> dict[str, float | Tensor]:
     """Learning rates by updated matrix, numbers or `[B, H, T]`."""
     if isinstance(lr, Mapping):
+        needed = [name for name in spec.updated if name in spec.network.matrices]
         for name in lr:
             if name not in spec.updated:
                 raise ValueError(
-                    f"lr has {name!r}, which is not updated{nearest(name, spec.updated)}; it needs {', '.join(spec.updated)}"
+                    f"lr has {name!r}, which is not updated{nearest(name, spec.updated)}; it needs {', '.join(needed)}"
                 )
-        missing = [name for name in spec.updated if name not in lr]
+        missing = [name for name in needed if name not in lr]
         if missing:
-            raise ValueError(f"lr lacks {missing[0]!r}; as a dict it needs {', '.join(spec.updated)}")
-        return {name: _rate(f"lr[{name!r}]", lr[name], shape, dtype) for name in spec.updated}
+            raise ValueError(f"lr lacks {missing[0]!r}; as a dict it needs {', '.join(needed)}")
+        rates = {name: _rate(f"lr[{name!r}]", rate, shape, dtype) for name, rate in lr.items()}
+        # biases and a head's gamma take the rate of their matrix where they have none of their own
+        return {name: rates[name] if name in rates else rates[spec.network.rate_of(name)] for name in spec.updated}
     rate = _rate("lr", lr, shape, dtype)
     return dict.fromkeys(spec.updated, rate)
 
@@ -256,7 +289,15 @@ def _rate(argument: str, rate: float | Tensor, shape: Sequence[int], dtype: torc
 
 
 def check_gates(spec: InnerLoop, given: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The gates that the spec asks for, per token `[B, H, T]`, each there exactly when it does."""
+    """The gates that the spec asks for, each there exactly when it does: `[B, H, T]` or `[B, H, T, Dk]`, a row per write.
+
+    Args:
+        spec: the inner loop.
+        given: by name.
+        shape: B, T, H and Dk.
+        dtype: of the result.
+    """
+    batch, tokens, heads, width = shape
     for name in given:
         if name not in spec.gates:
             value = getattr(spec, name)
@@ -269,13 +310,21 @@ def check_gates(spec: InnerLoop, given: Mapping[str, Tensor], shape: Sequence[in
             raise ValueError(f"{name} must be a tensor {declared.axes}, as the inner loop has {name}={value!r}; got None")
         if not isinstance(gate, Tensor):
             raise TypeError(f"{name} must be a tensor {declared.axes}; got {type(gate).__name__}")
-        gates[name] = _per_token(name, gate, shape, dtype)
+        itself, rows = declared.writes == "itself", tokens * spec.writes
+        need = (batch, rows if itself else tokens, heads, *((width,) if declared.per == "key" else ()))
+        x = _per_token(name, gate, need, dtype, declared.axes)
+        if spec.writes > 1 and not itself:
+            x = x.repeat_interleave(spec.writes, dim=2)
+            if declared.writes == "first":
+                later = (torch.arange(rows, device=x.device) % spec.writes > 0).reshape(-1, *(1,) * (x.dim() - 3))
+                x = x.masked_fill(later, 1.0)
+        gates[name] = x
     return gates
 
 
-def _per_token(argument: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _per_token(argument: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype, axes: str = "[B, T, H]") -> Tensor:
     if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{argument} must be [B, T, H] = {list(shape)}; got shape {list(x.shape)}")
+        raise ValueError(f"{argument} must be {axes} = {list(shape)}; got shape {list(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"{argument} must be floating-point; got {x.dtype}")
     return x.transpose(1, 2).to(dtype)
@@ -284,15 +333,18 @@ def _per_token(argument: str, x: Tensor, shape: Sequence[int], dtype: torch.dtyp
 def choose_update_tokens(
     spec: InnerLoop, tokens: Tokens, chosen: slice | Tensor | None, bounds: tuple[int, ...] | None
 ) -> Tokens:
-    """The tokens that write under `visibility="full"`: a slice of them, or all with a mask."""
+    """The tokens that write: a slice of them, or all with a mask."""
     if chosen is None:
         return tokens
-    if spec.visibility != "full":
-        raise ValueError(f"update_tokens needs visibility='full'; the inner loop has {spec.visibility!r}")
-    batch, length = tokens.k.shape[0], len(tokens)
+    batch, length = tokens.k.shape[0], len(tokens) // spec.writes
     if isinstance(chosen, slice):
-        # a convolution needs the whole grid for its neighbourhoods, and packed sequences their own parts
-        if not isinstance(spec.network, DepthwiseConv) and bounds is None:
+        # chunks are cut by place, a convolution needs the whole grid for its neighbourhoods, and packed sequences their own
+        if (
+            spec.visibility == "full"
+            and spec.chunk is None
+            and not isinstance(spec.network, DepthwiseConv)
+            and bounds is None
+        ):
             return tokens.map(lambda x: x[:, :, chosen])
         mask = torch.zeros(length, dtype=torch.bool, device=tokens.k.device)
         mask[chosen] = True
@@ -302,8 +354,11 @@ def choose_update_tokens(
         raise TypeError(f"update_tokens must be a slice or a bool tensor [T] or [B, T]; got {chosen!r}")
     if tuple(mask.shape) not in ((length,), (batch, length)):
         raise ValueError(f"update_tokens must be [T] = [{length}] or [B, T] = [{batch}, {length}]; got {list(mask.shape)}")
-    mask = mask.to(tokens.k.device).expand(batch, length).unsqueeze(1)
+    mask = mask.to(tokens.k.device).expand(batch, length).unsqueeze(1).repeat_interleave(spec.writes, dim=2)
     # what does not write may be anything; a convolution has it as a neighbour
     idle = ~mask
     written = replace(tokens.map(lambda x: x.masked_fill(as_factor(idle, x), 0.0)), mask=mask)
+    # what a token takes for its own reading counts whether it writes or not
+    own = {name: tokens.gates[name] for name in tokens.gates if DECLARED[name].chunk == "last"}
+    written = replace(written, gates=dict(written.gates) | own)
     return replace(written, k=tokens.k) if isinstance(spec.network, DepthwiseConv) else written

@@ -87,9 +87,15 @@ class Waiting:
         if self.make is not None and not self.make.same_as(make):
             return Waiting.of(self.settled()).read(spec, q, made, make)
         state, count = self.state, self.count + q.shape[1]
-        if spec.visibility != "past" or not state.has_room or q.shape[0] != state.batch or not q.shape[1]:
+        if (
+            spec.visibility != "past"
+            or "refresh" in spec.extensions
+            or not state.has_room
+            or q.shape[0] != state.batch
+            or not q.shape[1]
+        ):
             return None
-        if not state.spec.same_as(spec) or max(state.pending_lengths) + count >= (spec.chunk or 0):
+        if not state.spec.same_as(spec) or max(state.pending_lengths) + count >= spec.room + 1:
             return None
         output = read(spec, self.weights, q, made["k"])
         after = Waiting(state, self.weights, (*self.later, made), count, make)
@@ -133,4 +139,4 @@ def completed(spec: InnerLoop, fast: FastWeights, tokens: Tokens) -> FastWeights
         call = Operands(tokens.k, tokens, State.of(spec, fast, None, 0), None)
         if fused.engine(spec, call, "recurrent") is fused.recurrent_form:
             return fused.sweep(spec, tokens.k[:, :, :0], tokens, fast, len(tokens))[1]
-        return chunk_update(spec, fast, tokens)
+        return chunk_update(spec, fast, tokens, fast.weights)

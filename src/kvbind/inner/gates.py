@@ -8,8 +8,11 @@ gates of an inner loop, `InnerLoop.gates`, as one mapping by name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -21,24 +24,40 @@ class Gate:
     Attributes:
         name: of the field of `InnerLoop` that asks for it, and of the argument of `ttt` that gives it.
         acts: what it does in the rule, for messages and documentation.
+        per: "head", `[B, T, H]`, or "key", one number for each key channel, `[B, T, H, Dk]`.
+        chunk: what a chunk takes of its tokens' gates: their "mean", or the "last"; "own" for what stays with each token.
+        writes: whose it is where a token writes several times: of its "first" write (the others take 1), of "each" alike, or
+            given for every write by "itself".
         start: what a learned gate is near before training; None where layers leave that to its projection.
     """
 
     name: str
     acts: str
+    per: Literal["head", "key"] = "head"
+    chunk: Literal["mean", "last", "own"] = "mean"
+    writes: Literal["first", "each", "itself"] = "each"
     start: float | None = None
 
     @property
     def axes(self) -> str:
         """Its shape, in words."""
-        return "[B, T, H]"
+        return "[B, T, H, Dk]" if self.per == "key" else "[B, T, H]"
+
+    def of(self, value: Any) -> Gate:
+        """This gate as a field's value asks for it."""
+        return replace(self, per=getattr(value, "per", self.per))
 
 
 GATES: tuple[Gate, ...] = (
-    Gate("momentum", "line 2: what is left of the buffer, averaged over each chunk"),
-    Gate("retention", "line 5: what is left of the weights, averaged over each chunk", start=0.99),
+    Gate("momentum", "line 2: what is left of the buffer"),
+    Gate("retention", "line 5: what is left of the weights", writes="first", start=0.99),
+    Gate("erase", "line 1: the key at which the residual reads", per="key", chunk="own", writes="itself"),
+    Gate("read_rate", "how much of its span's writes a token sees", chunk="last"),
+    Gate("step_rate", "line 3': a factor on the finished update"),
 )
 """Every gate, in the order in which states and layers hold them."""
+
+DECLARED = {gate.name: gate for gate in GATES}
 
 
 def decays(gates: Mapping[str, T]) -> tuple[T | None, T | None]:
@@ -46,6 +65,25 @@ def decays(gates: Mapping[str, T]) -> tuple[T | None, T | None]:
     return gates.get("momentum"), gates.get("retention")
 
 
-def given_gates(**gates: T | None) -> dict[str, T]:
-    """The gates that were given, by name."""
-    return {name: gate for name, gate in gates.items() if gate is not None}
+def given_gates(logs: Mapping[str, Any] | None = None, **gates: Any) -> dict[str, Any]:
+    """The gates that were given, by name.
+
+    Args:
+        logs: logarithms of gates, by the gate's name.
+        gates: gates by name; None for those that were not given.
+
+    Raises:
+        ValueError: a gate that was given as it is and as a logarithm.
+        TypeError: a logarithm that is no floating-point tensor.
+    """
+    given = {name: gate for name, gate in gates.items() if gate is not None}
+    for name, log in (logs or {}).items():
+        if log is None:
+            continue
+        if name in given:
+            raise ValueError(f"log_{name} must be None beside {name}, of which it is the logarithm; got both")
+        if not isinstance(log, Tensor) or not log.is_floating_point():
+            found = log.dtype if isinstance(log, Tensor) else type(log).__name__
+            raise TypeError(f"log_{name} must be a floating-point tensor; got {found}")
+        given[name] = log.to(torch.promote_types(log.dtype, torch.float32)).exp()
+    return given

@@ -67,6 +67,10 @@ def check_positive_int(argument: str, value: object) -> None:
         raise ValueError(f"{argument} must be an int of at least 1; got {value}")
 
 
+LATER = {"later": True}
+"""Metadata of a field that came later than files that others have kept: `to_dict` leaves it out where it has its default."""
+
+
 class Value:
     """Base of every spec-like value: a frozen dataclass with `replace`, `to_dict`, `from_dict` and a short `repr`."""
 
@@ -106,8 +110,15 @@ class Value:
         return f"{type(self).__name__}({', '.join(changed)})"
 
     def to_dict(self) -> dict[str, Any]:
-        """This value as plain data (dicts, lists, strings, numbers), as YAML and JSON hold it."""
-        return {name: to_plain(getattr(self, name)) for name in self.field_names()}
+        """This value as plain data (dicts, lists, strings, numbers), as YAML and JSON hold it.
+
+        Fields that are `LATER` are left out at their defaults, so that values of earlier versions read the same.
+        """
+        fields = dataclasses.fields(cast(Any, self))
+        left_out = {
+            field.name for field in fields if field.metadata.get("later") and getattr(self, field.name) == field.default
+        }
+        return {name: to_plain(getattr(self, name)) for name in self.field_names() if name not in left_out}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:

@@ -82,6 +82,8 @@ def check_sees_everything(argument: str, inner: InnerLoop) -> None:
         )
     for gate in inner.gates:
         raise ValueError(f"{argument} must have {gate}=False: this layer has no {gate} gate")
+    if inner.network.vectors:
+        raise ValueError(f"{argument}'s network must have neither bias nor head in this layer; got {inner.network!r}")
 
 
 def check_built(

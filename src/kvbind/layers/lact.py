@@ -15,7 +15,7 @@ from kvbind.forms.autocast import without_autocast
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.waiting import Waiting, read
-from kvbind.inner.gates import GATES
+from kvbind.inner.gates import GATES, Gate
 from kvbind.inner.networks import DepthwiseConv, SwiGLU
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
@@ -216,7 +216,7 @@ class LactLayer(nn.Module):
         self.rate_names = tuple(sorted(built.updated, key=parameter_name)) if built.token_lr else ()
         self.lr_proj = nn.Linear(hidden_size, num_lact_heads * len(self.rate_names)) if built.token_lr else None
         for gate in GATES:
-            setattr(self, f"{gate.name}_proj", self._gate() if gate.name in inner.gates else None)
+            setattr(self, f"{gate.name}_proj", self._gate(inner.gates[gate.name]) if gate.name in inner.gates else None)
         self._inner = inner
         self.reset_parameters()
 
@@ -232,8 +232,9 @@ class LactLayer(nn.Module):
         else:
             self.register_parameter(name, nn.Parameter(torch.empty(heads, outputs, inputs)))
 
-    def _gate(self) -> nn.Sequential:
-        return nn.Sequential(nn.Linear(self.hidden_size, self.num_lact_heads), nn.Sigmoid())
+    def _gate(self, gate: Gate) -> nn.Sequential:
+        outputs = self.num_lact_heads * (self.fast_width if gate.per == "key" else 1)
+        return nn.Sequential(nn.Linear(self.hidden_size, outputs), nn.Sigmoid())
 
     def reset_parameters(self) -> None:
         """Draw the layer's own parameters anew: fast weights, scale and offset, and the biases of gates."""
@@ -498,12 +499,16 @@ def check_fits_causal_layer(inner: InnerLoop) -> None:
 
     Raises:
         TypeError: no InnerLoop.
-        ValueError: visibility "full", "chunk" over more than one token, or a depthwise convolution.
+        ValueError: visibility "full", "chunk" over more than one token, a depthwise convolution, or what the layer makes no
+            operands or weights for: erase, several writes per token, biases and heads.
     """
     if not isinstance(inner, InnerLoop):
         raise TypeError(f"inner must be a kvbind.InnerLoop; got {type(inner).__name__}")
     if isinstance(inner.network, DepthwiseConv):
         raise ValueError("inner's network must read single tokens; DepthwiseConv reads a grid of them")
+    for name in ("erase", "writes", "network.bias", "network.head"):
+        if name in inner.extensions:
+            raise ValueError(f"inner has {name}={inner.extensions[name]!r}, which this layer does not make")
     if inner.visibility == "full" or (inner.visibility == "chunk" and inner.chunk != 1):
         raise ValueError(
             f"inner's visibility must be 'past' or 'token' in a causal layer ('chunk' with chunk=1 alone); got "

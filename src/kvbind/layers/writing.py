@@ -58,8 +58,10 @@ class Writing:
         return {name: by_name[name] for name in self.updated}
 
     def gate(self, name: str, made: Tensor) -> Tensor:
-        """A gate `[B, T, H]`, float32 or wider."""
-        return wide(made if name in self.called else made.sigmoid())
+        """A gate `[B, T, H]`, or `[B, T, H, D]` of logits `[B, T, H D]`, float32 or wider."""
+        if name in self.called:
+            return wide(made)
+        return wide((made if made.shape[-1] == self.heads else split_heads(made, self.heads)).sigmoid())
 
     def same_as(self, other: object) -> bool:
         """Whether `other` is equal; a compiler for which numbers may vary compares fields, but no values of several."""

@@ -299,6 +299,8 @@ def obstacle(model: Any) -> str | None:
         return "layers have different inner loops"
     if specs[0].visibility != "past":
         return f"tokens see more than the last update (visibility={specs[0].visibility!r})"
+    if specs[0].extensions:
+        return f"inner loops have {', '.join(specs[0].extensions)}"
     return None
 
 
