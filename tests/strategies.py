@@ -35,7 +35,7 @@ NETWORKS = [
 
 @st.composite
 def specs(draw, visibilities=("past", "chunk", "token", "full"), networks=NETWORKS, valid=True, **fixed):
-    """Any valid inner loop; `fixed` fields keep their value. Unless `valid`, fields that may exclude each other."""
+    """Any valid inner loop with `fixed` fields; unless `valid`, fields by name, which may exclude each other."""
     visibility = draw(st.sampled_from(visibilities))
     network = draw(st.sampled_from(networks))
     chunk = None if visibility == "full" else draw(st.sampled_from([1, 2, 3, 5, 8]))
