@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,8 +35,10 @@ from transformers import (
 
 import kvbind
 from checkpointing import enable_checkpointing
+from kvbind.cli import main
 from kvbind.layers.in_place import InPlaceMLP
 from kvbind.models import InPlaceCache, InPlaceConfig, InPlaceForCausalLM
+from kvbind.models.in_place import in_place
 from kvbind.models.lact.cache import CACHE
 
 LENGTH = 3 * CHUNK + 3
@@ -244,8 +248,12 @@ def test_packed_documents_are_documents_of_their_own(values):
         output = model(torch.cat(rows)[None], position_ids=positions).logits
         expected = torch.cat([reference_logits(model, REFERENCES[values], row) for row in rows])
         close(output[0], expected)
+        ends = torch.tensor([0, *torch.tensor([len(row) for row in rows]).cumsum(0).tolist()], dtype=torch.int32)
+        close(model(torch.cat(rows)[None], position_ids=positions, cu_seq_lens_q=ends).logits[0], expected)
         short = torch.cat(rows)[None, -4:]
         close(model(short, position_ids=torch.tensor([[0, 1, 0, 1]])).logits[0, :2], model(short[:, :2]).logits[0])
+    with pytest.raises(ValueError, match="cu_seq_lens_q must be None beside an attention_mask"):
+        model(torch.cat(rows)[None], attention_mask=torch.ones_like(positions), cu_seq_lens_q=ends)
     with pytest.raises(ValueError, match="use_cache must be False for packed documents"):
         model(torch.cat(rows)[None], position_ids=positions, use_cache=True)
 
@@ -565,6 +573,44 @@ def test_saved_files_hold_every_parameter_once(tmp_path):
     model.save_pretrained(tmp_path)
     held = load_file(tmp_path / "model.safetensors")
     assert held.keys() == {name for name, _ in model.named_parameters()}
+
+
+def test_the_command_makes_a_folder_of_a_folder(tmp_path, capsys):
+    plain("qwen3").save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    options = {"layers": "0,2", "chunk": "5", "values": "embeddings"}
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["in-place", str(tmp_path / "base"), str(tmp_path / "mine"), *(f"--{x}={y}" for x, y in options.items())])
+    assert f"wrote {tmp_path / 'mine'}" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mine")
+    assert (model.config.layers, model.config.chunk, model.config.lr, model.config.values) == ([0, 2], 5, 3.0, "embeddings")
+    ids = torch.stack(tokens(LENGTH))
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "base")(ids).logits
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert (tmp_path / "mine" / "tokenizer.json").exists()
+    with pytest.raises(ValueError, match="has them already"):
+        in_place(tmp_path / "mine", tmp_path / "again")
+    with pytest.raises(ValueError, match="target must be a folder apart"):
+        in_place(tmp_path / "base", tmp_path / "base")
+    fields = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(fields | {"ttt_layers": [1], "ttt_chunk": 4}))
+    with pytest.raises(ValueError, match="lr must be left out"):
+        in_place(tmp_path / "base", tmp_path / "again", lr=0.1)
+    # with the new parameters missing, which then start as they do
+    released = AutoModelForCausalLM.from_pretrained(in_place(tmp_path / "base", tmp_path / "again"))
+    assert (released.config.fast_layers, released.config.chunk) == ((1,), 4)
+    assert released.fast_mlps[0].ttt_proj.weight.diagonal().all()
+    torch.testing.assert_close(released(ids).logits, expected)
+
+
+def test_the_documented_lines_run(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "in-place.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.S).group(1)
+    monkeypatch.chdir(tmp_path)
+    base = plain("qwen3")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: base)
+    exec(compile(code, "in-place.md", "exec"), {"input_ids": torch.stack(tokens(LENGTH))})
+    assert InPlaceForCausalLM.from_pretrained("mine").config.layers == 6
 
 
 # what is refused

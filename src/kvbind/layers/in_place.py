@@ -201,8 +201,8 @@ class InPlaceMLP(nn.Module):
                 module.training = mode
         if not torch.equal(expected, got):
             raise ValueError(
-                f"layer {self.layer} must have an MLP that computes down_proj(act_fn(gate_proj(x)) * up_proj(x)); its "
-                f"{type(mlp).__name__} computes something else"
+                f"layer {self.layer} must have an MLP that computes down_proj(act_fn(gate_proj(x)) * up_proj(x)) and, in "
+                f"training, nothing more; its {type(mlp).__name__} computes something else"
             )
 
     def _features(self, x: Tensor) -> Tensor:

@@ -41,7 +41,9 @@ class Pending:
 
     def select(self, index: Tensor) -> Pending:
         """The rows at `index`, in that order."""
-        return Pending(tuple(tuple(x.index_select(0, index.to(x.device)) for x in piece) for piece in self.pieces))
+        if not self.pieces:
+            return self
+        return Pending((tuple(x.index_select(0, index.to(x.device)) for x in self.joined()),))
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvbind.models.in_place.cache import InPlaceCache
 from kvbind.models.in_place.config import InPlaceConfig
+from kvbind.models.in_place.folders import in_place
 from kvbind.models.in_place.model import InPlaceForCausalLM
 
 AutoConfig.register(InPlaceConfig.model_type, InPlaceConfig)
 AutoModelForCausalLM.register(InPlaceConfig, InPlaceForCausalLM)
 
-__all__ = ["InPlaceCache", "InPlaceConfig", "InPlaceForCausalLM"]
+__all__ = ["InPlaceCache", "InPlaceConfig", "InPlaceForCausalLM", "in_place"]

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PretrainedConfig
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from kvbind.forms.validation import check_cu_seqlens
 from kvbind.kernels.direct import is_mapped
 from kvbind.layers.in_place import Call, InPlaceMLP
 from kvbind.layers.pending import Plan, documents_of, plan_of
@@ -297,7 +298,9 @@ class InPlaceForCausalLM(FromFolder, PreTrainedModel, GenerationMixin):
             documents = documents_of(position_ids.expand(shape), shape[1])
         bounds = kwargs.get("cu_seq_lens_q")
         if bounds is not None and documents is None:
-            documents = tuple(torch.as_tensor(bounds).tolist())
+            documents = check_cu_seqlens(bounds, *shape)
+        if documents is not None and (real is not None or columns):
+            raise ValueError("cu_seq_lens_q must be None beside an attention_mask or a cache: a packed row has neither")
         return plan_of(shape, self.config.chunk, seen, real=real, documents=documents)
 
     def _prepare_cache_for_generation(
