@@ -199,7 +199,7 @@ class InPlaceMLP(nn.Module):
         finally:
             for module, mode in trained:
                 module.training = mode
-        if not torch.equal(expected, got):
+        if not torch.allclose(expected, got, equal_nan=True):
             raise ValueError(
                 f"layer {self.layer} must have an MLP that computes down_proj(act_fn(gate_proj(x)) * up_proj(x)) and, in "
                 f"training, nothing more; its {type(mlp).__name__} computes something else"
