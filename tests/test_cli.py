@@ -57,7 +57,7 @@ def test_the_version_is_shown(run):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["systems"], ["explain"], ["reproduce"], ["train"], ["eval"], ["generate"], ["convert"]]
+    "command", [[], ["systems"], ["explain"], ["reproduce"], ["train"], ["eval"], ["generate"], ["convert"], ["in-place"]]
 )
 def test_every_command_explains_itself(run, command):
     code, out, _ = run(*command, "--help")
@@ -167,6 +167,8 @@ def test_an_inner_loop_in_a_file_is_explained(run, tmp_path):
         (["convert", "nowhere", "there"], "config.json"),
         (["convert", "nowhere", "there"], "does not exist"),
         (["convert", "nowhere", "there", "--to", "release"], "--to"),
+        (["in-place", "nowhere", "there"], "source must be the folder of a model"),
+        (["in-place", "nowhere", "there", "--layers", "first"], "must be a number or numbers with commas"),
         (["explian"], "explain"),
     ],
 )

@@ -15,7 +15,17 @@ from kvbind.train.config import load_config, read_config, to_yaml
 EVERY = [(task, preset) for task in TASKS for preset in open_task_module(task).PRESETS]
 
 OF_TASK = {
-    "language": ["lact_llm", "linear_attention", "delta_net", "gated_delta_net", "ttt_linear", "ttt_mlp", "titans", "atlas"],
+    "language": [
+        "lact_llm",
+        "in_place_ttt",
+        "linear_attention",
+        "delta_net",
+        "gated_delta_net",
+        "ttt_linear",
+        "ttt_mlp",
+        "titans",
+        "atlas",
+    ],
     "views": ["lact_nvs", "vittt"],
     "images": ["vittt"],
 }

@@ -3,6 +3,7 @@
 # ruff: noqa: I001, imported in the order in which systems are listed
 from kvbind.inner.systems.lact import lact_llm, lact_nvs
 from kvbind.inner.systems.vittt import vittt
+from kvbind.inner.systems.in_place import in_place_ttt
 from kvbind.inner.systems.linear import linear_attention
 from kvbind.inner.systems.delta import delta_net, gated_delta_net
 from kvbind.inner.systems.learners import ttt_linear, ttt_mlp
@@ -19,6 +20,7 @@ __all__ = [
     "cite",
     "delta_net",
     "gated_delta_net",
+    "in_place_ttt",
     "lact_llm",
     "lact_nvs",
     "ladder",

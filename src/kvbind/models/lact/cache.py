@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -178,16 +178,24 @@ class LactCache(Cache):
         return f"LactCache({len(self)} layers, {len(self.seen)} sequences, {self.columns} columns read)"
 
 
-def given_cache(past_key_values: Any, cache: Any) -> LactCache | None:
+Kind = TypeVar("Kind", bound=Cache)
+
+
+def given_cache(past_key_values: Any, cache: Any, kind: type[Kind]) -> Kind | None:
     """The cache that a model was given under either of its names.
 
+    Args:
+        past_key_values: under the one.
+        cache: under the other.
+        kind: the model's cache.
+
     Raises:
-        TypeError: it is no LactCache.
+        TypeError: it is of another class.
         ValueError: two of them.
     """
     if past_key_values is not None and cache is not None:
         raise ValueError("cache must be None beside past_key_values: they are two names of one argument; got both")
     name, found = ("cache", cache) if past_key_values is None else ("past_key_values", past_key_values)
-    if found is not None and not isinstance(found, LactCache):
-        raise TypeError(f"{name} must be a kvbind LactCache, which holds fast weights; got {type(found).__name__}")
+    if found is not None and not isinstance(found, kind):
+        raise TypeError(f"{name} must be a kvbind {kind.__name__}, which holds fast weights; got {type(found).__name__}")
     return found

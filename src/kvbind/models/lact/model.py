@@ -26,7 +26,7 @@ from kvbind.layers.slots import Slots, Step
 from kvbind.models.lact.cache import CACHE, CACHE_NAMES, LactCache, given_cache
 from kvbind.models.lact.config import REFUSED, LactConfig
 from kvbind.models.lact.decoding import decode
-from kvbind.models.lact.inputs import Arrangement, arrange
+from kvbind.models.lact.inputs import Arrangement, arrange, check_padding_side
 from kvbind.models.lact.loss import IGNORE, cross_entropy, linear_cross_entropy, next_token_labels
 from kvbind.models.options import check_options, known_by_name
 from kvbind.models.recompute import check_recomputing, is_recomputed, is_reentrant
@@ -238,7 +238,7 @@ class LactModel(LactPreTrainedModel):
             output_hidden_states = config.output_hidden_states
         if return_dict is None:
             return_dict = config.return_dict
-        cache = given_cache(past_key_values, cache)
+        cache = given_cache(past_key_values, cache, LactCache)
         if torch.is_grad_enabled() and any(map(is_recomputed, self.layers)):
             check_recomputing()
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -369,7 +369,7 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
         # no named argument, as transformers' Trainer takes those for labels that every batch has
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         # nor `cache`: a `generate` that knows it as past_key_values would pass it on without counting its tokens
-        cache = given_cache(past_key_values, kwargs.pop("cache", None))
+        cache = given_cache(past_key_values, kwargs.pop("cache", None), LactCache)
         cu_seqlens = _collated_bounds(cu_seqlens, kwargs)
         _check_labels(labels, shift_labels, num_items_in_batch)
         hidden_wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -439,7 +439,7 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
                 f"cache_implementation must be None: this model has one kind of cache; got "
                 f"{generation_config.cache_implementation!r}"
             )
-        _check_padding_side(model_kwargs.get("attention_mask"))
+        check_padding_side(model_kwargs.get("attention_mask"))
         if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
             model_kwargs[CACHE] = LactCache()
             return None
@@ -462,16 +462,6 @@ def _check_labels(labels: Tensor | None, shift_labels: Tensor | None, count: Ten
         raise ValueError(
             "num_items_in_batch must be the whole row's number of predicted tokens inside sequence_parallel, as "
             "kvbind.shard_batch makes it; got None"
-        )
-
-
-def _check_padding_side(mask: Tensor | None) -> None:
-    """Refuse prompts that end in padding, behind which no token can follow."""
-    if mask is not None and mask.dim() == 2 and mask.shape[1] and bool((mask[:, -1] == 0).any()):
-        rows = (mask[:, -1] == 0).nonzero().flatten().tolist()
-        raise ValueError(
-            "attention_mask must not end in padding, as what is generated follows the last column: tokenize with "
-            f"padding_side='left'; got padding at the end of rows {rows}"
         )
 
 
