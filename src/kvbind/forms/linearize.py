@@ -395,7 +395,7 @@ class LinearAttention:
     def weights(self, channel: int | None = None) -> Tensor:
         """Attention weights of every output over every write, `[B, H, T, W]`.
 
-        Before a head `output()[b, t, h, d]` is `sum_w weights(d)[b, h, t, w] * v[b, w, h, d] + initial_output()[b, t, h, d]`.
+        Before a head `output()[b, t, h, d]` is `sum_w weights(d)[b, h, t, w] v[b, w, h, d] + initial_output()[b, t, h, d]`.
         Newton-Schulz enters as the polynomial that it is, in the state's precision, whatever `dtype` it runs in.
 
         Args:
