@@ -27,7 +27,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: told.peak)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (told.free, 10 * EXTRA))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: told.fraction, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    # PyTorch's takes numbers alone
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda number: [told.fraction][number], raising=False)
     monkeypatch.setattr(loop, "initial", lambda what, device: memory.initial(what, torch.device("cuda")))
     monkeypatch.setattr(loop, "recompute", lambda blocks, what: told.__dict__.setdefault("blocks", recompute(blocks, what)))
     return told

@@ -62,7 +62,9 @@ def keep_what_fits(step: Step, blocks: list[Recomputed]) -> None:
 def capacity(device: torch.device) -> float:
     """Bytes of a GPU that this process may take, those that it has taken included."""
     free, total = torch.cuda.mem_get_info(device)
-    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
+    # which wants a number
+    number = torch.cuda.current_device() if device.index is None else device.index
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(number)
     return min(free + torch.cuda.memory_reserved(device), fraction * total)
 
 
