@@ -15,6 +15,7 @@ from typing import Any
 from kvbind.bench.graphs import step_grid as replayed_grid
 from kvbind.bench.kernel_tables import Grid, profile_grid, speed_grids, summary_grid, verify_grid
 from kvbind.bench.layer_tables import layer_grid, step_grids
+from kvbind.bench.models import model_grids
 from kvbind.bench.peers import peer_grids, short_grid
 from kvbind.bench.record import answered
 from kvbind.bench.scaling_tables import scaling_grids
@@ -86,6 +87,8 @@ def table(path: str, key: str, root: Path) -> str:
         return views_table(record, path)
     if any("against" in row for row in record["rows"]):
         found = agreement_grids(record)
+    elif any("peer_name" in row for row in record["rows"]):
+        found = model_grids(record)
     elif any("ratio_plain" in row for row in record["rows"]):
         found = [*peer_grids(record), short_grid(record)]
     elif any("on" in row for row in record["rows"]):

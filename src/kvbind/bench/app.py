@@ -265,6 +265,34 @@ def graphs(
 
 
 @app.command()
+def models(
+    what: Annotated[
+        str, typer.Option(help="language, small, vision, views, decode; some of them, in that order, or all.")
+    ] = "all",
+    sizes: Annotated[str, typer.Option(help="full, for a GPU, or tiny, for a look on a CPU.")] = "full",
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to time each kind of steps at the most.")] = 1.5,
+    budget: Annotated[float, typer.Option(min=0.0, help="End after this, seconds.")] = 540,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what is in the file, measure the rest.")] = False,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Train and decode whole models, each beside what a user would pick instead: Llama, ViT, full attention to all views.
+
+    Every row gets a measurement of both first; the other ways, compiled ones last, have what time is left. The same command
+    with --resume measures those that had none.
+    """
+    from kvbind.bench.models import PARTS, SIZES, main, model_grids
+    from kvbind.inner.value import check_choice
+
+    check_choice("sizes", sizes, tuple(SIZES))
+    parts = _some(what, PARTS, "what")
+    record = main(out, str(_device(device)), parts, budget, sizes=sizes, seconds=seconds, resume=resume)
+    for grid in model_grids(record):
+        _show(grid)
+    _point_to(out)
+
+
+@app.command()
 def kernels(
     what: Annotated[
         str, typer.Option(help="targets, token, lengths, chunks, widths, first, compiled; some of them, or all.")
