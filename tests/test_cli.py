@@ -115,7 +115,7 @@ def test_a_system_is_explained_at_the_asked_shapes(run):
 def test_a_rung_of_the_ladder_is_explained(run, rung):
     _, out, _ = run("explain", "lact_llm", "--rung", str(rung))
     inner = kvbind.systems.ladder(kvbind.systems.lact_llm())[f"rung{rung}"]
-    assert out.strip() == str(kvbind.explain(inner))
+    assert out.strip().startswith(str(kvbind.explain(inner)))
 
 
 def test_two_inner_loops_are_compared_field_by_field(run, tmp_path):
@@ -134,7 +134,7 @@ def test_an_inner_loop_in_a_file_is_explained(run, tmp_path):
     inner = kvbind.systems.titans(chunk=32)
     inner.to_yaml(tmp_path / "mine.yaml")
     _, out, _ = run("explain", str(tmp_path / "mine.yaml"))
-    assert out.strip() == str(kvbind.explain(inner))
+    assert out.strip().startswith(str(kvbind.explain(inner)))
 
 
 @pytest.mark.parametrize(
@@ -184,8 +184,8 @@ def test_a_traceback_is_there_for_the_asking():
         main(["explain", "lact_lm", "--traceback"])
 
 
-def test_training_prints_and_saves_the_whole_configuration(run, book, tmp_path):
-    code, out, _ = run("train", "language", "--data", str(book), "--out", str(tmp_path / "mine"), *SMALL)
+def test_training_prints_for_the_asking_and_saves_the_whole_configuration(run, book, tmp_path):
+    code, out, _ = run("train", "language", "--verbose", "--data", str(book), "--out", str(tmp_path / "mine"), *SMALL)
     assert code == 0
     saved = (tmp_path / "mine" / "config.yaml").read_text()
     for line in ("hidden_size: 16", "steps: 3", "visibility: past", "weight_decay: 0.1"):

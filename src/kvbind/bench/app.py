@@ -11,7 +11,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from kvbind.screen import Screen
+from kvbind.screen import GAP, Screen, column_groups
 
 if TYPE_CHECKING:
     from kvbind.bench.kernel_tables import Grid
@@ -459,12 +459,18 @@ def _show(grid: Grid) -> None:
 
 def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 0, note: str = "") -> None:
     """Show a table, of whose columns the first `left` are words and the others numbers."""
-    table = Table(title=title, caption=note, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < left else "right", no_wrap=0 < i < left)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    rows = list(rows)
+    groups = column_groups(header, rows, console.width - GAP, left)
+    for group in groups:
+        table = Table(
+            title=title if group is groups[0] else None, caption=note if group is groups[-1] else None,
+            caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
+        )  # fmt: skip
+        for i in group:
+            table.add_column(header[i], justify="left" if i < left else "right", no_wrap=0 < i < left)
+        for row in rows:
+            table.add_row(*(row[i] for i in group))
+        console.print(table)
 
 
 @app.command()

@@ -143,7 +143,7 @@ class Value:
         """
         if not isinstance(data, dict):
             raise TypeError(f"{cls.__name__}.from_dict needs a dict; got {type(data).__name__}")
-        check_plain(data, f"{cls.__name__}.from_dict's dict", values=True)
+        check_plain(data, f"{cls.__name__}.from_dict's dict", values=True, wide=False)
         cls._check_fields(data)
         return cls(**data)
 

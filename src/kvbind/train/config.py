@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from kvbind.files import read_yaml
+from kvbind.files import read_yaml, shortened, yaml_lines
 from kvbind.inner.value import check_choice, nearest
 
 T = TypeVar("T")
@@ -166,7 +166,24 @@ def load_config(schema: type[T], path: Path, overrides: Sequence[str] = ()) -> T
     if beneath is not None:
         plain = (OmegaConf.to_container(tree) for tree in (file, edits))
         file = cast(DictConfig, OmegaConf.create(beneath(*plain)))
-    return to_object(merge(base, file, edits), schema)
+    try:
+        base = merge(base, file)
+    except ConfigKeyValueError as error:
+        line = yaml_lines(path).get(error.key)
+        raise ValueError(f"{path}{f', line {line}' if line else ''}: {error}") from error
+    return to_object(merge(base, edits), schema)
+
+
+class ConfigKeyValueError(ValueError):
+    """A key that is none, or whose value does not fit.
+
+    Attributes:
+        key: dotted.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 def from_plain(schema: type[T], plain: dict[str, Any]) -> T:
@@ -182,7 +199,8 @@ def load_yaml(path: Path) -> DictConfig:
     """
     loaded = read_yaml(path)
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path} must hold a mapping of configuration keys")
+        held = "it is empty" if loaded is None else f"it holds {shortened(loaded)}"
+        raise ValueError(f"{path} must hold a mapping of configuration keys, such as 'train: {{steps: 100}}'; {held}")
     try:
         return OmegaConf.create(loaded)
     except OmegaConfBaseException as error:  # a text that looks like an interpolation and is none
@@ -208,15 +226,18 @@ def merge(base: Any, *changes: DictConfig) -> Any:
             base = OmegaConf.merge(base, change)
         except ConfigKeyError as error:
             known = known_keys(str(error.full_key), dotted_keys(OmegaConf.to_container(base)))
-            raise ValueError(f"no configuration key is named {error.full_key!r}{known}") from error
+            raise ConfigKeyValueError(
+                str(error.full_key), f"no configuration key is named {error.full_key!r}{known}"
+            ) from error
         except OmegaConfBaseException as error:
             # a section that is given one value has no key here
             where = ", ".join(map(str, change)) if error.full_key is None else error.full_key
             old = OmegaConf.select(base, where)
             if OmegaConf.is_config(old) and not OmegaConf.is_dict(old):
                 got = OmegaConf.select(change, where)
-                raise ValueError(f"configuration key {where!r} must be a list, such as {[*old]}; got {got!r}") from error
-            raise ValueError(f"configuration key {where!r}: {str(error).splitlines()[0]}") from error
+                message = f"configuration key {where!r} must be a list, such as {[*old]}; got {got!r}"
+                raise ConfigKeyValueError(str(where), message) from error
+            raise ConfigKeyValueError(str(where), f"configuration key {where!r}: {str(error).splitlines()[0]}") from error
     return base
 
 
