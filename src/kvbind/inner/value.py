@@ -101,6 +101,19 @@ class Value:
         """The names of the fields in which this value and `other` differ."""
         return [name for name in self.field_names() if getattr(self, name) != getattr(other, name)]
 
+    def differences(self, other: Self) -> dict[str, tuple[Any, Any]]:
+        """The values of the fields in which this value and `other` differ, by name; those of values inside dotted."""
+        found: dict[str, tuple[Any, Any]] = {}
+        for name in self.differing(other):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if not isinstance(mine, Value) or not isinstance(theirs, Value):
+                found[name] = mine, theirs
+            elif type(mine) is type(theirs):
+                found |= {f"{name}.{inner}": both for inner, both in mine.differences(theirs).items()}
+            else:
+                found[name] = mine, theirs
+        return found
+
     def __repr__(self) -> str:
         changed = (
             f"{field.name}={getattr(self, field.name)!r}"
