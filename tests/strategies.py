@@ -60,6 +60,11 @@ def specs(draw, visibilities=("past", "chunk", "token", "full"), networks=NETWOR
     return InnerLoop(**fields) if valid else fields
 
 
+def memory(chunk):
+    """An MLP under squared error with momentum and retention, one write per chunk."""
+    return InnerLoop(network=MLP("silu"), loss="squared", momentum=True, retention=True, chunk=chunk)
+
+
 HEADS = [LayerNormHead(residual, where, 1e-3) for residual in (True, False) for where in ("both", "loss", "read")]
 HEADS += [LayerNormHead(True, "both", 1e-3, fast=True), LayerNormHead(False, "loss", 1e-3, fast=True)]
 

@@ -140,7 +140,7 @@ def ttt(make: Callable[[], InnerLoop], x: Operands, settings: Operands, **option
     renamed = {name: BIAS.format(name.removesuffix("_bias")) if name.endswith("_bias") else name for name in x["weights"]}
     weights = {renamed[name]: w for name, w in x["weights"].items()} | {GAMMA: x["ln_weight"], BETA: x["ln_bias"]}
     output, state = ran(spec, weights, x["q"], x["k"], x["v"], lr=x["lr"], read_rate=x["reader"], **options)
-    return output, {ours: state[name] for ours, name in renamed.items()}
+    return output, {ours: state[name] for ours, name in renamed.items() if state}
 
 
 def network(settings: Operands) -> Linear | MLP:

@@ -89,10 +89,12 @@ class Anchored:
     Attributes:
         pull: `p_u`, `[B, H, U, F, Dv]`.
         follow: `f_u`, `[B, H, U]`.
+        detach: what carries no gradient: A at the "start", or what it is to "follow".
     """
 
     pull: Tensor
     follow: Tensor
+    detach: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +247,9 @@ class LinearAttention:
     ) -> Iterator[_Place]:
         """What there is before each update and after the last; arguments as `_read` has them."""
         nothing = torch.zeros_like(initial)
-        state, buffer, travelled, anchor = initial, nothing, nothing, initial
+        state, buffer, travelled = initial, nothing, nothing
+        detach = () if self.anchored is None else self.anchored.detach
+        anchor = initial.detach() if "start" in detach else initial
         held: tuple[Tensor, ...] = (nothing,) * (self.window - 1)
         yield _Place(state, buffer, held, travelled)
         for u in range(self.updates):
@@ -277,7 +281,7 @@ class LinearAttention:
                 state = state * own(self.rescaling[:, :, u, None])
             if self.anchored is not None:
                 follow = self.anchored.follow[:, :, u, None, None]
-                anchor = follow * anchor + (1 - follow) * state
+                anchor = follow * anchor + (1 - follow) * (state.detach() if "follow" in detach else state)
             yield _Place(state, buffer, held, travelled)
 
     def _written(
@@ -395,7 +399,8 @@ class LinearAttention:
     def weights(self, channel: int | None = None) -> Tensor:
         """Attention weights of every output over every write, `[B, H, T, W]`.
 
-        Before a head `output()[b, t, h, d]` is `sum_w weights(d)[b, h, t, w] v[b, w, h, d] + initial_output()[b, t, h, d]`.
+        Before a head `output()[b, t, h, d]` is the sum over w of `weights(d)[b, h, t, w] * v[b, w, h, d]`, and
+        `initial_output()[b, t, h, d]`.
         Newton-Schulz enters as the polynomial that it is, in the state's precision, whatever `dtype` it runs in.
 
         Args:
@@ -874,7 +879,7 @@ def _assemble(
         none = initial.new_empty(*initial.shape[:2], 0)
         follow = factors(note.follow)
         pulled = torch.stack(pulls, dim=2) if pulls else none[..., None, None]
-        anchored = Anchored(pulled, none if follow is None else follow)
+        anchored = Anchored(pulled, none if follow is None else follow, spec.anchor.detach)
     if spec.read_rate:
         left = torch.stack(note.left, dim=2) if note.left else initial.new_empty(*initial.shape[:2], 0)
         share = Share(tokens.gates["read_rate"], tuple(note.closes), left)

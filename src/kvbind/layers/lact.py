@@ -209,11 +209,15 @@ class LactLayer(nn.Module):
         self.hidden_width = int(self.fast_width * hidden_multiplier)
         built = with_released_parameters(inner) if released_parameters else inner
         self._built_shapes = self._shapes_for(built)
+        self._built_vectors, self._built_head = self._vectors_for(built), built.network.output_head
         check_built("inner", inner, self._shapes_for(inner), self._built_shapes)
         for matrix, (inputs, outputs) in self._built_shapes.items():
             self._build_matrix(matrix, inputs, outputs, init_gain)
-        # the released order: gate, out, up
-        self.rate_names = tuple(sorted(built.updated, key=parameter_name)) if built.token_lr else ()
+        for vector, shape in self._built_vectors.items():
+            self.register_parameter(parameter_name(vector), nn.Parameter(torch.empty(num_lact_heads, *shape)))
+        # the released order: gate, out, up; vectors take the rates of their matrices
+        learned = [name for name in built.updated if name in self._built_shapes]
+        self.rate_names = tuple(sorted(learned, key=parameter_name)) if built.token_lr else ()
         self.lr_proj = nn.Linear(hidden_size, num_lact_heads * len(self.rate_names)) if built.token_lr else None
         for gate in GATES:
             setattr(self, f"{gate.name}_proj", self._gate(inner.gates[gate.name]) if gate.name in inner.gates else None)
@@ -224,6 +228,11 @@ class LactLayer(nn.Module):
         """The `(in, out)` of each fast matrix that `inner` needs."""
         network = inner.network
         return network.shapes(self.fast_width, self.fast_width, (self.hidden_width,) * network.hidden_layers)
+
+    def _vectors_for(self, inner: InnerLoop) -> dict[str, tuple[int, ...]]:
+        """The shape of each bias, and of what the head has, that `inner` needs."""
+        network = inner.network
+        return network.vector_shapes(self.fast_width, self.fast_width, (self.hidden_width,) * network.hidden_layers)
 
     def _build_matrix(self, matrix: str, inputs: int, outputs: int, gain: float) -> None:
         heads, name = self.num_lact_heads, parameter_name(matrix)
@@ -246,6 +255,10 @@ class LactLayer(nn.Module):
                 held.reset_parameters()
             else:
                 nn.init.normal_(held, std=1 / math.sqrt(held.shape[-1]))
+        head = self._built_head
+        for vector in self._built_vectors:
+            ones = vector == "gamma" and head is not None and not head.fast
+            nn.init.constant_(self.get_parameter(parameter_name(vector)), float(ones))
         for gate, module in self._gates().items():
             start = next(declared.start for declared in GATES if declared.name == gate)
             if start is not None and is_a_gate(module):
@@ -265,10 +278,11 @@ class LactLayer(nn.Module):
     def inner(self, inner: InnerLoop) -> None:
         check_fits_causal_layer(inner)
         check_built("inner", inner, self._shapes_for(inner), self._built_shapes)
+        check_built("inner", inner, self._vectors_for(inner), self._built_vectors)
         for gate in inner.gates:
             if gate not in self._gates():
                 raise ValueError(f"inner has {gate}=True, but this layer was built without a {gate} gate")
-        missing = [name for name in inner.updated if name not in self.rate_names]
+        missing = [name for name in inner.updated if name in inner.network.matrices and name not in self.rate_names]
         if inner.token_lr and missing:
             raise ValueError(
                 f"inner has token_lr=True and updates {missing[0]!r}, but this layer was built with learned rates for "
@@ -283,13 +297,16 @@ class LactLayer(nn.Module):
             for matrix in self._inner.network.matrices:
                 held = getattr(self, parameter_name(matrix))
                 weights[matrix] = (held() if isinstance(held, nn.Module) else held).mT
+        weights |= {vector: self.get_parameter(parameter_name(vector)) for vector in self._inner.network.vectors}
         return weights
 
     @property
     def writing(self) -> Writing:
         """How projections become what tokens write."""
         called = tuple(name for name, gate in self._gates().items() if not is_a_gate(gate))
-        return Writing(self.num_lact_heads, self.rate_names, self._inner.updated, self.base_lr_inverse, self.silu_v, called)
+        network, updated = self._inner.network, self._inner.updated
+        followers = tuple((name, network.rate_of(name)) for name in updated if name in network.vectors)
+        return Writing(self.num_lact_heads, self.rate_names, updated, self.base_lr_inverse, self.silu_v, called, followers)
 
     def _logits(self, x: Tensor) -> dict[str, Tensor]:
         """What the inner loop's rates ("lr") and gates, and the output's scale ("scale"), are made of: `[B, T, n]` each.
@@ -500,15 +517,18 @@ def check_fits_causal_layer(inner: InnerLoop) -> None:
     Raises:
         TypeError: no InnerLoop.
         ValueError: visibility "full", "chunk" over more than one token, a depthwise convolution, or what the layer makes no
-            operands or weights for: erase, several writes per token, biases and heads.
+            operands for: erase, and several writes per token.
     """
     if not isinstance(inner, InnerLoop):
         raise TypeError(f"inner must be a kvbind.InnerLoop; got {type(inner).__name__}")
     if isinstance(inner.network, DepthwiseConv):
         raise ValueError("inner's network must read single tokens; DepthwiseConv reads a grid of them")
-    for name in ("erase", "writes", "network.bias", "network.head"):
+    for name in ("erase", "writes"):
         if name in inner.extensions:
-            raise ValueError(f"inner has {name}={inner.extensions[name]!r}, which this layer does not make")
+            raise ValueError(
+                f"inner's {name} must have its default, as this layer makes no keys for it; got {name}="
+                f"{inner.extensions[name]!r}"
+            )
     if inner.visibility == "full" or (inner.visibility == "chunk" and inner.chunk != 1):
         raise ValueError(
             f"inner's visibility must be 'past' or 'token' in a causal layer ('chunk' with chunk=1 alone); got "
