@@ -130,18 +130,6 @@ def test_two_inner_loops_are_compared_field_by_field(run, tmp_path):
     assert "did you mean 'titans'" in " ".join(run("compare", "titan", "titans")[2].split())
 
 
-def test_two_inner_loops_are_compared_field_by_field(run, tmp_path):
-    mine = kvbind.systems.titans().replace(network=kvbind.MLP("tanh"), momentum=False)
-    mine.to_yaml(tmp_path / "mine.yaml")
-    code, out, _ = run("compare", "titans", str(tmp_path / "mine.yaml"))
-    assert code == 0
-    rows = [line.split() for line in out.strip().splitlines()]
-    assert [row[0] for row in rows[1:] if len(row) == 3] == ["network.activation", "momentum"]
-    assert ["momentum", "True", "False"] in rows
-    assert "are the same inner loop" in run("compare", "titans", "titans")[1]
-    assert "did you mean 'titans'" in " ".join(run("compare", "titan", "titans")[2].split())
-
-
 def test_an_inner_loop_in_a_file_is_explained(run, tmp_path):
     inner = kvbind.systems.titans(chunk=32)
     inner.to_yaml(tmp_path / "mine.yaml")

@@ -220,27 +220,6 @@ def compare(
     console().print(table)
 
 
-@app.command()
-def compare(
-    first: Annotated[str, typer.Argument(help="A named system, or a YAML file of an inner loop.")],
-    second: Annotated[str, typer.Argument(help="Another.")],
-) -> None:
-    """Say field by field in what two inner loops differ.
-
-    For example: [bold]kvbind compare kda gdn2[/], or [bold]kvbind compare titans mine.yaml[/]
-    """
-    differing = named_or_file(first).differences(named_or_file(second))
-    if not differing:
-        console().print(f"{first} and {second} are the same inner loop")
-        return
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("field", first, second):
-        table.add_column(name, no_wrap=name == "field", overflow="fold")
-    for name, values in differing.items():
-        table.add_row(Text(name, "bold"), *("-" if value is None else repr(value) for value in values))
-    console().print(table)
-
-
 def named_or_file(system: str) -> Any:
     """The inner loop of that name, or in that file."""
     from kvbind.inner import InnerLoop
