@@ -5,21 +5,23 @@ number of updates are sums of what they started from and of the writes so far, w
 
     M_t = b_t S + f_t D + sum_(j <= t) G_tj k_j^T U_j
 
-A write under the dot loss is `U_i = r_i v_i`. Under the squared loss it reads the state, `U_i = r_i (v_i - e_i M_p(i))`, where
-p(i) is the last point up to i at which gradients are renewed. Putting the first equation into the second gives one unit lower
-triangular system for a block of tokens, `(I + N) U = r (v - e (b S + f D))`. Reads are then attention to the block's own
-writes plus a read of S and D, and S and D after the block are linear in U. The delta rule in its WY representation
-(arXiv 2406.06484), gated (2412.06464), with gates per key channel (2312.06635, 2510.26692), products of several steps per token
-(2502.10297), mini-batches with a rate of the reader (2407.04620), momentum (2501.00663) and windows (2505.23735) are instances.
+A write under the dot loss is `U_i = r_i v_i`. Under the squared loss it reads the state, `U_i = r_i (v_i - e_i M_p(i))`,
+where p(i) is the last point up to i at which gradients are renewed. Putting the first equation into the second gives one
+unit lower triangular system for a block of tokens, `(I + N) U = r (v - e (b S + f D))`. Reads are then attention to the
+block's own writes plus a read of S and D, and S and D after the block are linear in U.
+
+Instances: the delta rule in its WY representation (arXiv 2406.06484), gated (2412.06464), with gates per key channel
+(2312.06635, 2510.26692), products of several steps per token (2502.10297), mini-batches with a rate of the reader
+(2407.04620), momentum (2501.00663), windows (2505.23735).
 
 Nothing here knows an inner loop: operands are features of the last layer, and `AffineRule` says how they are combined.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,7 @@ BLOCK = 64
 per column as the block has columns, a block's state as many as a head has channels, and heads have 64 to 128 of them."""
 
 CHANNEL_BLOCK = 16
-"""Columns in a block whose coefficients are held channel by channel: their memory is this many numbers per column and channel."""
+"""Columns in a block whose coefficients are held channel by channel: this many numbers per column and channel."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class AffineRule:
     Attributes:
         loss: "dot" or "squared".
         chunk: columns of one update. Gates act once per update.
-        refresh: columns between two points at which gradients are renewed, in whole updates; None for the call's first state.
+        refresh: columns between two points at which gradients are renewed, in whole updates; None for at the call's start.
         before: gradients see the state already decayed by the update's retention gate; needs `refresh == chunk`.
         window: how many updates, the own one included, a gradient or an update is summed over.
         window_on: "gradient", summed before momentum and all taken at the own refresh point, or "update", summed after it.
@@ -114,7 +116,7 @@ class Columns:
         return self.map(lambda x: x[:, :, start:stop])
 
     def after(self, earlier: Columns | None, count: int) -> Columns:
-        """These columns behind the last `count` earlier ones; columns of zeros, which write nothing, stand for missing ones."""
+        """These columns behind the last `count` earlier ones; zeros, which write nothing, stand for missing ones."""
         rate = self.rate if isinstance(self.rate, Tensor) else self.v.new_full(self.k.shape[:3], self.rate)
         spread = replace(self, rate=rate)
         if earlier is None:
@@ -188,7 +190,9 @@ class AffineState:
         return AffineState(weights, buffers)
 
 
-def affine(rule: AffineRule, q: Tensor | None, columns: Columns, gates: Gates, state: AffineState) -> tuple[Tensor, AffineState]:
+def affine(
+    rule: AffineRule, q: Tensor | None, columns: Columns, gates: Gates, state: AffineState
+) -> tuple[Tensor, AffineState]:
     """Run columns from a refresh point on.
 
     Computed in the weights' dtype, or in float32 where that is narrower.
@@ -243,7 +247,9 @@ def _check(rule: AffineRule, columns: Columns, gates: Gates, state: AffineState)
     if rule.sees == "token" and rule.chunk > 1:
         for name in ("retention", "momentum", "step_rate"):
             if (getattr(gates, name) is None) != (getattr(gates, f"partial_{name}") is None):
-                raise ValueError(f"{name} and partial_{name} must be given together where sees='token' and chunk={rule.chunk}")
+                raise ValueError(
+                    f"{name} and partial_{name} must be given together where sees='token' and chunk={rule.chunk}"
+                )
 
 
 @dataclass(frozen=True)
@@ -375,30 +381,35 @@ class _Run:
                 solved = _writes(flow.rows(e, layout.residuals, k), v, rate, layout.first < layout.residuals[:, None])
 
         weights, buffers, renewed = self.weights, self.buffers, self.renewed
-        c = None if gates.read_rate is None else gates.read_rate[..., None]
+        rates = None if gates.read_rate is None else gates.read_rate[..., None]
+        # taken apart at once: the gradient of taking one block out of a tensor is as large as the tensor
+        count = part.blocks
+        per_block = zip(
+            *(_apart(x, count) for x in (k, v, e, rate, rates)), *(_apart(x, count) for x in solved), strict=True
+        )
         states, renewals, buffered, writes = [], [], [], []
-        for b in range(part.blocks):
+        for b, (moved, (its_k, own, its_e, its_rate, its_read_rate, *its_solved)) in enumerate(
+            zip(flow.moves(count), per_block, strict=True)
+        ):
             if part.renews == "all" or (part.renews == "first" and not b):
                 renewed = weights
             states.append(weights)
             buffered.append(buffers)
-            if free:
-                own = v[:, :, b]
-            elif solved:
-                own, on_state, *on_buffers = (x[:, :, b] for x in solved)
+            if its_solved:
+                own, on_state, *on_buffers = its_solved
                 own = own - on_state @ weights
-                for i, x in enumerate(on_buffers):
-                    own = own - x @ buffers[:, :, i]
-            else:
+                for x, buffer in zip(on_buffers, buffers.unbind(2), strict=True):
+                    own = own - x @ buffer
+            elif not free:
                 assert renewed is not None
-                own = (rate[:, :, b] if isinstance(rate, Tensor) else rate) * (v[:, :, b] - e[:, :, b] @ renewed)
+                own = its_rate * (own - its_e @ renewed)
             writes.append(own)
-            weights, buffers = flow.step(b, k[:, :, b], own, weights, buffers)
-            if c is not None:
+            weights, buffers = moved.step(its_k, own, weights, buffers)
+            if rates is not None:
                 assert renewed is not None
                 renewals.append(renewed)
-                if part.ends and (part.renews == "all" or b == part.blocks - 1):
-                    weights = renewed + c[:, :, b, -1:] * (weights - renewed)
+                if part.ends and (part.renews == "all" or b == count - 1):
+                    weights = renewed + its_read_rate[:, :, -1:] * (weights - renewed)
         after = replace(self, weights=weights, buffers=buffers, renewed=renewed)
         if self.q is None:
             return v[:, :, 0, :0], after
@@ -407,13 +418,13 @@ class _Run:
         on_state, on_buffers, on_writes = flow.reads(q, k)
         output = seen_product(torch.where(layout.seen, on_writes, 0.0), torch.stack(writes, 2), layout.seen)
         started = torch.stack(states, 2)
-        if c is None:
+        if rates is None:
             output = output + on_state @ started
         else:
             base = torch.stack(renewals, 2)
-            output = q @ base + c * (output + on_state @ (started - base))
-        for i, x in enumerate(on_buffers):
-            output = output + x @ torch.stack([held[:, :, i] for held in buffered], 2)
+            output = q @ base + rates * (output + on_state @ (started - base))
+        for x, held in zip(on_buffers, torch.stack(buffered, 2).unbind(3), strict=True):
+            output = output + x @ held
         return output.flatten(2, 3), after
 
     def _gates(self, part: _Part) -> Gates:
@@ -427,7 +438,9 @@ class _Run:
             return None if x is None else x[:, :, where].to(dtype).unflatten(2, (part.blocks, -1))
 
         def gate(x: Gate | None) -> Gate | None:
-            return None if x is None else x.map(lambda values: values[:, :, updates].to(dtype).unflatten(2, (part.blocks, -1)))
+            return (
+                None if x is None else x.map(lambda values: values[:, :, updates].to(dtype).unflatten(2, (part.blocks, -1)))
+            )
 
         own = self.gates
         return Gates(
@@ -492,10 +505,11 @@ class _Layout:
         own = x[:, :, part.start : part.stop + history]
         if not history:
             return own.unflatten(2, (part.blocks, -1))
-        spans = own.unfold(2, self.size, self.size - history)
-        if x.dim() == 4:
-            spans = spans.mT
-        return spans.unflatten(2, (part.blocks, part.spans)).flatten(3, 4)
+        step = self.size - history
+        column = torch.arange(self.size, device=x.device)
+        span = torch.arange(part.blocks * part.spans, device=x.device)
+        chosen = own.index_select(2, (span[:, None] * step + column).flatten())
+        return chosen.unflatten(2, (part.blocks, -1))
 
     def blocks(self, x: Tensor) -> Tensor:
         """Reads of this part as its blocks, `[B, H, n, R, ...]`."""
@@ -507,7 +521,7 @@ class _Layout:
 
 
 Rows = tuple[Tensor, list[Tensor], Tensor]
-"""What some rows of features take: features for the state `[..., R, F]`, one such for each buffer, and scores `[..., R, L]`."""
+"""What rows of features take: features for the state `[..., R, F]`, such for each buffer, and scores `[..., R, L]`."""
 
 
 @dataclass(frozen=True)
@@ -570,17 +584,43 @@ class _Flow:
             on_buffers = [x + share * self.buffers[..., place, i, None] * q for i, x in enumerate(on_buffers)]
         return on_state, on_buffers, on_columns
 
-    def step(self, b: int, k: Tensor, own: Tensor, weights: Tensor, buffers: Tensor) -> tuple[Tensor, Tensor]:
-        """State and buffers after block b, whose columns `[B, H, L, F]` write `own`, `[B, H, L, Dv]`."""
-        keep, keep_buffers, into = (x[:, :, min(b, x.shape[2] - 1)] for x in self.end)
-        after = keep * weights + (into * k).mT @ own
-        count = buffers.shape[2]
-        if not count:
+    def moves(self, blocks: int) -> Iterator[_Move]:
+        """How state and buffers move over each of so many blocks."""
+        held = self.buffers.shape[-1]
+        behind = (x[..., x.shape[-2] - held :, :].flip(-2) for x in (self.buffers, self.columns))
+        return (_Move(*x) for x in zip(*(_apart(x, blocks) for x in (*self.end, *behind)), strict=True))
+
+
+@dataclass(frozen=True)
+class _Move:
+    """What state and buffers behind a block are made of.
+
+    Attributes:
+        state, buffers, columns: `end` of `_Flow` for one block.
+        of_buffers, of_columns: shares in the buffers, newest first, `[..., W, W]` and `[..., W, L]`.
+    """
+
+    state: Tensor
+    buffers: Tensor
+    columns: Tensor
+    of_buffers: Tensor
+    of_columns: Tensor
+
+    def step(self, k: Tensor, own: Tensor, weights: Tensor, buffers: Tensor) -> tuple[Tensor, Tensor]:
+        """State and buffers behind a block whose columns `[B, H, L, F]` write `own`, `[B, H, L, Dv]`."""
+        after = self.state * weights + (self.columns * k).mT @ own
+        if not buffers.shape[2]:
             return after, buffers
-        after = after + (keep_buffers.movedim(-1, 2)[..., None] * buffers).sum(2)
-        of_buffers, of_columns = (x[:, :, min(b, x.shape[2] - 1), -count:].flip(-2) for x in (self.buffers, self.columns))
-        written = k.mT.unsqueeze(2) @ (of_columns[..., None] * own.unsqueeze(2))
-        return after, written + (of_buffers @ buffers.flatten(3)).unflatten(3, buffers.shape[3:])
+        after = after + (self.buffers.movedim(-1, 2)[..., None] * buffers).sum(2)
+        written = k.mT.unsqueeze(2) @ (self.of_columns[..., None] * own.unsqueeze(2))
+        return after, written + (self.of_buffers @ buffers.flatten(3)).unflatten(3, buffers.shape[3:])
+
+
+def _apart(x: Tensor | float | None, blocks: int) -> Sequence[Any]:
+    """The parts of each of so many blocks, of a tensor `[B, H, n, ...]` or `[B, H, 1, ...]`; anything else is of all."""
+    if not isinstance(x, Tensor):
+        return [x] * blocks
+    return x.unbind(2) if x.shape[2] == blocks else [x.squeeze(2)] * blocks
 
 
 def _flow(rule: AffineRule, gates: Gates, layout: _Layout, k: Tensor, held: int) -> _Flow:
@@ -600,7 +640,9 @@ def _flow(rule: AffineRule, gates: Gates, layout: _Layout, k: Tensor, held: int)
     step = gates.step_rate if gates.step_rate is None else rule.sign * gates.step_rate
     scale = k.new_full((1, 1, 1, 1), rule.sign) if step is None else step
     if gates.retention is not None and gates.retention.values.dim() == 5 and not layout.part.by_channel:
-        state: _Coefficients | ChannelFlow = ChannelFlow(gates.retention, gates.momentum, scale.expand(*scale.shape[:3], count))
+        state: _Coefficients | ChannelFlow = ChannelFlow(
+            gates.retention, gates.momentum, scale.expand(*scale.shape[:3], count)
+        )
         keep, keep_buffers, into = state.end
         end = keep, keep_buffers, into[..., layout.update, :]
         return _Flow(layout, gates, of_buffers, layout.by_column(of_updates), state, end)
@@ -660,7 +702,9 @@ class _Coefficients:
             return (shares.mT if self.by_channel else shares[..., None]) * x
 
         on_columns = self.columns[..., places, :]
-        scores = (on_columns * (x.mT[..., None] * k.mT[..., None, :])).sum(-3) if self.by_channel else on_columns * (x @ k.mT)
+        scores = (
+            (on_columns * (x.mT[..., None] * k.mT[..., None, :])).sum(-3) if self.by_channel else on_columns * (x @ k.mT)
+        )
         on_buffers = [share(self.buffers[..., places, i]) for i in range(self.buffers.shape[-1])]
         return share(self.state[..., places]), on_buffers, scores
 
@@ -670,7 +714,11 @@ class _Coefficients:
         columns = self.columns[..., -1, :]
         columns = columns.mT if self.by_channel else columns[..., None]
         state, buffers = self.state[..., -1], self.buffers[..., -1, :]
-        return (state[..., None], buffers, columns) if self.by_channel else (state[..., None, None], buffers.unsqueeze(-2), columns)
+        return (
+            (state[..., None], buffers, columns)
+            if self.by_channel
+            else (state[..., None, None], buffers.unsqueeze(-2), columns)
+        )
 
 
 def _writes(rows: Rows, v: Tensor, rate: Tensor | float, seen: Tensor) -> tuple[Tensor, ...]:
