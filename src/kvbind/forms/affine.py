@@ -116,19 +116,26 @@ class Columns:
         return self.map(lambda x: x[:, :, start:stop])
 
     def after(self, earlier: Columns | None, count: int) -> Columns:
-        """These columns behind the last `count` earlier ones; zeros, which write nothing, stand for missing ones."""
-        rate = self.rate if isinstance(self.rate, Tensor) else self.v.new_full(self.k.shape[:3], self.rate)
-        spread = replace(self, rate=rate)
-        if earlier is None:
-            return spread.map(lambda x: F.pad(x, (0, 0) * (x.dim() - 3) + (count, 0)))
-        before = earlier.span(max(len(earlier) - count, 0), len(earlier)).after(None, max(count - len(earlier), 0))
-        assert isinstance(before.rate, Tensor)
+        """These columns behind the last `count` earlier ones."""
+        rate, before = self.rates(), None if earlier is None else earlier.rates()
+        k, v = (None, None) if earlier is None else (earlier.k, earlier.v)
+        e = k if earlier is None or earlier.e is None else earlier.e
+        return Columns(
+            behind(k, self.k, count),
+            behind(v, self.v, count),
+            behind(before, rate, count),
+            None if self.e is None else behind(e, self.e, count),
+        )
 
-        def join(x: Tensor, y: Tensor) -> Tensor:
-            return torch.cat((x.to(y.dtype), y), dim=2)
+    def rates(self) -> Tensor:
+        """The rate of each, `[B, H, N]`."""
+        return self.rate if isinstance(self.rate, Tensor) else self.v.new_full(self.k.shape[:3], self.rate)
 
-        erase = None if self.e is None else join(before.k if before.e is None else before.e, self.e)
-        return Columns(join(before.k, self.k), join(before.v, self.v), join(before.rate, rate), erase)
+
+def behind(earlier: Tensor | None, x: Tensor, count: int) -> Tensor:
+    """What columns `[B, H, N, ...]` have, behind that of the last `count` earlier; zeros stand for what there is not."""
+    known = x[:, :, :0] if earlier is None else earlier[:, :, max(earlier.shape[2] - count, 0) :].to(x.dtype)
+    return F.pad(torch.cat((known, x), dim=2), (0, 0) * (x.dim() - 3) + (count - known.shape[2], 0))
 
 
 @dataclass(frozen=True)
@@ -156,6 +163,28 @@ class Gates:
     partial_momentum: Tensor | None = None
     partial_step_rate: Tensor | None = None
     read_rate: Tensor | None = None
+
+    def of(self, rule: AffineRule, part: Part, dtype: torch.dtype) -> Gates:
+        """Those of one part's blocks, `[B, H, n, ...]`."""
+        first = part.start // rule.chunk
+        updates = slice(first, first + part.blocks * part.count)
+        reads = slice(part.start // rule.writes, part.stop // rule.writes)
+
+        def cut(x: Tensor | None, where: slice) -> Tensor | None:
+            return None if x is None else x[:, :, where].to(dtype).unflatten(2, (part.blocks, -1))
+
+        def gate(x: Gate | None) -> Gate | None:
+            return None if x is None else Gate(x.values[:, :, updates].to(dtype).unflatten(2, (part.blocks, -1)), x.log)
+
+        return Gates(
+            gate(self.retention),
+            gate(self.momentum),
+            cut(self.step_rate, updates),
+            cut(self.partial_retention, reads),
+            cut(self.partial_momentum, reads),
+            cut(self.partial_step_rate, reads),
+            cut(self.read_rate, reads),
+        )
 
 
 @dataclass(frozen=True)
@@ -211,7 +240,7 @@ def affine(
     Raises:
         ValueError: gates that the rule excludes.
     """
-    _check(rule, columns, gates, state)
+    check(rule, len(columns), gates, state.buffers.shape[2])
     dtype = torch.promote_types(state.weights.dtype, torch.float32)
     columns = columns.map(lambda x: x.to(dtype))
     if rule.history:
@@ -219,7 +248,7 @@ def affine(
     run = _Run(rule, None if q is None else q.to(dtype), columns, gates, state.weights.to(dtype), state.buffers.to(dtype))
     total, outputs = len(columns) - rule.history, []
     end, whole = run, 0
-    for part in _parts(rule, total, gates):
+    for part in parts(rule, total, gates):
         output, run = run.part(part)
         outputs.append(output)
         if part.complete:
@@ -229,7 +258,8 @@ def affine(
     return output, AffineState(end.weights, end.buffers, recent)
 
 
-def _check(rule: AffineRule, columns: Columns, gates: Gates, state: AffineState) -> None:
+def check(rule: AffineRule, total: int, gates: Gates, held: int) -> None:
+    """Raise `ValueError` for gates, a number of columns or of buffers that a rule excludes."""
     if gates.read_rate is not None:
         others = ("retention", "momentum", "step_rate")
         if rule.window > 1 or rule.sees != "token" or any(getattr(gates, name) is not None for name in others):
@@ -238,12 +268,12 @@ def _check(rule: AffineRule, columns: Columns, gates: Gates, state: AffineState)
             raise ValueError(f"read_rate needs refresh to be a multiple of writes={rule.writes}; got {rule.refresh}")
         if rule.refresh is None and rule.chunk > 1:
             raise ValueError(f"read_rate needs chunk to be 1 where gradients are never renewed; got {rule.chunk}")
-    if gates.momentum is not None and not state.buffers.shape[2]:
+    if gates.momentum is not None and not held:
         raise ValueError("state must have a buffer where momentum is given; got none")
-    if state.buffers.shape[2] < rule.lags:
-        raise ValueError(f"state must have {rule.lags} buffers for {rule}; got {state.buffers.shape[2]}")
-    if len(columns) % rule.writes:
-        raise ValueError(f"columns must be a multiple of writes={rule.writes}; got {len(columns)}")
+    if held < rule.lags:
+        raise ValueError(f"state must have {rule.lags} buffers for {rule}; got {held}")
+    if total % rule.writes:
+        raise ValueError(f"columns must be a multiple of writes={rule.writes}; got {total}")
     if rule.sees == "token" and rule.chunk > 1:
         for name in ("retention", "momentum", "step_rate"):
             if (getattr(gates, name) is None) != (getattr(gates, f"partial_{name}") is None):
@@ -253,7 +283,7 @@ def _check(rule: AffineRule, columns: Columns, gates: Gates, state: AffineState)
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Some columns cut into equal blocks.
 
     Attributes:
@@ -289,14 +319,21 @@ class _Part:
         return self.start + self.blocks * self.count * self.chunk
 
 
-def _parts(rule: AffineRule, total: int, gates: Gates) -> Iterator[_Part]:
-    """Cut columns into parts, so that all blocks of one are alike."""
+def parts(rule: AffineRule, total: int, gates: Gates, linear: bool = True) -> Iterator[Part]:
+    """Cut columns into parts, so that all blocks of one are alike.
+
+    Args:
+        rule: how columns enter the state.
+        total: how many there are.
+        gates: theirs.
+        linear: gradients are linear in the state; where they are not, a block is of one stretch.
+    """
     chunk, span = rule.chunk, rule.refresh
     whole = total // chunk * chunk if span is None else total // span * span
     channels = gates.retention is not None and gates.retention.values.dim() == 4
     by_channel = channels and rule.window > 1
     limit = CHANNEL_BLOCK if by_channel else BLOCK
-    if rule.loss == "dot" and gates.read_rate is None:
+    if linear and rule.loss == "dot" and gates.read_rate is None:
         # nothing reads the state, so that it does not matter where
         yield from _stretch(rule, 0, whole, limit, True, "none", by_channel)
         yield from _stretch(rule, whole, total, limit, False, "none", by_channel)
@@ -313,22 +350,22 @@ def _parts(rule: AffineRule, total: int, gates: Gates) -> Iterator[_Part]:
             yield from _stretch(rule, start, start + span, limit, True, "first", by_channel)
     else:
         # reads of one stretch take its own rate for what is in it, so that several do not mix
-        alone = gates.read_rate is not None or (channels and not by_channel and span > chunk)
+        alone = not linear or gates.read_rate is not None or (channels and not by_channel and span > chunk)
         spans = 1 if alone else max(1, limit // (rule.history + span))
         if rule.writes > 1:
             spans = -(-spans * span // rule.writes) * rule.writes // span or 1
         blocks, rest = divmod(whole // span, spans)
         updates = span // chunk
         if blocks:
-            yield _Part(0, blocks, spans, updates, chunk, "all", True, True, by_channel)
+            yield Part(0, blocks, spans, updates, chunk, "all", True, True, by_channel)
         if rest:
-            yield _Part(blocks * spans * span, 1, rest, updates, chunk, "all", True, True, by_channel)
+            yield Part(blocks * spans * span, 1, rest, updates, chunk, "all", True, True, by_channel)
     yield from _stretch(rule, whole, total, limit, False, "first", by_channel)
 
 
 def _stretch(
     rule: AffineRule, start: int, stop: int, limit: int, complete: bool, renews: Literal["none", "first"], by_channel: bool
-) -> Iterator[_Part]:
+) -> Iterator[Part]:
     """Parts of a stretch of columns in which gradients are renewed at its start, if at all."""
     updates, left = divmod(stop - start, rule.chunk)
     size = max(1, (limit - rule.history) // rule.chunk, rule.history // rule.chunk)
@@ -336,7 +373,7 @@ def _stretch(
     blocks, rest = divmod(updates, size)
     for count, its_updates, chunk in ((blocks, size, rule.chunk), (1, rest, rule.chunk), (1, 1, left)):
         if count and its_updates and chunk:
-            part = _Part(start, count, 1, its_updates, chunk, renews, False, complete, by_channel)
+            part = Part(start, count, 1, its_updates, chunk, renews, False, complete, by_channel)
             yield replace(part, ends=part.stop == stop)
             start, renews = part.stop, "none"
 
@@ -360,14 +397,14 @@ class _Run:
     buffers: Tensor
     renewed: Tensor | None = None
 
-    def part(self, part: _Part) -> tuple[Tensor, _Run]:
+    def part(self, part: Part) -> tuple[Tensor, _Run]:
         """Outputs `[B, H, R, Dv]` of one part, and where the call then stands."""
-        rule, layout = self.rule, _Layout(self.rule, part, self.weights.device)
+        rule, layout = self.rule, Layout(self.rule, part, self.weights.device)
         columns = self.columns.map(layout.windows)
         k, v, e = columns.k, columns.v, columns.k if columns.e is None else columns.e
         rate = columns.rate[..., None] if isinstance(columns.rate, Tensor) else columns.rate
-        gates = self._gates(part)
-        flow = _flow(rule, gates, layout, k, self.buffers.shape[2])
+        gates = self.gates.of(rule, part, self.weights.dtype)
+        flow = flow_of(rule, gates, layout, k, self.buffers.shape[2])
 
         solved: tuple[Tensor, ...] = ()
         free = rule.loss == "dot"
@@ -384,9 +421,7 @@ class _Run:
         rates = None if gates.read_rate is None else gates.read_rate[..., None]
         # taken apart at once: the gradient of taking one block out of a tensor is as large as the tensor
         count = part.blocks
-        per_block = zip(
-            *(_apart(x, count) for x in (k, v, e, rate, rates)), *(_apart(x, count) for x in solved), strict=True
-        )
+        per_block = zip(*(apart(x, count) for x in (k, v, e, rate, rates)), *(apart(x, count) for x in solved), strict=True)
         states, renewals, buffered, writes = [], [], [], []
         for b, (moved, (its_k, own, its_e, its_rate, its_read_rate, *its_solved)) in enumerate(
             zip(flow.moves(count), per_block, strict=True)
@@ -427,34 +462,8 @@ class _Run:
             output = output + x @ held
         return output.flatten(2, 3), after
 
-    def _gates(self, part: _Part) -> Gates:
-        """The gates of one part, `[B, H, n, ...]`."""
-        first = part.start // self.rule.chunk
-        updates = slice(first, first + part.blocks * part.count)
-        reads = slice(part.start // self.rule.writes, part.stop // self.rule.writes)
-        dtype = self.weights.dtype
 
-        def cut(x: Tensor | None, where: slice) -> Tensor | None:
-            return None if x is None else x[:, :, where].to(dtype).unflatten(2, (part.blocks, -1))
-
-        def gate(x: Gate | None) -> Gate | None:
-            return (
-                None if x is None else x.map(lambda values: values[:, :, updates].to(dtype).unflatten(2, (part.blocks, -1)))
-            )
-
-        own = self.gates
-        return Gates(
-            gate(own.retention),
-            gate(own.momentum),
-            cut(own.step_rate, updates),
-            cut(own.partial_retention, reads),
-            cut(own.partial_momentum, reads),
-            cut(own.partial_step_rate, reads),
-            cut(own.read_rate, reads),
-        )
-
-
-class _Layout:
+class Layout:
     """Where a block's columns and reads stand among its updates; places are counted in updates done.
 
     Attributes:
@@ -467,7 +476,7 @@ class _Layout:
         seen: which columns each read sees, bool `[R, L]`.
     """
 
-    def __init__(self, rule: AffineRule, part: _Part, device: torch.device) -> None:
+    def __init__(self, rule: AffineRule, part: Part, device: torch.device) -> None:
         self.rule, self.part = rule, part
         history = rule.history
         size = history + part.updates * part.chunk
@@ -525,7 +534,7 @@ Rows = tuple[Tensor, list[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class _Flow:
+class Flow:
     """How state and buffers at every place of a block follow from those before it and from its columns.
 
     Places are `N + 1`, from before the first update to behind the last, and of buffers `W - 1` more before these.
@@ -540,7 +549,7 @@ class _Flow:
             `[..., X, W]`, `[..., L, X]`, where X is the number of channels, or 1.
     """
 
-    layout: _Layout
+    layout: Layout
     gates: Gates
     buffers: Tensor
     columns: Tensor
@@ -584,19 +593,19 @@ class _Flow:
             on_buffers = [x + share * self.buffers[..., place, i, None] * q for i, x in enumerate(on_buffers)]
         return on_state, on_buffers, on_columns
 
-    def moves(self, blocks: int) -> Iterator[_Move]:
+    def moves(self, blocks: int) -> Iterator[Move]:
         """How state and buffers move over each of so many blocks."""
         held = self.buffers.shape[-1]
         behind = (x[..., x.shape[-2] - held :, :].flip(-2) for x in (self.buffers, self.columns))
-        return (_Move(*x) for x in zip(*(_apart(x, blocks) for x in (*self.end, *behind)), strict=True))
+        return (Move(*x) for x in zip(*(apart(x, blocks) for x in (*self.end, *behind)), strict=True))
 
 
 @dataclass(frozen=True)
-class _Move:
+class Move:
     """What state and buffers behind a block are made of.
 
     Attributes:
-        state, buffers, columns: `end` of `_Flow` for one block.
+        state, buffers, columns: `end` of `Flow` for one block.
         of_buffers, of_columns: shares in the buffers, newest first, `[..., W, W]` and `[..., W, L]`.
     """
 
@@ -616,14 +625,14 @@ class _Move:
         return after, written + (self.of_buffers @ buffers.flatten(3)).unflatten(3, buffers.shape[3:])
 
 
-def _apart(x: Tensor | float | None, blocks: int) -> Sequence[Any]:
+def apart(x: Tensor | float | None, blocks: int) -> Sequence[Any]:
     """The parts of each of so many blocks, of a tensor `[B, H, n, ...]` or `[B, H, 1, ...]`; anything else is of all."""
     if not isinstance(x, Tensor):
         return [x] * blocks
     return x.unbind(2) if x.shape[2] == blocks else [x.squeeze(2)] * blocks
 
 
-def _flow(rule: AffineRule, gates: Gates, layout: _Layout, k: Tensor, held: int) -> _Flow:
+def flow_of(rule: AffineRule, gates: Gates, layout: Layout, k: Tensor, held: int) -> Flow:
     """The flow of blocks with columns `[B, H, n, L, F]` and `held` buffers."""
     count = layout.part.count
     eye = torch.eye(count, dtype=k.dtype, device=k.device).expand(1, 1, 1, count, count)
@@ -645,7 +654,7 @@ def _flow(rule: AffineRule, gates: Gates, layout: _Layout, k: Tensor, held: int)
         )
         keep, keep_buffers, into = state.end
         end = keep, keep_buffers, into[..., layout.update, :]
-        return _Flow(layout, gates, of_buffers, layout.by_column(of_updates), state, end)
+        return Flow(layout, gates, of_buffers, layout.by_column(of_updates), state, end)
     update = torch.arange(count, device=k.device)
     behind = update[:, None] + before - torch.arange(before + count, device=k.device)
     entering = ((behind >= 0) & (behind <= rule.lags)).to(k.dtype)
@@ -654,7 +663,7 @@ def _flow(rule: AffineRule, gates: Gates, layout: _Layout, k: Tensor, held: int)
         for x in (of_buffers, of_updates)
     )
     state = _Coefficients.of(layout, gates.retention, enter_buffers, enter_updates)
-    return _Flow(layout, gates, of_buffers, layout.by_column(of_updates), state, state.end)
+    return Flow(layout, gates, of_buffers, layout.by_column(of_updates), state, state.end)
 
 
 @dataclass(frozen=True)
@@ -672,7 +681,7 @@ class _Coefficients:
     columns: Tensor
 
     @staticmethod
-    def of(layout: _Layout, retention: Gate | None, enter_buffers: Tensor, enter_updates: Tensor) -> _Coefficients:
+    def of(layout: Layout, retention: Gate | None, enter_buffers: Tensor, enter_updates: Tensor) -> _Coefficients:
         """Shares from what enters the state at each update: of buffers `[..., N, W]`, of updates `[..., N, N]`."""
         count = enter_updates.shape[-1]
         if retention is None:
