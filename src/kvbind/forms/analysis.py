@@ -89,6 +89,10 @@ _REASONS: dict[str, str] = {
 }
 
 
+_AFFINE = ("erase", "writes", "read_rate", "step_rate", "retention", "refresh", "window", "network.bias")
+"""What the blockwise schedule takes, where nothing but sums of writes makes the state."""
+
+
 def extension_obstacles(spec: InnerLoop) -> list[Obstacle]:
     """What of `spec.extensions`, and of a network that applies itself, keeps it from a parallel form."""
     edits: dict[str, Any] = {
@@ -100,7 +104,10 @@ def extension_obstacles(spec: InnerLoop) -> list[Obstacle]:
     if not network.applies_itself:
         reason = f"{type(network).__name__} has an apply of its own, of which nothing is known"
         found.append(Obstacle("network", network, reason, {"network": Linear()}))
+    adds_up = spec.visibility != "full" and spec.orthogonalize is None and not spec.clip and not spec.normalize
     for name, value in spec.extensions.items():
+        if adds_up and (name in _AFFINE or (name == "network.head" and value.where == "read")):
+            continue
         reason = _REASONS.get(name, "")
         if name == "network.head":
             in_loss = value.where != "read" and spec.loss == "squared"

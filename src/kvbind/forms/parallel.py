@@ -52,7 +52,7 @@ class Carry(Protocol):
 
 def parallel(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
     """Run an inner loop that has a parallel form; arguments and result are those of `recurrent`."""
-    if spec.chunk is None:
+    if spec.chunk is None or spec.visibility == "full":
         # one update from all tokens: there is nothing sequential to remove
         return recurrent(spec, q, tokens, state)
     return (blockwise if runs_blockwise(spec) else chunkwise)(spec, spec.chunk, q, tokens, state)
@@ -62,7 +62,7 @@ def runs_blockwise(spec: InnerLoop) -> bool:
     """Whether the parallel form of `spec` is the blockwise schedule."""
     adds_up = spec.orthogonalize is None and not spec.clip and not spec.normalize
     short = spec.chunk is not None and spec.chunk < SHORT_CHUNK
-    return adds_up and (spec.loss == "squared" or spec.visibility == "token" or short)
+    return adds_up and (bool(spec.extensions) or spec.loss == "squared" or spec.visibility == "token" or short)
 
 
 def chunkwise(spec: InnerLoop, size: int, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
