@@ -72,7 +72,9 @@ def plain(rule, q, columns, gates, weights, buffers, recent=()):
             r = t // rule.writes
             query = q[:, :, r : r + 1]
             if gates.read_rate is not None:
-                up_to = partial_sum + rule.sign * gradient([[x[:, :, : t - start + 1] for x in mine]])
+                g = gradient([*window, [x[:, :, : t - start + 1] for x in mine]])
+                partial = eta if gates.partial_step_rate is None else gate(gates.partial_step_rate, t)
+                up_to = partial_sum + shaped(None, g, partial)[1]
                 outputs.append(query @ (m + gates.read_rate[:, :, r, None, None] * up_to))
             elif rule.sees == "past":
                 assert rule.writes == 1
@@ -85,7 +87,7 @@ def plain(rule, q, columns, gates, weights, buffers, recent=()):
                 _, up = shaped(gate(gates.partial_momentum, t), g, gate(gates.partial_step_rate, t))
                 outputs.append(query @ ((old if kept_t is None else kept_t * old) + up))
         if gates.read_rate is not None:
-            partial_sum = partial_sum + rule.sign * new
+            partial_sum = partial_sum + update
             if stop % span == 0 or (stop == total and rule.refresh is None):
                 m = m + gates.read_rate[:, :, (stop - 1) // rule.writes, None, None] * partial_sum
                 partial_sum = 0.0
@@ -125,7 +127,7 @@ def cases(draw):
     sees = "token" if writes > 1 else draw(st.sampled_from(["past", "chunk", "token"]))
     whole = chunk == 1 if refresh is None else refresh % writes == 0
     read_rate = sees == "token" and whole and draw(st.integers(0, 5)) == 0
-    window = 1 if read_rate else draw(st.sampled_from([1, 1, 2, 3]))
+    window = draw(st.sampled_from([1, 1, 2, 3]))
     rule = AffineRule(
         loss=loss,
         chunk=chunk,
@@ -146,7 +148,7 @@ def cases(draw):
         "rate": draw(st.booleans()),
     }
     if read_rate:
-        gates |= {"retention": "none", "momentum": False, "step_rate": False}
+        gates |= {"retention": "none", "momentum": False}
     total = draw(st.integers(0, 40)) * writes
     return rule, gates | {"read_rate": read_rate}, total, draw(st.integers(0, 2**20))
 
@@ -482,8 +484,8 @@ def test_rules_that_contradict_themselves_are_refused(change, message):
 @pytest.mark.parametrize(
     ("rule", "which", "message"),
     [
-        (AffineRule(window=2), {"read_rate": True}, "read_rate needs sees='token', no window"),
-        (AffineRule(), {"read_rate": True, "momentum": True}, "read_rate needs"),
+        (AffineRule(sees="past"), {"read_rate": True}, "read_rate needs sees='token'"),
+        (AffineRule(), {"read_rate": True, "momentum": True}, "neither retention nor momentum"),
         (AffineRule(chunk=2, refresh=None), {"read_rate": True}, "read_rate needs chunk to be 1"),
         (AffineRule(writes=2), {"read_rate": True}, "read_rate needs refresh to be a multiple of writes=2; got 1"),
     ],

@@ -108,9 +108,10 @@ def plain(rule, layers, q, columns, rates, gates, state):
             w = {**w, **{name: up[name] + (w[name] if a is None else a * w[name]) for name in rates}}
         for t in range(start, stop):
             if gates.read_rate is not None:
-                g = gradient([slice(start, t + 1)])
-                share = gates.read_rate[:, :, t, None, None] * rule.sign
-                seen = {**w, **{name: w[name] + share * (travelled[name] + g[name]) for name in rates}}
+                its = eta if gates.partial_step_rate is None else gate(gates.partial_step_rate, t)
+                _, own = shaped(None, gradient([*window, slice(start, t + 1)]), its)
+                share = gates.read_rate[:, :, t, None, None]
+                seen = {**w, **{name: w[name] + share * (travelled[name] + own[name]) for name in rates}}
             elif rule.sees == "past":
                 seen = old
             elif rule.sees == "chunk" or chunk == 1:
@@ -124,9 +125,9 @@ def plain(rule, layers, q, columns, rates, gates, state):
                 a_t = gate(gates.partial_retention, t)
                 seen = {**old, **{name: part[name] + (old[name] if a_t is None else a_t * old[name]) for name in rates}}
             outputs.append(forward(layers, seen, q[:, :, t : t + 1], False))
-        travelled = {name: travelled[name] + new[name] for name in rates}
+        travelled = {name: travelled[name] + up[name] for name in rates}
         if gates.read_rate is not None and (stop % span == 0 or (stop == total and rule.refresh is None)):
-            share = gates.read_rate[:, :, stop - 1, None, None] * rule.sign
+            share = gates.read_rate[:, :, stop - 1, None, None]
             w = {**w, **{name: w[name] + share * travelled[name] for name in rates}}
         for name in rates:
             d[name].append(new[name])
@@ -152,7 +153,7 @@ def cases(draw):
         chunk=chunk,
         refresh=refresh,
         before=refresh == chunk and draw(st.booleans()),
-        window=1 if reader else draw(st.sampled_from([1, 1, 3])),
+        window=draw(st.sampled_from([1, 1, 3])),
         window_on=draw(st.sampled_from(["gradient", "update"])),
         sees=sees,
         sign=draw(st.sampled_from([1, -1])),
@@ -164,11 +165,8 @@ def cases(draw):
     if head is not None and head.fast and head.where == "read":
         head = Norm(head.residual, "both", True)
     layers = Layers(names, ACTIVATIONS[draw(st.sampled_from(list(ACTIVATIONS)))], draw(st.booleans()), head)
-    which = (
-        {"retention": False, "momentum": False, "step_rate": False}
-        if reader
-        else {name: draw(st.booleans()) for name in ("retention", "momentum", "step_rate")}
-    )
+    which = {name: draw(st.booleans()) for name in ("retention", "momentum", "step_rate")}
+    which |= {"retention": False, "momentum": False} if reader else {}
     which |= {"read_rate": reader, "erase": draw(st.booleans()), "last": draw(st.booleans()), "rate": draw(st.booleans())}
     return rule, layers, which, draw(st.integers(1, 11)), draw(st.integers(0, 2**20))
 

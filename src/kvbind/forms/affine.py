@@ -152,7 +152,7 @@ class Gates:
             up to the own, which is what `sees="token"` reads where `chunk` is above 1: `[B, H, R]`, the first maybe
             `[B, H, R, F]`. All whose gate there is must be given.
         read_rate: with it column t sees `M_s + c_t sum_(s <= i <= t) U_i`, where s is its refresh point, and the span leaves
-            `M_s + c_last sum U_i`; `[B, H, R]`. It needs `sees="token"` and excludes all others, windows, and `refresh=None`
+            `M_s + c_last sum U_i`; `[B, H, R]`. It needs `sees="token"` and excludes retention, momentum, and `refresh=None`
             beside a `chunk` above 1.
     """
 
@@ -261,9 +261,8 @@ def affine(
 def check(rule: AffineRule, total: int, gates: Gates, held: int) -> None:
     """Raise `ValueError` for gates, a number of columns or of buffers that a rule excludes."""
     if gates.read_rate is not None:
-        others = ("retention", "momentum", "step_rate")
-        if rule.window > 1 or rule.sees != "token" or any(getattr(gates, name) is not None for name in others):
-            raise ValueError(f"read_rate needs sees='token', no window and none of {', '.join(others)}; got {rule}")
+        if rule.sees != "token" or gates.retention is not None or gates.momentum is not None:
+            raise ValueError(f"read_rate needs sees='token' and neither retention nor momentum; got {rule}")
         if rule.refresh is not None and rule.refresh % rule.writes:
             raise ValueError(f"read_rate needs refresh to be a multiple of writes={rule.writes}; got {rule.refresh}")
         if rule.refresh is None and rule.chunk > 1:
@@ -453,13 +452,13 @@ class _Run:
         on_state, on_buffers, on_writes = flow.reads(q, k)
         output = seen_product(torch.where(layout.seen, on_writes, 0.0), torch.stack(writes, 2), layout.seen)
         started = torch.stack(states, 2)
+        for x, held in zip(on_buffers, torch.stack(buffered, 2).unbind(3), strict=True):
+            output = output + x @ held
         if rates is None:
             output = output + on_state @ started
         else:
             base = torch.stack(renewals, 2)
             output = q @ base + rates * (output + on_state @ (started - base))
-        for x, held in zip(on_buffers, torch.stack(buffered, 2).unbind(3), strict=True):
-            output = output + x @ held
         return output.flatten(2, 3), after
 
 
