@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 import kvbind
 from kvbind import Linear, NewtonSchulz, SwiGLU
-from kvbind.forms import blockwise, parallel
-from strategies import error, leaves, operands, parallel_specs, small_sizes
+from kvbind.forms import affine, parallel
+from strategies import affine_specs, error, leaves, operands, parallel_specs, small_sizes
 
 CAUSAL = ("past", "chunk", "token")
 schedules = st.fixed_dictionaries(
@@ -22,9 +22,7 @@ schedules = st.fixed_dictionaries(
 
 def scheduled(schedule):
     """Make blocks and the bound between schedules small enough for short sequences to need several."""
-    return mock.patch.multiple(blockwise, BLOCK=schedule["block"]), mock.patch.multiple(
-        parallel, SHORT_CHUNK=schedule["short"]
-    )
+    return mock.patch.multiple(affine, BLOCK=schedule["block"]), mock.patch.multiple(parallel, SHORT_CHUNK=schedule["short"])
 
 
 def run(spec, o, form, cut=0):
@@ -72,6 +70,34 @@ def test_parallel_has_the_gradients_of_recurrent(spec, size, cut, schedule):
     expected = gradients(spec, o, "recurrent", cut)
     blocks, short = scheduled(schedule)
     with blocks, short:
+        found = gradients(spec, o, "parallel", cut)
+    for name, x in expected.items():
+        assert (found[name] - x).norm() <= 1e-8 * x.norm().clamp(min=1e-3), name
+
+
+@settings(max_examples=200)
+@given(affine_specs(), small_sizes(24), st.integers(0, 20), st.sampled_from([4, 64]), st.integers(0, 1 << 20))
+def test_writes_that_add_up_are_parallel_whatever_else_the_inner_loop_has(spec, size, cut, block, seed):
+    o, cut = operands(spec, **size), min(cut, size["tokens"] - 1)
+    if spec.writes == 1 and parallel.masks_in_parallel(spec) and seed % 2:
+        rand = torch.rand(size["batch"], size["tokens"], generator=torch.Generator().manual_seed(seed))
+        o.options["update_tokens"] = rand < 0.5
+    y, state = run(spec, o, "recurrent", cut)
+    with mock.patch.object(affine, "BLOCK", block):
+        z, after = run(spec, o, "parallel", cut)
+    assert (z - y).norm() <= 1e-10 * y.norm().clamp(min=1)
+    assert after.pending_lengths == state.pending_lengths
+    assert list(after.tensors) == list(state.tensors)
+    for name, x in state.tensors.items():
+        assert torch.allclose(after.tensors[name], x, rtol=1e-9, atol=1e-11), name
+
+
+@settings(max_examples=80)
+@given(affine_specs(), small_sizes(14), st.integers(0, 12), st.sampled_from([4, 64]))
+def test_writes_that_add_up_have_the_gradients_of_recurrent(spec, size, cut, block):
+    o, cut = operands(spec, **size), min(cut, size["tokens"] - 1)
+    expected = gradients(spec, o, "recurrent", cut)
+    with mock.patch.object(affine, "BLOCK", block):
         found = gradients(spec, o, "parallel", cut)
     for name, x in expected.items():
         assert (found[name] - x).norm() <= 1e-8 * x.norm().clamp(min=1e-3), name

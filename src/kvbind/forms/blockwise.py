@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvbind.forms.affine import AffineRule, AffineState, Columns, Gates, affine
-from kvbind.forms.recurrent import prefix_gates, recurrent
+from kvbind.forms.recurrent import prefix_gates
 from kvbind.forms.scan import Gate
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
@@ -28,9 +28,6 @@ NEUTRAL = {"retention": 1.0, "momentum": 1.0, "step_rate": 0.0}
 
 def blockwise(spec: InnerLoop, chunk: int, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
     """Run an inner loop whose writes add up, in chunks of `chunk` tokens; the rest is as for `recurrent`."""
-    if tokens.mask is not None and spec.window_size > 1:
-        # a window slides by writes, of which sequences then have different numbers
-        return recurrent(spec, q, tokens, state)
     pending = state.pending()
     kept = 0 if pending is None else len(pending)
     joined = tokens if pending is None else pending.append(tokens)
@@ -47,7 +44,9 @@ def advance(spec: InnerLoop, tokens: Tokens, fast: FastWeights) -> FastWeights:
     return _run(spec, spec.chunk, None, tokens, fast)[1]
 
 
-def _run(spec: InnerLoop, chunk: int, q: Tensor | None, tokens: Tokens, fast: FastWeights) -> tuple[Tensor, FastWeights, int]:
+def _run(
+    spec: InnerLoop, chunk: int, q: Tensor | None, tokens: Tokens, fast: FastWeights
+) -> tuple[Tensor, FastWeights, int]:
     """Outputs (empty where `q` is None), the weights where a state can stop, and how many tokens that is behind."""
     network, weights, lags = spec.network, fast.weights, spec.window_size - 1 if spec.sums_updates else 0
     assert spec.visibility != "full"
@@ -150,7 +149,9 @@ def _gates(spec: InnerLoop, chunk: int, tokens: Tokens) -> Gates:
         if mask is None:
             return gate if chunk == 1 else torch.stack(by_chunk(gate, lambda x: x.mean(2)), dim=2)
         its = mask.reshape(*mask.shape, *(1,) * (gate.dim() - 3))
-        return torch.stack(by_chunk(gate * its, lambda x: x.sum(2)), 2) / count.reshape(*count.shape, *its.shape[3:]).clamp(min=1)
+        return torch.stack(by_chunk(gate * its, lambda x: x.sum(2)), 2) / count.reshape(*count.shape, *its.shape[3:]).clamp(
+            min=1
+        )
 
     found = {}
     if mask is not None:
