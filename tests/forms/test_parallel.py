@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 import kvbind
 from kvbind import Linear, NewtonSchulz, SwiGLU
-from kvbind.forms import affine, parallel
+from kvbind.forms import affine, blockwise, parallel
+from kvbind.forms.tokens import Tokens
 from strategies import affine_specs, error, leaves, operands, parallel_specs, small_sizes
 
 CAUSAL = ("past", "chunk", "token")
@@ -101,6 +102,19 @@ def test_writes_that_add_up_have_the_gradients_of_recurrent(spec, size, cut, blo
         found = gradients(spec, o, "parallel", cut)
     for name, x in expected.items():
         assert (found[name] - x).norm() <= 1e-8 * x.norm().clamp(min=1e-3), name
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_no_tokens_leave_fast_weights_as_they_are(chunk):
+    """As of a rank whose documents have no complete chunk."""
+    spec = kvbind.InnerLoop(network=Linear(), loss="squared", chunk=chunk, visibility="token", momentum=True, retention=True)
+    o = operands(spec)
+    _, state = kvbind.ttt(spec, o.weights, o.q, o.k, o.v, **o.options)
+    rows = {name: x.transpose(1, 2)[:, :, :0] for name, x in (("k", o.k), ("v", o.v))}
+    gates = {name: o.options[name].transpose(1, 2)[:, :, :0] for name in spec.gates}
+    after = blockwise.advance(spec, Tokens(**rows, rates={"out": 1.0}, gates=gates), state.fast)
+    assert torch.equal(after.weights["out"], state.weights["out"])
+    assert torch.equal(after.momentum["out"], state.momentum["out"])
 
 
 GRADCHECKED = {

@@ -50,6 +50,9 @@ def _run(
     """Outputs (empty where `q` is None), the weights where a state can stop, and how many tokens that is behind."""
     network, weights, lags = spec.network, fast.weights, spec.window_size - 1 if spec.sums_updates else 0
     assert spec.visibility != "full"
+    if not len(tokens):
+        # as a rank may have none
+        return tokens.v[:, :, :0].to(weights["out"].dtype), fast, 0
     rule = AffineRule(
         loss=spec.loss,
         chunk=chunk,
