@@ -15,6 +15,7 @@ from typing import Any
 from kvbind.bench.graphs import step_grid as replayed_grid
 from kvbind.bench.kernel_tables import Grid, profile_grid, speed_grids, summary_grid, verify_grid
 from kvbind.bench.layer_tables import layer_grid, step_grids
+from kvbind.bench.models import model_grids
 from kvbind.bench.peers import peer_grids, short_grid
 from kvbind.bench.record import answered
 from kvbind.bench.scaling_tables import scaling_grids
@@ -84,7 +85,11 @@ def table(path: str, key: str, root: Path) -> str:
         return f"{picture}\n\n*Drawn by `python docs/figures.py` from `{path}`: `{record['command']}`.*"
     if key == "views":
         return views_table(record, path)
-    if any("ratio_plain" in row for row in record["rows"]):
+    if any("against" in row for row in record["rows"]):
+        found = agreement_grids(record)
+    elif any("peer_name" in row for row in record["rows"]):
+        found = model_grids(record)
+    elif any("ratio_plain" in row for row in record["rows"]):
         found = [*peer_grids(record), short_grid(record)]
     elif any("on" in row for row in record["rows"]):
         found = [replayed_grid(record)]
@@ -102,6 +107,35 @@ def table(path: str, key: str, root: Path) -> str:
     if key not in grids:
         raise ValueError(f"{path} has no table {key!r}; it has {', '.join(grids)}")
     return f"{markdown(grids[key])}\n\n{source(record, path)}"
+
+
+def agreement_grids(record: dict[str, Any]) -> list[Grid]:
+    """What `tests/systems/agreement.py` found: "loops" beside others' code, and the library's "systems" beside the loops."""
+    numbers = ("output", "state", "gradients")
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        return ["-" if name not in row else "0" if not row[name] else f"{row[name]:.0e}" for name in numbers]
+
+    rows = []
+    for row in record["rows"]:
+        if row["what"] == "loop":
+            # a module's path says nothing that the package and the function do not
+            short = ".".join(row["function"].split(".")[-2 if row["function"].count(".") == 1 else -1 :])
+            rows.append((row["system"], f"{row['against']}: `{short}`", row.get("skipped", row["note"]), *cells(row)))
+    title = "Largest relative differences between plain loops and public code, in float64"
+    loops = Grid("loops", title, ("system", "public code", "note", *numbers), tuple(rows), left=3)
+
+    by_form = {(row["system"], row["form"]): row for row in record["rows"] if row["what"] == "kvbind"}
+    forms = list(dict.fromkeys(form for _, form in by_form))
+    rows = []
+    for system in dict.fromkeys(name for name, _ in by_form):
+        found = [by_form[system, form] for form in forms]
+        skipped = list(dict.fromkeys(row["skipped"] for row in found if "skipped" in row))
+        shown = [" / ".join(cells(row)) if row["form"] != "linearize" else " / ".join(cells(row)[::2]) for row in found]
+        rows.append((system, f"`{found[0]['function']}`", "; ".join(skipped), *shown))
+    title = "Largest relative differences between the library and the loops: output / state / gradients"
+    header = ("system", "function", "not run, as", *(f"`{form}`" for form in forms))
+    return [loops, Grid("systems", title, header, tuple(rows), left=3)]
 
 
 def views_table(record: dict[str, Any], path: str) -> str:

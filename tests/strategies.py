@@ -36,7 +36,7 @@ NETWORKS = [
 
 @st.composite
 def specs(draw, visibilities=("past", "chunk", "token", "full"), networks=NETWORKS, valid=True, **fixed):
-    """Any valid inner loop; `fixed` fields keep their value. Unless `valid`, fields by name, which may exclude each other."""
+    """Any valid inner loop with `fixed` fields; unless `valid`, fields by name, which may exclude each other."""
     visibility = draw(st.sampled_from(visibilities))
     network = draw(st.sampled_from(networks))
     chunk = None if visibility == "full" else draw(st.sampled_from([1, 2, 3, 5, 8]))
@@ -59,6 +59,11 @@ def specs(draw, visibilities=("past", "chunk", "token", "full"), networks=NETWOR
     }
     fields = {"network": network, "chunk": chunk, "visibility": visibility} | fields | fixed
     return InnerLoop(**fields) if valid else fields
+
+
+def memory(chunk):
+    """An MLP under squared error with momentum and retention, one write per chunk."""
+    return InnerLoop(network=MLP("silu"), loss="squared", momentum=True, retention=True, chunk=chunk)
 
 
 HEADS = [LayerNormHead(residual, where, 1e-3) for residual in (True, False) for where in ("both", "loss", "read")]

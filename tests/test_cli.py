@@ -57,7 +57,7 @@ def test_the_version_is_shown(run):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["systems"], ["explain"], ["reproduce"], ["train"], ["eval"], ["generate"], ["convert"]]
+    "command", [[], ["systems"], ["explain"], ["reproduce"], ["train"], ["eval"], ["generate"], ["convert"], ["in-place"]]
 )
 def test_every_command_explains_itself(run, command):
     code, out, _ = run(*command, "--help")
@@ -115,14 +115,26 @@ def test_a_system_is_explained_at_the_asked_shapes(run):
 def test_a_rung_of_the_ladder_is_explained(run, rung):
     _, out, _ = run("explain", "lact_llm", "--rung", str(rung))
     inner = kvbind.systems.ladder(kvbind.systems.lact_llm())[f"rung{rung}"]
-    assert out.strip() == str(kvbind.explain(inner))
+    assert out.strip().startswith(str(kvbind.explain(inner)))
+
+
+def test_two_inner_loops_are_compared_field_by_field(run, tmp_path):
+    mine = kvbind.systems.titans().replace(network=kvbind.MLP("tanh"), momentum=False)
+    mine.to_yaml(tmp_path / "mine.yaml")
+    code, out, _ = run("compare", "titans", str(tmp_path / "mine.yaml"))
+    assert code == 0
+    rows = [line.split() for line in out.strip().splitlines()]
+    assert [row[0] for row in rows[1:] if len(row) == 3] == ["network.activation", "momentum"]
+    assert ["momentum", "True", "False"] in rows
+    assert "are the same inner loop" in run("compare", "titans", "titans")[1]
+    assert "did you mean 'titans'" in " ".join(run("compare", "titan", "titans")[2].split())
 
 
 def test_an_inner_loop_in_a_file_is_explained(run, tmp_path):
     inner = kvbind.systems.titans(chunk=32)
     inner.to_yaml(tmp_path / "mine.yaml")
     _, out, _ = run("explain", str(tmp_path / "mine.yaml"))
-    assert out.strip() == str(kvbind.explain(inner))
+    assert out.strip().startswith(str(kvbind.explain(inner)))
 
 
 @pytest.mark.parametrize(
@@ -155,6 +167,8 @@ def test_an_inner_loop_in_a_file_is_explained(run, tmp_path):
         (["convert", "nowhere", "there"], "config.json"),
         (["convert", "nowhere", "there"], "does not exist"),
         (["convert", "nowhere", "there", "--to", "release"], "--to"),
+        (["in-place", "nowhere", "there"], "source must be the folder of a model"),
+        (["in-place", "nowhere", "there", "--layers", "first"], "must be a number or numbers with commas"),
         (["explian"], "explain"),
     ],
 )
@@ -170,8 +184,8 @@ def test_a_traceback_is_there_for_the_asking():
         main(["explain", "lact_lm", "--traceback"])
 
 
-def test_training_prints_and_saves_the_whole_configuration(run, book, tmp_path):
-    code, out, _ = run("train", "language", "--data", str(book), "--out", str(tmp_path / "mine"), *SMALL)
+def test_training_prints_for_the_asking_and_saves_the_whole_configuration(run, book, tmp_path):
+    code, out, _ = run("train", "language", "--verbose", "--data", str(book), "--out", str(tmp_path / "mine"), *SMALL)
     assert code == 0
     saved = (tmp_path / "mine" / "config.yaml").read_text()
     for line in ("hidden_size: 16", "steps: 3", "visibility: past", "weight_decay: 0.1"):

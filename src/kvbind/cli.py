@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -47,6 +49,20 @@ Data = Annotated[
 Layout = Literal["kvbind", "released"]
 
 TASK_NAMES = ", ".join(TASKS)
+
+NARROW = 100
+"""Columns below which a terminal has no room for inner loops beside their names."""
+
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print the whole configuration too, which the run's folder has in any case.")
+]
+
+NEXT = {
+    "language": 'kvbind generate {run} --prompt "The "',
+    "images": "kvbind show {run} --out attention.png",
+    "views": "kvbind render {run}",
+}
+"""What to look at a trained model with, by its task."""
 
 
 def console() -> Console:
@@ -88,8 +104,9 @@ def continuable() -> Iterator[None]:
     """Ctrl-C ends a long run with a word on how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
-        Screen(stderr=True).print("\ninterrupted; the same command goes on from the last checkpoint")
+    except KeyboardInterrupt as interrupt:
+        said = str(interrupt) or "interrupted; the same command goes on from the last checkpoint"
+        Screen(stderr=True).print(f"\n{said}{', without --fresh' if '--fresh' in sys.argv else ''}", soft_wrap=True)
         raise typer.Exit(130) from None
 
 
@@ -117,13 +134,20 @@ def systems() -> None:
     from kvbind.forms.analysis import explain as analyse
     from kvbind.inner.systems import SYSTEMS
 
+    screen = console()
+    if screen.width < NARROW:
+        for name, make in SYSTEMS.items():
+            inner = make()
+            screen.print(f"{name}: {'a' if analyse(inner).parallel else 'no'} parallel form", style="bold")
+            screen.print(Padding(repr(inner), (0, 0, 0, 2)))
+        return
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("system", "parallel form", "inner loop"):
         table.add_column(name, no_wrap=name != "inner loop", overflow="fold")
     for name, make in SYSTEMS.items():
         inner = make()
         table.add_row(Text(name, "bold"), "yes" if analyse(inner).parallel else "no", repr(inner))
-    console().print(table)
+    screen.print(table)
 
 
 @app.command()
@@ -135,11 +159,13 @@ def explain(
         int | None, typer.Option(help="Take this rung of its ladder, 0 (itself) to 6 (linear attention).", min=0, max=6)
     ] = None,
     chunk: Annotated[int | None, typer.Option(help="Tokens in a chunk, instead of the system's own.")] = None,
-    heads: Annotated[int, typer.Option(help="Heads, for the costs.")] = 4,
-    key_width: Annotated[int, typer.Option(help="Channels of keys and queries per head.")] = 384,
+    heads: Annotated[int | None, typer.Option(help="Heads, for the costs; default 4.", show_default=False)] = None,
+    key_width: Annotated[
+        int | None, typer.Option(help="Channels of keys and queries per head; default 384.", show_default=False)
+    ] = None,
     value_width: Annotated[int | None, typer.Option(help="Channels of values per head; default as the keys.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Hidden width of the fast network; default as the keys.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 32768,
+    tokens: Annotated[int | None, typer.Option(help="Tokens in a sequence; default 32768.", show_default=False)] = None,
 ) -> None:
     """Say which linear attention an inner loop is, whether it has a parallel form and if not why, and what it costs.
 
@@ -156,9 +182,42 @@ def explain(
         inner = list(ladder(inner).values())[rung]
     if chunk is not None:
         inner = inner.replace(chunk=chunk)
+    usual = Shapes()
+    assumed = [name for name, size in {"heads": heads, "key-width": key_width, "tokens": tokens}.items() if size is None]
+    heads, tokens = (usual.heads if heads is None else heads), (usual.tokens if tokens is None else tokens)
+    key_width = usual.key_width if key_width is None else key_width
     value_width, hidden = (key_width if width is None else width for width in (value_width, hidden))
     shapes = Shapes(heads, key_width, value_width, hidden, tokens)
-    console().print(str(analyse(inner, shapes)), soft_wrap=True)
+    screen = console()
+    # a terminal's lines break between words, a file's are left whole
+    screen.print(str(analyse(inner, shapes)), soft_wrap=not screen.is_terminal)
+    if assumed:
+        options = ", ".join(f"--{name}" for name in assumed)
+        screen.print(
+            f"  assumed: the sizes of a layer of the 760M language model, where {options} would say others",
+            soft_wrap=not screen.is_terminal,
+        )
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A named system, or a YAML file of an inner loop.")],
+    second: Annotated[str, typer.Argument(help="Another.")],
+) -> None:
+    """Say field by field in what two inner loops differ.
+
+    For example: [bold]kvbind compare kda gdn2[/], or [bold]kvbind compare titans mine.yaml[/]
+    """
+    differing = named_or_file(first).differences(named_or_file(second))
+    if not differing:
+        console().print(f"{first} and {second} are the same inner loop")
+        return
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("field", first, second):
+        table.add_column(name, no_wrap=name == "field", overflow="fold")
+    for name, values in differing.items():
+        table.add_row(Text(name, "bold"), *("-" if value is None else repr(value) for value in values))
+    console().print(table)
 
 
 def named_or_file(system: str) -> Any:
@@ -170,7 +229,10 @@ def named_or_file(system: str) -> Any:
         return named(system)
     if not Path(system).is_file():
         raise ValueError(f"system must be a named system or a YAML file that exists; there is no {system!r}")
-    return InnerLoop.from_yaml(Path(system))
+    try:
+        return InnerLoop.from_yaml(Path(system))
+    except (ValueError, TypeError) as error:
+        raise ValueError(str(error) if system in str(error) else f"{system}: {error}") from error
 
 
 @app.command()
@@ -245,6 +307,7 @@ def reproduce(
     efficiency: Annotated[
         float, typer.Option(help="Of several GPUs over as many times one, for projections; assumed.", min=0.0)
     ] = 0.9,
+    verbose: Verbose = False,
     overrides: Overrides = None,
 ) -> None:
     """Reproduce a table or figure of the paper, or all of them: train, evaluate, time, and write the report.
@@ -283,6 +346,7 @@ def reproduce(
             measure=None if steps is None else Measure(steps, chosen, price, efficiency),
             overrides=overrides or [],
             console=console(),
+            verbose=verbose,
         )
 
 
@@ -356,7 +420,7 @@ def train(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="A YAML file, or a shipped configuration; default the smallest. "
+            help="A YAML file, or a shipped configuration; default the smallest, of one's own pictures photos. "
             + " ".join(f"{task.capitalize()}: {', '.join(preset_files(task))}." for task in TASKS),
             show_default=False,
         ),
@@ -384,38 +448,69 @@ def train(
             help="Go on though files of the data were edited, removed or added since, and write that down in the folder.",
         ),
     ] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train a model, or go on with a run that was interrupted.
 
-    For example: [bold]kvbind train language --preset tiny model.inner.update=last train.steps=500[/]
+    Ctrl-C leaves a checkpoint, from which the same command goes on. A larger train.steps in the same --out goes on longer.
+
+    For example: [bold]kvbind train language --preset tiny model.inner.update=last train.steps=500[/], or on text of your own
+    [bold]kvbind train language --data book.txt[/]
 
     On several GPUs: [bold]torchrun --nproc-per-node 8 -m kvbind train language --preset 760m[/]
     """
-    from kvbind.experiments.runs import run_name, train_run
+    from kvbind.experiments.runs import CONFIG, WEIGHTS, run_name, train_run
     from kvbind.experiments.subjects import named_subject
     from kvbind.tasks import open_task_module
     from kvbind.tasks.contents import RECORD, check_unchanged
     from kvbind.train.bars import progress_bars
     from kvbind.train.checkpoint import checkpoints
     from kvbind.train.config import read_config, to_yaml
+    from kvbind.train.loop import pick_device
     from kvbind.train.ranks import connected, rank
 
-    module, preset = open_task_module(task), preset or named_subject(task).scales["smoke"].preset
     edits = with_data(overrides, "source", data)
+    module = open_task_module(task)
+    suited = getattr(module, "suited_preset", lambda edits: None)
+    preset = preset or suited(edits) or named_subject(task).scales["smoke"].preset
     config = module.resolve(read_config(module.Config, module.PRESETS, preset, edits))
     folder = out or Path("runs") / run_name(task, config).replace(task, f"{task}-{Path(preset).stem}", 1)
     with connected(config.train.device):
         first = rank() == 0
         screen = console() if first else Screen(quiet=True)
-        screen.print(to_yaml(config), style="dim", soft_wrap=True)
-        screen.print(f"run folder: {folder}", soft_wrap=True)
+
+        def begun(parameters: int) -> None:
+            if verbose:
+                screen.print(to_yaml(config), style="dim", soft_wrap=True)
+            screen.print(
+                f"{task}, preset {preset}: {parameters:,} parameters, {config.train.steps:,} steps, on "
+                f"{pick_device(config.train.device)}",
+                soft_wrap=True,
+            )
+            screen.print(f"run folder: {folder} (the configuration is in its {CONFIG})", soft_wrap=True)
+
         with continuable(), progress_bars(screen if first else None) as add:
             bar = add("training", config.train.steps)
-            run = train_run(task, config, folder, bar, fresh=fresh, accept_changed_data=accept_changed_data)
+            run = train_run(
+                task, config, folder, bar, fresh=fresh, accept_changed_data=accept_changed_data,
+                begun=begun,
+            )  # fmt: skip
         if run.reused and first and not accept_changed_data and (folder / RECORD).is_file():
             check_unchanged(folder, module.Task(config).contents(), checkpoints(folder))
+    if run.reused:
+        screen.print(f"{folder} holds this run, finished earlier: nothing was trained (--fresh trains anew)", soft_wrap=True)
     show_metrics(screen, run.result["held_out"])
     screen.print(f"{run.result['steps']} steps in {run.result['training_seconds']:.0f} s, {run.result['skipped']} skipped")
+    screen.print(f"model: {folder / WEIGHTS}", soft_wrap=True)
+    say_next(screen, task, folder)
+
+
+def say_next(screen: Console, task: str, run: Path) -> None:
+    """The next commands to type, a line each."""
+    quoted = shlex.quote(str(run))
+    shown = [NEXT[task].format(run=quoted)] if task in NEXT else []
+    for i, command in enumerate([*shown, f"kvbind eval {quoted}"]):
+        screen.print(f"{'' if i else 'next:':<5} {command}", soft_wrap=True)
 
 
 def with_data(overrides: list[str] | None, key: str, data: str | None) -> list[str]:
@@ -472,11 +567,38 @@ def plan(
     )  # fmt: skip
 
 
+def run_and_rest(words: Sequence[str]) -> tuple[str | None, Path, list[str]]:
+    """What `[TASK] RUN [KEY=VALUE]...` says: the task, where it is named before the run, the run's folder, and the rest.
+
+    Raises:
+        ValueError: no run.
+    """
+    named = words[0] in TASKS and len(words) > 1 and ("=" not in words[1] or Path(words[1]).is_dir())
+    task, rest = (words[0], words[1:]) if named else (None, words)
+    if not named and len(words) > 1 and "=" not in words[1]:
+        from kvbind.inner.value import nearest
+
+        raise ValueError(f"task must be one of {TASK_NAMES}; got {words[0]!r}{nearest(words[0], TASKS)}")
+    return task, Path(rest[0]), list(rest[1:])
+
+
+def check_task(task: str | None, trained_on: str, run: Path) -> None:
+    """Raise `ValueError` where a task was named that is not the run's."""
+    if task not in (None, trained_on):
+        raise ValueError(f"run must be one of task {task!r}; {str(run)!r} is one of {trained_on!r}")
+
+
 @app.command("eval")
 def evaluate(
-    task: Annotated[str, typer.Argument(help=f"What was trained: {TASK_NAMES}.")],
-    run: Annotated[Path, typer.Argument(help="Folder of the finished training run.")],
-    overrides: Overrides = None,
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[TASK] RUN [KEY=VALUE]...",
+            help="Folder of the finished training run, and edits of its configuration, such as data.length=4096. The task, "
+            f"{TASK_NAMES}, may stand before it.",
+            show_default=False,
+        ),
+    ],
     data: Data = None,
     write: Annotated[
         Path | None, typer.Option("--json", help="Also write all metrics to this file.", metavar="FILE")
@@ -486,7 +608,7 @@ def evaluate(
 
     Language: perplexity, bits per byte, loss by position. Images: top-1 and top-5 accuracy. Views: PSNR and SSIM.
 
-    For example: [bold]kvbind eval language runs/mine --data book.txt data.length=4096[/]
+    For example: [bold]kvbind eval runs/mine --data book.txt data.length=4096[/]
     """
     from kvbind.experiments.runs import load_model, open_run
     from kvbind.tasks import open_task_module
@@ -494,12 +616,13 @@ def evaluate(
     from kvbind.train.loop import evaluate as evaluation
     from kvbind.train.loop import pick_device
 
-    module = open_task_module(task)
+    task, run, overrides = run_and_rest(words)
+    trained_on, _ = open_run(run)
+    check_task(task, trained_on, run)
+    module = open_task_module(trained_on)
     # where a task tells them apart, the source of what is held out
     source = "held_out_source" if hasattr(module.Config().data, "held_out_source") else "source"
-    trained_on, config = open_run(run, with_data(overrides, source, data))
-    if trained_on != task:
-        raise ValueError(f"run must be one of task {task!r}; {str(run)!r} is one of {trained_on!r}")
+    _, config = open_run(run, with_data(overrides, source, data))
     opened = module.Task(config, training=False)
     device = pick_device(config.train.device)
     metrics = evaluation(load_model(run, opened).to(device), opened, config.train, device)
@@ -591,10 +714,61 @@ def convert(
     console().print(f"wrote {run_conversion(source, target, to=to, config=config)}", soft_wrap=True)
 
 
+@app.command("in-place")
+def in_place(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of a language model of transformers, or of a released In-Place TTT checkpoint.")
+    ],
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Which MLPs become fast weights: every n-th, or numbers such as 0,6,12. Default: every 6th.",
+            metavar="N|N,N,...",
+            show_default=False,
+        ),
+    ] = None,
+    chunk: Annotated[
+        int | None, typer.Option(help="Tokens between updates. Default: 4096.", min=1, show_default=False)
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="The inner learning rate. Default: 3.", show_default=False)] = None,
+    values: Annotated[
+        Literal["hidden", "embeddings"] | None,
+        typer.Option(help="What values are made of: the MLP's input, or embeddings. Default: hidden.", show_default=False),
+    ] = None,
+) -> None:
+    """Turn MLPs of a saved Llama, Qwen3 or the like into fast weights.
+
+    The model written says what the one read says, until it is trained. A
+    released In-Place TTT checkpoint has its own settings, and takes no options.
+
+    For example: [bold]kvbind in-place Qwen3-8B mine --layers 6 --chunk 4096[/]
+    """
+    from kvbind.models.in_place import in_place as run_conversion
+
+    numbers: Any = None
+    if layers is not None:
+        parts = layers.split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            raise typer.BadParameter(
+                f"must be a number or numbers with commas between them; got {layers!r}", param_hint="--layers"
+            )
+        numbers = int(layers) if len(parts) == 1 else [int(part) for part in parts]
+    given = {"layers": numbers, "chunk": chunk, "lr": lr, "values": values}
+    written = run_conversion(source, target, **{name: x for name, x in given.items() if x is not None})
+    console().print(f"wrote {written}", soft_wrap=True)
+
+
 @app.command()
 def show(
-    task: Annotated[str, typer.Argument(help="What was trained: images.")],
-    run: Annotated[Path, typer.Argument(help="Folder of the training run.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[TASK] RUN",
+            help="Folder of the training run; the task, images, may stand before it.",
+            show_default=False,
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="PNG to write.")],
     image: Annotated[int, typer.Option(help="Number of the held-out image.", min=0)] = 0,
     at: Annotated[
@@ -616,13 +790,16 @@ def show(
 ) -> None:
     """Draw what a trained image model attends to: the linear attention that each layer's inner loops are.
 
-    For example: [bold]kvbind show images runs/mine --out picture.png --image 7 --at 0.3,0.6[/]
+    For example: [bold]kvbind show runs/mine --out picture.png --image 7 --at 0.3,0.6[/]
     """
     from kvbind.experiments.show_images import PLACES, read_place
     from kvbind.experiments.show_images import show as draw
 
-    if task != "images":
+    task, run, rest = run_and_rest(words)
+    if task not in (None, "images"):
         raise ValueError(f"task must be 'images'; got {task!r}")
+    if rest:
+        raise ValueError(f"show takes a run alone; got {' '.join(rest)!r} behind it")
     places = [read_place(text) for text in at] if at else PLACES
     answer = draw(run, out, image=image, places=places, layers=layer or ())
     console().print(f"class {answer['class']}, predicted {answer['predicted']}; wrote {out}", soft_wrap=True)

@@ -26,6 +26,9 @@ from torch import Tensor
 DEPTH = 64
 """How deep lists and mappings may lie in each other."""
 
+WHOLE = 2**63
+"""Whole numbers of 64 bits lie below this, and above its negative; sizes are such, as everything takes them so."""
+
 NODES = 100_000
 """How many values a YAML file may hold, each counted as often as it is referred to."""
 
@@ -69,20 +72,23 @@ def inside(folder: str | Path, name: object, source: object = None) -> Path:
 
 
 def check_links(folder: Path) -> None:
-    """Refuse a folder of a model or tokenizer in which a file is a link that leaves it.
+    """Refuse a folder of a model or tokenizer in which a file is a link that leaves it, or is none.
 
-    Other libraries read such folders and follow every link. Folders that none of them reads are not looked into.
+    Other libraries read such folders, follow every link and wait for every pipe. Folders that none of them reads are not
+    looked into.
 
     Raises:
-        ValueError: such a link; the message names it.
+        ValueError: such a link, a pipe or a device; the message names it.
         OSError: a folder that cannot be listed.
     """
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         read = entry.name in LINKED_FOLDERS
         if entry.is_symlink() and (read or not entry.is_dir()):
             inside(folder, entry.name)
-        elif read and entry.is_dir():
+        if read and entry.is_dir():
             check_links(Path(entry.path))
+        elif not entry.is_dir() and os.path.exists(entry.path):
+            check_regular(entry.path)
 
 
 def check_regular(path: str | Path) -> Path:
@@ -116,7 +122,8 @@ def read_text(path: str | Path, limit: int = JSON_LIMIT) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8; its byte {error.start} is none") from error
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path} must be text in UTF-8; its byte {error.start}, in line {line}, is none") from error
 
 
 def read_json(path: str | Path, *, finite: bool = True, limit: int = JSON_LIMIT) -> Any:
@@ -134,8 +141,13 @@ def read_json(path: str | Path, *, finite: bool = True, limit: int = JSON_LIMIT)
     return parse_json(read_text(path, limit), path, finite=finite)
 
 
-def read_fields(path: str | Path, *, finite: bool = True) -> dict[str, Any]:
+def read_fields(path: str | Path, *, finite: bool = True, wide: bool = True) -> dict[str, Any]:
     """The mapping that a JSON or YAML file holds, as its suffix says.
+
+    Args:
+        path: the file.
+        finite: of JSON, refuse numbers that are not finite.
+        wide: let whole numbers pass that have more than 64 bits, as tokenizers have them, and no model's sizes.
 
     Raises:
         ValueError: as `read_json` and `read_yaml`; a file that holds no mapping.
@@ -144,6 +156,7 @@ def read_fields(path: str | Path, *, finite: bool = True) -> dict[str, Any]:
     fields = read_json(path, finite=finite) if Path(path).suffix == ".json" else read_yaml(path)
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a mapping of fields; it holds {shortened(fields)} ({type(fields).__name__})")
+    check_plain(fields, path, finite=False, wide=wide)
     return fields
 
 
@@ -206,6 +219,26 @@ def parse_yaml(text: str, source: object, refusal: str | None = None) -> Any:
     return data
 
 
+def yaml_lines(path: str | Path) -> dict[str, int]:
+    """The lines of a YAML file's keys, from 1, by their dotted names; none of a file that is no YAML."""
+    found: dict[str, int] = {}
+
+    def look(node: Any, prefix: str) -> None:
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            found.setdefault(f"{prefix}{key.value}", key.start_mark.line + 1)
+            look(value, f"{prefix}{key.value}.")
+
+    try:
+        loader = _Loader(read_text(path, YAML_LIMIT))
+        try:
+            look(loader.get_single_node(), "")
+        finally:
+            loader.dispose()
+    except (ValueError, yaml.YAMLError):
+        return {}
+    return found
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, within limits: what aliases and merges expand to is counted before it is built."""
 
@@ -264,7 +297,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def check_plain(data: object, source: object, *, finite: bool = True, values: bool = False) -> None:
+def check_plain(data: object, source: object, *, finite: bool = True, values: bool = False, wide: bool = True) -> None:
     """Refuse data that would break what goes through them.
 
     Args:
@@ -272,10 +305,11 @@ def check_plain(data: object, source: object, *, finite: bool = True, values: bo
         source: where they are from, for the message.
         finite: refuse numbers that are not finite.
         values: let objects pass that are no plain data.
+        wide: let whole numbers pass that have more than 64 bits.
 
     Raises:
         ValueError: data deeper than `DEPTH`, such as those that hold themselves; keys that are no text; text that is no
-            Unicode; numbers that are not finite; objects.
+            Unicode; numbers that are not finite, or whole ones of more than 64 bits; objects.
     """
     level: list[Any] = [data]
     for _ in range(DEPTH):
@@ -295,7 +329,10 @@ def check_plain(data: object, source: object, *, finite: bool = True, values: bo
             elif isinstance(value, float):
                 if finite and not math.isfinite(value):
                     raise ValueError(f"{source} must hold finite numbers; got {value}")
-            elif not values and value is not None and not isinstance(value, bool | int):
+            elif isinstance(value, int):
+                if not wide and not -WHOLE < value < WHOLE:
+                    raise ValueError(f"{source} must hold whole numbers of 64 bits; got {shortened(value)}")
+            elif not values and value is not None:
                 raise ValueError(f"{source} must hold plain data; got a {type(value).__name__}")
         if not below:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,9 +14,39 @@ _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u20
 """What moves the cursor, begins an escape sequence, or turns the direction of writing; but for tabs and ends of lines."""
 
 
+GAP = 2
+"""Characters between the columns of a table."""
+
+
 def visible(text: str) -> str:
     r"""`text` with an escape such as `\x1b` in place of every character that a terminal would obey instead of showing it."""
     return _UNSEEN.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def column_groups(header: Sequence[str], rows: Sequence[Sequence[str]], width: int, left: int = 1) -> list[list[int]]:
+    """The columns of a table that is too wide, in groups that fit one below another.
+
+    Args:
+        header: a name for each column; one that has no line breaks may be broken between words.
+        rows: a text for each column.
+        width: of the terminal.
+        left: how many columns, from the first, say what a row is: they are in every group.
+
+    Returns:
+        The numbers of the columns of each group; at least one besides those that are in all.
+    """
+    columns = [*zip(*rows, strict=True)] or [()] * len(header)
+    names = [name.split("\n") if "\n" in name else name.split() for name in header]
+    needed = [max(map(len, (*name, *cells)), default=0) + GAP for name, cells in zip(names, columns, strict=True)]
+    own = list(range(left))
+    groups: list[list[int]] = []
+    for column in range(left, len(header)):
+        last = groups[-1] if groups else None
+        if last is None or sum(needed[i] for i in (*last, column)) > width:
+            groups.append([*own, column])
+        else:
+            last.append(column)
+    return groups or [own]
 
 
 class Screen(Console):

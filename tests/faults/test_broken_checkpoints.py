@@ -206,3 +206,11 @@ def test_metrics_that_are_gone_are_reported(run, caplog):
     done = small.run(run)
     assert "lacks steps 1 to 5 of the 5 before the checkpoint" in caplog.text
     assert [loss is None for loss in done.losses()] == [True] * 5 + [False] * 3
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(run):
+    path = newest(run) / "plain.pt"
+    path.unlink()
+    os.mkfifo(path)
+    assert fault(newest(run)) == "plain.pt is no file"
+    assert small.run(run).result["steps"] == 8

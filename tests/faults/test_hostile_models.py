@@ -15,6 +15,7 @@ from kvbind.models import PRESETS, LactConfig, LactForCausalLM
 from kvbind.models.convert import convert
 from kvbind.models.lact_nvs import LactNvs, LactNvsConfig
 from kvbind.models.saving import open_exported
+from kvbind.models.vittt import VitttConfig, VitttForImageClassification
 from kvbind.tasks.tokenizers import open_tokenizer
 
 SMALL = {**PRESETS["tiny"], "hidden_size": 32, "num_attn_heads": 2, "num_lact_heads": 1, "intermediate_size": 32}
@@ -103,6 +104,10 @@ DAMAGES = {
     "a size that is text": (config(hidden_size="wide"), "configuration of .*model must be of a LaCT language model"),
     "a size of all memory": (config(hidden_size=2**40), "configuration of .*model|do not fit its configuration"),
     "more layers than weights": (config(num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
+    "more labels than names": (config(num_labels=10**9), "num_labels must be an int from 0 to 1000000; got 1000000000"),
+    "a window of all numbers": (config(window_size=2**70), r"config\.json must hold whole numbers of 64 bits"),
+    "a dtype that is none": (config(dtype="os.system"), "configuration of .*model must be of a La[cC][tT]"),
+    "a network of no kind": (config(inner={"network": {"kind": []}, "chunk": 4}), r"network's kind must be .* got \[\]"),
     "a network without end": (
         config(inner={"network": {"kind": "MLP", "depth": 10**9}, "chunk": 4}),
         "depth must be at most",
@@ -148,12 +153,63 @@ def test_a_damaged_model_is_refused_in_one_line(damage, folder, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["linked weights", "an index that climbs", "deep JSON", "cut weights"])
+def piped(name):
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def indexed(metadata):
+    def change(folder):
+        LactForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
+        (folder / WEIGHTS).unlink(missing_ok=True)
+        fields = json.loads((folder / INDEX).read_text()) | {"metadata": metadata}
+        (folder / INDEX).write_text(json.dumps({name: x for name, x in fields.items() if x is not None}))
+
+    return change
+
+
+ADAPTER = "adapter_config.json"
+
+FOR_TRANSFORMERS = {
+    name: DAMAGES[name]
+    for name in ("linked weights", "an index that climbs", "deep JSON", "cut weights", "more layers than weights",
+                 "more labels than names", "a window of all numbers", "a dtype that is none", "a network of no kind",
+                 "a number of 5000 digits")
+} | {
+    "as many layers as stall": (config(num_hidden_layers=10**5), "num_hidden_layers is 100000"),
+    "a vocabulary of all memory": (config(vocab_size=2**62), "configuration of .*model must be of a LactForCausalLM"),
+    "an index without metadata": (indexed(None), r"index\.json must have metadata, a mapping; got None"),
+    "an index of listed metadata": (indexed([1]), r"index\.json must have metadata, a mapping; got \[1\]"),
+    "an adapter that is a list": (written(ADAPTER, "[]"), r"adapter_config\.json must hold a mapping"),
+    "an adapter that is none": (written(ADAPTER, "{"), r"adapter_config\.json must be JSON"),
+    "an adapter of a number": (written(ADAPTER, '{"base_model_name_or_path": 5}'), "must name its base model by a text"),
+    "a pipe for a configuration": (piped("config.json"), r"config\.json must be a file; it is none"),
+    "a pipe for weights": (piped(WEIGHTS), r"model\.safetensors must be a file; it is none"),
+    "a pipe for an adapter": (piped(ADAPTER), r"adapter_config\.json must be a file; it is none"),
+    "a pipe for a template": (piped("chat_template.jinja"), r"chat_template\.jinja must be a file; it is none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", FOR_TRANSFORMERS)
 def test_transformers_own_loading_looks_first(damage, folder):
-    change, message = DAMAGES[damage]
+    change, message = FOR_TRANSFORMERS[damage]
     change(folder)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refusal:
         LactForCausalLM.from_pretrained(folder)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_classifier_of_more_labels_than_names_is_refused(tmp_path):
+    model = VitttForImageClassification(VitttConfig(embed_dim=16, depth=1, num_heads=2, patch_size=4, num_labels=3))
+    model.save_pretrained(tmp_path)
+    for fields in ({"num_labels": 10**9}, {"num_classes": 10**9}, {"num_labels": "many"}):
+        config(**fields)(tmp_path)
+        for opened in (open_exported, VitttForImageClassification.from_pretrained):
+            with pytest.raises(ValueError, match="must be an int from 0 to 1000000"):
+                opened(tmp_path)
 
 
 def test_what_was_saved_is_read_in_one_file_or_several(exported, tmp_path):

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kvbind
 from kvbind import GLU, MLP, InnerLoop, Linear, NewtonSchulz, SwiGLU, systems
 from kvbind.forms.analysis import Shapes
-from strategies import operands, parallel_specs, specs
+from strategies import memory, operands, parallel_specs, specs
 
 LACT = systems.lact_llm()
 
@@ -46,10 +46,12 @@ def test_parallel_systems_say_how(spec):
         (LACT.replace(update="last", normalize=False, steps=2), ["steps"]),
         (LACT.replace(update="last", normalize=False, loss="squared"), ["loss"]),
         (InnerLoop(network=GLU(), update="last", visibility="full", loss="squared"), ["loss"]),
-        (systems.ttt_mlp(), ["update"]),
-        (systems.titans().replace(network=Linear()), []),
+        (systems.delta_net(16).replace(network=MLP()), ["update"]),
+        (memory(16).replace(network=Linear()), []),
         (systems.delta_net(), []),
-        (systems.atlas(), ["update", "loss"]),
+        (memory(16).replace(orthogonalize=NewtonSchulz()), ["update", "loss"]),
+        (systems.titans(), ["refresh", "update"]),
+        (systems.elastic_lact(), ["anchor", "chunk", "update", "normalize"]),
         (systems.vittt(), ["update"]),
         (systems.vittt("conv"), []),
     ],

@@ -12,13 +12,14 @@ from kvbind.forms import opaque
 from kvbind.layers.lact import LactLayer
 from kvbind.layers.lact_nvs import LactNvsLayer
 from kvbind.layers.vittt import VitttLayer
-from strategies import error, operands
+from strategies import error, memory, operands
 
 LADDER = systems.ladder(systems.lact_llm(chunk=4))
 SPECS = {
     **{name: LADDER[name] for name in ("rung0", "rung2")},
     "rung2, gated": LADDER["rung2"].replace(retention=True),
     "delta_net": systems.delta_net(),
+    "memory": memory(4),
     "titans": systems.titans(4),
     "lact_nvs": systems.lact_nvs(),
     "vittt": systems.vittt(),

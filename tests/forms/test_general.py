@@ -125,3 +125,39 @@ def test_a_slice_of_writers_is_a_mask_of_them(start):
     mask[start:6] = True
     sliced, masked = (run(spec, o, update_tokens=which)[0] for which in (slice(start, 6), mask))
     assert error(sliced, masked) < 1e-12
+
+
+@given(general_specs(), small_sizes(9), st.data())
+@settings(max_examples=120)
+def test_linear_attention_is_the_inner_loop(spec, sizes, data):
+    o = operands(spec, **sizes)
+    options = dict(o.options)
+    if spec.window_size == 1 and data.draw(st.booleans()):
+        count = sizes["batch"] * sizes["tokens"]
+        mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
+        options["update_tokens"] = mask.reshape(sizes["batch"], -1)
+    attention = kvbind.linearize(spec, o.weights, o.q, o.k, o.v, **options)
+    expected, _ = kvbind.ttt(spec, o.weights, o.q, o.k, o.v, form="recurrent", **options)
+    assert error(attention.output(), expected) < LIMIT
+    # what weights say, and what no token wrote
+    parts = [attention.weights(d)[..., None] for d in range(o.v.shape[-1])]
+    mixed = torch.cat([(w * attention.v.transpose(1, 2)[:, :, None, :, d, None]).sum(3) for d, w in enumerate(parts)], -1)
+    before = mixed.transpose(1, 2) + attention.initial_output()
+    assert error(before if attention.head is None else attention.head(before), expected) < 1e-6
+
+
+@given(general_specs(), small_sizes(7))
+@settings(max_examples=40)
+def test_every_inner_loop_is_explained_and_reads_back(spec, sizes):
+    found = kvbind.explain(spec)
+    text = str(found)
+    assert all(obstacle.field in text for obstacle in found.obstacles)
+    assert kvbind.explain(found.nearest).parallel
+    assert not (spec.extensions and found.parallel)
+    assert kvbind.InnerLoop.from_yaml(spec.to_yaml()) == spec
+    o = operands(spec, **sizes)
+    y, _ = kvbind.ttt(spec, o.weights, o.q, o.k, o.v, **o.options)
+    assert error(y, run(spec, o)[0]) < LIMIT
+    losses = kvbind.inner_loss(spec, o.weights, o.k, o.v, **o.options)
+    assert losses.shape[:2] == o.q.shape[::2][:2]
+    assert losses.isfinite().all()

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 import kvbind
 from kvbind import InnerLoop, Linear, systems
-from reference import losses, run_head
+from reference import losses, run
 from strategies import operands, specs
 
 
@@ -17,17 +17,14 @@ def test_inner_loss_is_the_mean_over_each_chunk_along_the_trajectory(spec, token
     size = spec.chunk or tokens
     assert found.shape == (1, 1, -(-tokens // size))
     w = {name: x[0] for name, x in o.weights.items()}
-    lr = {name: x[0, :, 0] for name, x in o.options["lr"].items()}
-    gates = [o.options[name][0, :, 0] if name in o.options else None for name in ("momentum", "retention")]
 
     def weights_after(stop):
         """The fast weights after the tokens before `stop`, its last chunk shorter if need be."""
         if stop == 0:
             return w
         if spec.chunk is None or stop % size == 0:
-            cut = [None if g is None else g[:stop] for g in gates]
-            rates = {name: rate[:stop] for name, rate in lr.items()}
-            return run_head(spec, w, o.k[0, :stop, 0], o.k[0, :stop, 0], o.v[0, :stop, 0], rates, *cut)[1]
+            part = o.span(0, stop)
+            return run(spec, o.weights, part.k, part.k, part.v, **part.options)[1][0][0]
         return None
 
     for c, start in enumerate(range(0, tokens, size)):

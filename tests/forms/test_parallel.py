@@ -9,7 +9,7 @@ import kvbind
 from kvbind import Linear, NewtonSchulz, SwiGLU
 from kvbind.forms import affine, blockwise, parallel
 from kvbind.forms.tokens import Tokens
-from strategies import affine_specs, error, leaves, operands, parallel_specs, small_sizes
+from strategies import affine_specs, error, leaves, memory, operands, parallel_specs, small_sizes
 
 CAUSAL = ("past", "chunk", "token")
 schedules = st.fixed_dictionaries(
@@ -122,9 +122,9 @@ GRADCHECKED = {
     "rung 2": kvbind.systems.ladder(
         kvbind.systems.lact_llm(chunk=2).replace(orthogonalize=NewtonSchulz(dtype=torch.float64))
     )["rung2"],
-    "Titans, one linear layer": kvbind.systems.titans(chunk=2).replace(network=Linear()),
-    "Titans": kvbind.systems.titans(chunk=2),
-    "gated delta rule": kvbind.systems.gated_delta_net(),
+    "momentum and retention, one linear layer": memory(2).replace(network=Linear()),
+    "an MLP with momentum and retention": memory(2),
+    "gated delta rule": kvbind.systems.delta_net().replace(retention=True),
     "ViTTT, GLU": kvbind.systems.vittt(),
     "ViTTT, convolution": kvbind.systems.vittt("conv"),
     "LaCT views": kvbind.systems.lact_nvs().replace(orthogonalize=NewtonSchulz(dtype=torch.float64), steps=2),

@@ -83,7 +83,11 @@ CASES = [
     (systems.vittt("conv", grid=(2, 3)), spoil_weight("out", lambda x: x[:, None]), "must end in .8, 3, 3."),
     (LACT, put(form=lambda a: "paralel"), "form must be one of 'auto', 'recurrent', 'parallel'; got 'paralel'"),
     (LACT, put(spec=lambda a: "lact"), "spec must be a kvbind.InnerLoop; got str"),
-    (LACT, put(update_tokens=lambda a: slice(0, 2)), "update_tokens needs visibility='full'"),
+    (
+        LACT.replace(update="last", normalize=False),
+        put(update_tokens=lambda a: slice(0, 2), form=lambda a: "parallel"),
+        "form='parallel' takes no update_tokens under visibility='past'",
+    ),
     (
         FULL,
         put(update_tokens=lambda a: torch.ones(5, dtype=torch.bool)),

@@ -11,14 +11,14 @@ import kvbind
 from kvbind import systems
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.waiting import MOST, Waiting
-from strategies import error, operands
+from strategies import error, memory, operands
 
 LADDER = systems.ladder(systems.lact_llm(chunk=16))
 SPECS = {
     "rung0": LADDER["rung0"],
     "rung2": LADDER["rung2"],
     "rung6": LADDER["rung6"],
-    "titans": systems.titans(chunk=16),
+    "memory": memory(16),
     "read": LADDER["rung1"].replace(normalize="read"),
     "key": LADDER["rung1"].replace(query="key"),
 }

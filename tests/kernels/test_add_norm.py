@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kvbind.kernels import add_norm as module
 from kvbind.kernels.add_norm import add_norm, covers
 from kvbind.kernels.interpreter import repair
-from kvbind.layers.norm import ResidualNorm
+from kvbind.layers.norm import ResidualNorm, add_layer_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDE, NARROW = torch.float32, torch.bfloat16
@@ -31,6 +31,18 @@ def on_kernels(monkeypatch):
 def twin(x, delta, weight, eps, dtype):
     x = x if delta is None else x + delta
     return x, torch.nn.functional.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(dtype)
+
+
+def layer_norm(x, delta, weight, bias, eps, dtype):
+    """The definition of the layer norm."""
+    x = x if delta is None else x + delta
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    bias = None if bias is None else bias.to(wide)
+    return x, torch.nn.functional.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias, eps).to(dtype)
+
+
+def centred(x, delta, weight, bias, eps, dtype):
+    return add_norm(x, delta, weight, eps, dtype, bias=bias, centred=True)
 
 
 def evaluate(function, inputs, exact=False, dtype=WIDE, used=(True, True)):
@@ -68,6 +80,21 @@ def test_equals_the_definition(x, delta, weight, dtype, used):
         assert distance(got, wanted) < max(1e-5, 2 * distance(rounded, wanted))
 
 
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("x", "delta", "dtype"), [(WIDE, NARROW, NARROW), (WIDE, None, WIDE), (NARROW, NARROW, NARROW)])
+def test_is_layer_norm_where_it_is_centred(x, delta, dtype, biased):
+    inputs = draw((2, 7, 24), x, delta)
+    # a mean that is large beside what it is taken from
+    inputs[0] = inputs[0] + 3
+    inputs.append(inputs[2].flip(0) if biased else None)
+    exact = evaluate(layer_norm, inputs, exact=True)
+    own = evaluate(layer_norm, inputs, dtype=dtype)
+    found = evaluate(centred, inputs, dtype=dtype)
+    assert len(found) == len(exact) == 2 + 2 + (delta is not None) + biased
+    for got, wanted, rounded in zip(found, exact, own, strict=True):
+        assert distance(got, wanted) < max(1e-5, 2 * distance(rounded, wanted))
+
+
 @given(st.lists(st.integers(1, 5), max_size=2), st.integers(1, 130), st.booleans())
 @settings(max_examples=15)
 def test_takes_any_shape(before, width, added):
@@ -94,7 +121,9 @@ def test_operands_may_be_strided():
 @pytest.mark.parametrize("delta", [NARROW, None])
 def test_is_an_operator_that_pytorch_can_trace(delta):
     inputs = [None if x is None else x.requires_grad_() for x in draw((2, 3, 16), delta=delta)]
-    torch.library.opcheck(torch.ops.kvbind.add_norm.default, (*inputs, EPS, NARROW))
+    torch.library.opcheck(torch.ops.kvbind.add_norm.default, (*inputs, None, EPS, NARROW, False))
+    bias = torch.zeros(16, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(torch.ops.kvbind.add_norm.default, (*inputs, bias, EPS, NARROW, True))
 
 
 @pytest.mark.parametrize("delta", [WIDE, None])
@@ -110,6 +139,17 @@ def test_the_layer_takes_it_and_gives_products_their_dtype(delta, monkeypatch):
     torch.testing.assert_close(y, plain_y, rtol=0, atol=0)
     torch.testing.assert_close(h, plain_h)
     assert norm(x)[1].dtype == WIDE
+
+
+def test_a_layer_norm_that_is_more_than_that_is_called(monkeypatch):
+    x, delta, _ = draw((2, 5, 24))
+    norm = torch.nn.LayerNorm(24, device=DEVICE)
+    y, h = add_layer_norm(x, delta, norm)
+    monkeypatch.setenv("KVBIND_KERNELS", "0")
+    torch.testing.assert_close((y, h), add_layer_norm(x, delta, norm))
+    monkeypatch.setenv("KVBIND_KERNELS", "force")
+    norm.register_forward_hook(lambda *_: torch.ones(()))
+    assert float(add_layer_norm(x, delta, norm)[1]) == 1
 
 
 def test_leaves_to_pytorch_what_it_does_not_cover():

@@ -7,10 +7,12 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvbind.tasks import sources
 from kvbind.tasks.contents import Contents
-from kvbind.tasks.documents import Files, Lines, Rows, Stream, Texts, is_held_out
+from kvbind.tasks.documents import Files, Lines, Rows, Stream, Texts, is_held_out, split_of
 from kvbind.tasks.sources import Source
 from kvbind.tasks.tables import Streamed
 
@@ -233,3 +235,36 @@ def test_an_interpreter_without_sources_is_told_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.sysconfig, "get_path", lambda _: str(tmp_path))
     with pytest.raises(ValueError, match="holds no Python source"):
         open_documents("stdlib", "train")
+
+
+@given(st.lists(st.text("abcdef", min_size=1, max_size=6), unique=True, min_size=2, max_size=12), st.floats(0.01, 0.99))
+def test_names_are_divided_so_that_neither_split_is_empty(names, fraction):
+    train, held_out = (split_of(names, split, fraction) for split in ("train", "held_out"))
+    assert train
+    assert held_out
+    assert sorted([*train, *held_out]) == sorted(names)
+    assert split_of(names, None, fraction) == names
+    hashed = [name for name in names if is_held_out(name, fraction)]
+    if 0 < len(hashed) < len(names):
+        assert held_out == hashed
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_documents_too_few_to_be_divided_are_cut(tmp_path, kind):
+    texts, fraction = ["a" * 70 + "b" * 30, "c" * 7 + "d" * 3], 0.3
+    names = [name for name in map("{}.txt".format, range(9)) if not is_held_out(name, fraction)][:2]
+    if kind == "jsonl":
+        (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        for name, text in zip(names, texts, strict=True):
+            (tmp_path / name).write_text(text)
+    # or this tests nothing
+    assert len({is_held_out(name, fraction) for name in (texts if kind == "jsonl" else names)}) == 1
+    source = Source(str(tmp_path), fraction)
+    train, held_out, whole = (source.open(split) for split in ("train", "held_out", None))
+    assert list(train.once()) == ["a" * 70, "c" * 7]
+    assert list(held_out.once()) == ["b" * 30, "d" * 3]
+    assert list(whole.once()) == texts
+    assert len({documents.fingerprint() for documents in (train, held_out, whole)}) == 3
+    assert train.contents().files == held_out.contents().files == whole.contents().files
+    assert [text for text, _ in itertools.islice(train.forever(0), 4)].count("a" * 70) == 2

@@ -51,7 +51,8 @@ def small(source, *edits):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_a_whole_configuration_that_reads_back_the_same(preset, tmp_path):
-    config = resolve(read_config(ImagesConfig, PRESETS, preset, ["data.images=60000"] if preset == "fashion" else []))
+    elsewhere = {"fashion": ["data.images=60000"], "photos": ["data.source=digits"]}
+    config = resolve(read_config(ImagesConfig, PRESETS, preset, elsewhere.get(preset, [])))
     (tmp_path / "saved.yaml").write_text(to_yaml(config))
     assert read_config(ImagesConfig, {}, str(tmp_path / "saved.yaml")) == config
     assert resolve(config) == config

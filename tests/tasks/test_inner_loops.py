@@ -15,8 +15,23 @@ from kvbind.train.config import load_config, read_config, to_yaml
 EVERY = [(task, preset) for task in TASKS for preset in open_task_module(task).PRESETS]
 
 OF_TASK = {
-    "language": ["lact_llm", "linear_attention", "delta_net", "gated_delta_net", "ttt_linear", "ttt_mlp", "titans", "atlas"],
-    "views": ["lact_nvs", "vittt"],
+    "language": [
+        "lact_llm",
+        "linear_attention",
+        "simple_gla",
+        "retnet",
+        "mamba2",
+        "gla",
+        "delta_net",
+        "gated_delta_net",
+        "kda",
+        "ttt_linear",
+        "ttt_mlp",
+        "titans",
+        "atlas",
+        "in_place_ttt",
+    ],
+    "views": ["lact_nvs", "vittt", "zipmap", "tttlrm", "elastic_lact"],
     "images": ["vittt"],
 }
 
@@ -78,11 +93,11 @@ def test_a_run_that_is_edited_to_another_system_is_that_system(tmp_path, name):
 
 
 def test_further_edits_of_the_system_that_a_file_names_are_added_to_its_own(tmp_path):
-    (tmp_path / "mine.yaml").write_text("model: {inner: {system: titans, chunk: 32, network: {kind: MLP, depth: 2}}}")
+    (tmp_path / "mine.yaml").write_text("model: {inner: {system: titans, refresh: 32, network: {kind: MLP, depth: 2}}}")
     load = partial(load_config, language.LanguageConfig, tmp_path / "mine.yaml")
     mine = systems.titans(chunk=32, depth=2)
     assert language.inner_loop(load(["model.inner.system=titans"]).model) == mine
-    assert language.inner_loop(load(["model.inner.steps=2"]).model) == mine.replace(steps=2)
+    assert language.inner_loop(load(["model.inner.direction=ascent"]).model) == mine.replace(direction="ascent")
     # fields of the network that another kind replaces go with it
     assert language.inner_loop(load(["model.inner.network.kind=Linear"]).model) == mine.replace(network=Linear())
     assert language.inner_loop(load(["model.inner.network=Linear"]).model) == mine.replace(network=Linear())

@@ -11,7 +11,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from kvbind.screen import Screen
+from kvbind.screen import GAP, Screen, column_groups
 
 if TYPE_CHECKING:
     from kvbind.bench.kernel_tables import Grid
@@ -265,6 +265,34 @@ def graphs(
 
 
 @app.command()
+def models(
+    what: Annotated[
+        str, typer.Option(help="language, small, vision, views, decode; some of them, in that order, or all.")
+    ] = "all",
+    sizes: Annotated[str, typer.Option(help="full, for a GPU, or tiny, for a look on a CPU.")] = "full",
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to time each kind of steps at the most.")] = 1.5,
+    budget: Annotated[float, typer.Option(min=0.0, help="End after this, seconds.")] = 540,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what is in the file, measure the rest.")] = False,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Train and decode whole models, each beside what a user would pick instead: Llama, ViT, full attention to all views.
+
+    Every row gets a measurement of both first; the other ways, compiled ones last, have what time is left. The same command
+    with --resume measures those that had none.
+    """
+    from kvbind.bench.models import PARTS, SIZES, main, model_grids
+    from kvbind.inner.value import check_choice
+
+    check_choice("sizes", sizes, tuple(SIZES))
+    parts = _some(what, PARTS, "what")
+    record = main(out, str(_device(device)), parts, budget, sizes=sizes, seconds=seconds, resume=resume)
+    for grid in model_grids(record):
+        _show(grid)
+    _point_to(out)
+
+
+@app.command()
 def kernels(
     what: Annotated[
         str, typer.Option(help="targets, token, lengths, chunks, widths, first, compiled; some of them, or all.")
@@ -431,12 +459,18 @@ def _show(grid: Grid) -> None:
 
 def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 0, note: str = "") -> None:
     """Show a table, of whose columns the first `left` are words and the others numbers."""
-    table = Table(title=title, caption=note, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < left else "right", no_wrap=0 < i < left)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    rows = list(rows)
+    groups = column_groups(header, rows, console.width - GAP, left)
+    for group in groups:
+        table = Table(
+            title=title if group is groups[0] else None, caption=note if group is groups[-1] else None,
+            caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
+        )  # fmt: skip
+        for i in group:
+            table.add_column(header[i], justify="left" if i < left else "right", no_wrap=0 < i < left)
+        for row in rows:
+            table.add_row(*(row[i] for i in group))
+        console.print(table)
 
 
 @app.command()

@@ -29,6 +29,7 @@ from kvbind.bench.timing import now
 from kvbind.inner.systems import ladder
 from kvbind.kernels import graphs as inner_graphs
 from kvbind.models import PRESETS, LactCache, LactConfig, LactForCausalLM, lact_nvs, vittt
+from kvbind.models.flops import lact_flops, lact_nvs_flops, vittt_flops
 from kvbind.precision import matmul_precision
 from kvbind.train import TrainConfig, train
 from kvbind.train.metrics import read_metrics
@@ -61,6 +62,7 @@ class Case:
         loss: of a model and a batch.
         blocks: the model's repeated parts.
         compared: steps to compare losses over; 0 for none.
+        flops: model FLOPs of training on one unit, `kvbind.models.flops`; None where they are not known.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Case:
     loss: Callable[[Any, dict[str, Tensor]], Tensor]
     blocks: Callable[[Any], Iterable[nn.Module]]
     compared: int = 0
+    flops: float | None = None
 
 
 class Random:
@@ -157,7 +160,8 @@ def language(name: str, preset: str, rung: str, length: int, rows: int, vocabula
         return found
 
     build = partial(LactForCausalLM, config)
-    return Case(name, "tokens", rows * length, build, draw, loss, lambda model: model.model.layers, compared)
+    flops = sum(lact_flops(config, length).values()) / length
+    return Case(name, "tokens", rows * length, build, draw, loss, lambda model: model.model.layers, compared, flops)
 
 
 def images(size_of_model: str, batch: int, size: int) -> Case:
@@ -171,8 +175,10 @@ def images(size_of_model: str, batch: int, size: int) -> Case:
     def loss(network: Any, batch: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(network(batch["x"].float() / 128 - 1).float(), batch["labels"])
 
+    sizes = vittt.SIZES[f"vittt_{size_of_model}"]
+    flops = sum(vittt_flops(vittt.VitttConfig(**sizes, num_labels=1000), (size, size)).values())
     build = partial(vittt.build, f"vittt_{size_of_model}", num_classes=1000)
-    return Case(f"vittt-{size_of_model[0]}-training", "images", batch, build, draw, loss, lambda network: [])
+    return Case(f"vittt-{size_of_model[0]}-training", "images", batch, build, draw, loss, lambda network: [], flops=flops)
 
 
 def views(layers: int, dim: int, batch: int, inputs: int, side: int) -> Case:
@@ -196,7 +202,8 @@ def views(layers: int, dim: int, batch: int, inputs: int, side: int) -> Case:
         return F.mse_loss(found.float(), pixels[:, inputs:])
 
     build = partial(lact_nvs.LactNvs, config)
-    return Case("lact-nvs-training", "views", 2 * inputs * batch, build, draw, loss, lambda model: model.blocks)
+    flops = sum(lact_nvs_flops(config, (side, side), inputs, inputs).values()) / (2 * inputs)
+    return Case("lact-nvs-training", "views", 2 * inputs * batch, build, draw, loss, lambda model: model.blocks, flops=flops)
 
 
 def configuration(device: torch.device, how: str, **fields: Any) -> TrainConfig:
@@ -216,9 +223,9 @@ def build(case: Case, device: torch.device) -> nn.Module:
 
 def give_back(device: torch.device) -> None:
     """Free what earlier work has left on a GPU."""
-    gc.collect()
     inner_graphs.clear()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -278,13 +285,45 @@ def compare(case: Case, device: torch.device) -> dict[str, Any]:
     return {"steps": case.compared, "relative": found, "said": said}
 
 
+def timed(case: Case, device: torch.device, seconds: float, step: Callable[[], Any]) -> dict[str, Any]:
+    """Take steps and say how long they took.
+
+    Args:
+        case: of which.
+        device: where.
+        seconds: how long to go on, after four.
+        step: takes one, and returns its loss.
+
+    Returns:
+        "per_second", the units of a median step; "first_seconds", of the first step; "capture_seconds", of the third, in
+        which replayed steps are captured; "peak_bytes" since peaks were reset; "steps"; "loss" of step `FIRST`.
+    """
+    times: list[float] = []
+    loss = float("nan")
+    began = time.perf_counter()
+    while len(times) < FIRST or (time.perf_counter() - began < seconds and len(times) < 200):
+        start = now(device)
+        found = step()
+        times.append(now(device) - start)
+        if len(times) == FIRST:
+            loss = float(found)
+        if len(times) == 4:
+            began = time.perf_counter()
+    return {
+        "per_second": case.units / statistics.median(times[4:]),
+        "first_seconds": times[0],
+        "capture_seconds": times[2],
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "steps": len(times),
+        "loss": loss,
+    }
+
+
 def speed(case: Case, device: torch.device, how: str, seconds: float) -> dict[str, Any]:
     """Time steps of one kind.
 
     Returns:
-        "per_second", the units of a median step; "first_seconds", of the first step; "capture_seconds", of the third, in
-        which replayed steps are captured; "peak_bytes"; "captured", how many graphs there are; "loss" of step `FIRST`;
-        "said".
+        As `timed`, and "captured", how many graphs there are; "said".
     """
     give_back(device)
     with warnings_of_training() as said, matmul_precision("high"):
@@ -293,29 +332,9 @@ def speed(case: Case, device: torch.device, how: str, seconds: float) -> dict[st
         task = Random(case)
         optimizer = make_optimizer(model, config)
         step = Step(model, together, task, config, optimizer, None, task.batches(None), WHOLE, device)
-        times: list[float] = []
-        loss = float("nan")
-        began = time.perf_counter()
-        while len(times) < FIRST or (time.perf_counter() - began < seconds and len(times) < 200):
-            start = now(device)
-            outcome = step(1e-4, 0.0, more=True)
-            times.append(time.perf_counter() - start)
-            if len(times) == FIRST:
-                loss = outcome.loss
-            if len(times) == 4:
-                began = time.perf_counter()
+        found = timed(case, device, seconds, lambda: step(1e-4, 0.0, more=True).loss)
         graphs = 0 if step.replayed is None else step.replayed.work.captured
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return {
-        "per_second": case.units / statistics.median(times[4:]),
-        "first_seconds": times[0],
-        "capture_seconds": times[2],
-        "peak_bytes": peak,
-        "captured": graphs,
-        "steps": len(times),
-        "loss": loss,
-        "said": said,
-    }
+    return {**found, "captured": graphs, "said": said}
 
 
 def measured(device: torch.device, chosen: Iterable[Case], seconds: float, budget: float) -> Iterator[dict[str, Any]]:

@@ -53,12 +53,13 @@ def draw_leaves(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=dtype, device=device)
 
-    leaves = {name: F.normalize(F.silu(normal(*shape, size.width)), dim=-1) for name in ("q", "k")}
-    leaves["v"] = F.silu(normal(*shape, values))
+    rows = (size.batch, size.tokens * spec.writes, size.heads)
+    leaves = {name: F.normalize(F.silu(normal(*x, size.width)), dim=-1) for name, x in (("q", shape), ("k", rows))}
+    leaves["v"] = F.silu(normal(*rows, values))
     if spec.token_lr:
         scale = min(1.0, 16 / (spec.chunk or size.tokens)) if spec.loss == "squared" else 1.0
-        leaves |= {f"lr.{name}": scale * F.softplus(normal(*shape) - 4) for name in spec.updated}
-    leaves |= {name: draw_gate(gate, normal(*shape)) for name, gate in spec.gates.items()}
+        leaves |= {f"lr.{name}": scale * F.softplus(normal(*rows) - 4) for name in spec.updated}
+    leaves |= {name: draw_gate(spec, gate, size, normal) for name, gate in spec.gates.items()}
     inner = None if isinstance(spec.network, DepthwiseConv) else hidden or size.width
     weights = spec.network.initial(size.heads, size.width, values, inner, generator=generator, dtype=dtype, device=device)
     return leaves | {f"weights.{name}": x for name, x in weights.items()}
@@ -80,9 +81,14 @@ def laid_out(leaves: Leaves, layout: str) -> Leaves:
 
 def arguments(spec: InnerLoop, leaves: Leaves, start: int = 0, stop: int | None = None) -> dict[str, Any]:
     """The keyword arguments of `ttt` for the tokens from `start` up to `stop`."""
-    rates = {name: leaves[f"lr.{name}"][:, start:stop] for name in spec.updated} if spec.token_lr else 1.0
-    gates = {name: leaves[name][:, start:stop] for name in spec.gates}
-    return {name: leaves[name][:, start:stop] for name in NARROW} | {"lr": rates} | gates
+
+    def cut(name: str) -> Tensor:
+        x = leaves[name]
+        each = x.shape[1] // max(leaves["q"].shape[1], 1)
+        return x[:, start * each : None if stop is None else stop * each]
+
+    rates = {name: cut(f"lr.{name}") for name in spec.updated} if spec.token_lr else 1.0
+    return {name: cut(name) for name in NARROW} | {"lr": rates} | {name: cut(name) for name in spec.gates}
 
 
 def weights_of(leaves: Leaves) -> Leaves:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,8 +33,19 @@ class Size:
     width: int
 
 
-def draw_gate(gate: Gate, noise: Tensor) -> Tensor:
-    """A gate of standard normal `noise`: near 1/2, or near 1 where learned ones start there."""
+def draw_gate(spec: InnerLoop, gate: Gate, size: Size, normal: Callable[..., Tensor]) -> Tensor:
+    """A gate near 1/2, or near 1 where learned ones start there; keys of unit norm for those that are keys.
+
+    Args:
+        spec: the inner loop.
+        gate: one of its gates.
+        size: of the call.
+        normal: draws standard normal numbers of a shape.
+    """
+    rows = size.tokens * (spec.writes if gate.writes == "itself" else 1)
+    noise = normal(size.batch, rows, size.heads, *((size.width,) if gate.per == "key" else ()))
+    if gate.chunk == "own":
+        return F.normalize(F.silu(noise), dim=-1)
     return torch.sigmoid(noise if gate.start is None else noise + 4)
 
 
@@ -56,12 +68,13 @@ class Operands:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        gates: dict[str, Any] = {"lr": F.softplus(normal(*shape) - 4) if spec.token_lr else 1.0}
-        gates |= {name: draw_gate(gate, normal(*shape)) for name, gate in spec.gates.items()}
+        rows = (size.batch, size.tokens * spec.writes, size.heads)
+        gates: dict[str, Any] = {"lr": F.softplus(normal(*rows) - 4) if spec.token_lr else 1.0}
+        gates |= {name: draw_gate(spec, gate, size, normal) for name, gate in spec.gates.items()}
         hidden = None if isinstance(spec.network, DepthwiseConv) else size.width
         weights = spec.network.initial(size.heads, size.width, size.width, hidden, generator=generator, dtype=torch.float64)
-        q, k = (F.normalize(F.silu(normal(*shape, size.width)), dim=-1) for _ in range(2))
-        return Operands(weights, q, k, F.silu(normal(*shape, size.width)), gates)
+        q, k = (F.normalize(F.silu(normal(*x, size.width)), dim=-1) for x in (shape, rows))
+        return Operands(weights, q, k, F.silu(normal(*rows, size.width)), gates)
 
     def map(self, change: Any) -> Operands:
         """These operands with every tensor changed."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvbind.bench.evaluation import Evaluation
 from kvbind.bench.leaves import Leaves
 from kvbind.kernels.gated_output import gated_output
 from kvbind.kernels.swiglu import swiglu
+from kvbind.layers.grid import add_convolution
 from kvbind.layers.lact import NORM_EPS
-from kvbind.layers.norm import residual_norm
+from kvbind.layers.lact_nvs import unit_operands
+from kvbind.layers.norm import add_layer_norm, residual_norm
 from kvbind.layers.operands import Paths, make_operands
 from kvbind.layers.rotary import rotary_tables
 from kvbind.models.lact.loss import linear_cross_entropy
@@ -78,7 +81,7 @@ def slopes(results: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def pieces(tokens: int, heads: int, width: int) -> list[Piece]:
-    """Everything around an inner loop that has a kernel: of a LaCT layer, and the loss; at two batches of tokens.
+    """Everything around an inner loop that has a kernel, of layers and blocks, and the loss; at two batches of tokens.
 
     Args:
         tokens: in a row.
@@ -103,6 +106,20 @@ def pieces(tokens: int, heads: int, width: int) -> list[Piece]:
         y, h = residual_norm(x["stream"], x.get("delta"), x["weight"], NORM_EPS, dtype)
         return (y, h) if "delta" in x else (h,)
 
+    def layer_normed(x: Leaves, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        norm = nn.LayerNorm(model, eps=NORM_EPS, bias="bias" in x, device="meta")
+        given = {name: x[name] for name in ("weight", "bias") if name in x}
+        norm.__dict__["_parameters"] |= given
+        y, h = add_layer_norm(x["stream"], x.get("delta"), norm)
+        return (y, h) if "delta" in x else (h,)
+
+    def convolved(x: Leaves, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        conv = nn.Conv2d(model, model, 3, padding=1, groups=model, device="meta")
+        conv.__dict__["_parameters"] |= {name: x[name] for name in ("weight", "bias")}
+        # PyTorch's convolution takes operands of one dtype
+        with torch.autocast(x["image"].device.type, dtype=dtype, enabled=x["image"].dtype != x["weight"].dtype):
+            return (add_convolution(x["image"], conv, (side, side)),)
+
     def loss(x: Leaves, _: torch.dtype) -> tuple[Tensor, ...]:
         labels = torch.arange(2 * tokens, device=x["hidden"].device).view(2, tokens) % vocabulary
         return (linear_cross_entropy(x["hidden"], x["vocabulary"], labels),)
@@ -113,6 +130,8 @@ def pieces(tokens: int, heads: int, width: int) -> list[Piece]:
     outputs = {"fast": by_head, "weight": (width,), "mixed": rows}
     stream = {"stream": rows, "weight": (model,)}
     mlp = (2, tokens, 8 * model // 3)
+    side = math.isqrt(tokens)
+    image = {"image": (2, side * side, model), "weight": (model, 1, 3, 3), "bias": (model,)}
     return [
         Piece("layer: queries and keys", made, ("q", "k"), operands(silu=True, rotary=True)),
         Piece("layer: queries and keys without SiLU and rotation", made, ("q", "k"), operands(silu=False, rotary=False)),
@@ -121,6 +140,15 @@ def pieces(tokens: int, heads: int, width: int) -> list[Piece]:
         Piece("layer: SwiGLU", {"gate": mlp, "up": mlp}, ("gate", "up"), lambda x, _: (swiglu(x["gate"], x["up"]),)),
         Piece("layer: norm of the stream", stream, (), summed),
         Piece("layer: sum and norm of the stream", stream | {"delta": rows}, ("delta",), summed),
+        Piece("block: layer norm", stream | {"bias": (model,)}, (), layer_normed),
+        Piece("block: sum and layer norm", stream | {"delta": rows}, ("delta",), layer_normed),
+        Piece("block: depthwise convolution", image, ("image",), convolved),
+        Piece(
+            "layer: queries, keys and values of views",
+            {"qkv": (2, tokens, 3 * model)},
+            ("qkv",),
+            lambda x, _: unit_operands(x["qkv"], heads),
+        ),
         # logits of ordinary size: a softmax of large ones magnifies the rounding of their product
         Piece("layer: loss", words, tuple(words), loss, spread={"vocabulary": model**-0.5}),
     ]

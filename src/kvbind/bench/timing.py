@@ -3,13 +3,47 @@
 from __future__ import annotations
 
 import os
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 Work = Callable[[], object]
+
+
+class TookTooLongError(BaseException):
+    """Work did not end within its time. No `Exception`, as compilers swallow those and go on."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Inside, work that goes on for longer is ended, as soon as Python has its turn.
+
+    Only a process's first thread can be ended so, and only where there are Unix signals; elsewhere work goes on.
+
+    Raises:
+        TookTooLongError: it took longer.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        raise TookTooLongError(f"no result after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    # again and again, as an error in a destructor is lost
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 2.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def synchronize(device: torch.device) -> None:

@@ -207,10 +207,11 @@ def cases(scale: Scale) -> list[Case | Piece]:
     plain = InnerLoop(network=SwiGLU(), chunk=small_chunk)
     add("SwiGLU, no shaping", plain.replace(update="last"), ends["rung2"])
     add("MLP, last layer", plain.replace(network=MLP(), update="last", momentum=True), ends["rung2"])
+    memory = InnerLoop(network=MLP("silu"), loss="squared", momentum=True, retention=True, chunk=64)
     for name, spec in (
-        ("Titans", systems.titans(64)),
-        ("Titans of depth 2", systems.titans(64, 2)),
-        ("Atlas", systems.atlas(64)),
+        ("MLP, momentum and retention", memory),
+        ("MLP of depth 2, momentum and retention", memory.replace(network=MLP("silu", 2))),
+        ("MLP, momentum, retention and orthogonalization", memory.replace(orthogonalize=NewtonSchulz())),
     ):
         add(name, spec, at(s.odd, tokens=s.short))
 
@@ -242,12 +243,20 @@ def cases(scale: Scale) -> list[Case | Piece]:
     add("linear attention, packed sequences", causal, replace(narrow, batch=1), both=False, cu_seqlens=packed)
     add("SwiGLU under token visibility", plain.replace(update="last", visibility="token", chunk=16), narrow, both=False)
     add("DeltaNet", systems.delta_net(), narrow)
-    add("DeltaNet with retention", systems.gated_delta_net(), narrow, both=False)
-    add("TTT-Linear", systems.ttt_linear(), narrow, both=False)
-    add("TTT-MLP", systems.ttt_mlp(), narrow)
+    add("DeltaNet with retention", systems.delta_net().replace(retention=True), narrow, both=False)
+    add("DeltaNet in chunks", systems.delta_net(16), narrow, both=False)
+    add("MLP under squared error, by tokens", systems.delta_net(16).replace(network=MLP("gelu_tanh")), narrow)
 
     views = Size(2, ragged, s.heads, s.width)
     add("LaCT view synthesis", systems.lact_nvs(), views, hidden=2 * s.width, update_tokens=slice(0, whole // 2))
+    wide = Size(2, small_chunk * 4, 1, 2 * s.width)
+    add(
+        "LaCT view synthesis, one wide head",
+        systems.lact_nvs(),
+        wide,
+        hidden=4 * s.width,
+        update_tokens=slice(0, 2 * small_chunk),
+    )
     image = Size(s.many, s.grid**2, s.heads, s.narrow)
     add("ViTTT, GLU", systems.vittt(), image)
     add("ViTTT, GLU, last layer", systems.vittt().replace(update="last"), image)

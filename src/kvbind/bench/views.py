@@ -16,6 +16,7 @@ from kvbind.bench.timing import median_seconds, peak_bytes
 from kvbind.layers.norm import RMSNorm
 from kvbind.layers.operands import split_heads
 from kvbind.models.lact_nvs import LactNvs, LactNvsConfig, mean_frame
+from kvbind.models.lact_nvs.model import Images
 from kvbind.tasks.views.procedural import Cameras, make_cameras
 
 KeysAndValues = tuple[Tensor, Tensor]
@@ -67,6 +68,12 @@ class FullAttentionNvs(LactNvs):
         for block in self.blocks:
             mixer: nn.ModuleDict = block.module_list[1]  # type: ignore[index, assignment]
             mixer["f"] = SceneAttention(config.dim, config.head_dim)
+
+    def forward(self, image: Images, c2w: Tensor, fxfycxcy: Tensor, target_c2w: Tensor, target_fxfycxcy: Tensor) -> Tensor:
+        """Images of target cameras, which attend to all input views and nothing else; arguments as `LactNvs` takes them."""
+        assert isinstance(image, Tensor)
+        size = (image.shape[-2], image.shape[-1])
+        return self.view(self.read(image, c2w, fxfycxcy), target_c2w, target_fxfycxcy, size)
 
     def read(self, image: Tensor, c2w: Tensor, fxfycxcy: Tensor) -> list[Any]:
         """The keys and values of input views; arguments as `LactNvs.reconstruct` takes them."""

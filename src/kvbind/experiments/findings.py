@@ -60,6 +60,7 @@ class Request:
             those that are finished. None for no limit, 0 for reports alone.
         measure: time some steps in place of training.
         console: where progress and verdicts are shown; None for nowhere.
+        verbose: show the configuration of all runs there too.
         started: by `time.monotonic`.
     """
 
@@ -75,6 +76,7 @@ class Request:
     minutes: float | None = None
     measure: Measure | None = None
     console: Console | None = None
+    verbose: bool = False
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ from kvbind.tasks import open_task_module
 from kvbind.train.config import to_plain
 from kvbind.train.graphs import to_device
 from kvbind.train.loop import pick_device
+from kvbind.train.memory import initial
 from kvbind.train.optimizer import make_optimizer
 from kvbind.train.recompute import recompute
 from kvbind.train.step import precision
@@ -100,7 +101,9 @@ def measure_steps(task: str, config: Any, device: torch.device, steps: int) -> S
         torch.cuda.reset_peak_memory_stats(device)
     with tf32(config.train, device):
         model, loss, units = GENERATED[task](config, samples, device)
-        recompute(open_task_module(task).Task.blocks(model), config.train.activation_checkpointing)
+        recompute(
+            open_task_module(task).Task.blocks(model), initial(config.train.activation_checkpointing, torch.device("cpu"))
+        )
         model.to(device).train()
         optimizer = make_optimizer(model, config.train)
         batch_seconds, optimizer_seconds, losses = [], [], []

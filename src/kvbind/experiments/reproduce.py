@@ -120,7 +120,8 @@ def reproduce_task(table: Table, request: Request) -> Outcome:
             markup=False,
             soft_wrap=True,
         )
-        console.print(to_yaml(plan.config), style="dim", highlight=False, markup=False, soft_wrap=True)
+        if request.verbose:
+            console.print(to_yaml(plan.config), style="dim", highlight=False, markup=False, soft_wrap=True)
     longest = max(len(job.title) for job in plan.jobs.values())
 
     def finished(job: Job, run: Run) -> None:
@@ -132,6 +133,8 @@ def reproduce_task(table: Table, request: Request) -> Outcome:
 
     done = plan.train(request, finished)
     plan.out.mkdir(parents=True, exist_ok=True)
+    if table.speed and subject.speed.measured_now:
+        request.say("timing the inner loops of the rows")
     rows = gather_rows(table, subject, plan, done, request.fresh)
     verdicts = judge(table, subject, rows)
     setting = subject.speed.setting(plan.config) if table.speed else None
@@ -154,7 +157,7 @@ def reproduce_task(table: Table, request: Request) -> Outcome:
     outcome = Outcome(table, subject, rows, results, to_yaml(plan.config))
     write_report(plan.out, outcome)
     if console:
-        for part in terminal_tables(outcome):
+        for part in terminal_tables(outcome, console.width):
             console.print(part)
         console.print(describe(outcome), markup=False)
         for verdict in verdicts:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,18 @@ from kvbind.tasks.contents import RECORD, accepted, check_unchanged
 from kvbind.train import latest_checkpoint, train
 from kvbind.train.bars import Watch
 from kvbind.train.checkpoint import checkpoints, put_aside
-from kvbind.train.config import TrainConfig, config_hash, load_config, to_plain, to_yaml, what_matters
+from kvbind.train.config import config_hash, load_config, to_plain, to_yaml, what_matters
 from kvbind.train.files import open_own, read_json, to_json, write_folder, write_text
-from kvbind.train.loop import pick_device
+from kvbind.train.interrupt import noted_interrupts
+from kvbind.train.loop import EndedEarlyError, pick_device
 from kvbind.train.metrics import FILE, read_metrics
 from kvbind.train.parallel import is_sharded
 from kvbind.train.ranks import barrier, connected, rank, ranks, restarted
 
 CONFIG, RESULT, WEIGHTS = "config.yaml", "result.json", "model"
+
+STEPS = "train.steps"
+"""The one key of what matters that may change, upwards, while a run stays where it is."""
 
 PATIENCE = 60
 """Seconds that a run which `torchrun` has started anew waits for its folder."""
@@ -51,6 +55,10 @@ class Run:
         """The training loss of each step, None for one that was skipped or whose line was lost."""
         known = {row["step"]: row["loss"] for row in read_metrics(self.folder) if "loss" in row}
         return [known.get(step) for step in range(1, max(known, default=0) + 1)]
+
+
+class InterruptedRunError(KeyboardInterrupt):
+    """A run was interrupted, by Ctrl-C or a signal, and has left a checkpoint."""
 
 
 class OutOfTimeError(RuntimeError):
@@ -114,8 +122,12 @@ def train_run(
     deadline: float | None = None,
     fresh: bool = False,
     accept_changed_data: bool = False,
+    begun: Callable[[int], None] | None = None,
 ) -> Run:
     """Train a configuration in `folder`, or go on where an interruption left it, or read what it came to.
+
+    A run whose `train.steps` is raised goes on from its last checkpoint, at the rates of the longer schedule from there on;
+    `lengths` in its result says so.
 
     Args:
         task: its name.
@@ -126,8 +138,11 @@ def train_run(
         fresh: begin anew. An earlier run of the task in the folder, of whatever configuration, is put aside when everything
             else has been checked, and removed when the new one has a checkpoint.
         accept_changed_data: go on with other data than the run was trained on, and write that down in its folder.
+        begun: called by the first process with the number of the model's parameters when everything has been checked and
+            training begins; not of a finished run.
 
     Raises:
+        InterruptedRunError: Ctrl-C or SIGTERM came first; there is a checkpoint behind the step that was under way.
         OutOfTimeError: the deadline came first.
         ValueError: the folder holds a run of another configuration or something else, or one whose data have changed since,
             or another process trains in it.
@@ -135,30 +150,47 @@ def train_run(
     """
     fresh = fresh and not restarted()
     check_folder(task, folder)
+    longer = False
     if not fresh:
-        check_same_config(config, folder)
-        if (folder / RESULT).is_file():
+        longer = check_same_config(config, folder)
+        if (folder / RESULT).is_file() and not longer:
             if deadline is None and not exported(folder) and checkpoints(folder):
                 export_again(task, config, folder)
             return Run(folder, read_json(folder / RESULT), reused=True)
     if deadline is not None and time.monotonic() >= deadline:
         raise OutOfTimeError(f"{folder} was not finished in time; the same command goes on with it")
+    if longer and (folder / RESULT).is_file() and not checkpoints(folder):
+        raise ValueError(
+            f"{folder} holds a finished run without a checkpoint to go on from; name another folder, or --fresh"
+        )
     opened = open_task_module(task).Task(config)
     model = opened.build()
-    how = replace(config.train)
+    parameters = sum(p.numel() for p in model.parameters())
 
     def begin() -> None:
         check_folder(task, folder)
         if fresh:
             put_aside(folder, (RESULT, WEIGHTS), (FILE, "tensorboard", RECORD, CONFIG))
         check_unchanged(folder, opened.contents(), checkpoints(folder), accept_changed_data)
+        if longer:  # of what is no longer finished; the model stays until there is a newer one
+            (folder / RESULT).unlink(missing_ok=True)
         write_text(folder / CONFIG, f"# kvbind train {task}\n{to_yaml(config)}")
+        if begun is not None:
+            begun(parameters)
 
     with connected(config.train.device):
         first, processes = rank() == 0, ranks()
         with only_one(folder) if first else nullcontext():
-            seen = watch if deadline is None else ending(how, folder, deadline, watch)
-            done = train(model, opened, how, folder, seen, begin)
+            with noted_interrupts() as interrupted:
+
+                def stop() -> bool:
+                    return interrupted() or (deadline is not None and time.monotonic() >= deadline)
+
+                try:
+                    done = train(model, opened, config.train, folder, watch, begin, stop)
+                except EndedEarlyError as error:
+                    kind = InterruptedRunError if interrupted() else OutOfTimeError
+                    raise kind(f"{error}, with a checkpoint; the same command goes on from there") from error
             if first:
                 export(opened, trained_model(folder, opened) if is_sharded(model) else model, folder)
     untrained = next((row for row in read_metrics(folder) if row["step"] == 0), {})
@@ -166,9 +198,10 @@ def train_run(
         "task": task,
         "held_out": done.held_out,
         "untrained": {name.removeprefix("held_out/"): x for name, x in untrained.items() if name.startswith("held_out/")},
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters,
         "steps": done.step,
         "skipped": done.skipped,
+        **({"lengths": done.lengths} if len(done.lengths) > 1 else {}),
         "unit": opened.unit,
         opened.unit: done.units,
         "training_seconds": round(done.seconds, 4),
@@ -202,29 +235,6 @@ def export_again(task: str, config: Any, folder: Path) -> None:
             with only_one(folder):
                 export(opened, trained_model(folder, opened), folder)
         barrier()
-
-
-def ending(config: TrainConfig, folder: Path, deadline: float, watch: Watch | None) -> Watch:
-    """What watches a run that ends at a deadline: a checkpoint behind the first step after it, and no step more.
-
-    Args:
-        config: the run's own, which is edited to ask for that checkpoint.
-        folder: of the run.
-        deadline: by `time.monotonic`.
-        watch: told of every step.
-    """
-    overdue = False
-
-    def own(step: int, note: str) -> None:
-        nonlocal overdue
-        if watch is not None:
-            watch(step, note)
-        if overdue and step < config.steps:
-            raise OutOfTimeError(f"{folder} was stopped in time behind step {step - 1}; the same command goes on with it")
-        if time.monotonic() >= deadline:
-            config.checkpoint_minutes, overdue = 1e-9, True
-
-    return own
 
 
 @contextmanager
@@ -273,15 +283,24 @@ def check_folder(task: str, folder: Path) -> None:
         raise ValueError(f"{folder} holds a run of task {held!r}; name another folder")
 
 
-def check_same_config(config: Any, folder: Path) -> None:
-    """Raise `ValueError` where `folder` holds a run of a configuration that differs in what matters."""
+def check_same_config(config: Any, folder: Path) -> bool:
+    """Whether `folder` holds a run that is the same but for its length, which is raised.
+
+    Raises:
+        ValueError: it holds a run of a configuration that differs in what else matters, or a longer one.
+    """
     path = folder / CONFIG
     if not path.is_file():
-        return
+        return False
     old, new = (flatten(what_matters(x)) for x in (load_config(type(config), path), config))
-    changed = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)]
+    changed = {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+    if changed.keys() == {STEPS} and old[STEPS] < new[STEPS]:
+        return True
     if changed:
-        raise ValueError(f"{folder} holds a run of another configuration ({'; '.join(changed)}); name another folder")
+        told = "; ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())
+        hint = f" ({STEPS} may be raised, not lowered)" if changed.keys() == {STEPS} else ""
+        raise ValueError(f"{folder} holds a run of another configuration ({told}); name another folder{hint}")
+    return False
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.table import Table as TerminalTable
 
 from kvbind.experiments.subjects import NONE, Metric
 from kvbind.experiments.tables import Outcome, Row
+from kvbind.screen import column_groups
 
 NOT_APPLICABLE, UNFINISHED = "does not apply", "unfinished"
 TERMINAL = 80
@@ -147,25 +148,32 @@ def describe(outcome: Outcome) -> str:
     return " ".join(sentences)
 
 
-def terminal_tables(outcome: Outcome) -> Iterator[TerminalTable]:
-    """The table for a terminal of 80 columns: quality, then throughput, side by side where there is room."""
+def terminal_tables(outcome: Outcome, terminal: int = TERMINAL) -> Iterator[TerminalTable]:
+    """The table for a terminal: quality, then throughput, side by side where there is room, and each in parts where not.
+
+    Args:
+        outcome: the table.
+        terminal: columns of the terminal; no more than `TERMINAL` are used.
+    """
+    terminal = min(terminal, TERMINAL)
     quality, speed, names = quality_columns(outcome), own_speed_columns(outcome), row_names(outcome, outcome.labels)
     title = f"{outcome.table.title}, {outcome.results['task']}, scale {outcome.results['scale']}"
     parts = {f"{title}: {outcome.subject.metric.title} on {outcome.subject.held_out}": quality}
-    if speed and width(names, quality + speed) <= TERMINAL:
+    if speed and width(names, quality + speed) <= terminal:
         parts = {next(iter(parts)): quality + speed}
     elif speed:
         parts[f"{title}: {outcome.subject.speed.title}"] = speed
     if compared := compared_speed_columns(outcome):
         parts[f"{title}: {outcome.subject.speed.compared_title}"] = compared
     for heading, columns in parts.items():
-        shown = TerminalTable(
-            title=heading, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
-            padding=(0, 1, 0, 0), min_width=min(TERMINAL, len(heading)),
-        )  # fmt: skip
         header, lines = as_grid(names, columns)
-        for i, name in enumerate(header):
-            shown.add_column(name, justify="right" if i else "left", no_wrap=bool(i))
-        for i, line in enumerate(lines, start=1):
-            shown.add_row(*line, end_section=i == outcome.table.rungs)
-        yield shown
+        for i, group in enumerate(column_groups(header, lines, terminal)):
+            shown = TerminalTable(
+                title=heading if i == 0 else None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+                pad_edge=False, padding=(0, 1, 0, 0), min_width=min(terminal, len(heading)) if i == 0 else None,
+            )  # fmt: skip
+            for column in group:
+                shown.add_column(header[column], justify="right" if column else "left", no_wrap=bool(column))
+            for number, line in enumerate(lines, start=1):
+                shown.add_row(*(line[column] for column in group), end_section=number == outcome.table.rungs)
+            yield shown

@@ -159,7 +159,9 @@ def inner_loops(chunk: int) -> dict[str, InnerLoop]:
         "lact_llm, 4 steps": full.replace(steps=4),
     }
     causal = {name: found[name] for name in systems.SYSTEMS if found[name].visibility != "full"}
-    return found | {f"{name}, one step": spec.replace(visibility="full", chunk=None) for name, spec in causal.items()}
+    # what needs several writes is not in one step
+    one = {"visibility": "full", "chunk": None, "refresh": None, "writes": 1, "read_rate": False, "window": 1}
+    return found | {f"{name}, one step": spec.replace(**one) for name, spec in causal.items()}
 
 
 def check(spec: InnerLoop, setting: Setting, seed: int) -> Checked:
@@ -193,7 +195,8 @@ def attended(attention: LinearAttention) -> Tensor:
     weights = attention.matrix if once else attention.weights
     v = attention.v.transpose(1, 2)
     channels = [weights(d) @ v[..., d, None] for d in range(v.shape[-1])]
-    return torch.cat(channels, dim=-1).transpose(1, 2) + attention.initial_output()
+    mixed = torch.cat(channels, dim=-1).transpose(1, 2) + attention.initial_output()
+    return mixed if attention.head is None else attention.head(mixed)
 
 
 def reproduce(**options: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from kvbind.experiments.runs import RESULT, OutOfTimeError, Run, train_run
+from kvbind.experiments.runs import RESULT, InterruptedRunError, OutOfTimeError, Run, train_run
 from kvbind.tasks import open_task_module
 from kvbind.train import TrainingStoppedError
 from kvbind.train.bars import Watch, progress_bars
@@ -45,6 +45,9 @@ LIVES = 3
 
 GRACE = 45.0
 """Seconds behind a deadline for steps, evaluations and checkpoints that are under way, before processes are ended."""
+
+LEAVING = 20.0
+"""Seconds for a process that is ended to finish its step and leave a checkpoint."""
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -296,14 +299,22 @@ def in_turns(work: Work, workers: int) -> None:
             work.waiting, work.alone = work.alone, deque()
             threads.submit(serve, 0).result()
     finally:
-        # at the end they are idle; after an error, Ctrl-C or a deadline not kept, their checkpoints are what counts
+        # at the end they are idle; after an error or Ctrl-C they leave checkpoints
         stopping.set()
         free.set()
         work.waiting.clear()
         work.alone.clear()
         threads.shutdown(wait=False, cancel_futures=True)
-        for worker in crew:
-            worker.stop()
+        overdue = work.deadline is not None and time.monotonic() > work.deadline + GRACE
+        try:
+            for worker in crew:
+                worker.end()
+            until = time.monotonic() + (0 if overdue else LEAVING)
+            for worker in crew:
+                worker.wait(until)
+        finally:
+            for worker in crew:
+                worker.stop()
         threads.shutdown()
 
 
@@ -358,6 +369,15 @@ class Worker:
             raise WorkerKilledError(f"{who} was killed by {signal.Signals(-code).name}")
         raise RuntimeError(f"{who} ended with code {code}")
 
+    def end(self) -> None:
+        """Ask the process to end, with a checkpoint where it is at one's steps."""
+        self.process.terminate()
+
+    def wait(self, until: float) -> None:
+        """Wait for the process to end, but no longer than until a time by `time.monotonic`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(until - time.monotonic(), 0))
+
     def stop(self) -> None:
         """End the process, whatever it does."""
         self.process.kill()
@@ -396,6 +416,9 @@ def main() -> None:
             deadline = None if left is None else time.monotonic() + left
             try:
                 train_run(job["task"], config, Path(job["folder"]), watch, deadline, job.get("fresh", False))
+            except InterruptedRunError as error:  # by the parent, which ends this process
+                send(error=str(error), kind="time")
+                return
             except tuple(ERRORS.values()) as error:
                 kind = next(name for name, known in ERRORS.items() if isinstance(error, known))
                 send(error=str(error), kind=kind)

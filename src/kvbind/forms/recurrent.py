@@ -11,7 +11,7 @@ from torch import Tensor
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens, as_factor
 from kvbind.inner.gates import DECLARED
-from kvbind.inner.networks import Weights
+from kvbind.inner.networks import Rates, Weights
 from kvbind.inner.rule import FastWeights, apply_update, decayed, gradient, seen_share, set_off
 from kvbind.inner.spec import InnerLoop
 
@@ -149,12 +149,20 @@ def chunk_update(spec: InnerLoop, fast: FastWeights, tokens: Tokens, at: Weights
 
 def key_gradient(spec: InnerLoop, fast: FastWeights, tokens: Tokens, at: Weights) -> dict[str, Tensor]:
     """Line 1 over the tokens of a chunk, and those of earlier writes that a window holds, at the weights `at`."""
-    dtype, k, v, rates, erase = at["out"].dtype, tokens.k, tokens.v, tokens.column_rates(), tokens.gates.get("erase")
+    k, v, rates, erase = writers_of(spec, fast, tokens, at["out"].dtype)
+    return gradient(spec, at, k, v, rates, erase)
+
+
+def writers_of(
+    spec: InnerLoop, fast: FastWeights, tokens: Tokens, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Rates, Tensor | None]:
+    """Keys, values, rates and where residuals read of the tokens of a chunk, behind those that a window holds."""
+    k, v, rates, erase = tokens.k, tokens.v, tokens.column_rates(), tokens.gates.get("erase")
     if fast.window and not spec.sums_updates:
         joined = {name: torch.cat((fast.window[name], x.to(dtype)), dim=2) for name, x in tokens.of_keys().items()}
         k, v, erase = joined["k"], joined["v"], joined.get("erase")
         rates = {name: joined[f"rates.{name}"][..., None] for name in rates}
-    return gradient(spec, at, k.to(dtype), v.to(dtype), rates, None if erase is None else erase.to(dtype))
+    return k.to(dtype), v.to(dtype), rates, None if erase is None else erase.to(dtype)
 
 
 def slid(spec: InnerLoop, fast: FastWeights, tokens: Tokens) -> FastWeights:

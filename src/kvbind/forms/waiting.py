@@ -14,9 +14,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvbind.forms import fused
 from kvbind.forms.autocast import without_autocast
+from kvbind.forms.recurrent import chunk_update
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
+from kvbind.forms.validation import Operands
+from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 
 Made = Mapping[str, Tensor]
@@ -93,8 +97,46 @@ class Waiting:
             return None
         if not state.spec.same_as(spec) or max(state.pending_lengths) + count >= spec.room + 1:
             return None
-        with without_autocast(q.device.type):
-            read = made["k"] if spec.query == "key" else q
-            output = spec.network.apply(self.weights, read.transpose(1, 2).to(self.weights["out"].dtype))
+        output = read(spec, self.weights, q, made["k"])
         after = Waiting(state, self.weights, (*self.later, made), count, make)
-        return output.transpose(1, 2).to(q.dtype), after if count < MOST else Waiting.of(after.settled())
+        return output, after if count < MOST else Waiting.of(after.settled())
+
+    def answer(self, spec: InnerLoop, q: Tensor, k: Tensor) -> Tensor | None:
+        """Outputs of one token of each sequence, which may complete a chunk: computed as those of tokens that do not.
+
+        Args:
+            spec: the inner loop.
+            q: queries `[B, 1, H, Dk]`.
+            k: keys, likewise.
+
+        Returns:
+            `[B, 1, H, Dv]`; None where there are several tokens, or where they see more than the last update.
+        """
+        if q.shape[1] != 1 or spec.visibility != "past" or q.shape[0] != self.state.batch:
+            return None
+        return read(spec, self.weights, q, k) if self.state.spec.same_as(spec) else None
+
+
+def read(spec: InnerLoop, weights: Mapping[str, Tensor], q: Tensor, k: Tensor) -> Tensor:
+    """What fast weights say at queries `[B, T, H, Dk]`, or at keys where the inner loop reads those: `[B, T, H, Dv]`."""
+    with without_autocast(q.device.type):
+        asked = k if spec.query == "key" else q
+        output = spec.network.apply(weights, asked.transpose(1, 2).to(weights["out"].dtype))
+    return output.transpose(1, 2).to(q.dtype)
+
+
+def completed(spec: InnerLoop, fast: FastWeights, tokens: Tokens) -> FastWeights:
+    """Fast weights after one whole chunk of each sequence, on the kernels or operators that `ttt` takes for it.
+
+    Nothing of it depends on values, so that it can be captured.
+
+    Args:
+        spec: the inner loop.
+        fast: `[B, H, in, out]` before the chunk.
+        tokens: its tokens, `[B, H, chunk, ...]`.
+    """
+    with without_autocast(tokens.k.device.type):
+        call = Operands(tokens.k, tokens, State.of(spec, fast, None, 0), None)
+        if fused.engine(spec, call, "recurrent") is fused.recurrent_form:
+            return fused.sweep(spec, tokens.k[:, :, :0], tokens, fast, len(tokens))[1]
+        return chunk_update(spec, fast, tokens, fast.weights)

@@ -310,7 +310,7 @@ class InnerLoop(Value):
         """
         if not isinstance(data, dict):
             raise TypeError(f"InnerLoop.from_dict needs a dict; got {type(data).__name__}")
-        check_plain(data, "InnerLoop.from_dict's dict", values=True)
+        check_plain(data, "InnerLoop.from_dict's dict", values=True, wide=False)
         fields = dict(data)
         if "network" not in fields:
             raise TypeError("an inner loop needs a field 'network', such as {kind: SwiGLU}")
@@ -361,7 +361,7 @@ def network_from_dict(data: Network | str | dict[str, Any]) -> Network:
         raise TypeError(f"network must be a kind, or a dict with one, such as {{kind: MLP}}; got {data!r}")
     fields: dict[str, Any] = {"kind": data} if isinstance(data, str) else dict(data)
     kind = fields.pop("kind", None)
-    if kind not in NETWORKS:
+    if not isinstance(kind, str) or kind not in NETWORKS:
         raise ValueError(f"network's kind must be one of {', '.join(NETWORKS)}; got {kind!r}{nearest(kind, NETWORKS)}")
     if isinstance(fields.get("head"), dict):
         fields["head"] = LayerNormHead.from_dict(fields["head"])

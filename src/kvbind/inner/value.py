@@ -101,6 +101,19 @@ class Value:
         """The names of the fields in which this value and `other` differ."""
         return [name for name in self.field_names() if getattr(self, name) != getattr(other, name)]
 
+    def differences(self, other: Self) -> dict[str, tuple[Any, Any]]:
+        """The values of the fields in which this value and `other` differ, by name; those of values inside dotted."""
+        found: dict[str, tuple[Any, Any]] = {}
+        for name in self.differing(other):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if not isinstance(mine, Value) or not isinstance(theirs, Value):
+                found[name] = mine, theirs
+            elif type(mine) is type(theirs):
+                found |= {f"{name}.{inner}": both for inner, both in mine.differences(theirs).items()}
+            else:
+                found[name] = mine, theirs
+        return found
+
     def __repr__(self) -> str:
         changed = (
             f"{field.name}={getattr(self, field.name)!r}"
@@ -130,7 +143,7 @@ class Value:
         """
         if not isinstance(data, dict):
             raise TypeError(f"{cls.__name__}.from_dict needs a dict; got {type(data).__name__}")
-        check_plain(data, f"{cls.__name__}.from_dict's dict", values=True)
+        check_plain(data, f"{cls.__name__}.from_dict's dict", values=True, wide=False)
         cls._check_fields(data)
         return cls(**data)
 

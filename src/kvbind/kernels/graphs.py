@@ -7,11 +7,12 @@ is one chunk's work, so a graph serves sequences of every length. `KVBIND_GRAPHS
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -58,7 +59,10 @@ _lock = threading.Lock()
 
 def switched_on() -> bool:
     """Whether graphs may be captured and replayed now."""
-    return os.environ.get("KVBIND_GRAPHS", "1") != "0" and not torch.cuda.is_current_stream_capturing()
+    if os.environ.get("KVBIND_GRAPHS", "1") == "0":
+        return False
+    # builds of PyTorch without CUDA cannot be asked
+    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 @contextlib.contextmanager
@@ -110,6 +114,42 @@ def _find(key: Hashable, make: Callable[[], S]) -> _Captured[S] | None:
         if len(_captured) > CAPACITY:
             _captured.popitem(last=False)
         return entry
+
+
+def capture(work: Callable[[], object], device: torch.device, stream: Any, pool: Any) -> Callable[[], object]:
+    """What replays `work`, captured on `stream` into the memory of `pool`; it executes nothing.
+
+    All that it reads by address must outlive the graph: what was made before, and not by it.
+
+    Raises:
+        RuntimeError: whatever cannot be captured. The stream, the allocator and the generator are then as before.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator, current = torch.cuda.default_generators[index], torch.cuda.current_stream(device)
+    before = generator.clone_state()
+    graph, collecting = torch.cuda.CUDAGraph(), gc.isenabled()
+    # what the collector would free belongs to other work
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            work()
+    except Exception as error:
+        del graph
+        torch.cuda.set_stream(current)
+        generator.graphsafe_set_state(before)
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(index, pool)
+        for _ in range(2):  # the first call after an error may be told of it
+            with contextlib.suppress(Exception):
+                torch.cuda.synchronize(device)
+                torch.zeros(1, device=device)
+        # the end of a capture that failed fails too
+        reason = error.__context__ or error
+        raise RuntimeError(" ".join(str(reason).split())[:200] or type(reason).__name__) from error
+    finally:
+        if collecting:
+            gc.enable()
+    return graph.replay
 
 
 def clear() -> None:

@@ -29,7 +29,7 @@ from kvbind.kernels.graphs import repeated
 from kvbind.kernels.sweep import LastLayer, Reader, Rule, Shape, Write, WriteBackward, aligned, by_chunk, chunk_of, copy
 from kvbind.kernels.weight_update import apply, apply_backward, momentum_backward, momentum_forward
 
-LARGEST_WIDTH = 1024
+LARGEST_WIDTH = 2048
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

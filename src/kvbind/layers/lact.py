@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from kvbind.forms.api import Form, ttt
 from kvbind.forms.autocast import without_autocast
 from kvbind.forms.state import State
-from kvbind.forms.waiting import Waiting
+from kvbind.forms.tokens import Tokens
+from kvbind.forms.waiting import Waiting, read
 from kvbind.inner.gates import GATES, Gate
 from kvbind.inner.networks import DepthwiseConv, SwiGLU
 from kvbind.inner.spec import InnerLoop
@@ -26,6 +27,7 @@ from kvbind.layers.norm import RMSNorm
 from kvbind.layers.operands import Paths, make_operands, split_heads
 from kvbind.layers.plain import is_a_product, is_plain
 from kvbind.layers.rotary import Tables, rotary_tables
+from kvbind.layers.slots import Slots, Step
 from kvbind.layers.window_attention import halo_of, window_attention
 from kvbind.layers.writing import Writing
 from kvbind.sequence.exchanges import Exchanges
@@ -207,11 +209,15 @@ class LactLayer(nn.Module):
         self.hidden_width = int(self.fast_width * hidden_multiplier)
         built = with_released_parameters(inner) if released_parameters else inner
         self._built_shapes = self._shapes_for(built)
+        self._built_vectors, self._built_head = self._vectors_for(built), built.network.output_head
         check_built("inner", inner, self._shapes_for(inner), self._built_shapes)
         for matrix, (inputs, outputs) in self._built_shapes.items():
             self._build_matrix(matrix, inputs, outputs, init_gain)
-        # the released order: gate, out, up
-        self.rate_names = tuple(sorted(built.updated, key=parameter_name)) if built.token_lr else ()
+        for vector, shape in self._built_vectors.items():
+            self.register_parameter(parameter_name(vector), nn.Parameter(torch.empty(num_lact_heads, *shape)))
+        # the released order: gate, out, up; vectors take the rates of their matrices
+        learned = [name for name in built.updated if name in self._built_shapes]
+        self.rate_names = tuple(sorted(learned, key=parameter_name)) if built.token_lr else ()
         self.lr_proj = nn.Linear(hidden_size, num_lact_heads * len(self.rate_names)) if built.token_lr else None
         for gate in GATES:
             setattr(self, f"{gate.name}_proj", self._gate(inner.gates[gate.name]) if gate.name in inner.gates else None)
@@ -222,6 +228,11 @@ class LactLayer(nn.Module):
         """The `(in, out)` of each fast matrix that `inner` needs."""
         network = inner.network
         return network.shapes(self.fast_width, self.fast_width, (self.hidden_width,) * network.hidden_layers)
+
+    def _vectors_for(self, inner: InnerLoop) -> dict[str, tuple[int, ...]]:
+        """The shape of each bias, and of what the head has, that `inner` needs."""
+        network = inner.network
+        return network.vector_shapes(self.fast_width, self.fast_width, (self.hidden_width,) * network.hidden_layers)
 
     def _build_matrix(self, matrix: str, inputs: int, outputs: int, gain: float) -> None:
         heads, name = self.num_lact_heads, parameter_name(matrix)
@@ -244,6 +255,10 @@ class LactLayer(nn.Module):
                 held.reset_parameters()
             else:
                 nn.init.normal_(held, std=1 / math.sqrt(held.shape[-1]))
+        head = self._built_head
+        for vector in self._built_vectors:
+            ones = vector == "gamma" and head is not None and not head.fast
+            nn.init.constant_(self.get_parameter(parameter_name(vector)), float(ones))
         for gate, module in self._gates().items():
             start = next(declared.start for declared in GATES if declared.name == gate)
             if start is not None and is_a_gate(module):
@@ -263,10 +278,11 @@ class LactLayer(nn.Module):
     def inner(self, inner: InnerLoop) -> None:
         check_fits_causal_layer(inner)
         check_built("inner", inner, self._shapes_for(inner), self._built_shapes)
+        check_built("inner", inner, self._vectors_for(inner), self._built_vectors)
         for gate in inner.gates:
             if gate not in self._gates():
                 raise ValueError(f"inner has {gate}=True, but this layer was built without a {gate} gate")
-        missing = [name for name in inner.updated if name not in self.rate_names]
+        missing = [name for name in inner.updated if name in inner.network.matrices and name not in self.rate_names]
         if inner.token_lr and missing:
             raise ValueError(
                 f"inner has token_lr=True and updates {missing[0]!r}, but this layer was built with learned rates for "
@@ -281,13 +297,16 @@ class LactLayer(nn.Module):
             for matrix in self._inner.network.matrices:
                 held = getattr(self, parameter_name(matrix))
                 weights[matrix] = (held() if isinstance(held, nn.Module) else held).mT
+        weights |= {vector: self.get_parameter(parameter_name(vector)) for vector in self._inner.network.vectors}
         return weights
 
     @property
     def writing(self) -> Writing:
         """How projections become what tokens write."""
         called = tuple(name for name, gate in self._gates().items() if not is_a_gate(gate))
-        return Writing(self.num_lact_heads, self.rate_names, self._inner.updated, self.base_lr_inverse, self.silu_v, called)
+        network, updated = self._inner.network, self._inner.updated
+        followers = tuple((name, network.rate_of(name)) for name in updated if name in network.vectors)
+        return Writing(self.num_lact_heads, self.rate_names, updated, self.base_lr_inverse, self.silu_v, called, followers)
 
     def _logits(self, x: Tensor) -> dict[str, Tensor]:
         """What the inner loop's rates ("lr") and gates, and the output's scale ("scale"), are made of: `[B, T, n]` each.
@@ -389,6 +408,41 @@ class LactLayer(nn.Module):
         after = keep_keys(kept, seen_k, seen_v, self.window_size, length, layout.lengths)
         return output, LactState(waiting, after, layout.after(seen, length))
 
+    def slots(self, state: LactState) -> Slots:
+        """Room for rows like those of a state, for `step`; nothing in it yet."""
+        settled, kept = state.fast, state.kept
+        held = {name: x for name, x in settled.tensors.items() if not name.startswith("pending.")}
+        heads, widths = self.num_lact_heads, (self.fast_width, self.fast_width)
+        k, v = (kept.keys.new_empty(1, heads, 1, width) for width in widths)
+        wide = k.new_empty(1, heads, 1, dtype=torch.promote_types(k.dtype, torch.float32))
+        like = Tokens(k, v, dict.fromkeys(self._inner.updated, wide), dict.fromkeys(self._inner.gates, wide))
+        return Slots(self._inner, self.window_size, held, kept, like)
+
+    def step(self, x: Tensor, tables: Tables, place: Step, slots: Slots) -> Tensor:
+        """Mix one more token of each row, and take it in where the rows are: `forward` without a shape that depends on them.
+
+        A chunk that the token completes is left to `kvbind.forms.waiting.completed`.
+
+        Args:
+            x: normalized input `[B, 1, d]`.
+            tables: the rotary tables of `place.positions`.
+            place: where the tokens go.
+            slots: where the rows are, which this changes.
+
+        Returns:
+            `[B, 1, d]`.
+        """
+        q, k, v = self._project(x)
+        q, k, fast_q, fast_k = make_operands(q, k, v, self.qk_scale, self.qk_offset, tables, self.paths)
+        mixed = slots.attend(place, q, k, split_heads(v, self.num_attn_heads)).flatten(2)
+        made = self._logits(x)
+        scale = made.pop("scale", None)
+        fast = read(self._inner, slots.weights, fast_q, fast_k)
+        tokens = self.writing.tokens({"k": fast_k, "v": v, **made})
+        slots.put(place, tokens.map(lambda y: y.transpose(1, 2)))
+        output: Tensor = self.o_proj(self._join(fast, scale, mixed))
+        return output
+
     def _join(self, fast: Tensor, scale: Tensor | None, mixed: Tensor) -> Tensor:
         """The fast weights' output `[B, T, H, D]`, normed and scaled, added to attention's `[B, T, H D]`."""
         if is_plain(self.ttt_norm, RMSNorm):
@@ -407,10 +461,12 @@ class LactLayer(nn.Module):
     ) -> tuple[Tensor, Waiting | None]:
         """Run the inner loop: outputs `[B, T, H, D]`, and its state where that is wanted; `made` as `Writing` takes it."""
         inner, writing = self._inner, self.writing
+        answer = None
         if state is not None and return_state and layout.lengths is None:
             found = state.waiting.read(inner, q, made, writing)
             if found is not None:
                 return found
+            answer = state.waiting.answer(inner, q, made["k"])
         before = None if state is None else state.fast
         weights, tokens = self.start_weights() if before is None else None, writing.tokens(made)
         if layout.lengths is None or not return_state:
@@ -421,7 +477,7 @@ class LactLayer(nn.Module):
                 inner, weights, q, tokens.k, tokens.v, lr=tokens.rates, **tokens.gates, state=before,
                 cu_seqlens=packed, form=self.form, sequence=shard,
             )  # fmt: skip
-            return output, Waiting.of(after) if return_state else None
+            return output if answer is None else answer, Waiting.of(after) if return_state else None
 
         real = torch.arange(q.shape[1], device=q.device) < torch.tensor(layout.lengths, device=q.device)[:, None]
         bounds = [0]
@@ -461,15 +517,18 @@ def check_fits_causal_layer(inner: InnerLoop) -> None:
     Raises:
         TypeError: no InnerLoop.
         ValueError: visibility "full", "chunk" over more than one token, a depthwise convolution, or what the layer makes no
-            operands or weights for: erase, several writes per token, biases and heads.
+            operands for: erase, and several writes per token.
     """
     if not isinstance(inner, InnerLoop):
         raise TypeError(f"inner must be a kvbind.InnerLoop; got {type(inner).__name__}")
     if isinstance(inner.network, DepthwiseConv):
         raise ValueError("inner's network must read single tokens; DepthwiseConv reads a grid of them")
-    for name in ("erase", "writes", "network.bias", "network.head"):
+    for name in ("erase", "writes"):
         if name in inner.extensions:
-            raise ValueError(f"inner has {name}={inner.extensions[name]!r}, which this layer does not make")
+            raise ValueError(
+                f"inner's {name} must have its default, as this layer makes no keys for it; got {name}="
+                f"{inner.extensions[name]!r}"
+            )
     if inner.visibility == "full" or (inner.visibility == "chunk" and inner.chunk != 1):
         raise ValueError(
             f"inner's visibility must be 'past' or 'token' in a causal layer ('chunk' with chunk=1 alone); got "

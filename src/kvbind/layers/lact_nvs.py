@@ -15,6 +15,7 @@ from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import lact_nvs
 from kvbind.inner.value import check_positive_int
+from kvbind.kernels.common import runs_on
 from kvbind.layers.full import InnerCall, check_built, check_sees_everything
 from kvbind.layers.lact import NORM_EPS, parameter_name, with_released_parameters
 from kvbind.layers.norm import RMSNorm
@@ -138,14 +139,8 @@ class LactNvsLayer(nn.Module):
 
     def call(self, x: Tensor) -> InnerCall:
         """What the layer gives to `kvbind.ttt` for normalized input `[B, T, d]`."""
-        q, k, v = (split_heads(part, self.heads) for part in F.silu(self.to_qkv(x)).chunk(3, dim=-1))
         return InnerCall(
-            self._inner,
-            self.start_weights(),
-            unit(q, NORM_EPS).to(v.dtype),
-            unit(k, NORM_EPS).to(v.dtype),
-            v,
-            self.learning_rates(x),
+            self._inner, self.start_weights(), *unit_operands(self.to_qkv(x), self.heads), self.learning_rates(x)
         )
 
     def forward(
@@ -171,6 +166,21 @@ class LactNvsLayer(nn.Module):
     def extra_repr(self) -> str:
         """What `print` shows beside the modules."""
         return f"heads={self.heads}, inner={self._inner!r}"
+
+
+def unit_operands(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """SiLU of a projection `[B, T, 3 d]`, and queries and keys of L2 norm 1 per head, on a kernel where one takes it.
+
+    Returns:
+        Queries, keys and values `[B, T, H, d / H]`, in the projection's dtype.
+    """
+    if runs_on(qkv.device):
+        from kvbind.kernels.silu_unit import covers, silu_unit
+
+        if covers(qkv, heads):
+            return silu_unit(qkv, heads, NORM_EPS)
+    q, k, v = (split_heads(part, heads) for part in F.silu(qkv).chunk(3, dim=-1))
+    return unit(q, NORM_EPS).to(v.dtype), unit(k, NORM_EPS).to(v.dtype), v
 
 
 def add_queries(weight: Tensor, dim: int) -> Tensor:

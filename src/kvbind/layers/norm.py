@@ -1,4 +1,4 @@
-"""RMS normalization under mixed precision, alone and of a residual stream that is added to."""
+"""Normalization under mixed precision, alone and of a residual stream that is added to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from torch import Tensor, nn
 
 from kvbind.forms.autocast import autocasts
 from kvbind.kernels.common import runs_on
+from kvbind.layers.plain import WEIGHTS, is_plain
+
+NARROWEST = 256
+"""Channels from which a norm of another dtype than its weight's goes to a kernel."""
 
 
 class RMSNorm(nn.RMSNorm):
@@ -58,8 +62,42 @@ def residual_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, d
     return x, rms_norm(x, weight, eps).to(dtype)
 
 
+def add_layer_norm(x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """`x + delta`, or x, and its layer norm, on a kernel where one takes them and `norm` is no more than it says.
+
+    Args:
+        x: `[..., D]`.
+        delta: likewise, or None.
+        norm: over the last axis.
+
+    Returns:
+        The sum; and its norm, on a kernel under autocast in the dtype of the products that read it, else in `norm`'s own.
+    """
+    if runs_on(x.device) and _is_affine(norm, x.shape[-1]):
+        from kvbind.kernels.add_norm import add_norm, covers
+
+        if covers(x, delta, norm.weight, norm.bias):
+            dtype = narrowed(x.dtype, x.device.type)
+            return add_norm(x, delta, norm.weight, norm.eps, dtype, bias=norm.bias, centred=True)
+    x = x if delta is None else x + delta
+    return x, norm(x)
+
+
+def _is_affine(norm: nn.Module, width: int) -> bool:
+    """Whether a module is the layer norm of a last axis, with a weight, and nothing else."""
+    if not is_plain(norm, nn.LayerNorm) or norm.normalized_shape != (width,):
+        return False
+    return type(norm.weight) in WEIGHTS and type(norm.bias) in (*WEIGHTS, type(None))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
     """`x / rms(x) * weight` over the last axis, computed in the weight's dtype and returned in x's."""
+    # a program for each row: narrow ones are faster in PyTorch
+    if eps is not None and x.dtype != weight.dtype and x.shape[-1] >= NARROWEST and runs_on(x.device):
+        from kvbind.kernels.add_norm import add_norm, covers
+
+        if covers(x, None, weight):
+            return add_norm(x, None, weight, eps, x.dtype)[1]
     return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 

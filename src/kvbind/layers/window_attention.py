@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from kvbind.forms.finite import known_finite, spoilt
-from kvbind.kernels.direct import is_transformed
+from kvbind.kernels.common import runs_on
+from kvbind.kernels.direct import is_eager, is_transformed
 from kvbind.layers.layout import sequence_starts
 from kvbind.layers.softmax import softmax_attention
 
@@ -102,7 +103,15 @@ def _attention(
     ahead: int,
     held: tuple[int, ...] | None,
 ) -> Tensor:
-    """The attention of PyTorch that fits, to operands `[B, H, T, D]`."""
+    """The attention that fits, to operands `[B, H, T, D]`."""
+    if q.shape[2] == 1 and held is not None and not torch.is_grad_enabled() and runs_on(q.device) and is_eager():
+        from kvbind.kernels.decode_attention import covers, decode_attention
+
+        if covers(q[:, :, 0], k, v):
+            # numbers need not travel to the device where all are the same
+            old = torch.tensor(held, dtype=torch.int32, device=q.device) if len(set(held)) > 1 else held[0]
+            filled = torch.full((q.shape[0],), ahead, dtype=torch.int32, device=q.device)
+            return decode_attention(q[:, :, 0], k, v, filled - old, filled - ahead + 1 + old)[:, :, None]
     short = q.shape[2] <= window and held is None and cu_seqlens is None and not ahead
     # transforms of functions take no compiled kernels
     trained = torch.is_grad_enabled() and q.requires_grad and not is_transformed()

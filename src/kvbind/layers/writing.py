@@ -24,6 +24,7 @@ class Writing:
         base_lr_inverse: what is added to the logits of rates.
         silu_v: silu on values.
         called: gates that come as they are, made by modules of their own, and not as logits.
+        followers: vectors among the updated, each with the matrix whose rate it takes.
     """
 
     heads: int
@@ -32,6 +33,7 @@ class Writing:
     base_lr_inverse: float
     silu_v: bool
     called: tuple[str, ...] = ()
+    followers: tuple[tuple[str, str], ...] = ()
 
     # no __call__: PyTorch 2.11's compiler asks a value that it has made and is to call for its hash, before it has fields
     def tokens(self, made: Mapping[str, Tensor]) -> Tokens:
@@ -55,6 +57,7 @@ class Writing:
         """Rates `[B, T, H]` by updated matrix, float32 or wider: softplus of the logits and the base rate's."""
         each = F.softplus(wide(split_heads(logits, self.heads)) + self.base_lr_inverse).unbind(-1)
         by_name = dict(zip(self.learned, each, strict=True))
+        by_name |= {vector: by_name[matrix] for vector, matrix in self.followers}
         return {name: by_name[name] for name in self.updated}
 
     def gate(self, name: str, made: Tensor) -> Tensor:
@@ -67,6 +70,7 @@ class Writing:
         """Whether `other` is equal; a compiler for which numbers may vary compares fields, but no values of several."""
         if not isinstance(other, Writing):
             return False
-        names = (self.learned, self.updated, self.called) == (other.learned, other.updated, other.called)
+        mine, theirs = ((x.learned, x.updated, x.called, x.followers) for x in (self, other))
+        names = mine == theirs
         numbers = self.heads == other.heads and self.base_lr_inverse == other.base_lr_inverse
         return names and numbers and self.silu_v == other.silu_v

@@ -139,7 +139,7 @@ def views_ablation(
     """
     edits = _edits(ttt_loss_type, SHARED, VIEWS_CUTS, VIEWS_NAMES)
     if grad_calc_method != "mannual":
-        why = f": {REFUSED[grad_calc_method]}" if grad_calc_method in REFUSED else ""
+        why = f": {REFUSED[grad_calc_method]}" if str(grad_calc_method) in REFUSED else ""
         raise ValueError(f"grad_calc_method must be 'mannual'; got {grad_calc_method!r}, which is not supported{why}")
     if use_fused and (ttt_loss_type not in SHARED or ttt_loss_type == "no_query_dot_product"):
         raise ValueError(
@@ -166,6 +166,7 @@ def images_ablation(ttt_loss_type: str) -> tuple[InnerLoop, InnerLoop]:
     Raises:
         ValueError: a name that is unknown or not supported.
     """
+    ttt_loss_type = str(ttt_loss_type)  # of a file, it may be anything
     if ttt_loss_type in IMAGES_REFUSED:
         raise ValueError(f"ttt_loss_type={ttt_loss_type!r} is not supported: {IMAGES_REFUSED[ttt_loss_type]}")
     if ttt_loss_type not in IMAGES:

@@ -164,7 +164,7 @@ def read_fields(folder: Path, config: str | Path | None, family: Family) -> Fiel
         path = Path(config)
     else:
         return family.named(str(config))
-    return None if path is None else files.read_fields(path)
+    return None if path is None else files.read_fields(path, wide=False)
 
 
 def write_released(target: Path, family: Family, fields: Fields, weights: dict[str, Tensor]) -> None:

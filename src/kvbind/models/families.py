@@ -320,6 +320,27 @@ LAYERS = ("num_hidden_layers", "layers", "depth", "depths")
 """Fields that say how many layers a model has, or each of its stages."""
 
 
+def check_layers(source: Path, fields: Fields | None, parameters: int) -> None:
+    """Refuse a configuration of more layers than there are parameters, before anything is built of it.
+
+    Args:
+        source: where it is from, for the message.
+        fields: the configuration.
+        parameters: how many there are.
+
+    Raises:
+        ValueError: it has more.
+    """
+    for name in LAYERS:
+        count = (fields or {}).get(name)
+        for number in count if isinstance(count, list) else [count]:
+            if isinstance(number, int) and number > parameters:
+                raise ValueError(
+                    f"the configuration of {source} does not fit its weights: {name} is {shortened(count)}, but there are "
+                    f"{parameters} parameters"
+                )
+
+
 @contextmanager
 def configured(source: Path, title: str, fields: Fields | None, weights: Weights) -> Iterator[None]:
     """Build a model of fields from elsewhere in here: they fit it, or are refused in one line.
@@ -334,14 +355,7 @@ def configured(source: Path, title: str, fields: Fields | None, weights: Weights
         ValueError: fields that describe no model, or one of more layers than there are weights.
         OSError: a configuration that is missing.
     """
-    for name in LAYERS:
-        count = (fields or {}).get(name)
-        for number in count if isinstance(count, list) else [count]:
-            if isinstance(number, int) and number > len(weights):
-                raise ValueError(
-                    f"the configuration of {source} does not fit its weights: {name} is {shortened(count)}, but there are "
-                    f"{len(weights)} parameters"
-                )
+    check_layers(source, fields, len(weights))
     with blaming(f"the configuration of {source}", f"of a {title}"):
         yield
 

@@ -62,8 +62,9 @@ def lact_flops(config: LactConfig, length: int) -> Parts:
     d, heads, inner = config.hidden_size, config.num_lact_heads, config.inner
     width = d // heads
     hidden = int(width * config.inter_multi)
-    rates = len(inner.updated) * inner.token_lr
-    gates = heads * (rates + len(inner.gates) + config.learnable_ttt_scale)
+    rates = sum(name in inner.network.matrices for name in inner.updated) * inner.token_lr
+    made = sum(width if gate.per == "key" else 1 for gate in inner.gates.values())
+    gates = heads * (rates + made + config.learnable_ttt_scale)
     fast = training_flops(inner, Shapes(heads, width, width, hidden, length))
     if config.w0_w2_low_rank > 0:
         shapes = inner.network.shapes(width, width, (hidden,) * inner.network.hidden_layers)

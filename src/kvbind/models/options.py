@@ -44,6 +44,22 @@ METADATA = frozenset(
 """Fields that transformers' `PretrainedConfig` takes but does not list when asked."""
 
 
+MOST_LABELS = 10**6
+"""transformers makes a name for each label."""
+
+
+def check_labels(fields: Mapping[str, Any]) -> None:
+    """Refuse more labels than anything could name.
+
+    Raises:
+        ValueError: a number that is none, or above `MOST_LABELS`.
+    """
+    for name in ("num_labels", "num_classes"):
+        count = fields.get(name)
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST_LABELS):
+            raise ValueError(f"{name} must be an int from 0 to {MOST_LABELS}; got {count!r}")
+
+
 def check_options(config: PretrainedConfig, refusals: Refusals) -> None:
     """Refuse options of a configuration that its model would not heed.
 
@@ -71,6 +87,7 @@ def inherited_fields(owner: str, fields: Mapping[str, Any], refusals: Refusals, 
     Raises:
         ValueError: an option that would do nothing, a setting of generation, or an unknown field that is set.
     """
+    check_labels(fields)
     listed, generation = PretrainedConfig().to_dict(), GenerationConfig().to_dict()
     usual = GenerationConfig._get_default_generation_params()
     passed = {}

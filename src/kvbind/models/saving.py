@@ -13,12 +13,12 @@ from typing import Any, Self
 
 import torch
 
-from kvbind.files import check_links, check_regular, inside, read_fields, read_shapes, read_tensors, shortened
-from kvbind.models.families import configured, family_of, load_into
+from kvbind.files import blaming, check_links, check_regular, inside, read_fields, read_shapes, read_tensors, shortened
+from kvbind.models.families import check_layers, configured, family_of, load_into
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
-GENERATION = "generation_config.json"
+GENERATION, ADAPTER = "generation_config.json", "adapter_config.json"
 
 
 def open_exported(folder: str | Path, device: torch.device | str = "cpu") -> Any:
@@ -35,7 +35,7 @@ def open_exported(folder: str | Path, device: torch.device | str = "cpu") -> Any
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"folder must be one of a model, which holds {CONFIG}; got {str(folder)!r}")
-    fields = read_fields(inside(folder, CONFIG))
+    fields = read_fields(inside(folder, CONFIG), wide=False)
     weights = {name: x for path in weight_files(folder) for name, x in read_tensors(path, device)[0].items()}
     family = family_of(weights, folder)
     if family.is_released(fields, weights):
@@ -48,7 +48,9 @@ def open_exported(folder: str | Path, device: torch.device | str = "cpu") -> Any
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     if hasattr(model, "generation_config") and (folder / GENERATION).is_file():
-        model.generation_config = type(model.generation_config).from_dict(read_fields(inside(folder, GENERATION)))
+        model.generation_config = type(model.generation_config).from_dict(
+            read_fields(inside(folder, GENERATION), wide=False)
+        )
     return model.eval()
 
 
@@ -90,12 +92,19 @@ def check_model_folder(folder: Path) -> None:
         OSError: a file that cannot be read.
     """
     check_links(folder)
-    for name in (CONFIG, GENERATION):
-        if (folder / name).exists():
-            read_fields(folder / name)
+    fields = {
+        name: read_fields(folder / name, wide=False) for name in (CONFIG, GENERATION, ADAPTER) if (folder / name).exists()
+    }
+    base = fields.get(ADAPTER, {}).get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise ValueError(f"{folder / ADAPTER} must name its base model by a text; got {shortened(base)}")
     if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
-        for path in weight_files(folder):
-            read_shapes(path)
+        parameters = sum(len(read_shapes(path)) for path in weight_files(folder))
+        check_layers(folder, fields.get(CONFIG), parameters)
+    if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
+        facts = read_fields(folder / INDEX).get("metadata")
+        if not isinstance(facts, dict):  # transformers reads it, and adds to it
+            raise ValueError(f"{folder / INDEX} must have metadata, a mapping; got {shortened(facts)}")
 
 
 class FromFolder:
@@ -108,12 +117,24 @@ class FromFolder:
         Raises:
             ValueError: a folder as `check_model_folder` refuses it.
         """
-        if pretrained_model_name_or_path is not None:
-            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-            if folder.is_dir():
-                check_model_folder(folder)
+        folder = (
+            None
+            if pretrained_model_name_or_path is None
+            else Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        )
+        if folder is not None and folder.is_dir():
+            check_model_folder(folder)
         kwargs.setdefault("use_safetensors", True)
-        made: Self = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        try:
+            made: Self = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        except (ValueError, OSError, ImportError, MemoryError):
+            raise
+        except Exception:  # whatever types and sizes that are none lead to
+            if folder is not None and (folder / CONFIG).is_file() and "config" not in kwargs:
+                described: Any = cls
+                with blaming(f"the configuration of {folder}", f"of a {cls.__name__}"), torch.device("meta"):
+                    described(described.config_class.from_dict(read_fields(folder / CONFIG, wide=False)))
+            raise
         return made
 
 

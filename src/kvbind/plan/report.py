@@ -11,6 +11,7 @@ from rich.table import Table
 
 from kvbind.plan.calibration import Calibration
 from kvbind.plan.planner import RESERVE, Option, Plan, overrides
+from kvbind.screen import GAP, column_groups
 
 GIB = 2**30
 
@@ -42,6 +43,10 @@ HEADER = (
     "GPUs", "replicate x shard x sequence", "sequences/step", "tokens/GPU", "GiB", "GB received", "s/step", "tokens/s",
     "MFU", "days", "GPU hours",
 )  # fmt: skip
+
+
+LABELS = 2
+"""The columns of `HEADER` that say which option a row is."""
 
 
 def cells(option: Option, budget: Budget) -> list[str]:
@@ -106,15 +111,19 @@ def show(plans: list[Plan], title: str, budget: Budget, calibration: Calibration
         console: where to.
     """
     options = [plan.options[0] for plan in plans] if len(plans) > 1 else list(plans[0].options[:6])
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rows = [cells(option, budget) for option in options]
     header = HEADER if budget.price is None else (*HEADER[:-1], "GPU hours (price)")
-    for name, column in zip(header, zip(*rows, strict=True), strict=True):
-        # where the terminal is narrow, headers wrap and numbers stay whole
-        table.add_column(name, justify="right", overflow="fold", min_width=max(map(len, (*column, *name.split()))))
-    for option, row in zip(options, rows, strict=True):
-        table.add_row(*row, style=None if option.fits else "dim")
-    console.print(table, crop=False)
+    console.print(title, style="italic", soft_wrap=True)
+    # where the terminal is narrow, columns go below others
+    for group in column_groups(header, rows, console.width - GAP, left=LABELS):
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for column in group:
+            name = header[column]
+            least = max(map(len, (*(row[column] for row in rows), *name.split())))
+            table.add_column(name, justify="right", overflow="fold", min_width=least)
+        for option, row in zip(options, rows, strict=True):
+            table.add_row(*(row[column] for column in group), style=None if option.fits else "dim")
+        console.print(table, crop=False)
     for plan in plans:
         if len(plans) > 1:
             console.print(_counted(plan.options[0].mesh.gpus), style="bold")

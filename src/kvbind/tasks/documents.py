@@ -24,12 +24,30 @@ Position = dict[str, Any]
 
 def is_held_out(name: str, fraction: float) -> bool:
     """Whether the document of that name belongs to the held-out split: by a hash, so the same everywhere and always."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < fraction * 2**64
+    return _hashed(name) < fraction * 2**64
+
+
+def _hashed(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 def belongs(name: str, split: Split | None, fraction: float) -> bool:
     """Whether the document of that name belongs to `split`; to None belong all."""
     return split is None or is_held_out(name, fraction) == (split == "held_out")
+
+
+def split_of(names: Sequence[str], split: Split | None, fraction: float) -> list[str]:
+    """Those of the names that belong to `split`, by their hashes.
+
+    Where that would leave a split of two names and more without any, one changes sides: the likeliest to be held out, or to
+    be trained on.
+    """
+    own = [name for name in names if belongs(name, split, fraction)]
+    if split is None or len(names) < 2 or 0 < len(own) < len(names):
+        return own
+    ordered = sorted(set(names), key=_hashed)
+    alone = ordered[-1] if (len(own) == len(names)) == (split == "held_out") else ordered[0]
+    return [name for name in names if (name == alone) != bool(own)]
 
 
 class Documents(abc.ABC):
@@ -203,6 +221,33 @@ class Rows(Indexed):
 
     def contents(self) -> Contents:
         return self.origin
+
+
+class Parts(Indexed):
+    """Parts of documents that are too few to be divided: of each, the last part is held out.
+
+    Args:
+        whole: the documents.
+        split: which part of each.
+        fraction: the held-out one.
+    """
+
+    def __init__(self, whole: Indexed, split: Split, fraction: float) -> None:
+        self.whole, self.split, self.fraction, self.what = whole, split, fraction, whole.what
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __getitem__(self, index: int) -> str:
+        text = self.whole[index]
+        cut = int(len(text) * (1 - self.fraction))
+        return text[:cut] if self.split == "train" else text[cut:]
+
+    def fingerprint(self) -> str:
+        return f"{self.whole.fingerprint()}, split {self.split}, {self.fraction}"
+
+    def contents(self) -> Contents:
+        return self.whole.contents()
 
 
 class Stream(Documents):

@@ -7,11 +7,13 @@ editors keep beside a file (`name~`, `~$name`, `#name#`).
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,6 +33,18 @@ EXPANDED_GIB = 1.0
 CHECKED = 256 * 2**20
 """How many bytes of text files are read beforehand to see that they are text."""
 
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""What text files in Unicode begin with, and its encodings' names."""
+
+_GUESSED = 4096
+"""Bytes that an encoding is guessed by."""
+
 _GZIP = b"\x1f\x8b"
 _PIECE = 2**20
 
@@ -48,7 +62,7 @@ def is_named(name: str, suffixes: Collection[str]) -> bool:
 def files_below(root: Path, suffixes: Collection[str], skips: Callable[[str], bool] | None = None) -> list[str]:
     """The files of a data set's folder, as paths below it with "/" between their parts, sorted.
 
-    Links to files are followed, links to folders are not.
+    Links to files are followed, links to folders are not; what is no file, such as a pipe, is passed over.
 
     Args:
         root: the folder.
@@ -60,8 +74,21 @@ def files_below(root: Path, suffixes: Collection[str], skips: Callable[[str], bo
         here = Path(folder).relative_to(root)
         subfolders[:] = [name for name in subfolders if not hidden(name) and not (skips and skips(name))]
         found = [name for name in files if is_named(name, suffixes) and not (skips and skips(name))]
-        names += [(here / name).as_posix() for name in found]
+        # a link that leads nowhere is left to whoever reads it, to be named
+        names += [(here / name).as_posix() for name in found if not _is_other(os.path.join(folder, name))]
     return sorted(names)
+
+
+def _is_other(path: str) -> bool:
+    """Whether there is something that is no file, to read which would wait, or never end."""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
+def other_files(root: Path) -> str:
+    """A clause on what a folder holds in place of what was looked for; empty of an empty one."""
+    found = Counter(Path(name).suffix or name for name in files_below(root, ("",)))
+    kinds = [f"{count} {ending}" for ending, count in found.most_common()]
+    return f"; its files are {shown(kinds)}" if kinds else "; there are no files in it"
 
 
 def files_named(folder: Path, pattern: str) -> list[Path]:
@@ -107,10 +134,20 @@ def read_text(path: Path, encoding: str = "utf-8", errors: str = "strict") -> st
         text = path.read_text(encoding=encoding, errors=errors)
     except UnicodeError as error:
         reason = f"byte {error.start + 1} is not" if isinstance(error, UnicodeDecodeError) else str(error)
-        raise ValueError(f"{path} must be text in {encoding}; {reason} (data.encoding names another)") from error
+        raise ValueError(f"{path} must be text in {encoding}; {reason} ({other_encoding(path)})") from error
     if errors == "strict" and "\0" in text:
-        raise ValueError(f"{path} must be text in {encoding}; it holds the byte 0 (data.encoding names another encoding)")
+        raise ValueError(f"{path} must be text in {encoding}; it holds the byte 0 ({other_encoding(path)})")
     return text
+
+
+def other_encoding(path: Path) -> str:
+    """A clause on the option that reads a text file which is not in the encoding that was expected."""
+    with path.open("rb") as file:
+        first = file.read(_GUESSED)
+    marked = next((name for mark, name in _MARKS.items() if first.startswith(mark)), None)
+    if marked is None and first.count(0) * 4 > len(first):
+        marked = "utf-16-le" if first[1::2].count(0) > first[::2].count(0) else "utf-16-be"
+    return f"data.encoding={marked} reads it" if marked else "data.encoding names another, such as data.encoding=cp1252"
 
 
 def check_texts(paths: Iterable[Path], encoding: str) -> None:

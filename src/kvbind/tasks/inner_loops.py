@@ -53,9 +53,9 @@ PARTS = {"orthogonalize": NewtonSchulz}
 
 
 def _named_from(name: str, start: InnerLoop) -> InnerLoop:
-    """The system of that name, or `start` where it is that system with another chunk."""
+    """The system of that name, or `start` where it is that system with another chunk or other spans."""
     system = systems.named(name)
-    same = None not in (system.chunk, start.chunk) and start == system.replace(chunk=start.chunk)
+    same = (system.chunk is None) == (start.chunk is None) and set(start.differing(system)) <= {"chunk", "refresh"}
     return start if same else system
 
 

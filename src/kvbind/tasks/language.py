@@ -67,8 +67,9 @@ class DataConfig:
         stream: read local JSONL or parquet as it comes, where it is too large to be gone through beforehand.
         name: of hub data sets, the configuration.
         part: of hub data sets, the published split.
-        encoding: of text files, as Python names it; JSONL and parquet are always UTF-8.
-        held_out: the fraction of documents kept for evaluation, chosen by a stable hash.
+        encoding: of text and JSONL files, as Python names it; parquet is always UTF-8.
+        held_out: the fraction of documents kept for evaluation, chosen by a stable hash; where there are too few for that,
+            the last part of each.
         held_out_source: other text to evaluate on, all of it; training then reads all of `source`.
         held_out_name: of a hub `held_out_source`, the configuration.
         held_out_part: of a hub `held_out_source`, the published split.
@@ -212,7 +213,10 @@ class LanguageTask:
         source = Source(data.source, data.held_out, data.column, data.stream, data.name, data.part, data.encoding)
         split: Split | None = "train"
         if data.held_out_source:
-            elsewhere = replace(source, where=data.held_out_source, name=data.held_out_name, part=data.held_out_part)
+            elsewhere = replace(
+                source, where=data.held_out_source, name=data.held_out_name, part=data.held_out_part,
+                argument="data.held_out_source",
+            )  # fmt: skip
             held_out, split = elsewhere.open(None), None
         else:
             held_out = source.open("held_out")

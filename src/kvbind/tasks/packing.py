@@ -258,6 +258,9 @@ def evaluation_batches(
             break
     cuts = cut(pieces, length) if pieces else []
     if not cuts:
-        raise ValueError(f"data.length must be at most the held-out text, {tokens} tokens; got {length}")
+        raise ValueError(
+            f"data.length must be at most the held-out text, {tokens} tokens; got {length} (data.held_out holds out more, "
+            "data.held_out_source names other text)"
+        )
     chosen = [cuts[i] for i in np.unique(np.linspace(0, len(cuts) - 1, min(samples, len(cuts))).round().astype(int))]
     return [collate(chosen[i : i + batch], separate) for i in range(0, len(chosen), batch)], size / tokens

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+
+
+def _heedless(worker: int) -> None:
+    """Leave Ctrl-C to the process that trains, which may have a step to finish; it ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def read_with(workers: int, dataset: Any, **options: Any) -> Iterator[Any]:
@@ -22,7 +28,9 @@ def read_with(workers: int, dataset: Any, **options: Any) -> Iterator[Any]:
             puts into it, which is the cause's.
     """
     # its own generator: the loader draws a seed for its workers, which must not come out of the model's
-    loader: Any = DataLoader(dataset, num_workers=workers, generator=torch.Generator(), **options)
+    loader: Any = DataLoader(
+        dataset, num_workers=workers, generator=torch.Generator(), worker_init_fn=_heedless if workers else None, **options
+    )
     try:
         yield from loader
     except Exception as error:

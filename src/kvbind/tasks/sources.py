@@ -5,13 +5,13 @@ from __future__ import annotations
 import codecs
 import importlib.util
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kvbind.tasks.contents import Contents
-from kvbind.tasks.documents import Documents, Files, Lines, Rows, Split, Stream, Texts, belongs, encoded
+from kvbind.tasks.documents import Documents, Files, Indexed, Lines, Parts, Rows, Split, Stream, Texts, belongs, encoded
 from kvbind.tasks.files import (
     JSONL_SUFFIXES,
     PYTHON_SUFFIXES,
@@ -20,11 +20,14 @@ from kvbind.tasks.files import (
     check_texts,
     files_below,
     is_named,
+    other_files,
     read_text,
 )
 from kvbind.tasks.tables import JsonLines, Streamed, check_parquet, checked_text, refuse_nulls
 
 HUB, PACKAGE = "hub:", "package:"
+
+Item = TypeVar("Item")
 
 # Packages of the standard library that are absent from some installations, written for one machine, or tables of numbers.
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "encodings", "pydoc_data"}
@@ -34,17 +37,20 @@ _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycach
 class Source:
     """Text, and how to read it.
 
+    Documents are held out by a hash of each file's path below the folder, or of each row's text. Where that would leave a
+    split empty, as of a single file, the last part of each document is held out.
+
     Attributes:
         where: "stdlib", the Python standard library's own source; "package:" and the name of an installed Python package,
             for its source; a folder of text, JSONL or parquet files; one such file; or "hub:" and the name of a data set to
             stream from the Hugging Face hub.
-        held_out: the fraction of documents that is held out, chosen by a hash of each file's path below the folder, or of
-            each row's text. A lone text file is one document: its last part of that size is held out.
+        held_out: the fraction that is held out.
         column: of tables, the column that holds the text.
         stream: read local tables as they come, where they are too large to be gone through beforehand.
         name: of hub data sets, the configuration.
         part: of hub data sets, the published split.
-        encoding: of text files. JSONL is UTF-8 always.
+        encoding: of text and JSONL files.
+        argument: what the configuration calls it, for errors.
     """
 
     where: str
@@ -54,6 +60,7 @@ class Source:
     name: str | None = None
     part: str = "train"
     encoding: str = "utf-8"
+    argument: str = "data.source"
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
@@ -87,14 +94,15 @@ class Source:
             )
         else:
             raise ValueError(
-                f"data.source must be 'stdlib', '{PACKAGE}NAME', a folder or file of text, JSONL or parquet, or '{HUB}NAME' "
-                f"for a data set on the Hugging Face hub; got {self.where!r}, which does not exist"
+                f"{self.argument} must be 'stdlib', '{PACKAGE}NAME', a folder or file of text, JSONL or parquet, or "
+                f"'{HUB}NAME' for a data set on the Hugging Face hub; got {self.where!r}, which does not exist"
             )
         # of a stream one row, of whatever split: a split's first may be far
         if next(iter(found.table.texts() if isinstance(found, Stream) else found.once()), None) is None:
             python = self.where == "stdlib" or self.where.startswith(PACKAGE)
             kinds = "Python source" if python else f"text ({', '.join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))})"
-            raise ValueError(f"data.source {self.where!r} holds no {kinds} for the split {split!r}")
+            others = "" if python or not path.is_dir() else other_files(path)
+            raise ValueError(f"{self.argument} {self.where!r} holds no {kinds}{others}")
         return found
 
     def _hub(self, split: Split | None) -> Stream:
@@ -103,13 +111,32 @@ class Source:
         revision = Contents(others={self.where: str(library.load_dataset_builder(name, self.name).hash)})
         return Stream(Streamed(table, self.column, self.where), split, self.held_out, self.where, revision)
 
-    def _python(self, root: Path, split: Split | None, skips: Callable[[str], bool] | None = None) -> Files:
-        names = [name for name in files_below(root, PYTHON_SUFFIXES, skips) if belongs(name, split, self.held_out)]
-        return Files(root, [name for name in names if (root / name).stat().st_size], self.where, errors="replace")
+    def _python(self, root: Path, split: Split | None, skips: Callable[[str], bool] | None = None) -> Indexed:
+        names = [name for name in files_below(root, PYTHON_SUFFIXES, skips) if (root / name).stat().st_size]
+        return self._named(names, split, lambda own: Files(root, own, self.where, errors="replace"))
 
-    def _texts(self, root: Path, split: Split | None) -> Files:
-        names = [name for name in files_below(root, TEXT_SUFFIXES) if belongs(name, split, self.held_out)]
-        found = Files(root, [name for name in names if (root / name).stat().st_size], self.where, self.encoding)
+    def _divided(
+        self, items: Sequence[Item], own: Sequence[bool], split: Split | None, make: Callable[[Sequence[Item]], Indexed]
+    ) -> Indexed:
+        """The documents of a split.
+
+        Args:
+            items: what stands for each document.
+            own: whether each belongs to the split, by its hash.
+            split: which.
+            make: makes documents of some items.
+        """
+        if split is None or not items or (any(own) and not all(own)):
+            return make([item for item, mine in zip(items, own, strict=True) if mine])
+        return Parts(make(items), split, self.held_out)
+
+    def _named(self, names: Sequence[str], split: Split | None, make: Callable[[Sequence[str]], Indexed]) -> Indexed:
+        """The documents of a split, of those that go by a name."""
+        return self._divided(names, [belongs(name, split, self.held_out) for name in names], split, make)
+
+    def _texts(self, root: Path, split: Split | None) -> Indexed:
+        names = [name for name in files_below(root, TEXT_SUFFIXES) if (root / name).stat().st_size]
+        found = self._named(names, split, lambda own: Files(root, own, self.where, self.encoding))
         check_texts(found.contents().files.values(), self.encoding)
         return found
 
@@ -120,22 +147,24 @@ class Source:
         return Texts([part] if part else [], self.where, Contents({self.where: path}, encoded(self.encoding)))
 
     def _tables(self, files: Mapping[str, Path], split: Split | None) -> Documents:
-        contents, paths = Contents(files), list(files.values())
+        paths = list(files.values())
         lines = [is_named(path.name, JSONL_SUFFIXES) for path in paths]
         if any(lines) and not all(lines):
-            raise ValueError(f"data.source must hold JSONL or parquet files, not both; got {self.where!r}")
+            raise ValueError(f"{self.argument} must hold JSONL or parquet files, not both; got {self.where!r}")
         if all(lines):
-            table = JsonLines(paths, self.column)
+            contents = Contents(files, encoded(self.encoding))
+            table = JsonLines(paths, self.column, self.encoding)
             if self.stream:
                 return Stream(table, split, self.held_out, self.where, contents)
-            rows = [
-                (number, line.start, line.number)
-                for number, path in enumerate(paths)
-                for line in table.lines(path)
-                if line.text and belongs(line.text, split, self.held_out)
-            ]
-            return Lines(table, rows, self.where, contents)
-        library = self._library()
+            places: list[tuple[int, int, int]] = []
+            own = []
+            for number, path in enumerate(paths):
+                for line in table.lines(path):
+                    if line.text:
+                        places.append((number, line.start, line.number))
+                        own.append(belongs(line.text, split, self.held_out))
+            return self._divided(places, own, split, lambda some: Lines(table, some, self.where, contents))
+        library, contents = self._library(), Contents(files)
         check_parquet(paths, self.column)
         names = [str(path) for path in paths]
         parquet = library.load_dataset(
@@ -143,20 +172,22 @@ class Source:
         )
         if self.stream:
             return Stream(Streamed(parquet, self.column, self.where, paths), split, self.held_out, self.where, contents)
-        kept = []
+        rows: list[int] = []
+        own = []
         for i, text in enumerate(parquet[self.column]):
             if text is None:
                 refuse_nulls(paths, self.column)
-            if checked_text(text, self.column, f"{self.where}, row {i + 1}") and belongs(text, split, self.held_out):
-                kept.append(i)
-        return Rows(parquet, self.column, kept, self.where, contents)
+            if checked_text(text, self.column, f"{self.where}, row {i + 1}"):
+                rows.append(i)
+                own.append(belongs(text, split, self.held_out))
+        return self._divided(rows, own, split, lambda some: Rows(parquet, self.column, some, self.where, contents))
 
     def _library(self) -> Any:
         try:
             import datasets
         except ImportError as error:
             raise ImportError(
-                f"data.source {self.where!r} is read through the library 'datasets', which is not installed; "
+                f"{self.argument} {self.where!r} is read through the library 'datasets', which is not installed; "
                 "install kvbind with its extra 'data', or datasets itself"
             ) from error
         return datasets

@@ -6,6 +6,7 @@ no say in which: `datasets` by itself would divide the files once more among the
 
 from __future__ import annotations
 
+import codecs
 import copy
 import json
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch.utils.data import get_worker_info
+
+from kvbind.tasks.files import other_encoding
 
 _KINDS = {
     type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object",
@@ -88,15 +91,27 @@ class Line:
 
 @dataclass(frozen=True)
 class JsonLines:
-    """JSONL files: a JSON object on each line, in UTF-8.
+    """JSONL files: a JSON object on each line.
 
     Attributes:
         paths: of the files.
         column: the key that holds the text.
+        encoding: one in which the end of a line is the byte that it is in ASCII.
+
+    Raises:
+        ValueError: another encoding.
     """
 
     paths: Sequence[Path]
     column: str
+    encoding: str = "utf-8"
+
+    def __post_init__(self) -> None:
+        if "\n".encode(self.encoding) not in (b"\n", codecs.BOM_UTF8 + b"\n"):
+            raise ValueError(
+                f"data.encoding must be one for JSONL in which lines end with a single byte, as in utf-8 or latin-1; got "
+                f"{self.encoding!r}"
+            )
 
     @property
     def shards(self) -> int:
@@ -130,13 +145,17 @@ class JsonLines:
         """The text of a line.
 
         Raises:
-            ValueError: a line that is no UTF-8, no JSON object, or has no text in its column.
+            ValueError: a line that is not in the encoding, no JSON object, or has no text in its column.
         """
         where = f"{path}, line {number}"
         try:
-            row = json.loads(raw.rstrip().decode("utf-8-sig" if number == 1 else "utf-8"))
+            marked = number == 1 and self.encoding == "utf-8"
+            row = json.loads(raw.rstrip().decode("utf-8-sig" if marked else self.encoding))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where}, must be UTF-8; byte {error.start + 1} is {raw[error.start]:#04x}") from error
+            name = "UTF-8" if self.encoding == "utf-8" else self.encoding
+            raise ValueError(
+                f"{where}, must be {name}; byte {error.start + 1} is {raw[error.start]:#04x} ({other_encoding(path)})"
+            ) from error
         except RecursionError as error:
             raise ValueError(f"{where}, must be a JSON object; it is nested too deeply") from error
         except json.JSONDecodeError as error:

@@ -12,12 +12,12 @@ from typing import Any, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from kvbind.files import read_yaml
+from kvbind.files import read_yaml, shortened, yaml_lines
 from kvbind.inner.value import check_choice, nearest
 
 T = TypeVar("T")
 
-RECOMPUTE = ("none", "block", "selective", "offload")
+RECOMPUTE = ("auto", "none", "block", "selective", "offload")
 """What `train.activation_checkpointing` can be."""
 
 _INDIFFERENT = {
@@ -80,7 +80,8 @@ class TrainConfig:
         tensorboard: also write TensorBoard's event files, where it is installed.
         activation_checkpointing: what is computed again in the backward pass, for memory: "none"; "block", everything but
             each block's input; "selective", everything but that and the outputs of matrix products, attention and kernels;
-            "offload", as "block", with the inputs in host memory.
+            "offload", as "block", with the inputs in host memory; "auto", on GPUs as many blocks as must be, as a batch
+            shows before the first step, and elsewhere none.
         graphs: replay steps as CUDA graphs: "auto", on one GPU, wherever they can be captured; "off"; "on", which on a CPU
             takes the same steps, on fixed buffers and with decisions of the device, without capturing them.
         parallel: over several processes.
@@ -105,7 +106,7 @@ class TrainConfig:
     keep: int = 2
     max_skipped: int = 10
     tensorboard: bool = False
-    activation_checkpointing: str = "none"
+    activation_checkpointing: str = "auto"
     graphs: str = "auto"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -165,7 +166,24 @@ def load_config(schema: type[T], path: Path, overrides: Sequence[str] = ()) -> T
     if beneath is not None:
         plain = (OmegaConf.to_container(tree) for tree in (file, edits))
         file = cast(DictConfig, OmegaConf.create(beneath(*plain)))
-    return to_object(merge(base, file, edits), schema)
+    try:
+        base = merge(base, file)
+    except ConfigKeyValueError as error:
+        line = yaml_lines(path).get(error.key)
+        raise ValueError(f"{path}{f', line {line}' if line else ''}: {error}") from error
+    return to_object(merge(base, edits), schema)
+
+
+class ConfigKeyValueError(ValueError):
+    """A key that is none, or whose value does not fit.
+
+    Attributes:
+        key: dotted.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 def from_plain(schema: type[T], plain: dict[str, Any]) -> T:
@@ -181,7 +199,8 @@ def load_yaml(path: Path) -> DictConfig:
     """
     loaded = read_yaml(path)
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path} must hold a mapping of configuration keys")
+        held = "it is empty" if loaded is None else f"it holds {shortened(loaded)}"
+        raise ValueError(f"{path} must hold a mapping of configuration keys, such as 'train: {{steps: 100}}'; {held}")
     try:
         return OmegaConf.create(loaded)
     except OmegaConfBaseException as error:  # a text that looks like an interpolation and is none
@@ -207,15 +226,18 @@ def merge(base: Any, *changes: DictConfig) -> Any:
             base = OmegaConf.merge(base, change)
         except ConfigKeyError as error:
             known = known_keys(str(error.full_key), dotted_keys(OmegaConf.to_container(base)))
-            raise ValueError(f"no configuration key is named {error.full_key!r}{known}") from error
+            raise ConfigKeyValueError(
+                str(error.full_key), f"no configuration key is named {error.full_key!r}{known}"
+            ) from error
         except OmegaConfBaseException as error:
             # a section that is given one value has no key here
             where = ", ".join(map(str, change)) if error.full_key is None else error.full_key
             old = OmegaConf.select(base, where)
             if OmegaConf.is_config(old) and not OmegaConf.is_dict(old):
                 got = OmegaConf.select(change, where)
-                raise ValueError(f"configuration key {where!r} must be a list, such as {[*old]}; got {got!r}") from error
-            raise ValueError(f"configuration key {where!r}: {str(error).splitlines()[0]}") from error
+                message = f"configuration key {where!r} must be a list, such as {[*old]}; got {got!r}"
+                raise ConfigKeyValueError(str(where), message) from error
+            raise ConfigKeyValueError(str(where), f"configuration key {where!r}: {str(error).splitlines()[0]}") from error
     return base
 
 

@@ -13,6 +13,7 @@ them, gradients are means over all, and every decision follows from numbers that
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from kvbind.hardware import peak_flops
 from kvbind.inner.value import unchecked_values
 from kvbind.train.average import Average, local
-from kvbind.train.bars import Watch
+from kvbind.train.bars import RESUMED, Watch
 from kvbind.train.checkpoint import (
     Saver,
     empty_optimizer_state,
@@ -41,6 +42,7 @@ from kvbind.train.checkpoint import (
     restore_random_states,
 )
 from kvbind.train.config import TrainConfig
+from kvbind.train.memory import initial, keep_what_fits
 from kvbind.train.metrics import Metrics, Silence
 from kvbind.train.optimizer import learning_rate, make_optimizer
 from kvbind.train.parallel import Distributed, Layout, reshard
@@ -55,6 +57,10 @@ class TrainingStoppedError(RuntimeError):
     """Too many steps in a row were skipped, as their numbers were not finite."""
 
 
+class EndedEarlyError(RuntimeError):
+    """A run was asked to end before its last step, and has left a checkpoint."""
+
+
 @dataclass
 class Progress:
     """How far a run has come.
@@ -67,6 +73,7 @@ class Progress:
         seconds: spent in steps; evaluations and checkpoints aside.
         position: where the data go on.
         held_out: the last evaluation.
+        lengths: `[step, steps]`: how long the run was to be, from which step on; more than one where that was raised.
     """
 
     step: int = 0
@@ -76,6 +83,7 @@ class Progress:
     seconds: float = 0.0
     position: dict[str, Any] | None = None
     held_out: dict[str, Any] = field(default_factory=dict)
+    lengths: list[list[int]] = field(default_factory=list)
 
 
 class Task(Protocol[Model]):
@@ -135,6 +143,7 @@ def train(
     folder: Path,
     watch: Watch | None = None,
     begin: Callable[[], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Progress:
     """Train `model` on `task`, or go on from the newest checkpoint in `folder`.
 
@@ -146,19 +155,23 @@ def train(
         task: its data, loss and evaluation.
         config: how.
         folder: of the run; metrics and checkpoints go there. All processes must see the same.
-        watch: told of every step; `kvbind.train.bars.progress_bars` makes one that draws.
+        watch: told of every step, and of the one that a run goes on from; `kvbind.train.bars.progress_bars` makes one that
+            draws.
         begin: called by the first process when everything else has been checked, before anything of the run is read.
+        stop: asked at every step whether it is to be the last, behind which a checkpoint is left; the first process's
+            answer counts.
 
     Returns:
         What was done, over all interruptions; its `held_out` is the evaluation after the last step.
 
     Raises:
+        EndedEarlyError: `stop` said so.
         TrainingStoppedError: `config.max_skipped` steps in a row were not finite.
         ValueError: processes among which a step's rows cannot be divided, or checkpoints of which not one is whole.
         OSError: a checkpoint or the metrics could not be written, as on a full disk; earlier ones are as they were.
     """
     with connected(config.device), unchecked_values():
-        return _train(model, task, config, folder, watch, begin)
+        return _train(model, task, config, folder, watch, begin, stop)
 
 
 def _train(
@@ -168,6 +181,7 @@ def _train(
     folder: Path,
     watch: Watch | None,
     begin: Callable[[], None] | None,
+    stop: Callable[[], bool] | None,
 ) -> Progress:
     device = pick_device(config.device)
     if device.type == "cuda":
@@ -187,7 +201,7 @@ def _train(
     if average is not None:
         Distributed(average.module, task.blocks(average.module), layout, config, device, trained=False)
     evaluated = model if average is None else average.module
-    recompute(task.blocks(model), config.activation_checkpointing)
+    recomputed = recompute(task.blocks(model), initial(config.activation_checkpointing, device))
     together = Distributed(model.train(), task.blocks(model), layout, config, device)
     optimizer = make_optimizer(model, config)
     fastest = peak_rate(task, model, device)
@@ -215,8 +229,14 @@ def _train(
             average.updates = plain["averaged"]
         done = Progress(**plain["done"])
         restore_random_states(plain["random"], layout.data[0])
+        if watch is not None:
+            watch(done.step, RESUMED)
+    if not done.lengths or done.lengths[-1][1] != config.steps:
+        done.lengths.append([done.step, config.steps])
     batches = task.batches(done.position, share)
     step = Step(model, together, task, config, optimizer, average, batches, share, device)
+    if config.activation_checkpointing == "auto" and recomputed:
+        keep_what_fits(step, recomputed)
     last_saved = time.monotonic()
 
     with (
@@ -230,7 +250,9 @@ def _train(
         while done.step < config.steps:
             started = time.perf_counter()
             rate = learning_rate(config, done.step)
-            found = step(rate, time.monotonic() - last_saved, more=done.step + 1 < config.steps)
+            # a time without end asks for the last checkpoint, of all processes alike
+            unsaved = math.inf if stop is not None and stop() else time.monotonic() - last_saved
+            found = step(rate, unsaved, more=done.step + 1 < config.steps)
             done.position = found.position
             if found.finite:
                 done.units, done.skipped_in_a_row = done.units + round(found.size), 0
@@ -263,14 +285,19 @@ def _train(
             if last or every(config.evaluate_every, done.step):
                 done.held_out = evaluate(evaluated, task, config, device, share)
                 metrics.write(done.step, **{f"held_out/{name}": value for name, value in done.held_out.items()})
-            unsaved = found.unsaved if ranks() > 1 else time.monotonic() - last_saved
-            overdue = 0 < 60 * config.checkpoint_minutes <= unsaved  # by the first process's clock: all must agree
-            if last or overdue or every(config.checkpoint_every, done.step):
+            alone = ranks() == 1
+            # by the first process's clock, and as it was told: all must agree
+            unsaved = time.monotonic() - last_saved if alone else found.unsaved
+            ending = math.isinf(found.unsaved) or (alone and stop is not None and stop())
+            overdue = 0 < 60 * config.checkpoint_minutes <= unsaved
+            if last or ending or overdue or every(config.checkpoint_every, done.step):
                 done.position = united(from_all(done.position))
                 metrics.sync()
                 plain = {"done": asdict(done), "random": random_states()}
                 saver.save(done.step, state(), plain | ({} if average is None else {"averaged": average.updates}))
                 last_saved = time.monotonic()
+            if ending and not last:
+                raise EndedEarlyError(f"{folder} was stopped behind step {done.step} of {config.steps}")
     if average is not None:
         with torch.no_grad():
             for mine, theirs in zip(model.state_dict().values(), evaluated.state_dict().values(), strict=True):

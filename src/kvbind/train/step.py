@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,7 @@ class Step:
         self.model, self.together, self.task, self.config = model, together, task, config
         self.optimizer, self.average, self.batches, self.share, self.device = optimizer, average, batches, share, device
         self.accumulate = config.accumulate // share.turns
+        self.sequences = 1 if share.sequence is None else torch.distributed.get_world_size(share.sequence)
         self.guarded = GuardedStep(optimizer, config)
         self.statistics = [x for x in model.buffers() if x.is_floating_point()]
         self.ahead: list[Part] = []
@@ -130,6 +131,12 @@ class Step:
         """The next batch, read now where it was not before."""
         return self.ahead.pop(0) if self.ahead else self._read()
 
+    def first_part(self) -> Part:
+        """The next batch, which stays the next."""
+        part = self.next_part()
+        self.ahead.insert(0, part)
+        return part
+
     def read_ahead(self) -> None:
         """Read the next step's batches."""
         while len(self.ahead) < self.accumulate:
@@ -145,9 +152,26 @@ class Step:
         """The autocast context of the run's precision."""
         return precision(self.config, self.device)
 
-    def _eagerly(self, rate: float, unsaved: float) -> Outcome:
-        sequences = 1 if self.share.sequence is None else torch.distributed.get_world_size(self.share.sequence)
+    def backward(self, one: Part, last: bool) -> Tensor:
+        """Add a batch's gradients, and return its part of the step's loss.
+
+        Args:
+            one: the batch.
+            last: whether it is the step's last, behind which gradients of all processes meet.
+        """
+        batch, inside = one.batch, nullcontext()
         cut = getattr(self.task, "cut", None)
+        if self.sequences > 1 and cut is not None:
+            batch, inside = cut(batch, self.share.sequence)
+        batch = to_device(batch, self.device)
+        with self.together.accumulating(last=last), inside:
+            with self.precision():
+                part = self.task.loss(self.together.module, batch) * one.weight / self.accumulate
+            part.backward()
+        found: Tensor = part.detach()
+        return found
+
+    def _eagerly(self, rate: float, unsaved: float) -> Outcome:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss, weights, size, waited = torch.zeros((), device=self.device), 0.0, 0, 0.0
@@ -155,21 +179,13 @@ class Step:
         position: dict[str, Any] = {}
         for i in range(self.accumulate):
             one = self.next_part()
-            batch, position = one.batch, one.position
+            position = one.position
             size, weights, waited = size + one.size, weights + one.weight, waited + one.waited
-            inside: AbstractContextManager[None] = nullcontext()
-            if sequences > 1 and cut is not None:
-                batch, inside = cut(batch, self.share.sequence)
-            batch = to_device(batch, self.device)
-            with self.together.accumulating(last=i == self.accumulate - 1), inside:
-                with self.precision():
-                    part = self.task.loss(self.together.module, batch) * one.weight / self.accumulate
-                part.backward()
-            loss = loss + part.detach()
+            loss = loss + self.backward(one, last=i == self.accumulate - 1)
 
         # what all processes tell each other outside of gradients; a loss that is not finite makes the sum so
         # ranks that divide a sequence have the same batch, and each a part of its loss
-        counted = [weights / self.accumulate / sequences, size / sequences]
+        counted = [weights / self.accumulate / self.sequences, size / self.sequences]
         now = [*counted, waited, peak_memory(self.device), unsaved]
         own = torch.tensor(now, dtype=exact(self.device)).to(self.device)
         told = stacked(torch.cat([loss.to(own.dtype)[None], own]))

@@ -55,7 +55,11 @@ def head_of(call: Call, head: int) -> Call:
     options = {name: own(call.options.get(name)) for name in call.spec.gates}
     options["lr"] = {name: own(x) for name, x in rates.items()} if isinstance(rates, Mapping) else own(rates)
     options["update_tokens"] = call.options.get("update_tokens")
-    weights = {name: x[..., head : head + 1, :, :] for name, x in call.weights.items()}
+    vectors = call.spec.network.vectors
+    weights = {
+        name: x[..., head : head + 1, :] if name in vectors else x[..., head : head + 1, :, :]
+        for name, x in call.weights.items()
+    }
     return replace(call, weights=weights, q=own(call.q), k=own(call.k), v=own(call.v), options=options)
 
 
@@ -112,7 +116,8 @@ def losses(call: Call) -> list[Look]:
         return [[short(x) for x in own] for own in found.mean(0).tolist()]
 
     at_start = spec.replace(visibility="full", chunk=None, steps=1)
-    possible = [steps for steps in STEPS if steps == 1 or spec.visibility != "token" or spec.chunk == 1]
+    alone = spec.read_rate or "refresh" in spec.extensions or (spec.visibility == "token" and spec.chunk != 1)
+    possible = [steps for steps in STEPS if steps == 1 or not alone]
     by_steps = {0: loss(at_start, "before")} | {steps: loss(spec.replace(steps=steps), "after") for steps in possible}
     before, after = loss(spec, "before"), loss(spec, "after")
     return [

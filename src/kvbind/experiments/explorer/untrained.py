@@ -46,6 +46,8 @@ def untrained_models() -> list[dict[str, Any]]:
         return [
             model(name, make(), *((image, patches(picture)) if make().visibility == "full" else (text, embedded(words))))
             for name, make in systems.SYSTEMS.items()
+            # cells are of tokens that write once each
+            if make().writes == 1 and make().window_size == 1
         ]
     finally:
         torch.set_num_threads(threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvbind.inner.fields import Retention
 from kvbind.inner.networks import Linear
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems.registry import Source, system
@@ -24,9 +25,55 @@ def delta_net(chunk: int = 1) -> InnerLoop:
 
 @system(GATED_DELTA_NET)
 def gated_delta_net(chunk: int = 1) -> InnerLoop:
-    """DeltaNet whose state is multiplied by `retention` at every step.
+    """Gated DeltaNet (arXiv 2412.06464): `S' = a S; S = S' + beta k^T (v - k S')`, the decay before the residual."""
+    return delta_net(chunk).replace(retention=Retention(order="before"))
 
-    The gradient is taken before the decay, as the update rule has it; the published Gated DeltaNet (arXiv 2412.06464)
-    takes it after, which is this system with values divided by the gate and the rate multiplied by it.
+
+DELTA_PRODUCT = Source(
+    "2502.10297",
+    "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products",
+    "Siems, Julien and others",
+)
+KDA = Source("2510.26692", "Kimi Linear: An Expressive, Efficient Attention Architecture", "{Kimi Team}")
+GDN2 = Source("2605.22791", "Gated DeltaNet-2")
+COMBA = Source("2506.02475", "Comba: Improving Bilinear RNNs with Closed-loop Control", "Hu, Jiaxi and others")
+RWKV7 = Source("2503.14456", 'RWKV-7 "Goose" with Expressive Dynamic State Evolution', "Peng, Bo and others")
+
+
+@system(DELTA_PRODUCT)
+def delta_product(writes: int = 2) -> InnerLoop:
+    """Gated DeltaProduct (arXiv 2502.10297): `writes` steps of the delta rule per token, the decay before the first."""
+    return gated_delta_net().replace(writes=writes)
+
+
+@system(KDA)
+def kda() -> InnerLoop:
+    """Kimi delta attention (arXiv 2510.26692): `S' = a o S; S = S' + beta k^T (v - k S')`, a decay for each key channel.
+
+    Also the linear attention of HorizonStream (arXiv 2605.23889).
     """
-    return delta_net(chunk).replace(retention=True)
+    return delta_net().replace(retention=Retention(per="key", order="before"))
+
+
+@system(GDN2)
+def gdn2() -> InnerLoop:
+    """GDN-2 (arXiv 2605.22791): `S' = a o S; S = S' + k^T (w o v - (b o k) S')`.
+
+    `erase` is b o k, and values come as w o v.
+    """
+    return kda().replace(erase=True, token_lr=False)
+
+
+@system(COMBA)
+def comba() -> InnerLoop:
+    """Comba (arXiv 2506.02475): `S = a S + beta k^T (v - p S)`, the decay after the residual; `erase` is p."""
+    return delta_net().replace(retention=True, erase=True)
+
+
+@system(RWKV7)
+def rwkv7() -> InnerLoop:
+    """RWKV-7 (arXiv 2503.14456): `S = w o S - (r o x)^T (r S) + y^T v`, in two writes of each token.
+
+    The first has the key r o x, `erase` r, the value 0, and the decay w; the second the key y, `erase` 0 and the value v.
+    """
+    return delta_net().replace(retention=Retention(per="key"), erase=True, writes=2, token_lr=False)

@@ -17,18 +17,27 @@ ATLAS = Source("2505.23735", "ATLAS: Learning to Optimally Memorize the Context 
 
 @system(TITANS)
 def titans(chunk: int = 16, depth: int = 1) -> InnerLoop:
-    """The neural memory of Titans (arXiv 2501.00663): an MLP under squared error, momentum and retention."""
+    """The neural memory of Titans (arXiv 2501.00663), section 3: an MLP under squared error, with momentum and retention.
+
+    Every token writes, at gates of its own; gradients are taken at the weights before each `chunk` tokens. The paper's loss
+    has no factor 1/2: `lr` is twice its theta, `momentum` its eta, `retention` 1 - alpha.
+    """
     return InnerLoop(
         network=MLP(activation="silu", depth=depth),
         loss="squared",
         momentum=True,
         retention=True,
-        chunk=chunk,
-        visibility="past",
+        chunk=1,
+        refresh=chunk,
+        visibility="token",
     )
 
 
 @system(ATLAS)
-def atlas(chunk: int = 16, depth: int = 1) -> InnerLoop:
-    """Atlas (arXiv 2505.23735): Titans with Muon; its sliding window is here a chunk, its feature map the layer's."""
-    return titans(chunk, depth).replace(orthogonalize=NewtonSchulz())
+def atlas(chunk: int = 16, depth: int = 1, window: int = 16) -> InnerLoop:
+    """Atlas (arXiv 2505.23735), as notes on it have its equations: Titans over a sliding window, with Muon.
+
+    `M = retention M - step_rate NewtonSchulz(S)`, `S = momentum S + gradient over the last window tokens`. Polynomial
+    features of queries and keys are the layer's.
+    """
+    return titans(chunk, depth).replace(orthogonalize=NewtonSchulz(), step_rate=True, window=window)

@@ -70,7 +70,7 @@ def named(name: str) -> InnerLoop:
     Raises:
         ValueError: an unknown name; the message gives the nearest known one.
     """
-    if name not in SYSTEMS:
+    if not isinstance(name, str) or name not in SYSTEMS:
         raise ValueError(f"no system is named {name!r}{nearest(name, SYSTEMS)}; known: {', '.join(SYSTEMS)}")
     return SYSTEMS[name]()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from kvbind.layers.lact import LactState
+
+if TYPE_CHECKING:
+    from kvbind.models.lact.decoding import Rows
 
 CACHE_NAMES = ("past_key_values", "cache")
 """What transformers calls the cache: the first before version 5.24, the second since."""
@@ -25,20 +28,69 @@ class LactCache(Cache):
     transformers' `generate` makes one by itself, returns it as `cache` (`past_key_values` before transformers 5.24), and
     takes it back to go on. It reads and reorders sequences; it cannot be cropped, as fast weights do not unlearn.
 
+    While single tokens are decoded as CUDA graphs, what it holds lies in the graphs' own tensors (`rows`), and comes back,
+    the same as if it had never been there, when it is asked for.
+
     Attributes:
-        states: one `LactState` per layer; empty before the first token.
         columns: how many columns of input it has read, padding included; the number by which transformers slices inputs.
+        rows: where the graphs of a model have it, or None.
+        moves: how often another cache has taken its place there.
+        refused: why it is not decoded by graphs, where that was found out.
     """
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.states: list[LactState] = []
+        self._states: list[LactState] = []
         self.columns = 0
+        self.rows: Rows | None = None
+        self.moves = 0
+        self.refused: str | None = None
+
+    @property
+    def states(self) -> list[LactState]:
+        """One `LactState` per layer; empty before the first token."""
+        self.settle()
+        return self._states
+
+    @states.setter
+    def states(self, states: list[LactState]) -> None:
+        self._leave()
+        self._states = states
 
     @property
     def seen(self) -> tuple[int, ...]:
         """How many tokens each sequence has had, without padding; empty before the first."""
-        return self.states[0].seen if self.states else ()
+        if self.rows is not None:
+            return self.rows.seen
+        return self._states[0].seen if self._states else ()
+
+    def settle(self) -> None:
+        """Have all that it holds in tensors of its own."""
+        if self.rows is not None:
+            rows, self.rows = self.rows, None
+            self._states = rows.release()
+
+    def move_into(self, rows: Rows, model: Any) -> None:
+        """Have all that it holds where the graphs of `model` read it."""
+        leaving: list[LactState | None] = [*self.states]
+        self._states = []
+        try:
+            rows.admit(model, self, leaving)
+        except Exception:
+            self._states = [state for state in leaving if state is not None]
+            raise
+        self.rows = rows
+
+    def _leave(self) -> None:
+        """Give up what lies elsewhere."""
+        if self.rows is not None:
+            self.rows.holder = None
+            self.rows = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # copies and files have tensors of their own
+        self.settle()
+        return self.__dict__
 
     def advance(self, states: list[LactState], columns: int) -> None:
         """Take over where all layers stopped after `columns` further columns of input."""
@@ -57,6 +109,9 @@ class LactCache(Cache):
         """Keep the sequences at `indices`, in that order."""
         # once for all layers: each reads the numbers on the host
         indices = indices.cpu()
+        if self.rows is not None and len(indices) == len(self.seen):
+            self.rows.reorder(torch.arange(len(indices))[indices].tolist())
+            return
         self.states = [state.select(indices) for state in self.states]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -65,7 +120,7 @@ class LactCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.states, self.columns = [], 0
+        self.states, self.columns, self.refused = [], 0, None
 
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: fast weights hold all tokens at once and cannot give back the latest.
@@ -94,7 +149,7 @@ class LactCache(Cache):
     @property
     def is_initialized(self) -> bool:
         """Whether any token was read."""
-        return bool(self.states)
+        return bool(self.seen)
 
     @property
     def is_croppable(self) -> bool:
@@ -105,7 +160,7 @@ class LactCache(Cache):
     def is_linear(self) -> list[bool]:
         """False for each layer: it counts the tokens it has read, by which `generate` knows those that are new."""
         # never empty, as all() of an empty list is True
-        return [False] * max(len(self.states), 1)
+        return [False] * max(len(self), 1)
 
     @property
     def is_compileable(self) -> bool:
@@ -117,22 +172,30 @@ class LactCache(Cache):
         return -1
 
     def __len__(self) -> int:
-        return len(self.states)
+        return len(self._states) if self.rows is None else len(self.rows.layers)
 
     def __repr__(self) -> str:
-        return f"LactCache({len(self.states)} layers, {len(self.seen)} sequences, {self.columns} columns read)"
+        return f"LactCache({len(self)} layers, {len(self.seen)} sequences, {self.columns} columns read)"
 
 
-def given_cache(past_key_values: Any, cache: Any) -> LactCache | None:
+Kind = TypeVar("Kind", bound=Cache)
+
+
+def given_cache(past_key_values: Any, cache: Any, kind: type[Kind]) -> Kind | None:
     """The cache that a model was given under either of its names.
 
+    Args:
+        past_key_values: under the one.
+        cache: under the other.
+        kind: the model's cache.
+
     Raises:
-        TypeError: it is no LactCache.
+        TypeError: it is of another class.
         ValueError: two of them.
     """
     if past_key_values is not None and cache is not None:
         raise ValueError("cache must be None beside past_key_values: they are two names of one argument; got both")
     name, found = ("cache", cache) if past_key_values is None else ("past_key_values", past_key_values)
-    if found is not None and not isinstance(found, LactCache):
-        raise TypeError(f"{name} must be a kvbind LactCache, which holds fast weights; got {type(found).__name__}")
+    if found is not None and not isinstance(found, kind):
+        raise TypeError(f"{name} must be a kvbind {kind.__name__}, which holds fast weights; got {type(found).__name__}")
     return found

@@ -148,3 +148,20 @@ def _positions(shape: tuple[int, int], position_ids: Tensor | None) -> Tensor | 
     if tuple(position_ids.shape) not in ((batch, length), (1, length)):
         raise ValueError(f"position_ids must be [B, T] = {list(shape)} or [1, T]; got shape {list(position_ids.shape)}")
     return position_ids.expand(batch, length)
+
+
+def check_padding_side(mask: Tensor | None) -> None:
+    """Refuse prompts that end in padding, behind which no token can follow.
+
+    Args:
+        mask: an attention mask `[B, T]`, or None.
+
+    Raises:
+        ValueError: a row whose last column is padding.
+    """
+    if mask is not None and mask.dim() == 2 and mask.shape[1] and bool((mask[:, -1] == 0).any()):
+        rows = (mask[:, -1] == 0).nonzero().flatten().tolist()
+        raise ValueError(
+            "attention_mask must not end in padding, as what is generated follows the last column: tokenize with "
+            f"padding_side='left'; got padding at the end of rows {rows}"
+        )

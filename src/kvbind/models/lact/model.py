@@ -22,9 +22,11 @@ from kvbind.layers.layout import Layout
 from kvbind.layers.norm import ResidualNorm, RMSNorm
 from kvbind.layers.plain import is_a_product
 from kvbind.layers.rotary import Tables, rotary_tables
+from kvbind.layers.slots import Slots, Step
 from kvbind.models.lact.cache import CACHE, CACHE_NAMES, LactCache, given_cache
 from kvbind.models.lact.config import REFUSED, LactConfig
-from kvbind.models.lact.inputs import Arrangement, arrange
+from kvbind.models.lact.decoding import decode
+from kvbind.models.lact.inputs import Arrangement, arrange, check_padding_side
 from kvbind.models.lact.loss import IGNORE, cross_entropy, linear_cross_entropy, next_token_labels
 from kvbind.models.options import check_options, known_by_name
 from kvbind.models.recompute import check_recomputing, is_recomputed, is_reentrant
@@ -106,6 +108,14 @@ class LactBlock(GradientCheckpointingLayer):
         mixed, after = self.attn(normed, layout, tables, state, return_state)
         x, normed = self.mlp_norm(x, mixed)
         return x + self.mlp(normed), after
+
+    def step(self, x: Tensor, tables: Tables, place: Step, slots: Slots) -> Tensor:
+        """As `LactLayer.step`, on the residual stream `[B, 1, d]`."""
+        x, normed = self.attn_norm(x)
+        mixed = self.attn.step(normed, tables, place, slots)
+        x, normed = self.mlp_norm(x, mixed)
+        output: Tensor = x + self.mlp(normed)
+        return output
 
 
 class LactPreTrainedModel(FromFolder, PreTrainedModel):
@@ -228,7 +238,7 @@ class LactModel(LactPreTrainedModel):
             output_hidden_states = config.output_hidden_states
         if return_dict is None:
             return_dict = config.return_dict
-        cache = given_cache(past_key_values, cache)
+        cache = given_cache(past_key_values, cache, LactCache)
         if torch.is_grad_enabled() and any(map(is_recomputed, self.layers)):
             check_recomputing()
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -359,9 +369,18 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
         # no named argument, as transformers' Trainer takes those for labels that every batch has
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         # nor `cache`: a `generate` that knows it as past_key_values would pass it on without counting its tokens
-        cache = given_cache(past_key_values, kwargs.pop("cache", None))
+        cache = given_cache(past_key_values, kwargs.pop("cache", None), LactCache)
         cu_seqlens = _collated_bounds(cu_seqlens, kwargs)
         _check_labels(labels, shift_labels, num_items_in_batch)
+        hidden_wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        asked = (inputs_embeds, labels, shift_labels, cu_seqlens, hidden_wanted or None, output_attentions or None)
+        one_more = cache is not None and input_ids is not None and cache.is_initialized and input_ids.shape[1:] == (1,)
+        if one_more and use_cache is not False and asked == (None,) * 6 and logits_to_keep in (None, 0, 1):
+            assert cache is not None
+            assert input_ids is not None
+            logits = decode(self, cache, input_ids, attention_mask, position_ids)
+            if logits is not None:
+                return self._output(return_dict, logits=logits, **{CACHE: cache})
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -396,12 +415,11 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
         logits = None
         if logits_to_keep is not None or targets is None or not self.training:
             logits = self.lm_head(_kept(hidden, logits_to_keep)) if every is None else _kept(every, logits_to_keep)
-        output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            **{CACHE: getattr(outputs, CACHE)},
-        )
+        kept: dict[str, Any] = {CACHE: getattr(outputs, CACHE)}
+        return self._output(return_dict, loss=loss, logits=logits, hidden_states=outputs.hidden_states, **kept)
+
+    def _output(self, return_dict: bool | None, **fields: Any) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        output = CausalLMOutputWithPast(**fields)
         return output.to_tuple() if (self.config.return_dict if return_dict is None else return_dict) is False else output
 
     def _loss(self, hidden: Tensor, targets: Tensor, count: Tensor | int | None) -> tuple[Tensor, Tensor | None]:
@@ -421,7 +439,7 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
                 f"cache_implementation must be None: this model has one kind of cache; got "
                 f"{generation_config.cache_implementation!r}"
             )
-        _check_padding_side(model_kwargs.get("attention_mask"))
+        check_padding_side(model_kwargs.get("attention_mask"))
         if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
             model_kwargs[CACHE] = LactCache()
             return None
@@ -444,16 +462,6 @@ def _check_labels(labels: Tensor | None, shift_labels: Tensor | None, count: Ten
         raise ValueError(
             "num_items_in_batch must be the whole row's number of predicted tokens inside sequence_parallel, as "
             "kvbind.shard_batch makes it; got None"
-        )
-
-
-def _check_padding_side(mask: Tensor | None) -> None:
-    """Refuse prompts that end in padding, behind which no token can follow."""
-    if mask is not None and mask.dim() == 2 and mask.shape[1] and bool((mask[:, -1] == 0).any()):
-        rows = (mask[:, -1] == 0).nonzero().flatten().tolist()
-        raise ValueError(
-            "attention_mask must not end in padding, as what is generated follows the last column: tokenize with "
-            f"padding_side='left'; got padding at the end of rows {rows}"
         )
 
 

@@ -20,7 +20,7 @@ from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_positive_int
 from kvbind.kernels.direct import has_values
 from kvbind.layers.lact_nvs import LactNvsLayer
-from kvbind.layers.norm import RMSNorm
+from kvbind.layers.norm import RMSNorm, add_layer_norm
 from kvbind.layers.operands import split_heads
 from kvbind.layers.plain import input_dtype, matrix_of, own_weights
 from kvbind.layers.softmax import softmax_attention
@@ -127,10 +127,11 @@ class LactNvsBlock(nn.Module):
             (part["ln"], part["f"])  # type: ignore[index]
             for part in self.module_list
         )
-        x = x + attention(attention_norm(x), per_image)
-        mixed, after = fast(fast_norm(x), update_tokens, state)
-        x = x + mixed
-        return x + mlp(mlp_norm(x)), after
+        x, h = add_layer_norm(x, None, attention_norm)
+        x, h = add_layer_norm(x, attention(h, per_image), fast_norm)
+        mixed, after = fast(h, update_tokens, state)
+        x, h = add_layer_norm(x, mixed, mlp_norm)
+        return x + mlp(h), after
 
 
 class LactNvs(nn.Module):

@@ -7,20 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvbind.inner.spec import InnerLoop
+from kvbind.layers.grid import Grid, add_convolution
+from kvbind.layers.norm import add_layer_norm
 from kvbind.layers.vittt import INIT_STD, VitttLayer
-
-Grid = tuple[int, int]
-"""Height and width in tokens."""
-
-
-def to_image(x: Tensor, grid: Grid) -> Tensor:
-    """Tokens `[B, T, d]` as an image `[B, d, height, width]`."""
-    return x.mT.reshape(x.shape[0], x.shape[2], *grid)
-
-
-def to_tokens(image: Tensor) -> Tensor:
-    """An image `[B, d, height, width]` as tokens `[B, T, d]`, row after row."""
-    return image.flatten(2).mT
 
 
 class StochasticDepth(nn.Module):
@@ -73,7 +62,7 @@ class Mlp(nn.Module):
         """`[B, T, d]` to the same shape."""
         h = self.drop(F.gelu(self.fc1(x)))
         if self.dwc is not None:
-            h = F.gelu(h + to_tokens(self.dwc(to_image(h, grid))))
+            h = F.gelu(add_convolution(h, self.dwc, grid))
         output: Tensor = self.drop(self.fc2(h))
         return output
 
@@ -120,10 +109,9 @@ class VitttBlock(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid, rotary: Tensor | None = None) -> Tensor:
         """`[B, T, d]` to the same shape; `grid` and `rotary` as `VitttLayer.forward` takes them."""
-        x = x + to_tokens(self.cpe(to_image(x, grid)))
-        x = x + self.drop_path(self.attn(self.norm1(x), grid, rotary))
-        x = x + self.drop_path(self.mlp(self.norm2(x), grid))
-        return x
+        x, h = add_layer_norm(add_convolution(x, self.cpe, grid), None, self.norm1)
+        x, h = add_layer_norm(x, self.drop_path(self.attn(h, grid, rotary)), self.norm2)
+        return x + self.drop_path(self.mlp(h, grid))
 
 
 def init_weights(module: nn.Module, std: float = INIT_STD) -> None:

@@ -18,7 +18,7 @@ from kvbind.inner.systems import vittt
 from kvbind.inner.value import check_choice
 from kvbind.layers.vittt import INIT_STD
 from kvbind.models.ablations import images_ablation
-from kvbind.models.options import NOT_FOR_US, Refusals, check_options, inherited_fields, known_by_name
+from kvbind.models.options import NOT_FOR_US, Refusals, check_labels, check_options, inherited_fields, known_by_name
 from kvbind.models.saving import FromFolder
 from kvbind.models.vittt.blocks import init_weights
 from kvbind.models.vittt.model import HierarchicalVittt, ImageModel, Vittt
@@ -107,6 +107,7 @@ class VitttConfig(PretrainedConfig):
         if kwargs.get("problem_type") == PROBLEMS[1] and 1 in (kwargs.get("num_labels"), kwargs.get("num_classes")):
             raise ValueError(f"problem_type must not be {PROBLEMS[1]!r} with one label, as there is nothing to choose from")
         own = inspect.signature(VitttConfig.__init__).parameters
+        check_labels(kwargs)
         mapped = {name: kwargs.pop(name) for name in self.attribute_map if name in kwargs}
         super().__init__(**mapped, **inherited_fields("VitttConfig", kwargs, REFUSED, (*own, *self.attribute_map)))
 

@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
+from kvbind.layers.grid import Grid, to_image, to_tokens
 from kvbind.layers.vittt import INIT_STD, VitttLayer
 from kvbind.models.recompute import check_recomputing
-from kvbind.models.vittt.blocks import Grid, VitttBlock, init_weights, to_image, to_tokens
+from kvbind.models.vittt.blocks import VitttBlock, init_weights
 from kvbind.models.vittt.stages import Stage, TokenBatchNorm, downsampling, stem
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvbind.layers.grid import Grid, to_image
 from kvbind.layers.vittt import rotary_angles
-from kvbind.models.vittt.blocks import Grid, to_image
 
 
 class ConvUnit(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from kvbind.inner import InnerLoop
@@ -22,13 +24,19 @@ from kvbind.tasks.contents import Contents
 from kvbind.tasks.files import EXPANDED_GIB
 from kvbind.tasks.images.augment import Augment, AugmentConfig, ReadEvaluation, ReadTraining, check_fits_memory, normalized
 from kvbind.tasks.images.loading import Batch, Order, Reads, evaluation_batches, training_batches
-from kvbind.tasks.images.sources import Images, InMemory, Source, Splits
+from kvbind.tasks.images.look import look, suited_patch
+from kvbind.tasks.images.sources import DIGITS, Images, InMemory, Readable, Source, Splits, holds_idx
 from kvbind.tasks.inner_loops import beneath, edited, table_rows
-from kvbind.train.config import TrainConfig
+from kvbind.train.config import TrainConfig, parse_overrides
 from kvbind.train.ranks import WHOLE, Share
 
 if TYPE_CHECKING:
     from kvbind.models.vittt import VitttForImageClassification
+
+log = logging.getLogger("kvbind.tasks")
+
+SMALL_SIZE, SHRUNK = 32, 4
+"""Images of at most this side in pixels, and this many times smaller than they were, are thumbnails, which is said."""
 
 PRESETS = preset_files("images")
 """The shipped configurations, by name."""
@@ -80,13 +88,14 @@ class DataConfig:
         label_column: of tables, that of the classes.
         held_out: the fraction of each class kept for evaluation where the source has no split of its own.
         images: training images, where they should not be counted to know how long an epoch is; 0 to count them.
-        size: side of the images in pixels; those held in memory must have it, others are resized.
-        channels: 1 for grey, 3 for colour.
-        mean: of each channel, of pixels from 0 to 1.
+        size: side of the images in pixels; those held in memory must have it, others are resized. 0 for one that suits the
+            training images, which are looked at.
+        channels: 1 for grey, 3 for colour; 0 for grey if they all are.
+        mean: of each channel, of pixels from 0 to 1; empty for theirs.
         std: of each channel, likewise.
         expanded_gib: the most GiB that a compressed file or an image may expand to.
         kept: in evaluation, the side of the central square that is seen over the image's shorter side.
-        batch: images in a batch.
+        batch: images in a batch; 0 for 64, or all where there are fewer.
         workers: processes that read; 0 for none besides the training one. Nothing but speed depends on it.
         evaluation_batch: images in an evaluation batch; 0 for as many as in training.
     """
@@ -112,22 +121,26 @@ class DataConfig:
     INDIFFERENT: ClassVar[tuple[str, ...]] = ("workers", "expanded_gib")
 
     def __post_init__(self) -> None:
-        for key, least in {"images": 0, "size": 1, "batch": 1, "workers": 0, "evaluation_batch": 0}.items():
+        for key, least in {"images": 0, "size": 0, "batch": 0, "workers": 0, "evaluation_batch": 0}.items():
             if getattr(self, key) < least:
                 raise ValueError(f"data.{key} must be at least {least}; got {getattr(self, key)}")
-        if self.channels not in (1, 3):
-            raise ValueError(f"data.channels must be 1 or 3; got {self.channels}")
+        if self.channels not in (0, 1, 3):
+            raise ValueError(f"data.channels must be 1 or 3; got {self.channels} (0 looks at the images)")
         for key in ("mean", "std"):
-            if len(getattr(self, key)) != self.channels:
-                raise ValueError(
-                    f"data.{key} must hold a number per channel, {self.channels}; got {list(getattr(self, key))}"
-                )
-        if min(self.std) <= 0:
+            held = list(getattr(self, key))
+            if held and len(held) != self.channels:
+                raise ValueError(f"data.{key} must hold a number per channel, {self.channels}; got {held}")
+        if min(self.std, default=1) <= 0:
             raise ValueError(f"data.std must be above 0; got {list(self.std)}")
         if not self.expanded_gib > 0:
             raise ValueError(f"data.expanded_gib must be above 0; got {self.expanded_gib}")
         if not 0 < self.kept <= 1:
             raise ValueError(f"data.kept must be above 0 and at most 1; got {self.kept}")
+
+    @property
+    def looks(self) -> bool:
+        """Whether something is left to be chosen by looking at the images."""
+        return not (self.size and self.channels and self.mean and self.std and self.batch)
 
     def open(self) -> Splits:
         """The images.
@@ -232,8 +245,18 @@ def model_fields(model: ModelConfig) -> dict[str, Any]:
 def resolve(config: ImagesConfig) -> ImagesConfig:
     """`config` with every field of its inner loops and of its model spelled out, and its epochs as steps.
 
-    Images are counted where `epochs` says how long training is and `data.images` does not say how many there are.
+    What `data` leaves to be chosen is, by looking at the training images; `model.fields` with `patch_size: 0` gets one that
+    suits their size. Images are counted where `epochs` says how long training is and `data.images` does not say how many
+    there are.
     """
+    data, opened = config.data, None
+    if data.looks:
+        opened = data.open()
+        data = looked_at(data, opened)
+        config = replace(config, data=data)
+    if config.model.fields.get("patch_size") == 0:
+        fields = {**config.model.fields, "patch_size": suited_patch(data.size)}
+        config = replace(config, model=replace(config.model, fields=fields))
     model = replace(
         config.model,
         inner={key: inner.to_dict() for key, inner in inner_loops(config.model).items()},
@@ -241,13 +264,35 @@ def resolve(config: ImagesConfig) -> ImagesConfig:
     )
     train = config.train
     if config.epochs or config.warmup_epochs:
-        images = config.data.images or len(config.data.open().train.labels)
+        images = data.images or len((opened or data.open()).train.labels)
         per_epoch = Order(images, config.data.batch, config.seed).per_epoch / train.accumulate
         if config.epochs:
             train = replace(train, steps=max(round(config.epochs * per_epoch), 1))
         if config.warmup_epochs:
             train = replace(train, warmup=round(config.warmup_epochs * per_epoch))
     return replace(config, epochs=0.0, warmup_epochs=0.0, model=model, train=train)
+
+
+def looked_at(data: DataConfig, opened: Splits) -> DataConfig:
+    """`data` with what it leaves open chosen by looking at the training images."""
+    seen = look(opened.train, data.size)
+    channels = data.channels or seen.channels
+    return replace(
+        data,
+        size=seen.size,
+        channels=channels,
+        mean=list(data.mean) or seen.mean(channels),
+        std=list(data.std) or seen.std(channels),
+        batch=data.batch or min(64, len(opened.train.labels)),
+    )
+
+
+def suited_preset(edits: Sequence[str]) -> str | None:
+    """The preset that suits the images which edits of a configuration name; None where they name none, or the digits."""
+    where = OmegaConf.select(parse_overrides(edits), "data.source")
+    if where is None or where == DIGITS:
+        return None
+    return "fashion" if holds_idx(Path(str(where)).expanduser()) else "photos"
 
 
 def build_model(config: ImagesConfig, names: Sequence[str]) -> VitttForImageClassification:
@@ -298,6 +343,11 @@ class ImagesTask:
             raise ValueError(
                 "config must count in steps: kvbind.tasks.images.resolve(config) writes out what its epochs come to"
             )
+        if data.looks:
+            raise ValueError(
+                "config.data must say size, channels, mean, std and batch: kvbind.tasks.images.resolve(config) looks at the "
+                "images for them"
+            )
         inner_loops(config.model)  # inner loops that are none are better known before any image is read
         splits = data.open()
         self.names, self._contents = splits.names, splits.contents
@@ -313,6 +363,8 @@ class ImagesTask:
         """What batches of a split are made of: images that have the task's size, or that are given it as they are read."""
         data, augment = self.config.data, self.config.augment
         if not isinstance(images, InMemory):
+            if split == "train":
+                self._tell_shrunk(images)
             prepare = ReadTraining(augment, data.size) if split == "train" else ReadEvaluation(data.size, data.kept)
             return Reads(images, prepare, data.channels, self.config.seed)
         shape = tuple(images.images.shape[1:])
@@ -323,6 +375,15 @@ class ImagesTask:
             )
         check_fits_memory(augment)
         return images
+
+    def _tell_shrunk(self, images: Readable) -> None:
+        """Warn where photos become thumbnails."""
+        data = self.config.data
+        if data.size <= SMALL_SIZE and min(width_height := images.read(0).size) >= SHRUNK * data.size:
+            log.warning(
+                "the first image of %s, %d x %d, is shrunk to %d x %d %s; --preset photos, or data.size, would keep more",
+                data.source, *width_height, data.size, data.size, "grey" if data.channels == 1 else "colour",
+            )  # fmt: skip
 
     def build(self) -> VitttForImageClassification:
         """A model with fresh weights, drawn from the run's seed."""

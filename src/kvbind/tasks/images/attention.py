@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvbind.layers.grid import Grid
 from kvbind.layers.vittt import VitttLayer
-from kvbind.models.vittt.blocks import Grid
 from kvbind.models.vittt.model import ImageModel
 
 

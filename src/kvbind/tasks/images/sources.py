@@ -33,7 +33,7 @@ from kvbind.tasks.tables import parquet_schema
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-HUB = "hub:"
+HUB, DIGITS = "hub:", "digits"
 
 TRAIN_FOLDERS = ("train",)
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
@@ -235,7 +235,7 @@ class Source:
             ValueError: a source that does not exist or does not hold what it should.
             ImportError: a source that needs a library which is not installed.
         """
-        if self.where == "digits":
+        if self.where == DIGITS:
             images = digits()
             return self._divide(images, tuple("0123456789"), Contents(others={self.where: images.fingerprint()}))
         if self.where.startswith(HUB):
@@ -243,10 +243,10 @@ class Source:
         path = Path(self.where).expanduser()
         if not path.is_dir():
             raise ValueError(
-                f"data.source must be 'digits', a folder of IDX files, of class folders or of parquet files, or '{HUB}NAME' "
-                f"for a data set on the Hugging Face hub; got {self.where!r}, which does not exist"
+                f"data.source must be {DIGITS!r}, a folder of IDX files, of class folders or of parquet files, or "
+                f"'{HUB}NAME' for a data set on the Hugging Face hub; got {self.where!r}, which does not exist"
             )
-        if files_named(path, "*-images*ubyte*"):
+        if holds_idx(path):
             return idx_splits(path, self.where, self.expanded_gib)
         if any((path / below).is_dir() and files_named(path / below, pattern) for below, pattern in TABLES):
             return self._tables(str(path), path)
@@ -263,9 +263,14 @@ class Source:
         for label in range(len(names)):
             rows = np.flatnonzero(labels == label)
             held_out[rng.permutation(rows)[: round(len(rows) * self.held_out)]] = True
+        if not held_out.any():  # of few images, one of each class that has others
+            for label in range(len(names)):
+                rows = np.flatnonzero(labels == label)
+                held_out[rows[1:][-1:]] = True
         if not held_out.any() or held_out.all():
             raise ValueError(
-                f"data.held_out must leave images for training and evaluation; got {self.held_out} of {len(labels)}"
+                f"data.held_out must leave images for training and evaluation; got {self.held_out} of {len(labels)} of "
+                f"{self.where!r} (where folders of classes lie in train/ and val/, those are the two)"
             )
         train, evaluated = (images.select(np.flatnonzero(rows)) for rows in (~held_out, held_out))
         return Splits(train, evaluated, names, contents)
@@ -341,6 +346,11 @@ class Source:
         pictures = table.cast_column(self.image_column, datasets.Image(decode=False))
         labels = np.asarray(table[self.label_column][:], dtype=np.int64)
         return Rows(pictures, self.image_column, labels, self.where, folder, self.expanded_gib)
+
+
+def holds_idx(folder: Path) -> bool:
+    """Whether a folder is one of IDX files, such as MNIST's."""
+    return folder.is_dir() and bool(files_named(folder, "*-images*ubyte*"))
 
 
 def digits() -> InMemory:

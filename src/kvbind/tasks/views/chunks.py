@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvbind.models.lact_nvs.cameras import NORMALIZED_FOCAL, invert_pose
 from kvbind.tasks.contents import Contents
-from kvbind.tasks.documents import belongs
+from kvbind.tasks.documents import split_of
 from kvbind.tasks.files import EXPANDED_GIB, files_named, inside, load_json
 from kvbind.tasks.views.pictures import open_picture, resize_and_crop
 from kvbind.tasks.views.scenes import Source, Split, Views, check_cameras, digest
@@ -69,7 +69,9 @@ class Chunks(Source):
             expanded_gib: the most GiB that an image may expand to.
         """
         if has_chunks(path):
-            return cls(path, [scene for scene in indexed(path) if belongs(scene[1], split, held_out)], size, expanded_gib)
+            scenes = indexed(path)
+            own = set(split_of([key for _, key in scenes], split, held_out))
+            return cls(path, [scene for scene in scenes if scene[1] in own], size, expanded_gib)
         folders = [path / name for kind, name in FOLDERS.items() if split in (kind, None)]
         return cls(
             path, [scene for folder in folders if has_chunks(folder) for scene in indexed(folder)], size, expanded_gib

@@ -11,7 +11,7 @@ import torch
 
 from kvbind.models.lact_nvs.cameras import invert_pose
 from kvbind.tasks.contents import Contents
-from kvbind.tasks.documents import belongs
+from kvbind.tasks.documents import split_of
 from kvbind.tasks.files import EXPANDED_GIB, SCENE_SUFFIXES, files_below, inside, load_json
 from kvbind.tasks.views.pictures import open_picture, resize_and_crop
 from kvbind.tasks.views.scenes import Source, Split, Views, check_cameras, digest
@@ -61,7 +61,7 @@ class PosedImages(Source):
             names = content if whole else [path.name]
             for name in names:
                 inside(root, name, f"{path}: a scene's file")
-        return cls(root, [name for name in names if belongs(name, split, held_out)], size, expanded_gib)
+        return cls(root, split_of(names, split, held_out), size, expanded_gib)
 
     def name(self, scene: int) -> str:
         return str(self.root / self.files[scene])

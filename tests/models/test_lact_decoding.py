@@ -1,0 +1,368 @@
+"""Decoding by replays: the same tokens, logits and caches as decoding call by call.
+
+On a CPU work is recorded in place of captured (`replaying`): a replay runs no Python, on the memory that was recorded.
+"""
+
+import copy
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+from lact_small import LADDER, cache_of, small_model, tokens
+
+import kvbind
+from kvbind.kernels import graphs
+from kvbind.models import LactCache
+from kvbind.models.lact import decoding
+from kvbind.models.lact.cache import CACHE
+from replaying import Recording, capture
+
+ROWS = [tokens(1, n, seed=n)[0] for n in (23, 4, 16)]
+NEW = 40
+"""Tokens that are generated: five chunks of 8, four windows of 10."""
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Turns replays on; calling it with False turns them off."""
+
+    def switch(on=True):
+        monkeypatch.setattr(decoding, "can_capture", lambda device: on)
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    switch()
+    return switch
+
+
+def prompts(rows=ROWS):
+    length = max(len(row) for row in rows)
+    ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :], mask[i, length - len(row) :] = row, 1
+    return ids, mask
+
+
+def generate(model, ids, **options):
+    return model.generate(ids, **{"do_sample": False, "max_new_tokens": NEW, "return_dict_in_generate": True, **options})
+
+
+def assert_same(mine, other, tolerance=1e-10):
+    assert (mine.seen, mine.columns, len(mine)) == (other.seen, other.columns, len(other))
+    for one, two in zip(mine.states, other.states, strict=True):
+        assert (one.seen, one.kept.held) == (two.seen, two.kept.held)
+        assert one.fast.pending_lengths == two.fast.pending_lengths
+        assert one.fast.tensors.keys() == two.fast.tensors.keys()
+        for name, x in one.fast.tensors.items():
+            torch.testing.assert_close(x, two.fast.tensors[name], rtol=0, atol=tolerance, msg=name)
+        for i, held in enumerate(one.kept.held):
+            where = slice(one.kept.keys.shape[1] - held, None)
+            for x, y in ((one.kept.keys, two.kept.keys), (one.kept.values, two.kept.values)):
+                torch.testing.assert_close(x[i, where], y[i, where], rtol=0, atol=tolerance)
+
+
+def is_replayed(cache):
+    return cache.rows is not None and "token" in cache.rows.graphs
+
+
+def test_a_recording_runs_no_python_again_and_keeps_its_memory():
+    x, made, calls = torch.zeros(3), [], []
+
+    def work():
+        calls.append(len(calls))
+        made.append(x + 1)
+        x.add_(made[-1] * (2 if len(calls) > 1 else 1))
+
+    replay = capture(work)
+    assert torch.equal(x, torch.zeros(3))
+    address = made[0].data_ptr()
+    for _ in range(2):
+        replay()
+    assert torch.equal(x, torch.full((3,), 3.0))
+    assert torch.equal(made[0], torch.full((3,), 2.0))
+    assert (len(calls), made[0].data_ptr()) == (1, address)
+    with pytest.raises(RuntimeError, match="read on the host"), Recording():
+        bool(x.sum() > 0)
+
+
+@pytest.mark.parametrize("rung", ["rung0", "rung2", "rung6"])
+def test_greedy_tokens_and_the_cache_are_those_of_calls(rung, replays):
+    model = small_model(LADDER[rung]).double()
+    ids, mask = prompts()
+    got = generate(model, ids, attention_mask=mask)
+    assert is_replayed(cache_of(got))
+    replays(False)
+    expected = generate(model, ids, attention_mask=mask)
+    assert cache_of(expected).rows is None
+    assert torch.equal(got.sequences, expected.sequences)
+    assert_same(cache_of(got), cache_of(expected))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_logits_are_those_of_one_pass(batch, replays):
+    model = small_model(LADDER["rung0"])
+    ids = tokens(batch, 60)
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.float64, 1e-10)):
+        model.to(dtype)
+        with torch.no_grad():
+            expected = model(ids, use_cache=False).logits
+            first = model(ids[:, :5], use_cache=True)
+            cache, logits = cache_of(first), [first.logits]
+            for t in range(5, 60):
+                logits.append(model(ids[:, t : t + 1], cache=cache).logits)
+        assert is_replayed(cache)
+        torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "top_k": 0}], ids=str)
+def test_beams_and_samples_are_those_of_calls(options, replays):
+    model = small_model(LADDER["rung0"]).double()
+    ids, mask = prompts()
+    found = []
+    for on in (True, False):
+        replays(on)
+        torch.manual_seed(0)
+        found.append(generate(model, ids, attention_mask=mask, **options))
+    assert is_replayed(cache_of(found[0]))
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    assert_same(cache_of(found[0]), cache_of(found[1]))
+
+
+SHAPES = {
+    "a window of one": {"window_size": 1},
+    "a chunk longer than the window": {"inner": LADDER["rung0"].replace(chunk=24)},
+    "chunks of one token": {"inner": LADDER["rung0"].replace(chunk=1)},
+    "retention, normalized to read": {"inner": LADDER["rung0"].replace(retention=True, normalize="read")},
+    "keys for queries": {"inner": LADDER["rung0"].replace(query="key", direction="ascent")},
+    "Titans": {"inner": kvbind.systems.titans(chunk=8)},
+    "no rates, biases and norms": {
+        "inner": LADDER["rung4"],
+        "qkv_bias": True,
+        "attn_qk_norm": True,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_other_models_go_on_alike(name, replays):
+    model = small_model(**SHAPES[name]).double()
+    ids, mask = prompts()
+    got = generate(model, ids, attention_mask=mask, max_new_tokens=26)
+    assert is_replayed(cache_of(got))
+    replays(False)
+    expected = generate(model, ids, attention_mask=mask, max_new_tokens=26)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert_same(cache_of(got), cache_of(expected))
+
+
+def started(model, batch=3, length=13):
+    """A cache that is being replayed, and one that has had the same tokens by calls."""
+    ids, caches = tokens(batch, length + 6), []
+    with torch.no_grad():
+        for steps in (1, 6):
+            cache = cache_of(model(ids[:, :length], use_cache=True))
+            for part in ids[:, length:].split(steps, 1):
+                model(part, cache=cache)
+            caches.append(cache)
+    assert is_replayed(caches[0])
+    assert caches[1].rows is None
+    return caches
+
+
+@pytest.mark.parametrize(
+    "act", ["look", "copy", "deepcopy", "file", "repeat", "select", "reorder", "several tokens", "crop"]
+)
+def test_whatever_is_done_to_a_cache_it_goes_on_as_one_of_calls(act, replays, tmp_path):
+    model = small_model(LADDER["rung0"]).double()
+    pair = started(model)
+    for place, cache in enumerate(pair):
+        if act == "look":
+            assert cache.states[0].seen == (19, 19, 19)
+        elif act in ("copy", "deepcopy"):
+            pair[place] = getattr(copy, act)(cache)
+        elif act == "file":
+            torch.save(cache, tmp_path / "cache.pt")
+            pair[place] = torch.load(tmp_path / "cache.pt", weights_only=False)
+        elif act == "repeat":
+            cache.batch_repeat_interleave(2)
+        elif act == "select":
+            cache.batch_select_indices(torch.tensor([2, 0]))
+        elif act == "reorder":
+            cache.reorder_cache(torch.tensor([2, 0, 0]))
+            assert (cache.rows is None) == bool(place)
+        elif act == "crop":
+            with pytest.raises(ValueError, match="cannot be cropped"):
+                cache.crop(-1)
+        else:
+            with torch.no_grad():
+                model(tokens(3, 9, seed=3), cache=cache)
+    assert_same(*pair)
+    more, logits = tokens(len(pair[0].seen), 11, seed=4), []
+    with torch.no_grad():
+        logits.append(torch.cat([model(part, cache=pair[0]).logits for part in more.split(1, 1)], 1))
+        logits.append(model(more, cache=pair[1]).logits)
+    assert is_replayed(pair[0])
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-10)
+    assert_same(*pair)
+
+
+def test_a_cache_can_be_read_without_being_advanced(replays):
+    model = small_model().double()
+    cache, other = started(model)
+    token = tokens(3, 1, seed=8)
+    with torch.no_grad():
+        found = [model(token, cache=x, use_cache=False).logits for x in (cache, other, cache)]
+    assert torch.equal(found[0], found[2])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-10)
+    assert_same(cache, other)
+
+
+def test_later_calls_reuse_what_the_first_has_made(replays, monkeypatch):
+    made = []
+    monkeypatch.setattr(graphs, "capture", lambda work, *rest: made.append(1) or capture(work, *rest))
+    model = small_model().double()
+    ids, mask = prompts()
+    generate(model, ids, attention_mask=mask)
+    decoder = decoding.decoder_of(model)
+    rows, count = decoder.rows, len(made)
+    assert len(rows) == 1
+    kept = rows[0]
+    generate(model, ids, attention_mask=mask)
+    assert decoder.rows == [kept]
+    assert len(made) == count
+    # rows for another batch size take the place of those that nobody is in
+    generate(model, ids[:2], attention_mask=mask[:2])
+    assert [x.batch for x in decoder.rows] == [2]
+
+
+def test_all_of_it_goes_with_the_model(replays):
+    model = small_model().double()
+    generate(model, tokens(1, 9))
+    kept = weakref.ref(decoding.decoder_of(model).rows[0].layers[0].keys)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert kept() is None
+
+
+def test_caches_that_take_turns_are_each_right(replays, caplog):
+    model = small_model().double()
+    ids = [tokens(1, 30, seed=n) for n in (1, 2)]
+    caches, logits = [LactCache(), LactCache()], [[], []]
+    with torch.no_grad(), caplog.at_level(logging.INFO, "kvbind"):
+        for t in range(30):
+            for cache, row, found in zip(caches, ids, logits, strict=True):
+                found.append(model(row[:, t : t + 1], cache=cache).logits)
+        for row, found in zip(ids, logits, strict=True):
+            torch.testing.assert_close(torch.cat(found, 1), model(row).logits, rtol=0, atol=1e-10)
+    assert caplog.text.count("take turns") == 1
+
+
+def test_weights_may_change_between_tokens(replays):
+    model = small_model().double()
+    cache, other = started(model)
+    token = tokens(3, 2, seed=8)
+
+    def both_agree():
+        with torch.no_grad():
+            replays()
+            mine = model(token[:, :1], cache=cache).logits
+            replays(False)
+            torch.testing.assert_close(mine, model(token[:, :1], cache=other).logits, rtol=0, atol=1e-10)
+        return is_replayed(cache)
+
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert both_agree()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2)
+    assert both_agree()
+    model.model.layers[0].mlp = copy.deepcopy(model.model.layers[1].mlp)
+    assert both_agree()
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.data = layer.mlp.up_proj.weight * 2
+    assert both_agree()
+
+
+def hook(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def own_forward(model):
+    attn = model.model.layers[0].attn
+    attn.forward = lambda *args, forward=attn.forward: forward(*args)
+
+
+def other_loop(model):
+    model.model.layers[1].inner = model.model.layers[1].inner.replace(direction="ascent")
+
+
+def token_visibility(model):
+    for layer in model.model.layers:
+        layer.inner = kvbind.systems.linear_attention(chunk=8)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (hook, "model.layers.1.mlp has a hook"),
+        (own_forward, "model.layers.0.attn has a hook or another forward"),
+        (other_loop, "layers have different inner loops"),
+        (token_visibility, "visibility='token'"),
+    ],
+)
+def test_what_cannot_be_captured_is_called_and_said_once(change, reason, replays, caplog):
+    model = small_model(LADDER["rung6"]).double()
+    ids, mask = prompts()
+    change(model)
+    with caplog.at_level(logging.INFO, "kvbind"):
+        got = generate(model, ids, attention_mask=mask)
+        again = generate(model, ids, attention_mask=mask)
+    assert cache_of(got).rows is None
+    assert caplog.text.count(reason) == 1
+    assert torch.equal(got.sequences, again.sequences)
+    assert torch.equal(got.sequences, generate(model, ids, attention_mask=mask, use_cache=False).sequences)
+
+
+def test_a_capture_that_fails_loses_nothing(replays, monkeypatch, caplog):
+    def refuse(work, *_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model = small_model().double()
+    ids, mask = prompts()
+    expected = generate(model, ids, attention_mask=mask, use_cache=False).sequences
+    monkeypatch.setattr(graphs, "capture", refuse)
+    with caplog.at_level(logging.INFO, "kvbind"):
+        got = generate(model, ids, attention_mask=mask)
+    assert torch.equal(got.sequences, expected)
+    assert caplog.text.count("not permitted") == 1
+    replays(False)
+    assert_same(cache_of(got), cache_of(generate(model, ids, attention_mask=mask)))
+
+
+def test_calls_that_want_more_than_logits_are_not_replayed(replays, caplog):
+    model = small_model().double()
+    cache, other = started(model)
+    token = tokens(3, 1, seed=8)
+    with torch.no_grad():
+        assert len(model(token, cache=cache, output_hidden_states=True).hidden_states) == 3
+        assert model(token, cache=cache, labels=token).loss is not None
+        model(token.repeat(1, 2), cache=other)
+    assert_same(cache, other)
+    with caplog.at_level(logging.INFO, "kvbind"):
+        model(token, cache=cache).logits.sum().backward()
+    assert "gradients are on" in caplog.text
+    assert model.lm_head.weight.grad is not None
+
+
+def test_returned_logits_stay_what_they_are(replays):
+    model = small_model().double()
+    cache, _ = started(model)
+    with torch.no_grad():
+        first = model(tokens(3, 1, seed=8), cache=cache)
+        before = first.logits.clone()
+        model(tokens(3, 1, seed=9), cache=cache)
+    assert torch.equal(first.logits, before)
+    assert getattr(first, CACHE) is cache

@@ -1,0 +1,252 @@
+"""What a newcomer meets: own files, progress, an interruption, what to type next."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kvbind.cli import main, run_and_rest
+from kvbind.experiments.runs import open_run
+from kvbind.train import latest_checkpoint
+from kvbind.train.config import to_plain
+
+SMALL = [
+    "model.fields.hidden_size=16", "model.fields.num_hidden_layers=1", "model.fields.num_attn_heads=2",
+    "model.fields.window_size=8", "model.fields.intermediate_size=16", "model.inner.chunk=8", "data.length=32",
+    "data.batch=2", "data.window=8", "data.evaluation_samples=2", "train.steps=3", "train.warmup=1", "train.device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        written = capsys.readouterr()
+        return caught.value.code or 0, written.out, written.err
+
+    return call
+
+
+@pytest.fixture
+def book(home):
+    (home / "texts").mkdir()
+    (home / "texts" / "book.txt").write_text("it was the best of times, it was the worst of times. " * 60)
+    return ["train", "language", "--data", "texts", "--out", "mine", *SMALL]
+
+
+def test_a_folder_of_one_file_trains_and_every_end_says_what_comes_next(run, book):
+    code, out, errors = run(*book)
+    assert (code, errors) == (0, "")
+    lines = out.splitlines()
+    assert "parameters, 3 steps, on cpu" in lines[0]
+    assert lines[1] == "run folder: mine (the configuration is in its config.yaml)"
+    assert lines[2].startswith("training: step 1 of 3  loss ")
+    assert lines[-3:] == ["model: mine/model", 'next: kvbind generate mine --prompt "The "', "      kvbind eval mine"]
+    assert "hidden_size" not in out
+    assert "hidden_size: 16" in Path("mine/config.yaml").read_text()
+    code, out, _ = run("eval", "mine")
+    assert code == 0
+    assert run("eval", "language", "mine") == (0, out, "")
+    assert run("eval", "mine", "data.length=16", "--json", "x.json")[0] == 0
+    assert json.loads(Path("x.json").read_text())["tokens"] == 2 * 15
+    code, _, errors = run("eval", "images", "mine")
+    assert code == 2
+    assert "run must be one of task 'images'; 'mine' is one of 'language'" in errors
+
+    # again: nothing is trained, and that is said; longer: it goes on, and that is said
+    code, out, _ = run(*book)
+    assert code == 0
+    assert "finished earlier: nothing was trained" in out
+    assert "training: step" not in out
+    code, out, _ = run(*book, "train.steps=5")
+    assert code == 0
+    assert "training: goes on from the checkpoint at step 3 of 5" in out
+    result = json.loads(Path("mine/result.json").read_text())
+    assert (result["steps"], result["lengths"]) == (5, [[0, 3], [3, 5]])
+    assert open_run(Path("mine"))[1].train.steps == 5
+    code, _, errors = run(*book)
+    assert code == 2
+    assert "train.steps may be raised, not lowered" in errors
+    assert run(*book, "train.steps=5", "train.learning_rate=1e-4")[0] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on(run, book, monkeypatch, tmp_path, number):
+    from kvbind.tasks.language import LanguageTask
+
+    whole, calls = LanguageTask.loss, []
+
+    def interrupted(self, model, batch):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return whole(self, model, batch)
+
+    monkeypatch.setattr(LanguageTask, "loss", interrupted)
+    code, _, errors = run(*book, "train.checkpoint_minutes=0", "train.steps=6")
+    assert code == 130
+    assert "mine was stopped behind step 2 of 6, with a checkpoint; the same command goes on from there" in errors
+    assert latest_checkpoint(tmp_path / "mine")["done"]["step"] == 2
+    code, out, _ = run(*book, "train.checkpoint_minutes=0", "train.steps=6")
+    assert code == 0
+    assert "goes on from the checkpoint at step 2 of 6" in out
+
+
+BROKEN = {
+    "broken JSONL": ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2, must be a JSON object"),
+    "JSONL in another encoding": (
+        "a.jsonl",
+        '{"text": "a"}\n{"text": "Käse"}\n'.encode("latin-1"),
+        "a.jsonl, line 2, must be UTF-8; byte 12 is 0xe4 (data.encoding names another, such as data.encoding=cp1252)",
+    ),
+    "text in another encoding": (
+        "a.txt",
+        "Käse".encode("latin-1"),
+        "a.txt must be text in utf-8; byte 2 is not (data.encoding names another, such as data.encoding=cp1252)",
+    ),
+    "text in UTF-16": ("a.txt", "Käse".encode("utf-16"), "(data.encoding=utf-16 reads it)"),
+    "no text": ("a.pdf", b"x", "holds no text (.txt, .md, .rst, .py, .tex, .html, .jsonl, .parquet); its files are 1 .pdf"),
+    "nothing": (None, b"", "there are no files in it"),
+    "a short text": (
+        "a.txt",
+        b"it was the best of times",
+        "data.length must be at most the held-out text, 4 tokens; got 32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_data_that_cannot_be_read_end_in_one_line_before_anything_else(run, home, case):
+    name, content, message = BROKEN[case]
+    (home / "own").mkdir()
+    if name:
+        (home / "own" / name).write_bytes(content)
+    code, out, errors = run("train", "language", "--data", "own", "--out", "mine", "--verbose", *SMALL)
+    assert (code, out) == (2, "")
+    assert message in errors
+    assert len(errors.splitlines()) == 2  # and the one on --traceback
+    assert not (home / "mine").exists()
+
+
+PRESETS = {
+    "empty": ("", "its.yaml must hold a mapping of configuration keys, such as 'train: {steps: 100}'; it is empty"),
+    "a list": ("[1]", "its.yaml must hold a mapping of configuration keys, such as 'train: {steps: 100}'; it holds [1]"),
+    "malformed": ("model:\n  size: [tiny\n", "its.yaml must be YAML: expected ',' or ']', but got '<stream end>' in line 3"),
+    "another encoding": ("seed: 1\n# K\xe4se\n".encode("latin-1"), "its byte 11, in line 2, is none"),
+    "an unknown key": ("seed: 1\ntrain:\n  step: 3\n", "its.yaml, line 3: no configuration key is named 'train.step'"),
+    "a value of another kind": ("seed: 1\ntrain:\n  steps: [3]\n", "its.yaml, line 3: configuration key 'train.steps'"),
+    "an unhashable kind": ("model:\n  inner: {network: {kind: []}}\n", "network's kind must be one of Linear"),
+    "an unhashable system": ("model:\n  inner: {system: [a]}\n", "no system is named ['a']"),
+}
+
+
+@pytest.mark.parametrize("case", PRESETS)
+def test_a_broken_configuration_ends_in_one_line_with_file_and_line(run, home, case):
+    content, message = PRESETS[case]
+    (home / "its.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, out, errors = run("train", "language", "--preset", "its.yaml", "--out", "mine")
+    assert (code, out) == (2, "")
+    assert message in errors
+    assert len(errors.splitlines()) == 2
+
+
+def test_a_broken_inner_loop_in_a_file_names_the_file(run, home):
+    (home / "its.yaml").write_text("{network: Linear, chunks: 3}")
+    code, _, errors = run("explain", "its.yaml")
+    assert code == 2
+    assert "its.yaml: InnerLoop has no field 'chunks'" in errors
+
+
+def test_explain_says_which_sizes_are_assumed(run):
+    assert (
+        "assumed: the sizes of a layer of the 760M language model, where --heads, --key-width, --tokens"
+        in (run("explain", "lact_llm")[1])
+    )
+    assert "where --key-width would say others" in run("explain", "lact_llm", "--heads", "2", "--tokens", "64")[1]
+    assert "assumed" not in run("explain", "lact_llm", "--heads", "2", "--tokens", "64", "--key-width", "8")[1]
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_tables_fit_narrow_terminals(run, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for words in (["systems"], ["plan", "--preset", "760m", "--gpus", "8,16"]):
+        code, out, _ = run(*words)
+        assert code == 0
+        prose = ("torchrun", "calibration", "note", "760m")
+        assert max(len(line) for line in out.splitlines() if not line.startswith(prose)) <= columns
+    assert all(name in run("systems")[1] for name in ("lact_llm: no parallel form", "linear_attention: a parallel form"))
+
+
+def photos(root, grey=False):
+    rng = np.random.default_rng(0)
+    for shift, name in enumerate(("cat", "dog")):
+        (root / name).mkdir(parents=True)
+        for i in range(6):
+            pixels = rng.normal(100 + 60 * shift, 30, (70 + i, 90) if grey else (70 + i, 90, 3)).clip(0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i}.png")
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_own_photos_are_looked_at(run, home, grey):
+    photos(home / "own", grey)
+    edits = ["model.fields.embed_dim=12", "model.fields.num_heads=2", "model.fields.depth=1", "epochs=1", "warmup_epochs=0"]
+    code, out, errors = run(
+        "train", "images", "--data", "own", "--out", "mine", *edits, "train.device=cpu", "train.warmup=1"
+    )
+    assert (code, errors) == (0, "")
+    assert "images, preset photos: " in out
+    assert "next: kvbind show mine --out attention.png" in out
+    _, config = open_run(home / "mine")
+    data = to_plain(config)["data"]
+    assert (data["size"], data["channels"], data["batch"]) == (64, 1 if grey else 3, 10)
+    assert config.model.fields["patch_size"] == 4
+    assert data["mean"] == pytest.approx([130 / 255] * len(data["mean"]), abs=0.02)
+    assert len(data["mean"]) == len(data["std"]) == data["channels"]
+    assert all(0.05 < x < 0.3 for x in data["std"])
+    assert run("show", "mine", "--out", "picture.png")[0] == 0
+    assert run("show", "images", "mine", "--out", "picture.png")[0] == 0
+    code, _, errors = run("show", "mine", "extra=1", "--out", "picture.png")
+    assert code == 2
+    assert "show takes a run alone" in errors
+
+
+def test_photos_that_become_thumbnails_are_said(run, home):
+    photos(home / "own")
+    edits = ["model.fields.embed_dim=12", "model.fields.num_heads=2", "model.fields.depth=1", "augment.crop=none"]
+    words = ["--data", "own", "augment.shift=0", "data.batch=4", "train.steps=1", "train.warmup=1", "train.device=cpu"]
+    code, _, errors = run("train", "images", "--preset", "digits", "--out", "mine", *edits, *words)
+    assert code == 0
+    assert "the first image of own, 90 x 70, is shrunk to 8 x 8 grey; --preset photos" in " ".join(errors.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["mine"], (None, "mine", [])),
+        (["language", "mine", "a=b"], ("language", "mine", ["a=b"])),
+        (["mine", "a=b"], (None, "mine", ["a=b"])),
+        (["language"], (None, "language", [])),
+        (["language", "a=b"], (None, "language", ["a=b"])),
+    ],
+)
+def test_the_task_may_stand_before_the_run(words, found):
+    task, run, rest = run_and_rest(words)
+    assert (task, str(run), rest) == found
+
+
+def test_a_task_that_is_none_is_said():
+    with pytest.raises(ValueError, match="did you mean 'language'"):
+        run_and_rest(["langauge", "mine"])
