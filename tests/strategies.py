@@ -20,6 +20,7 @@ from kvbind import (
     SwiGLU,
     Window,
 )
+from kvbind.forms.analysis import parallel_obstacles
 from kvbind.inner import LANGUAGE_COEFFICIENTS, VIEWS_COEFFICIENTS
 
 NETWORKS = [
@@ -141,6 +142,24 @@ def parallel_specs(draw, **fixed):
     spec = draw(specs(networks=networks, **fields))
     if not squared and (spec.visibility != "token" or spec.chunk == 1) and draw(st.booleans()):
         spec = spec.replace(normalize="read")
+    return spec
+
+
+@st.composite
+def affine_specs(draw):
+    """Any inner loop of `general_specs` that has a parallel form by its writes adding up."""
+    spec = draw(general_specs(visibilities=("past", "chunk", "token")))
+    spec = spec.replace(anchor=None, normalize=False, orthogonalize=None, clip=False, steps=1)
+    for obstacle in parallel_obstacles(spec):
+        if obstacle.field == "network.head":
+            spec = spec.replace(**obstacle.edit)
+    if spec.update == "all" and spec.network.theta:
+        spec = spec.replace(update="last")
+    if spec.read_rate and spec.refresh == "call":
+        spec = spec.replace(refresh=None)
+    if any(obstacle.field == "loss" for obstacle in parallel_obstacles(spec)):
+        spec = spec.replace(loss="dot", erase=False)
+    assert not parallel_obstacles(spec), spec
     return spec
 
 

@@ -50,7 +50,7 @@ def test_parallel_systems_say_how(spec):
         (memory(16).replace(network=Linear()), []),
         (systems.delta_net(), []),
         (memory(16).replace(orthogonalize=NewtonSchulz()), ["update", "loss"]),
-        (systems.titans(), ["refresh", "update"]),
+        (systems.titans(), ["update"]),
         (systems.elastic_lact(), ["anchor", "chunk", "update", "normalize"]),
         (systems.vittt(), ["update"]),
         (systems.vittt("conv"), []),

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 import kvbind
 from kvbind import Linear, NewtonSchulz, SwiGLU
-from kvbind.forms import blockwise, parallel
-from strategies import error, leaves, memory, operands, parallel_specs, small_sizes
+from kvbind.forms import affine, blockwise, parallel
+from kvbind.forms.tokens import Tokens
+from strategies import affine_specs, error, leaves, memory, operands, parallel_specs, small_sizes
 
 CAUSAL = ("past", "chunk", "token")
 schedules = st.fixed_dictionaries(
@@ -22,9 +23,7 @@ schedules = st.fixed_dictionaries(
 
 def scheduled(schedule):
     """Make blocks and the bound between schedules small enough for short sequences to need several."""
-    return mock.patch.multiple(blockwise, BLOCK=schedule["block"]), mock.patch.multiple(
-        parallel, SHORT_CHUNK=schedule["short"]
-    )
+    return mock.patch.multiple(affine, BLOCK=schedule["block"]), mock.patch.multiple(parallel, SHORT_CHUNK=schedule["short"])
 
 
 def run(spec, o, form, cut=0):
@@ -75,6 +74,47 @@ def test_parallel_has_the_gradients_of_recurrent(spec, size, cut, schedule):
         found = gradients(spec, o, "parallel", cut)
     for name, x in expected.items():
         assert (found[name] - x).norm() <= 1e-8 * x.norm().clamp(min=1e-3), name
+
+
+@settings(max_examples=200)
+@given(affine_specs(), small_sizes(24), st.integers(0, 20), st.sampled_from([4, 64]), st.integers(0, 1 << 20))
+def test_writes_that_add_up_are_parallel_whatever_else_the_inner_loop_has(spec, size, cut, block, seed):
+    o, cut = operands(spec, **size), min(cut, size["tokens"] - 1)
+    if spec.writes == 1 and parallel.masks_in_parallel(spec) and seed % 2:
+        rand = torch.rand(size["batch"], size["tokens"], generator=torch.Generator().manual_seed(seed))
+        o.options["update_tokens"] = rand < 0.5
+    y, state = run(spec, o, "recurrent", cut)
+    with mock.patch.object(affine, "BLOCK", block):
+        z, after = run(spec, o, "parallel", cut)
+    assert (z - y).norm() <= 1e-10 * y.norm().clamp(min=1)
+    assert after.pending_lengths == state.pending_lengths
+    assert list(after.tensors) == list(state.tensors)
+    for name, x in state.tensors.items():
+        assert torch.allclose(after.tensors[name], x, rtol=1e-9, atol=1e-11), name
+
+
+@settings(max_examples=80)
+@given(affine_specs(), small_sizes(14), st.integers(0, 12), st.sampled_from([4, 64]))
+def test_writes_that_add_up_have_the_gradients_of_recurrent(spec, size, cut, block):
+    o, cut = operands(spec, **size), min(cut, size["tokens"] - 1)
+    expected = gradients(spec, o, "recurrent", cut)
+    with mock.patch.object(affine, "BLOCK", block):
+        found = gradients(spec, o, "parallel", cut)
+    for name, x in expected.items():
+        assert (found[name] - x).norm() <= 1e-8 * x.norm().clamp(min=1e-3), name
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_no_tokens_leave_fast_weights_as_they_are(chunk):
+    """As of a rank whose documents have no complete chunk."""
+    spec = kvbind.InnerLoop(network=Linear(), loss="squared", chunk=chunk, visibility="token", momentum=True, retention=True)
+    o = operands(spec)
+    _, state = kvbind.ttt(spec, o.weights, o.q, o.k, o.v, **o.options)
+    rows = {name: x.transpose(1, 2)[:, :, :0] for name, x in (("k", o.k), ("v", o.v))}
+    gates = {name: o.options[name].transpose(1, 2)[:, :, :0] for name in spec.gates}
+    after = blockwise.advance(spec, Tokens(**rows, rates={"out": 1.0}, gates=gates), state.fast)
+    assert torch.equal(after.weights["out"], state.weights["out"])
+    assert torch.equal(after.momentum["out"], state.momentum["out"])
 
 
 GRADCHECKED = {

@@ -45,7 +45,9 @@ def parallel_obstacles(spec: InnerLoop) -> tuple[Obstacle, ...]:
     There is one when the map from writes to state is associative: only the last layer is updated, by a loss whose gradient
     does not read the state, once per chunk, without renormalization. The squared error reads the state, linearly where the
     trained part is one ungated matrix and no orthogonalization or clipping acts on the update: the delta rule, which the
-    WY representation makes parallel.
+    WY representation makes parallel. What else an inner loop has keeps its form where writes simply add up: `erase`, several
+    `writes` per token, gates per key channel and before the gradient, `refresh`, windows, rates of steps and readers, a bias
+    of the last layer, and a head that outputs alone pass (`kvbind.forms.affine`).
     """
     found = extension_obstacles(spec)
     if spec.update == "all" and spec.network.theta:
@@ -74,19 +76,14 @@ def parallel_obstacles(spec: InnerLoop) -> tuple[Obstacle, ...]:
     return tuple(found)
 
 
-NOT_YET = "it has no parallel form yet"
-
+_BESIDE = "beside orthogonalize, clip or normalize, for which all writes are shaped at once, it has no parallel form yet"
 _REASONS: dict[str, str] = {
-    "erase": f"the residual reads at a key of its own; {NOT_YET}",
-    "writes": f"a token writes several times; {NOT_YET}",
-    "read_rate": f"a token sees a share of its span's writes; {NOT_YET}",
-    "step_rate": f"it scales each update after all else; {NOT_YET}",
-    "retention": f"decays per key channel or before the gradient take other operands; {NOT_YET}",
-    "refresh": f"gradients are renewed less often than writes are made; {NOT_YET}",
-    "window": f"each write is made of the tokens of several; {NOT_YET}",
-    "chunk": f"several writes before anything is read; {NOT_YET}",
-    "network.bias": f"a bias has writes of its own; {NOT_YET}",
+    **dict.fromkeys(
+        ("erase", "writes", "read_rate", "step_rate", "retention", "refresh", "window", "network.bias"), _BESIDE
+    ),
+    "chunk": "nothing is read before the last write; it has no parallel form yet",
     "anchor": "the pull towards the anchor is a product with an importance that the state itself has made",
+    "network.head": "the slope of its normalization reads the state",
 }
 
 
@@ -101,11 +98,15 @@ def extension_obstacles(spec: InnerLoop) -> list[Obstacle]:
     if not network.applies_itself:
         reason = f"{type(network).__name__} has an apply of its own, of which nothing is known"
         found.append(Obstacle("network", network, reason, {"network": Linear()}))
+    adds_up = spec.orthogonalize is None and not spec.clip and not spec.normalize
     for name, value in spec.extensions.items():
-        reason = _REASONS.get(name, "")
-        if name == "network.head":
-            in_loss = value.where != "read" and spec.loss == "squared"
-            reason = "the slope of its normalization reads the state" if in_loss else f"outputs pass through it; {NOT_YET}"
+        reason = _REASONS[name]
+        if name == "network.head" and value.where == "read":
+            reason = _BESIDE
+        if name == "read_rate" and spec.refresh == "call":
+            reason = "a state can stop inside the span that its tokens see a share of; it has no parallel form yet"
+        if adds_up and reason == _BESIDE:
+            continue
         if name.startswith("network."):
             plain = {field: default for field, default in (("bias", False), ("head", None)) if hasattr(network, field)}
             found.append(Obstacle(name, value, reason, {"network": network.replace(**plain)}))

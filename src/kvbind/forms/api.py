@@ -14,7 +14,7 @@ from kvbind.forms import fused, opaque, planned
 from kvbind.forms.analysis import NoParallelFormError, explain, parallel_obstacles
 from kvbind.forms.autocast import without_autocast
 from kvbind.forms.finite import guarded
-from kvbind.forms.parallel import parallel
+from kvbind.forms.parallel import masks_in_parallel, parallel
 from kvbind.forms.recurrent import Chunk, chunks, last_share, recurrent, seen_weights, write
 from kvbind.forms.sharded import sharded
 from kvbind.forms.state import State
@@ -116,10 +116,10 @@ def ttt(
     call = check_operands(spec, weights, q, k, v, lr, gates, state, cu_seqlens, update_tokens)
     if form == "parallel" and parallel_obstacles(spec):
         raise NoParallelFormError(explain(spec))
-    if form == "parallel" and idles(spec, call):
+    if form == "parallel" and idles(spec, call) and not masks_in_parallel(spec):
         raise ValueError(
-            f"form='parallel' takes no update_tokens under visibility={spec.visibility!r}; form='auto' runs the "
-            f"recurrent form"
+            f"form='parallel' takes no update_tokens under visibility={spec.visibility!r} with chunks of {spec.chunk} and "
+            f"window={spec.window_size}; form='auto' runs the recurrent form"
         )
     if key is not None and weights is not None:
         kind = kind or planned.learn(key, spec, call, lr, weights, form)
@@ -134,7 +134,7 @@ def ttt(
 
 
 def idles(spec: InnerLoop, call: Operands) -> bool:
-    """Whether some tokens of causal chunks do not write, for which the recurrent form alone is made."""
+    """Whether some tokens of causal chunks do not write, which kernels are not made for."""
     return spec.visibility != "full" and (call.tokens.mask is not None or "pending.mask" in call.state.tensors)
 
 
@@ -151,13 +151,11 @@ def _evaluate(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, Stat
 
     Packed sequences of different lengths come here only where `fused.takes_packed` says so.
     """
-    if idles(spec, call):
-        return guarded(recurrent, spec, call.q.to(call.state.dtype), call.tokens, call.state)
-    form = chosen_form(spec, form, call.state.pending_lengths[0] + call.q.shape[2])
-    kernels = fused.engine(spec, call, form)
+    form, idle = chosen_form(spec, form, call.state.pending_lengths[0] + call.q.shape[2]), idles(spec, call)
+    kernels = None if idle else fused.engine(spec, call, form)
     if kernels is not None:
         return kernels(spec, call)
-    run = parallel if form == "parallel" else recurrent
+    run = parallel if form == "parallel" and (not idle or masks_in_parallel(spec)) else recurrent
     return guarded(run, spec, call.q.to(call.state.dtype), call.tokens, call.state)
 
 

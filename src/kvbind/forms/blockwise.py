@@ -1,79 +1,29 @@
-"""The blockwise schedule of the parallel form: attention inside blocks of tokens, a state between them.
+"""The blockwise schedule of the parallel form: an inner loop whose writes add up, as a rule of `kvbind.forms.affine`.
 
-Where writes add up, the state before any chunk of a block is a linear function of the state `S` and momentum buffer `D`
-before the block and of the block's writes; its coefficients are products of gates. An output is therefore attention to the
-block's own tokens, weighted by those coefficients, plus a read of `S` and `D`.
-
-Under squared error a write also reads the state: `g_i = v_i - phi_i S_c(i)`. With the same coefficients this is one
-triangular system for each block, `(I + N) g = v - phi (coefficients of S and D)`: the WY representation of the delta rule
-(arXiv 2406.06484), here for any chunk length, with both gates.
+Features of the last layer, the chunks' gates and the tokens' rates are what that form takes. A bias of the last layer is a
+row of it that is read by a feature of 1; a head that outputs alone pass is behind it all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbind.forms.finite import known_finite, seen_product, spoilt
-from kvbind.forms.recurrent import prefix_means
-from kvbind.forms.scan import decay_matrix, up_to
+from kvbind.forms.affine import AffineRule, AffineState, Columns, Gates, affine
+from kvbind.forms.recurrent import prefix_gates
+from kvbind.forms.scan import Gate
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
-from kvbind.inner.gates import decays
 from kvbind.inner.networks import gated
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 
-BLOCK = 64
-"""Tokens in a block, or one chunk where that is longer."""
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """What state and momentum buffer are made of, before each chunk of a block and after the last.
-
-    Rows are the `n + 1` places between the block's `n` chunks, columns its chunks' summed writes.
-
-    Attributes:
-        state_state, state_momentum: share of the block's starting state and buffer in the state, `[..., n + 1]`.
-        state_writes: share of each chunk's write in the state, `[..., n + 1, n]`.
-        momentum_momentum: share of the starting buffer in the buffer, `[..., n + 1]`.
-        momentum_writes: share of each chunk's write in the buffer, `[..., n + 1, n]`.
-    """
-
-    state_state: Tensor
-    state_momentum: Tensor
-    state_writes: Tensor
-    momentum_momentum: Tensor
-    momentum_writes: Tensor
-
-    @staticmethod
-    def of(sign: int, momentum: Tensor | None, decay: Tensor | None, count: int, like: Tensor) -> Coefficients:
-        """Coefficients from the chunks' gates `[..., n]`, either of which may be missing."""
-        eye = torch.eye(count, dtype=like.dtype, device=like.device)
-        ones = eye.new_ones(count)
-        if momentum is None:
-            buffer, buffer_reach = eye, torch.zeros_like(ones)
-        else:
-            buffer = decay_matrix(momentum)
-            buffer_reach = momentum[..., :1] * buffer[..., 0]
-        if decay is None:
-            keep, keep_reach = eye.new_ones(count, count).tril(), ones
-        else:
-            keep = decay_matrix(decay)
-            keep_reach = decay[..., :1] * keep[..., 0]
-        state_momentum = sign * seen_product(keep, buffer_reach[..., None], up_to(keep))[..., 0]
-        return Coefficients(
-            F.pad(keep_reach, (1, 0), value=1.0),
-            F.pad(state_momentum, (1, 0)),
-            F.pad(sign * seen_product(keep, buffer, up_to(keep)), (0, 0, 1, 0)),
-            F.pad(buffer_reach, (1, 0), value=0.0 if momentum is None else 1.0),
-            F.pad(buffer, (0, 0, 1, 0)),
-        )
+NEUTRAL = {"retention": 1.0, "momentum": 1.0, "step_rate": 0.0}
+"""The gates of a write without writers, which leaves weights and buffers as they are."""
 
 
 def blockwise(spec: InnerLoop, chunk: int, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
@@ -82,189 +32,154 @@ def blockwise(spec: InnerLoop, chunk: int, q: Tensor, tokens: Tokens, state: Sta
     kept = 0 if pending is None else len(pending)
     joined = tokens if pending is None else pending.append(tokens)
     # pending tokens were read in an earlier call: zeros keep their places, and what they read is dropped
-    q = F.pad(q, (0, 0, kept, 0))
-    fast, outputs, start = state.fast, [], 0
-    for part in _folded(joined, chunk):
-        length = part.k.shape[2] * part.k.shape[3]
-        queries = q[:, :, start : start + length].unflatten(2, part.k.shape[2:4])
-        output, fast = _blocks(spec, chunk, queries, part, fast)
-        outputs.append(output.flatten(2, 3))
-        start += length
-    total = len(joined)
-    rest = joined.span(total - total % chunk, total)
-    output = torch.cat(outputs, dim=2) if outputs else q.new_empty(*q.shape[:3], tokens.v.shape[-1])
-    return output[:, :, kept:], State.of(spec, fast, rest, len(rest))
+    q = F.pad(q, (0, 0, kept // spec.writes, 0))
+    output, fast, done = _run(spec, chunk, q, joined, state.fast)
+    rest = joined.span(done, len(joined))
+    return output[:, :, kept // spec.writes :], State.of(spec, fast, rest, len(rest))
 
 
 def advance(spec: InnerLoop, tokens: Tokens, fast: FastWeights) -> FastWeights:
     """The fast weights after some complete chunks, of which nothing is read."""
     assert spec.chunk is not None
-    for part in _folded(tokens, spec.chunk):
-        fast = _blocks(spec, spec.chunk, None, part, fast)[1]
-    return fast
+    return _run(spec, spec.chunk, None, tokens, fast)[1]
 
 
-def _folded(tokens: Tokens, chunk: int) -> Iterator[Tokens]:
-    """Tokens in blocks, `[B, H, n, L]`: the whole ones together, then the rest."""
-    total, size = len(tokens), chunk * max(1, BLOCK // chunk)
-    blocks = total // size * size
-    if blocks:
-        yield tokens.span(0, blocks).map(lambda x: x.unflatten(2, (-1, size)))
-    if blocks < total:
-        yield tokens.span(blocks, total).map(lambda x: x.unsqueeze(2))
+def _run(
+    spec: InnerLoop, chunk: int, q: Tensor | None, tokens: Tokens, fast: FastWeights
+) -> tuple[Tensor, FastWeights, int]:
+    """Outputs (empty where `q` is None), the weights where a state can stop, and how many tokens that is behind."""
+    network, weights, lags = spec.network, fast.weights, spec.window_size - 1 if spec.sums_updates else 0
+    assert spec.visibility != "full"
+    if not len(tokens):
+        # as a rank may have none
+        return tokens.v[:, :, :0].to(weights["out"].dtype), fast, 0
+    rule = AffineRule(
+        loss=spec.loss,
+        chunk=chunk,
+        refresh=None if spec.refresh == "call" else 1 if spec.writes > 1 else spec.span,
+        before=spec.decays_before,
+        window=spec.window_size,
+        window_on="update" if lags else "gradient",
+        sees=spec.visibility,
+        writes=spec.writes,
+        sign=spec.sign,
+    )
+    columns = _columns(spec, fast, {**tokens.of_keys(), **_numbers(tokens)})
+    recent = _columns(spec, fast, fast.window) if rule.history else None
+    buffers = _joined(spec, fast.window).flip(2) if lags else None
+    if buffers is None:
+        like = _joined(spec, weights)
+        buffers = _joined(spec, fast.momentum).unsqueeze(2) if spec.momentum else like.unsqueeze(2)[:, :, :0]
+    read = None if q is None else _with_ones(spec, network.features(weights, q))
+    state = AffineState(_joined(spec, weights), buffers, recent)
+    output, after = affine(rule, read, columns, _gates(spec, chunk, tokens), state)
 
-
-def _blocks(spec: InnerLoop, chunk: int, q: Tensor | None, tokens: Tokens, fast: FastWeights) -> tuple[Tensor, FastWeights]:
-    """Blocks of equal length, one after another.
-
-    Args:
-        spec: the inner loop.
-        chunk: tokens in a chunk.
-        q: what is read, `[B, H, n, L, Dk]` for `n` blocks of `L` tokens; None to read nothing.
-        tokens: what writes, with the same axes.
-        fast: weights before the first block.
-
-    Returns:
-        Outputs `[B, H, n, L, Dv]`, empty where nothing is read, and the weights after the last complete chunk.
-    """
-    network = spec.network
-    dtype, length = fast.weights["out"].dtype, tokens.k.shape[3]
-    weights = {name: x.unsqueeze(2) for name, x in fast.weights.items()}
-    k, v = tokens.k.to(dtype), tokens.v.to(dtype)
-    write = network.features(weights, k)
-    g = gated(network.gate(weights, k), v)
-    rate = tokens.column_rates()["out"]
-
-    # an incomplete last chunk has a column like any other, but the state that goes on stands before it
-    count, complete = -(-length // chunk), length // chunk
-    place = torch.arange(length, device=k.device) // chunk
-    momentum_gate, decay = decays(tokens.gates)
-    share = Coefficients.of(spec.sign, _chunk_means(momentum_gate, chunk), _chunk_means(decay, chunk), count, v)
-    interacting = count > 1 or spec.visibility != "past"
-
-    solved_state = solved_momentum = None
-    if spec.loss == "squared":
-        on_state, on_momentum = (
-            share.state_state[..., place, None] * write,
-            share.state_momentum[..., place, None] * write,
-        )
-        if count > 1:
-            among = share.state_writes[..., place, :][..., place] * (write @ write.mT)
-            if isinstance(rate, Tensor):
-                among = among * rate.mT
-            elif rate != 1.0:
-                among = among * rate
-            right = torch.cat((g, on_state, on_momentum), dim=-1)
-            solved = _solved(among, right, place[:, None] > place[None, :])
-            g, on_state, on_momentum = solved.split((g.shape[-1], write.shape[-1], write.shape[-1]), dim=-1)
-        solved_state, solved_momentum = on_state, on_momentum if spec.momentum else None
-
-    # of tokens in complete chunks; the others are pending
-    whole = complete * chunk
-    its_rate = rate[..., :whole, :] if isinstance(rate, Tensor) else rate
-    into_state = its_rate * share.state_writes[..., complete, place[:whole], None]
-    into_momentum = its_rate * share.momentum_writes[..., complete, place[:whole], None] if spec.momentum else None
-    keep = share.state_state[..., complete, None, None], share.state_momentum[..., complete, None, None]
-    keep_momentum = share.momentum_momentum[..., complete, None, None]
-
-    def block(x: Tensor, b: int) -> Tensor:
-        """Block b of a coefficient that may be the same for all."""
-        return x[:, :, b] if x.dim() == 5 else x
-
-    state, momentum = fast.weights["out"], fast.momentum.get("out")
-    states, momenta, descents = [], [], []
-    for b in range(k.shape[2]):
-        states.append(state)
-        own = g[:, :, b]
-        if solved_state is not None:
-            own = own - solved_state[:, :, b] @ state
-        if momentum is not None:
-            momenta.append(momentum)
-            if solved_momentum is not None:
-                own = own - solved_momentum[:, :, b] @ momentum
-        descents.append(own)
-        columns, enters = write[:, :, b, :whole].mT, own[:, :, :whole]
-        state = block(keep[0], b) * state + columns @ (block(into_state, b) * enters)
-        if momentum is not None and into_momentum is not None:
-            state = state + block(keep[1], b) * momenta[-1]
-            momentum = block(keep_momentum, b) * momentum + columns @ (block(into_momentum, b) * enters)
-
-    end = FastWeights(dict(fast.weights) | {"out": state}, {} if momentum is None else {"out": momentum}, fast.norms)
+    stop = chunk if rule.refresh is None else rule.refresh
+    done = len(tokens) // stop * stop
+    window = dict(fast.window)
+    if lags:
+        window = _parted(spec, after.buffers.flip(2))
+    elif rule.history:
+        held = tokens.of_keys()
+        window = {name: torch.cat((x, held[name][:, :, :done].to(x.dtype)), 2)[:, :, done:] for name, x in window.items()}
+    end = replace(
+        fast,
+        weights=dict(weights) | _parted(spec, after.weights),
+        momentum=_parted(spec, after.buffers[:, :, 0]) if spec.momentum else {},
+        window=window,
+        travelled={},
+    )
     if q is None:
-        return v.new_empty(0), end
-    read = network.features(weights, q)
-    on_state, on_momentum, on_tokens = _reads(spec, chunk, share, place, tokens)
-    output = on_state[..., None] * (read @ torch.stack(states, 2))
-    if momenta:
-        output = output + on_momentum[..., None] * (read @ torch.stack(momenta, 2))
-    if interacting:
-        seen = _seen(spec, place)
-        attention = torch.where(seen, on_tokens * (read @ write.mT), 0.0)
-        output = output + seen_product(attention, rate * torch.stack(descents, 2), seen)
-    return gated(network.gate(weights, q), output), end
+        return output, end, done
+    output = gated(network.gate(weights, q), output)
+    head = network.output_head
+    return output if head is None else head.apply(weights, output, q), end, done
 
 
-def _seen(spec: InnerLoop, place: Tensor) -> Tensor:
-    """Which of its block's tokens, in the chunks that `place` tells, each token sees: bool `[L, L]`."""
-    ahead = place[:, None] - place[None, :]
-    if spec.visibility == "token":
-        token = torch.arange(len(place), device=place.device)
-        return token[:, None] >= token[None, :]
-    return ahead > 0 if spec.visibility == "past" else ahead >= 0
+def _columns(spec: InnerLoop, fast: FastWeights, named: Mapping[str, Tensor | float]) -> Columns:
+    """Keys, values and rates, by name, as columns of the last layer."""
+    network, weights = spec.network, fast.weights
+    dtype = weights["out"].dtype
+    k, v, erase = (named.get(name) for name in ("k", "v", "erase"))
+    assert isinstance(k, Tensor)
+    assert isinstance(v, Tensor)
+    k, v = k.to(dtype), v.to(dtype)
+    features, rate = network.features(weights, k), named["rates.out"]
+    at = network.features(weights, erase.to(dtype)) if isinstance(erase, Tensor) else None
+    v = gated(network.gate(weights, k), v)
+    if not network.has_bias:
+        return Columns(features, v, rate, at)
+    # the bias may have a rate of its own, so that rates are in what is written and not in the residual
+    ones = v.new_ones(*v.shape[:3], 1)
+    rates = (x[..., None] if isinstance(x, Tensor) else x for x in (rate, named["rates.out.bias"]))
+    written = torch.cat([r * x for r, x in zip(rates, (features, ones), strict=True)], dim=-1)
+    return Columns(written, v, 1.0, torch.cat((features if at is None else at, ones), dim=-1))
 
 
-def _solved(among: Tensor, right: Tensor, seen: Tensor) -> Tensor:
-    """`x` of `x + among x = right`, of which row i depends on the rows that it sees alone.
-
-    Args:
-        among: `[..., L, L]`, of which only what rows see is read.
-        right: `[..., L, m]`.
-        seen: bool `[L, L]`, below the diagonal.
-    """
-    among = torch.where(seen, among, 0.0)
-    if known_finite(among, right):
-        return torch.linalg.solve_triangular(among, right, upper=False, unitriangular=True)
-    wrong = ~(right.isfinite().all(-1) & among.isfinite().all(-1))
-    among, right = (x.masked_fill(wrong[..., None], 0.0) for x in (among, right))
-    solved = torch.linalg.solve_triangular(among, right, upper=False, unitriangular=True)
-    # rows pass it on to all that see them
-    return spoilt(solved, (wrong | (seen & wrong[..., None, :]).any(-1))[..., None])
+def _numbers(tokens: Tokens) -> dict[str, Tensor | float]:
+    """Rates that are numbers, of tokens that all write."""
+    if tokens.mask is not None:
+        return {}
+    return {f"rates.{name}": rate for name, rate in tokens.rates.items() if not isinstance(rate, Tensor)}
 
 
-def _chunk_means(gate: Tensor | None, chunk: int) -> Tensor | None:
-    """A per-token gate `[B, H, n, L]` averaged over each chunk, the last of which may be shorter: `[B, H, n, N]`."""
-    if gate is None:
-        return None
-    return torch.stack([part.mean(-1) for part in gate.split(chunk, dim=-1)], dim=-1)
+def _with_ones(spec: InnerLoop, features: Tensor) -> Tensor:
+    """Features that read a bias too, where there is one."""
+    return F.pad(features, (0, 1), value=1.0) if spec.network.has_bias else features
 
 
-def _reads(spec: InnerLoop, chunk: int, share: Coefficients, place: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-    """What each token's output takes from the state, the buffer and the tokens of its block.
+def _joined(spec: InnerLoop, parts: Mapping[str, Tensor]) -> Tensor:
+    """The last layer's part of some weights, its bias as a last row."""
+    return torch.cat((parts["out"], parts["out.bias"]), dim=-2) if spec.network.has_bias else parts["out"]
 
-    Returns:
-        `[..., L]`, `[..., L]` and `[..., L, L]`.
-    """
-    if spec.visibility != "token":
-        row = place if spec.visibility == "past" else place + 1
-        return (
-            share.state_state[..., row],
-            share.state_momentum[..., row],
-            share.state_writes[..., row, :][..., place],
+
+def _parted(spec: InnerLoop, x: Tensor) -> dict[str, Tensor]:
+    """What `_joined` joined."""
+    return {"out": x[..., :-1, :], "out.bias": x[..., -1:, :]} if spec.network.has_bias else {"out": x}
+
+
+def _gates(spec: InnerLoop, chunk: int, tokens: Tokens) -> Gates:
+    """What the rule takes of the tokens' gates: one for each write, and for each token those of the writers up to it."""
+    given: dict[str, Tensor] = {name: gate for name, gate in tokens.gates.items() if name in NEUTRAL}
+    mask = tokens.mask
+    if mask is not None and "step_rate" not in given:
+        given["step_rate"] = torch.ones_like(tokens.k[..., 0], dtype=torch.promote_types(tokens.k.dtype, torch.float32))
+
+    def by_chunk(x: Tensor, change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        return [change(part) for part in x.split(chunk, dim=2)]
+
+    def means(gate: Tensor) -> Tensor:
+        if mask is None:
+            return gate if chunk == 1 else torch.stack(by_chunk(gate, lambda x: x.mean(2)), dim=2)
+        its = mask.reshape(*mask.shape, *(1,) * (gate.dim() - 3))
+        return torch.stack(by_chunk(gate * its, lambda x: x.sum(2)), 2) / count.reshape(*count.shape, *its.shape[3:]).clamp(
+            min=1
         )
-    on_state, on_momentum = share.state_state[..., place], share.state_momentum[..., place]
-    on_tokens = share.state_writes[..., place, :][..., place]
-    momentum, decay = decays(tokens.gates)
-    if decay is not None:
-        kept = _chunk_prefix_means(decay, chunk)
-        on_state, on_momentum, on_tokens = kept * on_state, kept * on_momentum, kept[..., None] * on_tokens
-    if momentum is not None:
-        carried = spec.sign * _chunk_prefix_means(momentum, chunk)
-        on_momentum = on_momentum + carried * share.momentum_momentum[..., place]
-        on_tokens = on_tokens + carried[..., None] * share.momentum_writes[..., place, :][..., place]
-    own = (place[:, None] == place[None, :]).tril()
-    return on_state, on_momentum, on_tokens + spec.sign * own
 
-
-def _chunk_prefix_means(gate: Tensor, chunk: int) -> Tensor:
-    """A per-token gate `[B, H, n, L]` averaged over its chunk's tokens up to each: the same shape."""
-    return torch.cat([prefix_means(part) for part in gate.split(chunk, dim=-1)], dim=-1)
+    found = {}
+    if mask is not None:
+        count = torch.stack(by_chunk(mask, lambda x: x.sum(2)), dim=2)
+    for name, gate in given.items():
+        found[name] = means(gate)
+        if mask is not None:
+            writes = (count > 0).reshape(*count.shape, *(1,) * (gate.dim() - 3))
+            found[name] = torch.where(writes, found[name], NEUTRAL[name])
+    partial: dict[str, Tensor] = {}
+    if spec.visibility == "token" and chunk > 1:
+        masks = [None] * -(-len(tokens) // chunk) if mask is None else mask.split(chunk, dim=2)
+        for name, gate in given.items():
+            its = zip(gate.split(chunk, dim=2), masks, strict=True)
+            partial[name] = torch.cat([prefix_gates(name, x, its_mask) for x, its_mask in its], dim=2)
+            if mask is not None:
+                writes = torch.cat(by_chunk(mask, lambda x: x.cumsum(2) > 0), dim=2)
+                neutral = torch.where(writes.reshape(*writes.shape, *(1,) * (gate.dim() - 3)), partial[name], NEUTRAL[name])
+                partial[name] = neutral
+    return Gates(
+        Gate(found["retention"]) if "retention" in found else None,
+        Gate(found["momentum"]) if "momentum" in found else None,
+        found.get("step_rate"),
+        partial.get("retention"),
+        partial.get("momentum"),
+        partial.get("step_rate"),
+        tokens.gates.get("read_rate"),
+    )

@@ -5,7 +5,8 @@ Two schedules, by what the inner loop needs:
 - *chunkwise*: the writes of all chunks at once, a scan for momentum, orthogonalization or clipping of all chunks as one
   batch, a (decayed) prefix sum, and one batched read. It holds the state of every chunk.
 - *blockwise* (`kvbind.forms.blockwise`), where writes simply add up: short chunks and `visibility="token"`, whose outputs
-  are attention inside blocks of tokens plus a read of the state before the block, and the delta rule.
+  are attention inside blocks of tokens plus a read of the state before the block, the delta rule, and what else
+  `kvbind.forms.affine` takes.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Carry(Protocol):
 
 def parallel(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
     """Run an inner loop that has a parallel form; arguments and result are those of `recurrent`."""
-    if spec.chunk is None:
+    if spec.chunk is None or spec.visibility == "full":
         # one update from all tokens: there is nothing sequential to remove
         return recurrent(spec, q, tokens, state)
     return (blockwise if runs_blockwise(spec) else chunkwise)(spec, spec.chunk, q, tokens, state)
@@ -62,7 +63,15 @@ def runs_blockwise(spec: InnerLoop) -> bool:
     """Whether the parallel form of `spec` is the blockwise schedule."""
     adds_up = spec.orthogonalize is None and not spec.clip and not spec.normalize
     short = spec.chunk is not None and spec.chunk < SHORT_CHUNK
-    return adds_up and (spec.loss == "squared" or spec.visibility == "token" or short)
+    return adds_up and (bool(spec.extensions) or spec.loss == "squared" or spec.visibility == "token" or short)
+
+
+def masks_in_parallel(spec: InnerLoop) -> bool:
+    """Whether the parallel form of `spec` takes causal tokens of which some do not write.
+
+    Chunks without writers take no part there, and a window slides over as many writes as a sequence has of its own.
+    """
+    return runs_blockwise(spec) and spec.window_size == 1
 
 
 def chunkwise(spec: InnerLoop, size: int, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:

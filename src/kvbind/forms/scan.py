@@ -7,6 +7,10 @@ does.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +20,37 @@ from kvbind.forms.finite import seen_product
 BLOCK = 32
 
 
-def decay_matrix(gates: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Gate:
+    """Gates as numbers or, where these would underflow, as their logarithms.
+
+    Attributes:
+        values: the numbers, of any shape.
+        log: they are logarithms.
+    """
+
+    values: Tensor
+    log: bool = False
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Gate:
+        """The same gates with their numbers changed in shape."""
+        return Gate(change(self.values), self.log)
+
+    def factor(self) -> Tensor:
+        """What the gates multiply by."""
+        return self.values.exp() if self.log else self.values
+
+    def join(self, x: Tensor, y: Tensor) -> Tensor:
+        """Numbers of this kind for the products of two."""
+        return x + y if self.log else x * y
+
+    @property
+    def neutral(self) -> float:
+        """The number of a gate that changes nothing."""
+        return 0.0 if self.log else 1.0
+
+
+def decay_matrix(gates: Tensor, log: bool = False) -> Tensor:
     """Products of gates over every span: `L[i, j] = prod_{s=j+1..i} g_s` for `j <= i`, else 0.
 
     Built by doubling: the matrix of two neighbouring spans is those of each and, in the corner, the product over the
@@ -24,23 +58,27 @@ def decay_matrix(gates: Tensor) -> Tensor:
 
     Args:
         gates: `[..., n]`.
+        log: gates are given as their logarithms. These are added up span by span as gates are multiplied, and never
+            subtracted: a difference of two sums from the start has the rounding errors of the larger.
 
     Returns:
         `[..., n, n]`, lower triangular with ones on the diagonal.
     """
-    n = gates.shape[-1]
+    kind, n = Gate(gates, log), gates.shape[-1]
     size = 1 << max(n - 1, 0).bit_length()
-    gates = F.pad(gates, (0, size - n), value=1.0)
-    spans = torch.ones_like(gates)[..., None, None]
+    gates = F.pad(gates, (0, size - n), value=kind.neutral)
+    spans = torch.full_like(gates, kind.neutral)[..., None, None]
+    nothing = -math.inf if log else 0.0
     length = 1
     while length < size:
         first, second = spans[..., 0::2, :, :], spans[..., 1::2, :, :]
-        reach = gates[..., length :: 2 * length, None] * second[..., 0]
-        corner = reach[..., :, None] * first[..., -1:, :]
-        upper = torch.cat((first, torch.zeros_like(first)), dim=-1)
+        reach = kind.join(gates[..., length :: 2 * length, None], second[..., 0])
+        corner = kind.join(reach[..., :, None], first[..., -1:, :])
+        upper = torch.cat((first, torch.full_like(first, nothing)), dim=-1)
         spans = torch.cat((upper, torch.cat((corner, second), dim=-1)), dim=-2)
         length *= 2
-    return spans[..., 0, :n, :n]
+    matrix = spans[..., 0, :n, :n]
+    return matrix.exp() if log else matrix
 
 
 def up_to(matrix: Tensor) -> Tensor:
