@@ -137,7 +137,11 @@ def one_step(spec, memory, tokens, at, mean):
     if spec.decays_before:
         at = at | {name: decay * at[name] for name in spec.updated}
     total = dict.fromkeys(spec.updated, 0.0)
-    for its in [*old.tokens, part(tokens, tokens["use"])]:
+    own = part(tokens, tokens["use"])
+    if type(spec.network).__name__ == "DepthwiseConv":
+        # which needs the whole grid: what does not write has no rate
+        own = tokens | {"lr": {name: rate * tokens["use"] for name, rate in tokens["lr"].items()}}
+    for its in [*old.tokens, own]:
         residual = None
         if "erase" in its:
             residual = its["v"] - forward(spec.network, at, its["erase"], "loss")

@@ -127,7 +127,10 @@ GRADCHECKED = {
     "gated delta rule": kvbind.systems.delta_net().replace(retention=True),
     "ViTTT, GLU": kvbind.systems.vittt(),
     "ViTTT, convolution": kvbind.systems.vittt("conv"),
-    "LaCT views": kvbind.systems.lact_nvs().replace(orthogonalize=NewtonSchulz(dtype=torch.float64), steps=2),
+    # with norms whose gradient counts, as it does in differences
+    "LaCT views": kvbind.systems.lact_nvs().replace(
+        orthogonalize=NewtonSchulz(dtype=torch.float64), steps=2, detach_norms=False
+    ),
     "token, normalized": kvbind.InnerLoop(network=SwiGLU(), chunk=3, visibility="token", normalize=True, momentum=True),
 }
 
