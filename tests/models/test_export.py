@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lact_small import LADDER, small_model, tokens
+from lact_small import small_model, tokens
 from torch.export import Dim, export
 
 import kvbind
@@ -72,23 +72,18 @@ def values(output):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_an_exported_program_computes_what_the_model_does_at_every_size(family):
+def test_an_exported_program_computes_what_the_model_does_at_every_size(family, tmp_path):
     model, args, shapes, others = FAMILIES[family]()
     model.double()
     wide = lambda given: tuple(x.double() if x.is_floating_point() else x for x in given)  # noqa: E731
     program = export(model, wide(args), dynamic_shapes=shapes, strict=False)
+    if family == "language":
+        torch.export.save(program, tmp_path / "model.pt2")
+        program = torch.export.load(tmp_path / "model.pt2")
     for given in (args, *others):
         expected = values(model(*wide(given)))
         # learning rates over a length that is a symbol are divided in float32
         torch.testing.assert_close(values(program.module()(*wide(given))), expected, rtol=1e-5, atol=1e-7)
-
-
-@torch.no_grad()
-def test_an_exported_program_is_saved_and_opened(tmp_path):
-    model, args, shapes, others = language()
-    torch.export.save(export(model, args, dynamic_shapes=shapes, strict=False), tmp_path / "model.pt2")
-    program = torch.export.load(tmp_path / "model.pt2")
-    torch.testing.assert_close(values(program.module()(*others[0])), values(model(*others[0])))
 
 
 @torch.no_grad()
@@ -99,21 +94,19 @@ def test_a_call_of_ttt_is_exported_with_its_state():
         def forward(self, weights, q, k, v, lr, momentum):
             return kvbind.ttt(spec, weights, q, k, v, lr=lr, momentum=momentum)
 
-    def operands(batch, length):
-        generator = torch.Generator().manual_seed(length)
-        q, k, v = (torch.randn(batch, length, 2, 8, generator=generator, dtype=torch.float64) for _ in range(3))
-        return spec.network.initial(heads=2, key_width=8, value_width=8), q, k, v, q[..., 0].sigmoid(), q[..., 1].sigmoid()
+    weights = spec.network.initial(heads=2, key_width=8, value_width=8)
 
-    batch, length = sizes("batch"), sizes("length", 512, least=2)
-    program = export(
-        Mixer(), operands(2, 8), strict=False,
-        dynamic_shapes=({name: None for name in spec.network.matrices}, *({0: batch},) * 5),
-    )  # fmt: skip
-    (y, state), (expected, after) = program.module()(*operands(3, 8)), Mixer()(*operands(3, 8))
+    def operands(batch):
+        generator = torch.Generator().manual_seed(batch)
+        q, k, v = (torch.randn(batch, 10, 2, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+        return weights, q, k, v, q[..., 0].sigmoid(), q[..., 1].sigmoid()
+
+    shapes = (dict.fromkeys(weights), *({0: sizes("batch")},) * 5)
+    program = export(Mixer(), operands(2), strict=False, dynamic_shapes=shapes)
+    (y, state), (expected, after) = program.module()(*operands(3)), Mixer()(*operands(3))
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
     assert state.pending_lengths == after.pending_lengths
     torch.testing.assert_close(dict(state.tensors), dict(after.tensors), rtol=0, atol=1e-12)
-    assert length.__name__ == "length"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -126,7 +119,9 @@ def test_onnx_computes_what_the_model_does(family, tmp_path):
         # chunks are written out, so the length is one: shorter rows end in padding, which they do not see
         shapes = ({0: shapes[0][0]},)
         others = [(torch.cat((ids, tokens(len(ids), 21 - ids.shape[1])), 1),) for ids in (tokens(1, 3), tokens(4, 20))]
-        model = small_model(LADDER["rung0"], use_cache=False)
+    if family == "views":
+        # ONNX Runtime has no bfloat16 on CPUs
+        model.inner = model.inner.replace(orthogonalize=model.inner.orthogonalize.replace(dtype=torch.float32))
     path = tmp_path / "model.onnx"
     torch.onnx.export(model, args, path, dynamo=True, dynamic_shapes=shapes, verbose=False)
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
