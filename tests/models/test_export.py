@@ -133,7 +133,11 @@ def test_onnx_computes_what_the_model_does(family, tmp_path):
 
 def test_what_cannot_be_exported_says_what_can(monkeypatch):
     model, (ids,), _, _ = language()
-    for name, x in {"attention_mask": torch.ones(2, 21), "position_ids": torch.arange(21)[None], "cu_seqlens": [0, 42]}.items():
+    for name, x in {
+        "attention_mask": torch.ones(2, 21),
+        "position_ids": torch.arange(21)[None],
+        "cu_seqlens": [0, 42],
+    }.items():
         with pytest.raises(ValueError, match=rf"{name} must be None in torch.export.*put padding behind"):
             export(model, (ids,), {name: x}, strict=False)
     with pytest.raises(ValueError, match=r"use_cache must be False in torch.export"):

@@ -68,7 +68,9 @@ def test_pruning_leaves_what_the_features_need(build):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize(("build", "coarse", "count"), [("plain", False, 3), ("hierarchical", False, 4), ("hierarchical", True, 3)])
+@pytest.mark.parametrize(
+    ("build", "coarse", "count"), [("plain", False, 3), ("hierarchical", False, 4), ("hierarchical", True, 3)]
+)
 def test_every_parameter_is_of_one_group_but_the_heads(build, coarse, count):
     model = BUILD[build]()
     groups = model.group_matcher(coarse)
@@ -86,7 +88,10 @@ def test_input_sizes_are_checked_and_told():
     model.set_input_size((32, 48), patch_size=(4, 8))
     assert model.default_cfg["input_size"] == (3, 32, 48)
     model.set_input_size(patch_size=None)
-    for given, message in (({"img_size": 36}, "width must be a multiple of the patch's, 8"), ({"patch_size": 4}, "patch_size must be 4 x 8")):
+    for given, message in (
+        ({"img_size": 36}, "width must be a multiple of the patch's, 8"),
+        ({"patch_size": 4}, "patch_size must be 4 x 8"),
+    ):
         with pytest.raises(ValueError, match=message):
             model.set_input_size(**given)
     hierarchical().set_input_size(33, patch_size=4)

@@ -54,20 +54,18 @@ class NotCopied:
 
 
 class WithImports(NotCopied):
-    """Configurations and processors of transformers that leave the file beside what they write.
+    """Configurations of transformers that leave the file beside what they write.
 
     Attributes:
         auto_home: the module that it imports, of `HOMES`.
-        auto_names: which of transformers' Auto classes the written JSON speaks of.
     """
 
     auto_home: ClassVar[str]
-    auto_names: ClassVar[tuple[str, ...]]
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write this as JSON; under a name that transformers looks for in a model's folder, with the file beside it."""
+        """Write this as JSON; under the name that transformers looks for in a model's folder, with the file beside it."""
         path = Path(json_file_path)
-        if path.name in ("config.json", "preprocessor_config.json"):
+        if path.name == "config.json":
             classes = HOMES[self.auto_home]
             names = sorted(classes.values())
             (path.parent / f"{MODULE}.py").write_text(
@@ -80,5 +78,5 @@ class WithImports(NotCopied):
                 for auto, name in (getattr(self, "auto_map", None) or {}).items()
                 if isinstance(name, str) and (path.parent / f"{name.split('.')[0]}.py").is_file()
             }
-            self.auto_map = {auto: f"{MODULE}.{classes[auto]}" for auto in self.auto_names} | others
+            self.auto_map = {auto: f"{MODULE}.{name}" for auto, name in classes.items()} | others
         super().to_json_file(json_file_path, *args, **kwargs)  # type: ignore[misc]

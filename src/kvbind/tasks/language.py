@@ -74,7 +74,7 @@ class DataConfig:
         held_out_name: of a hub `held_out_source`, the configuration.
         held_out_part: of a hub `held_out_source`, the published split.
         tokenizer: "bytes", or a name or folder that transformers' `AutoTokenizer` loads.
-        chat_template: what is saved with the tokenizer for `apply_chat_template`: "plain" (`role: content` and a blank line),
+        chat_template: what is saved with the tokenizer for `apply_chat_template`: "plain" (`role: content`, a blank line),
             a file of a Jinja template, or "" for the tokenizer's own, if it has one. Training does not look at it.
         length: tokens in a sample.
         batch: samples in a batch.

@@ -127,7 +127,6 @@ class LactConfig(WithImports, PretrainedConfig):
 
     model_type = "lact_swiglu"
     auto_home = "kvbind.models.lact"
-    auto_names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
     keys_to_ignore_at_inference = list(CACHE_NAMES)  # noqa: RUF012
     attribute_map = {"num_attention_heads": "num_attn_heads"}  # noqa: RUF012
     # transformers' own plan knows embeddings by another name

@@ -126,7 +126,8 @@ def arrange(
     if bool((within & (positions != layout.positions)).any()):
         breaks = within[:, 1:] & (positions[:, 1:] - positions[:, :-1] != 1)
         if not bool(breaks.any()):
-            reason = f"position_ids must go on from the {list(seen or (0,) * batch)} tokens of each row before them where there is a cache"
+            before = list(seen or (0,) * batch)
+            reason = f"position_ids must go on from the {before} tokens of each row before them where there is a cache"
             return Arrangement(shape, replace(layout, positions=positions), real, order, reason)
         if real is not None:
             raise ValueError("position_ids must rise by one from token to token where there is padding, which is not packed")

@@ -255,7 +255,9 @@ class LactModel(LactPreTrainedModel):
         if arrangement.uncacheable and (use_cache or cache is not None):
             raise ValueError(arrangement.uncacheable)
         if use_cache and is_exported():
-            raise ValueError("use_cache must be False in torch.export, as a cache counts its tokens; generate() runs unexported")
+            raise ValueError(
+                "use_cache must be False in torch.export, as a cache counts its tokens; generate() runs unexported"
+            )
         if use_cache is None:
             wanted = config.use_cache and not self.training and not arrangement.uncacheable and not is_exported()
             use_cache = bool(wanted or cache is not None)

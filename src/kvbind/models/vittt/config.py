@@ -66,7 +66,6 @@ class VitttConfig(WithImports, PretrainedConfig):
 
     model_type = "vittt"
     auto_home = "kvbind.models.vittt"
-    auto_names = ("AutoConfig", "AutoModelForImageClassification")
     attribute_map = {  # noqa: RUF012
         "num_classes": "num_labels",
         "image_size": "img_size",

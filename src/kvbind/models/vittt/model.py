@@ -242,7 +242,9 @@ class ImageModel(nn.Module, abc.ABC):
             return set(range(depth))
         if isinstance(indices, int):
             if not 1 <= indices <= depth:
-                raise ValueError(f"n must be from 1 to {depth}, the number of layers, or a sequence of indices; got {indices}")
+                raise ValueError(
+                    f"n must be from 1 to {depth}, the number of layers, or a sequence of indices; got {indices}"
+                )
             return set(range(depth - indices, depth))
         if not len(indices) or not all(-depth <= i < depth for i in indices):
             raise ValueError(f"n must hold indices from {-depth} to {depth - 1}; got {list(indices)}")

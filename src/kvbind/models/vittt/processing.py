@@ -1,4 +1,4 @@
-"""What ViTTT sees of a picture, as a processor of transformers: the centre, at the model's size, of known mean and spread."""
+"""What ViTTT sees of a picture, as a processor of transformers: the centre at the model's size, of known mean and spread."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import make_flat_list_of_images
 
 from kvbind.inner.value import check_positive_int
-from kvbind.models.auto import WithImports
+from kvbind.models.auto import NotCopied
 from kvbind.models.pictures import centred, on_white
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class VitttImageProcessor(WithImports, BaseImageProcessor):
+class VitttImageProcessor(NotCopied, BaseImageProcessor):
     """Pictures of any size to `pixel_values`, exactly as images are read in evaluation. Needs Pillow, not torchvision.
 
     What is transparent shows white; the largest central square, times `crop_pct`, is resized (bicubic) to the size; pixels
@@ -38,8 +38,6 @@ class VitttImageProcessor(WithImports, BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012
-    auto_home = "kvbind.models.vittt"
-    auto_names = ("AutoImageProcessor",)
 
     def __init__(
         self,
@@ -64,6 +62,15 @@ class VitttImageProcessor(WithImports, BaseImageProcessor):
             raise ValueError(f"crop_pct must be above 0 and at most 1; got {crop_pct}")
         self.num_channels, self.crop_pct = num_channels, crop_pct
         self.image_mean, self.image_std = list(image_mean), list(image_std)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, without its class: that is the configuration's to tell, in `config.json` beside it.
+
+        Where a processor's own file names one, pipelines look for a class of videos after it, and ask whether to run it.
+        """
+        fields: dict[str, Any] = super().to_dict()
+        fields.pop("image_processor_type", None)
+        return fields
 
     def preprocess(
         self,

@@ -62,7 +62,7 @@ def _make(name: str, pretrained: bool, fields: dict[str, Any]) -> Any:
 
 
 def _features(model: ImageModel, layers: Any) -> Any:
-    """timm's module that returns the features of some layers, by default of the last four."""
+    """A module of timm's that returns the features of some layers, by default of the last four."""
     from timm.models._features import FeatureGetterNet
 
     features = FeatureGetterNet(model, out_indices=min(4, model.depth) if layers is None else layers)
