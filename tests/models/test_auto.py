@@ -129,9 +129,14 @@ def test_the_image_processor_takes_arrays_and_refuses_what_it_cannot_know():
         processor(array / 255.0)
     with pytest.raises(TypeError, match="got do_resize"):
         processor(image, do_resize=False)
-    for fields, message in (({"size": {"shortest_edge": 8}}, "size must be"), ({"num_channels": 2}, "num_channels must be"),
-                            ({"image_mean": [0.5]}, "image_mean must hold"), ({"image_std": [0.0, 1, 1]}, "image_std must be"),
-                            ({"crop_pct": 1.5}, "crop_pct must be")):  # fmt: skip
+    refused = {
+        "size must be": {"size": {"shortest_edge": 8}},
+        "num_channels must be": {"num_channels": 2},
+        "image_mean must hold": {"image_mean": [0.5]},
+        "image_std must be": {"image_std": [0.0, 1, 1]},
+        "crop_pct must be": {"crop_pct": 1.5},
+    }
+    for message, fields in refused.items():
         with pytest.raises(ValueError, match=message):
             VitttImageProcessor(**fields)
 

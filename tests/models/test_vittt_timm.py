@@ -141,8 +141,12 @@ def test_what_timm_passes_is_heeded_or_refused():
     for dynamic in (True, False):
         assert zoo.vittt_tiny(**small, img_size=(8, 12), dynamic_img_size=dynamic).default_cfg["input_size"] == (3, 8, 12)
     assert zoo.vittt_tiny(**small, pretrained_cfg_overlay={"crop_pct": 1.0}).default_cfg["crop_pct"] == 1.0
-    for given, message in (({"img_size": 9}, "multiple of the patch's"), ({"dynamic_img_size": "yes"}, "dynamic_img_size must"),
-                           ({"out_indices": [0]}, "out_indices must not be given without features_only")):  # fmt: skip
+    refused = {
+        "multiple of the patch's": {"img_size": 9},
+        "dynamic_img_size must": {"dynamic_img_size": "yes"},
+        "out_indices must not be given without features_only": {"out_indices": [0]},
+    }
+    for message, given in refused.items():
         with pytest.raises(ValueError, match=message):
             zoo.vittt_tiny(**small, **given)
 

@@ -227,6 +227,10 @@ class VitttForImageClassification(FromFolder, PreTrainedModel):
         self.vittt = config.build()
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """What makes tokens of patches: whose output `enable_input_require_grads` lets ask for gradients."""
+        return self.vittt.patch_embed
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         init_weights(module, self.config.initializer_range)
