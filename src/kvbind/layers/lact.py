@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -109,12 +110,13 @@ class LactState:
 pytree.register_pytree_node(
     LactState,
     lambda state: ([state.fast, state.kept], state.seen),
-    lambda parts, seen: _state_of(*parts, seen),
+    lambda parts, seen: _state_of(parts, seen),
     serialized_type_name="kvbind.LactState",
 )
 
 
-def _state_of(fast: State, kept: KeptKeys, seen: tuple[int, ...]) -> LactState:
+def _state_of(parts: Iterable[Any], seen: tuple[int, ...]) -> LactState:
+    fast, kept = parts
     return LactState(Waiting.of(fast), kept, seen)
 
 

@@ -229,7 +229,7 @@ class VitttForImageClassification(FromFolder, PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """What makes tokens of patches: whose output `enable_input_require_grads` lets ask for gradients."""
-        return self.vittt.patch_embed
+        return self.vittt.get_submodule("patch_embed")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

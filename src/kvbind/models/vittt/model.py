@@ -202,17 +202,23 @@ class ImageModel(nn.Module, abc.ABC):
         wanted = self._taken(indices)
         if stop_early and not intermediates_only:
             raise ValueError("stop_early must be False without intermediates_only, as the last features need all layers")
-        stop = max(wanted) + 1 if stop_early else self.depth
-        found: list[Tensor] = []
-        last = x
-        for i, (last, grid) in enumerate(itertools.islice(self.layers_of(*self.embed(x)), stop)):
-            if i in wanted:
-                tokens = self._normed_layer(i, last) if norm else last
-                found.append(to_image(tokens, grid) if output_fmt == "NCHW" else tokens)
+        last, found = self._features(x, wanted, norm, max(wanted) + 1 if stop_early else self.depth, output_fmt == "NCHW")
         if intermediates_only:
             return {"image_intermediates": found} if output_dict else found
         final = self._normed(last)
         return {"image_features": final, "image_intermediates": found} if output_dict else (final, found)
+
+    def _features(
+        self, image: Tensor, wanted: set[int], norm: bool, stop: int, reshape: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Tokens of the last of `stop` layers, and the features of those that are wanted."""
+        found: list[Tensor] = []
+        last = image
+        for i, (last, grid) in enumerate(itertools.islice(self.layers_of(*self.embed(image)), stop)):
+            if i in wanted:
+                tokens = self._normed_layer(i, last) if norm else last
+                found.append(to_image(tokens, grid) if reshape else tokens)
+        return last, found
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -329,9 +335,8 @@ class ImageModel(nn.Module, abc.ABC):
         Raises:
             ValueError: images that do not fit, layers that do not exist, or a norm of another width.
         """
-        fmt = "NCHW" if reshape else "NLC"
-        found = self.forward_intermediates(image, n, norm, stop_early=True, output_fmt=fmt, intermediates_only=True)
-        return tuple(found)
+        wanted = self._taken(n)
+        return tuple(self._features(image, wanted, norm, max(wanted) + 1, reshape)[1])
 
     def _normed(self, x: Tensor) -> Tensor:
         normed: Tensor = self.norm(x)
@@ -585,7 +590,7 @@ class HierarchicalVittt(ImageModel):
     def _cut(self, count: int) -> None:
         self.layers = self.layers[:count]
         # nothing follows
-        self.layers[-1].downsample = None
+        setattr(self.layers[-1], "downsample", None)  # noqa: B010  torch types attributes of modules as tensors
 
     def embed(self, image: Tensor) -> tuple[Tensor, Grid]:
         self._check_image(image)

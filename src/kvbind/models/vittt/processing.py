@@ -97,7 +97,8 @@ class VitttImageProcessor(NotCopied, BaseImageProcessor):
         if unknown := [name for name, value in kwargs.items() if value is not None]:
             raise TypeError(f"VitttImageProcessor takes images, return_tensors and size; got {', '.join(unknown)}")
         side = _side(self.size if size is None else size)
-        values = [self._pixels(_picture(image), side) for image in make_flat_list_of_images(images)]
+        given: Any = make_flat_list_of_images(images)
+        values = [self._pixels(_picture(image), side) for image in given]
         return BatchFeature({"pixel_values": values}, tensor_type=return_tensors)
 
     def _pixels(self, picture: Image.Image, side: int) -> NDArray[np.float32]:
