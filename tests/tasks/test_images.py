@@ -389,7 +389,8 @@ def test_a_pipeline_sees_held_out_images_as_evaluation_does(folders, tmp_path):
     task = ImagesTask(small(folders, "data.size=8", *COLOUR, "data.kept=0.8"))
     model = task.build().eval()
     task.save(model, tmp_path / "model")
-    classify = pipeline("image-classification", model=str(tmp_path / "model"))
+    processor = vittt.VitttImageProcessor.from_pretrained(tmp_path / "model")
+    classify = pipeline("image-classification", model=str(tmp_path / "model"), image_processor=processor)
     assert set(classify.model.config.id2label.values()) == set(task.names)
     path = next((folders / "val").rglob("*.*"))
     with Image.open(path) as picture:

@@ -3,6 +3,8 @@
 Importing this registers the models with timm, where timm is installed, and, as "vittt", with transformers' Auto classes.
 """
 
+from contextlib import suppress
+
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from kvbind.models.ablations import IMAGES as RELEASED_LOSSES
@@ -15,7 +17,9 @@ from kvbind.models.vittt.zoo import register
 AutoConfig.register(VitttConfig.model_type, VitttConfig)
 AutoModelForImageClassification.register(VitttConfig, VitttForImageClassification)
 # one processor, with torchvision and without
-AutoImageProcessor.register(VitttConfig, image_processor_classes={"pil": VitttImageProcessor})
+with suppress(ImportError):
+    # which some versions of transformers have with torchvision alone
+    AutoImageProcessor.register(VitttConfig, image_processor_classes={"pil": VitttImageProcessor})
 register()
 
 __all__ = [
