@@ -9,26 +9,33 @@ import kvbind
 from kvbind import (
     GLU,
     MLP,
+    Anchor,
     DepthwiseConv,
     Explanation,
     InnerLoop,
+    LayerNormHead,
     Linear,
     LinearAttention,
     Network,
     NewtonSchulz,
     NoParallelFormError,
+    Retention,
     SequenceShard,
     State,
     SwiGLU,
+    Window,
 )
 from kvbind.layers import InnerCall, LactLayer, LactNvsLayer, LactState, Layout, RMSNorm, VitttLayer
 
 
 def inner_loops() -> list[InnerLoop]:
-    networks: list[Network] = [Linear(), SwiGLU(), GLU(), MLP(), DepthwiseConv((2, 4))]
+    networks: list[Network] = [Linear(), SwiGLU(), GLU(), MLP(head=LayerNormHead()), DepthwiseConv((2, 4))]
     language = kvbind.systems.lact_llm(chunk=4)
     assert_type(language, InnerLoop)
+    assert_type(kvbind.cite(language), str)
     steps = NewtonSchulz(dtype=torch.float32)
+    later = InnerLoop(Linear(), chunk=4, retention=Retention(order="before"), window=Window(2), anchor=Anchor(strength=0.1))
+    print(later)
     return [language.replace(network=network, orthogonalize=steps, normalize=False) for network in networks[:2]]
 
 

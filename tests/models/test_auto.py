@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lact_small import small_model
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    TextStreamer,
+    pipeline,
+)
 
 import kvbind.models.lact
 from kvbind.models import LactConfig, LactForCausalLM
@@ -175,7 +183,10 @@ def test_pipelines_take_the_processor_itself(folders):
 
 
 def test_what_is_written_names_the_classes_that_its_file_imports(folders):
-    for folder, home in (("language", "kvbind.models.lact"), ("images", "kvbind.models.vittt")):
+    from kvbind.models.in_place import InPlaceConfig
+
+    InPlaceConfig(LlamaConfig(num_hidden_layers=1)).save_pretrained(folders / "in_place")
+    for folder, home in zip(("in_place", "language", "images"), HOMES, strict=True):
         text = (folders / folder / f"{MODULE}.py").read_text()
         named = json.loads((folders / folder / "config.json").read_text())["auto_map"]
         assert named == {auto: f"{MODULE}.{name}" for auto, name in HOMES[home].items()}

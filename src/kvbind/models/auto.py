@@ -15,6 +15,7 @@ MODULE = "kvbind_auto"
 """The file beside a model, without its ending."""
 
 HOMES: dict[str, dict[str, str]] = {
+    "kvbind.models.in_place": {"AutoConfig": "InPlaceConfig", "AutoModelForCausalLM": "InPlaceForCausalLM"},
     "kvbind.models.lact": {
         "AutoConfig": "LactConfig",
         "AutoModel": "LactModel",
