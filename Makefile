@@ -4,6 +4,7 @@ PYTHON ?= python3
 RUN := .venv/run
 TEST := .venv/test
 OLDEST := .venv/oldest
+PACKAGE := .venv/package
 LOCK := .venv/lock
 # byte code of everything takes longer to compile than of what is imported
 INSTALL := pip install --quiet --disable-pip-version-check --no-compile
@@ -12,6 +13,7 @@ BUILD := 'hatchling>=1.27' 'editables>=0.5'
 # what tests run with; PyPI's build of it on Linux says which triton and which CUDA libraries
 TORCH_LOCKED := torch==2.13.0
 UV := uv==0.13.9
+TWINE := twine==7.0.0
 # the resolver takes the newest of what a package needs first, and the newest fsspec needs the newest datasets
 OLDEST_HINTS := 'datasets<4.1'
 # a file's tests run in one process, which trains and compiles once what they share
@@ -21,7 +23,7 @@ PARALLEL := --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 VERSION_TESTS := tests/models tests/tasks tests/train/test_config.py tests/train/test_checkpoint.py tests/test_cli.py \
 	tests/experiments/test_report_page.py tests/experiments/test_figures.py tests/test_locked.py
 
-.PHONY: table2 test test-faults test-nightly test-newest test-oldest lock clean
+.PHONY: table2 test test-faults test-nightly test-newest test-oldest package lock clean
 
 table2: $(RUN)/.lock  ## train the ladder on real text and write its report to runs/
 	$(RUN)/bin/kvbind reproduce table2 --task language --scale smoke
@@ -43,6 +45,21 @@ test-newest: $(TEST)/.lock  ## tests of what depends on versions, with the newes
 
 test-oldest: $(OLDEST)/.lock  ## the same with the oldest; with TORCH=2.11.0, that torch and what it asks for
 	$(PYTEST) $(OLDEST)/bin/pytest $(PARALLEL) $(VERSION_TESTS)
+
+# seconds since 1970 that stand in the archives: the last commit's, or a fixed number outside of a repository
+package: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --pretty=%ct 2>/dev/null || echo 1580601600)
+package:  ## wheel and sdist in dist/, built twice and compared, checked, installed alone, and the README's twenty lines run
+	$(PYTHON) -m venv --clear $(PACKAGE)
+	$(PACKAGE)/bin/$(INSTALL) --constraint constraints.txt $(BUILD) $(TWINE)
+	rm -rf dist $(PACKAGE)/again
+	$(PACKAGE)/bin/hatchling build -d dist
+	$(PACKAGE)/bin/hatchling build -d $(PACKAGE)/again
+	for file in dist/*; do cmp $$file $(PACKAGE)/again/$$(basename $$file); done
+	$(PACKAGE)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(PACKAGE)
+	$(PACKAGE)/bin/$(INSTALL) --constraint constraints.txt dist/*.whl
+	cd $(PACKAGE) && bin/python -I ../../tests/readme_alone.py ../../README.md
+	$(PACKAGE)/bin/kvbind --version
 
 lock: $(LOCK)/.lock  ## renew both locks from pyproject.toml
 	printf '%s\n' $(TORCH_LOCKED) $(BUILD) | $(LOCK)/bin/uv pip compile --upgrade --quiet --no-annotate \

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrizations
 
 import kvbind
+from checkpointing import enable_checkpointing
 from kvbind.models import vittt
 from kvbind.models.lact_nvs import LactNvs, LactNvsConfig
 
@@ -200,6 +201,37 @@ def test_low_rank_adapters_of_peft_train_with_the_loss_of_their_logits():
 
 # what PEFT asks of transformers by a deprecated name
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("family", ["language", "classifier"])
+def test_low_rank_adapters_on_every_linear_layer_train_alike_under_both_kinds_of_checkpointing(family):
+    peft = pytest.importorskip("peft")
+    base = FAMILIES[family]()
+    targets = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    assert {"lm_head", "vittt.head"} & set(targets)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).train()
+    given = (
+        {"input_ids": IDS, "labels": IDS}
+        if family == "language"
+        else {"pixel_values": PICTURES[0], "labels": IDS[0, :2] % 2}
+    )
+
+    def gradients():
+        model.zero_grad()
+        model(**given).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    expected = gradients()
+    assert len(expected) == 2 * len(targets)
+    assert all(bool(x.any()) for x in expected.values())
+    # without it nothing that enters a recomputed block would ask for gradients
+    model.enable_input_require_grads()
+    for reentrant in (False, True):
+        enable_checkpointing(base, use_reentrant=reentrant)
+        torch.testing.assert_close(gradients(), expected, rtol=1e-4, atol=1e-8)
+
+
+# what PEFT asks of transformers by a deprecated name
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_an_adapter_of_peft_on_fast_weights_is_heeded():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["attn.w1"], init_lora_weights=False)
@@ -225,6 +257,20 @@ def test_weights_that_lie_on_the_cpu_or_the_disk_compute_as_they_did(tmp_path):
     output, expected = apart(IDS, labels=IDS), model(IDS, labels=IDS)
     torch.testing.assert_close(output.logits, expected.logits)
     torch.testing.assert_close(output.loss, expected.loss)
+
+
+def test_a_classifiers_weights_that_lie_on_the_disk_compute_as_they_did(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForImageClassification
+
+    model = classifier()
+    model.save_pretrained(tmp_path / "model")
+    places = {f"vittt.{name}": "disk" if name == "blocks" else "cpu" for name, _ in model.vittt.named_children()}
+    apart = AutoModelForImageClassification.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "rest"
+    )
+    assert apart.vittt.blocks[0].mlp.fc1.weight.is_meta
+    torch.testing.assert_close(run(apart), run(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -380,3 +380,25 @@ def test_the_checkpoint_of_an_averaged_run_holds_what_was_evaluated(idx, tmp_pat
 
 def test_the_task_is_known_by_its_name():
     assert open_task_module("images") is images
+
+
+def test_a_pipeline_sees_held_out_images_as_evaluation_does(folders, tmp_path):
+    from PIL import Image
+    from transformers import pipeline
+
+    task = ImagesTask(small(folders, "data.size=8", *COLOUR, "data.kept=0.8"))
+    model = task.build().eval()
+    task.save(model, tmp_path / "model")
+    processor = vittt.VitttImageProcessor.from_pretrained(tmp_path / "model")
+    classify = pipeline("image-classification", model=str(tmp_path / "model"), image_processor=processor)
+    assert set(classify.model.config.id2label.values()) == set(task.names)
+    path = next((folders / "val").rglob("*.*"))
+    with Image.open(path) as picture:
+        pixels = classify.image_processor(picture, return_tensors="pt")["pixel_values"]
+        seen = Reads.__getitem__(task.sources["held_out"], (0, 0))[0]
+        assert pixels.shape[1:] == seen.shape
+        found = {x["label"]: x["score"] for x in classify(picture)}
+    scores = model(pixels).logits.softmax(-1)[0].tolist()
+    assert found == pytest.approx(dict(zip(task.names, scores, strict=True)), abs=1e-5)
+    every = [images.normalized(task.held_out_image(i)[0][None], [0.5] * 3, [0.25] * 3) for i in range(11)]
+    assert any(torch.allclose(pixels, x, atol=1e-5) for x in every)

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from kvbind.models.pictures import centred
 from kvbind.tasks.images.augment import (
     Augment,
     AugmentConfig,
     ReadEvaluation,
     ReadTraining,
     blended,
-    centred,
     cut_in,
     erased,
     flipped,

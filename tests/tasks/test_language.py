@@ -13,10 +13,12 @@ from kvbind.tasks.language import (
     LanguageTask,
     ModelConfig,
     inner_loop,
+    open_trained,
     positions,
     resolve,
     token_losses,
 )
+from kvbind.tasks.tokenizers import Bytes
 from kvbind.train import train
 from kvbind.train.config import read_config, to_yaml
 
@@ -191,3 +193,52 @@ def test_unknown_tasks_are_answered_with_the_nearest():
     assert open_task_module("language") is language
     with pytest.raises(ValueError, match=r"got 'langauge' \(did you mean 'language'\?\)"):
         open_task_module("langauge")
+
+
+def test_what_is_saved_opens_in_transformers_and_again_here(text, tmp_path):
+    from transformers import AutoTokenizer
+
+    task = LanguageTask(small(text, "data.chat_template=plain"))
+    model = task.build()
+    task.save(model, tmp_path / "model")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert saved("zebra")["input_ids"] == list(b"zebra")
+    messages = [{"role": "user", "content": "hi"}]
+    assert saved.apply_chat_template(messages, tokenize=False) == "user: hi\n\n"
+    opened, tokenizer = open_trained(tmp_path / "model")
+    assert (tokenizer.vocab_size, tokenizer.end) == (256, 0)
+    # half a pair of UTF-16 is no text, for either
+    for words in ("Grüße, 世界 🎉", "a\ud800b"):
+        assert tokenizer.encode(words).tolist() == task.tokenizer.encode(words).tolist()
+    assert (opened.generation_config.eos_token_id, opened.generation_config.pad_token_id) == (0, 0)
+    assert opened.model.embeddings.padding_idx is None
+    # runs of before hold no tokenizer
+    for path in (tmp_path / "model").glob("tokenizer*"):
+        path.unlink()
+    assert isinstance(open_trained(tmp_path / "model")[1], Bytes)
+
+
+def test_a_pretrained_tokenizer_is_saved_with_what_generation_asks_for(text, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"<end>": 0, "<unk>": 1}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    own = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", unk_token="<unk>", padding_side="right")
+    own.chat_template = "{{ messages[0]['content'] }}"
+    own.save_pretrained(tmp_path / "words")
+    task = LanguageTask(small(text, f"data.tokenizer={tmp_path / 'words'}"))
+    task.save(task.build(), tmp_path / "model")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert (saved.padding_side, saved.pad_token_id, saved.chat_template) == ("left", 0, own.chat_template)
+
+
+def test_a_chat_template_that_is_none_is_refused_before_any_text_is_read(text, tmp_path):
+    broken = tmp_path / "broken.jinja"
+    broken.write_text("{% for message in messages %}\n{{ message.content }}\n{% endif %}")
+    with pytest.raises(ValueError, match=r"data\.chat_template must be a Jinja template .*broken\.jinja, line 3"):
+        LanguageTask(small(text, f"data.chat_template={broken}"))
+    with pytest.raises(ValueError, match=r"data\.chat_template must be 'plain' or a file"):
+        LanguageTask(small(text, "data.chat_template=fancy"))
+    broken.write_text("{{ messages[0]['content'] }}")
+    assert LanguageTask(small(text, f"data.chat_template={broken}")).chat_template == broken.read_text()

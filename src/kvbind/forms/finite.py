@@ -147,10 +147,10 @@ def _seen(spec: InnerLoop, wrong: Tensor, old: int, queries: int) -> Tensor:
     if spec.visibility == "full" or spec.chunk is None:
         return wrong.any(-1, keepdim=True).expand(*wrong.shape[:2], queries)
     if spec.visibility == "token":
-        return wrong.cummax(-1).values[..., old:]
+        return (wrong.cumsum(-1) > 0)[..., old:]
     total = wrong.shape[-1]
     padded = torch.nn.functional.pad(wrong, (0, -total % spec.chunk))
-    so_far = padded.unflatten(-1, (-1, spec.chunk)).any(-1).cummax(-1).values
+    so_far = padded.unflatten(-1, (-1, spec.chunk)).any(-1).cumsum(-1) > 0
     if spec.visibility == "past":
         so_far = torch.nn.functional.pad(so_far, (1, 0))[..., :-1]
     return so_far.repeat_interleave(spec.chunk, dim=-1)[..., old:total]

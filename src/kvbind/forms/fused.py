@@ -54,7 +54,7 @@ def engine(spec: InnerLoop, call: Operands, form: str) -> Engine | None:
         if conv_fits(spec, call):
             return conv_form
         gated_mask = call.tokens.mask is not None and bool(spec.gates)
-        if gated_mask or not len(call.tokens) or not wide_enough(call):
+        if gated_mask or call.tokens.count == 0 or not wide_enough(call):
             return None
         return chunked_form if chunked_fits(spec) else full_form if recurrent_fits(spec, call) else None
     if form == "parallel" and wide_enough(call):
@@ -119,7 +119,7 @@ def bare(spec: InnerLoop) -> bool:
 def glu_fits(spec: InnerLoop, call: Operands) -> bool:
     """Whether an inner loop under `visibility="full"` is one of `kvbind.kernels.full_glu`: ViTTT's heads."""
     network, tokens = spec.network, call.tokens
-    if not (is_a(network, GLU) or (is_a(network, Linear) and spec.clip)) or not len(tokens):
+    if not (is_a(network, GLU) or (is_a(network, Linear) and spec.clip)) or tokens.count == 0:
         return False
     if not bare(spec) or spec.orthogonalize is not None or (spec.loss == "squared" and not isinstance(network, GLU)):
         return False
@@ -130,7 +130,7 @@ def glu_fits(spec: InnerLoop, call: Operands) -> bool:
 
 def conv_fits(spec: InnerLoop, call: Operands) -> bool:
     """Whether an inner loop under `visibility="full"` is one of `kvbind.kernels.full_conv`: ViTTT's convolution."""
-    if not is_a(spec.network, DepthwiseConv) or len(call.tokens) != call.q.shape[2]:
+    if not is_a(spec.network, DepthwiseConv) or call.tokens.count != call.q.shape[2]:
         return False
     if not bare(spec) or spec.loss != "dot":
         return False

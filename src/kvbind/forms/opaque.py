@@ -1,9 +1,12 @@
-"""An inner loop as one operator, for what `torch.compile` makes for the CPU.
+"""An inner loop as one operator, for what `torch.compile` makes for the CPU, and for `torch.export`.
 
 A compiler that looks inside writes out every chunk and every step of Newton-Schulz: hundreds of nodes for each layer, others
 for each length, which take long to compile and hardly gain, as nearly all of them are products. Behind an operator the
 forms run as they do uncompiled, with the same rounding; its backward pass runs the forward one again. On GPUs kernels are
 operators already.
+
+An exported program holds the operator on every device, wherever an inner loop goes chunk by chunk: so it takes any length,
+and runs on kernels where kvbind runs. ONNX, which has no such operator, gets the chunks written out.
 """
 
 from __future__ import annotations
@@ -22,16 +25,20 @@ from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import Operands
 from kvbind.inner.spec import InnerLoop
 from kvbind.kernels.common import runs_on
+from kvbind.kernels.direct import is_exported, is_for_onnx
 
 STATE = "state."
 """Before the names of tensors that are of the state."""
 
 
 def takes(spec: InnerLoop, call: Operands) -> bool:
-    """Whether a call is being compiled for the CPU, and is one that the operator can stand for."""
-    if not torch.compiler.is_compiling():
+    """Whether a call is being compiled for the CPU, or exported in chunks, and is one that the operator can stand for."""
+    if not torch.compiler.is_compiling() or not spec.text:
         return False
-    if call.q.device.type != "cpu" or runs_on(call.q.device) or not spec.text:
+    if is_exported():
+        if is_for_onnx() or spec.visibility == "full":
+            return False
+    elif call.q.device.type != "cpu" or runs_on(call.q.device):
         return False
     if "pending.mask" in call.state.tensors or (call.tokens.mask is not None and spec.visibility != "full"):
         return False
@@ -87,7 +94,9 @@ def _evaluate(
     spec, named = _spec_of(text), dict(zip(names.split(","), tensors, strict=True))
     held = {name.removeprefix(STATE): x for name, x in named.items() if name.startswith(STATE)}
     tokens = Tokens.of({name: x for name, x in named.items() if not name.startswith(STATE) and name != "q"})
-    call = Operands(named["q"], tokens, State(spec, held, tuple(pending)), None if bounds is None else tuple(bounds))
+    sequences = held["weights.out"].shape[0]
+    lengths = tuple(pending) * (sequences if len(pending) == 1 else 1)
+    call = Operands(named["q"], tokens, State(spec, held, lengths), None if bounds is None else tuple(bounds))
     output, after = evaluate(spec, call, form)  # type: ignore[arg-type]
     return [output, *(after.tensors[name] for name in results.split(","))]
 
@@ -107,7 +116,7 @@ def inner_loop(
     Args:
         text: `InnerLoop.text`.
         form: as `ttt` takes it.
-        pending: how many tokens each sequence has pending.
+        pending: how many tokens each sequence has pending, or one number for all.
         bounds: boundaries of packed sequences, or None.
         names: of `tensors`, with commas between them: "q", those of `Tokens.tensors`, and the state's behind `STATE`.
         results: names of the tensors of the state that is returned.
@@ -138,7 +147,7 @@ def _(
         part, _, rest = name.partition(".")
         if part == "pending":
             x, room = named[rest], spec.room
-            found.append(x.new_empty((len(pending), x.shape[1], room, *x.shape[3:])))
+            found.append(x.new_empty((start.shape[0], x.shape[1], room, *x.shape[3:])))
         else:
             found.append(torch.empty_like(named[STATE + name], memory_format=torch.contiguous_format))
     return found

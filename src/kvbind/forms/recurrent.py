@@ -200,7 +200,7 @@ def seen_weights(spec: InnerLoop, fast: FastWeights, tokens: Tokens) -> Weights:
 
 def full_update(spec: InnerLoop, fast: FastWeights, tokens: Tokens) -> FastWeights:
     """The updates from all tokens that write, in one write or chunk after chunk; sequences without any stay as they are."""
-    if not len(tokens):
+    if tokens.count == 0:
         return fast
     if spec.chunk is None:
         return write(spec, fast, tokens, fast.weights)

@@ -80,7 +80,9 @@ class State:
             batch, room = tensors["weights.out"].shape[0], spec.room
             kept = pending.padded(room) if length else pending.blank(batch, room)
             tensors |= {f"pending.{name}": x for name, x in kept.tensors().items()}
-        return State(spec, tensors, (length,) * tensors["weights.out"].shape[0])
+        batch = tensors["weights.out"].shape[0]
+        # of a batch that is a symbol, one number for all; once it is a number, `_unflatten` says it of each
+        return State(spec, tensors, (length,) if isinstance(batch, torch.SymInt) else (length,) * batch)
 
     def group(self, prefix: str) -> dict[str, Tensor]:
         """The tensors under a dotted prefix, by the rest of their names."""
@@ -339,7 +341,11 @@ def _flatten(state: State) -> tuple[list[Tensor], tuple[InnerLoop, tuple[str, ..
 
 def _unflatten(leaves: Any, context: tuple[InnerLoop, tuple[str, ...], tuple[int, ...]]) -> State:
     spec, names, lengths = context
-    return State(spec, dict(zip(names, leaves, strict=True)), lengths)
+    tensors = dict(zip(names, leaves, strict=True))
+    out = tensors.get("weights.out")
+    if len(lengths) == 1 and isinstance(out, Tensor):
+        lengths *= out.shape[0]
+    return State(spec, tensors, lengths)
 
 
 pytree.register_pytree_node(State, _flatten, _unflatten, serialized_type_name="kvbind.State")

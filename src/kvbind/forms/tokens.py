@@ -31,8 +31,13 @@ class Tokens:
     gates: Mapping[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """T: what `len` says, also where it is a symbol, as in exported programs."""
         return self.k.shape[2]
+
+    def __len__(self) -> int:
+        return self.count
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
         """These tokens with every tensor changed."""

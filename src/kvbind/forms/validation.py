@@ -336,7 +336,7 @@ def choose_update_tokens(
     """The tokens that write: a slice of them, or all with a mask."""
     if chosen is None:
         return tokens
-    batch, length = tokens.k.shape[0], len(tokens) // spec.writes
+    batch, length = tokens.k.shape[0], tokens.count // spec.writes
     if isinstance(chosen, slice):
         # chunks are cut by place, a convolution needs the whole grid for its neighbourhoods, and packed sequences their own
         if (

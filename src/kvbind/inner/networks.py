@@ -551,7 +551,9 @@ class DepthwiseConv(Network):
         if not isinstance(self.grid, tuple | list) or len(self.grid) != 2:
             raise ValueError(f"grid must be (height, width) or None; got {self.grid!r}")
         for side in self.grid:
-            check_positive_int("grid's height and width", side)
+            # in a traced program sides may be symbols
+            if not isinstance(side, torch.SymInt):
+                check_positive_int("grid's height and width", side)
         object.__setattr__(self, "grid", tuple(self.grid))
 
     @property

@@ -151,12 +151,13 @@ def shape_updates(spec: InnerLoop, updates: Parts) -> Parts:
     shaped: dict[str, Tensor] = {}
     matrices = {name: x for name, x in updates.items() if name not in spec.network.vectors}
     wide = {name: x.mT if x.shape[-2] > x.shape[-1] else x for name, x in matrices.items()}
-    for shape in dict.fromkeys(x.shape for x in wide.values()):
-        names = [name for name, x in wide.items() if x.shape == shape]
+    # the axes before a matrix are those of every other
+    for shape in dict.fromkeys(x.shape[-2:] for x in wide.values()):
+        names = [name for name, x in wide.items() if x.shape[-2:] == shape]
         batch = spec.orthogonalize(torch.stack([wide[name] for name in names]))
         shaped |= dict(zip(names, batch.unbind(), strict=True))
     return dict(updates) | {
-        name: shaped[name].mT if x.shape != shaped[name].shape else shaped[name] for name, x in matrices.items()
+        name: shaped[name].mT if x.shape[-2:] != shaped[name].shape[-2:] else shaped[name] for name, x in matrices.items()
     }
 
 

@@ -65,6 +65,16 @@ def has_values(x: Tensor) -> bool:
     return type(x) in PLAIN and not torch.compiler.is_compiling() and not x.is_meta and not is_mapped(x)
 
 
+def is_exported() -> bool:
+    """Whether `torch.export` is tracing, alone or for ONNX: sizes may then be symbols, on which nothing may branch."""
+    return torch.compiler.is_exporting()
+
+
+def is_for_onnx() -> bool:
+    """Whether that is for ONNX, which knows no operators of ours."""
+    return is_exported() and torch.onnx.is_in_onnx_export()
+
+
 _UNMARKED = contextlib.nullcontext()
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True)
 class KeptKeys:
-    """Keys and values of some sequences.
+    """Keys and values of some sequences; a pytree of the two.
 
     Attributes:
         keys: `[B, S, H, D]`, the latest at the end, rotated already.
@@ -31,6 +32,14 @@ class KeptKeys:
         """The sequences at `rows`, which `where` has as a tensor."""
         keys, values = self.keys.index_select(0, where), self.values.index_select(0, where)
         return KeptKeys(keys, values, tuple(self.held[i] for i in rows))
+
+
+pytree.register_pytree_node(
+    KeptKeys,
+    lambda kept: ([kept.keys, kept.values], kept.held),
+    lambda leaves, held: KeptKeys(*leaves, held),  # type: ignore[call-arg]
+    serialized_type_name="kvbind.KeptKeys",
+)
 
 
 def keep_keys(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from kvbind.forms.api import Form, ttt
 from kvbind.forms.autocast import without_autocast
@@ -82,6 +84,8 @@ class LowRankMatrix(nn.Module):
 class LactState:
     """Where some sequences stopped in one layer: of a size that has a bound, whatever their length.
 
+    A pytree of the fast weights with their pending chunk, all of whose tokens are in their places, and the keys and values.
+
     Attributes:
         waiting: fast weights and pending chunk, of which the latest tokens may not be in their places yet.
         kept: the last `window - 1` keys and values.
@@ -101,6 +105,19 @@ class LactState:
         """The sequences at `index` (int64 `[n]`), in that order, as often as they are named."""
         rows, where = index.tolist(), index.to(self.kept.keys.device)
         return LactState(Waiting.of(self.fast[index]), self.kept.select(rows, where), tuple(self.seen[i] for i in rows))
+
+
+pytree.register_pytree_node(
+    LactState,
+    lambda state: ([state.fast, state.kept], state.seen),
+    lambda parts, seen: _state_of(parts, seen),
+    serialized_type_name="kvbind.LactState",
+)
+
+
+def _state_of(parts: Iterable[Any], seen: tuple[int, ...]) -> LactState:
+    fast, kept = parts
+    return LactState(Waiting.of(fast), kept, seen)
 
 
 class LactLayer(nn.Module):
@@ -369,8 +386,8 @@ class LactLayer(nn.Module):
             ValueError: a state together with packed sequences or a slice of a row, or of another batch or inner loop.
         """
         batch, length, _ = x.shape
-        seen = state.seen if state is not None else (0,) * batch
-        if len(seen) != batch:
+        seen = () if state is None else state.seen
+        if state is not None and len(seen) != batch:
             raise ValueError(f"state must be of {batch} sequences, as x has; got {len(seen)}")
         if layout is None:
             layout = Layout.rows(length, x.device, seen)
@@ -406,7 +423,7 @@ class LactLayer(nn.Module):
         if waiting is None:
             return output, None
         after = keep_keys(kept, seen_k, seen_v, self.window_size, length, layout.lengths)
-        return output, LactState(waiting, after, layout.after(seen, length))
+        return output, LactState(waiting, after, layout.after(seen or (0,) * batch, length))
 
     def slots(self, state: LactState) -> Slots:
         """Room for rows like those of a state, for `step`; nothing in it yet."""

@@ -12,6 +12,7 @@ from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import vittt
 from kvbind.inner.value import check_positive_int
+from kvbind.kernels.direct import is_exported
 from kvbind.layers.full import InnerCall, check_built, check_sees_everything
 from kvbind.layers.operands import split_heads, wide
 
@@ -150,8 +151,10 @@ class VitttLayer(nn.Module):
         Raises:
             ValueError: a grid that T tokens do not fill, or that `inner_conv` is not made for.
         """
-        # plain numbers: a compiler makes a graph for each grid, as the convolution's inner loop names it
-        grid = (operator.index(grid[0]), operator.index(grid[1]))
+        # plain numbers: a compiler makes a graph for each grid, as the convolution's inner loop names it; an exported
+        # program is one graph for all
+        if not is_exported():
+            grid = (operator.index(grid[0]), operator.index(grid[1]))
         length, width = grid[0] * grid[1], self.head_width
         if length != x.shape[1]:
             raise ValueError(f"grid must have as many places as x has tokens, {x.shape[1]}; got {grid[0]} x {grid[1]}")
@@ -161,8 +164,13 @@ class VitttLayer(nn.Module):
                 f"grid must be {made_for[0]} x {made_for[1]}, which inner_conv's network is made for; got {grid[0]} x "
                 f"{grid[1]} (DepthwiseConv(grid=None) takes any)"
             )
-        self._prepare_grid(*grid)
-        lr = LOSS_SCALE / length
+        if is_exported():
+            conv = self._inner_conv.replace(network=DepthwiseConv(grid))
+        else:
+            self._prepare_grid(*grid)
+            conv = self._conv_on[grid]
+        # of a length that is a symbol, a tensor
+        lr = LOSS_SCALE / (torch.scalar_tensor(length, device=x.device) if isinstance(length, torch.SymInt) else length)
         q, k, v, conv_q, conv_k, conv_v = torch.split(self.qkv(x), [self.dim] * 3 + [width] * 3, dim=-1)
         if rotary is not None:
             q, k = rotate_pairs(q, rotary), rotate_pairs(k, rotary)
@@ -173,7 +181,7 @@ class VitttLayer(nn.Module):
         conv_q, conv_k, conv_v = (split_heads(part, 1) for part in (conv_q, conv_k, conv_v))
         return (
             InnerCall(self._inner, self.start_weights(), q, k, v, lr),
-            InnerCall(self._conv_on[grid], {"out": self.w3[:, 0]}, conv_q, conv_k, conv_v, lr),
+            InnerCall(conv, {"out": self.w3[:, 0]}, conv_q, conv_k, conv_v, lr),
         )
 
     def forward(self, x: Tensor, grid: tuple[int, int], rotary: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from kvbind.forms.finite import known_finite, spoilt
 from kvbind.kernels.common import runs_on
-from kvbind.kernels.direct import is_eager, is_transformed
+from kvbind.kernels.direct import is_eager, is_exported, is_transformed
 from kvbind.layers.layout import sequence_starts
 from kvbind.layers.softmax import softmax_attention
 
@@ -104,6 +104,8 @@ def _attention(
     held: tuple[int, ...] | None,
 ) -> Tensor:
     """The attention that fits, to operands `[B, H, T, D]`."""
+    if is_exported() and held is None and cu_seqlens is None:
+        return _masked(q, k, v, window, ahead)
     if q.shape[2] == 1 and held is not None and not torch.is_grad_enabled() and runs_on(q.device) and is_eager():
         from kvbind.kernels.decode_attention import covers, decode_attention
 
@@ -123,6 +125,13 @@ def _attention(
 def halo_of(window: int) -> int:
     """How many keys before its own a slice of a sequence asks for: those it may see, up to whole blocks of the mask."""
     return -(-(window - 1) // MASK_BLOCK) * MASK_BLOCK
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, window: int, ahead: int) -> Tensor:
+    """All queries against all keys and a mask `[T, ahead + T]`: the same for every length, as an exported program is."""
+    row = torch.arange(ahead, ahead + q.shape[2], device=q.device)[:, None]
+    column = torch.arange(k.shape[2], device=q.device)[None, :]
+    return softmax_attention(q, k, v, (column <= row) & (row - column < window))
 
 
 def _blocked(

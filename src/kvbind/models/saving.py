@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 
 from kvbind.files import blaming, check_links, check_regular, inside, read_fields, read_shapes, read_tensors, shortened
+from kvbind.models.auto import NotCopied
 from kvbind.models.families import check_layers, configured, family_of, load_into
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -107,7 +108,7 @@ def check_model_folder(folder: Path) -> None:
             raise ValueError(f"{folder / INDEX} must have metadata, a mapping; got {shortened(facts)}")
 
 
-class FromFolder:
+class FromFolder(NotCopied):
     """What models of transformers do beside their `from_pretrained`: look at a folder before anything of it is opened."""
 
     @classmethod

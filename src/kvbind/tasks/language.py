@@ -25,7 +25,7 @@ from kvbind.tasks.documents import Split
 from kvbind.tasks.inner_loops import beneath, edited, table_rows
 from kvbind.tasks.packing import IGNORED, Batch, Packed, evaluation_batches, load_batches
 from kvbind.tasks.sources import Source
-from kvbind.tasks.tokenizers import Bytes, Pretrained, Tokenizer, open_tokenizer
+from kvbind.tasks.tokenizers import Bytes, Tokenizer, open_tokenizer, read_chat_template
 from kvbind.train.config import TrainConfig
 from kvbind.train.ranks import WHOLE, Share
 
@@ -74,6 +74,8 @@ class DataConfig:
         held_out_name: of a hub `held_out_source`, the configuration.
         held_out_part: of a hub `held_out_source`, the published split.
         tokenizer: "bytes", or a name or folder that transformers' `AutoTokenizer` loads.
+        chat_template: what is saved with the tokenizer for `apply_chat_template`: "plain" (`role: content`, a blank line),
+            a file of a Jinja template, or "" for the tokenizer's own, if it has one. Training does not look at it.
         length: tokens in a sample.
         batch: samples in a batch.
         window: samples that are shuffled together.
@@ -97,6 +99,7 @@ class DataConfig:
     held_out_name: str | None = None
     held_out_part: str = "test"
     tokenizer: str = "bytes"
+    chat_template: str = ""
     length: int = 512
     batch: int = 8
     window: int = 1024
@@ -106,8 +109,9 @@ class DataConfig:
     evaluation_samples: int = 64
     evaluation_batch: int = 0
 
-    INDIFFERENT: ClassVar[tuple[str, ...]] = ("workers", "encoding")
-    """What `kvbind.train.config.what_matters` leaves out; an encoding is told apart by what is read, as files are."""
+    INDIFFERENT: ClassVar[tuple[str, ...]] = ("workers", "encoding", "chat_template")
+    """What `kvbind.train.config.what_matters` leaves out; an encoding is told apart by what is read, as files are, and a
+    chat template is written beside the model."""
 
     def __post_init__(self) -> None:
         for key, least in {"length": 2, "batch": 1, "window": 1, "streams": 1, "workers": 0, "evaluation_samples": 1,
@@ -172,7 +176,10 @@ def build_model(config: LanguageConfig, tokenizer: Tokenizer) -> LactForCausalLM
         "ttt_form": config.model.ttt_form,
     }
     torch.manual_seed(config.seed)
-    return LactForCausalLM(LactConfig(**fields))
+    model = LactForCausalLM(LactConfig(**fields))
+    # of prompts alone: in training nothing is padding, and every embedding learns
+    model.generation_config.pad_token_id = tokenizer.end
+    return model
 
 
 def resolve(config: LanguageConfig) -> LanguageConfig:
@@ -210,6 +217,7 @@ class LanguageTask:
         self.config, self.batch = config, data.batch
         inner_loop(config.model)  # an inner loop that is none is better known before any text is read
         self.tokenizer = open_tokenizer(data.tokenizer)
+        self.chat_template = read_chat_template(data.chat_template, self.tokenizer)
         source = Source(data.source, data.held_out, data.column, data.stream, data.name, data.part, data.encoding)
         split: Split | None = "train"
         if data.held_out_source:
@@ -322,10 +330,12 @@ class LanguageTask:
         }
 
     def save(self, model: LactForCausalLM, folder: Path) -> None:
-        """Write a model in transformers' format, with the tokenizer where it is one of transformers'."""
+        """Write a model in transformers' format, with its tokenizer."""
         model.save_pretrained(folder)
-        if isinstance(self.tokenizer, Pretrained):
-            self.tokenizer.inner.save_pretrained(folder)
+        tokenizer = self.tokenizer.for_transformers()
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template
+        tokenizer.save_pretrained(folder)
 
     def contents(self) -> Contents:
         """What the text is read from, for noticing that it has changed."""

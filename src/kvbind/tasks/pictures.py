@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from kvbind.models.pictures import on_white
 from kvbind.tasks.files import EXPANDED_GIB
 
 _BITS, _PHOTOMETRIC = 258, 262
@@ -66,11 +67,8 @@ def _as_rgb(picture: Image.Image, opened: Image.Image) -> Image.Image:
         if not isinstance(clear, int):
             return grey.convert("RGB")
         grey.putalpha(Image.fromarray(np.where(pixels == clear, 0, 255).astype(np.uint8)))
-        picture, clear = grey, None
-    if clear is None and not picture.has_transparency_data:
-        return picture.convert("RGB")
-    layer = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+        picture = grey
+    return on_white(picture)
 
 
 def _as_bytes(pixels: NDArray[np.generic], opened: Image.Image) -> NDArray[np.uint8]:

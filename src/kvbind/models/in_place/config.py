@@ -12,6 +12,7 @@ from kvbind.forms.api import Form
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import in_place_ttt
 from kvbind.inner.value import check_bool, check_choice, check_positive, check_positive_int
+from kvbind.models.auto import WithImports
 from kvbind.models.lact.cache import CACHE_NAMES
 from kvbind.models.options import NOT_FOR_US, Refusals, inherited_fields
 
@@ -45,7 +46,7 @@ REFUSED: Refusals = {
 """Options of transformers that would be without effect here."""
 
 
-class InPlaceConfig(PretrainedConfig):
+class InPlaceConfig(WithImports, PretrainedConfig):
     """Configuration of `InPlaceForCausalLM`.
 
     The defaults are those of the published training configurations.
@@ -69,6 +70,7 @@ class InPlaceConfig(PretrainedConfig):
     """
 
     model_type = "in_place_ttt"
+    auto_home = "kvbind.models.in_place"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
     keys_to_ignore_at_inference = list(CACHE_NAMES)  # noqa: RUF012
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -26,7 +27,8 @@ class LactCache(Cache):
     """For each layer the fast weights with their pending chunk, and the last `window - 1` keys and values.
 
     transformers' `generate` makes one by itself, returns it as `cache` (`past_key_values` before transformers 5.24), and
-    takes it back to go on. It reads and reorders sequences; it cannot be cropped, as fast weights do not unlearn.
+    takes it back to go on. It reads and reorders sequences; it cannot be cropped, as fast weights do not unlearn. A pytree
+    of its tensors.
 
     While single tokens are decoded as CUDA graphs, what it holds lies in the graphs' own tensors (`rows`), and comes back,
     the same as if it had never been there, when it is asked for.
@@ -176,6 +178,17 @@ class LactCache(Cache):
 
     def __repr__(self) -> str:
         return f"LactCache({len(self)} layers, {len(self.seen)} sequences, {self.columns} columns read)"
+
+
+def _cache_of(states: Any, columns: int) -> LactCache:
+    cache = LactCache()
+    cache.states, cache.columns = list(states), columns
+    return cache
+
+
+pytree.register_pytree_node(
+    LactCache, lambda cache: (cache.states, cache.columns), _cache_of, serialized_type_name="kvbind.LactCache"
+)
 
 
 Kind = TypeVar("Kind", bound=Cache)

@@ -19,6 +19,7 @@ from kvbind.models.ablations import (
     tell_unused,
     unused_parameters,
 )
+from kvbind.models.auto import WithImports
 from kvbind.models.lact.cache import CACHE_NAMES
 from kvbind.models.options import NOT_FOR_US, Refusals, inherited_fields
 
@@ -70,7 +71,7 @@ REFUSED: Refusals = {
 """Options of transformers that the model has no use for."""
 
 
-class LactConfig(PretrainedConfig):
+class LactConfig(WithImports, PretrainedConfig):
     """Configuration of `LactModel` and `LactForCausalLM`; the defaults are the paper's 760M model.
 
     Fields have the released names. The inner loop is one field, `inner`; in its place the released fields `lact_chunk_size`,
@@ -125,6 +126,7 @@ class LactConfig(PretrainedConfig):
     """
 
     model_type = "lact_swiglu"
+    auto_home = "kvbind.models.lact"
     keys_to_ignore_at_inference = list(CACHE_NAMES)  # noqa: RUF012
     attribute_map = {"num_attention_heads": "num_attn_heads"}  # noqa: RUF012
     # transformers' own plan knows embeddings by another name
@@ -286,8 +288,8 @@ class LactConfig(PretrainedConfig):
                 parameters of released checkpoints.
         """
         fields: dict[str, Any] = self.to_dict()
-        for name in ("inner", "ttt_form", "base_lr", "released_parameters"):
-            fields.pop(name)
+        for name in ("inner", "ttt_form", "base_lr", "released_parameters", "auto_map"):
+            fields.pop(name, None)
         described = released_of_inner(self.inner)
         if not self.released_parameters:
             check_all_used(described["ttt_loss_type"], self.inner, lact_llm(described["lact_chunk_size"]))

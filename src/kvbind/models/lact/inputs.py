@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvbind.kernels.direct import is_mapped
+from kvbind.kernels.direct import is_exported, is_for_onnx, is_mapped
 from kvbind.layers.layout import Layout
 from kvbind.sequence.shard import current_shard
 
@@ -82,13 +82,22 @@ def arrange(
         reason = "no cache can be made inside sequence_parallel, where a row's state is spread over ranks"
         return Arrangement(shape, Layout.sharded(shard, batch, length, device), uncacheable=reason)
     for name, x in (("attention_mask", attention_mask), ("position_ids", position_ids), ("cu_seqlens", cu_seqlens)):
+        if x is not None and is_exported():
+            raise ValueError(
+                f"{name} must be None in torch.export, as it says where tokens are: put padding behind the tokens, which do "
+                "not see it, and export without"
+            )
         if isinstance(x, Tensor) and is_mapped(x):
             raise ValueError(
                 f"{name} must be the same for all that vmap runs at once, as it says where tokens are; loop over it"
             )
-    seen = seen or (0,) * batch
-    if len(seen) != batch:
+    if seen and len(seen) != batch:
         raise ValueError(f"past_key_values must hold {batch} sequences, as the input has; it holds {len(seen)}")
+    if isinstance(length, torch.SymInt) and is_for_onnx():
+        raise ValueError(
+            "input_ids must have one length in ONNX, where chunks are written out: export the longest, put padding behind "
+            "shorter rows, which do not see it; torch.export takes any length"
+        )
     real = _padding(shape, attention_mask, columns)
     positions = _positions(shape, position_ids)
 
@@ -117,7 +126,8 @@ def arrange(
     if bool((within & (positions != layout.positions)).any()):
         breaks = within[:, 1:] & (positions[:, 1:] - positions[:, :-1] != 1)
         if not bool(breaks.any()):
-            reason = f"position_ids must go on from the {list(seen)} tokens of each row before them where there is a cache"
+            before = list(seen or (0,) * batch)
+            reason = f"position_ids must go on from the {before} tokens of each row before them where there is a cache"
             return Arrangement(shape, replace(layout, positions=positions), real, order, reason)
         if real is not None:
             raise ValueError("position_ids must rise by one from token to token where there is padding, which is not packed")

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvbind.inner.spec import InnerLoop
+from kvbind.kernels.direct import is_exported
 from kvbind.kernels.swiglu import swiglu
 from kvbind.layers.lact import LactLayer, LactState
 from kvbind.layers.layout import Layout
@@ -253,8 +254,12 @@ class LactModel(LactPreTrainedModel):
         )
         if arrangement.uncacheable and (use_cache or cache is not None):
             raise ValueError(arrangement.uncacheable)
+        if use_cache and is_exported():
+            raise ValueError(
+                "use_cache must be False in torch.export, as a cache counts its tokens; generate() runs unexported"
+            )
         if use_cache is None:
-            wanted = config.use_cache and not self.training and not arrangement.uncacheable
+            wanted = config.use_cache and not self.training and not arrangement.uncacheable and not is_exported()
             use_cache = bool(wanted or cache is not None)
         if use_cache and cache is None:
             cache = LactCache()

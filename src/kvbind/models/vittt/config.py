@@ -18,6 +18,7 @@ from kvbind.inner.systems import vittt
 from kvbind.inner.value import check_choice
 from kvbind.layers.vittt import INIT_STD
 from kvbind.models.ablations import images_ablation
+from kvbind.models.auto import WithImports
 from kvbind.models.options import NOT_FOR_US, Refusals, check_labels, check_options, inherited_fields, known_by_name
 from kvbind.models.saving import FromFolder
 from kvbind.models.vittt.blocks import init_weights
@@ -35,7 +36,7 @@ REFUSED: Refusals = {
 """Options of transformers that the model has no use for."""
 
 
-class VitttConfig(PretrainedConfig):
+class VitttConfig(WithImports, PretrainedConfig):
     """Configuration of `VitttForImageClassification`; the defaults are the tiny plain model.
 
     Widths, depths and heads given as one number each mean the plain model, as sequences the hierarchical one.
@@ -64,6 +65,7 @@ class VitttConfig(PretrainedConfig):
     """
 
     model_type = "vittt"
+    auto_home = "kvbind.models.vittt"
     attribute_map = {  # noqa: RUF012
         "num_classes": "num_labels",
         "image_size": "img_size",
@@ -224,6 +226,10 @@ class VitttForImageClassification(FromFolder, PreTrainedModel):
         self.loss_type = "ForImageClassification"
         self.vittt = config.build()
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """What makes tokens of patches: whose output `enable_input_require_grads` lets ask for gradients."""
+        return self.vittt.get_submodule("patch_embed")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -32,6 +32,8 @@ class ImageModel(nn.Module, abc.ABC):
 
     norm: nn.Module
     head: nn.Module
+    pretrained_cfg: dict[str, Any]
+    default_cfg: dict[str, Any]
 
     def __init__(
         self, num_features: int, num_classes: int, in_chans: int, global_pool: str, initializer_range: float
@@ -40,9 +42,12 @@ class ImageModel(nn.Module, abc.ABC):
         check_choice("global_pool", global_pool, ("avg", ""))
         check_positive_int("in_chans", in_chans)
         self.num_features, self.in_chans, self.global_pool = num_features, in_chans, global_pool
+        # what timm knows a model by
+        self.pretrained_cfg = self.default_cfg = {}
         self.initializer_range = initializer_range
         self.num_classes = _checked_classes(num_classes)
         self.gradient_checkpointing = False
+        self.register_load_state_dict_pre_hook(_without_owner)
 
     @abc.abstractmethod
     def embed(self, image: Tensor) -> tuple[Tensor, Grid]:
@@ -56,6 +61,28 @@ class ImageModel(nn.Module, abc.ABC):
     @abc.abstractmethod
     def depth(self) -> int:
         """How many layers `get_intermediate_layers` counts."""
+
+    @property
+    @abc.abstractmethod
+    def feature_info(self) -> list[dict[str, Any]]:
+        """What timm asks of each such layer: channels (`num_chs`), pixels to a place (`reduction`) and name (`module`)."""
+
+    @property
+    @abc.abstractmethod
+    def patch(self) -> tuple[int, int]:
+        """Height and width in pixels of what becomes one token first."""
+
+    @abc.abstractmethod
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions by which timm groups parameters, for learning rates that decay from layer to layer.
+
+        Args:
+            coarse: a group for each stage in place of each block.
+        """
+
+    @abc.abstractmethod
+    def _cut(self, count: int) -> None:
+        """Keep the first `count` layers."""
 
     def _finish(self) -> None:
         """The head and the starting parameters, once the rest is built."""
@@ -119,6 +146,123 @@ class ImageModel(nn.Module, abc.ABC):
         like = next(self.parameters())
         self.head = nn.Linear(self.num_features, self.num_classes, device=like.device, dtype=like.dtype)
         init_weights(self.head, self.initializer_range)
+
+    def set_input_size(
+        self, img_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
+    ) -> None:
+        """Say at which size images will come: nothing is made for it, and images of other sizes are still taken.
+
+        Args:
+            img_size: pixels, or (height, width); None leaves it.
+            patch_size: None, or the model's own, as its weights are of patches of one size.
+
+        Raises:
+            ValueError: a size that the patches do not tile, or another size of patches.
+        """
+        if patch_size is not None and _pair("patch_size", patch_size) != self.patch:
+            raise ValueError(f"patch_size must be {self.patch[0]} x {self.patch[1]}, the model's own; got {patch_size}")
+        if img_size is None:
+            return
+        size = _pair("img_size", img_size)
+        self._check_tiles(size)
+        for known in {id(fields): fields for fields in (self.pretrained_cfg, self.default_cfg)}.values():
+            known["input_size"] = (self.in_chans, *size)
+
+    def _check_tiles(self, size: tuple[int, int]) -> None:
+        """Refuse a size that patches do not tile."""
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict[str, Any]:
+        """Features of some layers, as timm asks for them.
+
+        Args:
+            x: images `[B, C, H, W]`.
+            indices: of the last n layers, of the layers at these indices (negative ones from the end), or of all.
+            norm: apply the model's last norm, which the hierarchical model can do to its last stage alone.
+            stop_early: compute no layer behind the last that is asked for; with `intermediates_only` alone.
+            output_fmt: "NCHW" for images `[B, d, h, w]`, "NLC" for tokens `[B, T, d]`.
+            intermediates_only: leave out the last features.
+            output_dict: as "image_intermediates" and "image_features" of a dict.
+
+        Returns:
+            Normed tokens of the last layer `[B, T, d]` and the layers' features; or these alone.
+
+        Raises:
+            ValueError: images that do not fit, layers that do not exist, a norm of another width, or another format.
+        """
+        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        wanted = self._taken(indices)
+        if stop_early and not intermediates_only:
+            raise ValueError("stop_early must be False without intermediates_only, as the last features need all layers")
+        last, found = self._features(x, wanted, norm, max(wanted) + 1 if stop_early else self.depth, output_fmt == "NCHW")
+        if intermediates_only:
+            return {"image_intermediates": found} if output_dict else found
+        final = self._normed(last)
+        return {"image_features": final, "image_intermediates": found} if output_dict else (final, found)
+
+    def _features(
+        self, image: Tensor, wanted: set[int], norm: bool, stop: int, reshape: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Tokens of the last of `stop` layers, and the features of those that are wanted."""
+        found: list[Tensor] = []
+        last = image
+        for i, (last, grid) in enumerate(itertools.islice(self.layers_of(*self.embed(image)), stop)):
+            if i in wanted:
+                tokens = self._normed_layer(i, last) if norm else last
+                found.append(to_image(tokens, grid) if reshape else tokens)
+        return last, found
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what features of some layers do not need.
+
+        Args:
+            indices: as `forward_intermediates` takes them.
+            prune_norm: drop the last norm too.
+            prune_head: drop the head too.
+
+        Returns:
+            The indices of these layers.
+        """
+        wanted = self._taken(indices)
+        self._cut(max(wanted) + 1)
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return sorted(wanted)
+
+    def _taken(self, indices: int | Sequence[int] | None) -> set[int]:
+        """The layers that indices name: all for None, of an int the last so many."""
+        depth = self.depth
+        if indices is None:
+            return set(range(depth))
+        if isinstance(indices, int):
+            if not 1 <= indices <= depth:
+                raise ValueError(
+                    f"n must be from 1 to {depth}, the number of layers, or a sequence of indices; got {indices}"
+                )
+            return set(range(depth - indices, depth))
+        if not len(indices) or not all(-depth <= i < depth for i in indices):
+            raise ValueError(f"n must hold indices from {-depth} to {depth - 1}; got {list(indices)}")
+        return {i % depth for i in indices}
+
+    def _normed_layer(self, i: int, x: Tensor) -> Tensor:
+        """Layer i's tokens behind the last norm, where they have its width."""
+        if x.shape[-1] != self.num_features:
+            raise ValueError(
+                f"norm must be False for layer {i}, of width {x.shape[-1]}; the norm is of width {self.num_features}"
+            )
+        return self._normed(x)
 
     def _run(self, block: nn.Module, *args: Any) -> Tensor:
         if not (self.gradient_checkpointing and self.training):
@@ -184,35 +328,15 @@ class ImageModel(nn.Module, abc.ABC):
 
         Args:
             image: `[B, C, H, W]`.
-            n: of the last n layers, or of the layers at these indices from 0.
+            n: of the last n layers, or of the layers at these indices, negative ones from the end.
             reshape: as images `[B, d, h, w]` in place of tokens `[B, T, d]`.
             norm: apply the model's last norm, which the hierarchical model can do to its last stage alone.
 
         Raises:
             ValueError: images that do not fit, layers that do not exist, or a norm of another width.
         """
-        if isinstance(n, int):
-            if not 1 <= n <= self.depth:
-                raise ValueError(
-                    f"n must be from 1 to {self.depth}, the number of layers, or a sequence of indices; got {n}"
-                )
-            wanted = set(range(self.depth - n, self.depth))
-        else:
-            wanted = set(n)
-            if not wanted or not all(0 <= i < self.depth for i in wanted):
-                raise ValueError(f"n must hold indices from 0 to {self.depth - 1}; got {list(n)}")
-        found = []
-        for i, (x, grid) in enumerate(itertools.islice(self.layers_of(*self.embed(image)), max(wanted) + 1)):
-            if i not in wanted:
-                continue
-            if norm:
-                if x.shape[-1] != self.num_features:
-                    raise ValueError(
-                        f"norm must be False for layer {i}, of width {x.shape[-1]}; the norm is of width {self.num_features}"
-                    )
-                x = self._normed(x)
-            found.append(to_image(x, grid) if reshape else x)
-        return tuple(found)
+        wanted = self._taken(n)
+        return tuple(self._features(image, wanted, norm, max(wanted) + 1, reshape)[1])
 
     def _normed(self, x: Tensor) -> Tensor:
         normed: Tensor = self.norm(x)
@@ -332,6 +456,27 @@ class Vittt(ImageModel):
     def depth(self) -> int:
         return len(self.blocks)
 
+    @property
+    def patch(self) -> tuple[int, int]:
+        height, width = self.patch_embed.proj.kernel_size
+        return height, width
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        reduction = max(self.patch)
+        return [{"num_chs": self.embed_dim, "reduction": reduction, "module": f"blocks.{i}"} for i in range(self.depth)]
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {"stem": r"^patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+
+    def _cut(self, count: int) -> None:
+        self.blocks = self.blocks[:count]
+
+    def _check_tiles(self, size: tuple[int, int]) -> None:
+        for name, side, patch in zip(("height", "width"), size, self.patch, strict=True):
+            if side % patch:
+                raise ValueError(f"img_size's {name} must be a multiple of the patch's, {patch}; got {side}")
+
     def embed(self, image: Tensor) -> tuple[Tensor, Grid]:
         self._check_image(image)
         patches = self.patch_embed(image)
@@ -428,6 +573,25 @@ class HierarchicalVittt(ImageModel):
     def depth(self) -> int:
         return len(self.layers)
 
+    @property
+    def patch(self) -> tuple[int, int]:
+        return 4, 4
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        widths = enumerate(self.dim[: self.depth])
+        return [{"num_chs": width, "reduction": 4 * 2**i, "module": f"layers.{i}"} for i, width in widths]
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        blocks = [(r"^layers\.(\d+)\.downsample", (0,)), (r"^layers\.(\d+)\.blocks\.(\d+)", None)]
+        stages = [(r"^layers\.(\d+)", None)]
+        return {"stem": r"^patch_embed", "blocks": [*(stages if coarse else blocks), (r"^norm", (99999,))]}
+
+    def _cut(self, count: int) -> None:
+        self.layers = self.layers[:count]
+        # nothing follows
+        setattr(self.layers[-1], "downsample", None)  # noqa: B010  torch types attributes of modules as tensors
+
     def embed(self, image: Tensor) -> tuple[Tensor, Grid]:
         self._check_image(image)
         tokens = self.patch_embed(image)
@@ -439,6 +603,14 @@ class HierarchicalVittt(ImageModel):
             yield mixed, grid
             if image is not None:
                 x, grid = to_tokens(image), tuple(image.shape[-2:])
+
+
+def _without_owner(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A trained `VitttForImageClassification` has this model as its part `vittt`; its weights load here too."""
+    owner = "vittt."
+    if not prefix and state_dict and all(name.startswith(owner) for name in state_dict):
+        for name in list(state_dict):
+            state_dict[name.removeprefix(owner)] = state_dict.pop(name)
 
 
 def _checked_classes(num_classes: int) -> int:

@@ -478,9 +478,13 @@ class ImagesTask:
         return images[0, number]
 
     def save(self, model: VitttForImageClassification, folder: Path) -> None:
-        """Write a model in transformers' format."""
+        """Write a model in transformers' format, with the processor that makes its input of pictures."""
+        from kvbind.models.vittt import VitttImageProcessor
+
+        data = self.config.data
         with without_bars():
             model.save_pretrained(folder)
+        VitttImageProcessor(data.size, data.channels, data.mean, data.std, data.kept).save_pretrained(folder)
 
     def contents(self) -> Contents:
         """What the images are read from, for noticing that it has changed."""

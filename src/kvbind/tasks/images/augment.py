@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvbind.inner.value import check_choice
+from kvbind.models.pictures import Box, centred, resized
 from kvbind.train.ranks import Share
 
 if TYPE_CHECKING:
@@ -146,27 +147,6 @@ class ReadEvaluation:
     def __call__(self, image: Image, seed: tuple[int, ...]) -> Image:
         """The image, `size` x `size`; `seed` decides nothing."""
         return centred(image, self.size, self.kept)
-
-
-Box = tuple[float, float, float, float]
-"""Left, upper, right, lower, in pixels."""
-
-
-def resized(image: Image, size: int, box: Box) -> Image:
-    """A part of an image, resized to `size` x `size`, bicubic."""
-    from PIL.Image import Resampling
-
-    return image.resize((size, size), Resampling.BICUBIC, box)
-
-
-def centred(image: Image, size: int, kept: float = 1.0) -> Image:
-    """The largest central square, times `kept`, resized to `size` x `size`; an image of that size stays as it is."""
-    if kept == 1 and image.size == (size, size):
-        return image
-    width, height = image.size
-    side = min(image.size) * kept
-    left, upper = (width - side) / 2, (height - side) / 2
-    return resized(image, size, (left, upper, left + side, upper + side))
 
 
 def random_box(image: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> Box:
