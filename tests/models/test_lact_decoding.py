@@ -18,6 +18,7 @@ from kvbind.models import LactCache
 from kvbind.models.lact import decoding
 from kvbind.models.lact.cache import CACHE
 from replaying import Recording, capture
+from strategies import memory
 
 ROWS = [tokens(1, n, seed=n)[0] for n in (23, 4, 16)]
 NEW = 40
@@ -135,7 +136,7 @@ SHAPES = {
     "chunks of one token": {"inner": LADDER["rung0"].replace(chunk=1)},
     "retention, normalized to read": {"inner": LADDER["rung0"].replace(retention=True, normalize="read")},
     "keys for queries": {"inner": LADDER["rung0"].replace(query="key", direction="ascent")},
-    "Titans": {"inner": kvbind.systems.titans(chunk=8)},
+    "an MLP under squared error": {"inner": memory(8)},
     "no rates, biases and norms": {
         "inner": LADDER["rung4"],
         "qkv_bias": True,

@@ -112,7 +112,7 @@ class Waiting:
         Returns:
             `[B, 1, H, Dv]`; None where there are several tokens, or where they see more than the last update.
         """
-        if q.shape[1] != 1 or spec.visibility != "past" or q.shape[0] != self.state.batch:
+        if q.shape[1] != 1 or spec.visibility != "past" or q.shape[0] != self.state.batch or "refresh" in spec.extensions:
             return None
         return read(spec, self.weights, q, k) if self.state.spec.same_as(spec) else None
 
