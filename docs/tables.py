@@ -2,7 +2,7 @@
 
 A table stands between `<!-- table: results/bench/FILE.json KEY -->` and `<!-- end -->`; it is made from that file alone. One
 of `kvbind plan` stands between `<!-- plan: OPTIONS -->` and `<!-- end -->`; it is made from the library's formulas and its
-calibration.
+calibration. The sizes of served requests stand behind `<!-- sizes: MEMORY GiB -->`, likewise.
 """
 
 import json
@@ -19,6 +19,7 @@ from kvbind.bench.models import model_grids
 from kvbind.bench.peers import peer_grids, short_grid
 from kvbind.bench.record import answered
 from kvbind.bench.scaling_tables import scaling_grids
+from kvbind.bench.serving import serving_grid, size_grid
 from kvbind.experiments.page.parts import STATES
 from kvbind.experiments.page.tables import read_outcome
 from kvbind.experiments.table_text import as_grid, describe, quality_columns, row_names, speed_columns
@@ -27,6 +28,7 @@ DOCS = Path(__file__).parent
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 """Pages with tables that are made from results."""
 PLAN = re.compile(r"(<!-- plan: ([^\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SIZES = re.compile(r"(<!-- sizes: ([0-9]+) GiB -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -93,6 +95,8 @@ def table(path: str, key: str, root: Path) -> str:
         found = [*peer_grids(record), short_grid(record)]
     elif any("on" in row for row in record["rows"]):
         found = [replayed_grid(record)]
+    elif "load" in record["config"]:
+        found = [serving_grid(record)]
     elif "fsdp_length" in record["config"]:
         found = scaling_grids(record)
     elif "steps" in record["config"]:
@@ -230,6 +234,7 @@ def plan_table(words: str) -> str:
 def fill(text: str, root: Path) -> str:
     """A page with every block made anew."""
     text = PLAN.sub(lambda block: f"{block[1]}{plan_table(block[2])}\n{block[3]}", text)
+    text = SIZES.sub(lambda block: f"{block[1]}{markdown(size_grid(int(block[2]) << 30))}\n{block[3]}", text)
     return BLOCK.sub(lambda block: f"{block[1]}{table(block[2], block[3], root)}\n{block[4]}", text)
 
 

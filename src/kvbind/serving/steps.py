@@ -1,0 +1,268 @@
+"""One step of a serving engine for the fast weights of a layer: pieces of many sequences, each from where it stopped.
+
+A piece may start and stop anywhere in a chunk. What is to be done follows from positions alone, so that it is planned once
+for all layers, on the host.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvbind.forms.api import Form, ttt
+from kvbind.forms.state import State
+from kvbind.forms.tokens import Tokens
+from kvbind.forms.waiting import read_weights
+from kvbind.inner.spec import InnerLoop
+from kvbind.serving.states import Pages, Slots, StateLayout
+
+Piece = tuple[int, int, int, int]
+"""A sequence, the first of the step's tokens that are its, the position of that in the sequence, and how many there are."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Pieces of some of a step's sequences, packed.
+
+    Attributes:
+        rows: which sequences, int64 `[n]`.
+        tokens: which of the step's tokens, int64 `[T]`.
+        bounds: where each piece starts among them, and T.
+        starts: at which token of its sequence the pending tokens before each piece start, int64 `[n]`.
+        pending: how many those are.
+        places: of each token its place in its chunk, int64 `[T]`.
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    bounds: tuple[int, ...]
+    starts: Tensor
+    pending: tuple[int, ...]
+    places: Tensor
+
+    @staticmethod
+    def of(pieces: Sequence[Piece], chunk: int, device: torch.device) -> Part | None:
+        """From pieces; None of none."""
+        if not pieces:
+            return None
+        bounds, tokens, places = [0], list[int](), list[int]()
+        for _, first, position, length in pieces:
+            bounds.append(bounds[-1] + length)
+            tokens += range(first, first + length)
+            places += [x % chunk for x in range(position, position + length)]
+        pending = tuple(position % chunk for _, _, position, _ in pieces)
+        starts = [position - held for (_, _, position, _), held in zip(pieces, pending, strict=True)]
+        numbers = [[row for row, *_ in pieces], tokens, starts, places]
+        rows, where, begins, at = (torch.tensor(x).to(device, non_blocking=True) for x in numbers)
+        return Part(rows, where, tuple(bounds), begins, pending, at)
+
+    def of_all(self, tokens: Tokens) -> Tokens:
+        """The part's own of a step's writers `[1, T, H, ...]`."""
+        return tokens.map(lambda x: x[:, self.tokens])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step does with the states of its sequences, in this order.
+
+    Attributes:
+        due: the last token of each chunk whose update is due; pieces of one token.
+        fresh: pieces of sequences from their first token on.
+        later: pieces of other sequences.
+        reads: pieces that bring no chunk to an end before their last token, by their length.
+    """
+
+    due: Part | None
+    fresh: Part | None
+    later: Part | None
+    reads: tuple[tuple[int, Part], ...]
+
+    @staticmethod
+    def of(layout: StateLayout, bounds: Sequence[int], seen: Sequence[int], device: torch.device) -> Plan:
+        """Plan a step.
+
+        Args:
+            layout: of the states.
+            bounds: where each sequence's piece starts among the step's tokens, and their number.
+            seen: how many tokens each sequence has had before.
+            device: where the step runs.
+        """
+        chunk = layout.spec.chunk or 1
+        due, fresh, later = list[Piece](), list[Piece](), list[Piece]()
+        reads: dict[int, list[Piece]] = defaultdict(list)
+        for row, position in enumerate(seen):
+            first, length = bounds[row], bounds[row + 1] - bounds[row]
+            if not length:
+                continue
+            if layout.deferred:
+                if position and position % chunk == 0:
+                    due.append((row, first, position - 1, 1))
+                if position and position % chunk + length <= chunk:
+                    reads[length].append((row, first, position, length))
+                    continue
+                if (position + length) % chunk == 0:
+                    length -= 1
+                    reads[1].append((row, first + length, position + length, 1))
+            (later if position else fresh).append((row, first, position, length))
+
+        def part(pieces: Sequence[Piece]) -> Part | None:
+            return Part.of(pieces, chunk, device)
+
+        grouped = ((length, part(pieces)) for length, pieces in sorted(reads.items()))
+        return Plan(part(due), part(fresh), part(later), tuple((n, x) for n, x in grouped if x is not None))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A plan, and where the step's states and pages are.
+
+    Attributes:
+        plan: the plan.
+        slots: each sequence's slot, int64 `[n]`.
+        pages: pending keys and values; None where none ever wait.
+    """
+
+    plan: Plan
+    slots: Tensor
+    pages: Pages | None
+
+
+def advance(step: Step, pool: Slots, start: Mapping[str, Tensor], q: Tensor, tokens: Tokens, form: Form = "auto") -> Tensor:
+    """Outputs of a step's tokens `[1, T, H, Dv]`; states and pages are left where the step stops.
+
+    Args:
+        step: the step.
+        pool: the states.
+        start: the fast weights that sequences start from, `[H, in, out]` by name.
+        q: queries `[1, T, H, Dk]`.
+        tokens: writers `[1, T, H, ...]`.
+        form: as `kvbind.ttt` takes it.
+    """
+    plan, pages, spec = step.plan, step.pages, pool.layout.spec
+    if pages is not None:
+        pages.put(tokens.k[0], tokens.v[0])
+    if plan.due is not None:
+        settle(plan.due, step.slots, pages, pool, form)
+    output = torch.empty_like(tokens.v).to(q.dtype)
+    for part in (plan.fresh, plan.later):
+        if part is None:
+            continue
+        slots, state = step.slots[part.rows], None
+        if part is plan.later:
+            state = pool.load(slots, pages, part.rows, part.starts, part.pending)
+        weights = start if state is None else None
+        found, after = packed(spec, weights, q[:, part.tokens], part.of_all(tokens), part.bounds, state, form)
+        pool.save(after, slots)
+        output[:, part.tokens] = found
+    for length, part in plan.reads:
+        slots = step.slots[part.rows]
+        output[:, part.tokens] = _read(pool, slots, part.places, length, q[:, part.tokens], part.of_all(tokens))
+    return output
+
+
+def _read(pool: Slots, slots: Tensor, places: Tensor, length: int, q: Tensor, tokens: Tokens) -> Tensor:
+    """Outputs `[1, n * length, H, Dv]` of pieces of one length that bring no chunk to an end before their last token."""
+    queries, keys = (x.unflatten(1, (-1, length))[0].transpose(1, 2) for x in (q, tokens.k))
+    found = read_weights(pool.layout.spec, pool.weights(slots), queries, keys)
+    pool.put(tokens.map(lambda x: x.transpose(1, 2)), slots.repeat_interleave(length), places)
+    return found.transpose(1, 2).flatten(0, 1)[None].to(q.dtype)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A step that brings one token to each of its sequences, by tensors alone, so that a device can replay it.
+
+    Attributes:
+        slots: each sequence's slot, int64 `[n]`.
+        places: of each token its place in its chunk, int64 `[n]`.
+    """
+
+    slots: Tensor
+    places: Tensor
+
+    @staticmethod
+    def is_for(layout: StateLayout) -> bool:
+        """Whether one token is done alike wherever in its chunk it is."""
+        return layout.deferred or not layout.places
+
+    def advance(self, pages: Pages | None, pool: Slots, q: Tensor, tokens: Tokens, form: Form = "auto") -> Tensor:
+        """As `advance`, behind `prepare`."""
+        if pages is not None:
+            pages.put(tokens.k[0], tokens.v[0])
+        if pool.layout.deferred:
+            return _read(pool, self.slots, self.places, 1, q, tokens)
+        rows = torch.zeros_like(self.slots)
+        state = pool.load(self.slots, None, rows, rows, (0,) * len(rows))
+        found, after = call(
+            pool.layout.spec, None, q.transpose(0, 1), tokens.map(lambda x: x.transpose(0, 1)), state=state, form=form
+        )
+        pool.save(after, self.slots)
+        return found.transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a `Decoding` step takes for granted: chunks are brought to an end, and sequences have a state.
+
+    Attributes:
+        due: as in `Plan`.
+        begun: sequences whose first token this is, int64 `[n]`.
+    """
+
+    due: Part | None
+    begun: Tensor | None
+
+    @staticmethod
+    def of(layout: StateLayout, seen: Sequence[int], device: torch.device) -> Preparation:
+        """What sequences that have had so many tokens need."""
+        chunk = layout.spec.chunk or 1
+        ends = [(row, row, x - 1, 1) for row, x in enumerate(seen) if layout.deferred and x and x % chunk == 0]
+        begun = [row for row, x in enumerate(seen) if not x]
+        return Preparation(
+            Part.of(ends, chunk, device), torch.tensor(begun).to(device, non_blocking=True) if begun else None
+        )
+
+    def run(self, slots: Tensor, pages: Pages | None, pool: Slots, start: Mapping[str, Tensor], form: Form = "auto") -> None:
+        """Do it; arguments as `advance` and `Step` have them."""
+        if self.due is not None:
+            settle(self.due, slots, pages, pool, form)
+        if self.begun is not None:
+            pool.begin(start, slots[self.begun])
+
+
+def settle(part: Part, slots: Tensor, pages: Pages | None, pool: Slots, form: Form = "auto") -> None:
+    """Bring to an end the chunks whose update is due."""
+    assert pages is not None
+    own, chunk = slots[part.rows], pool.layout.places
+    state = pool.load(own, pages, part.rows, part.starts, part.pending)
+    last = pool.token(own, pages, part.rows, part.starts + (chunk - 1), chunk - 1)
+    last = last.map(lambda x: x.squeeze(2)[None])
+    _, after = packed(pool.layout.spec, None, last.k, last, part.bounds, state, form)
+    pool.save(after, own)
+
+
+def packed(
+    spec: InnerLoop,
+    weights: Mapping[str, Tensor] | None,
+    q: Tensor,
+    tokens: Tokens,
+    bounds: tuple[int, ...],
+    state: State | None,
+    form: Form,
+) -> tuple[Tensor, State]:
+    """`kvbind.ttt` on sequences packed into one row, from starting weights or from states."""
+    return call(spec, weights, q, tokens, cu_seqlens=bounds, state=state, form=form)
+
+
+def call(
+    spec: InnerLoop, weights: Mapping[str, Tensor] | None, q: Tensor, tokens: Tokens, **further: Any
+) -> tuple[Tensor, State]:
+    """`kvbind.ttt` with what tokens write, heads behind the token axis."""
+    rates: Any = tokens.rates
+    gates: dict[str, Any] = {"momentum": tokens.momentum, "retention": tokens.retention}
+    return ttt(spec, weights, q, tokens.k, tokens.v, lr=rates, **gates, **further)
