@@ -128,9 +128,7 @@ class Job:
     @property
     def shapes(self) -> Shapes:
         """Sizes of a layer's inner loop."""
-        heads = self.config.num_lact_heads
-        width = self.config.hidden_size // heads
-        return Shapes(heads, width, width, int(width * self.config.inter_multi), self.length)
+        return Shapes(self.config.num_lact_heads, *self.config.fast_widths, self.length)
 
     @property
     def write_bytes(self) -> int:
