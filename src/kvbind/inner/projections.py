@@ -24,8 +24,10 @@ class Making(Value):
     """Whether it is made as a logarithm, so that small gates keep their gradient."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, with the class under "kind"."""
-        return {"kind": type(self).__name__, **super().to_dict()}
+        """As plain data, with the class under "kind" and without the fields that have their defaults."""
+        default = type(self)()
+        changed = {name: value for name, value in super().to_dict().items() if getattr(self, name) != getattr(default, name)}
+        return {"kind": type(self).__name__, **changed}
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class ShortConvolution(nn.Module):
-    """`y_t = sum_(j < width) w_j x_(t - j) (+ b)` for each channel; tokens before a sequence's first count as 0.
+    """`y_t = sum_(j < width) w_j x_(t - width + 1 + j) (+ b)` for each channel; tokens before a sequence's first count as 0.
 
     Args:
         channels: C.
@@ -42,7 +42,7 @@ class ShortConvolution(nn.Module):
         Returns:
             `[B, T, C]`.
         """
-        if places is None:
+        if places is None and seen.shape[1] >= self.width:
             return F.conv1d(seen.mT, self.weight.to(seen.dtype)[:, None], _as(self.bias, seen), groups=seen.shape[-1]).mT
         length = seen.shape[1] - self.width + 1
         output = None

@@ -166,7 +166,7 @@ class FastWeightLayer(nn.Module):
                 f"projections must have key_width = value_width for a head with residual=True; got {p.key_width} and "
                 f"{p.value_width}"
             )
-        self.base_lr, self._inner = base_lr, inner
+        self.base_lr, self._inner, self._built = base_lr, inner, inner
         self.writes = 1 if p.removal is not None else inner.writes
 
         key_heads = 1 if p.shared_keys else heads
@@ -290,16 +290,16 @@ class FastWeightLayer(nn.Module):
         check_fits_causal_layer(inner)
         check_fits_projections(inner, self.projections)
         check_built("inner", inner, self._shapes_for(inner) | self._vectors_for(inner), self._built_shapes | self._vectors)
-        old = self._inner
+        built = self._built
         if (1 if self.projections.removal is not None else inner.writes) != self.writes:
-            raise ValueError(f"inner must have writes={old.writes}, for which this layer was built; got {inner.writes}")
+            raise ValueError(f"inner must have writes={built.writes}, for which this layer was built; got {inner.writes}")
         for name, gate in inner.gates.items():
-            if name not in old.gates or old.gates[name].per != gate.per:
-                raise ValueError(f"inner has a {name} gate per {gate.per}, without which this layer was built")
-        if inner.token_lr and not old.token_lr:
+            if name not in built.gates or built.gates[name].per != gate.per:
+                raise ValueError(f"inner has the gate {name} per {gate.per}, without which this layer was built")
+        if inner.token_lr and not built.token_lr:
             raise ValueError("inner has token_lr=True, but this layer was built without a learned rate")
-        if "read_rate" in inner.gates and inner.span != old.span:
-            raise ValueError(f"inner must have spans of {old.span} tokens, whose read rates were built; got {inner.span}")
+        if "read_rate" in inner.gates and inner.span != built.span:
+            raise ValueError(f"inner must have spans of {built.span} tokens, whose read rates were built; got {inner.span}")
         self._inner = inner
 
     def start_weights(self) -> dict[str, Tensor]:
@@ -481,8 +481,8 @@ class FastWeightLayer(nn.Module):
             q, k = self._finished(q, layout, places), self._finished(k, layout, places)
             erase = None if share is None else share * k
         if self.rho is not None:
-            writing = k.unflatten(1, (q.shape[1], -1))[:, :, -1]
-            value = v.unflatten(1, (q.shape[1], -1))[:, :, -1]
+            each = 2 if p.removal is not None else 1
+            writing, value = k[:, each - 1 :: each], v[:, each - 1 :: each]
             beside["bonus"] = (q * writing * wide(self.rho)).sum(-1, keepdim=True).to(dtype) * value
         if "write_gate" in made:
             v = v * self._rows(made.pop("write_gate")).to(dtype)

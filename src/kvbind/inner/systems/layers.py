@@ -34,7 +34,7 @@ _TTT = Projections(
 """2407.04620; test-time-training/ttt-lm-pytorch@cd831db `ttt.py`, with the shared projection of its scripts. Rotary pairs
 are the halves of a head here and neighbours there, one order of the channels of learned projections."""
 
-_MEMORY = Projections(conv=4, rate=Sigmoid(scale=2, over_width=True), momentum=Sigmoid(), output_gate="silu")
+_MEMORY = Projections(conv=4, rate=Sigmoid(scale=2.0, over_width=True), momentum=Sigmoid(), output_gate="silu")
 """2501.00663, section 4.4 (silu, convolutions and L2 norms on q, k and v; norm and gate on the output), with the rates of
 lucidrains/titans-pytorch@cc016eb, `2/D sig()`. That retention starts near 1 is this library's."""
 
@@ -67,7 +67,7 @@ PROJECTIONS: dict[str, Projections] = {
     "gated_delta_net": _DELTA.replace(value_width=2.0, retention=Decay(), output_gate="silu"),
     # 2502.10297; fla gated_deltaproduct.py: beta up to 2
     "delta_product": _DELTA.replace(
-        value_width=2.0, rate=Sigmoid(scale=2, bias=False), retention=Decay(), output_gate="silu"
+        value_width=2.0, rate=Sigmoid(scale=2.0, bias=False), retention=Decay(), output_gate="silu"
     ),
     # 2510.26692; fla kda.py: decays and output gate by products of a head's rank
     "kda": _DELTA.replace(
