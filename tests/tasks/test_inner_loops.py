@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from kvbind import InnerLoop, Linear, NewtonSchulz, systems
+from kvbind.layers.fast_weights import FastWeightLayer
+from kvbind.layers.lact import LactLayer
 from kvbind.models.lact_nvs import LactNvs
 from kvbind.tasks import TASKS, images, language, open_task_module
 from kvbind.tasks.inner_loops import beneath, edited
@@ -155,7 +157,9 @@ def test_a_step_of_every_causal_system_trains(name):
     ids = torch.randint(256, (1, 72), generator=torch.Generator().manual_seed(0))
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
-    fast = model.model.layers[0].attn.get_parameter("w1").grad
+    mixer = model.model.layers[0].attn
+    fast = mixer.get_parameter("w1" if isinstance(mixer, LactLayer) else "k_proj.weight").grad
+    assert isinstance(mixer, FastWeightLayer) == (name in systems.PROJECTIONS)
     assert loss.isfinite()
     assert fast.isfinite().all()
     assert fast.abs().max() > 0
