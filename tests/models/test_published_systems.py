@@ -163,3 +163,17 @@ def test_every_system_that_is_listed_has_its_layer_run():
         model = small_model(inner, projections=name)
         with torch.no_grad():
             assert model(tokens(1, 5)).logits.isfinite().all(), name
+
+
+@pytest.mark.parametrize("name", ["mamba2", "rwkv7", "ttt_linear"])
+def test_a_model_compiles_as_one_graph_and_trains_in_mixed_precision(name):
+    model, ids = model_of(name).float().train(), tokens(2, 9)
+    want = model(ids, labels=ids).loss
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, labels=ids).loss, want, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert (loss - want).abs() < 0.05
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

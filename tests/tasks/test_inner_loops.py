@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from kvbind import InnerLoop, Linear, NewtonSchulz, systems
+from kvbind import Anchor, InnerLoop, Linear, NewtonSchulz, systems
 from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.lact import LactLayer
 from kvbind.models.lact_nvs import LactNvs
@@ -163,6 +163,14 @@ def test_a_step_of_every_causal_system_trains(name):
     assert loss.isfinite()
     assert fast.isfinite().all()
     assert fast.abs().max() > 0
+
+
+def test_view_synthesis_takes_chunks_and_anchors_as_edits():
+    config = read("views", "tiny", "model.inner.chunk=64", "model.inner.anchor.strength=0.05")
+    found = views.inner_loop(config.model)
+    assert (found.chunk, found.anchor) == (64, Anchor(strength=0.05))
+    again = views.inner_loop(views.resolve(config).model)
+    assert again == found
 
 
 def test_view_synthesis_is_built_of_the_named_system():
