@@ -10,7 +10,7 @@ SPAN = 4
 TOKENS = {"chunk": 1, "visibility": "token"}
 DELTA = {"network": Linear(), "loss": "squared", **TOKENS}
 GATED = InnerLoop(**DELTA, retention=Retention(order="before"))
-SIMPLE = InnerLoop(Linear(), retention=True, token_lr=False, **TOKENS)
+SIMPLE = InnerLoop(Linear(), retention=True, **TOKENS)
 TITANS = InnerLoop(MLP("silu"), loss="squared", momentum=True, retention=True, refresh=SPAN, **TOKENS)
 TTT = InnerLoop(Linear(bias=True, head=LayerNormHead()), loss="squared", refresh=SPAN, read_rate=True, **TOKENS)
 
@@ -18,7 +18,7 @@ SYSTEMS = {
     "retnet": SIMPLE,
     "simple_gla": SIMPLE,
     "gla": SIMPLE.replace(retention=Retention("key")),
-    "mamba2": SIMPLE.replace(token_lr=True),
+    "mamba2": SIMPLE,
     "delta_net": InnerLoop(**DELTA),
     "gated_delta_net": GATED,
     "delta_product": GATED.replace(writes=2),

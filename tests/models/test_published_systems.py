@@ -8,7 +8,7 @@ from lact_small import LADDER, cache_of, small_config, small_model, tokens
 
 from checkpointing import enable_checkpointing
 from kvbind import InnerLoop, LayerNormHead, Linear, systems
-from kvbind.inner.projections import DEFAULTS, Projections
+from kvbind.inner.projections import DEFAULTS, Constant, Projections
 from kvbind.inner.systems import PROJECTIONS
 from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.models import LactConfig, LactForCausalLM
@@ -149,8 +149,8 @@ def test_flops_count_the_matrices_that_there_are():
     config = small_config(SYSTEMS["gla"], projections=Projections(start="zero", key_width=0.5, output_gate="silu"))
     d, length, key = 32, 10, 16
     parts = lact_flops(config, length)
-    # q and k of half the width, v, gate and output, decays per key channel
-    assert parts["projections"] == 2 * 3 * 2 * d * (2 * key + 3 * d + key) * length
+    # q and k of half the width, v, gate and output, decays per key channel, rates per head
+    assert parts["projections"] == 2 * 3 * 2 * d * (2 * key + 3 * d + key + 2) * length
     assert "attention" not in parts
     assert parts["fast weights"] > 0
 
@@ -158,6 +158,8 @@ def test_flops_count_the_matrices_that_there_are():
 def test_every_system_that_is_listed_has_its_layer_run():
     for name in PROJECTIONS.keys() & systems.SYSTEMS.keys():
         inner = systems.named(name)
+        # what a layer makes is not overruled by an inner loop of constant rates
+        assert inner.token_lr or isinstance(PROJECTIONS[name].rate, Constant)
         if inner.orthogonalize is not None:
             inner = inner.replace(orthogonalize=inner.orthogonalize.replace(dtype=torch.float32))
         model = small_model(inner, projections=name)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from kvbind.inner.projections import Bounded, Constant, Decay, Learned, PerHead, Place, Projections, Sigmoid, Step
 
-_LINEAR = Projections(start="zero", l2=False, scale=True)
-"""A linear recurrence: the state starts at zero, queries are divided by the root of their width."""
+_LINEAR = Projections(start="zero", l2=False, scale=True, rate=Constant())
+"""A linear recurrence: the state starts at zero, queries are divided by the root of their width, every write counts 1."""
 
 _DELTA = Projections(start="zero", scale=True, conv=4, rate=Sigmoid(bias=False))
 """The delta rules of fla: silu and a convolution on q, k and v, L2-normed queries and keys, `beta = sig(W x)`."""

@@ -273,6 +273,11 @@ class LactConfig(WithImports, PretrainedConfig):
         return width, width, int(width * self.inter_multi)
 
     @property
+    def reach(self) -> int:
+        """How many tokens attention sees, the token itself among them: 1 where there is none."""
+        return self.window_size if self.projections is None else 1
+
+    @property
     def mlp_width(self) -> int:
         """Hidden width of the blocks' MLP: `intermediate_size`, or `2/3 * hidden_ratio * d` rounded up to 256."""
         if self.intermediate_size is not None:
