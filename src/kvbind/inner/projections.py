@@ -193,13 +193,13 @@ MAKINGS: dict[str, type[Making]] = {
 """The makings by class name, as `to_dict` writes them under "kind"."""
 
 KINDS: dict[str, tuple[type[Making], ...]] = {
-    "rate": (Sigmoid, Softplus, Constant, Step),
+    "rate": (Sigmoid, Softplus, Constant),
     "momentum": (Sigmoid, Constant),
     "retention": (Sigmoid, Decay, Bounded, PerHead, Constant),
     "erase": (Sigmoid, Learned, Constant),
     "read_rate": (Place, Sigmoid, Constant),
     "step_rate": (Sigmoid, Softplus, Constant),
-    "write_gate": (Sigmoid,),
+    "write_gate": (Sigmoid, Step),
     "removal": (Sigmoid,),
 }
 """What each part of `Projections` that is made may be."""
@@ -237,7 +237,7 @@ class Projections(Value):
         read_rate: see there.
         step_rate: see there.
         erase: the share of the key at which residuals read, `e = share k`: a `Sigmoid` per channel, `Learned` per head.
-        write_gate: a factor on each value channel (GDN-2), or None.
+        write_gate: a factor on values: a `Sigmoid` per channel (GDN-2), a `Step` per head (Mamba-2), or None.
         removal: with `writes=2` and `erase`, what a token takes away first: with a factor x per key channel, learned kappa
             and alpha, and `r = l2(k kappa)`, its first write has key `r x`, value 0 and reads at r; its second has key
             `k (1 + (x - 1) alpha)` and takes nothing away (RWKV-7). None for writes that are alike, each with projections
@@ -321,8 +321,8 @@ class Projections(Value):
             raise ValueError("conv_on must name some of 'q', 'k', 'v' where conv is not 0; got none")
         if isinstance(self.retention, Sigmoid) and self.retention.scale > 1:
             raise ValueError(f"retention must not exceed 1, which a Sigmoid of scale={self.retention.scale} does")
-        if isinstance(self.rate, Step) and not isinstance(self.retention, Decay):
-            raise ValueError(f"rate=Step() takes its step from a retention that is a Decay; got {self.retention!r}")
+        if isinstance(self.write_gate, Step) and not isinstance(self.retention, Decay):
+            raise ValueError(f"write_gate=Step() takes its step from a retention that is a Decay; got {self.retention!r}")
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from kvbind.forms.api import Form, ttt
 from kvbind.forms.state import State
@@ -61,6 +62,8 @@ class FastWeightState:
         tails: what the convolution ("conv", `[B, width - 1, C]`) and mixing with the token before ("shift", `[B, 1, d]`)
             read of the last tokens.
         seen: how many tokens each sequence has had.
+
+    A pytree of the two.
     """
 
     fast: State
@@ -76,6 +79,14 @@ class FastWeightState:
         rows = index.tolist()
         tails = {name: x.index_select(0, index.to(x.device)) for name, x in self.tails.items()}
         return FastWeightState(self.fast[index], tails, tuple(self.seen[i] for i in rows))
+
+
+pytree.register_pytree_node(
+    FastWeightState,
+    lambda state: ([state.fast, dict(state.tails)], state.seen),
+    lambda leaves, seen: FastWeightState(*leaves, seen),  # type: ignore[call-arg]
+    serialized_type_name="kvbind.FastWeightState",
+)
 
 
 @dataclass(frozen=True)
@@ -189,13 +200,13 @@ class FastWeightLayer(nn.Module):
 
         self.makers = nn.ModuleDict()
         rate = rate_of(inner, p)
-        if not isinstance(rate, Step | Constant):
+        if not isinstance(rate, Constant):
             self.makers["rate"] = self._maker(rate, self.writes if self.writes > 1 else None)
         for gate in GATES:
             if gate.name in inner.gates and (gate.name != "erase" or p.removal is None):
                 channels = self.key_width if inner.gates[gate.name].per == "key" else None
                 self.makers[gate.name] = self._maker(making_of(gate, inner, p), channels)
-        if p.write_gate is not None:
+        if p.write_gate is not None and not isinstance(p.write_gate, Step):
             self.makers["write_gate"] = self._maker(p.write_gate, self.value_width)
         if p.removal is not None:
             self.makers["removal"] = self._maker(p.removal, self.key_width)
@@ -353,8 +364,8 @@ class FastWeightLayer(nn.Module):
         if state is not None and not isinstance(state, FastWeightState):
             raise TypeError(f"state must be a FastWeightState, as this layer returns it; got {type(state).__name__}")
         batch, length, _ = x.shape
-        seen = state.seen if state is not None else (0,) * batch
-        if len(seen) != batch:
+        seen = () if state is None else state.seen
+        if state is not None and len(seen) != batch:
             raise ValueError(f"state must be of {batch} sequences, as x has; got {len(seen)}")
         layout = Layout.rows(length, x.device, seen) if layout is None else layout
         if layout.cu_seqlens is not None and (state is not None or return_state):
@@ -366,7 +377,7 @@ class FastWeightLayer(nn.Module):
         output: Tensor = self.o_proj(self._join(fast, made))
         if after is None:
             return output, None
-        return output, FastWeightState(after, made.tails, layout.after(seen, length))
+        return output, FastWeightState(after, made.tails, layout.after(seen or (0,) * batch, length))
 
     def _run(self, made: Made, layout: Layout, before: State | None, return_state: bool) -> tuple[Tensor, State | None]:
         """Run the inner loop: outputs `[B, T, H, Dv]`, and its state where that is wanted."""
@@ -403,7 +414,7 @@ class FastWeightLayer(nn.Module):
     def _make(self, x: Tensor, layout: Layout, state: FastWeightState | None, keep: bool) -> Made:
         """Everything that is made of the input, with the last tokens' tails where `keep` says so."""
         p, length = self.projections, x.shape[1]
-        places = layout.places(state.seen if state is not None else (0,) * x.shape[0], length)
+        places = layout.places(() if state is None else state.seen, length)
         tails: dict[str, Tensor] = {}
         streams: dict[str, Tensor] = {}
         if self.shift is not None:
@@ -457,9 +468,9 @@ class FastWeightLayer(nn.Module):
             assert isinstance(module, Maker)
             if name in DECLARED and name not in inner.gates:
                 continue
-            if isinstance(module, DecayMaker) and isinstance(rate, Step):
-                lr = module.step(of(name))
-                made[name] = module.decay(lr)
+            if isinstance(module, DecayMaker) and isinstance(p.write_gate, Step):
+                step = module.step(of(name))
+                made[name], made["write_gate"] = module.decay(step), step[..., None]
             else:
                 made[name] = module(of(name), places)
         if "rate" in made:
@@ -635,8 +646,8 @@ def check_fits_projections(inner: InnerLoop, projections: Projections) -> None:
         raise ValueError("read_rate needs a making of its own under refresh='call', whose spans have no length")
     if isinstance(p.read_rate, Place) and inner.read_rate and inner.refresh == "call":
         raise ValueError("read_rate=Place() needs spans of a length; got refresh='call'")
-    if isinstance(rate_of(inner, p), Step) and "retention" not in inner.gates:
-        raise ValueError("rate=Step() needs an inner loop with retention, whose step it is")
+    if isinstance(p.write_gate, Step) and (not inner.retention or inner.gates["retention"].per != "head"):
+        raise ValueError(f"write_gate=Step() needs an inner loop with retention per head; got {inner.retention!r}")
 
 
 def _named(name: str) -> str:
