@@ -125,7 +125,7 @@ def cache_bytes(cache: LactCache) -> int:
     """The bytes of every tensor in a cache."""
     held: list[Tensor] = []
     for state in cache.states:
-        held += [*state.fast.tensors.values(), state.kept.keys, state.kept.values]
+        held += state.tensors()
     return sum(x.untyped_storage().nbytes() for x in {x.untyped_storage().data_ptr(): x for x in held}.values())
 
 

@@ -101,6 +101,10 @@ class LactState:
         """Fast weights and pending chunk, as `kvbind.ttt` returns them."""
         return self.waiting.settled()
 
+    def tensors(self) -> list[Tensor]:
+        """All that it holds, in their places."""
+        return [*self.fast.tensors.values(), self.kept.keys, self.kept.values]
+
     def select(self, index: Tensor) -> LactState:
         """The sequences at `index` (int64 `[n]`), in that order, as often as they are named."""
         rows, where = index.tolist(), index.to(self.kept.keys.device)
@@ -204,7 +208,7 @@ class LactLayer(nn.Module):
         if base_lr <= 0:
             raise ValueError(f"base_lr must be above 0; got {base_lr}")
         check_choice("form", form, ("auto", "recurrent", "parallel"))
-        check_fits_causal_layer(inner)
+        check_fits_lact_layer(inner)
 
         self.hidden_size, self.window_size, self.form = hidden_size, window_size, form
         self.num_attn_heads, self.num_lact_heads = num_attn_heads, num_lact_heads
@@ -293,7 +297,7 @@ class LactLayer(nn.Module):
 
     @inner.setter
     def inner(self, inner: InnerLoop) -> None:
-        check_fits_causal_layer(inner)
+        check_fits_lact_layer(inner)
         check_built("inner", inner, self._shapes_for(inner), self._built_shapes)
         check_built("inner", inner, self._vectors_for(inner), self._built_vectors)
         for gate in inner.gates:
@@ -384,7 +388,10 @@ class LactLayer(nn.Module):
 
         Raises:
             ValueError: a state together with packed sequences or a slice of a row, or of another batch or inner loop.
+            TypeError: a state of another kind of layer.
         """
+        if state is not None and not isinstance(state, LactState):
+            raise TypeError(f"state must be a LactState, as this layer returns it; got {type(state).__name__}")
         batch, length, _ = x.shape
         seen = () if state is None else state.seen
         if state is not None and len(seen) != batch:
@@ -533,21 +540,33 @@ def check_fits_causal_layer(inner: InnerLoop) -> None:
 
     Raises:
         TypeError: no InnerLoop.
-        ValueError: visibility "full", "chunk" over more than one token, a depthwise convolution, or what the layer makes no
-            operands for: erase, and several writes per token.
+        ValueError: visibility "full", "chunk" over more than one token, or a depthwise convolution.
     """
     if not isinstance(inner, InnerLoop):
         raise TypeError(f"inner must be a kvbind.InnerLoop; got {type(inner).__name__}")
     if isinstance(inner.network, DepthwiseConv):
         raise ValueError("inner's network must read single tokens; DepthwiseConv reads a grid of them")
-    for name in ("erase", "writes"):
-        if name in inner.extensions:
-            raise ValueError(
-                f"inner's {name} must have its default, as this layer makes no keys for it; got {name}="
-                f"{inner.extensions[name]!r}"
-            )
     if inner.visibility == "full" or (inner.visibility == "chunk" and inner.chunk != 1):
         raise ValueError(
             f"inner's visibility must be 'past' or 'token' in a causal layer ('chunk' with chunk=1 alone); got "
             f"{inner.visibility!r} with chunk={inner.chunk}, under which tokens see later ones"
         )
+
+
+NOT_MADE = ("erase", "writes")
+"""Fields for which `LactLayer` makes no keys; `kvbind.layers.fast_weights.FastWeightLayer` does."""
+
+
+def check_fits_lact_layer(inner: InnerLoop) -> None:
+    """Refuse an inner loop that `LactLayer` cannot run.
+
+    Raises:
+        TypeError, ValueError: as `check_fits_causal_layer`; a field of `NOT_MADE`.
+    """
+    check_fits_causal_layer(inner)
+    for name in NOT_MADE:
+        if name in inner.extensions:
+            raise ValueError(
+                f"inner's {name} must have its default, as this layer makes no keys for it (a FastWeightLayer does); got "
+                f"{name}={inner.extensions[name]!r}"
+            )

@@ -75,6 +75,18 @@ class Layout:
         places = torch.cat((places[:first] + here.before, places[first:]))
         return Layout(places[None], bounds, sequence=shard)
 
+    def places(self, seen: Sequence[int], length: int) -> Tensor:
+        """How many tokens of its sequence come before each of `length`, int64 `[B, T]` or `[1, T]`.
+
+        Positions, unless those that a caller gave start elsewhere.
+        """
+        if self.sequence is not None:
+            return self.positions
+        device = self.positions.device
+        if self.cu_seqlens is not None:
+            return (torch.arange(length, device=device) - sequence_starts(self.cu_seqlens, device))[None]
+        return Layout.rows(length, device, seen).positions
+
     def after(self, seen: Sequence[int], length: int) -> tuple[int, ...]:
         """How many tokens each row has had after this batch, of `seen` before it."""
         added = self.lengths or (length,) * len(seen)

@@ -14,15 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvbind.inner import InnerLoop
+from kvbind.inner.projections import Projections
+from kvbind.inner.systems import PROJECTIONS
 from kvbind.inner.value import nearest
 from kvbind.layers.lact import check_fits_causal_layer
 from kvbind.models.presets import PRESETS as SIZES
 from kvbind.models.saving import open_exported
 from kvbind.sequence import SequenceShard, sequence_parallel
-from kvbind.tasks import preset_files
+from kvbind.tasks import inner_loops, preset_files
 from kvbind.tasks.contents import Contents
 from kvbind.tasks.documents import Split
-from kvbind.tasks.inner_loops import beneath, edited, table_rows
+from kvbind.tasks.inner_loops import edited, table_rows
 from kvbind.tasks.packing import IGNORED, Batch, Packed, evaluation_batches, load_batches
 from kvbind.tasks.sources import Source
 from kvbind.tasks.tokenizers import Bytes, Tokenizer, open_tokenizer, read_chat_template
@@ -45,8 +47,10 @@ class ModelConfig:
     Attributes:
         size: where it starts: a preset of `kvbind.models`, "tiny", "30m", "125m", "760m" or "3b".
         inner: edits of that size's inner loop, field by field; "system" names another to start from (`kvbind systems` lists
-            them).
-        fields: edits of any other field of `kvbind.models.LactConfig`.
+            them). With a system comes the layer that it was published in, where there is one
+            (`kvbind.inner.systems.PROJECTIONS`).
+        fields: edits of any other field of `kvbind.models.LactConfig`. `projections` edits those of the system field by
+            field; a name takes those of another, and null leaves its inner loop in the LaCT layer.
         ttt_form: how the inner loop is evaluated: "auto", "recurrent" or "parallel".
     """
 
@@ -133,7 +137,17 @@ class LanguageConfig:
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0; got {self.seed}")
 
-    beneath = staticmethod(beneath)
+    @staticmethod
+    def beneath(file: Any, edits: Any) -> Any:
+        """What is left of a configuration file under further edits: another system's come with its own layer."""
+        left = inner_loops.beneath(file, edits)
+        if _system(edits) is None or not isinstance(left, dict) or not isinstance(left.get("model"), dict):
+            return left
+        fields = left["model"].get("fields")
+        if not isinstance(fields, dict) or _system(file) == _system(edits):
+            return left
+        kept = {name: x for name, x in fields.items() if name != "projections"}
+        return {**left, "model": {**left["model"], "fields": kept}}
 
 
 def inner_loop(model: ModelConfig) -> InnerLoop:
@@ -157,7 +171,34 @@ def model_fields(model: ModelConfig) -> dict[str, Any]:
     for name, where in {"inner": "model.inner", "ttt_form": "model.ttt_form", "vocab_size": "data.tokenizer"}.items():
         if name in model.fields:
             raise ValueError(f"model.fields must not hold {name!r}, which {where} gives")
-    return {**SIZES[model.size], **model.fields}
+    made = projections(model)
+    return {**SIZES[model.size], **model.fields, **({} if made is None else {"projections": made.to_dict()})}
+
+
+def projections(model: ModelConfig) -> Projections | None:
+    """The projections of a model's fast weights: those of its system, edited; None in the LaCT layer.
+
+    Raises:
+        ValueError, TypeError: the name of no system, or a field that is unknown or does not fit.
+    """
+    given = model.fields.get("projections", {})
+    system = model.inner.get("system")
+    own = PROJECTIONS.get(system) if isinstance(system, str) else None
+    if isinstance(given, str):
+        if given not in PROJECTIONS:
+            known = ", ".join(PROJECTIONS)
+            raise ValueError(f"projections must be those of one of {known}; got {given!r}{nearest(given, PROJECTIONS)}")
+        return PROJECTIONS[given]
+    if given is None or (own is None and "projections" not in model.fields):
+        return None
+    if not isinstance(given, dict):
+        raise TypeError(f"projections must be fields, the name of a system or null; got {given!r}")
+    return Projections.from_dict(({} if own is None else own.to_dict()) | given)
+
+
+def _system(tree: Any) -> Any:
+    inner = tree.get("model", {}).get("inner") if isinstance(tree, dict) and isinstance(tree.get("model"), dict) else None
+    return inner.get("system") if isinstance(inner, dict) else None
 
 
 def build_model(config: LanguageConfig, tokenizer: Tokenizer) -> LactForCausalLM:

@@ -26,7 +26,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,14 @@ from kvbind.forms.autocast import autocasts
 from kvbind.forms.waiting import completed
 from kvbind.kernels import graphs
 from kvbind.kernels.direct import is_eager
+from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.lact import LactLayer, LactState
 from kvbind.layers.plain import WEIGHTS
 from kvbind.layers.rotary import rotary_tables
 from kvbind.layers.slots import Slots, Step, gathered, settle
+
+if TYPE_CHECKING:
+    from kvbind.models.lact.cache import MixerState
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +127,7 @@ class Rows:
         """The cache that is in here, or None."""
         return None if self.holder is None else self.holder()
 
-    def admit(self, model: Any, cache: Any, states: list[LactState | None]) -> None:
+    def admit(self, model: Any, cache: Any, states: list[MixerState | None]) -> None:
         """Move a cache in; its states are given up one by one, so that there is never a second copy of all of them."""
         first = states[0]
         assert first is not None
@@ -132,7 +136,7 @@ class Rows:
         try:
             for i, block in enumerate(model.model.layers):
                 state = states[i]
-                assert state is not None
+                assert isinstance(state, LactState)
                 if i == len(self.layers):
                     self.layers.append(block.attn.slots(state))
                 self.layers[i].load(state.fast, state.kept, self.seen)
@@ -144,7 +148,7 @@ class Rows:
             raise
         self.holder = weakref.ref(cache)
 
-    def release(self) -> list[LactState]:
+    def release(self) -> list[MixerState]:
         """Move the cache out: its states, in tensors of their own."""
         self.holder = None
         return [LactState(*slots.state(self.seen), self.seen) for slots in self.layers]
@@ -285,6 +289,8 @@ def obstacle(model: Any) -> str | None:
     if derived(model, LactForCausalLM) or derived(model.model, LactModel):
         return "the model has a forward of its own"
     for block in model.model.layers:
+        if isinstance(block.attn, FastWeightLayer):
+            return "layers are FastWeightLayers, of which no graph is made"
         if derived(block, LactBlock) or derived(block.attn, LactLayer):
             return "a block has a forward of its own"
     found = hooked(model)
@@ -388,12 +394,14 @@ class Decoder:
         return same
 
 
-def fits(model: Any, states: Sequence[LactState]) -> bool:
+def fits(model: Any, states: Sequence[MixerState]) -> bool:
     """Whether states are what a model's own calls leave."""
     if len(states) != len(model.model.layers):
         return False
     dtype = model.model.embeddings.weight.dtype
     for block, state in zip(model.model.layers, states, strict=True):
+        if not isinstance(state, LactState):
+            return False
         layer, fast, keys = block.attn, state.waiting.state, state.kept.keys
         chunk = layer.inner.chunk
         if not fast.spec.same_as(layer.inner) or keys.dtype != dtype or keys.device != model.device:
