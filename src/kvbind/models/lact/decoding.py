@@ -33,18 +33,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kvbind.forms.autocast import autocasts
-from kvbind.forms.waiting import completed
 from kvbind.kernels import graphs
 from kvbind.kernels.direct import is_eager
 from kvbind.layers.lact import LactLayer, LactState
 from kvbind.layers.plain import WEIGHTS
 from kvbind.layers.rotary import rotary_tables
-from kvbind.layers.slots import Slots, Step, gathered, settle
+from kvbind.layers.slots import Slots, Step
 
 log = logging.getLogger(__name__)
-
-TOGETHER = 24
-"""Sequences whose chunks are completed at once, layers counted as such: enough to fill a GPU, few enough for its memory."""
 
 SOON = 64
 """Tokens before a chunk's end at which its update is captured at the latest."""
@@ -74,23 +70,6 @@ def token(model: Any, ids: Tensor, seen: Tensor, layers: Sequence[Slots]) -> Ten
     logits: Tensor = model.lm_head(body.norm(x))
     seen.add_(1)
     return logits
-
-
-def complete(layers: Sequence[Slots], rows: Tensor | None, store: bool = True) -> None:
-    """Update the fast weights of rows that have all tokens of a chunk.
-
-    Args:
-        layers: where the rows are in each layer.
-        rows: which, int64 `[n]`; None for all of them.
-        store: False to throw away what comes of it, which compiles what a capture may not.
-    """
-    each = len(layers[0].keys) if rows is None else len(rows)
-    step = max(1, TOGETHER // each)
-    for begin in range(0, len(layers), step):
-        group = layers[begin : begin + step]
-        after = completed(group[0].spec, *gathered(group, rows))
-        if store:
-            settle(group, rows, after)
 
 
 class Rows:
@@ -198,10 +177,12 @@ class Rows:
     def _prepare(self, name: str) -> None:
         """Capture the update of all rows, or of one."""
         rows = None if name == "all" else self.row
-        self._aside(lambda: complete(self.layers, rows, store=False))
+        # layers are alike
+        self._aside(lambda: self.layers[0].complete(rows, store=False))
 
         def work() -> None:
-            complete(self.layers, rows)
+            for slots in self.layers:
+                slots.complete(rows)
 
         try:
             self.graphs[name] = graphs.capture(work, self.device, self.stream, self.pool)
