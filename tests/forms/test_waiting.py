@@ -112,7 +112,9 @@ def test_a_token_that_completes_chunks_leaves_what_ttt_leaves(name, others, wait
         for key, x in of.tensors.items():
             assert error(x, state.tensors[key]) < 1e-12, key
             total = total + x.square().sum()
-        gradients.append(torch.autograd.grad(total, list(before.tensors.values()), allow_unused=True, materialize_grads=True))
+        gradients.append(
+            torch.autograd.grad(total, list(before.tensors.values()), allow_unused=True, materialize_grads=True)
+        )
     for key, mine, other in zip(before.tensors, *gradients, strict=True):
         assert error(mine, other) < 1e-9, key
 

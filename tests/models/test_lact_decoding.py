@@ -103,9 +103,10 @@ def test_greedy_tokens_and_the_cache_are_those_of_calls(rung, replays):
 
 
 @pytest.mark.parametrize(
-    ("kernels", "lengths", "updates"), [("0", (62, 63, 62, 20), 3), ("0", (63, 63), 1), ("force", (62, 63), 2)]
+    ("kernels", "lengths", "steps", "updates"),
+    [("0", (62, 63, 62, 20), 3, 3), ("0", (63, 63), 3, 1), ("force", (62, 63), 1, 1)],
 )
-def test_calls_read_and_update_by_the_operators_of_replays(kernels, lengths, updates, replays, monkeypatch):
+def test_calls_read_and_update_by_the_operators_of_replays(kernels, lengths, steps, updates, replays, monkeypatch):
     """On operands of the same shapes and strides, though prefill leaves matrices transposed and one for all rows."""
     monkeypatch.setenv("KVBIND_KERNELS", kernels)
     found = {}
@@ -130,9 +131,9 @@ def test_calls_read_and_update_by_the_operators_of_replays(kernels, lengths, upd
     kinds = []
     for on in (True, False):
         replays(on)
-        got = generate(model, ids, attention_mask=mask, max_new_tokens=4)
+        got = generate(model, ids, attention_mask=mask, max_new_tokens=steps + 1)
         assert is_replayed(cache_of(got)) == on
-        assert cache_of(got).seen == tuple(n + 3 for n in lengths)
+        assert cache_of(got).seen == tuple(n + steps for n in lengths)
         kinds.append({name: set(each) for name, each in found.items()})
         made = len(found["completed"])
         found.clear()
