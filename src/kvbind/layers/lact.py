@@ -445,7 +445,7 @@ class LactLayer(nn.Module):
     def step(self, x: Tensor, tables: Tables, place: Step, slots: Slots) -> Tensor:
         """Mix one more token of each row, and take it in where the rows are: `forward` without a shape that depends on them.
 
-        A chunk that the token completes is left to `kvbind.forms.waiting.completed`.
+        A chunk that the token completes is left to `Slots.complete`.
 
         Args:
             x: normalized input `[B, 1, d]`.
@@ -487,10 +487,11 @@ class LactLayer(nn.Module):
         inner, writing = self._inner, self.writing
         answer = None
         if state is not None and return_state and layout.lengths is None:
-            found = state.waiting.read(inner, q, made, writing)
+            waiting = state.waiting
+            found = waiting.read(inner, q, made, writing) or waiting.complete(inner, q, made, writing)
             if found is not None:
                 return found
-            answer = state.waiting.answer(inner, q, made["k"])
+            answer = waiting.answer(inner, q, made["k"])
         before = None if state is None else state.fast
         weights, tokens = self.start_weights() if before is None else None, writing.tokens(made)
         if layout.lengths is None or not return_state:
