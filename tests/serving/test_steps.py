@@ -11,7 +11,7 @@ from kvbind.forms.tokens import Tokens
 from kvbind.inner.systems import SYSTEMS
 from kvbind.layers.lact import check_fits_causal_layer
 from kvbind.models.lact.model import LactBlock
-from kvbind.serving.states import Pages, Slots, StateLayout
+from kvbind.serving.states import Pages, Pool, StateLayout
 from kvbind.serving.steps import Decoding, Plan, Preparation, Step, advance
 from models.lact_small import LADDER, exact, small_config
 
@@ -27,12 +27,21 @@ def causal(inner):
 
 
 NAMED = {name: exact(make()) for name, make in SYSTEMS.items() if causal(make())}
+
+
 # each at its own chunk where that is one token, else at a chunk that pages do not divide
+def shortened(inner):
+    """With as few tokens in a chunk, or in a span of them."""
+    if isinstance(inner.refresh, int):
+        return inner.replace(refresh=CHUNK * (inner.chunk or 1))
+    return inner if inner.chunk == 1 else inner.replace(chunk=CHUNK)
+
+
 CASES = {
     **{name: rung.replace(chunk=CHUNK) for name, rung in LADDER.items()},
     "prenorm": LADDER["rung0"].replace(chunk=CHUNK, normalize="read"),
     "read with keys": LADDER["rung1"].replace(chunk=CHUNK, query="key"),
-    **{name: inner if inner.chunk == 1 else inner.replace(chunk=CHUNK) for name, inner in NAMED.items()},
+    **{name: shortened(inner) for name, inner in NAMED.items()},
 }
 
 
@@ -45,9 +54,9 @@ class Engine:
         with torch.device("meta"):
             self.layout = StateLayout.of(LactBlock(small_config(inner)).attn, ranks)
         self.start = {name: x.detach() for name, x in self.layer.start_weights().items()}
-        still = {name: x for name, x in self.start.items() if name not in inner.updated}
         # what is left in a slot or on a page must not matter
-        self.pool = Slots(self.layout, torch.full((4, self.layout.size), torch.nan, dtype=torch.float64), still)
+        rows = torch.full((4, self.layout.size), torch.nan, dtype=torch.float64)
+        self.pool = Pool(self.layout, rows, self.start)
         width = sum(self.layout.widths)
         self.cells = torch.full((64, self.layout.heads, PAGE, width), torch.nan, dtype=torch.float64)
         self.free, self.held = list(range(64)), {}
@@ -59,7 +68,7 @@ class Engine:
         with torch.no_grad():
             call = self.layer.call(x)
             rates = call.lr if isinstance(call.lr, dict) else dict.fromkeys(call.inner.updated, call.lr)
-            return call.q, Tokens(call.k, call.v, rates, call.momentum, call.retention), call.run()[0]
+            return call.q, Tokens(call.k, call.v, rates, call.gates), call.run()[0]
 
     def step(self, pieces):
         """Run pieces (sequence, queries, writers) behind those that each sequence has had; returns their outputs."""
@@ -86,12 +95,12 @@ class Engine:
         slots, single = torch.tensor(states), q.shape[1] == len(pieces)
         with torch.no_grad():
             if single and Decoding.is_for(self.layout):
-                Preparation.of(self.layout, seen, cpu).run(slots, pages, self.pool, self.start)
-                places = torch.tensor(seen) % (self.layout.spec.chunk or 1)
+                Preparation.of(self.layout, seen, cpu).run(slots, pages, self.pool)
+                places = torch.tensor(seen) % (self.layout.places or 1)
                 found = Decoding(slots, places).advance(pages, self.pool, q, tokens)
             else:
                 plan = Plan.of(self.layout, bounds, seen, cpu)
-                found = advance(Step(plan, slots, pages), self.pool, self.start, q, tokens)
+                found = advance(Step(plan, slots, pages), self.pool, q, tokens)
         for sequence, *_ in pieces:
             self.forget_pages(sequence)
         return [found[:, a:b] for a, b in pairwise(bounds)]

@@ -87,7 +87,7 @@ class FastWeightsBuilder(AttentionMetadataBuilder[FastWeightsMetadata]):
         if common.max_query_len == 1 and Decoding.is_for(self.layout) and count <= len(self.slots):
             # rows that pad the step have slot 0, which no sequence has
             self.slots[:count] = slots.masked_fill(common.seq_lens[:count] == 0, 0)
-            self.places[:count] = (common.seq_lens[:count] - 1).clamp(min=0) % (self.layout.spec.chunk or 1)
+            self.places[:count] = (common.seq_lens[:count] - 1).clamp(min=0) % (self.layout.places or 1)
             slots, work = self.slots[:count], Decoding(self.slots[:count], self.places[:count])
             if not capture:
                 real = [x for x, (a, b) in zip(seen, pairwise(bounds), strict=True) if b > a]

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from kvbind.forms.tokens import Tokens
+from kvbind.inner.gates import DECLARED
 from kvbind.layers.lact import LactLayer
 from kvbind.layers.norm import ResidualNorm
 from kvbind.layers.operands import Paths, make_operands, wide
@@ -29,7 +30,7 @@ from kvbind.models.lact.model import LactBlock, LactMLP
 from kvbind.serving.cache import FastWeightsMetadata, PendingCache, PendingMetadata, pending_name
 from kvbind.serving.checks import state_layout
 from kvbind.serving.plugin import BACKEND
-from kvbind.serving.states import Pages, Slots
+from kvbind.serving.states import Pages, Pool
 from kvbind.serving.steps import Decoding, Step, advance, packed
 
 WHOLE, ROWS, COLUMNS, THIRDS = "whole", "rows", "columns", "rows of each third"
@@ -42,9 +43,8 @@ DIVISIONS = {
     r"o_proj\.weight": COLUMNS,
     r"qk_(scale|offset)": ROWS,
     r"(ttt_scale|lr)_proj\.(weight|bias)": ROWS,
-    r"(momentum|retention)_proj\.0\.(weight|bias)": ROWS,
-    r"w[012](\.w_(left|right))?": ROWS,
-    r"w_(in|out|gate|up)(_\d+)?(\.w_(left|right))?": ROWS,
+    rf"({'|'.join(DECLARED)})_proj\.0\.(weight|bias)": ROWS,
+    r"w([012]|_\w+)(\.w_(left|right))?": ROWS,
     r"(gate|up)_proj\.weight": ROWS,
     r"down_proj\.weight": COLUMNS,
 }
@@ -223,9 +223,9 @@ class ServedLactLayer(LactLayer, MambaBase):
         if self.offered != (None, None):
             raise RuntimeError(f"{self.prefix} was given one part of a step's metadata without the other")
         if isinstance(own.work, Decoding):
-            found = own.work.advance(pages, self.slots, queries, writers, self.form)
+            found = own.work.advance(pages, self.pool, queries, writers, self.form)
         else:
-            found = advance(Step(own.work, own.slots, pages), self.slots, self.start, queries, writers, self.form)
+            found = advance(Step(own.work, own.slots, pages), self.pool, queries, writers, self.form)
         if count == q.shape[1]:
             return found
         output = torch.zeros_like(tokens.v).to(q.dtype)
@@ -242,7 +242,7 @@ class ServedLactLayer(LactLayer, MambaBase):
         self.offered = None, None
         if own.before is not None:
             pages = None if pending is None else self.pages(pending)
-            own.before.run(own.slots, pages, self.slots, self.start, self.form)
+            own.before.run(own.slots, pages, self.pool)
 
     def pages(self, found: PendingMetadata) -> Pages:
         """The pages of a step."""
@@ -251,16 +251,15 @@ class ServedLactLayer(LactLayer, MambaBase):
 
     @property
     def start(self) -> dict[str, Tensor]:
-        """The fast weights that every sequence starts from, `[H, in, out]` by name, in float32."""
+        """The fast weights that every sequence starts from, as `kvbind.ttt` takes them, in float32."""
         if not self.started:
             self.started = {name: x.float().contiguous() for name, x in self.start_weights().items()}
         return self.started
 
     @property
-    def slots(self) -> Slots:
+    def pool(self) -> Pool:
         """The states of all sequences."""
-        still = {name: x for name, x in self.start.items() if name not in self.inner.updated}
-        return Slots(self.layout, self.kv_cache[0], still)
+        return Pool(self.layout, self.kv_cache[0], self.start)
 
 
 class ServedMLP(LactMLP):

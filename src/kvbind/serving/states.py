@@ -34,9 +34,9 @@ class StateLayout:
         heads: fast heads.
         widths: channels per head of keys and of values.
         fixed: shapes, heads first, of what a state holds whatever its length, by the name that `kvbind.State` gives it.
-            Matrices that are not updated are not among them.
+            Weights that are not updated are not among them.
         waiting: shapes, heads first, of what a slot holds of one pending token.
-        places: how many pending tokens have a place; 0 where none ever wait.
+        places: tokens from one place where a state can stop to the next, each of which has a place; 0 where none ever wait.
     """
 
     spec: InnerLoop
@@ -58,12 +58,18 @@ class StateLayout:
             ValueError: an inner loop whose states do not have this form.
         """
         inner, heads = layer.inner, layer.num_lact_heads // ranks
-        chunk = inner.chunk or 1
-        for length in dict.fromkeys((chunk, chunk + 1, 1)):
+        if inner.refresh == "call":
+            raise ValueError(
+                "inner's refresh must not be 'call' where an engine decides what a call is; give a number of tokens"
+            )
+        if inner.anchor is not None and inner.anchor.peak == "batch":
+            raise ValueError("inner's anchor must have its peak per sequence where batches change; got peak='batch'")
+        span = inner.room + 1
+        for length in dict.fromkeys((span, span + 1, 1)):
             state = _state_after(layer, length)
-            if state.pending_lengths != (length % chunk,):
+            if state.pending_lengths != (length % span,):
                 raise ValueError(
-                    f"inner must leave as many tokens pending as its chunk of {chunk} lacks; {inner!r} leaves "
+                    f"inner must leave as many tokens pending as a span of {span} has of them; {inner!r} leaves "
                     f"{state.pending_lengths[0]} of {length}"
                 )
         shapes = {name: (heads, *x.shape[2:]) for name, x in state.tensors.items() if x.shape[1] == layer.num_lact_heads}
@@ -74,17 +80,17 @@ class StateLayout:
             for name, shape in shapes.items()
             if name.startswith("pending.")
         }
-        still = {f"weights.{name}" for name in inner.network.matrices if name not in inner.updated}
-        fixed = {name: shape for name, shape in shapes.items() if not name.startswith("pending.") and name not in still}
+        updated = {f"weights.{name}" for name in inner.updated}
+        fixed = [name for name in shapes if name in updated or not name.startswith(("pending.", "weights."))]
         # weights first, so that they are read without the rest
-        order = sorted(fixed, key=lambda name: not name.startswith("weights."))
+        fixed.sort(key=lambda name: not name.startswith("weights."))
         return StateLayout(
             inner,
             heads,
             (layer.fast_width, layer.fast_width),
-            {name: fixed[name] for name in order},
+            {name: shapes[name] for name in fixed},
             {name: shape for name, shape in pending.items() if name not in PAGED},
-            chunk if pending else 0,
+            span if pending else 0,
         )
 
     @property
@@ -94,7 +100,7 @@ class StateLayout:
         Where tokens read what earlier chunks wrote alone, a step that brings no chunk to an end beyond its last token
         changes no fast weights, and is a read.
         """
-        return self.places > 0 and self.spec.visibility == "past"
+        return self.places > 0 and self.spec.visibility == "past" and "refresh" not in self.spec.extensions
 
     @property
     def reach(self) -> int:
@@ -117,11 +123,6 @@ class StateLayout:
     def size(self) -> int:
         """Numbers in a slot, float32."""
         return max(columns.stop for columns, _ in self.columns.values())
-
-    @property
-    def pending_bytes(self) -> int:
-        """Bytes of one pending token's keys and values per byte of a number."""
-        return self.heads * sum(self.widths)
 
 
 def _state_after(layer: LactLayer, length: int) -> State:
@@ -164,27 +165,39 @@ class Pages:
         return found.masked_fill(~inside[..., None, None], 0)
 
 
-class Slots:
-    """States in a pool.
+class Pool:
+    """The states of all sequences, each in its slot.
 
     Args:
         layout: how a slot is divided.
-        pool: float32 `[slots, layout.size]` (float64 in tests).
-        still: the matrices that are not updated, `[H, in, out]` by name.
+        rows: float32 `[slots, layout.size]` (float64 in tests).
+        start: the fast weights that sequences start from, by name as `kvbind.ttt` takes them.
     """
 
-    def __init__(self, layout: StateLayout, pool: Tensor, still: Mapping[str, Tensor]) -> None:
-        self.layout, self.pool = layout, pool
-        self.still = {name: x.to(pool.dtype) for name, x in still.items()}
+    def __init__(self, layout: StateLayout, rows: Tensor, start: Mapping[str, Tensor]) -> None:
+        self.layout, self.rows, self.start = layout, rows, start
+        vectors = layout.spec.network.vectors
+        # as states hold them, `[1, H, in, out]`
+        each = {name: (x[:, None] if name in vectors else x)[None].to(rows.dtype) for name, x in start.items()}
+        self.each = each
+        self.still = {name: x for name, x in each.items() if name not in layout.spec.updated}
 
     def weights(self, slots: Tensor) -> dict[str, Tensor]:
         """The fast weights of some slots, `[n, H, in, out]`; those that are not updated `[1, H, in, out]`."""
         columns = {name: place for name, place in self.layout.columns.items() if name.startswith("weights.")}
-        rows = self.pool[:, : max(where.stop for where, _ in columns.values())][slots]
+        rows = self.rows[:, : max(where.stop for where, _ in columns.values())][slots]
         held = {name.removeprefix("weights."): _cut(rows, *place) for name, place in columns.items()}
-        return held | {name: x[None] for name, x in self.still.items()}
+        return held | self.still
 
-    def load(self, slots: Tensor, pages: Pages | None, rows: Tensor, starts: Tensor, lengths: Sequence[int]) -> State:
+    def load(
+        self,
+        slots: Tensor,
+        pages: Pages | None,
+        rows: Tensor,
+        starts: Tensor,
+        lengths: Sequence[int],
+        room: int | None = None,
+    ) -> State:
         """The states in some slots.
 
         Args:
@@ -192,24 +205,25 @@ class Slots:
             pages: where their sequences' pending tokens lie; None where none ever wait.
             rows: which sequences of the step they are, `[n]`.
             starts: at which token of its sequence each one's pending tokens start, `[n]`.
-            lengths: how many tokens each has pending, fewer than a chunk.
+            lengths: how many tokens each has pending.
+            room: how many may be; by default one less than there are places, as states of `kvbind.ttt` have it.
         """
         layout = self.layout
-        rows_of_pool = self.pool[slots]
-        tensors = {name: _cut(rows_of_pool, *place) for name, place in layout.columns.items()}
-        tensors |= {f"weights.{name}": x.expand(len(lengths), *x.shape) for name, x in self.still.items()}
+        found = self.rows[slots]
+        tensors = {name: _cut(found, *place) for name, place in layout.columns.items()}
+        tensors |= {f"weights.{name}": x.expand(len(lengths), *x.shape[1:]) for name, x in self.still.items()}
         if pages is not None and layout.places:
-            room = layout.places - 1
+            room = layout.places - 1 if room is None else room
             tensors |= {name: x[:, :, :room] for name, x in tensors.items() if name.startswith("pending.")}
             cells = pages.get(rows, starts, torch.tensor(lengths, device=slots.device), room).transpose(1, 2)
             k, v = cells.split(layout.widths, dim=-1)
             tensors |= {"pending.k": k, "pending.v": v}
         return State(layout.spec, tensors, tuple(lengths))
 
-    def begin(self, weights: Mapping[str, Tensor], slots: Tensor) -> None:
+    def begin(self, slots: Tensor) -> None:
         """Have some slots hold the state before a sequence's first token."""
         spec = self.layout.spec
-        each = {name: x.to(self.pool.dtype).expand(len(slots), *x.shape) for name, x in weights.items()}
+        each = {name: x.expand(len(slots), *x.shape[1:]) for name, x in self.each.items()}
         self.save(State.of(spec, FastWeights.start(spec, each), None, 0), slots)
 
     def save(self, state: State, slots: Tensor) -> None:
@@ -217,40 +231,23 @@ class Slots:
         parts = []
         for name, (_, shape) in self.layout.columns.items():
             x = state.tensors.get(name)
-            if name.startswith("pending."):
-                full = self.pool.new_zeros(state.batch, *shape)
+            if x is None or x.shape[1:] != shape:
+                # places that a state has not, or has no tokens for
+                assert name.startswith(("pending.", "window."))
+                full = self.rows.new_zeros(state.batch, *shape)
                 if x is not None:
                     full[:, :, : x.shape[2]] = x
                 x = full
-            assert x is not None
-            parts.append(x.reshape(state.batch, -1).to(self.pool.dtype))
-        self.pool[slots] = torch.cat(parts, dim=1)
+            parts.append(x.reshape(state.batch, -1).to(self.rows.dtype))
+        self.rows[slots] = torch.cat(parts, dim=1)
 
     def put(self, tokens: Tokens, slots: Tensor, places: Tensor) -> None:
         """Keep rates and gates of pending tokens `[1, H, T]`, each in its slot `[T]` and at its place in the chunk `[T]`."""
         made = tokens.spread().tensors()
         for name, (where, shape) in self.layout.columns.items():
             if name.startswith("pending."):
-                held = self.pool[:, where].unflatten(1, shape).transpose(1, 2)
+                held = self.rows[:, where].unflatten(1, shape).transpose(1, 2)
                 held[slots, places] = made[name.removeprefix("pending.")][0].transpose(0, 1).to(held.dtype)
-
-    def token(self, slots: Tensor, pages: Pages, rows: Tensor, at: Tensor, place: int) -> Tokens:
-        """One pending token of each of some sequences, `[n, H, 1]`.
-
-        Args:
-            slots: their slots, `[n]`.
-            pages: where keys and values lie.
-            rows: which sequences of the step they are, `[n]`.
-            at: which token of its sequence each one is, `[n]`.
-            place: where in its chunk.
-        """
-        k, v = pages.get(rows, at, torch.ones_like(at), 1).transpose(1, 2).split(self.layout.widths, dim=-1)
-        found = {"k": k, "v": v}
-        for name, (where, shape) in self.layout.columns.items():
-            if name.startswith("pending."):
-                held = self.pool[:, where].unflatten(1, shape)
-                found[name.removeprefix("pending.")] = held[slots][:, :, place : place + 1]
-        return Tokens.of(found)
 
 
 def _cut(rows: Tensor, where: slice, shape: tuple[int, ...]) -> Tensor:

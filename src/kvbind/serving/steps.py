@@ -17,9 +17,9 @@ from torch import Tensor
 from kvbind.forms.api import Form, ttt
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
-from kvbind.forms.waiting import read_weights
+from kvbind.forms.waiting import completed, read
 from kvbind.inner.spec import InnerLoop
-from kvbind.serving.states import Pages, Slots, StateLayout
+from kvbind.serving.states import Pages, Pool, StateLayout
 
 Piece = tuple[int, int, int, int]
 """A sequence, the first of the step's tokens that are its, the position of that in the sequence, and how many there are."""
@@ -92,7 +92,7 @@ class Plan:
             seen: how many tokens each sequence has had before.
             device: where the step runs.
         """
-        chunk = layout.spec.chunk or 1
+        chunk = layout.places or 1
         due, fresh, later = list[Piece](), list[Piece](), list[Piece]()
         reads: dict[int, list[Piece]] = defaultdict(list)
         for row, position in enumerate(seen):
@@ -132,13 +132,12 @@ class Step:
     pages: Pages | None
 
 
-def advance(step: Step, pool: Slots, start: Mapping[str, Tensor], q: Tensor, tokens: Tokens, form: Form = "auto") -> Tensor:
+def advance(step: Step, pool: Pool, q: Tensor, tokens: Tokens, form: Form = "auto") -> Tensor:
     """Outputs of a step's tokens `[1, T, H, Dv]`; states and pages are left where the step stops.
 
     Args:
         step: the step.
         pool: the states.
-        start: the fast weights that sequences start from, `[H, in, out]` by name.
         q: queries `[1, T, H, Dk]`.
         tokens: writers `[1, T, H, ...]`.
         form: as `kvbind.ttt` takes it.
@@ -147,7 +146,7 @@ def advance(step: Step, pool: Slots, start: Mapping[str, Tensor], q: Tensor, tok
     if pages is not None:
         pages.put(tokens.k[0], tokens.v[0])
     if plan.due is not None:
-        settle(plan.due, step.slots, pages, pool, form)
+        settle(plan.due, step.slots, pages, pool)
     output = torch.empty_like(tokens.v).to(q.dtype)
     for part in (plan.fresh, plan.later):
         if part is None:
@@ -155,7 +154,7 @@ def advance(step: Step, pool: Slots, start: Mapping[str, Tensor], q: Tensor, tok
         slots, state = step.slots[part.rows], None
         if part is plan.later:
             state = pool.load(slots, pages, part.rows, part.starts, part.pending)
-        weights = start if state is None else None
+        weights = pool.start if state is None else None
         found, after = packed(spec, weights, q[:, part.tokens], part.of_all(tokens), part.bounds, state, form)
         pool.save(after, slots)
         output[:, part.tokens] = found
@@ -165,12 +164,12 @@ def advance(step: Step, pool: Slots, start: Mapping[str, Tensor], q: Tensor, tok
     return output
 
 
-def _read(pool: Slots, slots: Tensor, places: Tensor, length: int, q: Tensor, tokens: Tokens) -> Tensor:
+def _read(pool: Pool, slots: Tensor, places: Tensor, length: int, q: Tensor, tokens: Tokens) -> Tensor:
     """Outputs `[1, n * length, H, Dv]` of pieces of one length that bring no chunk to an end before their last token."""
-    queries, keys = (x.unflatten(1, (-1, length))[0].transpose(1, 2) for x in (q, tokens.k))
-    found = read_weights(pool.layout.spec, pool.weights(slots), queries, keys)
+    queries, keys = (x[0].unflatten(0, (-1, length)) for x in (q, tokens.k))
+    found = read(pool.layout.spec, pool.weights(slots), queries, keys)
     pool.put(tokens.map(lambda x: x.transpose(1, 2)), slots.repeat_interleave(length), places)
-    return found.transpose(1, 2).flatten(0, 1)[None].to(q.dtype)
+    return found.flatten(0, 1)[None]
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ class Decoding:
         """Whether one token is done alike wherever in its chunk it is."""
         return layout.deferred or not layout.places
 
-    def advance(self, pages: Pages | None, pool: Slots, q: Tensor, tokens: Tokens, form: Form = "auto") -> Tensor:
+    def advance(self, pages: Pages | None, pool: Pool, q: Tensor, tokens: Tokens, form: Form = "auto") -> Tensor:
         """As `advance`, behind `prepare`."""
         if pages is not None:
             pages.put(tokens.k[0], tokens.v[0])
@@ -220,30 +219,28 @@ class Preparation:
     @staticmethod
     def of(layout: StateLayout, seen: Sequence[int], device: torch.device) -> Preparation:
         """What sequences that have had so many tokens need."""
-        chunk = layout.spec.chunk or 1
+        chunk = layout.places or 1
         ends = [(row, row, x - 1, 1) for row, x in enumerate(seen) if layout.deferred and x and x % chunk == 0]
         begun = [row for row, x in enumerate(seen) if not x]
         return Preparation(
             Part.of(ends, chunk, device), torch.tensor(begun).to(device, non_blocking=True) if begun else None
         )
 
-    def run(self, slots: Tensor, pages: Pages | None, pool: Slots, start: Mapping[str, Tensor], form: Form = "auto") -> None:
-        """Do it; arguments as `advance` and `Step` have them."""
+    def run(self, slots: Tensor, pages: Pages | None, pool: Pool) -> None:
+        """Do it; arguments as `Step` has them."""
         if self.due is not None:
-            settle(self.due, slots, pages, pool, form)
+            settle(self.due, slots, pages, pool)
         if self.begun is not None:
-            pool.begin(start, slots[self.begun])
+            pool.begin(slots[self.begun])
 
 
-def settle(part: Part, slots: Tensor, pages: Pages | None, pool: Slots, form: Form = "auto") -> None:
+def settle(part: Part, slots: Tensor, pages: Pages | None, pool: Pool) -> None:
     """Bring to an end the chunks whose update is due."""
     assert pages is not None
     own, chunk = slots[part.rows], pool.layout.places
-    state = pool.load(own, pages, part.rows, part.starts, part.pending)
-    last = pool.token(own, pages, part.rows, part.starts + (chunk - 1), chunk - 1)
-    last = last.map(lambda x: x.squeeze(2)[None])
-    _, after = packed(pool.layout.spec, None, last.k, last, part.bounds, state, form)
-    pool.save(after, own)
+    state = pool.load(own, pages, part.rows, part.starts, (chunk,) * len(own), chunk)
+    after = completed(pool.layout.spec, state.fast, Tokens.of(state.group("pending.")))
+    pool.save(State.of(pool.layout.spec, after, None, 0), own)
 
 
 def packed(
@@ -264,5 +261,5 @@ def call(
 ) -> tuple[Tensor, State]:
     """`kvbind.ttt` with what tokens write, heads behind the token axis."""
     rates: Any = tokens.rates
-    gates: dict[str, Any] = {"momentum": tokens.momentum, "retention": tokens.retention}
+    gates: dict[str, Any] = dict(tokens.gates)
     return ttt(spec, weights, q, tokens.k, tokens.v, lr=rates, **gates, **further)
