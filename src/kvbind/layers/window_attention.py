@@ -193,7 +193,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: Bounds | Non
     length = q.shape[2]
     if isinstance(cu_seqlens, Boundaries):
         bounds = cu_seqlens
-        mask = bounds.once(("window", window), lambda: _block_mask(bounds.starts, length, window, 0))
+        mask = bounds.once(("window", window), lambda: block_mask(bounds.starts, length, window))
     elif torch.compiler.is_compiling():
         # inside a compiled model the plain function is what the compiler knows, and it keeps no cache of masks
         inside: Tensor = flex_attention(
@@ -251,10 +251,10 @@ def window_block_mask(
         ahead: how many keys stand before the first query's own.
     """
     starts = sequence_starts(behind(cu_seqlens or (0, length), ahead), torch.device(device))
-    return _block_mask(starts[ahead:], length, window, ahead)
+    return block_mask(starts[ahead:], length, window, ahead)
 
 
-def _block_mask(starts: Tensor, length: int, window: int, ahead: int) -> BlockMask:
+def block_mask(starts: Tensor, length: int, window: int, ahead: int = 0) -> BlockMask:
     """As `window_block_mask`, of sequences of which `starts` `[T]` tells where each query's begins.
 
     Which blocks hold any allowed pair, and which hold nothing else, follows from each block's first and last token, so
