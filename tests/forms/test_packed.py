@@ -32,7 +32,7 @@ def bounds_of(lengths):
 def in_one(spec, o, bounds, **options):
     gates = {name: x for name, x in o.options.items() if name != "lr"}
     there = Boundaries(with_room(bounds), o.q.shape[1])
-    return packed(spec, o.weights, o.q, o.k, o.v, there, lr=o.options["lr"], gates=gates, **options)
+    return packed(spec, o.weights, o.q, o.k, o.v, there, lr=o.options["lr"], **gates, **options)
 
 
 def gradients(output, o, slope=None):
@@ -76,7 +76,7 @@ def test_what_is_written_down_once_does_for_other_boundaries(spec):
 
     def work():
         gates = {name: x for name, x in o.options.items() if name != "lr"}
-        output = packed(spec, o.weights, o.q, o.k, o.v, Boundaries(bounds, 40), lr=o.options["lr"], gates=gates)
+        output = packed(spec, o.weights, o.q, o.k, o.v, Boundaries(bounds, 40), lr=o.options["lr"], **gates)
         return output, gradients(output, o, slope)
 
     tape = Tape()
@@ -116,7 +116,7 @@ def test_more_room_changes_nothing():
     few = in_one(spec, o, bounds)
     gates = {"momentum": o.options["momentum"]}
     more = Boundaries(torch.cat((bounds, bounds[-1:].expand(20))), 30)
-    assert torch.equal(packed(spec, o.weights, o.q, o.k, o.v, more, lr=o.options["lr"], gates=gates), few)
+    assert torch.equal(packed(spec, o.weights, o.q, o.k, o.v, more, lr=o.options["lr"], **gates), few)
 
 
 @settings(max_examples=40)

@@ -53,7 +53,7 @@ def drawn(spec, tokens, dtype=torch.float32, heads=1):
 
 def output_of(spec, o, boundaries):
     gates = {name: x for name, x in o.options.items() if name != "lr"}
-    return packed(spec, o.weights, o.q, o.k, o.v, boundaries, lr=o.options["lr"], gates=gates)
+    return packed(spec, o.weights, o.q, o.k, o.v, boundaries, lr=o.options["lr"], **gates)
 
 
 def doubled(spec, o):

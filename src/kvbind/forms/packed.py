@@ -24,7 +24,7 @@ from kvbind.forms.parallel import SHORT_CHUNK
 from kvbind.forms.recurrent import write
 from kvbind.forms.tokens import Tokens, as_factor
 from kvbind.forms.validation import LearningRate, Operands, check_operands
-from kvbind.inner.gates import decays
+from kvbind.inner.gates import decays, given_gates
 from kvbind.inner.networks import gated
 from kvbind.inner.rule import FastWeights, rescale, shape_update
 from kvbind.inner.spec import InnerLoop
@@ -54,8 +54,9 @@ def packed(
     boundaries: Boundaries,
     *,
     lr: LearningRate = 1.0,
-    gates: Mapping[str, Tensor] | None = None,
     form: str = "auto",
+    log_retention: Tensor | None = None,
+    **gates: Tensor | None,
 ) -> Tensor:
     """The outputs of `ttt` for documents packed into one row.
 
@@ -67,8 +68,9 @@ def packed(
         v: likewise.
         boundaries: of the documents.
         lr: as `ttt` takes it.
-        gates: by name.
         form: as `ttt` takes it.
+        log_retention: as `ttt` takes it.
+        **gates: by name, as `ttt` takes them.
 
     Returns:
         `[1, T, H, Dv]` in q's dtype.
@@ -84,7 +86,7 @@ def packed(
         raise ValueError(f"boundaries that the device reads are for visibility='past' and longer chunks; {reason}")
     if form == "parallel" and parallel_obstacles(spec):
         raise NoParallelFormError(explain(spec))
-    call = check_operands(spec, weights, q, k, v, lr, gates or {}, None, None, None)
+    call = check_operands(spec, weights, q, k, v, lr, given_gates({"retention": log_retention}, **gates), None, None, None)
     assert spec.chunk is not None
     chunks = boundaries.chunks(spec.chunk)
     on_kernels = fused.operands_fit(call) and fused.wide_enough(call)
@@ -125,7 +127,7 @@ def at_once(spec: InnerLoop, call: Operands, chunks: Chunks) -> Tensor:
 
 
 def _summed(writes: Tensor, gates: Tensor | None, start: Tensor, opens: Tensor) -> Tensor:
-    """`y_c = g_c y_{c-1} + x_c` of writes `[M, ...]`, with `y_{c-1}` the start `[1, ...]` where chunk c `opens` a document."""
+    """`y_c = g_c y_{c-1} + x_c` of writes `[M, ...]`; `y_{c-1}` is the start `[1, ...]` where chunk c `opens` a document."""
     running, found = start, []
     each = None if gates is None else gates.split(1)
     for c, added in enumerate(writes.split(1)):

@@ -362,13 +362,11 @@ class LactLayer(nn.Module):
             layout = Layout.rows(x.shape[1], x.device)
         if layout.sequence is not None:
             raise ValueError("layout must be of whole rows; got one that is cut over ranks")
-        if isinstance(layout.cu_seqlens, Boundaries):
-            raise ValueError("layout must have boundaries that the host reads; got such as the device alone knows")
         if tables is None:
             tables = rotary_tables(layout.positions, self.head_width, self.rope_theta)
         q, k, v = self._project(x)
         _, _, q, k = make_operands(q, k, v, self.qk_scale, self.qk_offset, tables, self.paths)
-        made, bounds = self.writing.tokens({"k": k, "v": v, **self._logits(x)}), layout.cu_seqlens
+        made, bounds = self.writing.tokens({"k": k, "v": v, **self._logits(x)}), layout.known_bounds
         return InnerCall(self._inner, self.start_weights(), q, k, made.v, made.rates, made.gates, bounds)
 
     def forward(
@@ -502,7 +500,7 @@ class LactLayer(nn.Module):
         if isinstance(layout.cu_seqlens, Boundaries):
             assert weights is not None
             return packed(
-                inner, weights, q, tokens.k, tokens.v, layout.cu_seqlens, lr=tokens.rates, gates=tokens.gates, form=self.form
+                inner, weights, q, tokens.k, tokens.v, layout.cu_seqlens, lr=tokens.rates, form=self.form, **tokens.gates
             ), None
         if layout.lengths is None or not return_state:
             # padding sits behind a row's tokens, which do not see it; only what they leave behind would

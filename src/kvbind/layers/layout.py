@@ -96,6 +96,17 @@ class Layout:
             return (torch.arange(length, device=device) - sequence_starts(self.cu_seqlens, device))[None]
         return Layout.rows(length, device, seen).positions
 
+    @property
+    def known_bounds(self) -> tuple[int, ...] | None:
+        """Boundaries of packed sequences, which the host has read.
+
+        Raises:
+            ValueError: those that the device alone knows.
+        """
+        if isinstance(self.cu_seqlens, Boundaries):
+            raise ValueError("layout must have boundaries that the host reads; got such as the device alone knows")
+        return self.cu_seqlens
+
     def after(self, seen: Sequence[int], length: int) -> tuple[int, ...]:
         """How many tokens each row has had after this batch, of `seen` before it."""
         added = self.lengths or (length,) * len(seen)
