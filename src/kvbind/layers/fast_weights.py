@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from kvbind.forms.api import Form, ttt
+from kvbind.forms.packed import packed
 from kvbind.forms.state import State
 from kvbind.inner.gates import GATES, Gate
 from kvbind.inner.projections import DEFAULTS, Constant, Making, Place, Projections, Sigmoid, Softplus, Step
@@ -26,6 +27,7 @@ from kvbind.layers.makings import DecayMaker, Maker, SigmoidMaker, Sizes, draw, 
 from kvbind.layers.norm import RMSNorm
 from kvbind.layers.operands import split_heads, wide
 from kvbind.layers.rotary import Tables, rotary_tables, rotate
+from kvbind.sequence.boundaries import Boundaries
 from kvbind.sequence.exchanges import Exchanges
 
 UNIT_EPS = 1e-6
@@ -326,14 +328,15 @@ class FastWeightLayer(nn.Module):
         """What the layer gives to `kvbind.ttt` for sequences from their first token on; arguments as `forward` takes them.
 
         Raises:
-            ValueError: a slice of a row that is cut over ranks, which is no call of its own.
+            ValueError: a slice of a row that is cut over ranks, which is no call of its own, or boundaries of packed rows
+                that the device alone knows.
         """
         layout = Layout.rows(x.shape[1], x.device) if layout is None else layout
         if layout.sequence is not None:
             raise ValueError("layout must be of whole rows; got one that is cut over ranks")
         made = self._make(x, layout, None, False)
         return InnerCall(
-            self._inner, self.start_weights(), made.q, made.k, made.v, made.lr, made.gates, layout.cu_seqlens
+            self._inner, self.start_weights(), made.q, made.k, made.v, made.lr, made.gates, layout.known_bounds
         )  # fmt: skip
 
     def forward(
@@ -383,11 +386,16 @@ class FastWeightLayer(nn.Module):
         """Run the inner loop: outputs `[B, T, H, Dv]`, and its state where that is wanted."""
         inner, shard = self._inner, layout.sequence
         weights = self.start_weights() if before is None else None
+        if isinstance(layout.cu_seqlens, Boundaries):
+            assert weights is not None
+            return packed(
+                inner, weights, made.q, made.k, made.v, layout.cu_seqlens, lr=made.lr, form=self.form, **made.gates
+            ), None
         if layout.lengths is None or not return_state:
             # padding sits behind a row's tokens, which do not see it; only what they leave behind would
-            packed = layout.cu_seqlens if shard is None else None
+            documents = layout.cu_seqlens if shard is None else None
             output, after = ttt(
-                inner, weights, made.q, made.k, made.v, lr=made.lr, **made.gates, state=before, cu_seqlens=packed,
+                inner, weights, made.q, made.k, made.v, lr=made.lr, **made.gates, state=before, cu_seqlens=documents,
                 form=self.form, sequence=shard,
             )  # fmt: skip
             return output, after if return_state else None

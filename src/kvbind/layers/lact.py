@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from kvbind.forms.api import Form, ttt
 from kvbind.forms.autocast import without_autocast
+from kvbind.forms.packed import packed
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.waiting import Waiting, read
@@ -32,6 +33,7 @@ from kvbind.layers.rotary import Tables, rotary_tables
 from kvbind.layers.slots import Slots, Step
 from kvbind.layers.window_attention import halo_of, window_attention
 from kvbind.layers.writing import Writing
+from kvbind.sequence.boundaries import Boundaries
 from kvbind.sequence.exchanges import Exchanges
 
 NORM_EPS = 1e-5
@@ -353,7 +355,8 @@ class LactLayer(nn.Module):
         """What the layer gives to `kvbind.ttt` for sequences from their first token on; arguments as `forward` takes them.
 
         Raises:
-            ValueError: a slice of a row that is cut over ranks, which is no call of its own.
+            ValueError: a slice of a row that is cut over ranks, which is no call of its own, or boundaries of packed rows
+                that the device alone knows.
         """
         if layout is None:
             layout = Layout.rows(x.shape[1], x.device)
@@ -363,7 +366,7 @@ class LactLayer(nn.Module):
             tables = rotary_tables(layout.positions, self.head_width, self.rope_theta)
         q, k, v = self._project(x)
         _, _, q, k = make_operands(q, k, v, self.qk_scale, self.qk_offset, tables, self.paths)
-        made, bounds = self.writing.tokens({"k": k, "v": v, **self._logits(x)}), layout.cu_seqlens
+        made, bounds = self.writing.tokens({"k": k, "v": v, **self._logits(x)}), layout.known_bounds
         return InnerCall(self._inner, self.start_weights(), q, k, made.v, made.rates, made.gates, bounds)
 
     def forward(
@@ -494,13 +497,18 @@ class LactLayer(nn.Module):
             answer = waiting.answer(inner, q, made["k"])
         before = None if state is None else state.fast
         weights, tokens = self.start_weights() if before is None else None, writing.tokens(made)
+        if isinstance(layout.cu_seqlens, Boundaries):
+            assert weights is not None
+            return packed(
+                inner, weights, q, tokens.k, tokens.v, layout.cu_seqlens, lr=tokens.rates, form=self.form, **tokens.gates
+            ), None
         if layout.lengths is None or not return_state:
             # padding sits behind a row's tokens, which do not see it; only what they leave behind would
             shard = layout.sequence
-            packed = layout.cu_seqlens if shard is None else None
+            documents = layout.cu_seqlens if shard is None else None
             output, after = ttt(
                 inner, weights, q, tokens.k, tokens.v, lr=tokens.rates, **tokens.gates, state=before,
-                cu_seqlens=packed, form=self.form, sequence=shard,
+                cu_seqlens=documents, form=self.form, sequence=shard,
             )  # fmt: skip
             return output if answer is None else answer, Waiting.of(after) if return_state else None
 

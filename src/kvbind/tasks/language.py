@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvbind.forms.packed import uncovered
 from kvbind.inner import InnerLoop
 from kvbind.inner.projections import Projections
 from kvbind.inner.systems import PROJECTIONS
@@ -21,6 +22,7 @@ from kvbind.layers.lact import check_fits_causal_layer
 from kvbind.models.presets import PRESETS as SIZES
 from kvbind.models.saving import open_exported
 from kvbind.sequence import SequenceShard, sequence_parallel
+from kvbind.sequence.boundaries import Boundaries, with_room
 from kvbind.tasks import inner_loops, preset_files
 from kvbind.tasks.contents import Contents
 from kvbind.tasks.documents import Split
@@ -256,7 +258,7 @@ class LanguageTask:
     def __init__(self, config: LanguageConfig, training: bool = True) -> None:
         data = config.data
         self.config, self.batch = config, data.batch
-        inner_loop(config.model)  # an inner loop that is none is better known before any text is read
+        self.inner = inner_loop(config.model)  # one that is none is better known before any text is read
         self.tokenizer = open_tokenizer(data.tokenizer)
         self.chat_template = read_chat_template(data.chat_template, self.tokenizer)
         source = Source(data.source, data.held_out, data.column, data.stream, data.name, data.part, data.encoding)
@@ -307,19 +309,31 @@ class LanguageTask:
 
         return flops_per_unit(model.config, self.config.data)
 
-    @staticmethod
-    def uncapturable(batch: Batch) -> str | None:
+    def uncapturable(self, batch: Batch) -> str | None:
         """Why a step on a batch cannot be replayed as a CUDA graph; None where it can."""
-        return "the boundaries of packed documents are read by the host" if "cu_seqlens" in batch else None
+        if "cu_seqlens" not in batch:
+            return None
+        reason = uncovered(self.inner, batch["input_ids"].shape[1])
+        return None if reason is None else f"the boundaries of packed documents are read by the host, as {reason}"
+
+    def prepare(self, batch: Batch, device: torch.device) -> Batch:
+        """A batch of which the device alone reads where documents end: `boundaries`, of few sizes, for `cu_seqlens`."""
+        if "cu_seqlens" not in batch or self.uncapturable(batch) is not None:
+            return batch
+        rest = {name: x for name, x in batch.items() if name != "cu_seqlens"}
+        return {**rest, "boundaries": with_room(batch["cu_seqlens"].to(device))}
 
     def loss(self, model: LactForCausalLM, batch: Batch) -> Tensor:
-        """Mean next-token cross-entropy, in nats."""
-        loss: Tensor = model(**batch, use_cache=False).loss
+        """Mean next-token cross-entropy, in nats; of a batch as it comes, or prepared."""
+        given: dict[str, Any] = dict(self.prepare(batch, batch["input_ids"].device))
+        if "boundaries" in given:
+            given["cu_seqlens"] = Boundaries(given.pop("boundaries"), given["input_ids"].shape[1])
+        loss: Tensor = model(**given, use_cache=False).loss
         return loss
 
     def shard(self, batch: Batch, group: Any) -> SequenceShard:
         """How the processes of a group divide the rows of a batch: evenly, and between chunks of the inner loop."""
-        ids, chunk = batch["input_ids"], inner_loop(self.config.model).chunk
+        ids, chunk = batch["input_ids"], self.inner.chunk
         return SequenceShard.even(ids.shape[1], group, cu_seqlens=batch.get("cu_seqlens"), multiple=chunk or 1)
 
     def cut(self, batch: Batch, group: Any) -> tuple[Batch, AbstractContextManager[None]]:

@@ -35,6 +35,7 @@ from kvbind.models.lact.loss import IGNORE, cross_entropy, linear_cross_entropy,
 from kvbind.models.options import check_options, known_by_name
 from kvbind.models.recompute import check_recomputing, is_recomputed, is_reentrant
 from kvbind.models.saving import FromFolder
+from kvbind.sequence.boundaries import Boundaries
 from kvbind.sequence.shard import current_shard
 
 
@@ -216,7 +217,7 @@ class LactModel(LactPreTrainedModel):
         past_key_values: LactCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        cu_seqlens: Tensor | Sequence[int] | None = None,
+        cu_seqlens: Tensor | Sequence[int] | Boundaries | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -348,7 +349,7 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        cu_seqlens: Tensor | Sequence[int] | None = None,
+        cu_seqlens: Tensor | Sequence[int] | Boundaries | None = None,
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         output_attentions: bool | None = None,
@@ -507,7 +508,9 @@ _OF_GENERATION = frozenset({"assistant_tokenizer", "cache_position", "stop_strin
 """What generation loops hand to every model, and no model of transformers reads."""
 
 
-def _collated_bounds(cu_seqlens: Tensor | Sequence[int] | None, extra: dict[str, Any]) -> Tensor | Sequence[int] | None:
+def _collated_bounds(
+    cu_seqlens: Tensor | Sequence[int] | Boundaries | None, extra: dict[str, Any]
+) -> Tensor | Sequence[int] | Boundaries | None:
     """`cu_seqlens`, or what transformers' collator of flattened batches calls it; nothing unknown may be in `extra`."""
     for name, value in extra.items():
         if name not in _COLLATED | _OF_GENERATION and value is not None:
