@@ -55,7 +55,7 @@ def plain(rule, q, columns, gates, weights, buffers, recent=()):
 
     for n in range(math.ceil(total / chunk)):
         start, stop = n * chunk, min((n + 1) * chunk, total)
-        a, mo, eta = gate(gates.retention, n), gate(gates.momentum, n), gate(gates.step_rate, n)
+        a, mo, eta = gate(gates.decay, n), gate(gates.momentum, n), gate(gates.step_rate, n)
         if start % span == 0:
             at, partial_sum = m, 0.0
         if rule.before and a is not None:
@@ -83,7 +83,7 @@ def plain(rule, q, columns, gates, weights, buffers, recent=()):
                 outputs.append(query @ m)
             else:
                 g = gradient([*window, [x[:, :, : t - start + 1] for x in mine]])
-                kept_t = gate(gates.partial_retention, t)
+                kept_t = gate(gates.partial_decay, t)
                 _, up = shaped(gate(gates.partial_momentum, t), g, gate(gates.partial_step_rate, t))
                 outputs.append(query @ ((old if kept_t is None else kept_t * old) + up))
         if gates.read_rate is not None:
@@ -140,7 +140,7 @@ def cases(draw):
         sign=draw(st.sampled_from([1, -1])),
     )
     gates = {
-        "retention": draw(st.sampled_from(["none", "head", "key"])),
+        "decay": draw(st.sampled_from(["none", "head", "key"])),
         "log": draw(st.booleans()),
         "momentum": draw(st.booleans()),
         "step_rate": draw(st.booleans()),
@@ -148,7 +148,7 @@ def cases(draw):
         "rate": draw(st.booleans()),
     }
     if read_rate:
-        gates |= {"retention": "none", "momentum": False}
+        gates |= {"decay": "none", "momentum": False}
     total = draw(st.integers(0, 40)) * writes
     return rule, gates | {"read_rate": read_rate}, total, draw(st.integers(0, 2**20))
 
@@ -164,12 +164,12 @@ def operands(rule, which, total, seed, dtype=torch.float64):
 
     steps, reads = math.ceil(total / rule.chunk), total // rule.writes
     partial = rule.sees == "token" and rule.chunk > 1
-    width = (F,) if which["retention"] == "key" else ()
+    width = (F,) if which["decay"] == "key" else ()
 
     def gate(*shape):
         return Gate(unit(*shape).log(), True) if which["log"] else Gate(unit(*shape))
 
-    kept, momentum, rate = which["retention"] != "none", which["momentum"], which["step_rate"]
+    kept, momentum, rate = which["decay"] != "none", which["momentum"], which["step_rate"]
     gates = Gates(
         gate(steps, *width) if kept else None,
         gate(steps) if momentum else None,
@@ -288,20 +288,20 @@ def test_calls_one_after_another_are_one_call(case, share, size):
 
 # what the named systems are in this class, with the gates that each has
 SYSTEMS = {
-    "gated linear attention": (AffineRule(), {"retention": "key"}),
+    "gated linear attention": (AffineRule(), {"decay": "key"}),
     "delta rule": (AffineRule(loss="squared"), {}),
-    "gated delta rule": (AffineRule(loss="squared", before=True), {"retention": "head"}),
-    "gated delta rule by channel": (AffineRule(loss="squared", before=True), {"retention": "key", "erase": True}),
-    "two writes": (AffineRule(loss="squared", writes=2), {"retention": "key", "erase": True}),
-    "mini-batches": (AffineRule(loss="squared", refresh=4), {"momentum": True, "retention": "head"}),
-    "mini-batches by channel": (AffineRule(loss="squared", refresh=4), {"momentum": True, "retention": "key"}),
-    "momentum by channel": (AffineRule(loss="squared"), {"momentum": True, "retention": "key"}),
+    "gated delta rule": (AffineRule(loss="squared", before=True), {"decay": "head"}),
+    "gated delta rule by channel": (AffineRule(loss="squared", before=True), {"decay": "key", "erase": True}),
+    "two writes": (AffineRule(loss="squared", writes=2), {"decay": "key", "erase": True}),
+    "mini-batches": (AffineRule(loss="squared", refresh=4), {"momentum": True, "decay": "head"}),
+    "mini-batches by channel": (AffineRule(loss="squared", refresh=4), {"momentum": True, "decay": "key"}),
+    "momentum by channel": (AffineRule(loss="squared"), {"momentum": True, "decay": "key"}),
     "reader's rate": (AffineRule(loss="squared", refresh=4), {"read_rate": True}),
     "window": (AffineRule(loss="squared", window=3), {"momentum": True, "step_rate": True}),
-    "window by channel": (AffineRule(loss="squared", window=3, window_on="update"), {"retention": "key"}),
-    "chunks": (AffineRule(loss="squared", chunk=3, refresh=3), {"momentum": True, "retention": "head"}),
+    "window by channel": (AffineRule(loss="squared", window=3, window_on="update"), {"decay": "key"}),
+    "chunks": (AffineRule(loss="squared", chunk=3, refresh=3), {"momentum": True, "decay": "head"}),
 }
-NONE = dict.fromkeys(("momentum", "step_rate", "erase", "read_rate", "log"), False) | {"retention": "none", "rate": True}
+NONE = dict.fromkeys(("momentum", "step_rate", "erase", "read_rate", "log"), False) | {"decay": "none", "rate": True}
 
 
 def system(name, total, dtype=torch.float64):
@@ -319,7 +319,7 @@ def test_what_is_not_finite_or_huge_changes_nothing_before_it(name, value):
         if path == ".3.weights" or path.startswith(".3.buffers"):
             continue
         # the entry that column `at`, its update or its read has
-        place = {True: at // rule.chunk, False: at}[path.startswith((".2.retention", ".2.momentum", ".2.step"))]
+        place = {True: at // rule.chunk, False: at}[path.startswith((".2.decay", ".2.momentum", ".2.step"))]
         place = reads if path.startswith((".2.partial", ".2.read", ".0")) else place
         changed = x.clone()
         changed[0, 0, place] = value
@@ -366,8 +366,8 @@ def test_small_gates_are_as_exact_as_others_in_float32(rule, per, log):
     for i, small in enumerate((90.0, 88.0, 20.0, 3.0)):
         decay[:, :, 5 + i :: 37] = small
     decay[:, :, 1000:1100] = 90.0
-    retention = Gate(-decay, True) if log else Gate((-decay).exp())
-    o = q, columns, Gates(retention), state
+    decay = Gate(-decay, True) if log else Gate((-decay).exp())
+    o = q, columns, Gates(decay), state
 
     def parallel(*o):
         z, after = affine(rule, *o)
@@ -485,7 +485,7 @@ def test_rules_that_contradict_themselves_are_refused(change, message):
     ("rule", "which", "message"),
     [
         (AffineRule(sees="past"), {"read_rate": True}, "read_rate needs sees='token'"),
-        (AffineRule(), {"read_rate": True, "momentum": True}, "neither retention nor momentum"),
+        (AffineRule(), {"read_rate": True, "momentum": True}, "neither decay nor momentum"),
         (AffineRule(chunk=2, refresh=None), {"read_rate": True}, "read_rate needs chunk to be 1"),
         (AffineRule(writes=2), {"read_rate": True}, "read_rate needs refresh to be a multiple of writes=2; got 1"),
     ],

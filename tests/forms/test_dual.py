@@ -95,7 +95,7 @@ def plain(rule, layers, q, columns, rates, gates, state):
 
     for n in range(math.ceil(total / chunk)):
         start, stop = n * chunk, min((n + 1) * chunk, total)
-        a, m, eta = gate(gates.retention, n), gate(gates.momentum, n), gate(gates.step_rate, n)
+        a, m, eta = gate(gates.decay, n), gate(gates.momentum, n), gate(gates.step_rate, n)
         if start % span == 0:
             at, travelled = dict(w), dict.fromkeys(rates, 0.0)
         if rule.before and a is not None:
@@ -122,7 +122,7 @@ def plain(rule, layers, q, columns, rates, gates, state):
                     gradient([*window, slice(start, t + 1)]),
                     gate(gates.partial_step_rate, t),
                 )
-                a_t = gate(gates.partial_retention, t)
+                a_t = gate(gates.partial_decay, t)
                 seen = {**old, **{name: part[name] + (old[name] if a_t is None else a_t * old[name]) for name in rates}}
             outputs.append(forward(layers, seen, q[:, :, t : t + 1], False))
         travelled = {name: travelled[name] + up[name] for name in rates}
@@ -165,8 +165,8 @@ def cases(draw):
     if head is not None and head.fast and head.where == "read":
         head = Norm(head.residual, "both", True)
     layers = Layers(names, ACTIVATIONS[draw(st.sampled_from(list(ACTIVATIONS)))], draw(st.booleans()), head)
-    which = {name: draw(st.booleans()) for name in ("retention", "momentum", "step_rate")}
-    which |= {"retention": False, "momentum": False} if reader else {}
+    which = {name: draw(st.booleans()) for name in ("decay", "momentum", "step_rate")}
+    which |= {"decay": False, "momentum": False} if reader else {}
     which |= {"read_rate": reader, "erase": draw(st.booleans()), "last": draw(st.booleans()), "rate": draw(st.booleans())}
     return rule, layers, which, draw(st.integers(1, 11)), draw(st.integers(0, 2**20))
 
@@ -195,9 +195,9 @@ def operands(rule, layers, which, total, seed, dtype=torch.float64):
         there = which[name]
         return (wrap(make(steps)) if there else None), (make(total) if there and partial else None)
 
-    (retention, kept), (momentum, carried) = pair("retention", unit, Gate), pair("momentum", unit, Gate)
+    (decay, kept), (momentum, carried) = pair("decay", unit, Gate), pair("momentum", unit, Gate)
     step_rate, its = pair("step_rate", unit)
-    gates = Gates(retention, momentum, step_rate, kept, carried, its, normal(total) if which["read_rate"] else None)
+    gates = Gates(decay, momentum, step_rate, kept, carried, its, normal(total) if which["read_rate"] else None)
     held = max(rule.lags, which["momentum"])
     buffers = {name: 0.3 * normal(held, *weights[name].shape[2:]) for name in updated}
     rates = {name: 0.1 * unit(total) if which["rate"] else 0.1 for name in updated}
@@ -265,7 +265,7 @@ def mini_batches(names, refresh=4, dtype=torch.float64, total=10):
     """TTT-Linear or TTT-MLP."""
     rule = AffineRule(loss="squared", refresh=refresh)
     layers = Layers(names, ACTIVATIONS["tanh"], True, Norm(True, "both", False))
-    which = dict.fromkeys(("retention", "momentum", "step_rate", "erase", "last"), False) | {"read_rate": True, "rate": True}
+    which = dict.fromkeys(("decay", "momentum", "step_rate", "erase", "last"), False) | {"read_rate": True, "rate": True}
     return rule, layers, operands(rule, layers, which, total, 0, dtype)
 
 
@@ -308,5 +308,5 @@ def test_narrow_operands_are_computed_in_float32(names):
 
 def test_gates_by_channel_are_refused():
     rule, layers, (q, columns, rates, _, state) = mini_batches(("out",))
-    with pytest.raises(ValueError, match=r"retention must be \[B, H, S\]"):
+    with pytest.raises(ValueError, match=r"decay must be \[B, H, S\]"):
         dual(rule, layers, q, columns, rates, Gates(Gate(columns.k)), state)

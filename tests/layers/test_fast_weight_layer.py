@@ -421,7 +421,7 @@ def built(inner, **fields):
         (built("ttt_linear", value_width=2), ValueError, "key_width = value_width for a head with residual=True"),
         (built("gla", key_width=0.01), ValueError, "key_width must leave a head at least one"),
         (built("gla", key_width=0.75, rotary="sequence"), ValueError, "key_width must be even for rotary positions"),
-        (built("kda", retention=Decay(), write_gate=Step()), ValueError, "needs an inner loop with retention per head"),
+        (built("kda", retention=Decay(), write_gate=Step()), ValueError, "whose weights decay per head"),
         (built(InnerLoop(Linear(), visibility="full")), ValueError, "visibility must be 'past' or 'token'"),
     ],
 )  # fmt: skip

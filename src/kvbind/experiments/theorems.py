@@ -25,6 +25,7 @@ from kvbind.experiments import figures
 from kvbind.experiments.figures import picture
 from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
 from kvbind.experiments.subjects import NONE
+from kvbind.inner.gates import decays
 from kvbind.inner.value import check_choice
 
 LIMIT, FLOAT32_LIMIT, LEAST_WRITTEN = 1e-10, 1e-3, 0.01
@@ -91,7 +92,7 @@ CLAIMS = (
     Claim("orthogonalization", "a polynomial maps each update's write", lambda s: s.orthogonalize is not None),
     Claim("weight normalization", "a decay on value channels, on the data's own terms", lambda s: bool(s.normalize)),
     Claim("clipping", "a factor on each update's value channels", lambda s: s.clip),
-    Claim("retention", "a decay of the whole state", lambda s: "retention" in s.gates),
+    Claim("decay", "a factor on the whole state", lambda s: decays(s.gates)[1] is not None),
     Claim("squared error", "values are what the state does not predict yet", lambda s: s.loss == "squared"),
     Claim("gated linear unit", "gates on values and outputs", lambda s: isinstance(s.network, GLU)),
     Claim("depthwise convolution", "sliding-window attention per channel", lambda s: isinstance(s.network, DepthwiseConv)),

@@ -47,7 +47,7 @@ class AffineRule:
         loss: "dot" or "squared".
         chunk: columns of one update. Gates act once per update.
         refresh: columns between two points at which gradients are renewed, in whole updates; None for at the call's start.
-        before: gradients see the state already decayed by the update's retention gate; needs `refresh == chunk`.
+        before: gradients see the state already decayed by the update's gate; needs `refresh == chunk`.
         window: how many updates, the own one included, a gradient or an update is summed over.
         window_on: "gradient", summed before momentum and all taken at the own refresh point, or "update", summed after it.
         sees: what is read: the state before the own update ("past"), after it ("chunk"), or with its columns up to the own
@@ -145,21 +145,21 @@ class Gates:
     The first three have one entry per update, of `S = ceil(N / chunk)`; the others one per read, of `R = N / writes`.
 
     Attributes:
-        retention: decay of the state, `[B, H, S]` or, one per key channel, `[B, H, S, F]`.
+        decay: what is left of the state, `[B, H, S]` or, one per key channel, `[B, H, S, F]`.
         momentum: decay of the momentum buffer, `[B, H, S]`.
         step_rate: factor of what enters the state, `[B, H, S]`.
-        partial_retention, partial_momentum, partial_step_rate: the same gates of the update made of the own update's columns
+        partial_decay, partial_momentum, partial_step_rate: the same gates of the update made of the own update's columns
             up to the own, which is what `sees="token"` reads where `chunk` is above 1: `[B, H, R]`, the first maybe
             `[B, H, R, F]`. All whose gate there is must be given.
         read_rate: with it column t sees `M_s + c_t sum_(s <= i <= t) U_i`, where s is its refresh point, and the span leaves
-            `M_s + c_last sum U_i`; `[B, H, R]`. It needs `sees="token"` and excludes retention, momentum, and `refresh=None`
+            `M_s + c_last sum U_i`; `[B, H, R]`. It needs `sees="token"` and excludes decay, momentum, and `refresh=None`
             beside a `chunk` above 1.
     """
 
-    retention: Gate | None = None
+    decay: Gate | None = None
     momentum: Gate | None = None
     step_rate: Tensor | None = None
-    partial_retention: Tensor | None = None
+    partial_decay: Tensor | None = None
     partial_momentum: Tensor | None = None
     partial_step_rate: Tensor | None = None
     read_rate: Tensor | None = None
@@ -177,10 +177,10 @@ class Gates:
             return None if x is None else Gate(x.values[:, :, updates].to(dtype).unflatten(2, (part.blocks, -1)), x.log)
 
         return Gates(
-            gate(self.retention),
+            gate(self.decay),
             gate(self.momentum),
             cut(self.step_rate, updates),
-            cut(self.partial_retention, reads),
+            cut(self.partial_decay, reads),
             cut(self.partial_momentum, reads),
             cut(self.partial_step_rate, reads),
             cut(self.read_rate, reads),
@@ -261,8 +261,8 @@ def affine(
 def check(rule: AffineRule, total: int, gates: Gates, held: int) -> None:
     """Raise `ValueError` for gates, a number of columns or of buffers that a rule excludes."""
     if gates.read_rate is not None:
-        if rule.sees != "token" or gates.retention is not None or gates.momentum is not None:
-            raise ValueError(f"read_rate needs sees='token' and neither retention nor momentum; got {rule}")
+        if rule.sees != "token" or gates.decay is not None or gates.momentum is not None:
+            raise ValueError(f"read_rate needs sees='token' and neither decay nor momentum; got {rule}")
         if rule.refresh is not None and rule.refresh % rule.writes:
             raise ValueError(f"read_rate needs refresh to be a multiple of writes={rule.writes}; got {rule.refresh}")
         if rule.refresh is None and rule.chunk > 1:
@@ -274,7 +274,7 @@ def check(rule: AffineRule, total: int, gates: Gates, held: int) -> None:
     if total % rule.writes:
         raise ValueError(f"columns must be a multiple of writes={rule.writes}; got {total}")
     if rule.sees == "token" and rule.chunk > 1:
-        for name in ("retention", "momentum", "step_rate"):
+        for name in ("decay", "momentum", "step_rate"):
             if (getattr(gates, name) is None) != (getattr(gates, f"partial_{name}") is None):
                 raise ValueError(
                     f"{name} and partial_{name} must be given together where sees='token' and chunk={rule.chunk}"
@@ -329,7 +329,7 @@ def parts(rule: AffineRule, total: int, gates: Gates, linear: bool = True) -> It
     """
     chunk, span = rule.chunk, rule.refresh
     whole = total // chunk * chunk if span is None else total // span * span
-    channels = gates.retention is not None and gates.retention.values.dim() == 4
+    channels = gates.decay is not None and gates.decay.values.dim() == 4
     by_channel = channels and rule.window > 1
     limit = CHANNEL_BLOCK if by_channel else BLOCK
     if linear and rule.loss == "dot" and gates.read_rate is None:
@@ -410,9 +410,9 @@ class _Run:
         if free:
             v = rate * v
         else:
-            if rule.before and gates.retention is not None:
-                decay = gates.retention.factor()
-                e = e * (decay if decay.dim() == 5 else decay[..., None])[..., layout.update, :]
+            if rule.before and gates.decay is not None:
+                factor = gates.decay.factor()
+                e = e * (factor if factor.dim() == 5 else factor[..., None])[..., layout.update, :]
             if part.spans > 1:
                 solved = _writes(flow.rows(e, layout.residuals, k), v, rate, layout.first < layout.residuals[:, None])
 
@@ -570,8 +570,8 @@ class Flow:
         """What reads `[..., R, F]` take of the state that each sees."""
         layout, gates = self.layout, self.gates
         x = q
-        if layout.partial and gates.partial_retention is not None:
-            kept = gates.partial_retention
+        if layout.partial and gates.partial_decay is not None:
+            kept = gates.partial_decay
             x = q * (kept if kept.dim() == 5 else kept[..., None])
         if isinstance(self.state, _Coefficients):
             on_state, on_buffers, on_columns = self.state.rows(x, layout.reads, k)
@@ -647,10 +647,8 @@ def flow_of(rule: AffineRule, gates: Gates, layout: Layout, k: Tensor, held: int
 
     step = gates.step_rate if gates.step_rate is None else rule.sign * gates.step_rate
     scale = k.new_full((1, 1, 1, 1), rule.sign) if step is None else step
-    if gates.retention is not None and gates.retention.values.dim() == 5 and not layout.part.by_channel:
-        state: _Coefficients | ChannelFlow = ChannelFlow(
-            gates.retention, gates.momentum, scale.expand(*scale.shape[:3], count)
-        )
+    if gates.decay is not None and gates.decay.values.dim() == 5 and not layout.part.by_channel:
+        state: _Coefficients | ChannelFlow = ChannelFlow(gates.decay, gates.momentum, scale.expand(*scale.shape[:3], count))
         keep, keep_buffers, into = state.end
         end = keep, keep_buffers, into[..., layout.update, :]
         return Flow(layout, gates, of_buffers, layout.by_column(of_updates), state, end)
@@ -661,7 +659,7 @@ def flow_of(rule: AffineRule, gates: Gates, layout: Layout, k: Tensor, held: int
         scale[..., None] * (seen_product(entering, x, behind >= 0) if rule.lags else x[..., before:, :])
         for x in (of_buffers, of_updates)
     )
-    state = _Coefficients.of(layout, gates.retention, enter_buffers, enter_updates)
+    state = _Coefficients.of(layout, gates.decay, enter_buffers, enter_updates)
     return Flow(layout, gates, of_buffers, layout.by_column(of_updates), state, state.end)
 
 
@@ -680,18 +678,18 @@ class _Coefficients:
     columns: Tensor
 
     @staticmethod
-    def of(layout: Layout, retention: Gate | None, enter_buffers: Tensor, enter_updates: Tensor) -> _Coefficients:
+    def of(layout: Layout, decay: Gate | None, enter_buffers: Tensor, enter_updates: Tensor) -> _Coefficients:
         """Shares from what enters the state at each update: of buffers `[..., N, W]`, of updates `[..., N, N]`."""
         count = enter_updates.shape[-1]
-        if retention is None:
+        if decay is None:
             keep = enter_updates.new_ones(count, count).tril().expand(1, 1, 1, count, count)
             reach = torch.ones_like(keep[..., 0])
         else:
-            values, first = retention.values, retention.factor()
+            values, first = decay.values, decay.factor()
             if values.dim() == 5:
                 values, first = values.mT, first.mT
                 enter_buffers, enter_updates = enter_buffers.unsqueeze(3), enter_updates.unsqueeze(3)
-            keep = decay_matrix(values, retention.log)
+            keep = decay_matrix(values, decay.log)
             reach = first[..., :1] * keep[..., 0]
         buffers, updates = (seen_product(keep, x, up_to(keep)) for x in (enter_buffers, enter_updates))
         return _Coefficients(

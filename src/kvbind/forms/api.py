@@ -99,7 +99,7 @@ def ttt(
     """
     gates, key = (
         given_gates(
-            {"retention": log_retention}, momentum=momentum, retention=retention, erase=erase, read_rate=read_rate,
+            log_retention, momentum=momentum, retention=retention, erase=erase, read_rate=read_rate,
             step_rate=step_rate,
         ),
         None,
@@ -235,7 +235,7 @@ def inner_loss(
     """
     check_choice("at", at, ("before", "after"))
     gates = given_gates(
-        {"retention": log_retention}, momentum=momentum, retention=retention, erase=erase, read_rate=read_rate,
+        log_retention, momentum=momentum, retention=retention, erase=erase, read_rate=read_rate,
         step_rate=step_rate,
     )  # fmt: skip
     # nothing is read, at as many tokens as there are

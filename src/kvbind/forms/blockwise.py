@@ -18,12 +18,10 @@ from kvbind.forms.recurrent import prefix_gates
 from kvbind.forms.scan import Gate
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
+from kvbind.inner.gates import DECLARED, decays
 from kvbind.inner.networks import gated
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-
-NEUTRAL = {"retention": 1.0, "momentum": 1.0, "step_rate": 0.0}
-"""The gates of a write without writers, which leaves weights and buffers as they are."""
 
 
 def blockwise(spec: InnerLoop, chunk: int, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
@@ -140,7 +138,7 @@ def _parted(spec: InnerLoop, x: Tensor) -> dict[str, Tensor]:
 
 def _gates(spec: InnerLoop, chunk: int, tokens: Tokens) -> Gates:
     """What the rule takes of the tokens' gates: one for each write, and for each token those of the writers up to it."""
-    given: dict[str, Tensor] = {name: gate for name, gate in tokens.gates.items() if name in NEUTRAL}
+    given: dict[str, Tensor] = {name: gate for name, gate in tokens.gates.items() if DECLARED[name].chunk == "mean"}
     mask = tokens.mask
     if mask is not None and "step_rate" not in given:
         given["step_rate"] = torch.ones_like(tokens.k[..., 0], dtype=torch.promote_types(tokens.k.dtype, torch.float32))
@@ -156,14 +154,14 @@ def _gates(spec: InnerLoop, chunk: int, tokens: Tokens) -> Gates:
             min=1
         )
 
-    found = {}
+    found: dict[str, Tensor] = {}
     if mask is not None:
         count = torch.stack(by_chunk(mask, lambda x: x.sum(2)), dim=2)
     for name, gate in given.items():
         found[name] = means(gate)
         if mask is not None:
             writes = (count > 0).reshape(*count.shape, *(1,) * (gate.dim() - 3))
-            found[name] = torch.where(writes, found[name], NEUTRAL[name])
+            found[name] = torch.where(writes, found[name], DECLARED[name].neutral)
     partial: dict[str, Tensor] = {}
     if spec.visibility == "token" and chunk > 1:
         masks = [None] * -(-len(tokens) // chunk) if mask is None else mask.split(chunk, dim=2)
@@ -172,14 +170,15 @@ def _gates(spec: InnerLoop, chunk: int, tokens: Tokens) -> Gates:
             partial[name] = torch.cat([prefix_gates(name, x, its_mask) for x, its_mask in its], dim=2)
             if mask is not None:
                 writes = torch.cat(by_chunk(mask, lambda x: x.cumsum(2) > 0), dim=2)
-                neutral = torch.where(writes.reshape(*writes.shape, *(1,) * (gate.dim() - 3)), partial[name], NEUTRAL[name])
-                partial[name] = neutral
+                writes = writes.reshape(*writes.shape, *(1,) * (gate.dim() - 3))
+                partial[name] = torch.where(writes, partial[name], DECLARED[name].neutral)
+    (momentum, decay), (partial_momentum, partial_decay) = decays(found), decays(partial)
     return Gates(
-        Gate(found["retention"]) if "retention" in found else None,
-        Gate(found["momentum"]) if "momentum" in found else None,
+        None if decay is None else Gate(decay),
+        None if momentum is None else Gate(momentum),
         found.get("step_rate"),
-        partial.get("retention"),
-        partial.get("momentum"),
+        partial_decay,
+        partial_momentum,
         partial.get("step_rate"),
         tokens.gates.get("read_rate"),
     )

@@ -57,19 +57,19 @@ class ChannelFlow:
     """Shares of blocks of `N` updates in states of `F` key channels.
 
     Args:
-        retention: gates `[..., N, F]`.
+        decay: gates `[..., N, F]`.
         momentum: gates `[..., N]`, or None.
         rate: what multiplies each update as it enters, `[..., N]`.
     """
 
-    def __init__(self, retention: Gate, momentum: Gate | None, rate: Tensor) -> None:
-        self.count, self.gate = retention.values.shape[-2], retention
+    def __init__(self, decay: Gate, momentum: Gate | None, rate: Tensor) -> None:
+        self.count, self.gate = decay.values.shape[-2], decay
         self.size = 1 << (self.count - 1).bit_length()
         # updates behind the last, which enter nothing and change nothing
         short = self.size - self.count
-        gates = F.pad(retention.values, (0, 0, 0, short), value=retention.neutral)[..., None, :]
+        gates = F.pad(decay.values, (0, 0, 0, short), value=decay.neutral)[..., None, :]
         self.rate = F.pad(rate, (0, short))[..., None, None]
-        neutral = torch.full_like(gates, retention.neutral)
+        neutral = torch.full_like(gates, decay.neutral)
         buffer = None
         if momentum is not None:
             m = F.pad(momentum.factor(), (0, short), value=1.0)[..., None, None]

@@ -8,7 +8,7 @@ gradient of the loss by what left it. What token t sees of a matrix is then, as 
 
 with products of gates as coefficients, and a layer's output is `h M_t` without any matrix per token: a read of `M_s` and
 `D_s`, and attention of the layer's inputs to those of the keys. Layer by layer this is the dual form of TTT-Linear and
-TTT-MLP (arXiv 2407.04620), here with momentum, retention, windows and rates of steps and readers besides. A bias is a matrix
+TTT-MLP (arXiv 2407.04620), here with momentum, decay, windows and rates of steps and readers besides. A bias is a matrix
 behind an input of ones, and so is a head's fast gamma.
 
 Across spans nothing is associative, as the next gradients read the state nonlinearly: spans run in order.
@@ -167,8 +167,8 @@ def dual(
     """
     updated = tuple(rates)
     check(rule, len(columns), gates, min((x.shape[2] for x in state.buffers.values()), default=0))
-    if gates.retention is not None and gates.retention.values.dim() != 3:
-        raise ValueError(f"retention must be [B, H, S], one per head; got {list(gates.retention.values.shape)}")
+    if gates.decay is not None and gates.decay.values.dim() != 3:
+        raise ValueError(f"decay must be [B, H, S], one per head; got {list(gates.decay.values.shape)}")
     dtype = torch.promote_types(state.weights[layers.names[-1]].dtype, torch.float32)
     q, columns = q.to(dtype), columns.map(lambda x: x.to(dtype))
     each = {name: replace(columns, rate=rate).rates().to(dtype) for name, rate in rates.items()}
@@ -231,7 +231,7 @@ class _Run:
             min((x.shape[2] for x in self.buffers.values()), default=0),
         )
         on_state, on_buffers, on_columns = flow.reads(ones.expand(*q.shape[:-1], 1), ones.expand(*k.shape[:-1], 1))
-        decay = gates.retention.factor()[..., None] if self.rule.before and gates.retention is not None else None
+        decay = gates.decay.factor()[..., None] if self.rule.before and gates.decay is not None else None
         read_rate = None if gates.read_rate is None else gates.read_rate[..., None]
         tensors = (q, k, v, e, decay, read_rate, on_state, on_columns, *on_buffers, *rates.values())
         outputs = []

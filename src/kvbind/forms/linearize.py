@@ -601,7 +601,7 @@ def linearize(
         mask[update_tokens] = True
         update_tokens = mask
     gates = given_gates(
-        {"retention": log_retention}, momentum=momentum, retention=retention, erase=erase, read_rate=read_rate,
+        log_retention, momentum=momentum, retention=retention, erase=erase, read_rate=read_rate,
         step_rate=step_rate,
     )  # fmt: skip
     call = check_operands(spec, weights, q, k, v, lr, gates, None, None, update_tokens)

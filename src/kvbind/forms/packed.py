@@ -86,7 +86,7 @@ def packed(
         raise ValueError(f"boundaries that the device reads are for visibility='past' and longer chunks; {reason}")
     if form == "parallel" and parallel_obstacles(spec):
         raise NoParallelFormError(explain(spec))
-    call = check_operands(spec, weights, q, k, v, lr, given_gates({"retention": log_retention}, **gates), None, None, None)
+    call = check_operands(spec, weights, q, k, v, lr, given_gates(log_retention, **gates), None, None, None)
     assert spec.chunk is not None
     chunks = boundaries.chunks(spec.chunk)
     on_kernels = fused.operands_fit(call) and fused.wide_enough(call)

@@ -28,6 +28,7 @@ class Gate:
         chunk: what a chunk takes of its tokens' gates: their "mean", or the "last"; "own" for what stays with each token.
         writes: whose it is where a token writes several times: of its "first" write (the others take 1), of "each" alike, or
             given for every write by "itself".
+        neutral: what leaves weights and buffers as they are.
         start: what a learned gate is near before training; None where layers leave that to its projection.
     """
 
@@ -36,6 +37,7 @@ class Gate:
     per: Literal["head", "key"] = "head"
     chunk: Literal["mean", "last", "own"] = "mean"
     writes: Literal["first", "each", "itself"] = "each"
+    neutral: float = 1.0
     start: float | None = None
 
     @property
@@ -53,7 +55,7 @@ GATES: tuple[Gate, ...] = (
     Gate("retention", "line 5: what is left of the weights", writes="first", start=0.99),
     Gate("erase", "line 1: the key at which the residual reads", per="key", chunk="own", writes="itself"),
     Gate("read_rate", "how much of its span's writes a token sees", chunk="last"),
-    Gate("step_rate", "line 3': a factor on the finished update"),
+    Gate("step_rate", "line 3': a factor on the finished update", neutral=0.0),
 )
 """Every gate, in the order in which states and layers hold them."""
 
@@ -65,11 +67,11 @@ def decays(gates: Mapping[str, T]) -> tuple[T | None, T | None]:
     return gates.get("momentum"), gates.get("retention")
 
 
-def given_gates(logs: Mapping[str, Any] | None = None, **gates: Any) -> dict[str, Any]:
+def given_gates(log_retention: Any = None, **gates: Any) -> dict[str, Any]:
     """The gates that were given, by name.
 
     Args:
-        logs: logarithms of gates, by the gate's name.
+        log_retention: the logarithm of that gate in its place, or None.
         gates: gates by name; None for those that were not given.
 
     Raises:
@@ -77,13 +79,12 @@ def given_gates(logs: Mapping[str, Any] | None = None, **gates: Any) -> dict[str
         TypeError: a logarithm that is no floating-point tensor.
     """
     given = {name: gate for name, gate in gates.items() if gate is not None}
-    for name, log in (logs or {}).items():
-        if log is None:
-            continue
-        if name in given:
-            raise ValueError(f"log_{name} must be None beside {name}, of which it is the logarithm; got both")
-        if not isinstance(log, Tensor) or not log.is_floating_point():
-            found = log.dtype if isinstance(log, Tensor) else type(log).__name__
-            raise TypeError(f"log_{name} must be a floating-point tensor; got {found}")
-        given[name] = log.to(torch.promote_types(log.dtype, torch.float32)).exp()
-    return given
+    log = log_retention
+    if log is None:
+        return given
+    if "retention" in given:
+        raise ValueError("log_retention must be None beside retention, of which it is the logarithm; got both")
+    if not isinstance(log, Tensor) or not log.is_floating_point():
+        found = log.dtype if isinstance(log, Tensor) else type(log).__name__
+        raise TypeError(f"log_retention must be a floating-point tensor; got {found}")
+    return given | {"retention": log.to(torch.promote_types(log.dtype, torch.float32)).exp()}

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from kvbind.forms.api import Form, ttt
 from kvbind.forms.packed import packed
 from kvbind.forms.state import State
-from kvbind.inner.gates import GATES, Gate
+from kvbind.inner.gates import GATES, Gate, decays
 from kvbind.inner.projections import DEFAULTS, Constant, Making, Place, Projections, Sigmoid, Softplus, Step
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
@@ -212,9 +212,9 @@ class FastWeightLayer(nn.Module):
             self.makers["write_gate"] = self._maker(p.write_gate, self.value_width)
         if p.removal is not None:
             self.makers["removal"] = self._maker(p.removal, self.key_width)
-        retention = self.makers["retention"] if "retention" in inner.gates else None
-        if isinstance(retention, SigmoidMaker):
-            retention.log = True
+        decay = decays(dict(self.makers.items()))[1]
+        if isinstance(decay, SigmoidMaker):
+            decay.log = True
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape))
@@ -654,8 +654,9 @@ def check_fits_projections(inner: InnerLoop, projections: Projections) -> None:
         raise ValueError("read_rate needs a making of its own under refresh='call', whose spans have no length")
     if isinstance(p.read_rate, Place) and inner.read_rate and inner.refresh == "call":
         raise ValueError("read_rate=Place() needs spans of a length; got refresh='call'")
-    if isinstance(p.write_gate, Step) and (not inner.retention or inner.gates["retention"].per != "head"):
-        raise ValueError(f"write_gate=Step() needs an inner loop with retention per head; got {inner.retention!r}")
+    decay = decays(inner.gates)[1]
+    if isinstance(p.write_gate, Step) and (decay is None or decay.per != "head"):
+        raise ValueError(f"write_gate=Step() needs an inner loop whose weights decay per head; got {decay and decay.per!r}")
 
 
 def _named(name: str) -> str:

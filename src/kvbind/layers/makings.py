@@ -274,11 +274,11 @@ MAKERS: dict[type[Making], Callable[..., Maker]] = {
     Learned: LearnedMaker,
     Place: PlaceMaker,
 }
-"""What makes each; a `Step` is made by the retention's `DecayMaker`."""
+"""What makes each; a `Step` is made by the `DecayMaker` of the weights."""
 
 
 def maker_of(making: Making, sizes: Sizes) -> Maker:
     """The module for a making."""
     if isinstance(making, Step):
-        raise ValueError("a Step is made by the retention that it is the step of")
+        raise ValueError("a Step is made by the decay that it is the step of")
     return MAKERS[type(making)](making, sizes)

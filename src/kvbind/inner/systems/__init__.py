@@ -3,8 +3,8 @@
 # ruff: noqa: I001, imported in the order in which systems are listed
 from kvbind.inner.systems.lact import elastic_lact, in_place_ttt, lact_llm, lact_nvs, lact_video, tttlrm, zipmap
 from kvbind.inner.systems.vittt import vittt
-from kvbind.inner.systems.linear import gla, linear_attention, mamba2, retnet, simple_gla
-from kvbind.inner.systems.delta import comba, delta_net, delta_product, gated_delta_net, gdn2, kda, rwkv7
+from kvbind.inner.systems.recurrences import gla, linear_attention, mamba2, retnet, simple_gla
+from kvbind.inner.systems.recurrences import comba, delta_net, delta_product, gated_delta_net, gdn2, kda, rwkv7
 from kvbind.inner.systems.learners import ttt_linear, ttt_mlp
 from kvbind.inner.systems.memory import atlas, titans
 from kvbind.inner.systems.ladder import RUNGS, ladder
