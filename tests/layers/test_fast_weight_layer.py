@@ -27,6 +27,7 @@ from kvbind.inner.projections import (
 from kvbind.inner.systems import PROJECTIONS
 from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.layout import Layout
+from kvbind.sequence.boundaries import Boundaries, with_room
 from published import SPAN, SYSTEMS
 
 D, H, T = 8, 2, 11
@@ -321,6 +322,19 @@ def test_a_layer_goes_on_where_a_call_stopped_and_packed_rows_are_apart(name):
         packed = layer(x[:1], Layout.packed(bounds, 1, T, x.device))[0]
         alone = [layer(x[:1, a:b])[0] for a, b in itertools.pairwise(bounds) if b > a]
         torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-10, atol=1e-10)
+
+
+def test_packed_rows_whose_ends_the_device_alone_reads_are_apart_too():
+    layer, x, bounds = make_layer("mamba2"), make_input(), torch.tensor([0, 2, 2, 7, T])
+    layer.inner = layer.inner.replace(visibility="past", chunk=3)
+    with torch.no_grad():
+        known = layer(x, Layout.packed(bounds, 1, T, x.device))[0]
+        layout = Layout.packed(Boundaries(with_room(bounds), T), 1, T, x.device)
+        torch.testing.assert_close(layer(x, layout)[0], known, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="boundaries that the host reads"):
+        layer.call(x, layout)
+    with pytest.raises(ValueError, match=f"one row of {T} tokens"):
+        Layout.packed(Boundaries(bounds, T), 2, T, x.device)
 
 
 @pytest.mark.parametrize("name", ["delta_product", "rwkv7", "ttt_linear"])

@@ -18,6 +18,7 @@ from kvbind import MLP, InnerLoop, Linear
 from kvbind.models import PRESETS, LactCache, LactConfig, LactForCausalLM, LactModel
 from kvbind.models.lact import loss
 from kvbind.models.lact.loss import linear_cross_entropy
+from kvbind.sequence.boundaries import Boundaries, with_room
 
 LENGTHS = (13, 1, 0, 30, 8)
 BOUNDS = (0, 13, 14, 14, 44, 52)
@@ -197,11 +198,12 @@ def test_logits_to_keep():
     assert model(ids, labels=ids, logits_to_keep=1).logits.shape == (2, 1, VOCAB)
 
 
+@pytest.mark.parametrize("read", [True, False])
 @pytest.mark.parametrize("rung", ["rung0", "rung2", "rung6"])
-def test_packed_documents_train_as_each_alone(rung):
+def test_packed_documents_train_as_each_alone(rung, read):
     model = small_model(LADDER[rung]).double().train()
-    ids = tokens(1, BOUNDS[-1])
-    model(ids, labels=ids, cu_seqlens=torch.tensor(BOUNDS)).loss.backward()
+    ids, bounds = tokens(1, BOUNDS[-1]), torch.tensor(BOUNDS)
+    model(ids, labels=ids, cu_seqlens=bounds if read else Boundaries(with_room(bounds), BOUNDS[-1])).loss.backward()
     packed = gradients(model)
     model.zero_grad()
 

@@ -108,6 +108,10 @@ RUNGS = {
         "model.inner.orthogonalize=null", "model.inner.network=Linear", "model.inner.token_lr=false",
     ],
     "retention": ["model.inner.normalize=false", "model.inner.update=last", "model.inner.retention=true"],
+    "recomputed": [
+        "model.inner.normalize=false", "model.inner.update=last", "train.activation_checkpointing=block",
+        "train.accumulate=2",
+    ],
 }  # fmt: skip
 
 
@@ -116,7 +120,7 @@ def test_packed_documents_are_replayed_by_their_capacity(edits, captured, tmp_pa
     edits = [*edits, "train.steps=14"]
     eager = trained("packed", tmp_path / "a", "train.graphs=off", *edits)
     assert trained("packed", tmp_path / "b", "train.graphs=on", *edits) == eager
-    assert {len(shape.batch["batch"]["boundaries"]) - 1 for shape in captured} == {8, 16}
+    assert {len(shape.batch["batch"]["boundaries"]) - 1 for shape in captured if shape.batch} == {8, 16}
     assert not [x for x in caplog.records if "CUDA graphs" in x.getMessage()]
 
 

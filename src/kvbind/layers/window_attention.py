@@ -190,18 +190,18 @@ def behind(cu_seqlens: Bounds, ahead: int) -> Bounds:
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: Bounds | None, ahead: int) -> Tensor:
-    length = q.shape[2]
+    length, compiling = q.shape[2], torch.compiler.is_compiling()
     if isinstance(cu_seqlens, Boundaries):
         bounds = cu_seqlens
         mask = bounds.once(("window", window), lambda: block_mask(bounds.starts, length, window))
-    elif torch.compiler.is_compiling():
-        # inside a compiled model the plain function is what the compiler knows, and it keeps no cache of masks
-        inside: Tensor = flex_attention(
-            q, k, v, block_mask=window_block_mask.__wrapped__(length, window, cu_seqlens, str(q.device), ahead)
-        )
-        return inside
     else:
-        mask = window_block_mask(length, window, cu_seqlens, str(q.device), ahead)
+        # inside a compiled model there is no cache of masks
+        make = window_block_mask.__wrapped__ if compiling else window_block_mask
+        mask = make(length, window, cu_seqlens, str(q.device), ahead)
+    if compiling:
+        # there the plain function is what the compiler knows
+        inside: Tensor = flex_attention(q, k, v, block_mask=mask)
+        return inside
     # importing the compiler takes seconds, which only this path is worth
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
