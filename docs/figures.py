@@ -11,6 +11,7 @@ from matplotlib.ticker import FormatStrFormatter, FuncFormatter, LogLocator
 
 import kvbind
 from kvbind import InnerLoop, Linear
+from kvbind.bench.generation import decoding_rows
 from kvbind.experiments.figures import BLUE, GREEN, ORANGE, RED, figure
 from kvbind.hardware import ACCELERATORS
 
@@ -92,9 +93,9 @@ def decoding() -> None:
         axes = drawing.subplots(1, 3)
         sources = {"tiny, 2 CPU cores": "decode-cpu", "125m, H100": "decode-125m-h100", "760m, H200": "decode-760m-h200"}
         for ax, (title, name) in zip(axes, sources.items(), strict=True):
-            rows = json.loads((RESULTS / "bench" / f"{name}.json").read_text())["rows"]
+            rows = decoding_rows(json.loads((RESULTS / "bench" / f"{name}.json").read_text()))
             prompts = [row["prompt"] for row in rows]
-            ax.plot(prompts, [1e3 * row["token_seconds"] for row in rows], "o-", color=BLUE, label="with the cache")
+            ax.plot(prompts, [row["p50_ms"] for row in rows], "o-", color=BLUE, label="with the cache")
             ax.plot(prompts, [1e3 * row["reread_seconds"] for row in rows], "s--", color=ORANGE, label="prompt read again")
             ax.set(title=title, xscale="log", yscale="log", xlabel="tokens in the prompt")
         axes[0].set_ylabel("ms per token")

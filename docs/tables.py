@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvbind.bench.generation import decoding_grid
 from kvbind.bench.graphs import step_grid as replayed_grid
 from kvbind.bench.kernel_tables import Grid, profile_grid, speed_grids, summary_grid, verify_grid
 from kvbind.bench.layer_tables import layer_grid, step_grids
@@ -42,7 +43,10 @@ def markdown(grid: Grid) -> str:
 def source(record: dict[str, Any], path: str) -> str:
     """Where a table's numbers come from."""
     versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "triton") if name in record["versions"])
-    whole = "" if record["complete"] else f" Stopped by its budget: {answered(record)} of {record['planned']} rows."
+    # the first records were written at the end alone
+    whole = (
+        "" if record.get("complete", True) else f" Stopped by its budget: {answered(record)} of {record['planned']} rows."
+    )
     return f"`{record['command']}`, {record['machine']['device']}, {versions}; data in `{path}`.{whole}"
 
 
@@ -91,6 +95,8 @@ def table(path: str, key: str, root: Path) -> str:
         found = agreement_grids(record)
     elif any("peer_name" in row for row in record["rows"]):
         found = model_grids(record)
+    elif any("reread_seconds" in row for row in record["rows"]):
+        found = [decoding_grid(record)]
     elif any("ratio_plain" in row for row in record["rows"]):
         found = [*peer_grids(record), short_grid(record)]
     elif any("on" in row for row in record["rows"]):

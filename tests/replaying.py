@@ -52,6 +52,14 @@ class Recording(TorchDispatchMode):
         for whole, before in self.written.values():
             whole.copy_(before)
 
+    @property
+    def kinds(self):
+        """What ran, on what: operators with the shapes, strides and dtypes of their operands."""
+        return tuple(
+            (str(func), tuple(_kind(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)))
+            for func, args, kwargs, _ in self.operators
+        )
+
     def replay(self):
         """All of it again, in place."""
         for func, args, kwargs, fresh in self.operators:
@@ -59,6 +67,12 @@ class Recording(TorchDispatchMode):
             if fresh is not None:
                 for mine, new in zip(fresh, [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)], strict=True):
                     mine.copy_(new)
+
+
+def _kind(x):
+    # of an axis of one place no stride is of any meaning
+    strides = tuple(stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True))
+    return tuple(x.shape), strides, x.dtype
 
 
 def capture(work, *_):

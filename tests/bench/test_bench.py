@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from typer.testing import CliRunner
 
 from kvbind.bench.accuracy import bench_accuracy
 from kvbind.bench.app import app
+from kvbind.bench.generation import decoding_grid, decoding_rows
 from kvbind.bench.operands import Size
 from kvbind.bench.timing import peak_bytes
 
@@ -67,13 +69,43 @@ def test_peak_memory_counts_what_is_held_at_once():
 
 def test_bench_decode_times_a_token_with_the_cache_and_without(tmp_path):
     out = tmp_path / "decode.json"
-    arguments = ["decode", "--prompts", "64,256", "--tokens", "8", "--piece", "50", "--device", "cpu", "--out", str(out)]
+    arguments = ["decode", "--prompts", "64,256", "--tokens", "40", "--piece", "50", "--device", "cpu", "--out", str(out)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    short, long = json.loads(out.read_text())["rows"]
-    assert (short["prompt"], long["prompt"]) == (60, 252)
+    record = json.loads(out.read_text())
+    short, long = record["rows"]
+    assert record["complete"]
+    # half a chunk before the end of one
+    assert (short["prompt"], long["prompt"]) == (32, 224)
     assert short["cache_bytes"] <= long["cache_bytes"] < 1.2 * short["cache_bytes"]
-    assert 0 < short["token_seconds"] <= short["slowest_token_seconds"]
+    for row in (short, long):
+        assert 0 < row["p50_ms"] <= row["p99_ms"] <= row["slowest_ms"]
+        assert (row["tokens"], row["batch"], row["graphs"], row["captured"]) == (40, 1, False, False)
+        assert row["tokens_per_second"] > 0
+        assert row["reread_seconds"] > 0
+
+
+def test_bench_decode_refuses_graphs_where_there_are_none_and_reads_no_prompt_of_several_again(tmp_path):
+    arguments = ["decode", "--prompts", "64", "--tokens", "2", "--device", "cpu"]
+    refused = CliRunner().invoke(app, [*arguments, "--graphs", "both"])
+    assert refused.exit_code == 2
+    assert "graphs must be off or auto" in refused.output
+    out = tmp_path / "decode.json"
+    assert CliRunner().invoke(app, [*arguments, "--batch", "3", "--out", str(out)]).exit_code == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["batch"], row["tokens"], row["reread_seconds"]) == (3, 2, None)
+
+
+@pytest.mark.parametrize("name", ["decode-cpu", "decode-125m-h100", "decode-760m-h200"])
+def test_records_of_decoding_from_before_graphs_are_read_as_those_of_today(name):
+    record = json.loads((Path(__file__).parents[2] / "results" / "bench" / f"{name}.json").read_text())
+    for row, old in zip(decoding_rows(record), record["rows"], strict=True):
+        assert row["p50_ms"] == 1e3 * old["token_seconds"]
+        assert row["slowest_ms"] == 1e3 * old["slowest_token_seconds"]
+        assert (row["batch"], row["tokens"], row["graphs"], row["p99_ms"]) == (1, 64, False, None)
+    grid = decoding_grid(record)
+    assert [line[:2] for line in grid.rows] == [(f"1 x {old['prompt']}", "off") for old in record["rows"]]
+    assert all(len(line) == len(grid.header) for line in grid.rows)
 
 
 def test_bench_step_trains_each_rung_in_its_form(tmp_path):

@@ -179,6 +179,14 @@ def refusals(group):
             model(**given)
 
 
+def refused(group, inner, fields, message):
+    """A model that cannot run on a slice says so, on every rank."""
+    model, ids = make_model(inner, fields), tokens(1, 16)
+    shard = SequenceShard(group, [8, 8])
+    with pytest.raises(ValueError, match=message), sequence_parallel(shard):
+        model(**shard_batch({"input_ids": ids, "labels": ids}, shard))
+
+
 def layouts(group):
     """By the number of ranks that share a sequence: which, in a group in which nothing else travels."""
     found = []

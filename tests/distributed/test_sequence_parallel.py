@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import check, distance, layouts, model_alone, model_over_ranks, refusals
+from jobs import check, distance, layouts, model_alone, model_over_ranks, refusals, refused
 from lact_small import LADDER, tokens
 from ranks import started
 
+from published import SYSTEMS
 from strategies import parallel_specs, specs
 
 
@@ -114,6 +115,24 @@ def test_bytes_do_not_grow_with_the_row(ranks, rung):
         scans = 2 if rung == "rung2" else 1
         assert {kinds["scan"] for kinds in few} == {2 * 2 * scans * 8 * (2 * 16 * 16 + 2)}
         assert {kinds["scan"] for kinds in received(3, 136)} == {2 * few[0]["scan"]}
+
+
+@pytest.mark.parametrize("name", ["gla", "mamba2", "gated_delta_net", "comba"])
+def test_layers_of_published_systems_over_ranks(ranks, name):
+    """Convolutions reach over slices, also over ones that are shorter than they are, and not over documents."""
+    ids = tokens(1, 23)
+    for bounds, lengths in ((None, [12, 2, 9]), ([0, 5, 13, 14, 23], [8, 8, 7])):
+        batch = {"input_ids": ids, "labels": ids, "cu_seqlens": bounds}
+        loss, grads = model_alone(SYSTEMS[name], batch, {"projections": name})
+        results = ranks.run(model_over_ranks, 3, SYSTEMS[name], batch, lengths, "auto", {"projections": name}, True)
+        assert distance(sum(r[0] for r in results), loss) < 1e-9
+        for parameter, want in grads.items():
+            assert distance(sum(r[1][parameter] for r in results), want) < 1e-9, parameter
+
+
+def test_systems_that_are_not_cut_over_ranks_say_so(ranks):
+    for name, message in (("ttt_linear", "with refresh=4"), ("rwkv7", "shift=True"), ("delta_product", "with writes=2")):
+        ranks.run(refused, 2, SYSTEMS[name], {"projections": name}, message)
 
 
 def test_the_model_refuses_what_a_slice_cannot_have(ranks):

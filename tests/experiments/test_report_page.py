@@ -393,7 +393,9 @@ def test_a_loss_that_grows_without_bound_has_no_number():
 
 def test_every_named_system_can_be_looked_into():
     found = untrained.untrained_models()
-    assert [model["title"] for model in found] == list(systems.SYSTEMS)
+    once = [name for name in systems.SYSTEMS if systems.named(name).writes == systems.named(name).window_size == 1]
+    assert [model["title"] for model in found] == once
+    assert set(systems.SYSTEMS) - set(once) == {"delta_product", "rwkv7", "atlas"}
     for model in found:
         cells = 64
         if model["example"]["kind"] == "text":

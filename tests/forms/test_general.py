@@ -153,7 +153,7 @@ def test_every_inner_loop_is_explained_and_reads_back(spec, sizes):
     text = str(found)
     assert all(obstacle.field in text for obstacle in found.obstacles)
     assert kvbind.explain(found.nearest).parallel
-    assert not (spec.extensions and found.parallel)
+    assert found.parallel == (not found.obstacles)
     assert kvbind.InnerLoop.from_yaml(spec.to_yaml()) == spec
     o = operands(spec, **sizes)
     y, _ = kvbind.ttt(spec, o.weights, o.q, o.k, o.v, **o.options)

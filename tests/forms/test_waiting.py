@@ -85,6 +85,53 @@ def test_tokens_read_and_left_waiting_are_those_of_ttt(name, data):
         assert error(torch.cat(outputs, 1), expected) < 1e-12
 
 
+@pytest.mark.parametrize("name", SPECS)
+@settings(max_examples=6, deadline=None)
+@given(others=st.lists(st.integers(1, 27), max_size=2), waits=st.integers(0, 2))
+def test_a_token_that_completes_chunks_leaves_what_ttt_leaves(name, others, waits):
+    spec = SPECS[name]
+    o = operands(spec, tokens=40)
+    lengths = [15, *others, 15, 15][: o.q.shape[0]]
+    before = started(spec, [max(1, n - waits) for n in lengths], o).map(lambda x: x.detach().requires_grad_())
+    held = Waiting.of(before)
+    for at in range(28, 28 + waits):
+        part = o.span(at, at + 1)
+        found = held.read(spec, part.q, made(part), WRITER)
+        # a row may be due while tokens are put in wait
+        held = found[1] if found is not None else held
+    part = o.span(30, 31)
+    output, after = held.complete(spec, part.q, made(part), WRITER)
+    expected, state = kvbind.ttt(spec, None, part.q, part.k, part.v, state=held.settled(), **part.options)
+    settled = after.settled()
+    assert error(output, expected) < 1e-12
+    assert settled.pending_lengths == state.pending_lengths
+    assert list(settled.tensors) == list(state.tensors)
+    gradients = []
+    for y, of in ((output, settled), (expected, state)):
+        total = y.square().sum()
+        for key, x in of.tensors.items():
+            assert error(x, state.tensors[key]) < 1e-12, key
+            total = total + x.square().sum()
+        gradients.append(
+            torch.autograd.grad(total, list(before.tensors.values()), allow_unused=True, materialize_grads=True)
+        )
+    for key, mine, other in zip(before.tensors, *gradients, strict=True):
+        assert error(mine, other) < 1e-9, key
+
+
+def test_what_complete_cannot_do_is_left_to_ttt():
+    spec = LADDER["rung1"].replace(chunk=4)
+    o = operands(spec, tokens=8)
+    held = Waiting.of(started(spec, [3] * o.q.shape[0], o))
+    one, two = o.span(3, 4), o.span(3, 5)
+    assert held.complete(spec, one.q, made(one), WRITER)[1].settled().pending_lengths == (0,) * o.q.shape[0]
+    assert held.complete(spec, two.q, made(two), WRITER) is None
+    assert held.complete(spec.replace(direction="ascent"), one.q, made(one), WRITER) is None
+    assert held.complete(spec, one.q[:1], made(one), WRITER) is None
+    windowed = spec.replace(window=2)
+    assert Waiting.of(replace(held.state, spec=windowed)).complete(windowed, one.q, made(one), WRITER) is None
+
+
 def test_what_completes_a_chunk_or_sees_more_than_the_last_update_is_left_to_ttt():
     spec = LADDER["rung0"]
     o = operands(spec, tokens=40)

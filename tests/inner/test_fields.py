@@ -171,13 +171,11 @@ def test_biases_take_the_rate_of_their_matrix_unless_they_have_one():
 @pytest.mark.parametrize(
     "spec",
     [
-        TOKEN.replace(erase=True),
-        TOKEN.replace(retention=Retention(order="before")),
-        TOKEN.replace(refresh=4),
-        TOKEN.replace(step_rate=True),
-        TOKEN.replace(window=2),
+        TOKEN.replace(erase=True, clip=True),
+        TOKEN.replace(retention=Retention(order="before"), normalize=True),
+        TOKEN.replace(loss="dot", orthogonalize=NewtonSchulz(), step_rate=True),
+        TOKEN.replace(loss="dot", orthogonalize=NewtonSchulz(), window=2),
         TOKEN.replace(anchor=Anchor()),
-        TOKEN.replace(network=Linear(bias=True)),
         TOKEN.replace(network=Linear(head=LayerNormHead())),
         InnerLoop(SwiGLU(), update="last", visibility="full", chunk=4),
     ],
@@ -195,6 +193,23 @@ def test_what_has_no_parallel_form_says_so_field_by_field(spec):
     gates = {name: torch.ones(shape, dtype=torch.float64) for name, shape in shapes.items()}
     with pytest.raises(kvbind.NoParallelFormError, match=name.replace(".", r"\.")):
         kvbind.ttt(spec, weights, q, k, v, form="parallel", **gates)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        TOKEN.replace(erase=True),
+        TOKEN.replace(retention=Retention(order="before")),
+        TOKEN.replace(retention=Retention(per="key")),
+        TOKEN.replace(refresh=4),
+        TOKEN.replace(step_rate=True),
+        TOKEN.replace(window=2),
+        TOKEN.replace(network=Linear(bias=True)),
+    ],
+    ids=lambda spec: ", ".join(spec.extensions),
+)
+def test_fields_beside_which_writes_add_up_leave_a_parallel_form(spec):
+    assert kvbind.explain(spec).parallel
 
 
 @dataclass(frozen=True, repr=False)

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvbind import MLP, Linear, NewtonSchulz, systems
+import reference as spec_reference
+from kvbind import MLP, Anchor, Linear, NewtonSchulz, systems
 from kvbind.layers.lact_nvs import LactNvsLayer
 from kvbind.models.lact_nvs import INNER_LOOPS
 
@@ -244,3 +245,50 @@ def test_the_layer_compiles_as_one_graph():
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-9)
     F.mse_loss(output, torch.zeros_like(output)).backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+ELASTIC = FULL.replace(chunk=3, detach_norms=True)
+
+
+@pytest.mark.parametrize(
+    "anchor",
+    [
+        None,
+        Anchor(detach=("importance", "start")),
+        Anchor("absolute", decay=0.3, strength=0.2, follow=1.0, start=1e-6),
+        Anchor("square", "rest", decay=0.5, strength=0.05, follow=0.8, detach=("importance", "follow")),
+    ],
+)
+@pytest.mark.parametrize("writers", [slice(0, 7), slice(2, 9), slice(0, 0)])
+def test_chunks_of_writers_and_anchors_are_the_specification(anchor, writers):
+    inner = ELASTIC.replace(anchor=anchor)
+    layer, x = layer_and_input(inner)
+    q, k, v = (F.silu(part).unflatten(-1, (2, 6)) for part in layer.to_qkv(x).chunk(3, dim=-1))
+    q, k = (y / (y.norm(dim=-1, keepdim=True) + 1e-5) for y in (q, k))
+    # matrices outermost, in the released order
+    rates = F.softplus(layer.lr_fc(x) + math.log(math.expm1(0.01))).chunk(3, dim=-1)
+    lr = dict(zip(("gate", "out", "up"), rates, strict=True))
+    read = spec_reference.run(exact(inner), layer.start_weights(), q, k, v, lr, update_tokens=writers)[0]
+    normed = read / (read.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.o_norm.weight
+    plain = layer.c_proj(normed.flatten(2))
+    output, state = layer(x, writers)
+    torch.testing.assert_close(output, plain, rtol=1e-7, atol=1e-7)
+    assert ("anchor.out" in state.tensors) == (anchor is not None)
+    if writers.stop:
+        for ours, theirs in zip(
+            *(torch.autograd.grad(y.square().sum(), list(layer.parameters()), retain_graph=True) for y in (output, plain)),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+def test_a_later_call_writes_on_with_the_anchor_it_left():
+    layer, x = layer_and_input(ELASTIC.replace(anchor=Anchor()))
+    with torch.no_grad():
+        together, whole = layer(x, slice(0, 6))
+        _, first = layer(x[:, :3])
+        _, second = layer(x[:, 3:6], state=first)
+        read, _ = layer(x, slice(0, 0), state=second)
+    torch.testing.assert_close(read, together)
+    for name, tensor in whole.tensors.items():
+        torch.testing.assert_close(second.tensors[name], tensor, msg=name)

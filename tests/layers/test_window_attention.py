@@ -15,10 +15,12 @@ from kvbind.layers.window_attention import (
     MASK_BLOCK,
     OWN_KERNELS,
     QUERY_BLOCK,
+    block_mask,
     has_own_kernel,
     window_attention,
     window_block_mask,
 )
+from kvbind.sequence.boundaries import Boundaries, with_room
 
 
 def plain(q, k, v, window, starts):
@@ -34,6 +36,11 @@ def plain(q, k, v, window, starts):
 def operands(batch, length):
     generator = torch.Generator().manual_seed(length)
     return torch.randn(3, batch, length, 2, 4, generator=generator, dtype=torch.float64).unbind(0)
+
+
+def unread(bounds, device="cpu"):
+    """Boundaries of which the host knows a capacity alone."""
+    return Boundaries(with_room(torch.tensor(bounds, device=device)), bounds[-1])
 
 
 def starts_of(bounds):
@@ -55,6 +62,7 @@ def test_packed_sequences_do_not_see_one_another(window, bounds):
     q, k, v = operands(1, 300)
     got = window_attention(q, k, v, window, cu_seqlens=bounds)
     torch.testing.assert_close(got[0], plain(q[0], k[0], v[0], window, starts_of(bounds)))
+    assert torch.equal(window_attention(q, k, v, window, cu_seqlens=unread(bounds)), got)
 
 
 @pytest.mark.parametrize("where", [0, 1, 2])
@@ -134,9 +142,13 @@ def test_memory_grows_with_length_times_window():
 
 @pytest.mark.parametrize("window", [1, MASK_BLOCK - 1, MASK_BLOCK, 3 * MASK_BLOCK + 5])
 @pytest.mark.parametrize("bounds", [None, (0, 40, 41, 500, 900), (0, 384, 512, 900)])
-def test_block_mask_covers_exactly_the_blocks_that_attention_reaches(window, bounds):
+@pytest.mark.parametrize("read", [True, False])
+def test_block_mask_covers_exactly_the_blocks_that_attention_reaches(window, bounds, read):
     length = 900
-    mask = window_block_mask(length, window, bounds, "cpu")
+    if read:
+        mask = window_block_mask(length, window, bounds, "cpu")
+    else:
+        mask = block_mask(unread(bounds or (0, length)).starts, length, window)
     row, column = torch.arange(length)[:, None], torch.arange(length)
     starts = torch.tensor(starts_of(bounds or (0, length)))[:, None]
     seen = (column <= row) & (row - column < window) & (column >= starts)
@@ -169,6 +181,8 @@ def test_flex_attention_equals_attention_in_blocks(bounds):
     with torch.no_grad():
         expected = window_attention(q, k, v, 300, cu_seqlens=bounds)
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    if bounds is not None:
+        assert torch.equal(window_attention(q, k, v, 300, cu_seqlens=unread(bounds, "cuda")), got)
     on_cpu = [x.detach().cpu().requires_grad_() for x in (q, k, v)]
     wanted = torch.autograd.grad(window_attention(*on_cpu, 300, cu_seqlens=bounds).square().sum(), on_cpu)
     for x, y in zip(torch.autograd.grad(got.square().sum(), (q, k, v)), wanted, strict=True):

@@ -13,11 +13,14 @@ import torch
 from lact_small import LADDER, cache_of, small_model, tokens
 
 import kvbind
+from kvbind import layers
+from kvbind.forms import waiting
 from kvbind.kernels import graphs
 from kvbind.models import LactCache
 from kvbind.models.lact import decoding
 from kvbind.models.lact.cache import CACHE
 from replaying import Recording, capture
+from strategies import memory
 
 ROWS = [tokens(1, n, seed=n)[0] for n in (23, 4, 16)]
 NEW = 40
@@ -99,6 +102,49 @@ def test_greedy_tokens_and_the_cache_are_those_of_calls(rung, replays):
     assert_same(cache_of(got), cache_of(expected))
 
 
+@pytest.mark.parametrize(
+    ("kernels", "lengths", "steps", "updates"),
+    [("0", (62, 63, 62, 20), 3, 3), ("0", (63, 63), 3, 1), ("force", (62, 63), 1, 1)],
+)
+def test_calls_read_and_update_by_the_operators_of_replays(kernels, lengths, steps, updates, replays, monkeypatch):
+    """On operands of the same shapes and strides, though prefill leaves matrices transposed and one for all rows."""
+    monkeypatch.setenv("KVBIND_KERNELS", kernels)
+    found = {}
+
+    def watched(name, function):
+        def run(*args):
+            with Recording() as recording:
+                result = function(*args)
+            found.setdefault(name, []).append(recording.kinds)
+            return result
+
+        return run
+
+    for name, modules in {"read": (waiting, layers.lact), "completed": (waiting, layers.slots)}.items():
+        changed = watched(name, getattr(waiting, name))
+        for module in modules:
+            monkeypatch.setattr(module, name, changed)
+
+    inner = LADDER["rung2"].replace(chunk=64)
+    model = small_model(inner, num_hidden_layers=1, w0_w2_low_rank=0)
+    ids, mask = prompts([tokens(1, n, seed=n)[0] for n in lengths])
+    kinds = []
+    for on in (True, False):
+        replays(on)
+        got = generate(model, ids, attention_mask=mask, max_new_tokens=steps + 1)
+        assert is_replayed(cache_of(got)) == on
+        assert cache_of(got).seen == tuple(n + steps for n in lengths)
+        kinds.append({name: set(each) for name, each in found.items()})
+        made = len(found["completed"])
+        found.clear()
+    assert kinds[0] == kinds[1]
+    assert {name: len(each) for name, each in kinds[0].items()} == {"read": 1, "completed": 1}
+    # of calls; rows that are due in one step are updated one by one where others are not
+    assert made == updates
+    (update,) = kinds[0]["completed"]
+    assert ("kvbind.recurrent_swiglu.default" in dict(update)) == (kernels == "force")
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_logits_are_those_of_one_pass(batch, replays):
     model = small_model(LADDER["rung0"])
@@ -135,7 +181,7 @@ SHAPES = {
     "chunks of one token": {"inner": LADDER["rung0"].replace(chunk=1)},
     "retention, normalized to read": {"inner": LADDER["rung0"].replace(retention=True, normalize="read")},
     "keys for queries": {"inner": LADDER["rung0"].replace(query="key", direction="ascent")},
-    "Titans": {"inner": kvbind.systems.titans(chunk=8)},
+    "an MLP under squared error": {"inner": memory(8)},
     "no rates, biases and norms": {
         "inner": LADDER["rung4"],
         "qkv_bias": True,

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_lact_nvs_cameras import random_cameras
 
-from kvbind import NewtonSchulz
+from kvbind import Anchor, NewtonSchulz
 from kvbind.models import lact_nvs
 from kvbind.models.lact_nvs import INNER_LOOPS, PRESETS, LactNvs, LactNvsConfig, Scene
 
@@ -444,3 +444,40 @@ def test_an_inner_loop_given_to_the_model_is_given_to_every_layer():
     assert [layer.inner for layer in model.mixers] == [INNER_LOOPS["steps2"]] * 2
     model.blocks[1].inner = INNER_LOOPS["ascent"]
     assert model.mixers[1].inner == INNER_LOOPS["ascent"] != model.inner
+
+
+ELASTIC = SMALL.inner.replace(chunk=7, anchor=Anchor(detach=("importance", "start")), detach_norms=True)
+"""Chunks that views do not divide into: 6 tokens each."""
+
+
+def test_elastic_scenes_are_written_chunk_after_chunk(tmp_path):
+    model, inputs, cameras = small(ELASTIC), views(4), targets(3)
+    with torch.no_grad():
+        images = model(*inputs, *cameras)
+        scene = model.reconstruct(*inputs)
+        scene.save(tmp_path / "scene.safetensors")
+        for held in (scene, Scene.load(tmp_path / "scene.safetensors")):
+            torch.testing.assert_close(model.render(held, *cameras), images, rtol=0, atol=1e-4)
+        # the order of views counts, as it does not in one write
+        turned = model(*(x.flip(1) for x in inputs), *cameras)
+        assert (turned - images).abs().max() > 1e-3
+    model.save_pretrained(tmp_path / "model")
+    read = LactNvs.from_pretrained(tmp_path / "model")
+    assert read.inner == model.inner
+    assert LactNvsConfig.from_dict(SMALL.replace(inner=ELASTIC).to_dict()).inner == ELASTIC
+
+
+def test_elastic_models_train_every_parameter_and_recompute():
+    model, inputs, cameras = small(ELASTIC).double().train(), views(3), targets(2)
+    inputs, cameras = ([x.double() for x in part] for part in (inputs, cameras))
+
+    def gradients():
+        model.zero_grad()
+        model(*inputs, *cameras).square().sum().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    first = gradients()
+    assert [name for name, grad in first.items() if not bool(grad.abs().sum() > 0)] == []
+    model.gradient_checkpointing = True
+    for name, grad in gradients().items():
+        torch.testing.assert_close(grad, first[name], rtol=1e-8, atol=1e-10, msg=name)

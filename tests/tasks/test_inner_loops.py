@@ -5,7 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from kvbind import InnerLoop, Linear, NewtonSchulz, systems
+from kvbind import Anchor, InnerLoop, Linear, NewtonSchulz, systems
+from kvbind.layers.fast_weights import FastWeightLayer
+from kvbind.layers.lact import LactLayer
 from kvbind.models.lact_nvs import LactNvs
 from kvbind.tasks import TASKS, images, language, open_task_module
 from kvbind.tasks.inner_loops import beneath, edited
@@ -24,7 +26,11 @@ OF_TASK = {
         "gla",
         "delta_net",
         "gated_delta_net",
+        "delta_product",
         "kda",
+        "gdn2",
+        "comba",
+        "rwkv7",
         "ttt_linear",
         "ttt_mlp",
         "titans",
@@ -155,10 +161,20 @@ def test_a_step_of_every_causal_system_trains(name):
     ids = torch.randint(256, (1, 72), generator=torch.Generator().manual_seed(0))
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
-    fast = model.model.layers[0].attn.get_parameter("w1").grad
+    mixer = model.model.layers[0].attn
+    fast = mixer.get_parameter("w1" if isinstance(mixer, LactLayer) else "k_proj.weight").grad
+    assert isinstance(mixer, FastWeightLayer) == (name in systems.PROJECTIONS)
     assert loss.isfinite()
     assert fast.isfinite().all()
     assert fast.abs().max() > 0
+
+
+def test_view_synthesis_takes_chunks_and_anchors_as_edits():
+    config = read("views", "tiny", "model.inner.chunk=64", "model.inner.anchor.strength=0.05")
+    found = views.inner_loop(config.model)
+    assert (found.chunk, found.anchor) == (64, Anchor(strength=0.05))
+    again = views.inner_loop(views.resolve(config).model)
+    assert again == found
 
 
 def test_view_synthesis_is_built_of_the_named_system():

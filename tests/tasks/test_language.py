@@ -82,6 +82,37 @@ def test_a_wrong_model_is_named(model, message):
         inner_loop(model)
 
 
+def test_a_system_comes_with_its_layer_until_told_otherwise():
+    def made(inner, fields=None):
+        return resolve(LanguageConfig(model=ModelConfig(inner=inner, fields=fields or {}))).model.fields
+
+    own = systems.PROJECTIONS["delta_net"]
+    assert made({"system": "delta_net"})["projections"] == own.to_dict()
+    assert made({"system": "delta_net"}, {"projections": {"conv": 3}})["projections"] == own.replace(conv=3).to_dict()
+    assert made({"system": "delta_net"}, {"projections": None})["projections"] is None
+    assert made({"system": "delta_net"}, {"projections": "kda"})["projections"] == systems.PROJECTIONS["kda"].to_dict()
+    assert "projections" not in made({"system": "lact_llm"})
+    assert "projections" not in made({})
+    resolved = resolve(LanguageConfig(model=ModelConfig(inner={"system": "delta_net"})))
+    assert resolve(resolved) == resolved
+    for fields, message in (
+        ({"projections": "delta_nett"}, r"did you mean 'delta_net'"),
+        ({"projections": {"convv": 3}}, r"did you mean 'conv'"),
+        ({"projections": 3}, "projections must be fields, the name of a system or null"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            made({"system": "delta_net"}, fields)
+
+
+def test_a_files_layer_goes_with_its_system():
+    file = {"model": {"fields": {"projections": {"conv": 4}, "hidden_ratio": 2}, "inner": {"chunk": 1}}}
+    edits = {"model": {"inner": {"system": "gla"}}}
+    assert LanguageConfig.beneath(file, edits)["model"]["fields"] == {"hidden_ratio": 2}
+    assert LanguageConfig.beneath(file, {"model": {"inner": {"chunk": 2}}}) == file
+    named = {"model": {**file["model"], "inner": {"system": "gla"}}}
+    assert LanguageConfig.beneath(named, edits)["model"]["fields"] == file["model"]["fields"]
+
+
 def test_token_losses_are_the_cross_entropy_of_their_targets():
     logits, targets = torch.randn(2, 9, 11), torch.randint(11, (2, 9))
     targets[0, 3] = -100

@@ -1,5 +1,7 @@
 """Every task's steps as they are replayed, on the CPU: the same losses as eager steps, bit for bit."""
 
+import json
+
 import pytest
 import torch
 from image_files import class_folders, idx_folder
@@ -52,9 +54,15 @@ def captured(monkeypatch):
 
 def opened(kind, folder, *edits):
     common = ["train.device=cpu", "train.steps=8", "train.warmup=2", "train.evaluate_every=3", *edits]
-    if kind in ("text", "packed"):
+    if kind == "text":
         (folder / "book.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
-        common += [f"data.source={folder / 'book.txt'}", f"data.separate={kind == 'packed'}"]
+        common += [f"data.source={folder / 'book.txt'}"]
+    if kind == "packed":
+        # batches of some eight documents, fewer or more
+        texts = [f"{i:03} to be or not to be, that is the question: whether"[: 9 + i * i % 23] for i in range(400)]
+        (folder / "books.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        common += [f"data.source={folder / 'books.jsonl'}", "data.separate=true", "data.window=4"]
+    if kind in ("text", "packed"):
         return language.Task(read_config(language.Config, language.PRESETS, "tiny", [*LANGUAGE, *common]))
     if kind == "views":
         return views.Task(views.resolve(read_config(views.Config, views.PRESETS, "tiny", [*VIEWS, *common])))
@@ -81,7 +89,7 @@ def test_replayed_steps_of_a_task_are_the_eager_ones_bit_for_bit(kind, accumulat
     assert len(captured) == shapes
 
 
-@pytest.mark.parametrize("kind", ["text", "digits", "views"])
+@pytest.mark.parametrize("kind", ["text", "packed", "digits", "views"])
 def test_what_a_tasks_step_does_is_the_same_for_every_batch(kind, monkeypatch, tmp_path):
     eager = trained(kind, tmp_path / "a", "train.graphs=off")
     monkeypatch.setattr(graphs.Replays, "_capture", capture)
@@ -92,12 +100,49 @@ def test_what_a_tasks_step_does_is_the_same_for_every_batch(kind, monkeypatch, t
     assert len(set(losses[0])) == 8
 
 
-def test_packed_documents_are_not_captured_and_that_is_said_once(captured, tmp_path, caplog):
-    eager = trained("packed", tmp_path / "a", "train.graphs=off")
-    assert trained("packed", tmp_path / "b", "train.graphs=on") == eager
+RUNGS = {
+    "rung0": [],
+    "rung2": ["model.inner.normalize=false", "model.inner.update=last"],
+    "rung6": [
+        "model.inner.normalize=false", "model.inner.update=last", "model.inner.momentum=false",
+        "model.inner.orthogonalize=null", "model.inner.network=Linear", "model.inner.token_lr=false",
+    ],
+    "retention": ["model.inner.normalize=false", "model.inner.update=last", "model.inner.retention=true"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edits", RUNGS.values(), ids=RUNGS)
+def test_packed_documents_are_replayed_by_their_capacity(edits, captured, tmp_path, caplog):
+    edits = [*edits, "train.steps=14"]
+    eager = trained("packed", tmp_path / "a", "train.graphs=off", *edits)
+    assert trained("packed", tmp_path / "b", "train.graphs=on", *edits) == eager
+    assert {len(shape.batch["batch"]["boundaries"]) - 1 for shape in captured} == {8, 16}
+    assert not [x for x in caplog.records if "CUDA graphs" in x.getMessage()]
+
+
+def test_packed_documents_of_an_inner_loop_that_the_host_must_cut_are_not_captured_and_that_is_said_once(
+    captured, tmp_path, caplog
+):
+    edits = [*RUNGS["rung6"], "model.inner.chunk=1", "train.steps=4"]
+    eager = trained("packed", tmp_path / "a", "train.graphs=off", *edits)
+    assert trained("packed", tmp_path / "b", "train.graphs=on", *edits) == eager
     assert not captured
     (said,) = [x.getMessage() for x in caplog.records if "CUDA graphs" in x.getMessage()]
-    assert "packed documents" in said
+    assert "packed documents are read by the host, as the inner loop has chunks of 1 tokens" in said
+
+
+@pytest.mark.parametrize("edits", RUNGS.values(), ids=RUNGS)
+def test_a_prepared_batch_of_packed_documents_has_the_models_own_loss(edits, tmp_path):
+    task = opened("packed", tmp_path, *edits)
+    model, batches = task.build().double(), task.batches(None)
+    for _ in range(3):
+        batch, _ = next(batches)
+        plain = model(**batch, use_cache=False).loss
+        expected = torch.autograd.grad(plain, list(model.parameters()))
+        found = task.loss(model, task.prepare(batch, torch.device("cpu")))
+        assert found.item() == pytest.approx(plain.item(), rel=1e-12)
+        for x, y in zip(torch.autograd.grad(found, list(model.parameters())), expected, strict=True):
+            assert (x - y).norm() <= 1e-6 * (1e-6 + y.norm())
 
 
 @pytest.mark.parametrize("kind", ["digits", "colours", "views"])

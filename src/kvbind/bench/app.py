@@ -178,37 +178,40 @@ def compile_(
 def decode(
     preset: Annotated[str, typer.Option(help="Size of the LaCT language model: tiny, 30m, 125m, 760m or 3b.")] = "tiny",
     prompts: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "1024,4096,16384,65536",
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate after each prompt.")] = 64,
-    piece: Annotated[int, typer.Option(min=1, help="Tokens that prefill reads at a time.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded at once.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to time after each prompt, at the most.")] = 256,
+    piece: Annotated[int, typer.Option(min=1, help="Tokens of each sequence that prefill reads at a time.")] = 8192,
+    graphs: Annotated[str, typer.Option(help="CUDA graphs: on, off or both; auto is both on a GPU.")] = "auto",
+    seconds: Annotated[
+        float, typer.Option(min=0.0, help="Time no more tokens of a prompt after this; 128, if that many are asked for.")
+    ] = 20.0,
     device: Device = "auto",
     out: Out = None,
 ) -> None:
-    """Time one more token after prompts of growing length, with the cache and by reading the prompt again."""
+    """Time one more token after prompts of growing length: with and without CUDA graphs, and by reading the prompt again."""
     import torch
 
-    from kvbind.bench.language import bench_decoding, build
+    from kvbind.bench.generation import Load, bench_decoding, decoding_grid
+    from kvbind.bench.language import build
+    from kvbind.bench.record import growing, provenance
+    from kvbind.inner.value import check_choice
 
     place = _device(device)
+    check_choice("graphs", graphs, ("auto", "on", "off", "both"))
+    if graphs in ("on", "both") and place.type != "cuda":
+        raise typer.BadParameter(f"graphs must be off or auto on {place}, which has none; got {graphs!r}")
+    if graphs == "auto":
+        graphs = "both" if place.type == "cuda" else "off"
+    switches = {"on": (True,), "off": (False,), "both": (True, False)}[graphs]
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     model = build(_preset(preset), place, dtype)
     model.train(False)
-    rows = bench_decoding(model, _numbers(prompts, "prompts"), tokens=tokens, piece=piece)
-    lines = [
-        (
-            str(row.prompt),
-            f"{row.prefill_seconds:.2f}",
-            f"{1e3 * row.token_seconds:.2f}",
-            f"{1e3 * row.slowest_token_seconds:.2f}",
-            f"{1e3 * (row.reread_seconds or 0):.1f}",
-            f"{row.cache_bytes / 2**20:.2f}",
-        )
-        for row in rows
-    ]
-    title = f"{preset}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {place}, {dtype}"
-    header = ("prompt", "prefill s", "ms per token", "slowest token ms", "prompt read again ms", "cache MiB")
-    _table(title, header, lines)
+    loads = [Load(batch, prompt, tokens, piece) for prompt in _numbers(prompts, "prompts")]
     config = {"preset": preset, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "piece": piece}
-    _write(out, place, {"config": config, "rows": [asdict(row) for row in rows]})
+    about = provenance(place, ("triton",)) | {"config": config}
+    rows = bench_decoding(model, loads, switches, seconds)
+    _show(decoding_grid(_watch(growing(about, len(loads) * len(switches), rows), out, every=1)))
+    _point_to(out)
 
 
 @app.command()

@@ -1,11 +1,11 @@
-"""Decoding token by token: how long each takes, of the LaCT language model and of a Llama of its size."""
+"""`kvbind bench decode`: decoding token by token, of the LaCT language model and of a Llama of its size."""
 
 from __future__ import annotations
 
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
-from kvbind.bench.language import cache_bytes
+from kvbind.bench.kernel_tables import Grid
 from kvbind.bench.timing import now
 from kvbind.kernels.graphs import capture
 from kvbind.models import LactCache, LactForCausalLM
@@ -133,6 +133,14 @@ def prefilled(read: Callable[[], tuple[Any, Tensor]], device: torch.device) -> t
     return cache, logits, found
 
 
+def cache_bytes(cache: LactCache) -> int:
+    """The bytes of every tensor in a cache."""
+    held: list[Tensor] = []
+    for state in cache.states:
+        held += state.tensors()
+    return sum(x.untyped_storage().nbytes() for x in {x.untyped_storage().data_ptr(): x for x in held}.values())
+
+
 @torch.no_grad()
 def decode(model: LactForCausalLM, load: Load, until: float, *, graphs: bool) -> dict[str, Any]:
     """Time greedy decoding of a LaCT model.
@@ -167,6 +175,75 @@ def decode(model: LactForCausalLM, load: Load, until: float, *, graphs: bool) ->
         reset_peak(device)
         found |= timed_tokens(one_more, device, load, until)
     return {"prompt": ids.shape[1], **found, "peak_bytes": peak(device), "captured": cache.rows is not None}
+
+
+@torch.no_grad()
+def reread_seconds(model: LactForCausalLM, load: Load) -> float:
+    """How long one more token takes without a cache: the whole prompt again, once more than to compile what it needs."""
+    ids = prompts(load, model.config.inner.chunk or 1, model.config.vocab_size, model.device)
+    for _ in range(2):
+        start = now(model.device)
+        model(ids, use_cache=False, logits_to_keep=1)
+        taken = now(model.device) - start
+    return taken
+
+
+def bench_decoding(
+    model: LactForCausalLM, loads: Sequence[Load], graphs: Sequence[bool], seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Time greedy decoding after prompts of random tokens, each with CUDA graphs, without, or both.
+
+    Args:
+        model: in evaluation mode.
+        loads: what to decode.
+        graphs: with them or without, in this order.
+        seconds: for the tokens of a row; no row has fewer than `LEAST`, or all that its load asks for.
+
+    Yields:
+        Rows: what `decode` says, with "batch", "graphs" and "reread_seconds", of one sequence alone (None of several).
+    """
+    for load in loads:
+        again = reread_seconds(model, load) if load.batch == 1 else None
+        for on in graphs:
+            found = decode(model, load, time.perf_counter() + seconds, graphs=on)
+            yield {"batch": load.batch, "graphs": on, **found, "reread_seconds": again}
+
+
+def decoding_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a record of `kvbind bench decode`; those of before graphs, which had other names, under today's."""
+    rows = []
+    for row in record["rows"]:
+        if "token_seconds" in row:
+            old = {"batch": 1, "graphs": False, "p50_ms": 1e3 * row["token_seconds"], "p99_ms": None}
+            # each token was waited for
+            old |= {"slowest_ms": 1e3 * row["slowest_token_seconds"], "tokens_per_second": None}
+            rows.append({**row, **old, "tokens": record["config"]["tokens"]})
+        else:
+            rows.append(dict(row))
+    return rows
+
+
+def decoding_grid(record: Mapping[str, Any]) -> Grid:
+    """The table of a record of `kvbind bench decode`."""
+
+    def text(x: float | None, form: str) -> str:
+        return "-" if x is None else format(x, form)
+
+    lines = [
+        (
+            f"{row['batch']} x {row['prompt']}", "on" if row["graphs"] else "off",
+            *(text(row[name], ".2f") for name in ("p50_ms", "p99_ms", "slowest_ms")), str(row["tokens"]),
+            text(row["tokens_per_second"], ",.0f"), f"{row['prefill_seconds']:.2f}",
+            text(None if row["reread_seconds"] is None else 1e3 * row["reread_seconds"], ".1f"),
+            f"{row['cache_bytes'] / row['batch'] / 2**20:.2f}",
+        )
+        for row in decoding_rows(record)
+    ]  # fmt: skip
+    header = ("prompt", "graphs", "p50 ms", "p99 ms", "slowest ms", "of tokens", "tokens/s", "prefill s",
+              "prompt read again ms", "cache MiB")  # fmt: skip
+    note = "ms: of tokens that are each waited for; tokens/s: of tokens that are not; cache: of one sequence"
+    config = record["config"]
+    return Grid("decode", f"Decoding, {config['preset']}, {config['dtype']}, greedy", header, tuple(lines), note=note)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from kvbind.kernels import graphs as inner_graphs
 from kvbind.models import PRESETS, LactCache, LactConfig, LactForCausalLM, lact_nvs, vittt
 from kvbind.models.flops import lact_flops, lact_nvs_flops, vittt_flops
 from kvbind.precision import matmul_precision
+from kvbind.sequence.boundaries import Boundaries, with_room
 from kvbind.train import TrainConfig, train
 from kvbind.train.metrics import read_metrics
 from kvbind.train.optimizer import make_optimizer
@@ -138,6 +139,7 @@ def cases(sizes: str = "full") -> Iterator[Case]:
     for rung in ("rung2", "rung6", "rung0"):
         # the rungs share what is compared: how steps are taken
         yield language(f"lact-{small}-{rung}", small, rung, length, rows, 256, compared=50 if rung == "rung2" else 0)
+    yield packed(f"lact-{small}-rung2-packed", small, "rung2", length, rows, 256, compared=50)
     yield images(*(("tiny", 2, 32) if tiny else ("base", 256, 224)))
     yield views(*((1, 32, 1, 2, 16) if tiny else (12, 768, 4, 8, 128)))
     if not tiny:
@@ -162,6 +164,27 @@ def language(name: str, preset: str, rung: str, length: int, rows: int, vocabula
     build = partial(LactForCausalLM, config)
     flops = sum(lact_flops(config, length).values()) / length
     return Case(name, "tokens", rows * length, build, draw, loss, lambda model: model.model.layers, compared, flops)
+
+
+def packed(name: str, preset: str, rung: str, length: int, rows: int, vocabulary: int, compared: int = 0) -> Case:
+    """As `language`, of one row that is packed with some twelve documents, of 1 token or up to `length`."""
+    whole = language(name, preset, rung, length, rows, vocabulary, compared)
+    total = rows * length
+
+    def draw(number: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(number)
+        inside = torch.randint(1, total, (8 + number,), generator=generator)
+        bounds = torch.cat((torch.arange(rows + 1) * length, inside)).unique()
+        ids = torch.randint(256, (1, total), generator=generator)
+        return {"input_ids": ids, "labels": ids, "boundaries": with_room(bounds.to(torch.int32))}
+
+    def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        ids = batch["input_ids"]
+        bounds = Boundaries(batch["boundaries"], ids.shape[1])
+        found: Tensor = model(ids, labels=batch["labels"], cu_seqlens=bounds, use_cache=False).loss
+        return found
+
+    return replace(whole, draw=draw, loss=loss)
 
 
 def images(size_of_model: str, batch: int, size: int) -> Case:

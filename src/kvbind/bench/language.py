@@ -1,4 +1,4 @@
-"""`kvbind bench decode` and `kvbind bench step`: generation and training of the LaCT language model."""
+"""`kvbind bench step`: training of the LaCT language model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kvbind.bench.profiles import launches, summary
 from kvbind.bench.timing import now
 from kvbind.inner.spec import InnerLoop
-from kvbind.models import PRESETS, LactCache, LactConfig, LactForCausalLM
+from kvbind.models import PRESETS, LactConfig, LactForCausalLM
 from kvbind.precision import matmul_precision
 
 
@@ -30,103 +30,6 @@ def build(preset: str, device: torch.device, dtype: torch.dtype, **fields: Any) 
     with torch.device(device):
         model = LactForCausalLM(LactConfig(**{**PRESETS[preset], **fields}))
     return nn.Module.to(model, dtype)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """Generation after one prompt.
-
-    Attributes:
-        prompt: its tokens.
-        prefill_seconds: to read it with a cache, in pieces.
-        token_seconds: median time of one more token from the cache.
-        slowest_token_seconds: the longest, that of a token which completes a chunk.
-        reread_seconds: time of one more token without a cache: the whole prompt again; None where it was not measured.
-        cache_bytes: what the cache holds.
-    """
-
-    prompt: int
-    prefill_seconds: float
-    token_seconds: float
-    slowest_token_seconds: float
-    reread_seconds: float | None
-    cache_bytes: int
-
-
-@torch.no_grad()
-def bench_decoding(
-    model: LactForCausalLM, prompts: list[int], *, tokens: int = 64, piece: int = 8192, reread: bool = True
-) -> list[Decoding]:
-    """Time generation, one sequence at a time, greedy, after prompts of random tokens.
-
-    Each prompt of a chunk or more ends `tokens / 2` before a chunk does, so that the measured tokens include one that
-    completes it.
-
-    Args:
-        model: in evaluation mode.
-        prompts: their lengths, rounded to end as said.
-        tokens: to generate after each.
-        piece: tokens that prefill reads at a time.
-        reread: also time a forward pass over the whole prompt.
-    """
-    device, chunk = model.device, model.config.inner.chunk or 1
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, max(prompts)), generator=generator).to(device)
-    lengths = [max(1, n // chunk * chunk - tokens // 2) if n >= chunk else n for n in prompts]
-
-    def prefill(length: int) -> tuple[LactCache, Tensor]:
-        cache = LactCache()
-        for begin in range(0, length, piece):
-            part = ids[:, begin : min(begin + piece, length)]
-            logits = model(part, cache=cache, use_cache=True, logits_to_keep=1).logits
-        return cache, logits
-
-    def one_more(cache: LactCache, logits: Tensor) -> Tensor:
-        token = logits[:, -1:].argmax(-1)
-        after: Tensor = model(token, cache=cache, use_cache=True, logits_to_keep=1).logits
-        return after
-
-    def again(length: int) -> None:
-        model(ids[:, :length], use_cache=False, logits_to_keep=1)
-
-    one_more(*prefill(lengths[0]))
-    prefills, kept, rereads = [], [], []
-    for length in lengths:
-        prefill(length)
-        start = now(device)
-        kept.append(prefill(length))
-        prefills.append(now(device) - start)
-        if reread:
-            again(length)
-            start = now(device)
-            again(length)
-            rereads.append(now(device) - start)
-    # prompts take turns, so that a machine that slows down slows all of them
-    times: list[list[float]] = [[] for _ in lengths]
-    for _ in range(tokens):
-        for i, (cache, logits) in enumerate(kept):
-            start = now(device)
-            kept[i] = cache, one_more(cache, logits)
-            times[i].append(now(device) - start)
-    return [
-        Decoding(
-            prompt=length,
-            prefill_seconds=prefills[i],
-            token_seconds=statistics.median(times[i]),
-            slowest_token_seconds=max(times[i]),
-            reread_seconds=rereads[i] if reread else None,
-            cache_bytes=cache_bytes(kept[i][0]),
-        )
-        for i, length in enumerate(lengths)
-    ]
-
-
-def cache_bytes(cache: LactCache) -> int:
-    """The bytes of every tensor in a cache."""
-    held: list[Tensor] = []
-    for state in cache.states:
-        held += [*state.fast.tensors.values(), state.kept.keys, state.kept.values]
-    return sum(x.untyped_storage().nbytes() for x in {x.untyped_storage().data_ptr(): x for x in held}.values())
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kvbind.forms.api import ttt
 from kvbind.forms.state import State
 from kvbind.inner.spec import InnerLoop
+from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.full import InnerCall
 from kvbind.layers.lact import LactLayer
 from kvbind.layers.lact_nvs import LactNvsLayer
@@ -19,7 +20,7 @@ from kvbind.layers.layout import Layout
 from kvbind.layers.rotary import Tables
 from kvbind.layers.vittt import VitttLayer
 
-LAYERS = (LactLayer, LactNvsLayer, VitttLayer)
+LAYERS = (LactLayer, FastWeightLayer, LactNvsLayer, VitttLayer)
 """Those that call `ttt`."""
 
 
@@ -71,7 +72,7 @@ def seen_calls(model: nn.Module, see: Callable[[Call], None]) -> Iterator[None]:
 
 def calls_of(layer: nn.Module, *arguments: Any, **named: Any) -> list[Call]:
     """The calls that a layer makes, given what its `forward` is given."""
-    if isinstance(layer, LactLayer):
+    if isinstance(layer, LactLayer | FastWeightLayer):
         return [of_text(layer, *arguments, **named)]
     if isinstance(layer, LactNvsLayer):
         return [of_views(layer, *arguments, **named)]
@@ -79,7 +80,7 @@ def calls_of(layer: nn.Module, *arguments: Any, **named: Any) -> list[Call]:
 
 
 def of_text(
-    layer: LactLayer,
+    layer: LactLayer | FastWeightLayer,
     x: Tensor,
     layout: Layout | None = None,
     tables: Tables | None = None,

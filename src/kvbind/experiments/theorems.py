@@ -159,9 +159,7 @@ def inner_loops(chunk: int) -> dict[str, InnerLoop]:
         "lact_llm, 4 steps": full.replace(steps=4),
     }
     causal = {name: found[name] for name in systems.SYSTEMS if found[name].visibility != "full"}
-    # what needs several writes is not in one step
-    one = {"visibility": "full", "chunk": None, "refresh": None, "writes": 1, "read_rate": False, "window": 1}
-    return found | {f"{name}, one step": spec.replace(**one) for name, spec in causal.items()}
+    return found | {f"{name}, one step": spec.one_write() for name, spec in causal.items()}
 
 
 def check(spec: InnerLoop, setting: Setting, seed: int) -> Checked:

@@ -110,6 +110,10 @@ def extension_obstacles(spec: InnerLoop) -> list[Obstacle]:
         if name.startswith("network."):
             plain = {field: default for field, default in (("bias", False), ("head", None)) if hasattr(network, field)}
             found.append(Obstacle(name, value, reason, {"network": network.replace(**plain)}))
+        elif name == "chunk":
+            # what is of several writes goes with them
+            others = {other: edits[other] for other in ("refresh", "window") if getattr(spec, other) != edits[other]}
+            found.append(Obstacle(name, value, reason, {name: edits[name], **others}))
         else:
             found.append(Obstacle(name, value, reason, {name: edits[name]}))
     return found
@@ -394,9 +398,8 @@ def explain(spec: InnerLoop, shapes: Shapes | None = None) -> Explanation:
         raise TypeError(f"shapes must be a kvbind.forms.analysis.Shapes or None; got {type(shapes).__name__}")
     shapes = shapes or Shapes()
     obstacles = parallel_obstacles(spec)
-    nearest = spec
-    for obstacle in obstacles:
-        nearest = nearest.replace(**obstacle.edit)
+    # at once, as some fields need others
+    nearest = spec.replace(**{name: value for obstacle in obstacles for name, value in obstacle.edit.items()})
     return Explanation(
         spec=spec,
         operands=_operands(spec),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +32,8 @@ from kvbind.sequence.shard import SequenceShard
 
 if TYPE_CHECKING:
     from kvbind.kernels.across import Across
+    from kvbind.kernels.spans import Layout
+    from kvbind.sequence.boundaries import Chunks
 
 Engine = Callable[[InnerLoop, Operands], tuple[Tensor, State]]
 
@@ -257,36 +260,97 @@ def _chunked(
     spec: InnerLoop, call: Operands, joined: Tokens, kept: tuple[int, ...], shard: SequenceShard | None = None
 ) -> tuple[Tensor, State]:
     """What `chunked_form` says, of tokens behind those that each sequence has had pending."""
-    from kvbind.kernels.chunked import chunked
-    from kvbind.kernels.spans import TILE, chunk_means, chunked_layout
+    from kvbind.kernels.spans import chunk_means, chunked_layout
 
     q, state, bounds = call.q, call.state, call.cu_seqlens
     lengths = (q.shape[2],) * q.shape[0] if bounds is None else tuple(b - a for a, b in itertools.pairwise(bounds))
     writers = tuple(old + n for old, n in zip(kept, lengths, strict=True)) if spec.chunk else (len(joined),) * len(lengths)
-    fast, network, orthogonalize = state.fast, spec.network, spec.orthogonalize
-
-    theta, shared = theta_of(network, fast)
-    start = fast.weights["out"]
-    tiles = q.shape[1] * -(-start.shape[-2] // TILE) * -(-start.shape[-1] // TILE)
+    theta, shared = theta_of(spec.network, state.fast)
     own = spec.visibility != "past"
-    layout = chunked_layout(lengths, kept, writers, spec.chunk or len(joined), own, shared, tiles, q.device)
+    layout = chunked_layout(lengths, kept, writers, spec.chunk or len(joined), own, shared, _programs(q, state), q.device)
     across = _across(shard, writers, spec.chunk, own, bounds is not None) if shard is not None and spec.chunk else None
+    output, after = _launched(spec, q, joined, state.fast, theta, layout, partial(chunk_means, layout), across)
+    return output, settle(spec, after, joined, lengths, kept, bounds)
+
+
+def chunked_documents(spec: InnerLoop, call: Operands, chunks: Chunks) -> Tensor:
+    """The chunkwise parallel form on kernels of documents whose boundaries the device reads.
+
+    Args:
+        spec: an inner loop under `visibility="past"` that `chunked_fits`.
+        call: one row, with the one state that all documents start from.
+        chunks: where the documents' chunks lie.
+
+    Returns:
+        Outputs `[1, H, T, Dv]`.
+    """
+    from kvbind.kernels.spans import packed_layout
+
+    programs, state = _programs(call.q, call.state), call.state
+    layout = chunks.boundaries.once(("layout", chunks.size, programs), lambda: packed_layout(chunks, programs))
+    documents, fast = chunks.boundaries.capacity, state.fast
+
+    def each(x: Tensor) -> Tensor:
+        return x.expand(documents, *x.shape[1:])
+
+    weights = dict(fast.weights) | {"out": each(fast.weights["out"])}
+    starts = FastWeights(weights, {name: each(x) for name, x in fast.momentum.items()}, fast.norms)
+    theta, _ = theta_of(spec.network, fast)
+    return _launched(spec, call.q, call.tokens, starts, theta, layout, chunks.means)[0]
+
+
+def _programs(q: Tensor, state: State) -> int:
+    """How many programs one span of queries keeps busy."""
+    from kvbind.kernels.spans import TILE
+
+    out = state.tensors["weights.out"]
+    return q.shape[1] * -(-out.shape[-2] // TILE) * -(-out.shape[-1] // TILE)
+
+
+def _launched(
+    spec: InnerLoop,
+    q: Tensor,
+    tokens: Tokens,
+    fast: FastWeights,
+    theta: Tensor | None,
+    layout: Layout,
+    means: Callable[[Tensor], Tensor],
+    across: Across | None = None,
+) -> tuple[Tensor, FastWeights]:
+    """The kernels on a layout's tables.
+
+    Args:
+        spec: the inner loop.
+        q: queries `[B, H, T, Dk]`.
+        tokens: all that write.
+        fast: where each sequence starts.
+        theta: of these, as `theta_of` gives it.
+        layout: which rows belong together.
+        means: per-token gates `[rows, heads]` averaged over each chunk that writes.
+        across: how the first and last sequences go on over ranks.
+
+    Returns:
+        Outputs `[B, H, T, Dv]`, and the weights after each sequence's last complete chunk.
+    """
+    from kvbind.kernels.chunked import chunked
+
+    network, orthogonalize = spec.network, spec.orthogonalize
 
     def per_chunk(gate: Tensor | None) -> Tensor | None:
-        return None if gate is None else chunk_means(layout, as_rows(gate).float())
+        return None if gate is None else means(as_rows(gate).float())
 
-    rate, (momentum, decay) = column_of(joined.rates["out"], joined), decays(joined.gates)
-    output_gate, gated_tokens = between_gates(network, fast, q, joined)
+    rate, (momentum, decay) = column_of(tokens.rates["out"], tokens), decays(tokens.gates)
+    output_gate, gated_tokens = between_gates(network, fast, q, tokens)
     output, end, velocity = chunked(
-        as_rows(q), as_rows(gated_tokens.k), as_rows(gated_tokens.v), layout, dense(start), theta=theta,
-        activation=activation_of(network), rates=None if rate is None else as_rows(rate).contiguous(),
+        as_rows(q), as_rows(gated_tokens.k), as_rows(gated_tokens.v), layout, dense(fast.weights["out"]),
+        theta=theta, activation=activation_of(network),
+        rates=None if rate is None else as_rows(rate).contiguous(),
         momentum=per_chunk(momentum), velocity=dense(fast.momentum["out"]) if spec.momentum else None,
         decay=per_chunk(decay), coefficients=orthogonalize.coefficients if orthogonalize else (),
         orthogonal_dtype=orthogonalize.dtype if orthogonalize else torch.bfloat16, sign=spec.sign, across=across,
     )  # fmt: skip
     after = FastWeights(dict(fast.weights) | {"out": end}, {"out": velocity} if spec.momentum else {}, fast.norms)
-    output = gated(output_gate, output.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2))
-    return output, settle(spec, after, joined, lengths, kept, bounds)
+    return gated(output_gate, output.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)), after
 
 
 def causal_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:

@@ -339,9 +339,10 @@ def choose_update_tokens(
     batch, length = tokens.k.shape[0], tokens.count // spec.writes
     if isinstance(chosen, slice):
         # chunks are cut by place, a convolution needs the whole grid for its neighbourhoods, and packed sequences their own
+        from_start = chosen.start in (None, 0) and chosen.step in (None, 1)
         if (
             spec.visibility == "full"
-            and spec.chunk is None
+            and (spec.chunk is None or from_start)
             and not isinstance(spec.network, DepthwiseConv)
             and bounds is None
         ):

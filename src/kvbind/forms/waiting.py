@@ -3,12 +3,17 @@
 `ttt` returns a state that has every pending token in its place, a copy of all places for each call. Where calls bring single
 tokens, as in generation, copying and what surrounds it cost more than reading. Here such tokens are kept as they came, and
 go to their places many at once; what their writing takes beyond that is also computed then.
+
+What single tokens read, and the updates of the chunks that they complete, are `read` and `completed` on tensors in one
+piece, of all rows or of one: the same operators on operands of the same shapes and strides whether calls run them or a
+captured step does (`kvbind.layers.slots`). Products of other layouts, or of other numbers of matrices, may round otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Protocol
 
 import torch
@@ -97,9 +102,63 @@ class Waiting:
             return None
         if not state.spec.same_as(spec) or max(state.pending_lengths) + count >= spec.room + 1:
             return None
-        output = read(spec, self.weights, q, made["k"])
-        after = Waiting(state, self.weights, (*self.later, made), count, make)
+        held = self._in_one_piece()
+        output = read(spec, held.weights, q, made["k"])
+        after = Waiting(held.state, held.weights, (*self.later, made), count, make)
         return output, after if count < MOST else Waiting.of(after.settled())
+
+    def complete(self, spec: InnerLoop, q: Tensor, made: Made, make: Maker) -> tuple[Tensor, Waiting] | None:
+        """Outputs of one token of each sequence, which completes a chunk of some of them, and the state after it.
+
+        Sequences are updated all at once where all of them have had equally many tokens of their chunk, and else one by
+        one: which of them are due together would be another number of matrices each time.
+
+        Args:
+            spec: the inner loop.
+            q: queries `[B, 1, H, Dk]`.
+            made: as `read` takes it.
+            make: likewise.
+
+        Returns:
+            As `read`, outputs computed as those of tokens that complete no chunk; None where there are several tokens, where
+            they see more than the last update, or where an update is more than `completed`: that is for `ttt`.
+        """
+        known = spec.visibility == "past" and not spec.extensions and self.state.spec.same_as(spec)
+        if not known or q.shape[1] != 1 or q.shape[0] != self.state.batch or torch.compiler.is_compiling():
+            return None
+        if (spec.room and not self.state.has_room) or "pending.mask" in self.state.tensors:
+            return None
+        held = Waiting.of(self.settled())._in_one_piece()
+        state, lengths = held.state, held.state.pending_lengths
+        output = read(spec, held.weights, q, made["k"])
+        new = make.tokens(made).map(lambda x: x.transpose(1, 2)).spread().tensors()
+        together = len(set(lengths)) == 1
+        parts = [slice(0, len(lengths))] if together else [slice(i, i + 1) for i in range(len(lengths))]
+        fast, tensors = state.fast, dict(state.tensors)
+        found: dict[str, list[Tensor]] = {}
+        for rows in parts:
+            length = lengths[rows.start]
+            filled = {name: _behind(state.tensors.get(f"pending.{name}"), x, rows, length) for name, x in new.items()}
+            after = fast.map(itemgetter(rows))
+            if length == spec.room:
+                after = completed(spec, after, Tokens.of(filled))
+                filled = {name: x.new_zeros(*x.shape[:2], spec.room, *x.shape[3:]) for name, x in filled.items()}
+            for full, x in changed(spec, after).items():
+                found.setdefault(full, []).append(x)
+            for name, x in filled.items() if spec.room else ():
+                found.setdefault(f"pending.{name}", []).append(x)
+        tensors |= {name: (rows[0] if len(rows) == 1 else torch.cat(rows)).contiguous() for name, rows in found.items()}
+        return output, Waiting.of(State(spec, tensors, tuple((n + 1) % (spec.room + 1) for n in lengths)))
+
+    def _in_one_piece(self) -> Waiting:
+        """This with fast weights that are each contiguous; they may come transposed, or one for all sequences."""
+        held = self.state.tensors
+        scattered = {name: x for name, x in held.items() if not (name.startswith("pending.") or x.is_contiguous())}
+        if not scattered:
+            return self
+        tensors = dict(held) | {name: x.contiguous() for name, x in scattered.items()}
+        state = State(self.state.spec, tensors, self.state.pending_lengths)
+        return replace(self, state=state, weights=state.weights)
 
     def answer(self, spec: InnerLoop, q: Tensor, k: Tensor) -> Tensor | None:
         """Outputs of one token of each sequence, which may complete a chunk: computed as those of tokens that do not.
@@ -112,7 +171,7 @@ class Waiting:
         Returns:
             `[B, 1, H, Dv]`; None where there are several tokens, or where they see more than the last update.
         """
-        if q.shape[1] != 1 or spec.visibility != "past" or q.shape[0] != self.state.batch:
+        if q.shape[1] != 1 or spec.visibility != "past" or q.shape[0] != self.state.batch or "refresh" in spec.extensions:
             return None
         return read(spec, self.weights, q, k) if self.state.spec.same_as(spec) else None
 
@@ -125,6 +184,20 @@ def read(spec: InnerLoop, weights: Mapping[str, Tensor], q: Tensor, k: Tensor) -
     return output.transpose(1, 2).to(q.dtype)
 
 
+def _behind(held: Tensor | None, new: Tensor, rows: slice, length: int) -> Tensor:
+    """Some sequences' pending places with one more token behind the first `length`, in one piece; `[n, H, T, ...]`."""
+    if held is None:
+        return new[rows].contiguous()
+    places = held[rows]
+    return torch.cat((places[:, :, :length], new[rows], places[:, :, length + 1 :]), dim=2).contiguous()
+
+
+def changed(spec: InnerLoop, fast: FastWeights) -> dict[str, Tensor]:
+    """Those of the fast weights that an update of a chunk changes, by the names that they have in a state."""
+    parts = {"weights": fast.weights, "momentum": fast.momentum, "accumulated": fast.accumulated}
+    return {f"{part}.{name}": x for part, held in parts.items() for name, x in held.items() if name in spec.updated}
+
+
 def completed(spec: InnerLoop, fast: FastWeights, tokens: Tokens) -> FastWeights:
     """Fast weights after one whole chunk of each sequence, on the kernels or operators that `ttt` takes for it.
 
@@ -132,8 +205,8 @@ def completed(spec: InnerLoop, fast: FastWeights, tokens: Tokens) -> FastWeights
 
     Args:
         spec: the inner loop.
-        fast: `[B, H, in, out]` before the chunk.
-        tokens: its tokens, `[B, H, chunk, ...]`.
+        fast: `[B, H, in, out]` before the chunk, each in one piece.
+        tokens: its tokens, `[B, H, chunk, ...]`, likewise.
     """
     with without_autocast(tokens.k.device.type):
         call = Operands(tokens.k, tokens, State.of(spec, fast, None, 0), None)

@@ -295,6 +295,10 @@ class InnerLoop(Value):
             found["network.head"] = self.network.output_head
         return found
 
+    def one_write(self) -> Self:
+        """One write of all tokens, seen by all: this inner loop without what needs several."""
+        return self.replace(visibility="full", chunk=None, refresh=None, steps=1, writes=1, read_rate=False, window=1)
+
     @property
     def sign(self) -> int:
         """1 for descent, -1 for ascent: the sign with which an update enters the weights."""

@@ -247,12 +247,11 @@ def _chunked_backward(
         dv, _ = product(written, d_writes, writes, longest_write)
         del written
         dk, _ = product(du, both, writes, longest_write, column=THETA, transposed=True)
-        if len(idle):
-            du.index_fill_(0, idle, 0)
+        blank_(du, idle)
         d_theta = d_theta + write(k, du, key_runs)
     for x in (dk, dv, d_rates):
-        if x is not None and len(idle):
-            x.index_fill_(0, idle, 0)
+        if x is not None:
+            blank_(x, idle)
     found = [dq, dk, dv, d_state]
     if theta is not None:
         d_theta = d_theta.unflatten(0, (theta.shape[1], -1)).sum(1)
@@ -261,6 +260,14 @@ def _chunked_backward(
         if wanted is not None and x is not None:
             found.append(x)
     return found
+
+
+def blank_(x: Tensor, idle: Tensor) -> None:
+    """Zero rows of `x`: those that `idle` lists, or marks."""
+    if idle.dtype == torch.bool:
+        x.masked_fill_(idle.reshape(-1, *(1,) * (x.dim() - 1)), 0)
+    elif len(idle):
+        x.index_fill_(0, idle, 0)
 
 
 @_chunked_backward.register_fake

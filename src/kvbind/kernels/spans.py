@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvbind.sequence.boundaries import Chunks, owners
+
 ENOUGH_PROGRAMS = 264
 """Twice the multiprocessors of an H100: work that has fewer pieces than this is split over tokens."""
 
@@ -37,7 +39,7 @@ class Layout:
         sequences: `[S, 4]`, as `kvbind.kernels.scans` takes it.
         query_runs: all query rows, in equally many spans for each row of theta.
         key_runs: all writing rows, likewise.
-        idle: writing rows whose chunk is incomplete and seen by no query, int64, or None.
+        idle: writing rows whose chunk is incomplete and seen by no query: int64, or bool for each row, or None.
         chunk_lengths: tokens of each chunk, int64, incomplete ones that do not write among them.
         writing_chunks: which of those are the chunks above, int64, or None for all.
         longest_read: the longest span of `reads`.
@@ -72,10 +74,15 @@ def chunk_means(layout: Layout, gate: Tensor) -> Tensor:
     return means if layout.writing_chunks is None else means[layout.writing_chunks]
 
 
+def piece_of(length: int, parts: int) -> int:
+    """Rows of each piece where `length` of them are cut into at most `parts`: whole tiles, none of them short."""
+    size = max(SHORTEST_PIECE, -(-length // max(parts, 1)))
+    return -(-size // TILE) * TILE
+
+
 def cut(start: int, length: int, parts: int) -> list[tuple[int, int]]:
     """`length` rows from `start` in at most `parts` spans of whole tiles, none of them short."""
-    size = max(SHORTEST_PIECE, -(-length // max(parts, 1)))
-    size = -(-size // TILE) * TILE
+    size = piece_of(length, parts)
     return [(start + at, min(size, length - at)) for at in range(0, length, size)] or [(start, 0)]
 
 
@@ -193,6 +200,67 @@ def _chunked_layout(
         longest_write=max((n for _, n, _, _ in writes), default=0),
         rows=row,
         chunk=chunk if whole else None,
+    )
+
+
+def packed_layout(chunks: Chunks, programs: int) -> Layout:
+    """The tables of packed documents that have one theta and whose queries see complete earlier chunks alone.
+
+    Made on the device, of sizes that a capacity decides: spans that a row lacks are empty.
+
+    Args:
+        chunks: of the documents.
+        programs: as `chunked_layout` takes it.
+    """
+    boundaries, size, device = chunks.boundaries, chunks.size, chunks.first.device
+    begins, ends = boundaries.bounds[:-1], boundaries.bounds[1:]
+    most, documents, length = len(chunks), boundaries.capacity, boundaries.length
+    # one state row before each complete chunk and one after the last, and queries of one span for each
+    rows = most + documents
+    before = torch.arange(documents, device=device)
+    stops = chunks.stops + before + 1
+    document, real = owners(stops, rows)
+    row = torch.arange(rows, device=device)
+    first = begins[document] + (row - (stops - chunks.counts - 1)[document]) * size
+    asked = torch.where(real, (ends[document] - first).clamp(max=size), 0)
+    first = torch.where(real, first, 0)
+    piece = piece_of(size, -(-ENOUGH_PROGRAMS // max(programs * rows, 1)))
+    each = -(-size // piece)
+
+    def table(*columns: Tensor | int) -> Tensor:
+        tensors = [x if isinstance(x, Tensor) else row.new_full((), x) for x in columns]
+        return torch.stack(torch.broadcast_tensors(*tensors), dim=-1).flatten(0, -2).to(torch.int32)
+
+    def spans(first: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """Spans cut into equally many pieces, some of them empty, and which pieces are whose."""
+        number = torch.arange(len(first), device=device)
+        offset = torch.arange(each, device=device) * piece
+        pieces = table(first[:, None] + offset, (length[:, None] - offset).clamp(0, piece), number[:, None], 0)
+        return pieces, table(number * each, each)
+
+    read_pieces, row_pieces = spans(first, asked)
+    writes, chunk_pieces = spans(chunks.first, torch.where(chunks.real, size, 0))
+    run = -(-length // RUNS)
+    at = (torch.arange(RUNS, device=device) * run).clamp(max=length)
+    whole = table(at, (length - at).clamp(max=run), 0, 0)
+    place = torch.arange(length, device=device) - boundaries.starts
+    return Layout(
+        reads=table(first, asked, row, 0),
+        read_pieces=read_pieces,
+        row_pieces=row_pieces,
+        writes=writes,
+        chunk_pieces=chunk_pieces,
+        whole_chunks=table(torch.arange(most, device=device), 1),
+        sequences=table(chunks.stops - chunks.counts, chunks.counts, chunks.counts, stops - chunks.counts - 1),
+        query_runs=whole,
+        key_runs=whole,
+        idle=place // size >= chunks.counts[boundaries.document],
+        chunk_lengths=torch.where(chunks.real, size, 0),
+        writing_chunks=None,
+        longest_read=min(size, length),
+        longest_write=min(piece, size),
+        rows=rows,
+        chunk=None,
     )
 
 

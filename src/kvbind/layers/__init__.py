@@ -1,8 +1,8 @@
 """Layers: `nn.Module`s that hold parameters and projections around one call of `kvbind.ttt`.
 
-`LactLayer` mixes text causally, `VitttLayer` the patches of an image, `LactNvsLayer` the views of a scene; each takes the
-place of attention in a model of your own (docs/layers.md). Each keeps its inner loop as its attribute `inner`, which can be
-assigned; its parameters stay.
+`LactLayer` mixes text causally, beside attention, `FastWeightLayer` by fast weights alone, `VitttLayer` the patches of an
+image, `LactNvsLayer` the views of a scene; each takes the place of attention in a model of your own (docs/layers.md). Each
+keeps its inner loop as its attribute `inner`, which can be assigned; its parameters stay.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvbind.layers.fast_weights import FastWeightLayer, FastWeightState
     from kvbind.layers.full import InnerCall
     from kvbind.layers.lact import LactLayer, LactState
     from kvbind.layers.lact_nvs import LactNvsLayer
@@ -18,9 +19,21 @@ if TYPE_CHECKING:
     from kvbind.layers.norm import RMSNorm
     from kvbind.layers.vittt import VitttLayer
 
-__all__ = ["InnerCall", "LactLayer", "LactNvsLayer", "LactState", "Layout", "RMSNorm", "VitttLayer"]
+__all__ = [
+    "FastWeightLayer",
+    "FastWeightState",
+    "InnerCall",
+    "LactLayer",
+    "LactNvsLayer",
+    "LactState",
+    "Layout",
+    "RMSNorm",
+    "VitttLayer",
+]
 
 _HOMES = {
+    "FastWeightLayer": "fast_weights",
+    "FastWeightState": "fast_weights",
     "InnerCall": "full",
     "LactLayer": "lact",
     "LactNvsLayer": "lact_nvs",

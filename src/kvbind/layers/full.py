@@ -1,6 +1,7 @@
 """What layers share: the arguments with which they call `kvbind.ttt`, and checks of their inner loops.
 
-The checks of visibility are of the layers whose tokens all see one update, those of ViTTT and of LaCT view synthesis.
+The checks of visibility are of the layers whose tokens all see everything that was written, those of ViTTT and of LaCT
+view synthesis.
 """
 
 from __future__ import annotations
@@ -77,8 +78,7 @@ def check_sees_everything(argument: str, inner: InnerLoop) -> None:
         raise TypeError(f"{argument} must be a kvbind.InnerLoop; got {type(inner).__name__}")
     if inner.visibility != "full":
         raise ValueError(
-            f"{argument}'s visibility must be 'full' (with chunk=None), as one update is seen by all tokens; got "
-            f"{inner.visibility!r}"
+            f"{argument}'s visibility must be 'full', as all tokens see what was written; got {inner.visibility!r}"
         )
     for gate in inner.gates:
         raise ValueError(f"{argument} must have {gate}=False: this layer has no {gate} gate")

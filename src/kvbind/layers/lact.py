@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from kvbind.forms.api import Form, ttt
 from kvbind.forms.autocast import without_autocast
+from kvbind.forms.packed import packed
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.waiting import Waiting, read
@@ -32,6 +33,7 @@ from kvbind.layers.rotary import Tables, rotary_tables
 from kvbind.layers.slots import Slots, Step
 from kvbind.layers.window_attention import halo_of, window_attention
 from kvbind.layers.writing import Writing
+from kvbind.sequence.boundaries import Boundaries
 from kvbind.sequence.exchanges import Exchanges
 
 NORM_EPS = 1e-5
@@ -100,6 +102,10 @@ class LactState:
     def fast(self) -> State:
         """Fast weights and pending chunk, as `kvbind.ttt` returns them."""
         return self.waiting.settled()
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds, in their places."""
+        return [*self.fast.tensors.values(), self.kept.keys, self.kept.values]
 
     def select(self, index: Tensor) -> LactState:
         """The sequences at `index` (int64 `[n]`), in that order, as often as they are named."""
@@ -204,7 +210,7 @@ class LactLayer(nn.Module):
         if base_lr <= 0:
             raise ValueError(f"base_lr must be above 0; got {base_lr}")
         check_choice("form", form, ("auto", "recurrent", "parallel"))
-        check_fits_causal_layer(inner)
+        check_fits_lact_layer(inner)
 
         self.hidden_size, self.window_size, self.form = hidden_size, window_size, form
         self.num_attn_heads, self.num_lact_heads = num_attn_heads, num_lact_heads
@@ -293,7 +299,7 @@ class LactLayer(nn.Module):
 
     @inner.setter
     def inner(self, inner: InnerLoop) -> None:
-        check_fits_causal_layer(inner)
+        check_fits_lact_layer(inner)
         check_built("inner", inner, self._shapes_for(inner), self._built_shapes)
         check_built("inner", inner, self._vectors_for(inner), self._built_vectors)
         for gate in inner.gates:
@@ -349,7 +355,8 @@ class LactLayer(nn.Module):
         """What the layer gives to `kvbind.ttt` for sequences from their first token on; arguments as `forward` takes them.
 
         Raises:
-            ValueError: a slice of a row that is cut over ranks, which is no call of its own.
+            ValueError: a slice of a row that is cut over ranks, which is no call of its own, or boundaries of packed rows
+                that the device alone knows.
         """
         if layout is None:
             layout = Layout.rows(x.shape[1], x.device)
@@ -359,7 +366,7 @@ class LactLayer(nn.Module):
             tables = rotary_tables(layout.positions, self.head_width, self.rope_theta)
         q, k, v = self._project(x)
         _, _, q, k = make_operands(q, k, v, self.qk_scale, self.qk_offset, tables, self.paths)
-        made, bounds = self.writing.tokens({"k": k, "v": v, **self._logits(x)}), layout.cu_seqlens
+        made, bounds = self.writing.tokens({"k": k, "v": v, **self._logits(x)}), layout.known_bounds
         return InnerCall(self._inner, self.start_weights(), q, k, made.v, made.rates, made.gates, bounds)
 
     def forward(
@@ -384,7 +391,10 @@ class LactLayer(nn.Module):
 
         Raises:
             ValueError: a state together with packed sequences or a slice of a row, or of another batch or inner loop.
+            TypeError: a state of another kind of layer.
         """
+        if state is not None and not isinstance(state, LactState):
+            raise TypeError(f"state must be a LactState, as this layer returns it; got {type(state).__name__}")
         batch, length, _ = x.shape
         seen = () if state is None else state.seen
         if state is not None and len(seen) != batch:
@@ -438,7 +448,7 @@ class LactLayer(nn.Module):
     def step(self, x: Tensor, tables: Tables, place: Step, slots: Slots) -> Tensor:
         """Mix one more token of each row, and take it in where the rows are: `forward` without a shape that depends on them.
 
-        A chunk that the token completes is left to `kvbind.forms.waiting.completed`.
+        A chunk that the token completes is left to `Slots.complete`.
 
         Args:
             x: normalized input `[B, 1, d]`.
@@ -480,19 +490,25 @@ class LactLayer(nn.Module):
         inner, writing = self._inner, self.writing
         answer = None
         if state is not None and return_state and layout.lengths is None:
-            found = state.waiting.read(inner, q, made, writing)
+            waiting = state.waiting
+            found = waiting.read(inner, q, made, writing) or waiting.complete(inner, q, made, writing)
             if found is not None:
                 return found
-            answer = state.waiting.answer(inner, q, made["k"])
+            answer = waiting.answer(inner, q, made["k"])
         before = None if state is None else state.fast
         weights, tokens = self.start_weights() if before is None else None, writing.tokens(made)
+        if isinstance(layout.cu_seqlens, Boundaries):
+            assert weights is not None
+            return packed(
+                inner, weights, q, tokens.k, tokens.v, layout.cu_seqlens, lr=tokens.rates, form=self.form, **tokens.gates
+            ), None
         if layout.lengths is None or not return_state:
             # padding sits behind a row's tokens, which do not see it; only what they leave behind would
             shard = layout.sequence
-            packed = layout.cu_seqlens if shard is None else None
+            documents = layout.cu_seqlens if shard is None else None
             output, after = ttt(
                 inner, weights, q, tokens.k, tokens.v, lr=tokens.rates, **tokens.gates, state=before,
-                cu_seqlens=packed, form=self.form, sequence=shard,
+                cu_seqlens=documents, form=self.form, sequence=shard,
             )  # fmt: skip
             return output if answer is None else answer, Waiting.of(after) if return_state else None
 
@@ -533,21 +549,33 @@ def check_fits_causal_layer(inner: InnerLoop) -> None:
 
     Raises:
         TypeError: no InnerLoop.
-        ValueError: visibility "full", "chunk" over more than one token, a depthwise convolution, or what the layer makes no
-            operands for: erase, and several writes per token.
+        ValueError: visibility "full", "chunk" over more than one token, or a depthwise convolution.
     """
     if not isinstance(inner, InnerLoop):
         raise TypeError(f"inner must be a kvbind.InnerLoop; got {type(inner).__name__}")
     if isinstance(inner.network, DepthwiseConv):
         raise ValueError("inner's network must read single tokens; DepthwiseConv reads a grid of them")
-    for name in ("erase", "writes"):
-        if name in inner.extensions:
-            raise ValueError(
-                f"inner's {name} must have its default, as this layer makes no keys for it; got {name}="
-                f"{inner.extensions[name]!r}"
-            )
     if inner.visibility == "full" or (inner.visibility == "chunk" and inner.chunk != 1):
         raise ValueError(
             f"inner's visibility must be 'past' or 'token' in a causal layer ('chunk' with chunk=1 alone); got "
             f"{inner.visibility!r} with chunk={inner.chunk}, under which tokens see later ones"
         )
+
+
+NOT_MADE = ("erase", "writes")
+"""Fields for which `LactLayer` makes no keys; `kvbind.layers.fast_weights.FastWeightLayer` does."""
+
+
+def check_fits_lact_layer(inner: InnerLoop) -> None:
+    """Refuse an inner loop that `LactLayer` cannot run.
+
+    Raises:
+        TypeError, ValueError: as `check_fits_causal_layer`; a field of `NOT_MADE`.
+    """
+    check_fits_causal_layer(inner)
+    for name in NOT_MADE:
+        if name in inner.extensions:
+            raise ValueError(
+                f"inner's {name} must have its default, as this layer makes no keys for it (a FastWeightLayer does); got "
+                f"{name}={inner.extensions[name]!r}"
+            )

@@ -1,4 +1,4 @@
-"""The fast-weight mixer of LaCT view synthesis: input views write it once, every view reads it."""
+"""The fast-weight mixer of LaCT view synthesis: input views write it, every view reads it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,12 @@ INIT_GAIN = math.sqrt(2)
 class LactNvsLayer(nn.Module):
     """Fast weights over the tokens of all views of a scene (specification, section 5; arXiv 2505.23884).
 
-    `q, k, v = silu(to_qkv(x))` per head, q and k brought to L2 norm 1. The tokens that update write once, with rates
+    `q, k, v = silu(to_qkv(x))` per head, q and k brought to L2 norm 1. The tokens that update write, with rates
     `softplus(lr_fc(x) + softplus^-1(base_lr))` per token, head and matrix; all tokens read, and what they read is RMS-normed
     per head and projected. Rates are in float32 also under autocast.
+
+    All of them write once; or with `inner.chunk` in chunks of so many tokens, one after the other, before any token reads
+    (tttLRM, arXiv 2602.20160), where `inner.anchor` draws the weights back between chunks (Elastic TTT, arXiv 2604.07350).
 
     Parameters have the released names and layouts (specification, section 6): `w0`, `w1`, `w2` `[heads, in, out]` for gate,
     out and up; `lr_fc` with the matrices outermost. Only what the inner loop needs is built.

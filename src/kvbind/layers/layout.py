@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvbind.forms.validation import check_cu_seqlens
+from kvbind.sequence.boundaries import Boundaries
 from kvbind.sequence.shard import SequenceShard
 
 
@@ -23,13 +24,13 @@ class Layout:
 
     Attributes:
         positions: each token's place in its sequence, int64 `[B, T]`, or `[1, T]` where all rows agree.
-        cu_seqlens: boundaries of packed sequences, from 0 to T; then `B` is 1.
+        cu_seqlens: boundaries of packed sequences, from 0 to T, or as the device alone knows them; then `B` is 1.
         lengths: how many tokens of each row are no padding.
         sequence: how longer rows are cut over ranks, of which these tokens are one slice.
     """
 
     positions: Tensor
-    cu_seqlens: tuple[int, ...] | None = None
+    cu_seqlens: tuple[int, ...] | Boundaries | None = None
     lengths: tuple[int, ...] | None = None
     sequence: SequenceShard | None = None
 
@@ -44,13 +45,21 @@ class Layout:
         return Layout(steps + torch.tensor(list(seen), device=device)[:, None])
 
     @staticmethod
-    def packed(cu_seqlens: Tensor | Sequence[int], batch: int, length: int, device: torch.device) -> Layout:
+    def packed(cu_seqlens: Tensor | Sequence[int] | Boundaries, batch: int, length: int, device: torch.device) -> Layout:
         """Sequences packed into one row, as in FlashAttention; positions count from 0 in each.
 
         Raises:
             ValueError: boundaries that do not go from 0 to `length`, or more than one row.
         """
-        bounds = check_cu_seqlens(cu_seqlens, batch, length)
+        bounds: tuple[int, ...] | Boundaries | None
+        if isinstance(cu_seqlens, Boundaries):
+            if (batch, length) != (1, cu_seqlens.length):
+                raise ValueError(
+                    f"the input must be one row of {cu_seqlens.length} tokens, as boundaries; got {[batch, length]}"
+                )
+            bounds = cu_seqlens
+        else:
+            bounds = check_cu_seqlens(cu_seqlens, batch, length)
         if bounds is None:
             raise ValueError("cu_seqlens must be boundaries of packed sequences, [n + 1]; got None")
         starts = sequence_starts(bounds, device)
@@ -75,14 +84,39 @@ class Layout:
         places = torch.cat((places[:first] + here.before, places[first:]))
         return Layout(places[None], bounds, sequence=shard)
 
+    def places(self, seen: Sequence[int], length: int) -> Tensor:
+        """How many tokens of its sequence come before each of `length`, int64 `[B, T]` or `[1, T]`.
+
+        Positions, unless those that a caller gave start elsewhere.
+        """
+        if self.sequence is not None:
+            return self.positions
+        device = self.positions.device
+        if self.cu_seqlens is not None:
+            return (torch.arange(length, device=device) - sequence_starts(self.cu_seqlens, device))[None]
+        return Layout.rows(length, device, seen).positions
+
+    @property
+    def known_bounds(self) -> tuple[int, ...] | None:
+        """Boundaries of packed sequences, which the host has read.
+
+        Raises:
+            ValueError: those that the device alone knows.
+        """
+        if isinstance(self.cu_seqlens, Boundaries):
+            raise ValueError("layout must have boundaries that the host reads; got such as the device alone knows")
+        return self.cu_seqlens
+
     def after(self, seen: Sequence[int], length: int) -> tuple[int, ...]:
         """How many tokens each row has had after this batch, of `seen` before it."""
         added = self.lengths or (length,) * len(seen)
         return tuple(old + new for old, new in zip(seen, added, strict=True))
 
 
-def sequence_starts(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+def sequence_starts(cu_seqlens: tuple[int, ...] | Boundaries, device: torch.device) -> Tensor:
     """For each token of a packed row, where its sequence starts: int64 `[T]`."""
+    if isinstance(cu_seqlens, Boundaries):
+        return cu_seqlens.starts
     bounds = torch.tensor(cu_seqlens, device=device)
     lengths = torch.tensor([b - a for a, b in pairwise(cu_seqlens)], device=device)
     return bounds[:-1].repeat_interleave(lengths, output_size=cu_seqlens[-1])

@@ -7,7 +7,7 @@ here each row has its place, and a token changes what lies there:
   just left it. Nothing moves when a token comes.
 - a chunk's tokens lie at their place in the chunk, as many as it has: also the last, which `LactState` never holds.
 - where a row stands is a number on the device (`Step`); no shape, and nothing the host decides, depends on it. A chunk's
-  update is work of its own (`Slots.completed`), for rows that the host, which can count, knows to be due.
+  update is work of its own (`Slots.complete`), for rows that the host, which can count, knows to be due.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from torch import Tensor
 
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
-from kvbind.forms.waiting import Waiting
-from kvbind.inner.rule import FastWeights
+from kvbind.forms.waiting import Waiting, changed, completed
 from kvbind.inner.spec import InnerLoop
 from kvbind.kernels.common import runs_on
 from kvbind.kernels.direct import is_eager
@@ -73,7 +72,7 @@ class Slots:
         batch, _, heads, width = kept.keys.shape
         self.keys = kept.keys.new_zeros(batch, heads, window, width)
         self.values = torch.zeros_like(self.keys)
-        self.fast = {name: _dense_like(x) for name, x in fast.items()}
+        self.fast = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in fast.items()}
         self.pending = {
             name: x.new_zeros(batch, x.shape[1], spec.chunk, *x.shape[3:]) for name, x in tokens.spread().tensors().items()
         }
@@ -149,47 +148,24 @@ class Slots:
             place = step.place[:, None].reshape(-1, 1, 1, *(1,) * (x.dim() - 3)).expand(x.shape)
             self.pending[name].scatter_(2, place, x)
 
+    def complete(self, rows: Tensor | None, store: bool = True) -> None:
+        """Update the fast weights of rows that have all tokens of a chunk.
+
+        Args:
+            rows: which, int64 `[n]`; None for all of them.
+            store: False to throw away what comes of it, which compiles what a capture may not.
+        """
+
+        def take(x: Tensor) -> Tensor:
+            return x if rows is None else x.index_select(0, rows)
+
+        fast = State(self.spec, self.fast, ()).fast.map(take)
+        after = completed(self.spec, fast, Tokens.of(self.pending).map(take))
+        for name, x in changed(self.spec, after).items() if store else ():
+            if rows is None:
+                self.fast[name].copy_(x)
+            else:
+                self.fast[name].index_copy_(0, rows, x)
+
     def _places(self) -> Tensor:
         return torch.arange(self.window, device=self.keys.device)
-
-
-def _dense_like(x: Tensor) -> Tensor:
-    """Room for matrices like those of x, by rows or by columns as there: products of either round in ways of their own."""
-    if x.stride(-2) == 1 and x.stride(-1) != 1:
-        return torch.empty(x.mT.shape, dtype=x.dtype, device=x.device).mT
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def gathered(layers: Sequence[Slots], rows: Tensor | None) -> tuple[FastWeights, Tokens]:
-    """Fast weights and whole chunks of some rows of some layers that have one inner loop, one layer behind another.
-
-    Args:
-        layers: of which.
-        rows: which of their rows, int64 `[n]`; None for all of them.
-    """
-
-    def take(parts: list[Tensor]) -> Tensor:
-        parts = parts if rows is None else [x.index_select(0, rows) for x in parts]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "momentum": {}, "norms": {}, "accumulated": {}}
-    for full in layers[0].fast:
-        part, _, name = full.partition(".")
-        parts[part][name] = take([layer.fast[full] for layer in layers])
-    tokens = Tokens.of({name: take([layer.pending[name] for layer in layers]) for name in layers[0].pending})
-    return FastWeights(**parts), tokens
-
-
-def settle(layers: Sequence[Slots], rows: Tensor | None, after: FastWeights) -> None:
-    """Put what has become of `gathered` fast weights in their place; norms and what no update changes stay."""
-    spec = layers[0].spec
-    for part in ("weights", "momentum", "accumulated"):
-        for name, x in getattr(after, part).items():
-            if name not in spec.updated:
-                continue
-            for layer, mine in zip(layers, x.chunk(len(layers)), strict=True):
-                held = layer.fast[f"{part}.{name}"]
-                if rows is None:
-                    held.copy_(mine)
-                else:
-                    held.index_copy_(0, rows, mine)

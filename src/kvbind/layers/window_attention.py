@@ -21,6 +21,10 @@ from kvbind.kernels.common import runs_on
 from kvbind.kernels.direct import is_eager, is_exported, is_transformed
 from kvbind.layers.layout import sequence_starts
 from kvbind.layers.softmax import softmax_attention
+from kvbind.sequence.boundaries import Boundaries
+
+Bounds = tuple[int, ...] | Boundaries
+"""Boundaries of packed sequences; those that the device alone reads have no keys ahead."""
 
 QUERY_BLOCK = 128
 """The fewest queries that one call of `scaled_dot_product_attention` takes where there are as many."""
@@ -45,7 +49,7 @@ def window_attention(
     v: Tensor,
     window: int,
     *,
-    cu_seqlens: tuple[int, ...] | None = None,
+    cu_seqlens: Bounds | None = None,
     ahead: int = 0,
     held: tuple[int, ...] | None = None,
 ) -> Tensor:
@@ -80,7 +84,7 @@ def window_attention(
 
 
 def _wrong_in_window(
-    wrong: Tensor, window: int, cu_seqlens: tuple[int, ...] | None, ahead: int, held: tuple[int, ...] | None
+    wrong: Tensor, window: int, cu_seqlens: Bounds | None, ahead: int, held: tuple[int, ...] | None
 ) -> Tensor:
     """Which queries `[B, H, T]` see any of some keys, `[B, H, ahead + T]`."""
     place = torch.arange(ahead, wrong.shape[2], device=wrong.device)
@@ -99,7 +103,7 @@ def _attention(
     k: Tensor,
     v: Tensor,
     window: int,
-    cu_seqlens: tuple[int, ...] | None,
+    cu_seqlens: Bounds | None,
     ahead: int,
     held: tuple[int, ...] | None,
 ) -> Tensor:
@@ -139,7 +143,7 @@ def _blocked(
     k: Tensor,
     v: Tensor,
     window: int,
-    cu_seqlens: tuple[int, ...] | None,
+    cu_seqlens: Bounds | None,
     ahead: int,
     held: tuple[int, ...] | None,
 ) -> Tensor:
@@ -178,18 +182,26 @@ def _blocked(
     return torch.cat(outputs, dim=2) if len(outputs) != 1 else outputs[0]
 
 
-def behind(cu_seqlens: tuple[int, ...], ahead: int) -> tuple[int, ...]:
+def behind(cu_seqlens: Bounds, ahead: int) -> Bounds:
     """Boundaries of sequences, the first of which has `ahead` more tokens."""
+    if isinstance(cu_seqlens, Boundaries):
+        return cu_seqlens
     return (0, *(b + ahead for b in cu_seqlens[1:]))
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: tuple[int, ...] | None, ahead: int) -> Tensor:
-    place = (q.shape[2], window, cu_seqlens, str(q.device), ahead)
-    if torch.compiler.is_compiling():
+def _flex(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: Bounds | None, ahead: int) -> Tensor:
+    length = q.shape[2]
+    if isinstance(cu_seqlens, Boundaries):
+        bounds = cu_seqlens
+        mask = bounds.once(("window", window), lambda: block_mask(bounds.starts, length, window))
+    elif torch.compiler.is_compiling():
         # inside a compiled model the plain function is what the compiler knows, and it keeps no cache of masks
-        inside: Tensor = flex_attention(q, k, v, block_mask=window_block_mask.__wrapped__(*place))
+        inside: Tensor = flex_attention(
+            q, k, v, block_mask=window_block_mask.__wrapped__(length, window, cu_seqlens, str(q.device), ahead)
+        )
         return inside
-    mask = window_block_mask(*place)
+    else:
+        mask = window_block_mask(length, window, cu_seqlens, str(q.device), ahead)
     # importing the compiler takes seconds, which only this path is worth
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
@@ -231,9 +243,6 @@ def window_block_mask(
 ) -> BlockMask:
     """FlexAttention's mask of a causal window inside packed sequences.
 
-    Which blocks hold any allowed pair, and which hold nothing else, follows from each block's first and last token, so
-    that no `T x T` mask is made.
-
     Args:
         length: T.
         window: how many tokens a token sees, itself among them.
@@ -241,12 +250,21 @@ def window_block_mask(
         device: where the mask lives.
         ahead: how many keys stand before the first query's own.
     """
-    where = torch.device(device)
-    starts = sequence_starts(behind(cu_seqlens or (0, length), ahead), where)
+    starts = sequence_starts(behind(cu_seqlens or (0, length), ahead), torch.device(device))
+    return block_mask(starts[ahead:], length, window, ahead)
+
+
+def block_mask(starts: Tensor, length: int, window: int, ahead: int = 0) -> BlockMask:
+    """As `window_block_mask`, of sequences of which `starts` `[T]` tells where each query's begins.
+
+    Which blocks hold any allowed pair, and which hold nothing else, follows from each block's first and last token, so
+    that no `T x T` mask is made.
+    """
+    where = starts.device
 
     # among the keys: of each query, its own and the first that it sees
     own = torch.arange(ahead, ahead + length, device=where)
-    earliest = torch.maximum(own - window + 1, starts[ahead:])
+    earliest = torch.maximum(own - window + 1, starts)
 
     # functions with their numbers in tensors: other windows and boundaries then need no other compilation. Narrow ones, and
     # no second lookup by row: a forward kernel that had both took twice as long (kvbind bench attention)

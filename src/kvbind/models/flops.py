@@ -46,7 +46,7 @@ def lact_flops(config: LactConfig, length: int) -> Parts:
 
     Per token and layer `2 d (4 d + rates and gates)` for the projections, `6 d` times the MLP's width, `4 d` for each pair
     inside the window, and the inner loop; `2 d` times the vocabulary at the end; all times 3. The low-rank start of the gate
-    and up matrices counts once per sequence.
+    and up matrices counts once per sequence. Layers without attention count the matrices that they have.
 
     Args:
         config: of the model.
@@ -60,8 +60,15 @@ def lact_flops(config: LactConfig, length: int) -> Parts:
     """
     check_positive_int("length", length)
     d, heads, inner = config.hidden_size, config.num_lact_heads, config.inner
-    width = d // heads
-    hidden = int(width * config.inter_multi)
+    width, value_width, hidden = config.fast_widths
+    mlp, vocabulary = TRAINED * 6 * d * config.mlp_width * length, TRAINED * 2 * d * config.vocab_size * length
+    if config.projections is not None:
+        alone = {
+            "projections": TRAINED * 2 * _projected(config) * length,
+            "mlp": mlp,
+            "fast weights": training_flops(inner, Shapes(heads, width, value_width, hidden, length)),
+        }
+        return {name: config.num_hidden_layers * value for name, value in alone.items()} | {"vocabulary": vocabulary}
     rates = sum(name in inner.network.matrices for name in inner.updated) * inner.token_lr
     made = sum(width if gate.per == "key" else 1 for gate in inner.gates.values())
     gates = heads * (rates + made + config.learnable_ttt_scale)
@@ -72,12 +79,21 @@ def lact_flops(config: LactConfig, length: int) -> Parts:
         fast += TRAINED * 2 * heads * entries * config.w0_w2_low_rank
     per_layer = {
         "projections": TRAINED * 2 * d * (4 * d + gates) * length,
-        "mlp": TRAINED * 6 * d * config.mlp_width * length,
+        "mlp": mlp,
         "attention": TRAINED * 4 * d * window_pairs(length, config.window_size),
         "fast weights": fast,
     }
     parts = {name: config.num_hidden_layers * value for name, value in per_layer.items()}
-    return {**parts, "vocabulary": TRAINED * 2 * d * config.vocab_size * length}
+    return {**parts, "vocabulary": vocabulary}
+
+
+def _projected(config: LactConfig) -> int:
+    """Entries of the matrices by which a layer without attention projects a token."""
+    from kvbind.models.lact.model import make_mixer
+
+    with torch.device("meta"):
+        layer = make_mixer(config)
+    return sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
 
 
 def lact_nvs_flops(config: LactNvsConfig, size: tuple[int, int], inputs: int, targets: int) -> Parts:

@@ -128,9 +128,7 @@ class Job:
     @property
     def shapes(self) -> Shapes:
         """Sizes of a layer's inner loop."""
-        heads = self.config.num_lact_heads
-        width = self.config.hidden_size // heads
-        return Shapes(heads, width, width, int(width * self.config.inter_multi), self.length)
+        return Shapes(self.config.num_lact_heads, *self.config.fast_widths, self.length)
 
     @property
     def write_bytes(self) -> int:
@@ -146,7 +144,7 @@ class Job:
             return None
         if self.length % mesh.sequence:
             return f"{self.length} tokens cannot be divided among {mesh.sequence} ranks"
-        least = max(self.config.window_size, inner.chunk or 1)
+        least = max(self.config.reach, inner.chunk or 1)
         return f"{local} tokens on a rank are fewer than a window or a chunk, {least}" if local < least else None
 
 
@@ -217,7 +215,7 @@ def memory(job: Job, mesh: Mesh, block_bytes: float) -> Memory:
         states = STATE_COPIES * job.write_bytes * (tokens / inner.chunk + 1)
     halo = 0.0
     if mesh.sequence > 1:
-        halo = 2 * 2 * d * (config.window_size - 1) + mesh.sequence * 2 * job.write_bytes
+        halo = 2 * 2 * d * (config.reach - 1) + mesh.sequence * 2 * job.write_bytes
     return Memory(
         weights=4 * everything / mesh.weights,
         gradients=4 * everything / (mesh.weights if passes == 1 else 1),
@@ -287,7 +285,7 @@ def traffic(job: Job, mesh: Mesh) -> Traffic:
             # a whole state, with its pending tokens, from the rank before
             states = float(cost(config.inner, job.shapes).state_bytes)
         # sequences begin and end with whole chunks on every rank, so that no pending tokens travel
-        halo = 2 * 2.0 * config.hidden_size * (config.window_size - 1)
+        halo = 2 * 2.0 * config.hidden_size * (config.reach - 1)
     times = config.num_hidden_layers * passes * (3 if job.recompute in REPEATED else 2)
     return Traffic(
         gather=passes * job.gather_bytes * gathered * others,

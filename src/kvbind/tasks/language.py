@@ -13,16 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvbind.forms.packed import uncovered
 from kvbind.inner import InnerLoop
+from kvbind.inner.projections import Projections
+from kvbind.inner.systems import PROJECTIONS
 from kvbind.inner.value import nearest
 from kvbind.layers.lact import check_fits_causal_layer
 from kvbind.models.presets import PRESETS as SIZES
 from kvbind.models.saving import open_exported
 from kvbind.sequence import SequenceShard, sequence_parallel
-from kvbind.tasks import preset_files
+from kvbind.sequence.boundaries import Boundaries, with_room
+from kvbind.tasks import inner_loops, preset_files
 from kvbind.tasks.contents import Contents
 from kvbind.tasks.documents import Split
-from kvbind.tasks.inner_loops import beneath, edited, table_rows
+from kvbind.tasks.inner_loops import edited, table_rows
 from kvbind.tasks.packing import IGNORED, Batch, Packed, evaluation_batches, load_batches
 from kvbind.tasks.sources import Source
 from kvbind.tasks.tokenizers import Bytes, Tokenizer, open_tokenizer, read_chat_template
@@ -45,8 +49,10 @@ class ModelConfig:
     Attributes:
         size: where it starts: a preset of `kvbind.models`, "tiny", "30m", "125m", "760m" or "3b".
         inner: edits of that size's inner loop, field by field; "system" names another to start from (`kvbind systems` lists
-            them).
-        fields: edits of any other field of `kvbind.models.LactConfig`.
+            them). With a system comes the layer that it was published in, where there is one
+            (`kvbind.inner.systems.PROJECTIONS`).
+        fields: edits of any other field of `kvbind.models.LactConfig`. `projections` edits those of the system field by
+            field; a name takes those of another, and null leaves its inner loop in the LaCT layer.
         ttt_form: how the inner loop is evaluated: "auto", "recurrent" or "parallel".
     """
 
@@ -133,7 +139,17 @@ class LanguageConfig:
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0; got {self.seed}")
 
-    beneath = staticmethod(beneath)
+    @staticmethod
+    def beneath(file: Any, edits: Any) -> Any:
+        """What is left of a configuration file under further edits: another system's come with its own layer."""
+        left = inner_loops.beneath(file, edits)
+        if _system(edits) is None or not isinstance(left, dict) or not isinstance(left.get("model"), dict):
+            return left
+        fields = left["model"].get("fields")
+        if not isinstance(fields, dict) or _system(file) == _system(edits):
+            return left
+        kept = {name: x for name, x in fields.items() if name != "projections"}
+        return {**left, "model": {**left["model"], "fields": kept}}
 
 
 def inner_loop(model: ModelConfig) -> InnerLoop:
@@ -157,7 +173,34 @@ def model_fields(model: ModelConfig) -> dict[str, Any]:
     for name, where in {"inner": "model.inner", "ttt_form": "model.ttt_form", "vocab_size": "data.tokenizer"}.items():
         if name in model.fields:
             raise ValueError(f"model.fields must not hold {name!r}, which {where} gives")
-    return {**SIZES[model.size], **model.fields}
+    made = projections(model)
+    return {**SIZES[model.size], **model.fields, **({} if made is None else {"projections": made.to_dict()})}
+
+
+def projections(model: ModelConfig) -> Projections | None:
+    """The projections of a model's fast weights: those of its system, edited; None in the LaCT layer.
+
+    Raises:
+        ValueError, TypeError: the name of no system, or a field that is unknown or does not fit.
+    """
+    given = model.fields.get("projections", {})
+    system = model.inner.get("system")
+    own = PROJECTIONS.get(system) if isinstance(system, str) else None
+    if isinstance(given, str):
+        if given not in PROJECTIONS:
+            known = ", ".join(PROJECTIONS)
+            raise ValueError(f"projections must be those of one of {known}; got {given!r}{nearest(given, PROJECTIONS)}")
+        return PROJECTIONS[given]
+    if given is None or (own is None and "projections" not in model.fields):
+        return None
+    if not isinstance(given, dict):
+        raise TypeError(f"projections must be fields, the name of a system or null; got {given!r}")
+    return Projections.from_dict(({} if own is None else own.to_dict()) | given)
+
+
+def _system(tree: Any) -> Any:
+    inner = tree.get("model", {}).get("inner") if isinstance(tree, dict) and isinstance(tree.get("model"), dict) else None
+    return inner.get("system") if isinstance(inner, dict) else None
 
 
 def build_model(config: LanguageConfig, tokenizer: Tokenizer) -> LactForCausalLM:
@@ -215,7 +258,7 @@ class LanguageTask:
     def __init__(self, config: LanguageConfig, training: bool = True) -> None:
         data = config.data
         self.config, self.batch = config, data.batch
-        inner_loop(config.model)  # an inner loop that is none is better known before any text is read
+        self.inner = inner_loop(config.model)  # one that is none is better known before any text is read
         self.tokenizer = open_tokenizer(data.tokenizer)
         self.chat_template = read_chat_template(data.chat_template, self.tokenizer)
         source = Source(data.source, data.held_out, data.column, data.stream, data.name, data.part, data.encoding)
@@ -266,19 +309,31 @@ class LanguageTask:
 
         return flops_per_unit(model.config, self.config.data)
 
-    @staticmethod
-    def uncapturable(batch: Batch) -> str | None:
+    def uncapturable(self, batch: Batch) -> str | None:
         """Why a step on a batch cannot be replayed as a CUDA graph; None where it can."""
-        return "the boundaries of packed documents are read by the host" if "cu_seqlens" in batch else None
+        if "cu_seqlens" not in batch:
+            return None
+        reason = uncovered(self.inner, batch["input_ids"].shape[1])
+        return None if reason is None else f"the boundaries of packed documents are read by the host, as {reason}"
+
+    def prepare(self, batch: Batch, device: torch.device) -> Batch:
+        """A batch of which the device alone reads where documents end: `boundaries`, of few sizes, for `cu_seqlens`."""
+        if "cu_seqlens" not in batch or self.uncapturable(batch) is not None:
+            return batch
+        rest = {name: x for name, x in batch.items() if name != "cu_seqlens"}
+        return {**rest, "boundaries": with_room(batch["cu_seqlens"].to(device))}
 
     def loss(self, model: LactForCausalLM, batch: Batch) -> Tensor:
-        """Mean next-token cross-entropy, in nats."""
-        loss: Tensor = model(**batch, use_cache=False).loss
+        """Mean next-token cross-entropy, in nats; of a batch as it comes, or prepared."""
+        given: dict[str, Any] = dict(self.prepare(batch, batch["input_ids"].device))
+        if "boundaries" in given:
+            given["cu_seqlens"] = Boundaries(given.pop("boundaries"), given["input_ids"].shape[1])
+        loss: Tensor = model(**given, use_cache=False).loss
         return loss
 
     def shard(self, batch: Batch, group: Any) -> SequenceShard:
         """How the processes of a group divide the rows of a batch: evenly, and between chunks of the inner loop."""
-        ids, chunk = batch["input_ids"], inner_loop(self.config.model).chunk
+        ids, chunk = batch["input_ids"], self.inner.chunk
         return SequenceShard.even(ids.shape[1], group, cu_seqlens=batch.get("cu_seqlens"), multiple=chunk or 1)
 
     def cut(self, batch: Batch, group: Any) -> tuple[Batch, AbstractContextManager[None]]:

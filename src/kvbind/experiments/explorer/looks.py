@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvbind import DepthwiseConv, InnerLoop, explain, inner_loss, linearize
 from kvbind.experiments.calls import Call
-from kvbind.inner.gates import GATES
+from kvbind.inner.gates import DECLARED, GATES
 
 Look = dict[str, Any]
 """As the page's script reads it:
@@ -112,10 +112,11 @@ def losses(call: Call) -> list[Look]:
 
     def loss(spec: InnerLoop, at: Literal["before", "after"]) -> list[list[float | None]]:
         """By head and chunk."""
-        found = inner_loss(spec, call.weights, call.k, call.v, at=at, **options)
+        given = {name: x for name, x in options.items() if name not in DECLARED or name in spec.gates}
+        found = inner_loss(spec, call.weights, call.k, call.v, at=at, **given)
         return [[short(x) for x in own] for own in found.mean(0).tolist()]
 
-    at_start = spec.replace(visibility="full", chunk=None, steps=1)
+    at_start = spec.one_write()
     alone = spec.read_rate or "refresh" in spec.extensions or (spec.visibility == "token" and spec.chunk != 1)
     possible = [steps for steps in STEPS if steps == 1 or not alone]
     by_steps = {0: loss(at_start, "before")} | {steps: loss(spec.replace(steps=steps), "after") for steps in possible}

@@ -8,9 +8,11 @@ from kvbind.inner.systems.delta import comba, delta_net, delta_product, gated_de
 from kvbind.inner.systems.learners import ttt_linear, ttt_mlp
 from kvbind.inner.systems.memory import atlas, titans
 from kvbind.inner.systems.ladder import RUNGS, ladder
+from kvbind.inner.systems.layers import PROJECTIONS
 from kvbind.inner.systems.registry import SOURCES, SYSTEMS, Source, cite, named
 
 __all__ = [
+    "PROJECTIONS",
     "RUNGS",
     "SOURCES",
     "SYSTEMS",

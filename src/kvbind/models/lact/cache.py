@@ -11,10 +11,14 @@ from torch.utils import _pytree as pytree
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from kvbind.layers.fast_weights import FastWeightState
 from kvbind.layers.lact import LactState
 
 if TYPE_CHECKING:
     from kvbind.models.lact.decoding import Rows
+
+MixerState = LactState | FastWeightState
+"""What one layer keeps of some sequences."""
 
 CACHE_NAMES = ("past_key_values", "cache")
 """What transformers calls the cache: the first before version 5.24, the second since."""
@@ -25,6 +29,8 @@ CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fi
 
 class LactCache(Cache):
     """For each layer the fast weights with their pending chunk, and the last `window - 1` keys and values.
+
+    Of layers without attention, the fast weights and what their convolutions read of the last tokens.
 
     transformers' `generate` makes one by itself, returns it as `cache` (`past_key_values` before transformers 5.24), and
     takes it back to go on. It reads and reorders sequences; it cannot be cropped, as fast weights do not unlearn. A pytree
@@ -42,20 +48,20 @@ class LactCache(Cache):
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self._states: list[LactState] = []
+        self._states: list[MixerState] = []
         self.columns = 0
         self.rows: Rows | None = None
         self.moves = 0
         self.refused: str | None = None
 
     @property
-    def states(self) -> list[LactState]:
-        """One `LactState` per layer; empty before the first token."""
+    def states(self) -> list[MixerState]:
+        """One state per layer; empty before the first token."""
         self.settle()
         return self._states
 
     @states.setter
-    def states(self, states: list[LactState]) -> None:
+    def states(self, states: list[MixerState]) -> None:
         self._leave()
         self._states = states
 
@@ -74,7 +80,7 @@ class LactCache(Cache):
 
     def move_into(self, rows: Rows, model: Any) -> None:
         """Have all that it holds where the graphs of `model` read it."""
-        leaving: list[LactState | None] = [*self.states]
+        leaving: list[MixerState | None] = [*self.states]
         self._states = []
         try:
             rows.admit(model, self, leaving)
@@ -94,7 +100,7 @@ class LactCache(Cache):
         self.settle()
         return self.__dict__
 
-    def advance(self, states: list[LactState], columns: int) -> None:
+    def advance(self, states: list[MixerState], columns: int) -> None:
         """Take over where all layers stopped after `columns` further columns of input."""
         self.states = states
         self.columns += columns

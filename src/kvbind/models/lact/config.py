@@ -8,9 +8,12 @@ from typing import Any, Self
 from transformers import PretrainedConfig
 
 from kvbind.forms.api import Form
+from kvbind.inner.projections import DEFAULTS, Projections
 from kvbind.inner.spec import InnerLoop
-from kvbind.inner.systems import lact_llm
-from kvbind.inner.value import check_choice, check_positive, check_positive_int
+from kvbind.inner.systems import PROJECTIONS, lact_llm
+from kvbind.inner.value import check_choice, check_positive, check_positive_int, nearest
+from kvbind.layers.fast_weights import fast_widths
+from kvbind.layers.lact import NOT_MADE
 from kvbind.models.ablations import (
     LANGUAGE_NAMES,
     check_all_used,
@@ -86,6 +89,12 @@ class LactConfig(WithImports, PretrainedConfig):
         num_lact_heads: fast heads.
         window_size: tokens that attention sees, itself among them.
         inner: the inner loop, or its plain dict; read back as an `InnerLoop`, stored as plain data.
+        projections: how fast weights are a layer of their own, without attention, as `kvbind.layers.FastWeightLayer` takes
+            it: a `Projections`, its plain dict, or the name of a system whose published layer it is
+            (`kvbind.inner.systems.PROJECTIONS`). None for `LactLayer`, attention and fast weights on one set of queries,
+            keys and values; or, where the inner loop has what that does not make (`kvbind.layers.lact.NOT_MADE`), for a
+            `FastWeightLayer` that follows the inner loop. With it, `num_lact_heads`, `inter_multi` and `base_lr` are those
+            of that layer, and fields of attention and of queries, keys and values have no meaning.
         ttt_form: "auto", "recurrent" or "parallel", as `kvbind.ttt` takes it.
         inter_multi: hidden width of the fast network over its head width.
         w0_w2_low_rank: rank of the gate and up matrices' starting values; 0 or less for full matrices.
@@ -173,6 +182,7 @@ class LactConfig(WithImports, PretrainedConfig):
         ttt_prenorm: bool | None = None,
         ttt_loss_type: str | None = None,
         released_parameters: bool | None = None,
+        projections: Projections | dict[str, Any] | str | None = None,
         **kwargs: Any,
     ) -> None:
         check_choice("ttt_form", ttt_form, ("auto", "recurrent", "parallel"))
@@ -199,7 +209,7 @@ class LactConfig(WithImports, PretrainedConfig):
                 released_parameters = bool(unused_parameters(inner))
         elif given:
             raise ValueError(f"inner says what {', '.join(given)} would say; give one or the other")
-        self.inner = inner
+        self.inner, self.projections = inner, projections
 
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
         self.num_attn_heads, self.num_lact_heads, self.window_size = num_attn_heads, num_lact_heads, window_size
@@ -230,6 +240,44 @@ class LactConfig(WithImports, PretrainedConfig):
         self._inner = inner
 
     @property
+    def projections(self) -> Projections | None:
+        """How fast weights are a layer of their own; None where they share one with attention."""
+        if self._projections is None and any(name in self.inner.extensions for name in NOT_MADE):
+            return DEFAULTS
+        return self._projections
+
+    @projections.setter
+    def projections(self, projections: Projections | dict[str, Any] | str | None) -> None:
+        if isinstance(projections, str):
+            if projections not in PROJECTIONS:
+                raise ValueError(
+                    f"projections must be those of a system, one of {', '.join(PROJECTIONS)}; got "
+                    f"{projections!r}{nearest(projections, PROJECTIONS)}"
+                )
+            projections = PROJECTIONS[projections]
+        if isinstance(projections, dict):
+            projections = Projections.from_dict(projections)
+        if projections is not None and not isinstance(projections, Projections):
+            raise TypeError(
+                f"projections must be a kvbind Projections, its dict, the name of a system or None; got "
+                f"{type(projections).__name__}"
+            )
+        self._projections = projections
+
+    @property
+    def fast_widths(self) -> tuple[int, int, int]:
+        """Channels of a fast head's keys, of its values, and of the fast network's hidden layers."""
+        if self.projections is not None:
+            return fast_widths(self.hidden_size, self.num_lact_heads, self.projections, self.inter_multi)
+        width = self.hidden_size // self.num_lact_heads
+        return width, width, int(width * self.inter_multi)
+
+    @property
+    def reach(self) -> int:
+        """How many tokens attention sees, the token itself among them: 1 where there is none."""
+        return self.window_size if self.projections is None else 1
+
+    @property
     def mlp_width(self) -> int:
         """Hidden width of the blocks' MLP: `intermediate_size`, or `2/3 * hidden_ratio * d` rounded up to 256."""
         if self.intermediate_size is not None:
@@ -241,7 +289,9 @@ class LactConfig(WithImports, PretrainedConfig):
         """As plain data, the inner loop included."""
         fields: dict[str, Any] = super().to_dict()
         fields.pop("_inner", None)
-        return {**fields, "inner": self.inner.to_dict()}
+        given = fields.pop("_projections", None)
+        made = {} if given is None else {"projections": given.to_dict()}
+        return {**fields, "inner": self.inner.to_dict(), **made}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -287,6 +337,8 @@ class LactConfig(WithImports, PretrainedConfig):
             ValueError: an inner loop, or a field, that the released code has no words for, or a model without the
                 parameters of released checkpoints.
         """
+        if self.projections is not None:
+            raise ValueError(f"projections must be None in a released configuration; got {self.projections!r}")
         fields: dict[str, Any] = self.to_dict()
         for name in ("inner", "ttt_form", "base_lr", "released_parameters", "auto_map"):
             fields.pop(name, None)

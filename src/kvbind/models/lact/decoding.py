@@ -3,7 +3,8 @@
 A token of a decoding step is some thirty launches in every layer, which take the host ten times what they take the GPU.
 Here all of them are one replay: of the step function `token`, plain PyTorch and kernels on tensors that stay where they are
 (`kvbind.layers.slots`). Where a chunk of some rows ends, a second graph updates their fast weights: one for all rows, where
-all are due, and one for a single row that is replayed for each, where prompts had different lengths.
+all are due, and one for a single row that is replayed for each, where prompts had different lengths. Calls update by the
+same rule, layer by layer, with the same operators (`kvbind.forms.waiting`), so that tokens do not depend on who runs them.
 
 Who owns what:
 
@@ -26,25 +27,25 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kvbind.forms.autocast import autocasts
-from kvbind.forms.waiting import completed
 from kvbind.kernels import graphs
 from kvbind.kernels.direct import is_eager
+from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.lact import LactLayer, LactState
 from kvbind.layers.plain import WEIGHTS
 from kvbind.layers.rotary import rotary_tables
-from kvbind.layers.slots import Slots, Step, gathered, settle
+from kvbind.layers.slots import Slots, Step
+
+if TYPE_CHECKING:
+    from kvbind.models.lact.cache import MixerState
 
 log = logging.getLogger(__name__)
-
-TOGETHER = 24
-"""Sequences whose chunks are completed at once, layers counted as such: enough to fill a GPU, few enough for its memory."""
 
 SOON = 64
 """Tokens before a chunk's end at which its update is captured at the latest."""
@@ -74,23 +75,6 @@ def token(model: Any, ids: Tensor, seen: Tensor, layers: Sequence[Slots]) -> Ten
     logits: Tensor = model.lm_head(body.norm(x))
     seen.add_(1)
     return logits
-
-
-def complete(layers: Sequence[Slots], rows: Tensor | None, store: bool = True) -> None:
-    """Update the fast weights of rows that have all tokens of a chunk.
-
-    Args:
-        layers: where the rows are in each layer.
-        rows: which, int64 `[n]`; None for all of them.
-        store: False to throw away what comes of it, which compiles what a capture may not.
-    """
-    each = len(layers[0].keys) if rows is None else len(rows)
-    step = max(1, TOGETHER // each)
-    for begin in range(0, len(layers), step):
-        group = layers[begin : begin + step]
-        after = completed(group[0].spec, *gathered(group, rows))
-        if store:
-            settle(group, rows, after)
 
 
 class Rows:
@@ -123,7 +107,7 @@ class Rows:
         """The cache that is in here, or None."""
         return None if self.holder is None else self.holder()
 
-    def admit(self, model: Any, cache: Any, states: list[LactState | None]) -> None:
+    def admit(self, model: Any, cache: Any, states: list[MixerState | None]) -> None:
         """Move a cache in; its states are given up one by one, so that there is never a second copy of all of them."""
         first = states[0]
         assert first is not None
@@ -132,7 +116,7 @@ class Rows:
         try:
             for i, block in enumerate(model.model.layers):
                 state = states[i]
-                assert state is not None
+                assert isinstance(state, LactState)
                 if i == len(self.layers):
                     self.layers.append(block.attn.slots(state))
                 self.layers[i].load(state.fast, state.kept, self.seen)
@@ -144,7 +128,7 @@ class Rows:
             raise
         self.holder = weakref.ref(cache)
 
-    def release(self) -> list[LactState]:
+    def release(self) -> list[MixerState]:
         """Move the cache out: its states, in tensors of their own."""
         self.holder = None
         return [LactState(*slots.state(self.seen), self.seen) for slots in self.layers]
@@ -198,10 +182,12 @@ class Rows:
     def _prepare(self, name: str) -> None:
         """Capture the update of all rows, or of one."""
         rows = None if name == "all" else self.row
-        self._aside(lambda: complete(self.layers, rows, store=False))
+        # layers are alike
+        self._aside(lambda: self.layers[0].complete(rows, store=False))
 
         def work() -> None:
-            complete(self.layers, rows)
+            for slots in self.layers:
+                slots.complete(rows)
 
         try:
             self.graphs[name] = graphs.capture(work, self.device, self.stream, self.pool)
@@ -285,6 +271,8 @@ def obstacle(model: Any) -> str | None:
     if derived(model, LactForCausalLM) or derived(model.model, LactModel):
         return "the model has a forward of its own"
     for block in model.model.layers:
+        if isinstance(block.attn, FastWeightLayer):
+            return "layers are FastWeightLayers, of which no graph is made"
         if derived(block, LactBlock) or derived(block.attn, LactLayer):
             return "a block has a forward of its own"
     found = hooked(model)
@@ -388,12 +376,14 @@ class Decoder:
         return same
 
 
-def fits(model: Any, states: Sequence[LactState]) -> bool:
+def fits(model: Any, states: Sequence[MixerState]) -> bool:
     """Whether states are what a model's own calls leave."""
     if len(states) != len(model.model.layers):
         return False
     dtype = model.model.embeddings.weight.dtype
     for block, state in zip(model.model.layers, states, strict=True):
+        if not isinstance(state, LactState):
+            return False
         layer, fast, keys = block.attn, state.waiting.state, state.kept.keys
         chunk = layer.inner.chunk
         if not fast.spec.same_as(layer.inner) or keys.dtype != dtype or keys.device != model.device:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvbind.kernels.direct import is_exported, is_for_onnx, is_mapped
 from kvbind.layers.layout import Layout
+from kvbind.sequence.boundaries import Boundaries
 from kvbind.sequence.shard import current_shard
 
 
@@ -51,7 +52,7 @@ def arrange(
     device: torch.device,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    cu_seqlens: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | Sequence[int] | Boundaries | None = None,
     *,
     seen: tuple[int, ...] = (),
     columns: int = 0,
@@ -66,7 +67,7 @@ def arrange(
         device: of the input.
         attention_mask: `[B, columns + T]`, 0 at padding; only the last T columns say anything new.
         position_ids: `[B, T]` or `[1, T]`; where they do not rise by one, a new document starts.
-        cu_seqlens: `[n + 1]` boundaries of documents packed into one row.
+        cu_seqlens: `[n + 1]` boundaries of documents packed into one row, or such as the device alone reads.
         seen: how many tokens each row's cache has had.
         columns: how many columns it has had, padding included.
 

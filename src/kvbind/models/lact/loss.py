@@ -14,6 +14,7 @@ from kvbind.forms.autocast import without_autocast
 from kvbind.kernels.cross_entropy import cross_entropy_
 from kvbind.kernels.direct import is_transformed
 from kvbind.layers.norm import narrowed
+from kvbind.sequence.boundaries import Boundaries
 
 IGNORE = -100
 """The label of positions that count for nothing, as in `torch.nn.functional.cross_entropy`."""
@@ -131,7 +132,7 @@ def next_token_labels(
     *,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    cu_seqlens: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | Sequence[int] | Boundaries | None = None,
 ) -> Tensor:
     """What each position has to predict: the label behind it in its own document.
 
@@ -139,7 +140,7 @@ def next_token_labels(
         labels: `[B, T]`, aligned with the input.
         attention_mask: `[B, S]`, S at least T; columns are 0 at padding, which predicts nothing and is not predicted.
         position_ids: `[B, T]` or `[1, T]`; a document's last token, behind which they do not rise by one, predicts nothing.
-        cu_seqlens: `[n + 1]` boundaries of documents, likewise.
+        cu_seqlens: `[n + 1]` boundaries of documents, likewise, or such as the device alone reads.
 
     Returns:
         `[B, T]` with -100 where nothing is predicted.
@@ -156,6 +157,9 @@ def next_token_labels(
         targets = targets.masked_fill(last.to(labels.device), IGNORE)
     if cu_seqlens is not None:
         # an empty first document ends at -1, which stands for the last column, where nothing is predicted anyway
-        ends = (torch.as_tensor(cu_seqlens, device=labels.device)[1:] - 1) % length
+        bounds = (
+            cu_seqlens.bounds if isinstance(cu_seqlens, Boundaries) else torch.as_tensor(cu_seqlens, device=labels.device)
+        )
+        ends = (bounds[1:] - 1) % length
         targets = targets.index_fill(1, ends.long(), IGNORE)
     return targets

@@ -1,5 +1,7 @@
 """The LaCT language model as a transformers model (arXiv 2505.23884): a pre-norm decoder of `LactLayer`s and SwiGLU MLPs.
 
+With `LactConfig.projections` its mixers are `FastWeightLayer`s, as other systems have them.
+
 Parameters have the names of the released checkpoints.
 """
 
@@ -18,13 +20,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from kvbind.inner.spec import InnerLoop
 from kvbind.kernels.direct import is_exported
 from kvbind.kernels.swiglu import swiglu
-from kvbind.layers.lact import LactLayer, LactState
+from kvbind.layers.fast_weights import FastWeightLayer
+from kvbind.layers.lact import LactLayer
 from kvbind.layers.layout import Layout
 from kvbind.layers.norm import ResidualNorm, RMSNorm
 from kvbind.layers.plain import is_a_product
 from kvbind.layers.rotary import Tables, rotary_tables
 from kvbind.layers.slots import Slots, Step
-from kvbind.models.lact.cache import CACHE, CACHE_NAMES, LactCache, given_cache
+from kvbind.models.lact.cache import CACHE, CACHE_NAMES, LactCache, MixerState, given_cache
 from kvbind.models.lact.config import REFUSED, LactConfig
 from kvbind.models.lact.decoding import decode
 from kvbind.models.lact.inputs import Arrangement, arrange, check_padding_side
@@ -32,6 +35,7 @@ from kvbind.models.lact.loss import IGNORE, cross_entropy, linear_cross_entropy,
 from kvbind.models.options import check_options, known_by_name
 from kvbind.models.recompute import check_recomputing, is_recomputed, is_reentrant
 from kvbind.models.saving import FromFolder
+from kvbind.sequence.boundaries import Boundaries
 from kvbind.sequence.shard import current_shard
 
 
@@ -54,6 +58,40 @@ class LactMLP(nn.Module):
         return output
 
 
+def make_mixer(config: LactConfig) -> LactLayer | FastWeightLayer:
+    """The layer that mixes tokens: attention and fast weights, or those alone."""
+    if config.projections is not None:
+        return FastWeightLayer(
+            config.hidden_size,
+            config.num_lact_heads,
+            config.inner,
+            config.projections,
+            form=config.ttt_form,
+            hidden_multiplier=config.inter_multi,
+            base_lr=config.base_lr,
+        )
+    return LactLayer(
+        config.hidden_size,
+        config.num_attn_heads,
+        config.num_lact_heads,
+        config.inner,
+        config.window_size,
+        form=config.ttt_form,
+        hidden_multiplier=config.inter_multi,
+        low_rank=config.w0_w2_low_rank if config.w0_w2_low_rank > 0 else None,
+        init_gain=config.fw_init_gain,
+        base_lr=config.base_lr,
+        qkv_bias=config.qkv_bias,
+        qk_norm=config.attn_qk_norm,
+        silu_qk=config.qkv_silu,
+        silu_v=config.qkv_silu and not config.no_v_silu,
+        rotary=not config.ttt_nope,
+        rope_theta=config.rope_theta,
+        output_scale=config.learnable_ttt_scale,
+        released_parameters=config.released_parameters,
+    )
+
+
 class LactBlock(GradientCheckpointingLayer):
     """One layer: `x + attn(norm(x))`, then `x + mlp(norm(x))`.
 
@@ -64,26 +102,7 @@ class LactBlock(GradientCheckpointingLayer):
     def __init__(self, config: LactConfig) -> None:
         super().__init__()
         self.attn_norm = ResidualNorm(config.hidden_size, eps=config.norm_eps)
-        self.attn = LactLayer(
-            config.hidden_size,
-            config.num_attn_heads,
-            config.num_lact_heads,
-            config.inner,
-            config.window_size,
-            form=config.ttt_form,
-            hidden_multiplier=config.inter_multi,
-            low_rank=config.w0_w2_low_rank if config.w0_w2_low_rank > 0 else None,
-            init_gain=config.fw_init_gain,
-            base_lr=config.base_lr,
-            qkv_bias=config.qkv_bias,
-            qk_norm=config.attn_qk_norm,
-            silu_qk=config.qkv_silu,
-            silu_v=config.qkv_silu and not config.no_v_silu,
-            rotary=not config.ttt_nope,
-            rope_theta=config.rope_theta,
-            output_scale=config.learnable_ttt_scale,
-            released_parameters=config.released_parameters,
-        )
+        self.attn = make_mixer(config)
         self.mlp_norm = ResidualNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = LactMLP(config.hidden_size, config.mlp_width)
 
@@ -101,9 +120,9 @@ class LactBlock(GradientCheckpointingLayer):
         x: Tensor,
         layout: Layout,
         tables: Tables,
-        state: LactState | None = None,
+        state: MixerState | None = None,
         return_state: bool = False,
-    ) -> tuple[Tensor, LactState | None]:
+    ) -> tuple[Tensor, MixerState | None]:
         """As `LactLayer.forward`, on the residual stream `[B, T, d]`."""
         x, normed = self.attn_norm(x)
         mixed, after = self.attn(normed, layout, tables, state, return_state)
@@ -112,6 +131,7 @@ class LactBlock(GradientCheckpointingLayer):
 
     def step(self, x: Tensor, tables: Tables, place: Step, slots: Slots) -> Tensor:
         """As `LactLayer.step`, on the residual stream `[B, 1, d]`."""
+        assert isinstance(self.attn, LactLayer)
         x, normed = self.attn_norm(x)
         mixed = self.attn.step(normed, tables, place, slots)
         x, normed = self.mlp_norm(x, mixed)
@@ -158,7 +178,7 @@ class LactPreTrainedModel(FromFolder, PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, LactLayer):
+        elif isinstance(module, LactLayer | FastWeightLayer):
             module.reset_parameters()
 
     @classmethod
@@ -197,7 +217,7 @@ class LactModel(LactPreTrainedModel):
         past_key_values: LactCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        cu_seqlens: Tensor | Sequence[int] | None = None,
+        cu_seqlens: Tensor | Sequence[int] | Boundaries | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -278,13 +298,13 @@ class LactModel(LactPreTrainedModel):
 
     def _run_blocks(
         self, x: Tensor, arrangement: Arrangement, cache: LactCache | None, return_state: bool, keep_all: bool
-    ) -> tuple[Tensor, list[LactState], tuple[Tensor, ...] | None]:
+    ) -> tuple[Tensor, list[MixerState], tuple[Tensor, ...] | None]:
         """All blocks and the last norm: hidden states `[B, T, d]`, the states asked for, and every hidden state if so."""
         layout = arrangement.layout
         tables = rotary_tables(
             layout.positions, self.config.hidden_size // self.config.num_attn_heads, self.config.rope_theta
         )
-        before: Sequence[LactState | None] = (
+        before: Sequence[MixerState | None] = (
             cache.states if cache is not None and cache.states else [None] * len(self.layers)
         )
         x = arrangement.apply(x)
@@ -329,7 +349,7 @@ class LactForCausalLM(LactPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        cu_seqlens: Tensor | Sequence[int] | None = None,
+        cu_seqlens: Tensor | Sequence[int] | Boundaries | None = None,
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         output_attentions: bool | None = None,
@@ -488,7 +508,9 @@ _OF_GENERATION = frozenset({"assistant_tokenizer", "cache_position", "stop_strin
 """What generation loops hand to every model, and no model of transformers reads."""
 
 
-def _collated_bounds(cu_seqlens: Tensor | Sequence[int] | None, extra: dict[str, Any]) -> Tensor | Sequence[int] | None:
+def _collated_bounds(
+    cu_seqlens: Tensor | Sequence[int] | Boundaries | None, extra: dict[str, Any]
+) -> Tensor | Sequence[int] | Boundaries | None:
     """`cu_seqlens`, or what transformers' collator of flattened batches calls it; nothing unknown may be in `extra`."""
     for name, value in extra.items():
         if name not in _COLLATED | _OF_GENERATION and value is not None:

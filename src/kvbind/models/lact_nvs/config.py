@@ -45,7 +45,8 @@ class LactNvsConfig(Value):
         fast_head_dim: width of a fast head.
         inter_multi: hidden width of the fast networks over `fast_head_dim`.
         mlp_ratio: hidden width of the MLPs over d.
-        inner: the inner loop of every layer.
+        inner: the inner loop of every layer. With a `chunk`, in tokens, input views write chunk after chunk; an `anchor`
+            draws weights back (Elastic TTT).
         base_lr: its learning rate before training.
         qk_norm: RMS norms on the attention's queries and keys.
         released_parameters: hold what released checkpoints hold, whether or not `inner` has a use for it.

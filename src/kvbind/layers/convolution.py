@@ -1,0 +1,87 @@
+"""Causal depthwise convolutions over a few tokens, which go on from where earlier calls stopped."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ShortConvolution(nn.Module):
+    """`y_t = sum_(j < width) w_j x_(t - width + 1 + j) (+ b)` for each channel; tokens before a sequence's first count as 0.
+
+    Args:
+        channels: C.
+        width: tokens that are seen, the token itself among them.
+        bias: whether there is b.
+    """
+
+    def __init__(self, channels: int, width: int, bias: bool = False) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    def reset_parameters(self) -> None:
+        """Draw weights as PyTorch's convolutions do, uniform up to `1 / sqrt(width)`; biases 0."""
+        bound = 1 / math.sqrt(self.width)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, seen: Tensor, places: Tensor | None = None) -> Tensor:
+        """Convolve.
+
+        Args:
+            seen: `[B, width - 1 + T, C]`, the tokens behind those before them.
+            places: how many tokens of its sequence come before each, int64 `[B, T]` or `[1, T]`, where what stands before a
+                sequence's first is not 0: in a packed row. None elsewhere.
+
+        Returns:
+            `[B, T, C]`.
+        """
+        if places is None and seen.shape[1] >= self.width:
+            return F.conv1d(seen.mT, self.weight.to(seen.dtype)[:, None], _as(self.bias, seen), groups=seen.shape[-1]).mT
+        length = seen.shape[1] - self.width + 1
+        output = None
+        for back in range(self.width):
+            x = shifted(seen, self.width - 1, back, length, places) * self.weight[:, self.width - 1 - back].to(seen.dtype)
+            output = x if output is None else output + x
+        assert output is not None
+        return output if self.bias is None else output + self.bias.to(seen.dtype)
+
+
+def _as(x: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if x is None else x.to(like.dtype)
+
+
+def shifted(seen: Tensor, ahead: int, back: int, length: int, places: Tensor | None) -> Tensor:
+    """For each of `length` tokens the one `back` places before it, 0 before its sequence's first.
+
+    Args:
+        seen: `[B, ahead + length, C]`.
+        ahead: tokens in front of those.
+        back: at most `ahead`.
+        length: T.
+        places: as `ShortConvolution.forward` takes them.
+    """
+    x = seen[:, ahead - back : ahead - back + length]
+    return x if places is None else x.masked_fill((places < back)[..., None], 0)
+
+
+def last_of(seen: Tensor, count: int, lengths: tuple[int, ...] | None) -> Tensor:
+    """The last `count` tokens of each row, for the next call.
+
+    Args:
+        seen: `[B, count + T, C]`, this call's tokens behind those before them.
+        count: how many.
+        lengths: how many of each row's T tokens are no padding; None for all.
+    """
+    if lengths is None:
+        # a view would keep all of a long prompt alive
+        return seen[:, seen.shape[1] - count :].clone()
+    starts = torch.tensor(lengths, device=seen.device)[:, None]
+    where = starts + torch.arange(count, device=seen.device)
+    return seen.take_along_dim(where[..., None], dim=1)

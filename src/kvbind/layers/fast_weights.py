@@ -1,0 +1,663 @@
+"""A mixer of fast weights alone, with the projections, gates and output of published linear recurrences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from kvbind.forms.api import Form, ttt
+from kvbind.forms.packed import packed
+from kvbind.forms.state import State
+from kvbind.inner.gates import GATES, Gate
+from kvbind.inner.projections import DEFAULTS, Constant, Making, Place, Projections, Sigmoid, Softplus, Step
+from kvbind.inner.spec import InnerLoop
+from kvbind.inner.value import check_choice, check_positive_int
+from kvbind.layers.convolution import ShortConvolution, last_of, shifted
+from kvbind.layers.full import InnerCall, check_built
+from kvbind.layers.lact import check_fits_causal_layer
+from kvbind.layers.layout import Layout
+from kvbind.layers.makings import DecayMaker, Maker, SigmoidMaker, Sizes, draw, maker_of, projection
+from kvbind.layers.norm import RMSNorm
+from kvbind.layers.operands import split_heads, wide
+from kvbind.layers.rotary import Tables, rotary_tables, rotate
+from kvbind.sequence.boundaries import Boundaries
+from kvbind.sequence.exchanges import Exchanges
+
+UNIT_EPS = 1e-6
+"""Added to the squared L2 norm of queries and keys."""
+
+KAPPA, ALPHA, RHO, CORRECTION = 0.71, 1.02, -0.04, 1.0
+"""Before training: RWKV-7's factors on removal keys, of writing keys, and of its bonus (the first without its slope over
+channels); Comba's D."""
+
+
+def making_of(gate: Gate, inner: InnerLoop, projections: Projections) -> Making:
+    """How a gate is made: as `projections` says, or as follows from the inner loop."""
+    given: Making | None = getattr(projections, gate.name)
+    if given is not None:
+        return given
+    if gate.name == "read_rate":
+        return Place()
+    return Sigmoid(start=gate.start)
+
+
+def rate_of(inner: InnerLoop, projections: Projections) -> Making:
+    """How the rate is made, likewise."""
+    if not inner.token_lr:
+        return Constant()
+    return projections.rate if projections.rate is not None else Softplus()
+
+
+@dataclass(frozen=True)
+class FastWeightState:
+    """Where some sequences stopped in one layer: of constant size.
+
+    Attributes:
+        fast: fast weights and pending tokens, as `kvbind.ttt` returns them.
+        tails: what the convolution ("conv", `[B, width - 1, C]`) and mixing with the token before ("shift", `[B, 1, d]`)
+            read of the last tokens.
+        seen: how many tokens each sequence has had.
+
+    A pytree of the two.
+    """
+
+    fast: State
+    tails: Mapping[str, Tensor]
+    seen: tuple[int, ...]
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [*self.fast.tensors.values(), *self.tails.values()]
+
+    def select(self, index: Tensor) -> FastWeightState:
+        """The sequences at `index` (int64 `[n]`), in that order, as often as they are named."""
+        rows = index.tolist()
+        tails = {name: x.index_select(0, index.to(x.device)) for name, x in self.tails.items()}
+        return FastWeightState(self.fast[index], tails, tuple(self.seen[i] for i in rows))
+
+
+pytree.register_pytree_node(
+    FastWeightState,
+    lambda state: ([state.fast, dict(state.tails)], state.seen),
+    lambda leaves, seen: FastWeightState(*leaves, seen),  # type: ignore[call-arg]
+    serialized_type_name="kvbind.FastWeightState",
+)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a layer has made of its input for one call.
+
+    Attributes:
+        q: queries `[B, T, H, Dk]`.
+        k: keys `[B, T n, H, Dk]`, n writes of a token side by side.
+        v: values, likewise.
+        lr: rates `[B, T n, H]`, or a number.
+        gates: arguments of `ttt` by name.
+        beside: what passes the fast weights by, before the output's norm ("value") or behind it ("bonus"), `[B, T, H, Dv]`.
+        gate: what multiplies the output, `[B, T, H, Dv]`, or None.
+        tails: for the next call.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lr: Tensor | float
+    gates: dict[str, Tensor]
+    beside: dict[str, Tensor]
+    gate: Tensor | None
+    tails: dict[str, Tensor]
+
+
+class FastWeightLayer(nn.Module):
+    """Fast weights as a token mixer of their own: no attention, and everything around them as a `Projections` says.
+
+    `q, k, v` are projections of the input, short-convolved, normalized and scaled; rates and gates come from projections of
+    their own; what the fast weights say at the queries is normed, gated and projected. Queries and keys are
+    `hidden_size / heads * projections.key_width` wide, values likewise.
+
+    A depthwise convolution and `kvbind.ttt` go on from a state exactly where an earlier call stopped.
+
+    Args:
+        hidden_size: width d of the residual stream.
+        heads: fast heads.
+        inner: the inner loop. Its visibility must be causal.
+        projections: how everything is made.
+        form: how `kvbind.ttt` evaluates the inner loop: "auto", "recurrent" or "parallel".
+        hidden_multiplier: hidden width of the fast network over its key width.
+        base_lr: the rate before training, where `projections` leaves it to the layer.
+
+    Attributes:
+        inner: the inner loop; assigning one that asks for parameters that were not built raises.
+        form: as above; may be assigned.
+
+    Raises:
+        ValueError: widths that do not divide or are odd under rotary positions, an inner loop that is not causal, or
+            projections that do not fit it.
+        TypeError: `inner` is no InnerLoop, `projections` no Projections.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        inner: InnerLoop,
+        projections: Projections = DEFAULTS,
+        *,
+        form: Form = "auto",
+        hidden_multiplier: float = 1,
+        base_lr: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        check_positive_int("hidden_size", hidden_size)
+        check_positive_int("heads", heads)
+        if hidden_size % heads:
+            raise ValueError(f"heads must divide hidden_size = {hidden_size}; got {heads}")
+        if base_lr <= 0:
+            raise ValueError(f"base_lr must be above 0; got {base_lr}")
+        check_choice("form", form, ("auto", "recurrent", "parallel"))
+        if not isinstance(projections, Projections):
+            raise TypeError(f"projections must be a kvbind Projections; got {type(projections).__name__}")
+        check_fits_causal_layer(inner)
+        check_fits_projections(inner, projections)
+
+        p = self.projections = projections
+        self.hidden_size, self.heads, self.form = hidden_size, heads, form
+        self.key_width, self.value_width, self.hidden_width = fast_widths(hidden_size, heads, projections, hidden_multiplier)
+        if p.rotary != "none" and self.key_width % 2:
+            raise ValueError(f"key_width must be even for rotary positions; got {self.key_width} channels for a head")
+        head = inner.network.output_head
+        if head is not None and head.residual and self.key_width != self.value_width:
+            raise ValueError(
+                f"projections must have key_width = value_width for a head with residual=True; got {p.key_width} and "
+                f"{p.value_width}"
+            )
+        self.base_lr, self._inner, self._built = base_lr, inner, inner
+        self.writes = 1 if p.removal is not None else inner.writes
+
+        key_heads = 1 if p.shared_keys else heads
+        self.widths = {
+            "q": key_heads * self.key_width,
+            "k": key_heads * self.key_width * self.writes,
+            "v": heads * self.value_width * self.writes,
+        }
+        d, outputs = hidden_size, heads * self.value_width
+        self.q_proj = None if p.tied else nn.Linear(d, self.widths["q"], bias=False)
+        self.k_proj = nn.Linear(d, self.widths["k"], bias=False)
+        self.v_proj = nn.Linear(d, self.widths["v"], bias=False)
+        self.conv = ShortConvolution(sum(self.widths[x] for x in p.conv_on), p.conv, p.conv_bias) if p.conv else None
+        self.powers = nn.Parameter(torch.empty(p.powers)) if p.powers > 1 else None
+        self.output_gate = None
+        if p.output_gate != "none":
+            self.output_gate = projection(d, outputs, p.gate_rank, p.gate_between, p.gate_bias, self.value_width)
+        self.output_norm = self._norm(outputs)
+        self.o_proj = nn.Linear(outputs, d, bias=False)
+
+        self.makers = nn.ModuleDict()
+        rate = rate_of(inner, p)
+        if not isinstance(rate, Constant):
+            self.makers["rate"] = self._maker(rate, self.writes if self.writes > 1 else None)
+        for gate in GATES:
+            if gate.name in inner.gates and (gate.name != "erase" or p.removal is None):
+                channels = self.key_width if inner.gates[gate.name].per == "key" else None
+                self.makers[gate.name] = self._maker(making_of(gate, inner, p), channels)
+        if p.write_gate is not None and not isinstance(p.write_gate, Step):
+            self.makers["write_gate"] = self._maker(p.write_gate, self.value_width)
+        if p.removal is not None:
+            self.makers["removal"] = self._maker(p.removal, self.key_width)
+        retention = self.makers["retention"] if "retention" in inner.gates else None
+        if isinstance(retention, SigmoidMaker):
+            retention.log = True
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape))
+
+        streams = ["q", "k", "v", *self.makers, *(["output_gate"] if self.output_gate is not None else [])]
+        self.shift = nn.ParameterDict({name: parameter(d) for name in streams}) if p.shift else None
+        of_keys = (heads, self.key_width)
+        self.kappa, self.alpha = (parameter(*of_keys) if p.removal is not None else None for _ in range(2))
+        self.rho = parameter(*of_keys) if p.skip == "bonus" else None
+        self.skip = parameter(heads) if p.skip == "value" else None
+        self.correction = parameter(heads) if p.correction else None
+
+        self._built_shapes = self._shapes_for(inner)
+        self._vectors = self._vectors_for(inner)
+        self.weights = nn.ParameterDict()
+        if p.start == "learned":
+            self.weights.update({_named(name): parameter(heads, *x) for name, x in self._built_shapes.items()})
+        self.weights.update({_named(name): parameter(heads, *x) for name, x in self._vectors.items()})
+        self.reset_parameters()
+
+    def _norm(self, outputs: int) -> nn.Module | None:
+        p = self.projections
+        if p.output_norm == "rms":
+            return RMSNorm(self.value_width, eps=p.output_eps)
+        if p.output_norm == "rms_all":
+            return RMSNorm(outputs, eps=p.output_eps)
+        if p.output_norm == "layer":
+            return nn.LayerNorm(outputs, eps=p.output_eps)
+        if p.output_norm == "group":
+            return nn.GroupNorm(self.heads, outputs, eps=p.output_eps * self.value_width)
+        return None
+
+    def _maker(self, making: Making, channels: int | None) -> Maker:
+        span = self._inner.span or self._inner.chunk or 1
+        sizes = Sizes(self.hidden_size, self.heads, self.value_width, channels, span, self.base_lr)
+        return maker_of(making, sizes)
+
+    def _hidden(self, inner: InnerLoop) -> tuple[int, ...]:
+        return (self.hidden_width,) * inner.network.hidden_layers
+
+    def _shapes_for(self, inner: InnerLoop) -> dict[str, tuple[int, ...]]:
+        """The `(in, out)` of each fast matrix that `inner` needs."""
+        return inner.network.shapes(self.key_width, self.value_width, self._hidden(inner))
+
+    def _vectors_for(self, inner: InnerLoop) -> dict[str, tuple[int, ...]]:
+        """The widths of its biases and of its head's weights."""
+        return inner.network.vector_shapes(self.key_width, self.value_width, self._hidden(inner))
+
+    def reset_parameters(self) -> None:
+        """Draw the layer's own parameters anew: fast weights, convolution, norms, what gates hold beside projections."""
+        p = self.projections
+        for name, shape in self._built_shapes.items():
+            if p.start == "learned":
+                nn.init.normal_(self.weights[_named(name)], std=p.start_std or 1 / math.sqrt(shape[0]))
+        head = self._inner.network.output_head
+        for name in self._vectors:
+            ones = name == "gamma" and head is not None and not head.fast
+            nn.init.constant_(self.weights[_named(name)], float(ones))
+        if self.conv is not None:
+            self.conv.reset_parameters()
+        if self.powers is not None:
+            coefficients = self.powers
+            draw(coefficients, lambda: torch.tensor([1 / math.factorial(i + 1) for i in range(len(coefficients))]))
+        if self.shift is not None:
+            # as in RWKV, channels differ in how far they look back
+            for share in self.shift.values():
+                draw(share, lambda: 1 - (torch.arange(self.hidden_size) / self.hidden_size).sqrt())
+        starts = ((self.kappa, KAPPA), (self.alpha, ALPHA), (self.rho, RHO), (self.skip, 1.0), (self.correction, CORRECTION))
+        for held, start in starts:
+            if held is not None:
+                nn.init.constant_(held, start)
+        if isinstance(self.output_norm, nn.LayerNorm | nn.GroupNorm):
+            nn.init.ones_(self.output_norm.weight)
+            nn.init.zeros_(self.output_norm.bias)
+        for maker in self.makers.values():
+            assert isinstance(maker, Maker)
+            maker.reset_parameters()
+
+    @property
+    def inner(self) -> InnerLoop:
+        """The inner loop that the layer runs."""
+        return self._inner
+
+    @inner.setter
+    def inner(self, inner: InnerLoop) -> None:
+        check_fits_causal_layer(inner)
+        check_fits_projections(inner, self.projections)
+        check_built("inner", inner, self._shapes_for(inner) | self._vectors_for(inner), self._built_shapes | self._vectors)
+        built = self._built
+        if (1 if self.projections.removal is not None else inner.writes) != self.writes:
+            raise ValueError(f"inner must have writes={built.writes}, for which this layer was built; got {inner.writes}")
+        for name, gate in inner.gates.items():
+            if name not in built.gates or built.gates[name].per != gate.per:
+                raise ValueError(f"inner has the gate {name} per {gate.per}, without which this layer was built")
+        if inner.token_lr and not built.token_lr:
+            raise ValueError("inner has token_lr=True, but this layer was built without a learned rate")
+        if "read_rate" in inner.gates and inner.span != built.span:
+            raise ValueError(f"inner must have spans of {built.span} tokens, whose read rates were built; got {inner.span}")
+        self._inner = inner
+
+    def start_weights(self) -> dict[str, Tensor]:
+        """The fast weights that every sequence starts from: matrices `[heads, in, out]`, vectors `[heads, out]`."""
+        weights: dict[str, Tensor] = {}
+        like = self.k_proj.weight if isinstance(self.k_proj.weight, Tensor) else next(self.parameters())
+        for name, shape in self._built_shapes.items():
+            held = self.weights[_named(name)] if self.projections.start == "learned" else None
+            weights[name] = like.new_zeros(self.heads, *shape, dtype=torch.float32) if held is None else held
+        return weights | {name: self.weights[_named(name)] for name in self._vectors}
+
+    def call(self, x: Tensor, layout: Layout | None = None, tables: Tables | None = None) -> InnerCall:
+        """What the layer gives to `kvbind.ttt` for sequences from their first token on; arguments as `forward` takes them.
+
+        Raises:
+            ValueError: a slice of a row that is cut over ranks, which is no call of its own, or boundaries of packed rows
+                that the device alone knows.
+        """
+        layout = Layout.rows(x.shape[1], x.device) if layout is None else layout
+        if layout.sequence is not None:
+            raise ValueError("layout must be of whole rows; got one that is cut over ranks")
+        made = self._make(x, layout, None, False)
+        return InnerCall(
+            self._inner, self.start_weights(), made.q, made.k, made.v, made.lr, made.gates, layout.known_bounds
+        )  # fmt: skip
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout | None = None,
+        tables: Tables | None = None,
+        state: FastWeightState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, FastWeightState | None]:
+        """Mix the tokens of `x`.
+
+        Args:
+            x: normalized input `[B, T, d]`.
+            layout: where its tokens sit; by default rows of equal length that go on from `state`.
+            tables: not used: rotary tables of attention.
+            state: where earlier tokens of the same sequences left off.
+            return_state: also return where these tokens leave off.
+
+        Returns:
+            `[B, T, d]`, of no meaning at padding, and the state or None.
+
+        Raises:
+            ValueError: a state together with packed sequences or a slice of a row, or of another batch or inner loop; a
+                slice of a row for an inner loop or projections that are not cut over ranks.
+            TypeError: a state of another kind of layer.
+        """
+        if state is not None and not isinstance(state, FastWeightState):
+            raise TypeError(f"state must be a FastWeightState, as this layer returns it; got {type(state).__name__}")
+        batch, length, _ = x.shape
+        seen = () if state is None else state.seen
+        if state is not None and len(seen) != batch:
+            raise ValueError(f"state must be of {batch} sequences, as x has; got {len(seen)}")
+        layout = Layout.rows(length, x.device, seen) if layout is None else layout
+        if layout.cu_seqlens is not None and (state is not None or return_state):
+            raise ValueError("cu_seqlens must be None where a state is given or wanted: a packed row has no one state")
+        if layout.sequence is not None and (state is not None or return_state):
+            raise ValueError("a row that is cut over ranks has no state to go on from or to return")
+        made = self._make(x, layout, state, return_state)
+        fast, after = self._run(made, layout, None if state is None else state.fast, return_state)
+        output: Tensor = self.o_proj(self._join(fast, made))
+        if after is None:
+            return output, None
+        return output, FastWeightState(after, made.tails, layout.after(seen or (0,) * batch, length))
+
+    def _run(self, made: Made, layout: Layout, before: State | None, return_state: bool) -> tuple[Tensor, State | None]:
+        """Run the inner loop: outputs `[B, T, H, Dv]`, and its state where that is wanted."""
+        inner, shard = self._inner, layout.sequence
+        weights = self.start_weights() if before is None else None
+        if isinstance(layout.cu_seqlens, Boundaries):
+            assert weights is not None
+            return packed(
+                inner, weights, made.q, made.k, made.v, layout.cu_seqlens, lr=made.lr, form=self.form, **made.gates
+            ), None
+        if layout.lengths is None or not return_state:
+            # padding sits behind a row's tokens, which do not see it; only what they leave behind would
+            documents = layout.cu_seqlens if shard is None else None
+            output, after = ttt(
+                inner, weights, made.q, made.k, made.v, lr=made.lr, **made.gates, state=before, cu_seqlens=documents,
+                form=self.form, sequence=shard,
+            )  # fmt: skip
+            return output, after if return_state else None
+        q, lengths = made.q, layout.lengths
+        real = torch.arange(q.shape[1], device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
+        bounds = [0]
+        for length in lengths:
+            bounds.append(bounds[-1] + length)
+
+        def chosen(x: Tensor) -> Tensor:
+            each = x.shape[1] // q.shape[1]
+            return x[real if each == 1 else real.repeat_interleave(each, dim=1)][None]
+
+        joined, after = ttt(
+            inner, weights, chosen(q), chosen(made.k), chosen(made.v),
+            lr=chosen(made.lr) if isinstance(made.lr, Tensor) else made.lr,
+            **{name: chosen(gate) for name, gate in made.gates.items()}, state=before, cu_seqlens=bounds, form=self.form,
+            sequence=None,
+        )  # fmt: skip
+        output = joined.new_zeros(*q.shape[:2], *joined.shape[2:])
+        output[real] = joined[0]
+        return output, after
+
+    def _make(self, x: Tensor, layout: Layout, state: FastWeightState | None, keep: bool) -> Made:
+        """Everything that is made of the input, with the last tokens' tails where `keep` says so."""
+        p, length = self.projections, x.shape[1]
+        places = layout.places(() if state is None else state.seen, length)
+        tails: dict[str, Tensor] = {}
+        streams: dict[str, Tensor] = {}
+        if self.shift is not None:
+            if layout.sequence is not None and layout.sequence.connected:
+                raise ValueError("projections with shift=True are not cut over ranks")
+            seen = self._behind("shift", x, 1, state)
+            if keep:
+                tails["shift"] = last_of(seen, 1, layout.lengths)
+            before = shifted(seen, 1, 1, length, places if layout.cu_seqlens is not None else None)
+            streams = {name: x + (before - x) * share.to(x.dtype) for name, share in self.shift.items()}
+
+        def of(name: str) -> Tensor:
+            return streams.get(name, x)
+
+        parts = {"k": self.k_proj(of("k")), "v": self.v_proj(of("v"))}
+        parts["q"] = parts["k"] if self.q_proj is None else self.q_proj(of("q"))
+        exchanges = None
+        if self.conv is not None:
+            joined = torch.cat([parts[name] for name in p.conv_on], dim=-1)
+            ahead, masked = self.conv.width - 1, layout.cu_seqlens is not None
+            if layout.sequence is not None and layout.sequence.connected and ahead:
+                exchanges, masked = Exchanges(layout.sequence, (joined,)), True
+                (seen,) = exchanges.extended((joined,), layout.sequence.reaching(ahead), axis=1)
+                seen = F.pad(seen, (0, 0, ahead + length - seen.shape[1], 0))
+            else:
+                seen = self._behind("conv", joined, ahead, state)
+            if keep:
+                tails["conv"] = last_of(seen, ahead, layout.lengths)
+            convolved = self.conv(seen, places if masked else None)
+            parts |= dict(zip(p.conv_on, convolved.split([self.widths[name] for name in p.conv_on], dim=-1), strict=True))
+        if p.activation == "silu":
+            parts = {name: F.silu(y) for name, y in parts.items()}
+        q, k = (self._heads(parts[name], self.key_width, 1 if p.shared_keys else self.heads) for name in ("q", "k"))
+        v = self._heads(parts["v"], self.value_width, self.heads)
+        if exchanges is not None:
+            # backward, what the fast weights exchange comes first on every rank
+            k = exchanges.tie(k)
+        return self._operands(q, k, v, of, layout, places, tails)
+
+    def _operands(
+        self, q: Tensor, k: Tensor, v: Tensor, of: Any, layout: Layout, places: Tensor, tails: dict[str, Tensor]
+    ) -> Made:
+        """From heads to what `ttt` takes; `of` gives the input of each maker."""
+        p, inner, dtype = self.projections, self._inner, v.dtype
+        made: dict[str, Tensor] = {}
+        lr: Tensor | float = 1.0
+        rate = rate_of(inner, p)
+        if isinstance(rate, Constant):
+            lr = rate.value
+        for name, module in self.makers.items():
+            assert isinstance(module, Maker)
+            if name in DECLARED and name not in inner.gates:
+                continue
+            if isinstance(module, DecayMaker) and isinstance(p.write_gate, Step):
+                step = module.step(of(name))
+                made[name], made["write_gate"] = module.decay(step), step[..., None]
+            else:
+                made[name] = module(of(name), places)
+        if "rate" in made:
+            # [B, T, H] or [B, T, H, n] to a row for each write
+            lr = made.pop("rate")
+            lr = lr.transpose(2, 3).flatten(1, 2) if lr.dim() == 4 else lr
+        share = self._rows(made.pop("erase")) if "erase" in made else None
+        if share is not None and self.correction is not None:
+            q = q - (wide(self.correction)[:, None] * share * k).to(q.dtype)
+        beside: dict[str, Tensor] = {}
+        erase: Tensor | None = None
+        if self.skip is not None:
+            beside["value"] = self.skip.to(dtype)[:, None] * v
+        if "removal" in made:
+            # what is read for and written by is told apart before norms
+            k, erase, v = self._removing(k, v, made.pop("removal"))
+            q = self._finished(q, layout, places)
+        else:
+            q, k = self._finished(q, layout, places), self._finished(k, layout, places)
+            erase = None if share is None else share * k
+        if self.rho is not None:
+            each = 2 if p.removal is not None else 1
+            writing, value = k[:, each - 1 :: each], v[:, each - 1 :: each]
+            beside["bonus"] = (q * writing * wide(self.rho)).sum(-1, keepdim=True).to(dtype) * value
+        if "write_gate" in made:
+            v = v * self._rows(made.pop("write_gate")).to(dtype)
+        if p.scale:
+            q = q / math.sqrt(self.key_width)
+        gates = {f"log_{name}" if self._maker_at(name).log else name: x for name, x in made.items()}
+        if erase is not None:
+            gates["erase"] = erase.to(dtype)
+        if p.shared_keys:
+            q, k = q.expand(-1, -1, self.heads, -1), k.expand(-1, -1, self.heads, -1)
+            if "erase" in gates:
+                gates["erase"] = gates["erase"].expand(-1, -1, self.heads, -1)
+        gate = None if self.output_gate is None else split_heads(self.output_gate(of("output_gate")), self.heads)
+        return Made(q.to(dtype), k.to(dtype), v, lr, gates, beside, gate, tails)
+
+    def _maker_at(self, name: str) -> Maker:
+        maker = self.makers[name]
+        assert isinstance(maker, Maker)
+        return maker
+
+    def _behind(self, name: str, x: Tensor, count: int, state: FastWeightState | None) -> Tensor:
+        """`x` `[B, T, C]` behind what earlier calls kept of the tokens before it, or zeros."""
+        before = x.new_zeros(x.shape[0], count, x.shape[2]) if state is None else state.tails[name].to(x.dtype)
+        return torch.cat((before, x), dim=1)
+
+    def _heads(self, x: Tensor, width: int, heads: int) -> Tensor:
+        """`[B, T, n heads width]` to `[B, T n, heads, width]`."""
+        each = x.unflatten(-1, (-1, heads, width))
+        return each.flatten(1, 2)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """What is one for a token `[B, T, ...]`, for each of its writes."""
+        return x if self.writes == 1 else x.repeat_interleave(self.writes, dim=1)
+
+    def _finished(self, x: Tensor, layout: Layout, places: Tensor) -> Tensor:
+        """Norm, powers and rotary positions of queries or keys `[B, T n, heads, Dk]`; float32 or wider."""
+        p, x = self.projections, wide(x)
+        if p.l2:
+            x = unit(x)
+        if self.powers is not None:
+            x = sum(c * x ** (i + 1) for i, c in enumerate(wide(self.powers).unbind()))  # type: ignore[assignment]
+        if p.rotary != "none":
+            positions = layout.positions
+            if p.rotary == "span":
+                positions = places.remainder(self._inner.span or 1)
+            if x.shape[1] != positions.shape[1]:
+                positions = positions.repeat_interleave(self.writes, dim=1)
+            x = rotate(x, rotary_tables(positions, self.key_width, p.rope_theta))
+        return x
+
+    def _removing(self, k: Tensor, v: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, keys at which residuals read, and values of two writes for each token: a removal, and what is written."""
+        assert self.kappa is not None
+        assert self.alpha is not None
+        k = wide(k)
+        removed = unit(k * wide(self.kappa))
+        written = k * (1 + (factor - 1) * wide(self.alpha))
+
+        def pairs(first: Tensor, second: Tensor) -> Tensor:
+            return torch.stack((first, second), dim=2).flatten(1, 2)
+
+        return (
+            pairs(removed * factor, written),
+            pairs(removed, torch.zeros_like(removed)),
+            pairs(torch.zeros_like(v), v),
+        )
+
+    def _join(self, fast: Tensor, made: Made) -> Tensor:
+        """The output of fast weights `[B, T, H, Dv]`, normed and gated: `[B, T, H Dv]`."""
+        p, norm = self.projections, self.output_norm
+        if "value" in made.beside:
+            fast = fast + made.beside["value"].to(fast.dtype)
+        gate = None if made.gate is None else GATINGS[p.output_gate](made.gate)
+        if gate is not None and p.gate_first:
+            fast = fast * gate
+        if isinstance(norm, nn.GroupNorm):
+            shape = fast.shape
+            fast = norm(fast.flatten(2).flatten(0, 1)).to(fast.dtype).reshape(shape)
+        elif norm is not None and p.output_norm != "rms":
+            fast = norm(fast.flatten(2)).to(fast.dtype).reshape(fast.shape)
+        elif norm is not None:
+            fast = norm(fast)
+        if "bonus" in made.beside:
+            fast = fast + made.beside["bonus"].to(fast.dtype)
+        if gate is not None and not p.gate_first:
+            fast = fast * gate
+        return fast.flatten(2)
+
+    def extra_repr(self) -> str:
+        """What `print` shows beside the modules."""
+        return f"inner={self._inner!r}, projections={self.projections!r}, form={self.form!r}"
+
+
+DECLARED = frozenset(gate.name for gate in GATES)
+
+GATINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "linear": lambda x: x,
+}
+
+
+def unit(x: Tensor) -> Tensor:
+    """`x / sqrt(sum x^2 + eps)` over the last axis."""
+    return x * (x.square().sum(-1, keepdim=True) + UNIT_EPS).rsqrt()
+
+
+def fast_widths(hidden_size: int, heads: int, projections: Projections, multiplier: float) -> tuple[int, int, int]:
+    """Channels of a head's keys, of its values, and of the fast network's hidden layers.
+
+    Raises:
+        ValueError: less than one.
+    """
+    width = hidden_size / heads
+    found = int(width * projections.key_width), int(width * projections.value_width)
+    for name, channels in zip(("key_width", "value_width"), found, strict=True):
+        if channels < 1:
+            raise ValueError(f"{name} must leave a head at least one of its {width:g} channels; got {channels}")
+    return (*found, max(int(found[0] * multiplier), 1))
+
+
+def check_fits_projections(inner: InnerLoop, projections: Projections) -> None:
+    """Refuse projections that an inner loop has no use for, or that lack what it needs.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    p = projections
+    if p.removal is not None and (inner.writes != 2 or not inner.erase):
+        raise ValueError(
+            f"removal needs an inner loop with writes=2 and erase=True; got writes={inner.writes}, erase={inner.erase}"
+        )
+    if p.removal is not None and p.write_gate is not None:
+        raise ValueError("removal and write_gate exclude each other")
+    if p.correction and not (inner.erase and p.removal is None and inner.writes == 1):
+        raise ValueError(
+            f"correction needs an inner loop with erase=True and writes=1; got erase={inner.erase}, writes={inner.writes}"
+        )
+    if p.skip != "none" and inner.writes > 1 and p.removal is None:
+        raise ValueError(f"skip needs one value for each token; got writes={inner.writes}")
+    if p.start == "zero" and len(inner.network.matrices) > 1:
+        raise ValueError(
+            f"start must be 'learned' for a network of several layers, as none of them learns from zero; got "
+            f"{inner.network!r}"
+        )
+    if p.rotary == "span" and (inner.span or 1) < 2:
+        raise ValueError(f"rotary='span' needs spans of several tokens; got {inner.span}")
+    if p.read_rate is None and inner.read_rate and inner.refresh == "call":
+        raise ValueError("read_rate needs a making of its own under refresh='call', whose spans have no length")
+    if isinstance(p.read_rate, Place) and inner.read_rate and inner.refresh == "call":
+        raise ValueError("read_rate=Place() needs spans of a length; got refresh='call'")
+    if isinstance(p.write_gate, Step) and (not inner.retention or inner.gates["retention"].per != "head"):
+        raise ValueError(f"write_gate=Step() needs an inner loop with retention per head; got {inner.retention!r}")
+
+
+def _named(name: str) -> str:
+    """The parameter that holds a fast weight: no name of a module has dots."""
+    return name.replace(".", "_")
