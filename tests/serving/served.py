@@ -3,7 +3,7 @@
 import torch
 
 from kvbind.inner.systems import SYSTEMS
-from kvbind.layers.lact import check_fits_causal_layer
+from kvbind.layers.lact import check_fits_lact_layer
 from kvbind.models import LactForCausalLM
 from models.lact_small import LADDER, exact, small_config
 
@@ -20,7 +20,7 @@ TEMPLATE = (
 
 def causal(inner):
     try:
-        check_fits_causal_layer(inner)
+        check_fits_lact_layer(inner)
     except ValueError:
         return False
     return True
