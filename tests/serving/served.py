@@ -3,7 +3,7 @@
 import torch
 
 from kvbind.inner.systems import SYSTEMS
-from kvbind.layers.lact import check_fits_causal_layer
+from kvbind.layers.lact import check_fits_lact_layer
 from kvbind.models import LactForCausalLM
 from models.lact_small import LADDER, exact, small_config
 
@@ -20,15 +20,19 @@ TEMPLATE = (
 
 def causal(inner):
     try:
-        check_fits_causal_layer(inner)
+        check_fits_lact_layer(inner)
     except ValueError:
         return False
     return True
 
 
+def short(inner):
+    return inner.replace(chunk=CHUNK) if (inner.chunk or 1) > 64 else inner
+
+
 SERVED = {
     **{name: (rung.replace(chunk=CHUNK), {}) for name, rung in LADDER.items()},
-    **{name: (exact(make()), {}) for name, make in SYSTEMS.items() if causal(make())},
+    **{name: (short(exact(make())), {}) for name, make in SYSTEMS.items() if causal(make())},
 }
 """Every rung and every named system that a causal layer takes, each with fields of its own configuration."""
 

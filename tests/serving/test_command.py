@@ -8,7 +8,7 @@ from served import saved
 from typer.testing import CliRunner
 
 from kvbind.cli import app, main
-from kvbind.inner.systems import lact_nvs
+from kvbind.inner.systems import kda, lact_nvs, rwkv7
 from kvbind.models import LactConfig
 from kvbind.serving.checks import SERVED_FIELDS, check_servable
 from kvbind.serving.command import TEMPLATE, serve_arguments
@@ -102,6 +102,12 @@ def test_a_field_that_serving_does_not_know_is_refused(monkeypatch):
     check_servable(small_config())
     with pytest.raises(ValueError, match="ttt_nope must be False in a model that vLLM serves"):
         check_servable(small_config(ttt_nope=True))
+
+
+def test_layers_without_attention_are_refused():
+    for config in (small_config(kda(), projections="kda"), small_config(rwkv7())):
+        with pytest.raises(ValueError, match="projections must be None in a model that vLLM serves"):
+            check_servable(config)
 
 
 def test_every_field_that_serving_knows_is_one_of_the_configuration():

@@ -77,7 +77,11 @@ def test_greedy_tokens_are_those_of_generate(name, tmp_path):
         expected = model.generate(torch.tensor([asked]), do_sample=False, max_new_tokens=new, eos_token_id=None)
         assert said(output) == expected[0, len(asked) :].tolist()
         logits = torch.tensor([[step[i].logprob for i in range(VOCAB)] for step in output.outputs[0].logprobs])
-        torch.testing.assert_close(logits, forced(model, asked, said(output)), rtol=0, atol=1e-4)
+        alone = forced(model, asked, said(output))
+        # of Atlas, whose updates feed on themselves, float32 keeps fewer digits
+        rounding = (forced(model.double(), asked, said(output)) - alone).abs().max().item()
+        model.float()
+        torch.testing.assert_close(logits, alone, rtol=0, atol=max(1e-4, rounding) if name == "atlas" else 1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.systems import SYSTEMS
-from kvbind.layers.lact import check_fits_causal_layer
+from kvbind.layers.lact import check_fits_lact_layer
 from kvbind.models.lact.model import LactBlock
 from kvbind.serving.states import Pages, Pool, StateLayout
 from kvbind.serving.steps import Decoding, Plan, Preparation, Step, advance
@@ -20,7 +20,7 @@ CHUNK, PAGE = 5, 4
 
 def causal(inner):
     try:
-        check_fits_causal_layer(inner)
+        check_fits_lact_layer(inner)
     except ValueError:
         return False
     return True

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from kvbind.inner.spec import InnerLoop
-from kvbind.layers.lact import LactLayer, check_fits_causal_layer
+from kvbind.layers.lact import LactLayer, check_fits_lact_layer
 from kvbind.models.lact.config import LactConfig
 from kvbind.serving.states import StateLayout
 
@@ -47,7 +47,6 @@ def check_servable(
     Raises:
         ValueError: any of it; the message names the argument as vLLM has it.
     """
-    check_fits_causal_layer(config.inner)
     for name, parameter in inspect.signature(LactConfig.__init__).parameters.items():
         known = name in SERVED_FIELDS or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD or name == "self"
         if not known and getattr(config, name, parameter.default) != parameter.default:
@@ -55,6 +54,7 @@ def check_servable(
                 f"{name} must be {parameter.default!r} in a model that vLLM serves, which has no such computation; got "
                 f"{getattr(config, name)!r}"
             )
+    check_fits_lact_layer(config.inner)
     for name, heads in (("num_attn_heads", config.num_attn_heads), ("num_lact_heads", config.num_lact_heads)):
         if heads % ranks:
             raise ValueError(f"tensor_parallel_size must divide {name} = {heads}; got {ranks}")

@@ -238,7 +238,8 @@ def settle(part: Part, slots: Tensor, pages: Pages | None, pool: Pool) -> None:
     """Bring to an end the chunks whose update is due."""
     assert pages is not None
     own, chunk = slots[part.rows], pool.layout.places
-    state = pool.load(own, pages, part.rows, part.starts, (chunk,) * len(own), chunk)
+    # kernels take operands in one piece
+    state = pool.load(own, pages, part.rows, part.starts, (chunk,) * len(own), chunk).map(torch.Tensor.contiguous)
     after = completed(pool.layout.spec, state.fast, Tokens.of(state.group("pending.")))
     pool.save(State.of(pool.layout.spec, after, None, 0), own)
 
