@@ -35,7 +35,7 @@ def call(spec, leaves, cut=lambda x: x, **options):
     """`ttt` on the leaves, those with a token axis cut."""
     weights = {name.removeprefix("weights."): x for name, x in leaves.items() if name.startswith("weights.")}
     rates = {name.removeprefix("lr."): cut(x) for name, x in leaves.items() if name.startswith("lr.")}
-    gates = {name: cut(leaves[name]) for name in ("momentum", "retention") if name in leaves}
+    gates = {name: cut(leaves[name]) for name in spec.gates}
     q, k, v = (cut(leaves[name]) for name in ("q", "k", "v"))
     return ttt(spec, weights, q, k, v, lr=rates or 1.0, **gates, **options)
 

@@ -8,8 +8,9 @@ from jobs import check, distance, layouts, model_alone, model_over_ranks, refusa
 from lact_small import LADDER, tokens
 from ranks import started
 
+from kvbind import InnerLoop, Linear
 from published import SYSTEMS
-from strategies import parallel_specs, specs
+from strategies import affine_specs, parallel_specs, specs
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,18 @@ def test_any_inner_loop_that_has_a_parallel_form(ranks, data):
     spec = data.draw(parallel_specs(visibilities=("past", "token", "chunk")))
     lengths, bounds = data.draw(rows(spec))
     check(ranks, spec, sizes(data.draw, lengths, bounds), bounds, lengths, 1e-9)
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_any_inner_loop_whose_writes_add_up(ranks, data):
+    """Gates per key channel, decays before the gradient, erased keys, rates of steps and readers, biases, heads."""
+    spec = data.draw(affine_specs())
+    refused = {name for name in ("refresh", "writes", "window") if name in spec.extensions}
+    spec = spec.replace(**{name: getattr(InnerLoop(Linear(), chunk=1), name) for name in refused})
+    lengths, bounds = data.draw(rows(spec))
+    # a residual head adds its input to what is read
+    check(ranks, spec, sizes(data.draw, lengths, bounds) | {"value_width": 3}, bounds, lengths, 1e-9)
 
 
 @given(st.data())

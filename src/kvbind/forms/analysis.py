@@ -147,7 +147,8 @@ def sequence_schedule(
         form: what `kvbind.ttt` was asked for; "recurrent" leaves the ring.
 
     Raises:
-        ValueError: `visibility="full"`, under which every token sees all others; or "scan" beside `form="recurrent"`.
+        ValueError: `visibility="full"`, under which every token sees all others; or "scan" beside `form="recurrent"`, or for
+            a network with biases, or with a gate beside what is not in the six lines.
         NoParallelFormError: "scan" for an inner loop that has no parallel form.
     """
     if spec.visibility == "full":
@@ -157,7 +158,12 @@ def sequence_schedule(
         raise ValueError("schedule='scan' runs the parallel form; got form='recurrent', which runs in schedule='ring'")
     if schedule == "scan" and obstacles:
         raise NoParallelFormError(explain(spec), "schedule='scan'")
-    return "ring" if obstacles or schedule == "ring" or form == "recurrent" else "scan"
+    # what ranks fold of a state is its last layer's matrix, and beyond the six lines by its product with one of features
+    unfolded = spec.network.has_bias or (spec.network.has_gate and bool(spec.extensions))
+    if schedule == "scan" and unfolded:
+        names = ", ".join(spec.extensions)
+        raise ValueError(f"schedule='scan' takes no network with biases, and none with a gate beside {names}; got {spec!r}")
+    return "ring" if obstacles or unfolded or schedule == "ring" or form == "recurrent" else "scan"
 
 
 @dataclass(frozen=True, repr=False)
@@ -377,7 +383,7 @@ class Explanation:
 
 _OVER_RANKS = {
     "scan": "all at once, with an exclusive scan of states across ranks",
-    "ring": "one after another, each from the state of the one before (no parallel form)",
+    "ring": "one after another, each from the state of the one before",
     None: "no, every token sees all others",
 }
 

@@ -4,8 +4,8 @@ Stack the last layer `S` and, with momentum, the buffer `D` into `X`. Over compl
 
 - dot product: `P` is a number for each pair of parts, a product of gates, and `E` sums `phi(k)^T lr v` with such products
   as weights;
-- squared error (the delta rule): `P` is a matrix on the features. The rule is linear in values and state together, so one
-  run with values `[v, 0]` from the state `[0, I]` ends in `[E, P]`.
+- squared error (the delta rule), and whatever has fields beyond the six lines: `P` is a matrix on the features. The rule is
+  linear in values and state together, so one run with values `[v, 0]` from the state `[0, I]` ends in `[E, P]`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,15 @@ from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 
 
+def is_dense(spec: InnerLoop) -> bool:
+    """Whether `P` is a matrix on the features."""
+    return spec.loss == "squared" or bool(spec.extensions)
+
+
 def stacked(spec: InnerLoop, fast: FastWeights) -> Tensor:
-    """`X`: `[B, H, 1 or 2, F Dv]`, or `[B, H, F or 2 F, Dv]` under squared error."""
+    """`X`: `[B, H, 1 or 2, F Dv]`, or `[B, H, F or 2 F, Dv]` where `P` is a matrix on the features."""
     parts = [fast.weights["out"], *fast.momentum.values()]
-    if spec.loss == "squared":
+    if is_dense(spec):
         return torch.cat(parts, dim=2)
     return torch.stack([x.flatten(2) for x in parts], dim=2)
 
@@ -35,7 +40,7 @@ def unstacked(spec: InnerLoop, x: Tensor, fast: FastWeights) -> FastWeights:
     """`fast` with the last layer and the buffer that `stacked` made one."""
     shape = fast.weights["out"].shape
     count = 1 + bool(spec.momentum)
-    parts = x.chunk(count, dim=2) if spec.loss == "squared" else [part.reshape(shape) for part in x.unbind(2)]
+    parts = x.chunk(count, dim=2) if is_dense(spec) else [part.reshape(shape) for part in x.unbind(2)]
     return FastWeights(dict(fast.weights) | {"out": parts[0]}, {"out": parts[1]} if spec.momentum else {}, fast.norms)
 
 
@@ -50,7 +55,7 @@ def block_summary(spec: InnerLoop, tokens: Tokens, fast: FastWeights) -> tuple[T
     Returns:
         `E` as `stacked` has it, and `P`, square, of as many rows.
     """
-    return (_delta_summary if spec.loss == "squared" else _dot_summary)(spec, tokens, fast)
+    return (_dense_summary if is_dense(spec) else _dot_summary)(spec, tokens, fast)
 
 
 def _dot_summary(spec: InnerLoop, tokens: Tokens, fast: FastWeights) -> tuple[Tensor, Tensor]:
@@ -86,7 +91,7 @@ def _dot_summary(spec: InnerLoop, tokens: Tokens, fast: FastWeights) -> tuple[Te
     return torch.stack(ends, 2), reach
 
 
-def _delta_summary(spec: InnerLoop, tokens: Tokens, fast: FastWeights) -> tuple[Tensor, Tensor]:
+def _dense_summary(spec: InnerLoop, tokens: Tokens, fast: FastWeights) -> tuple[Tensor, Tensor]:
     out = fast.weights["out"]
     width, parts = out.shape[-2], 1 + bool(spec.momentum)
     eye = torch.eye(width * parts, dtype=out.dtype, device=out.device).expand(*out.shape[:2], -1, -1)
