@@ -96,7 +96,8 @@ def test_parallel_form_of_every_rung_equals_the_recurrent_form(name):
     # Newton-Schulz is slow when interpreted; with several heads it is held to bfloat16's bound below
     heads = 1 if spec.orthogonalize else 2
     operands = draw(spec, 2, 150, heads, 24, 40, 24 if name == "mlp" else 48, torch.float32)
-    compare(spec, operands, 1e-5)
+    # Newton-Schulz magnifies the rounding of its input
+    compare(spec, operands, 2e-5 if spec.orthogonalize else 1e-5)
 
 
 @pytest.mark.parametrize("name", ["rung2", "rung3", "rung6"])
