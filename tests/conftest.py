@@ -1,5 +1,11 @@
+import signal
+
 import torch
 from hypothesis import HealthCheck, settings
+
+# a shell has what it runs behind it ignore interrupts, which tests send themselves
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -25,7 +25,17 @@ from kvbind import (
     SwiGLU,
     Window,
 )
-from kvbind.layers import InnerCall, LactLayer, LactNvsLayer, LactState, Layout, RMSNorm, VitttLayer
+from kvbind.layers import (
+    FastWeightLayer,
+    FastWeightState,
+    InnerCall,
+    LactLayer,
+    LactNvsLayer,
+    LactState,
+    Layout,
+    RMSNorm,
+    VitttLayer,
+)
 
 
 def inner_loops() -> list[InnerLoop]:
@@ -73,6 +83,7 @@ class Mixed(nn.Module):
         super().__init__()
         self.norm = RMSNorm(dim)
         self.text = LactLayer(dim, 2, 2, kvbind.systems.lact_llm(chunk=4), window_size=4)
+        self.linear = FastWeightLayer(dim, 2, kvbind.systems.gla())
         self.image = VitttLayer(dim, 2)
         self.views = LactNvsLayer(dim, dim // 2)
 
@@ -80,6 +91,8 @@ class Mixed(nn.Module):
         text, kept = self.text(self.norm(x), Layout.rows(x.shape[1], x.device), return_state=True)
         call: InnerCall = self.text.call(x)
         assert_type(call.linearize(), LinearAttention)
+        mixed, held = self.linear(x, return_state=True)
+        assert_type(held, FastWeightState | None)
         image = self.image(x, (2, x.shape[1] // 2))
         views, state = self.views(x, slice(0, 4))
-        return text + image + views, kept, state
+        return text + mixed + image + views, kept, state

@@ -227,8 +227,8 @@ def test_a_folder_keeps_to_one_configuration(tmp_path, book):
     assert open_run(tmp_path)[0] == "language"
     assert len(run.losses()) == 4
     assert [row["step"] for row in read_metrics(tmp_path) if "held_out/perplexity" in row] == [0, 4]
-    config.train.steps = 5
-    with pytest.raises(ValueError, match=r"holds a run of another configuration \(train\.steps was 4, is 5\)"):
+    config.train.warmup += 1
+    with pytest.raises(ValueError, match=r"holds a run of another configuration \(train\.warmup was"):
         train_run("language", config, tmp_path)
 
 

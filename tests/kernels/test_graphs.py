@@ -39,6 +39,7 @@ def cuda(monkeypatch):
         device=lambda _: contextlib.nullcontext(),
         graph=capture,
         is_current_stream_capturing=lambda: state.outer,
+        is_initialized=lambda: True,
     )
     monkeypatch.setattr(
         graphs, "torch", SimpleNamespace(cuda=fake, device=torch.device, inference_mode=torch.inference_mode)

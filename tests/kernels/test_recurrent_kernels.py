@@ -232,7 +232,7 @@ def test_what_is_covered():
     assert covers(torch.float32, 16, 1024, 48)
     assert not covers(torch.float64, 64, 64, 64)
     assert not covers(torch.bfloat16, 64, 40, 64)
-    assert not covers(torch.bfloat16, 64, 2048, 64)
+    assert not covers(torch.bfloat16, 64, 4096, 64)
 
 
 @pytest.mark.parametrize(
