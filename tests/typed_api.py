@@ -91,8 +91,9 @@ class Mixed(nn.Module):
         text, kept = self.text(self.norm(x), Layout.rows(x.shape[1], x.device), return_state=True)
         call: InnerCall = self.text.call(x)
         assert_type(call.linearize(), LinearAttention)
+        mixed: Tensor
+        held: FastWeightState | None
         mixed, held = self.linear(x, return_state=True)
-        assert_type(held, FastWeightState | None)
         image = self.image(x, (2, x.shape[1] // 2))
         views, state = self.views(x, slice(0, 4))
         return text + mixed + image + views, kept, state
