@@ -92,8 +92,8 @@ class Mixed(nn.Module):
         call: InnerCall = self.text.call(x)
         assert_type(call.linearize(), LinearAttention)
         mixed: Tensor
-        held: FastWeightState | None
-        mixed, held = self.linear(x, return_state=True)
+        _held: FastWeightState | None
+        mixed, _held = self.linear(x, return_state=True)
         image = self.image(x, (2, x.shape[1] // 2))
         views, state = self.views(x, slice(0, 4))
         return text + mixed + image + views, kept, state
