@@ -104,6 +104,12 @@ def test_a_row_whose_workers_are_always_killed_fails_alone(tmp_path, monkeypatch
                 watch(1, "")
             raise WorkerKilledError("the process that trained x (7) was killed by SIGKILL")
 
+        def end(self):
+            pass
+
+        def wait(self, until):
+            pass
+
         def stop(self):
             pass
 
