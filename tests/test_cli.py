@@ -25,20 +25,6 @@ def wide(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def run(capsys):
-    """Run the command; its exit code, and what it wrote on stdout and stderr."""
-
-    def call(*words):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main(words)
-        written = capsys.readouterr()
-        return caught.value.code or 0, written.out, written.err
-
-    return call
-
-
-@pytest.fixture
 def book(tmp_path):
     path = tmp_path / "book.txt"
     path.write_text("it was the best of times, it was the worst of times. " * 60)

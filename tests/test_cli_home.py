@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kvbind.cli import main, run_and_rest
+from kvbind.cli import run_and_rest
 from kvbind.experiments.runs import open_run
 from kvbind.train import latest_checkpoint
 from kvbind.train.config import to_plain
@@ -26,18 +26,6 @@ def home(monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*words):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main(words)
-        written = capsys.readouterr()
-        return caught.value.code or 0, written.out, written.err
-
-    return call
 
 
 @pytest.fixture
