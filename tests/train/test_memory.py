@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbind.train import loop, memory, train
+from kvbind.train import graphs, loop, memory, train
 from kvbind.train.metrics import read_metrics
 from kvbind.train.recompute import recompute, that_fit
 from train.toy import Toy, config, make_model
@@ -81,3 +82,44 @@ def test_the_last_blocks_are_kept_up_to_the_room(extra, room):
     count = that_fit(extra, room)
     assert count == 0 or sum(extra[len(extra) - count :]) <= room
     assert count == len(extra) or sum(extra[len(extra) - count - 1 :]) > room
+
+
+def test_a_graph_that_does_not_fit_is_captured_anew_with_all_blocks_recomputed(monkeypatch):
+    """The first capture runs out of memory; the second, of blocks that are all recomputed, does not."""
+    blocks = recompute([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)], "block")
+    blocks[1].on = False
+    tried = []
+
+    def work(batch):
+        tried.append([block.on for block in blocks])
+        if not all(tried[-1]):
+            raise torch.OutOfMemoryError("no room")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, fake in {
+        "default_generators": [SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)],
+        "current_device": lambda: 0, "current_stream": lambda device: stream, "Stream": lambda device: stream,
+        "stream": lambda other: nullcontext(), "set_stream": lambda other: None, "graph_pool_handle": lambda: 1,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: tried.append("replayed")),
+        "graph": lambda *args, **kwargs: nullcontext(), "empty_cache": lambda: None, "synchronize": lambda device: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    device, asked = torch.device("cuda"), []
+    monkeypatch.setattr(graphs, "to_device", lambda batch, device: batch)
+    monkeypatch.setattr(graphs, "alive", lambda device: [])
+
+    def relieve():
+        asked.append(1)
+        return memory.all_recomputed(blocks)
+
+    replays = graphs.Replays(work, device, relieve=relieve)
+    shape = SimpleNamespace(batch={}, read=[])
+    replay = replays._capture(shape)
+    assert tried == [[True, False], [True, True]]
+    assert replays.broken is None and asked == [1]
+    replay()
+    assert tried[-1] == "replayed"
+    blocks[0].on = False
+    monkeypatch.setattr(memory, "all_recomputed", lambda blocks: False)
+    assert replays._capture(shape) is None
+    assert "no room" in replays.broken

@@ -66,6 +66,8 @@ class Replays:
         device: where it runs.
         prepare: called before the work runs plainly or is captured, such as to give up gradients; not before a replay.
         name: what messages call it.
+        relieve: called where memory does not suffice for a capture; whether the work needs less from now on, so that
+            another capture is worth trying.
 
     Attributes:
         broken: why it cannot be captured; None as long as it can, as far as is known.
@@ -77,8 +79,9 @@ class Replays:
         device: torch.device,
         prepare: Callable[[], object] = lambda: None,
         name: str = "training steps",
+        relieve: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.work, self.device, self.prepare, self.name = work, device, prepare, name
+        self.work, self.device, self.prepare, self.name, self.relieve = work, device, prepare, name, relieve
         self.broken: str | None = None
         self._shapes: dict[Hashable, _Shape] = {}
         self._pool: Any = None
@@ -171,6 +174,10 @@ class Replays:
                 other.replay, other.read = None, []
             del graph
             self._recover(index, generator, before, current)
+            if isinstance(reason, torch.OutOfMemoryError) and self.relieve():
+                self.broken = None
+                torch.cuda.empty_cache()
+                return self._capture(shape)
             self._tell(self.broken)
             return None
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvbind.train")
 
-SHARE = 0.85
+SHARE = 0.8
 """Of a GPU's memory that tensors may take: the rest is for its allocator's gaps, libraries and other processes."""
 
 
@@ -55,8 +56,19 @@ def keep_what_fits(step: Step, blocks: list[Recomputed]) -> None:
     count = min(from_all(that_fit([block.extra for block in blocks], room)))
     for block in blocks[len(blocks) - count :]:
         block.on = False
+    step.relieve = partial(all_recomputed, blocks)
     if rank() == 0 and count < len(blocks):
         log.info("%d of %d blocks are computed again in the backward pass, as memory asks", len(blocks) - count, len(blocks))
+
+
+def all_recomputed(blocks: list[Recomputed]) -> bool:
+    """Recompute all blocks from now on; False where they were already."""
+    if all(block.on for block in blocks):
+        return False
+    for block in blocks:
+        block.on = True
+    log.info("all %d blocks are computed again in the backward pass, as a CUDA graph of a step did not fit", len(blocks))
+    return True
 
 
 def capacity(device: torch.device) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -89,6 +89,9 @@ class Step:
         batches: from the task.
         share: what this process reads of them.
         device: where it computes.
+
+    Attributes:
+        relieve: lets steps take less memory from now on, where they can; whether they do.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class Step:
         self.guarded = GuardedStep(optimizer, config)
         self.statistics = [x for x in model.buffers() if x.is_floating_point()]
         self.ahead: list[Part] = []
+        self.relieve: Callable[[], bool] = lambda: False
         self.replayed = Replayed(self) if replays_wanted(config, device) else None
 
     def __call__(self, rate: float, unsaved: float, more: bool) -> Outcome:
@@ -225,9 +229,9 @@ class Replayed:
         self.gradients = Gradients(step.model)
         self.alone = step.accumulate == 1
         if self.alone:
-            self.work = Replays(self._whole, device, self._give_up_gradients)
+            self.work = Replays(self._whole, device, self._give_up_gradients, relieve=self._relieve)
         else:
-            self.work = Replays(self._part, device, self.gradients.attach)
+            self.work = Replays(self._part, device, self.gradients.attach, relieve=self._relieve)
             self.rest = Replays(self._finish, device)
         self._told = False
 
@@ -284,6 +288,9 @@ class Replayed:
             self._told = True
             log.warning("training steps are not replayed as CUDA graphs, or not all of them: %s", reason)
         return reason is None
+
+    def _relieve(self) -> bool:
+        return self.step.relieve()
 
     def _give_up_gradients(self) -> None:
         self.step.optimizer.zero_grad(set_to_none=True)
