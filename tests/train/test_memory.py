@@ -116,7 +116,8 @@ def test_a_graph_that_does_not_fit_is_captured_anew_with_all_blocks_recomputed(m
     shape = SimpleNamespace(batch={}, read=[])
     replay = replays._capture(shape)
     assert tried == [[True, False], [True, True]]
-    assert replays.broken is None and asked == [1]
+    assert replays.broken is None
+    assert asked == [1]
     replay()
     assert tried[-1] == "replayed"
     blocks[0].on = False
