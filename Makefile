@@ -6,6 +6,7 @@ TEST := .venv/test
 OLDEST := .venv/oldest
 PACKAGE := .venv/package
 SERVING := .venv/serving
+DOCS := .venv/docs
 LOCK := .venv/lock
 # byte code of everything takes longer to compile than of what is imported
 INSTALL := pip install --quiet --disable-pip-version-check --no-compile
@@ -30,7 +31,7 @@ PARALLEL := --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 VERSION_TESTS := tests/models tests/tasks tests/train/test_config.py tests/train/test_checkpoint.py tests/test_cli.py \
 	tests/experiments/test_report_page.py tests/experiments/test_figures.py tests/test_locked.py
 
-.PHONY: table2 test test-faults test-nightly test-newest test-oldest test-serving package lock clean
+.PHONY: table2 test docs test-faults test-nightly test-newest test-oldest test-serving package lock clean
 
 table2: $(RUN)/.lock  ## train the ladder on real text and write its report to runs/
 	$(RUN)/bin/kvbind reproduce table2 --task language --scale smoke
@@ -71,10 +72,13 @@ package:  ## wheel and sdist in dist/, built twice and compared, checked, instal
 test-serving: $(SERVING)/.lock  ## models in vLLM, on the CPU
 	OMP_NUM_THREADS=1 $(SERVING)/bin/pytest tests/serving
 
+docs: $(DOCS)/.lock  ## the documentation site in .venv/site/, strictly, its notebooks executed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+
 lock: $(LOCK)/.lock  ## renew the locks from pyproject.toml
 	printf '%s\n' $(TORCH_LOCKED) $(BUILD) | $(LOCK)/bin/uv pip compile --upgrade --quiet --no-annotate \
 		--custom-compile-command 'make lock' --universal --python-version 3.11 \
-		--output-file constraints.txt --extra dev pyproject.toml -
+		--output-file constraints.txt --extra dev --extra docs pyproject.toml -
 	printf '%s\n' $(TORCH_LOCKED) $(BUILD) $(OLDEST_HINTS) | $(LOCK)/bin/uv pip compile --upgrade --quiet --no-annotate \
 		--custom-compile-command 'make lock' --resolution lowest-direct --python-version 3.11 --python-platform linux \
 		--output-file constraints-oldest.txt --extra test pyproject.toml -
@@ -95,6 +99,10 @@ $(RUN)/.lock: pyproject.toml constraints.txt
 
 $(TEST)/.lock: pyproject.toml constraints.txt
 	$(call install,$(TEST),constraints.txt,.[dev])
+	echo constraints.txt > $@
+
+$(DOCS)/.lock: pyproject.toml constraints.txt
+	$(call install,$(DOCS),constraints.txt,.[docs])
 	echo constraints.txt > $@
 
 $(OLDEST)/.lock: pyproject.toml constraints-oldest.txt

@@ -2,7 +2,8 @@
 
 A table stands between `<!-- table: results/bench/FILE.json KEY -->` and `<!-- end -->`; it is made from that file alone. One
 of `kvbind plan` stands between `<!-- plan: OPTIONS -->` and `<!-- end -->`; it is made from the library's formulas and its
-calibration. The sizes of served requests stand behind `<!-- sizes: MEMORY GiB -->`, likewise.
+calibration. The sizes of served requests stand behind `<!-- sizes: MEMORY GiB -->`, likewise; the presets of a family behind
+`<!-- presets: language|images|views -->`.
 """
 
 import json
@@ -30,6 +31,7 @@ PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 """Pages with tables that are made from results."""
 PLAN = re.compile(r"(<!-- plan: ([^\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SIZES = re.compile(r"(<!-- sizes: ([0-9]+) GiB -->\n).*?(<!-- end -->)", re.DOTALL)
+PRESETS_OF = re.compile(r"(<!-- presets: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -237,10 +239,54 @@ def plan_table(words: str) -> str:
     return f"{markdown(grid)}\n\n`kvbind plan {words}`"
 
 
+def presets_table(family: str, root: Path) -> str:
+    """The presets of a family, with what was measured of them on a GPU."""
+    import torch
+    from torch import nn
+
+    from kvbind.models import PRESETS, LactConfig, LactForCausalLM, lact_nvs, vittt
+
+    makers: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+        "language": {
+            name: (
+                f"{fields['num_hidden_layers']} x {fields['hidden_size']}, chunks of {fields['inner'].chunk}",
+                lambda fields=fields: LactForCausalLM(LactConfig(**fields)),
+            )
+            for name, fields in PRESETS.items()
+        },
+        "images": {
+            name: (
+                f"{fields['depth']} x {fields['embed_dim']}"
+                if "depth" in fields
+                else f"{'+'.join(map(str, fields['depths']))} layers of {', '.join(map(str, fields['dim']))}",
+                lambda name=name: vittt.build(name, num_classes=1000),
+            )
+            for name, fields in vittt.SIZES.items()
+        },
+        "views": {
+            name: (f"{config.layers} x {config.dim}", lambda config=config: lact_nvs.LactNvs(config))
+            for name, config in lact_nvs.PRESETS.items()
+        },
+    }[family]
+    measured = {
+        row["name"]: row for row in json.loads((root / "results/bench/models-h200.json").read_text(encoding="utf-8"))["rows"]
+    }
+    lines = []
+    for name, (size, make) in makers.items():
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in make().parameters())
+        row = measured.get({"vittt_base": "vittt-b-training"}.get(name, f"lact-{name}-rung0"))
+        speed = f"{row['ours']:,.0f} {row['unit']}" if row else "-"
+        memory = f"{row['peak_bytes'] / 2**30:.0f} GiB" if row else "-"
+        lines.append([f"`{name}`", size, f"{parameters / 1e6:,.1f}M", speed, memory])
+    return plain(["preset", "layers x width", "parameters", "training, H200", "memory"], lines, left=2)
+
+
 def fill(text: str, root: Path) -> str:
     """A page with every block made anew."""
     text = PLAN.sub(lambda block: f"{block[1]}{plan_table(block[2])}\n{block[3]}", text)
     text = SIZES.sub(lambda block: f"{block[1]}{markdown(size_grid(int(block[2]) << 30))}\n{block[3]}", text)
+    text = PRESETS_OF.sub(lambda block: f"{block[1]}{presets_table(block[2], root)}\n{block[3]}", text)
     return BLOCK.sub(lambda block: f"{block[1]}{table(block[2], block[3], root)}\n{block[4]}", text)
 
 
