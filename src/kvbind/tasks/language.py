@@ -67,8 +67,9 @@ class DataConfig:
     """Text, and how it is packed.
 
     Attributes:
-        source: "stdlib" (the Python standard library's source), "package:NAME" (an installed package's), a folder or file of
-            text, JSONL or parquet, or "hub:NAME".
+        source: "stdlib" (the Python standard library's source), "linux" (the Linux kernel's C source, from Debian's package
+            linux-source), "package:NAME" (an installed Python package's), a folder or file of text, JSONL or parquet, or
+            "hub:NAME".
         column: of tables, the column that holds the text.
         stream: read local JSONL or parquet as it comes, where it is too large to be gone through beforehand.
         name: of hub data sets, the configuration.
@@ -76,7 +77,8 @@ class DataConfig:
         encoding: of text and JSONL files, as Python names it; parquet is always UTF-8.
         held_out: the fraction of documents kept for evaluation, chosen by a stable hash; where there are too few for that,
             the last part of each.
-        held_out_source: other text to evaluate on, all of it; training then reads all of `source`.
+        held_out_source: other text to evaluate on, all of it; training then reads all of `source`. "linux-others" are
+            subsystems that "linux" has not.
         held_out_name: of a hub `held_out_source`, the configuration.
         held_out_part: of a hub `held_out_source`, the published split.
         tokenizer: "bytes", or a name or folder that transformers' `AutoTokenizer` loads.
