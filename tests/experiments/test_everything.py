@@ -102,10 +102,10 @@ def test_the_first_seed_of_every_row_comes_first_and_then_the_telling_rows(tmp_p
     plans = [plan_runs("table2", table2.TABLE.rows, Request(**{**vars(request), "task": task, "overrides": edits}))
              for task, edits in (("language", SMALL), ("toy", ()))]  # fmt: skip
     titles = [job.title for job in in_order(plans)]
-    assert len(titles) == 3 * (9 + 6)
-    assert {title.rpartition(" ")[2] for title in titles[:15]} == {"0"}
-    assert set(titles[15:27]) == {f"language {row} seed {seed}" for row in everything.TELLING for seed in (1, 2)}
-    assert {title.rpartition(" ")[2] for title in titles[27:36]} == {"1"}
+    assert len(titles) == 3 * (11 + 6)
+    assert {title.rpartition(" ")[2] for title in titles[:17]} == {"0"}
+    assert set(titles[17:29]) == {f"language {row} seed {seed}" for row in everything.TELLING for seed in (1, 2)}
+    assert {title.rpartition(" ")[2] for title in titles[29:40]} == {"1"}
 
 
 def test_every_experiment_has_its_tasks(monkeypatch):

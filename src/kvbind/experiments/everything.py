@@ -35,6 +35,9 @@ TASKS_OF = {"figure1": figure1.TASKS, "figure2": ("language",), "figure3": ("lan
 TELLING = ("rung0", "rung1", "rung2", "rung6", "ascent", "key_for_query")
 """Rows of the language model whose further seeds go first."""
 
+ALONE = ("sizes",)
+"""Experiments with runs that no other has, made by their own command alone."""
+
 TIMED = {("table2", "language")}
 """Reports that time something themselves, and wait until the machine is free."""
 
@@ -108,6 +111,8 @@ def wanted(tasks: Sequence[str], request: Request) -> Iterator[tuple[str, str]]:
     Where steps are measured in place of training, those alone that do so and whose rows no other has.
     """
     for name in EXPERIMENTS:
+        if name in ALONE:
+            continue
         if request.measure is not None and name not in ("table2", "figure4"):
             continue
         if name == THEOREMS:

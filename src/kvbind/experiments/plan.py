@@ -44,6 +44,22 @@ def with_inner(task: str, config: Any, inner: Any) -> Any:
     return open_task_module(task).resolve(changed)
 
 
+def row_configs(task: str, config: Any) -> dict[str, Any]:
+    """The configuration of each row that applies to a task, everything spelled out: the paper's, then the baselines.
+
+    Args:
+        task: its name.
+        config: the full system's.
+    """
+    module = open_task_module(task)
+    found = {row: with_inner(task, config, inner) for row, inner in module.rows(config).items()}
+    for row, fields in module.baselines(config).items():
+        changed = copy.deepcopy(config)
+        changed.model.fields = {**changed.model.fields, **fields}
+        found[row] = module.resolve(changed)
+    return found
+
+
 def report_folder(name: str, task: str, scale: str) -> Path:
     """Where a report goes that was not given a folder."""
     return Path(f"runs/{name}-{task}-{scale}")
@@ -100,6 +116,14 @@ class Plan:
         return done
 
 
+def data_edits(task: str, source: str | None) -> list[str]:
+    """Edits that take another source of data, and, where it has one of its own, what is evaluated on with it."""
+    if not source:
+        return []
+    others = named_subject(task).held_out_of.get(source)
+    return [f"data.source={json.dumps(source)}"] + ([f"data.held_out_source={json.dumps(others)}"] if others else [])
+
+
 class UnfinishedError(ValueError):
     """There was not time enough for a single training run that a report could be about."""
 
@@ -121,17 +145,17 @@ def plan_runs(
     """
     task, scale, data, out = request.task, request.scale, request.source(request.task), request.out
     module = open_task_module(task)
-    edits = [*edits, *request.overrides, *([f"data.source={json.dumps(data)}"] if data else [])]
-    inners = module.rows(configuration(task, scale, 0, edits))
+    edits = [*edits, *request.overrides, *data_edits(task, data)]
     config = module.resolve(configuration(task, scale, 0, edits))
     device = pick_device(config.train.device)
     trained = request.trained or (out / "trained" if out else Path("runs/trained"))
     known = known or Fingerprints(trained)
-    names = [row for row in rows if row in inners]
     jobs = {}
     for seed in range(request.seeds):
+        configs = row_configs(task, configuration(task, scale, seed, edits))
+        names = [row for row in rows if row in configs]
         for number, row in enumerate(names, start=1):
-            own = with_inner(task, configuration(task, scale, seed, edits), inners[row])
+            own = configs[row]
             title = f"{number}/{len(names)} {row}" + (f" seed {seed}" if request.seeds > 1 else "")
             jobs[row, seed] = Job(task, own, trained / run_name(task, own, known), title)
     workers = request.workers or default_workers(device)
