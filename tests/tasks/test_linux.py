@@ -90,13 +90,15 @@ def test_the_newest_version_counts_by_its_numbers(place):
 
 def test_where_it_is_missing_the_error_says_how_to_install_it(place, monkeypatch):
     for name in ("linux", "linux-others"):
-        with pytest.raises(ValueError, match=r"linux-source-\*\.tar\.xz here: apt-get install linux-source \(or set KVBIND_L"):
+        with pytest.raises(
+            ValueError, match=r"linux-source-\*\.tar\.xz here: apt-get install linux-source \(or set KVBIND_L"
+        ):
             Source(name).open(None)
     monkeypatch.setenv(linux.VARIABLE, str(place / "nothing"))
     with pytest.raises(ValueError, match=r"KVBIND_LINUX must name a tarball or folder that exists; got '.*nothing'"):
         Source("linux").open(None)
     monkeypatch.setenv(linux.VARIABLE, str(place))
-    with pytest.raises(ValueError, match="KVBIND_LINUX must name the Linux kernel's source; .* holds no such C files"):
+    with pytest.raises(ValueError, match=r"KVBIND_LINUX must name the Linux kernel's source; .* holds no such C files"):
         Source("linux").open(None)
 
 

@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvbind.bench.timing import median_seconds, peak_bytes
 from kvbind.models.lact_nvs import LactNvs, LactNvsConfig, mean_frame
 from kvbind.models.lact_nvs.model import Images
 from kvbind.tasks.views.procedural import Cameras, make_cameras
+
 
 class FullAttentionNvs(LactNvs):
     """LaCT view synthesis with softmax attention over all input tokens in place of the fast weights.

@@ -1,16 +1,17 @@
 """The gap against training: does what a change costs close, stay or grow as models are trained longer?
 
-Every row of table 2 is evaluated on its way, at a sixteenth of its training, an eighth, and so on, and compared with the full
-system at the same step, seed by seed. Rates there are those of the whole schedule, before they have come down: a model on its
-way is not what a shorter training would have come to, but all rows are alike in that.
+Every row of table 2 is evaluated on its way, at a sixteenth of its training, an eighth, and so on, and compared with the
+full system at the same step, seed by seed. Rates there are those of the whole schedule, before they have come down: a model
+on its way is not what a shorter training would have come to, but all rows are alike in that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from kvbind.experiments import trends
+from kvbind.experiments import plan, trends
 from kvbind.experiments.findings import Findings, Request, write_findings
 from kvbind.experiments.runs import Run
 from kvbind.experiments.shared import Trained, train_rows
@@ -24,9 +25,12 @@ PLACES = {1 / 16: "1/16", 1 / 8: "1/8", 1 / 4: "1/4", 1 / 2: "1/2", 1.0: "1"}
 """Fractions of the training, by value."""
 
 CAVEAT = (
-    "Learning rates at a fraction of the training are those of the whole schedule, so that a model there is not what a training "
-    "of that length would have come to; rows are compared at the same step."
+    "Learning rates at a fraction of the training are those of the whole schedule, so that a model there is not what a "
+    "training of that length would have come to; rows are compared at the same step."
 )
+
+
+planned_jobs = partial(plan.planned_jobs, "gaps", TABLE.rows)
 
 
 def reproduce(**options: Any) -> dict[str, Any]:
@@ -59,8 +63,8 @@ def reproduce(**options: Any) -> dict[str, Any]:
     findings = Findings(
         experiment="gaps",
         title=f"The gap against training: {request.task}, scale {request.scale}",
-        lead=f"How much worse than the full system in {metric.title}, at fractions of the training, mean and standard error of "
-        f"the differences seed by seed; below 0 a row is better. {CAVEAT}{without(trained)}{trained.missing}",
+        lead=f"How much worse than the full system in {metric.title}, at fractions of the training, mean and standard error "
+        f"of the differences seed by seed; below 0 a row is better. {CAVEAT}{without(trained)}{trained.missing}",
         config=trained.config,
         data={
             "metric": metric.name,

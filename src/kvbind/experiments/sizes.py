@@ -48,19 +48,19 @@ def planned(request: Request) -> dict[str, Plan]:
     return found
 
 
-def jobs(request: Request) -> list[Job]:
-    """All runs, the first seed of every size first."""
+def planned_jobs(request: Request) -> list[tuple[str, Job]]:
+    """The runs of all sizes, each with the name of its row."""
     return in_order(planned(request))
 
 
-def in_order(sizes: Mapping[str, Plan]) -> list[Job]:
-    """The runs of all sizes, the first seed of every size first."""
+def in_order(sizes: Mapping[str, Plan]) -> list[tuple[str, Job]]:
+    """The runs of all sizes, the first seed of every size first, each with the name of its row."""
     every = [
-        (seed, replace(job, title=f"{size}, {job.title}"))
+        (seed, row, replace(job, title=f"{size}, {job.title}"))
         for size, plan in sizes.items()
-        for (_, seed), job in plan.jobs.items()
+        for (row, seed), job in plan.jobs.items()
     ]
-    return [job for _, job in sorted(every, key=lambda pair: pair[0])]
+    return [(row, job) for _, row, job in sorted(every, key=lambda one: one[0])]
 
 
 def reproduce(**options: Any) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     subject, sizes = named_subject(TASK), planned(request)
     plan = sizes[OWN]
     metric, labels = subject.metric, row_labels(ROWS, subject)
-    every = [replace(job, fresh=request.fresh) for job in in_order(sizes)]
+    every = [replace(job, fresh=request.fresh) for row, job in in_order(sizes) if request.trains(row) or job.finished]
     request.say(f"sizes, scale {request.scale}: {len(every)} training run(s) on {plan.device}; report in {plan.out}")
     trained = train_all(every, plan.workers, request.console, lambda job, run: None, deadline=request.deadline)
     done = {job.folder: run for job, run in zip(every, trained, strict=True) if run is not None}
@@ -89,9 +89,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     missing = ""
     for size, own in sizes.items():
         runs = {key: done[job.folder] for key, job in own.jobs.items() if job.folder in done}
-        missing += sentence(
-            f"Unfinished at {size}", {row: (seeds_of(own.jobs, row), seeds_of(runs, row)) for row in ROWS}
-        )
+        missing += sentence(f"Unfinished at {size}", {row: (seeds_of(own.jobs, row), seeds_of(runs, row)) for row in ROWS})
         for row, seed in (key for key in runs if key[0] in rows and (ROWS[0], key[1]) in runs):
             value, full = (runs[name, seed].result["held_out"][metric.name] for name in (row, ROWS[0]))
             # of the full system, as rungs differ in a few of them
@@ -120,7 +118,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
             "rows": [{"name": row, "label": labels[row], "trend": None if found[row] is None else vars(found[row]),
                       "gaps": [{"parameters": place, "by_seed": {str(seed): x for seed, x in own[place].items()}}
                                for place in sorted(own)]} for row, own in gaps.items()],
-            "sizes": [{"size": size, "runs": [job.folder.as_posix() for job in own.jobs.values()]} for size, own in sizes.items()],
+            "sizes": {size: [job.folder.as_posix() for job in own.jobs.values()] for size, own in sizes.items()},
         },
         verdicts=[trends.judge(labels[row], found[row], metric, "with larger models") for row in gaps],
         tables={"By size": (["", *(f"{count(round(place))} parameters" for place in places)], lines)},

@@ -1,13 +1,15 @@
 """Table 2: the ladder from the full system down to standard linear attention, Table 1's two controls, and baselines.
 
 Every row is the same model, trained from scratch on the same data in the same order from the same seed; only the inner loop
-differs. Baselines, which the paper does not have, are that model with softmax attention in place of the fast weights. Each is evaluated on data that it has not seen, and throughput stands beside quality.
+differs. Baselines, which the paper does not have, are that model with softmax attention in place of fast weights. Each is
+evaluated on data that it has not seen, and throughput stands beside quality.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
+from kvbind.experiments import plan
 from kvbind.experiments.reproduce import reproduce_table
 from kvbind.experiments.tables import BASELINES, Table
 from kvbind.inner.systems import RUNGS
@@ -24,3 +26,4 @@ TABLE = Table(
 )
 
 reproduce = partial(reproduce_table, TABLE)
+planned_jobs = partial(plan.planned_jobs, TABLE.name, TABLE.rows)

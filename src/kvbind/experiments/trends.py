@@ -1,4 +1,4 @@
-"""What becomes of a row's gap to the full system along a scale: more training, or larger models. One rule for all of them."""
+"""What becomes of a row's gap to the full system along a scale, of training or of size. One rule for all of them."""
 
 from __future__ import annotations
 
@@ -100,10 +100,10 @@ def judge(label: str, trend: Trend | None, metric: Metric, scale: str) -> Verdic
     unit = metric.unit
     claim = f"the gap of {label} to the full system closes {scale}"
     rule = (
-        f"a line through the gaps, against the logarithm of their places, has a slope at least {ERRORS} standard errors over "
-        "seeds from 0, towards no gap; it does not hold if it is as far from 0 away from no gap (the gap grows), or if the "
-        f"change along the whole line is below {metric.margin:g}{unit} by {ERRORS} standard errors (it stays); one seed decides "
-        "nothing"
+        f"a line through the gaps, against the logarithm of their places, has a slope at least {ERRORS} standard errors "
+        "over seeds from 0, towards no gap; it does not hold if it is as far from 0 away from no gap (the gap grows), or if the "
+        f"change along the whole line is below {metric.margin:g}{unit} by {ERRORS} standard errors (it stays); one seed "
+        "decides nothing"
     )
     if trend is None:
         return Verdict(claim, rule, None, f"fewer than {LEAST} places that a seed has all of")

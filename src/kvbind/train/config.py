@@ -128,7 +128,9 @@ class TrainConfig:
                 raise ValueError(f"train.{name} must be at least {least}; got {getattr(self, name)}")
         for fraction in self.evaluate_at:
             if not 0 < fraction <= 1:
-                raise ValueError(f"train.evaluate_at must hold fractions above 0 and at most 1; got {list(self.evaluate_at)}")
+                raise ValueError(
+                    f"train.evaluate_at must hold fractions above 0 and at most 1; got {list(self.evaluate_at)}"
+                )
         if not 0 <= self.ema < 1:
             raise ValueError(f"train.ema must be at least 0 and below 1; got {self.ema}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -311,8 +313,8 @@ def to_plain(config: Any) -> dict[str, Any]:
 def what_matters(config: Any) -> dict[str, Any]:
     """A run's configuration without the keys that change nothing of its result.
 
-    Those are the device, evaluations on the way, checkpoints, event files, and how the run is spread over processes. The data's own are those that
-    their dataclass lists as `INDIFFERENT`.
+    Those are the device, evaluations on the way, checkpoints, event files, and how the run is spread over processes. The
+    data's own are those that their dataclass lists as `INDIFFERENT`.
     """
     plain = to_plain(config)
     indifferent = {"train": _INDIFFERENT, "data": getattr(getattr(config, "data", None), "INDIFFERENT", ())}

@@ -51,7 +51,9 @@ def reproduce(**options: Any) -> dict[str, Any]:
         UnfinishedError: no run is finished, or none has its weights here.
     """
     request = Request(**options)
-    trained = train_rows("explorer", [row for row in TABLE.rows if row not in BASELINES], tuple(SUBJECTS), request, weights=True)
+    trained = train_rows(
+        "explorer", [row for row in TABLE.rows if row not in BASELINES], tuple(SUBJECTS), request, weights=True
+    )
     rows, example = [], None
     for name in trained.runs:
         seed, metric = min(trained.runs[name]), trained.subject.metric

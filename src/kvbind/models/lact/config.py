@@ -95,7 +95,7 @@ class LactConfig(WithImports, PretrainedConfig):
             keys and values; or, where the inner loop has what that does not make (`kvbind.layers.lact.NOT_MADE`), for a
             `FastWeightLayer` that follows the inner loop. With it, `num_lact_heads`, `inter_multi` and `base_lr` are those
             of that layer, and fields of attention and of queries, keys and values have no meaning.
-        fast_weights: False for attention alone, as a baseline: over `window_size` tokens, which may be as many as a text has.
+        fast_weights: False for attention alone, as a baseline: over `window_size` tokens, as many as a text has or fewer.
             `inner` and the fields of fast weights then have no meaning.
         ttt_form: "auto", "recurrent" or "parallel", as `kvbind.ttt` takes it.
         inter_multi: hidden width of the fast network over its head width.

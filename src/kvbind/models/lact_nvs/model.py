@@ -267,8 +267,10 @@ class LactNvs(nn.Module):
 
     @property
     def inner(self) -> InnerLoop:
-        """The inner loop of the first layer; assigning one gives it to every layer. Of a baseline, what its configuration
-        has, which is without meaning."""
+        """The inner loop of the first layer; assigning one gives it to every layer.
+
+        Of a baseline, what its configuration has, which is without meaning.
+        """
         return self.mixers[0].inner if self.mixers else self.config.inner
 
     @inner.setter
@@ -321,7 +323,9 @@ class LactNvs(nn.Module):
                 without fast weights.
         """
         if not self.config.fast_weights:
-            raise ValueError("config must have fast_weights=True for scenes to be reconstructed: a baseline has forward alone")
+            raise ValueError(
+                "config must have fast_weights=True for scenes to be reconstructed: a baseline has forward alone"
+            )
         image = self._check_views(image, c2w, fxfycxcy)
         size = (image.shape[-2], image.shape[-1])
         states: Sequence[State | None] | None = None

@@ -222,7 +222,7 @@ def rows(config: ImagesConfig) -> dict[str, dict[str, Any]]:
 
 
 def baselines(config: ImagesConfig) -> dict[str, dict[str, Any]]:
-    """Edits of `config.model.fields` that make the models without fast weights, by row: "softmax", a plain vision transformer.
+    """Edits of `config.model.fields` that make models without fast weights, by row: "softmax", a plain vision transformer.
 
     Width, depth and heads are the full system's; what that has in parameters of its fast weights and convolutions goes into
     wider MLPs. Hierarchical models have none.

@@ -205,7 +205,7 @@ def resolve(config: ViewsConfig) -> ViewsConfig:
 
 
 def baselines(config: ViewsConfig) -> dict[str, dict[str, Any]]:
-    """Edits of `config.model.fields` that make the models without fast weights, by row: "softmax", full attention across views.
+    """Edits of `config.model.fields` that make models without fast weights, by row: "softmax", attention across all views.
 
     Widths and depth are the full system's; what that has in parameters of its fast weights goes into wider MLPs.
     """
