@@ -259,8 +259,8 @@ def reproduce(
         typer.Argument(
             help="Which: table1 (gradient ascent, and keys for queries), table2 (the ladder), theorems, figure1 (more inner "
             "steps at test time), figure2 (queries beside keys), figure3 (loss by position), figure4 (the forms by the "
-            "clock), gaps (each row's gap to the full system along training), sizes (the same by size), explorer (models"
-            " to look into), or all."
+            "clock), gaps (each row's gap to the full system along training), sizes (the same by size), chunks "
+            "(views in several updates), explorer (models to look into), or all."
         ),
     ],
     task: Annotated[

@@ -81,11 +81,13 @@ class Scale:
         preset: of the task.
         overrides: edits of it.
         about: for people.
+        long: tokens of the sequences on which figure 3 asks what becomes of losses beyond the length of training; 0 for not.
     """
 
     preset: str
     overrides: tuple[str, ...]
     about: str
+    long: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ SUBJECTS: dict[str, Subject] = {
         scales={
             "smoke": Scale("tiny", ("train.steps=180", "train.warmup=18", ON_THE_WAY), "minutes on two CPU cores"),
             "small": Scale("small", (ON_THE_WAY,), "minutes per row on one GPU"),
-            "large": Scale("large", (ON_THE_WAY,), "61 million bytes per row, minutes each on one H200"),
+            "large": Scale("large", (ON_THE_WAY,), "61 million bytes per row, minutes each on one H200", long=32768),
             "paper": Scale("760m", (), "the paper's own size: 760M parameters, 21 billion tokens per row"),
         },
         speed=InnerLoopSpeed(_language_size, paper.INNER_LOOP_SPEED),
