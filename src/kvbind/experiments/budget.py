@@ -85,8 +85,11 @@ def estimate(jobs: Mapping[Path, tuple[str, Job]]) -> list[Left]:
             found.append(Left(job, done, left * kinds[kind(job)], HERE))
         else:
             speed = measured(job, row)
-            basis = "" if math.isnan(speed) else MOST if job.task in BESIDE else MEASURED
-            found.append(Left(job, done, left * units_of_step(job) / speed, basis))
+            if speed is None:
+                found.append(Left(job, done, math.nan, ""))
+            else:
+                basis = MOST if job.task in BESIDE else MEASURED
+                found.append(Left(job, done, left * units_of_step(job) / speed, basis))
     return found
 
 
@@ -121,13 +124,14 @@ def units_of_step(job: Job) -> int:
     return int(data.batch * each() * job.config.train.accumulate)
 
 
-def measured(job: Job, row: str) -> float:
-    """Tokens, images or views per second of a run of that row, from measurements on an H200; NaN where there are none."""
+def measured(job: Job, row: str) -> float | None:
+    """Tokens, images or views per second of a run of that row, from measurements on an H200; None where there are none."""
     if job.task in BESIDE:
         return BESIDE[job.task]
     near = LIKE.get(row, row)
     if job.task != "language" or near not in TOKENS:
-        return math.nan
+        return None
+    from kvbind.inner.systems import ladder
     from kvbind.models import LactConfig
     from kvbind.models.flops import lact_flops
     from kvbind.models.presets import PRESETS
@@ -135,8 +139,6 @@ def measured(job: Job, row: str) -> float:
 
     def per_token(config: LactConfig, length: int) -> float:
         return sum(lact_flops(config, length).values()) / length
-
-    from kvbind.inner.systems import ladder
 
     sizes = PRESETS["30m"]
     timed = LactConfig(**{**sizes, "inner": ladder(sizes["inner"])[near], "vocab_size": 256})
