@@ -1,7 +1,7 @@
 """`kvbind reproduce ... --plan`: the training runs of a command, how far each is, and about how long the rest takes.
 
 Where a run, or another of its kind, has taken steps here, what is left of it is counted by their time. Else by what was
-measured on one NVIDIA H200: for the language model, whole steps as CUDA graphs (`results/bench/graphs-h200.json`), at equal
+measured on one NVIDIA H200: for the language model, whole steps as CUDA graphs (`results/bench/models-h200.json`), at equal
 model FLOPs per second for sizes and rows that are near a measured one; for images and views, the runs of `--scale small`
 (`results/table2-images-small`, `results/table2-views-small`), several of which shared a GPU: the most that it may take.
 """
@@ -28,14 +28,14 @@ from kvbind.train.metrics import read_metrics
 HERE, MEASURED, MOST = "timed here", "as on an H200", "at most, as on an H200"
 """Where a time comes from."""
 
-TOKENS = {"rung0": 325_152.0, "rung2": 863_473.0, "rung6": 1_215_753.0}
-"""Tokens per second of training the preset "30m" on bytes, 3 x 8192 at once, by rung."""
+TOKENS = {"rung0": 327_394.0, "rung2": 862_873.0, "rung6": 1_190_293.0, SOFTMAX: 570_297.0}
+"""Tokens per second of training the preset "30m" on bytes, 3 x 8192 at once, by row; of softmax attention, those of a Llama."""
 
 BESIDE = {"images": 3_680.0, "views": 951.0}
 """Images or views per second of the slowest row of `--scale small`, beside other runs."""
 
 LIKE = {"rung1": "rung0", "ascent": "rung0", "key_for_query": "rung0", "rung3": "rung2", "rung4": "rung2", "rung5": "rung2",
-        WINDOW: "rung6", SOFTMAX: "rung6"}  # fmt: skip
+        WINDOW: "rung6"}  # fmt: skip
 """By row, a measured one of as many model FLOPs per second, or fewer."""
 
 ENOUGH = 20
@@ -131,7 +131,7 @@ def measured(job: Job, row: str) -> float | None:
     near = LIKE.get(row, row)
     if job.task != "language" or near not in TOKENS:
         return None
-    from kvbind.inner.systems import ladder
+    from kvbind.inner.systems import RUNGS, ladder
     from kvbind.models import LactConfig
     from kvbind.models.flops import lact_flops
     from kvbind.models.presets import PRESETS
@@ -140,11 +140,12 @@ def measured(job: Job, row: str) -> float | None:
     def per_token(config: LactConfig, length: int) -> float:
         return sum(lact_flops(config, length).values()) / length
 
-    sizes = PRESETS["30m"]
-    timed = LactConfig(**{**sizes, "inner": ladder(sizes["inner"])[near], "vocab_size": 256})
+    sizes, length = PRESETS["30m"], 8192
+    which = {"inner": ladder(sizes["inner"])[near]} if near in RUNGS else {"fast_weights": False, "window_size": length}
+    timed = LactConfig(**{**sizes, **which, "vocab_size": 256})
     fields = {**model_fields(job.config.model), "inner": inner_loop(job.config.model)}
     own = LactConfig(**{**fields, "vocab_size": 257 if job.config.data.tokenizer == "bytes" else fields["vocab_size"]})
-    return TOKENS[near] * per_token(timed, 8192) / per_token(own, job.config.data.length)
+    return TOKENS[near] * per_token(timed, length) / per_token(own, job.config.data.length)
 
 
 def rows_of(jobs: Sequence[tuple[str, Job]]) -> dict[Path, tuple[str, Job]]:
