@@ -184,8 +184,7 @@ def experiment(record: dict[str, Any], key: str, path: str) -> str:
         ValueError: another key.
     """
     if key == "verdicts":
-        rows = [(x["claim"], f"**{STATES[x['holds']]}**", x["found"], x["rule"]) for x in record["verdicts"]]
-        return plain(("claim", "verdict", "found", "it holds if"), rows, left=4)
+        return verdicts(record["verdicts"])
     if key == "measured":
         return "\n\n".join(plain(x["header"], x["rows"]) for x in record["tables"])
     if key != "rows":
@@ -193,6 +192,14 @@ def experiment(record: dict[str, Any], key: str, path: str) -> str:
     outcome = read_outcome(record)
     header, rows = as_grid(row_names(outcome, outcome.labels), quality_columns(outcome) + speed_columns(outcome))
     return f"{plain(header, rows)}\n\n{describe(outcome)}"
+
+
+def verdicts(found: Sequence[dict[str, Any]]) -> str:
+    """Claims and what was found, and below them each rule once."""
+    rules = list(dict.fromkeys(x["rule"] for x in found))
+    rows = [(x["claim"], f"**{STATES[x['holds']]}**", x["found"], str(rules.index(x["rule"]) + 1)) for x in found]
+    said = "\n".join(f"{number}. {rule}." for number, rule in enumerate(rules, start=1))
+    return f"{plain(('claim', 'verdict', 'found', 'rule'), rows, left=4)}\n\nA claim holds by its rule:\n\n{said}"
 
 
 def plain(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -345,7 +345,7 @@ def test_help_does_not_wait_for_pytorch():
         (["table2", "--data", "language=a", "--data", "language=b"], "data must name each task once"),
         (["table2", "--task", "views", "--data", "language=a"], "data must be of the task views; got data for language"),
         (["table2", "--task", "all", "--data", "somewhere"], "data must be None or name a task, such as language=PATH"),
-        (["table2", "--rows", "rung0"], "rows is for measured steps alone"),
+        (["table2", "--rows", "rung9"], "rows must be"),
         (
             ["figure1", "--scale", "paper"],
             "figure1 looks at trained models, of which --scale paper has none without --train",

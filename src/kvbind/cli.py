@@ -259,13 +259,16 @@ def reproduce(
         typer.Argument(
             help="Which: table1 (gradient ascent, and keys for queries), table2 (the ladder), theorems, figure1 (more inner "
             "steps at test time), figure2 (queries beside keys), figure3 (loss by position), figure4 (the forms by the "
-            "clock), explorer (models to look into), or all."
+            "clock), gaps (each row's gap to the full system along training), sizes (the same by size), chunks "
+            "(views in several updates), explorer (models to look into), or all."
         ),
     ],
     task: Annotated[
         str | None, typer.Option(help=f"What is trained: {TASK_NAMES}, or all; default language.", show_default=False)
     ] = None,
-    scale: Annotated[str, typer.Option(help="smoke (minutes on two CPU cores), small (one GPU), or paper.")] = "smoke",
+    scale: Annotated[
+        str, typer.Option(help="smoke (minutes on two CPU cores), small (one GPU), large (ten times as much), or paper.")
+    ] = "smoke",
     seeds: Annotated[int, typer.Option(help="Training runs per row, each from another seed.", min=1)] = 1,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the report; default runs/EXPERIMENT-TASK-SCALE.", show_default=False)
@@ -318,8 +321,16 @@ def reproduce(
         bool, typer.Option("--train", help="At --scale paper: train indeed, which takes months of one GPU.")
     ] = False,
     rows: Annotated[
-        str | None, typer.Option(help="Rows to measure steps of, with commas between them; default all.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Rows to train, or to measure steps of, with commas between them, such as rung0,rung2,window; default all. "
+            "Others are reported where they are finished.",
+            show_default=False,
+        ),
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Train nothing: list the runs, how far each is, and how long the rest takes.")
+    ] = False,
     price: Annotated[float, typer.Option(help="Of a GPU for an hour, for projections.", min=0.0)] = 2.5,
     efficiency: Annotated[
         float, typer.Option(help="Of several GPUs over as many times one, for projections; assumed.", min=0.0)
@@ -336,35 +347,39 @@ def reproduce(
     them together and fills all GPUs.
     """
     from kvbind.experiments import EXPERIMENTS, open_experiment
+    from kvbind.experiments.budget import plan_experiment
     from kvbind.experiments.findings import Measure
     from kvbind.inner.value import nearest
 
     known = (*EXPERIMENTS, "all")
     if experiment not in known:
         raise ValueError(f"experiment must be one of {', '.join(known)}; got {experiment!r}{nearest(experiment, known)}")
-    steps = measure_steps or (20 if scale == "paper" and not really_train else None)
-    if rows is not None and steps is None:
-        raise ValueError(f"rows is for measured steps alone (--measure-steps, or --scale paper); got {rows!r}")
+    steps = measure_steps or (20 if scale == "paper" and not (really_train or plan) else None)
     named, task = sources(data or []), task or ("all" if experiment == "all" else "language")
     if isinstance(named, dict) and task != "all" and set(named) != {task}:
         raise ValueError(f"data must be of the task {task}; got data for {', '.join(named)}")
     chosen = None if rows is None else tuple(name.strip() for name in rows.split(","))
+    asked: dict[str, Any] = {
+        "task": task,
+        "scale": scale,
+        "seeds": seeds,
+        "out": out,
+        "trained": trained,
+        "fresh": not resume,
+        "minutes": minutes,
+        "rows": chosen,
+        "data": named,
+        "workers": workers,
+        "measure": None if steps is None else Measure(steps, chosen, price, efficiency),
+        "overrides": overrides or [],
+        "console": console(),
+        "verbose": verbose,
+    }
+    if plan:
+        plan_experiment(experiment, **asked)
+        return
     with continuable():
-        open_experiment("everything" if experiment == "all" else experiment).reproduce(
-            task=task,
-            scale=scale,
-            seeds=seeds,
-            out=out,
-            trained=trained,
-            fresh=not resume,
-            minutes=minutes,
-            data=named,
-            workers=workers,
-            measure=None if steps is None else Measure(steps, chosen, price, efficiency),
-            overrides=overrides or [],
-            console=console(),
-            verbose=verbose,
-        )
+        open_experiment("everything" if experiment == "all" else experiment).reproduce(**asked)
 
 
 def sources(words: Sequence[str]) -> str | dict[str, str] | None:
@@ -558,6 +573,9 @@ def plan(
     budget: Annotated[
         float | None, typer.Option(help="Tokens to train on, such as 15e9; default the configuration's.", show_default=False)
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Train nothing: list the runs, how far each is, and how long the rest takes.")
+    ] = False,
     price: Annotated[float | None, typer.Option(min=0.0, help="Of an hour of one GPU.", show_default=False)] = None,
     calibrate: Annotated[
         list[Path] | None,

@@ -26,7 +26,7 @@ from kvbind.sequence.boundaries import Boundaries, with_room
 from kvbind.tasks import inner_loops, preset_files
 from kvbind.tasks.contents import Contents
 from kvbind.tasks.documents import Split
-from kvbind.tasks.inner_loops import edited, table_rows
+from kvbind.tasks.inner_loops import SOFTMAX, WINDOW, edited, more_hidden, table_rows
 from kvbind.tasks.packing import IGNORED, Batch, Packed, evaluation_batches, load_batches
 from kvbind.tasks.sources import Source
 from kvbind.tasks.tokenizers import Bytes, Tokenizer, open_tokenizer, read_chat_template
@@ -67,8 +67,9 @@ class DataConfig:
     """Text, and how it is packed.
 
     Attributes:
-        source: "stdlib" (the Python standard library's source), "package:NAME" (an installed package's), a folder or file of
-            text, JSONL or parquet, or "hub:NAME".
+        source: "stdlib" (the Python standard library's source), "linux" (the Linux kernel's C source, from Debian's package
+            linux-source), "package:NAME" (an installed Python package's), a folder or file of text, JSONL or parquet, or
+            "hub:NAME".
         column: of tables, the column that holds the text.
         stream: read local JSONL or parquet as it comes, where it is too large to be gone through beforehand.
         name: of hub data sets, the configuration.
@@ -76,7 +77,8 @@ class DataConfig:
         encoding: of text and JSONL files, as Python names it; parquet is always UTF-8.
         held_out: the fraction of documents kept for evaluation, chosen by a stable hash; where there are too few for that,
             the last part of each.
-        held_out_source: other text to evaluate on, all of it; training then reads all of `source`.
+        held_out_source: other text to evaluate on, all of it; training then reads all of `source`. "linux-others" are
+            subsystems that "linux" has not.
         held_out_name: of a hub `held_out_source`, the configuration.
         held_out_part: of a hub `held_out_source`, the published split.
         tokenizer: "bytes", or a name or folder that transformers' `AutoTokenizer` loads.
@@ -241,6 +243,31 @@ def rows(config: LanguageConfig) -> dict[str, Any]:
         By name: "rung0" to "rung6", the ladder; "ascent" and "key_for_query", each one change of the full system.
     """
     return table_rows(inner_loop(config.model))
+
+
+FULL = 32768
+"""The window of the baseline with full attention: no evaluation reads more tokens at once."""
+
+
+def baselines(config: LanguageConfig) -> dict[str, dict[str, Any]]:
+    """Edits of `config.model.fields` that make the models without fast weights, by row.
+
+    Widths, depth and heads are the full system's; what that has in parameters of its fast weights goes into wider MLPs.
+
+    Returns:
+        "window", attention over the same window alone, and "softmax", full attention; none of a model of layers without
+        attention.
+    """
+    from kvbind.models import LactConfig
+    from kvbind.models.lact.model import LactBlock
+
+    own = LactConfig(**model_fields(config.model) | {"inner": inner_loop(config.model)})
+    if own.projections is not None:
+        return {}
+    without = LactConfig(**{**model_fields(config.model), "fast_weights": False})
+    wider = own.mlp_width + more_hidden(LactBlock, own, without, 3 * own.hidden_size)
+    edits = {"fast_weights": False, "intermediate_size": wider}
+    return {WINDOW: edits, SOFTMAX: {**edits, "window_size": max(FULL, config.data.length)}}
 
 
 class LanguageTask:

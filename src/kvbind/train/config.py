@@ -21,8 +21,8 @@ RECOMPUTE = ("auto", "none", "block", "selective", "offload")
 """What `train.activation_checkpointing` can be."""
 
 _INDIFFERENT = {
-    "device", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "parallel", "activation_checkpointing",
-    "graphs",
+    "device", "evaluate_at", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "parallel",
+    "activation_checkpointing", "graphs",
 }  # fmt: skip
 
 
@@ -73,6 +73,8 @@ class TrainConfig:
         tf32: on GPUs, let matrix products of float32 operands, those of the fast weights among them, run in TF32.
         device: "auto", or any torch device.
         evaluate_every: steps between evaluations; 0 for at the start and the end only.
+        evaluate_at: further evaluations, at fractions of the steps between 0 and 1. The rates there are those of the whole
+            schedule: a model on its way is not what a shorter training would have come to.
         checkpoint_every: steps between checkpoints; 0 for none by steps.
         checkpoint_minutes: minutes between checkpoints; 0 for none by time.
         keep: how many checkpoints to keep.
@@ -101,6 +103,7 @@ class TrainConfig:
     tf32: bool = True
     device: str = "auto"
     evaluate_every: int = 0
+    evaluate_at: list[float] = field(default_factory=list)
     checkpoint_every: int = 0
     checkpoint_minutes: float = 5.0
     keep: int = 2
@@ -123,6 +126,11 @@ class TrainConfig:
             # not (x >= least) is also true of NaN
             if not getattr(self, name) >= least:
                 raise ValueError(f"train.{name} must be at least {least}; got {getattr(self, name)}")
+        for fraction in self.evaluate_at:
+            if not 0 < fraction <= 1:
+                raise ValueError(
+                    f"train.evaluate_at must hold fractions above 0 and at most 1; got {list(self.evaluate_at)}"
+                )
         if not 0 <= self.ema < 1:
             raise ValueError(f"train.ema must be at least 0 and below 1; got {self.ema}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -130,6 +138,11 @@ class TrainConfig:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} must be greater than 0; got {getattr(self, name)}")
+
+
+def step_at(fraction: float, steps: int) -> int:
+    """The step at which so much of a training of `steps` is done."""
+    return max(round(fraction * steps), 1)
 
 
 def read_config(schema: type[T], presets: Mapping[str, Path], preset: str, overrides: Sequence[str] = ()) -> T:
@@ -300,8 +313,8 @@ def to_plain(config: Any) -> dict[str, Any]:
 def what_matters(config: Any) -> dict[str, Any]:
     """A run's configuration without the keys that change nothing of its result.
 
-    Those are the device, checkpoints, event files, and how the run is spread over processes. The data's own are those that
-    their dataclass lists as `INDIFFERENT`.
+    Those are the device, evaluations on the way, checkpoints, event files, and how the run is spread over processes. The
+    data's own are those that their dataclass lists as `INDIFFERENT`.
     """
     plain = to_plain(config)
     indifferent = {"train": _INDIFFERENT, "data": getattr(getattr(config, "data", None), "INDIFFERENT", ())}

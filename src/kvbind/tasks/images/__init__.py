@@ -26,7 +26,7 @@ from kvbind.tasks.images.augment import Augment, AugmentConfig, ReadEvaluation, 
 from kvbind.tasks.images.loading import Batch, Order, Reads, evaluation_batches, training_batches
 from kvbind.tasks.images.look import look, suited_patch
 from kvbind.tasks.images.sources import DIGITS, Images, InMemory, Readable, Source, Splits, holds_idx
-from kvbind.tasks.inner_loops import beneath, edited, table_rows
+from kvbind.tasks.inner_loops import SOFTMAX, beneath, edited, more_hidden, table_rows
 from kvbind.train.config import TrainConfig, parse_overrides
 from kvbind.train.ranks import WHOLE, Share
 
@@ -49,7 +49,7 @@ FITS = {"heads": check_fits_heads, "conv": check_fits_conv}
 
 MODEL_FIELDS = (
     "embed_dim", "depth", "num_heads", "patch_size", "mlp_ratio", "qkv_bias", "drop_rate", "drop_path_rate",
-    "initializer_range",
+    "initializer_range", "fast_weights",
 )  # fmt: skip
 """What `model.fields` may hold."""
 
@@ -62,7 +62,7 @@ class ModelConfig:
         size: where it starts: a published size, such as "vittt_tiny" or "vittt_base" (`kvbind.models.vittt.SIZES`).
         inner: edits of the inner loops, field by field, under "heads" (the gated linear units) and "conv" (the convolution).
         fields: edits of that size: `embed_dim`, `depth`, `num_heads`, `patch_size`, `mlp_ratio`, `qkv_bias`, `drop_rate`,
-            `drop_path_rate`, `initializer_range`. Hierarchical sizes have no `patch_size`.
+            `drop_path_rate`, `initializer_range`, `fast_weights`. Hierarchical sizes have no `patch_size`.
         compile: let `torch.compile` make the kernels of the model that is trained; an average of weights (`train.ema`) is
             evaluated without.
     """
@@ -219,6 +219,31 @@ def rows(config: ImagesConfig) -> dict[str, dict[str, Any]]:
     heads, conv = table_rows(loops["heads"], without=("rung2", "rung4", "rung5")), loops["conv"]
     conv_of = dict.fromkeys(heads, conv) | {"key_for_query": conv.replace(query="key")}
     return {name: {"heads": inner, "conv": conv_of[name].to_dict()} for name, inner in heads.items()}
+
+
+def baselines(config: ImagesConfig) -> dict[str, dict[str, Any]]:
+    """Edits of `config.model.fields` that make models without fast weights, by row: "softmax", a plain vision transformer.
+
+    Width, depth and heads are the full system's; what that has in parameters of its fast weights and convolutions goes into
+    wider MLPs. Hierarchical models have none.
+    """
+    from kvbind.models.vittt import VitttConfig
+    from kvbind.models.vittt.blocks import VitttBlock
+
+    fields, loops = model_fields(config.model), inner_loops(config.model)
+    own = VitttConfig(**fields, inner=loops["heads"], inner_conv=loops["conv"])
+    if own.hierarchical:
+        return {}
+    dim: int = own.embed_dim  # type: ignore[assignment]
+
+    def block(fast_weights: bool) -> VitttBlock:
+        return VitttBlock(
+            dim, own.num_heads, own.inner, own.inner_conv, mlp_ratio=own.mlp_ratio, qkv_bias=own.qkv_bias, drop_rate=0.0,
+            drop_path=0.0, norm_eps=1e-6, mlp_convolution=False, fast_weights=fast_weights,
+        )  # type: ignore[arg-type]  # fmt: skip
+
+    hidden = int(dim * own.mlp_ratio) + more_hidden(block, True, False, 2 * dim + 1)
+    return {SOFTMAX: {"fast_weights": False, "mlp_ratio": hidden / dim}}
 
 
 def model_fields(model: ModelConfig) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from kvbind.inner.value import check_choice, nearest
 from kvbind.layers.lact_nvs import check_fits_views
 from kvbind.models.lact_nvs import PRESETS as SIZES
 from kvbind.models.lact_nvs import LactNvsConfig
+from kvbind.models.lact_nvs.model import LactNvsBlock
 from kvbind.tasks import preset_files
 from kvbind.tasks.files import EXPANDED_GIB
-from kvbind.tasks.inner_loops import beneath, edited, table_rows
+from kvbind.tasks.inner_loops import SOFTMAX, beneath, edited, more_hidden, table_rows
 from kvbind.train.config import TrainConfig
 
 PRESETS = preset_files("views")
@@ -198,7 +199,19 @@ def resolve(config: ViewsConfig) -> ViewsConfig:
     """`config` with every field of its inner loop, and every field that its size gives, spelled out."""
     fields = model_config(config.model).to_dict()
     inner = fields.pop("inner")
+    if fields["fast_weights"]:  # as names of runs have it from before there was another
+        del fields["fast_weights"]
     return replace(config, model=replace(config.model, inner=inner, fields=fields))
+
+
+def baselines(config: ViewsConfig) -> dict[str, dict[str, Any]]:
+    """Edits of `config.model.fields` that make models without fast weights, by row: "softmax", attention across all views.
+
+    Widths and depth are the full system's; what that has in parameters of its fast weights goes into wider MLPs.
+    """
+    own = model_config(config.model)
+    wider = more_hidden(LactNvsBlock, own, own.replace(fast_weights=False), 2 * own.dim)
+    return {SOFTMAX: {"fast_weights": False, "mlp_ratio": (int(own.dim * own.mlp_ratio) + wider) / own.dim}}
 
 
 def rows(config: ViewsConfig) -> dict[str, Any]:
