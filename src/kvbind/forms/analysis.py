@@ -369,12 +369,13 @@ class Explanation:
             lines.append(f"nearest parallel relative: {rung}replace({edit})")
         lines.append(f"over ranks: {_OVER_RANKS[self.sequence_schedule]}")
         s, c = self.shapes, self.cost
+        among = c.orthogonalize_flops_per_token
+        orthogonalization = f", of which orthogonalization {among / 1e6:.3f}" if among else ""
         lines += [
             "",
             f"cost of a forward pass ({s.heads} heads, Dk = {s.key_width}, Dv = {s.value_width}, "
             f"Dh = {s.hidden}, T = {s.tokens}, {str(s.dtype).removeprefix('torch.')}):",
-            f"  {c.flops_per_token / 1e6:.3f} MFLOP per token, of which orthogonalization "
-            f"{c.orthogonalize_flops_per_token / 1e6:.3f}",
+            f"  {c.flops_per_token / 1e6:.3f} MFLOP per token{orthogonalization}",
             f"  {c.bytes_per_token / 1e3:.2f} kB moved per token",
             f"  {c.state_bytes / 2**20:.2f} MiB of state per sequence, whatever its length",
         ]

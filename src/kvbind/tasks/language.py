@@ -465,23 +465,23 @@ def open_trained(folder: Path, tokenizer: str | None = None) -> tuple[Any, Token
     Raises:
         ValueError: a folder that holds neither, or a model without a tokenizer where none is named.
     """
-    from kvbind.models import LactForCausalLM
-
     home = folder / "model" if (folder / "config.yaml").is_file() else folder
     if not (home / "config.json").is_file():
         if home != folder:
             raise ValueError(f"run must be finished; {str(folder)!r} has no model/ yet, which training leaves there")
         raise ValueError(f"run must be the folder of a training run or of a model; got {str(folder)!r}")
     model = open_exported(home)
-    if not isinstance(model, LactForCausalLM):
+    if not getattr(model, "can_generate", bool)():
         raise ValueError(f"run must be of a language model; {str(home)!r} holds a {type(model).__name__}")
+    # of a model around another one, that one's
+    room = model.config.get_text_config().vocab_size
     if tokenizer is None and any(home.glob("tokenizer*")):
         tokenizer = str(home)
-    elif tokenizer is None and model.config.vocab_size == Bytes.vocab_size:
+    elif tokenizer is None and room == Bytes.vocab_size:
         tokenizer = "bytes"
     if tokenizer is None:
         raise ValueError(f"tokenizer must be 'bytes' or a tokenizer by name, as {str(home)!r} holds none")
-    opened, room = open_tokenizer(tokenizer), model.config.vocab_size
+    opened = open_tokenizer(tokenizer)
     if opened.vocab_size > room:
         raise ValueError(
             f"tokenizer must have at most the {room} tokens that the model in {str(home)!r} knows; "

@@ -228,7 +228,8 @@ def parse_overrides(overrides: Sequence[str]) -> DictConfig:
     try:
         return OmegaConf.from_dotlist(list(overrides))
     except Exception as error:  # whatever YAML makes of a malformed value
-        raise ValueError(f"overrides must be key=value with a YAML value; got {list(overrides)}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"overrides must be key=value with a YAML value; got {list(overrides)}: {reason}") from error
 
 
 def merge(base: Any, *changes: DictConfig) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -62,6 +63,12 @@ def system(*sources: Source, **names: dict[str, Any]) -> Callable[[Make], Make]:
         return make
 
     return enter
+
+
+def family(make: Callable[..., InnerLoop]) -> str:
+    """What the file in which a system is declared says first, in one sentence: the family that its systems are of."""
+    module = sys.modules[getattr(make, "func", make).__module__]
+    return (module.__doc__ or module.__name__).strip().split("\n")[0].split(". ")[0].rstrip(".")
 
 
 def named(name: str) -> InnerLoop:

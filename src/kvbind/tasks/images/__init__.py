@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,6 +36,9 @@ log = logging.getLogger("kvbind.tasks")
 
 SMALL_SIZE, SHRUNK = 32, 4
 """Images of at most this side in pixels, and this many times smaller than they were, are thumbnails, which is said."""
+
+TOP = 5
+"""Of so many of the likeliest classes, one may be an image's for it to count as top-5."""
 
 PRESETS = preset_files("images")
 """The shipped configurations, by name."""
@@ -190,7 +192,32 @@ class ImagesConfig:
                     f"{name}=0 to count steps"
                 )
 
-    beneath = staticmethod(partial(beneath, branches=tuple(BRANCHES)))
+    @staticmethod
+    def beneath(file: Any, edits: Any) -> Any:
+        """What is left of a configuration file under further edits: of two ways to say how long, the edits' one.
+
+        Where edits count in steps and leave the warm-up to a file that counts in epochs, its part of the whole stays.
+        """
+        left = beneath(file, edits, branches=tuple(BRANCHES))
+        if not isinstance(left, dict) or not isinstance(edits, dict):
+            return left
+        above, train = edits.get("train"), left.get("train")
+        above, train = (dict(x) if isinstance(x, dict) else {} for x in (above, train))
+        whole, warmup = left.get("epochs"), left.get("warmup_epochs")
+        gone = set()
+        if "epochs" in edits:
+            train.pop("steps", None)
+        elif "steps" in above:
+            gone.add("epochs")
+            if whole and warmup and "warmup" not in above and isinstance(above["steps"], int):
+                gone.add("warmup_epochs")
+                train["warmup"] = round(above["steps"] * warmup / whole)
+        if "warmup_epochs" in edits:
+            train.pop("warmup", None)
+        elif "warmup" in above:
+            gone.add("warmup_epochs")
+        left = {name: x for name, x in left.items() if name not in gone}
+        return {**left, "train": train} if train or "train" in left else left
 
 
 def inner_loops(model: ModelConfig) -> dict[str, InnerLoop]:
@@ -310,6 +337,18 @@ def looked_at(data: DataConfig, opened: Splits) -> DataConfig:
         std=list(data.std) or seen.std(channels),
         batch=data.batch or min(64, len(opened.train.labels)),
     )
+
+
+def as_before(config: ImagesConfig, before: ImagesConfig) -> ImagesConfig:
+    """`config` with what its data leave to be chosen as an earlier run on the same source has it, not by looking anew.
+
+    So a run goes on as it began though images came or went, which is noticed as a change of the data.
+    """
+    data, old = config.data, before.data
+    if old.source != data.source or data.channels not in (0, old.channels) or data.size not in (0, old.size):
+        return config
+    chosen = {name: getattr(data, name) or getattr(old, name) for name in ("size", "channels", "mean", "std", "batch")}
+    return replace(config, data=replace(data, **chosen))
 
 
 def suited_preset(edits: Sequence[str]) -> str | None:
@@ -471,9 +510,12 @@ class ImagesTask:
         return loss
 
     def evaluate(self, model: VitttForImageClassification, share: Share = WHOLE) -> dict[str, Any]:
-        """Top-1 and top-5 accuracy in percent, cross-entropy in nats, and the number of images, all of them held out."""
+        """Top-1 and, of more than five classes, top-5 accuracy in percent, cross-entropy in nats, and the number of images.
+
+        All of them are held out.
+        """
         data, device = self.config.data, model.device
-        most = min(5, len(self.names))
+        most = min(TOP, len(self.names))
         total = torch.zeros(4, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
         size = data.evaluation_batch or data.batch
         for batch, counts in evaluation_batches(self.sources["held_out"], size, data.workers, share):
@@ -486,7 +528,8 @@ class ImagesTask:
                 total[3] += len(labels)
         *sums, count = share.sum(total).tolist()
         top1, top5, loss = (x / count for x in sums)
-        return {"top1": 100 * top1, "top5": 100 * top5, "loss": loss, "images": round(count)}
+        few = len(self.names) <= TOP  # the five likeliest are all
+        return {"top1": 100 * top1, **({} if few else {"top5": 100 * top5}), "loss": loss, "images": round(count)}
 
     def held_out_image(self, number: int) -> tuple[Tensor, int]:
         """A held-out image as the model sees it but for normalization, uint8 `[C, H, W]`, and its class.
