@@ -2,7 +2,8 @@
 
 A table stands between `<!-- table: results/bench/FILE.json KEY -->` and `<!-- end -->`; it is made from that file alone. One
 of `kvbind plan` stands between `<!-- plan: OPTIONS -->` and `<!-- end -->`; it is made from the library's formulas and its
-calibration. The sizes of served requests stand behind `<!-- sizes: MEMORY GiB -->`, likewise.
+calibration. The sizes of served requests stand behind `<!-- sizes: MEMORY GiB -->`, and which systems are served behind
+`<!-- served -->`, likewise.
 """
 
 import json
@@ -20,7 +21,7 @@ from kvbind.bench.models import model_grids
 from kvbind.bench.peers import peer_grids, short_grid
 from kvbind.bench.record import answered
 from kvbind.bench.scaling_tables import scaling_grids
-from kvbind.bench.serving import serving_grid, size_grid
+from kvbind.bench.serving import served_grid, serving_grid, size_grid
 from kvbind.experiments.page.parts import STATES
 from kvbind.experiments.page.tables import read_outcome
 from kvbind.experiments.table_text import as_grid, describe, quality_columns, row_names, speed_columns
@@ -30,6 +31,7 @@ PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 """Pages with tables that are made from results."""
 PLAN = re.compile(r"(<!-- plan: ([^\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SIZES = re.compile(r"(<!-- sizes: ([0-9]+) GiB -->\n).*?(<!-- end -->)", re.DOTALL)
+SERVED = re.compile(r"(<!-- served -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -241,6 +243,7 @@ def fill(text: str, root: Path) -> str:
     """A page with every block made anew."""
     text = PLAN.sub(lambda block: f"{block[1]}{plan_table(block[2])}\n{block[3]}", text)
     text = SIZES.sub(lambda block: f"{block[1]}{markdown(size_grid(int(block[2]) << 30))}\n{block[3]}", text)
+    text = SERVED.sub(lambda block: f"{block[1]}{markdown(served_grid())}\n{block[2]}", text)
     return BLOCK.sub(lambda block: f"{block[1]}{table(block[2], block[3], root)}\n{block[4]}", text)
 
 
