@@ -2,8 +2,8 @@
 
 A table stands between `<!-- table: results/bench/FILE.json KEY -->` and `<!-- end -->`; it is made from that file alone. One
 of `kvbind plan` stands between `<!-- plan: OPTIONS -->` and `<!-- end -->`; it is made from the library's formulas and its
-calibration. The sizes of served requests stand behind `<!-- sizes: MEMORY GiB -->`, likewise; the presets of a family behind
-`<!-- presets: language|images|views -->`.
+calibration. The sizes of served requests stand behind `<!-- sizes: MEMORY GiB -->`, which systems are served behind
+`<!-- served -->`, and the presets of a family behind `<!-- presets: language|images|views -->`, likewise.
 """
 
 import json
@@ -21,7 +21,7 @@ from kvbind.bench.models import model_grids
 from kvbind.bench.peers import peer_grids, short_grid
 from kvbind.bench.record import answered
 from kvbind.bench.scaling_tables import scaling_grids
-from kvbind.bench.serving import serving_grid, size_grid
+from kvbind.bench.serving import served_grid, serving_grid, size_grid
 from kvbind.experiments.page.parts import STATES
 from kvbind.experiments.page.tables import read_outcome
 from kvbind.experiments.table_text import as_grid, describe, quality_columns, row_names, speed_columns
@@ -32,6 +32,7 @@ PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 PLAN = re.compile(r"(<!-- plan: ([^\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SIZES = re.compile(r"(<!-- sizes: ([0-9]+) GiB -->\n).*?(<!-- end -->)", re.DOTALL)
 PRESETS_OF = re.compile(r"(<!-- presets: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SERVED = re.compile(r"(<!-- served -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -294,6 +295,7 @@ def fill(text: str, root: Path) -> str:
     text = PLAN.sub(lambda block: f"{block[1]}{plan_table(block[2])}\n{block[3]}", text)
     text = SIZES.sub(lambda block: f"{block[1]}{markdown(size_grid(int(block[2]) << 30))}\n{block[3]}", text)
     text = PRESETS_OF.sub(lambda block: f"{block[1]}{presets_table(block[2], root)}\n{block[3]}", text)
+    text = SERVED.sub(lambda block: f"{block[1]}{markdown(served_grid())}\n{block[2]}", text)
     return BLOCK.sub(lambda block: f"{block[1]}{table(block[2], block[3], root)}\n{block[4]}", text)
 
 

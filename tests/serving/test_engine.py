@@ -262,7 +262,7 @@ def test_a_request_takes_the_pages_that_are_told(llm, caching, model, cached):
     manager = served.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
     assert {group.kv_cache_spec.block_size for group in manager.kv_cache_config.kv_cache_groups} <= {size.block, 1024}
     (page,) = {group.kv_cache_spec.page_size_bytes for group in manager.kv_cache_config.kv_cache_groups}
-    assert page == size.block * size.token
+    assert page == size.page
     core, free = served.llm_engine, free_blocks(served)
     core.add_request("one", {"prompt_token_ids": prompt(300, seed=77)}, greedy(200))
     taken = set()
