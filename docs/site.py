@@ -1,4 +1,4 @@
-"""Hooks of the documentation site: the repository's own pages as part of it, and equations as MathML, which needs no script."""
+"""Hooks of the documentation site: the repository's own pages as part of it, and equations as MathML, without scripts."""
 
 import html
 import re
@@ -10,7 +10,12 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-PROJECT = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "SECURITY.md": "security.md", "README.md": "index.md"}
+PROJECT = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+    "README.md": "index.md",
+}
 """Pages at the repository's root, and where the site has them."""
 
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
@@ -21,7 +26,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the root's pages, and the pictures that pages show of `results/`."""
     for name, target in PROJECT.items():
         if target not in files.src_uris:
-            files.append(File.generated(config, target, content=linked((ROOT / name).read_text(encoding="utf-8"), ROOT, files)))
+            text = linked((ROOT / name).read_text(encoding="utf-8"), ROOT, files)
+            files.append(File.generated(config, target, content=text))
     for page in list(files.documentation_pages()):
         if page.generated_by is None and page.src_uri.endswith(".md"):
             for _, _, path, _ in LINK.findall(Path(str(page.abs_src_path)).read_text(encoding="utf-8")):
