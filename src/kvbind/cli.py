@@ -346,11 +346,15 @@ def reproduce(
             help="Which: table1 (gradient ascent, and keys for queries), table2 (the ladder), theorems, figure1 (more inner "
             "steps at test time), figure2 (queries beside keys), figure3 (loss by position), figure4 (the forms by the "
             "clock), gaps (each row's gap to the full system along training), sizes (the same by size), chunks "
-            "(views in several updates), explorer (models to look into), or all."
+            "(views in several updates), capacity (recall by bytes of state), systems (language models side by side), "
+            "explorer (models to look into), or all."
         ),
     ],
     task: Annotated[
-        str | None, typer.Option(help=f"What is trained: {TASK_NAMES}, or all; default language.", show_default=False)
+        str | None,
+        typer.Option(
+            help=f"What is trained: {TASK_NAMES}, or all; default language, of capacity recall.", show_default=False
+        ),
     ] = None,
     scale: Annotated[
         str, typer.Option(help="smoke (minutes on two CPU cores), small (one GPU), large (ten times as much), or paper.")
@@ -441,7 +445,9 @@ def reproduce(
     if experiment not in known:
         raise ValueError(f"experiment must be one of {', '.join(known)}; got {experiment!r}{nearest(experiment, known)}")
     steps = measure_steps or (20 if scale == "paper" and not (really_train or plan) else None)
-    named, task = sources(data or []), task or ("all" if experiment == "all" else "language")
+    module = open_experiment("everything" if experiment == "all" else experiment)
+    usual = "all" if experiment == "all" else getattr(module, "TASK", "language")
+    named, task = sources(data or []), task or usual
     if isinstance(named, dict) and task != "all" and set(named) != {task}:
         raise ValueError(f"data must be of the task {task}; got data for {', '.join(named)}")
     chosen = None if rows is None else tuple(name.strip() for name in rows.split(","))
@@ -465,7 +471,7 @@ def reproduce(
         plan_experiment(experiment, **asked)
         return
     with continuable():
-        open_experiment("everything" if experiment == "all" else experiment).reproduce(**asked)
+        module.reproduce(**asked)
 
 
 def sources(words: Sequence[str]) -> str | dict[str, str] | None:

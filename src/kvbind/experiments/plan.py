@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,22 +157,42 @@ def plan_runs(
     Raises:
         ValueError: an unknown task or scale, or an edit that does not fit.
     """
-    task, scale, data, out = request.task, request.scale, request.source(request.task), request.out
+    task, scale, data = request.task, request.scale, request.source(request.task)
     module = open_task_module(task)
     for row in request.rows or ():
         check_choice("rows", row, tuple(LABELS))
     edits = [*edits, *request.overrides, *data_edits(task, data)]
-    config = module.resolve(configuration(task, scale, 0, edits))
+    configs = {}
+    for seed in range(request.seeds):
+        own = row_configs(task, configuration(task, scale, seed, edits))
+        configs |= {(row, seed): own[row] for row in rows if row in own}
+    return plan_configs(name, module.resolve(configuration(task, scale, 0, edits)), configs, request, known)
+
+
+def plan_configs(
+    name: str,
+    config: Any,
+    configs: Mapping[tuple[str, int], Any],
+    request: Request,
+    known: Fingerprints | None = None,
+) -> Plan:
+    """The runs of some configurations.
+
+    Args:
+        name: of the experiment, whose folder the report goes to.
+        config: what they have in common, as the report shows it.
+        configs: by row and seed, everything spelled out, in the order in which they are trained.
+        request: what was asked.
+        known: fingerprints of data that were read already.
+    """
+    task, out = request.task, request.out
     device = pick_device(config.train.device)
     trained = request.trained or (out / "trained" if out else Path("runs/trained"))
     known = known or Fingerprints(trained)
+    numbers = {row: number for number, row in enumerate(dict.fromkeys(row for row, _ in configs), start=1)}
     jobs = {}
-    for seed in range(request.seeds):
-        configs = row_configs(task, configuration(task, scale, seed, edits))
-        names = [row for row in rows if row in configs]
-        for number, row in enumerate(names, start=1):
-            own = configs[row]
-            title = f"{number}/{len(names)} {row}" + (f" seed {seed}" if request.seeds > 1 else "")
-            jobs[row, seed] = Job(task, own, trained / run_name(task, own, known), title)
+    for (row, seed), own in configs.items():
+        title = f"{numbers[row]}/{len(numbers)} {row}" + (f" seed {seed}" if request.seeds > 1 else "")
+        jobs[row, seed] = Job(task, own, trained / run_name(task, own, known), title)
     workers = request.workers or default_workers(device)
-    return Plan(config, device, out or report_folder(name, task, scale), trained, jobs, workers)
+    return Plan(config, device, out or report_folder(name, task, request.scale), trained, jobs, workers)

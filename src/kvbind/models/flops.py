@@ -14,10 +14,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from kvbind.forms.analysis import Shapes, training_flops
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_positive_int
+from kvbind.models.in_place.config import InPlaceConfig
 from kvbind.models.lact.config import LactConfig
 from kvbind.models.lact_nvs.config import LactNvsConfig
 from kvbind.models.vittt.config import VitttConfig
@@ -90,6 +92,50 @@ def lact_flops(config: LactConfig, length: int) -> Parts:
     }
     parts = {name: config.num_hidden_layers * value for name, value in per_layer.items()}
     return {**parts, "vocabulary": vocabulary}
+
+
+def llama_flops(config: PretrainedConfig, length: int) -> Parts:
+    """Training on one sequence with a Llama, or a model like it, whose keys have as many heads as its queries.
+
+    Args:
+        config: of the model.
+        length: tokens in the sequence, which is one document.
+
+    Returns:
+        Model FLOPs of the whole sequence under "projections", "mlp", "attention" and "vocabulary".
+
+    Raises:
+        TypeError, ValueError: `length` is no int of at least 1.
+    """
+    check_positive_int("length", length)
+    d, layers = config.hidden_size, config.num_hidden_layers
+    return {
+        "projections": layers * TRAINED * 8 * d * d * length,
+        "mlp": layers * TRAINED * 6 * d * config.intermediate_size * length,
+        "attention": layers * TRAINED * 4 * d * window_pairs(length, length),
+        "vocabulary": TRAINED * 2 * d * config.vocab_size * length,
+    }
+
+
+def in_place_flops(config: InPlaceConfig, length: int) -> Parts:
+    """Training on one sequence with such a Llama whose chosen MLPs are fast weights.
+
+    Those count as the inner loop does, and what makes their values per token `2 d` times the convolution's width and, for
+    the projection, `2 d^2`, times 3.
+
+    Args:
+        config: of the model.
+        length: tokens in the sequence, which is one document.
+
+    Returns:
+        As `llama_flops`, and "fast weights".
+    """
+    inside, fast = config.text_config, len(config.fast_layers)
+    parts, d = llama_flops(inside, length), inside.hidden_size
+    loop = training_flops(config.inner, Shapes(1, d, d, inside.intermediate_size, length))
+    values = TRAINED * 2 * d * (config.conv_width + d * config.projection) * length
+    slow = 1 - fast / inside.num_hidden_layers
+    return {**parts, "mlp": slow * parts["mlp"], "fast weights": fast * (loop + values)}
 
 
 def _projected(config: LactConfig) -> int:

@@ -11,7 +11,12 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-TASKS = {"language": "kvbind.tasks.language", "images": "kvbind.tasks.images", "views": "kvbind.tasks.views"}
+TASKS = {
+    "language": "kvbind.tasks.language",
+    "images": "kvbind.tasks.images",
+    "views": "kvbind.tasks.views",
+    "recall": "kvbind.tasks.recall",
+}
 """The modules of the tasks, by name."""
 
 

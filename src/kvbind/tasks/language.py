@@ -17,7 +17,7 @@ from kvbind.forms.packed import uncovered
 from kvbind.inner import InnerLoop
 from kvbind.inner.projections import Projections
 from kvbind.inner.systems import PROJECTIONS
-from kvbind.inner.value import nearest
+from kvbind.inner.value import check_choice, nearest
 from kvbind.layers.lact import check_fits_causal_layer
 from kvbind.models.presets import PRESETS as SIZES
 from kvbind.models.saving import open_exported
@@ -41,6 +41,9 @@ PRESETS = preset_files("language")
 
 POSITION_BINS = 64
 
+MIXERS = ("fast", "in_place")
+"""What `model.mixer` can be in this task."""
+
 
 @dataclass
 class ModelConfig:
@@ -54,12 +57,19 @@ class ModelConfig:
         fields: edits of any other field of `kvbind.models.LactConfig`. `projections` edits those of the system field by
             field; a name takes those of another, and null leaves its inner loop in the LaCT layer.
         ttt_form: how the inner loop is evaluated: "auto", "recurrent" or "parallel".
+        mixer: where fast weights are: "fast", in layers that mix tokens, as above; or "in_place", in the MLPs of a Llama of
+            the same sizes (In-Place TTT), in chunks as long as the inner loop's.
     """
 
     size: str = "tiny"
     inner: dict[str, Any] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
     ttt_form: str = "auto"
+    mixer: str = "fast"
+
+    LATER: ClassVar[dict[str, Any]] = {"mixer": "fast"}
+    """What `kvbind.train.config.what_matters` leaves out at this value: runs from before the key have no other, and keep
+    their names."""
 
 
 @dataclass
@@ -140,6 +150,7 @@ class LanguageConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0; got {self.seed}")
+        check_choice("model.mixer", self.model.mixer, MIXERS)
 
     @staticmethod
     def beneath(file: Any, edits: Any) -> Any:
@@ -205,8 +216,8 @@ def _system(tree: Any) -> Any:
     return inner.get("system") if isinstance(inner, dict) else None
 
 
-def build_model(config: LanguageConfig, tokenizer: Tokenizer) -> LactForCausalLM:
-    """A model with fresh weights, drawn from the run's seed.
+def build_model(config: LanguageConfig, tokenizer: Tokenizer) -> Any:
+    """A model with fresh weights, drawn from the run's seed: a `LactForCausalLM`, or what `model.mixer` names.
 
     Raises:
         ValueError, TypeError: a configuration that describes no model.
@@ -221,7 +232,13 @@ def build_model(config: LanguageConfig, tokenizer: Tokenizer) -> LactForCausalLM
         "ttt_form": config.model.ttt_form,
     }
     torch.manual_seed(config.seed)
-    model = LactForCausalLM(LactConfig(**fields))
+    if config.model.mixer == "fast":
+        model: Any = LactForCausalLM(LactConfig(**fields))
+    else:
+        from kvbind.models.peers import in_place_llama
+
+        model = in_place_llama(LactConfig(**fields))
+        model.generation_config.eos_token_id = tokenizer.end
     # of prompts alone: in training nothing is padding, and every embedding learns
     model.generation_config.pad_token_id = tokenizer.end
     return model
@@ -229,8 +246,13 @@ def build_model(config: LanguageConfig, tokenizer: Tokenizer) -> LactForCausalLM
 
 def resolve(config: LanguageConfig) -> LanguageConfig:
     """`config` with every field of its inner loop, and every field that its size gives, spelled out."""
-    fields = {name: x for name, x in model_fields(config.model).items() if name not in ("inner", "vocab_size")}
-    return replace(config, model=replace(config.model, inner=inner_loop(config.model).to_dict(), fields=fields))
+    return replace(config, model=resolved(config.model))
+
+
+def resolved(model: ModelConfig) -> ModelConfig:
+    """A model's configuration with every field of its inner loop, and every field that its size gives, spelled out."""
+    fields = {name: x for name, x in model_fields(model).items() if name not in ("inner", "vocab_size")}
+    return replace(model, inner=inner_loop(model).to_dict(), fields=fields)
 
 
 def rows(config: LanguageConfig) -> dict[str, Any]:
@@ -286,6 +308,8 @@ class LanguageTask:
         data = config.data
         self.config, self.batch = config, data.batch
         self.inner = inner_loop(config.model)  # one that is none is better known before any text is read
+        if data.separate and config.model.mixer != "fast":
+            raise ValueError(f"data.separate must be false where model.mixer is {config.model.mixer!r}; got true")
         self.tokenizer = open_tokenizer(data.tokenizer)
         self.chat_template = read_chat_template(data.chat_template, self.tokenizer)
         source = Source(data.source, data.held_out, data.column, data.stream, data.name, data.part, data.encoding)
@@ -359,7 +383,15 @@ class LanguageTask:
         return loss
 
     def shard(self, batch: Batch, group: Any) -> SequenceShard:
-        """How the processes of a group divide the rows of a batch: evenly, and between chunks of the inner loop."""
+        """How the processes of a group divide the rows of a batch: evenly, and between chunks of the inner loop.
+
+        Raises:
+            ValueError: a model whose rows are not divided.
+        """
+        if self.config.model.mixer != "fast":
+            raise ValueError(
+                f"train.parallel.sequence must be 1 where model.mixer is {self.config.model.mixer!r}; got a group of several"
+            )
         ids, chunk = batch["input_ids"], self.inner.chunk
         return SequenceShard.even(ids.shape[1], group, cu_seqlens=batch.get("cu_seqlens"), multiple=chunk or 1)
 
@@ -373,7 +405,7 @@ class LanguageTask:
     @staticmethod
     def blocks(model: LactForCausalLM) -> Iterable[nn.Module]:
         """The model's layers."""
-        return model.model.layers
+        return getattr(model, "base", model).model.layers
 
     def evaluate(self, model: LactForCausalLM, share: Share = WHOLE) -> dict[str, Any]:
         """Perplexity per token, bits per byte, loss in nats, the number of predicted tokens, and the loss by position.

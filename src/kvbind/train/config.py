@@ -315,12 +315,16 @@ def what_matters(config: Any) -> dict[str, Any]:
     """A run's configuration without the keys that change nothing of its result.
 
     Those are the device, evaluations on the way, checkpoints, event files, and how the run is spread over processes. The
-    data's own are those that their dataclass lists as `INDIFFERENT`.
+    data's own are those that their dataclass lists as `INDIFFERENT`. What the model's dataclass got later is left out at the
+    value in its `LATER`.
     """
     plain = to_plain(config)
     indifferent = {"train": _INDIFFERENT, "data": getattr(getattr(config, "data", None), "INDIFFERENT", ())}
     for section in indifferent.keys() & plain.keys():
         plain[section] = {name: value for name, value in plain[section].items() if name not in indifferent[section]}
+    later = getattr(getattr(config, "model", None), "LATER", {})
+    for name in [name for name, value in later.items() if plain["model"].get(name) == value]:
+        del plain["model"][name]
     return plain
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -130,6 +131,29 @@ def figure4(results: Results) -> Drawn:
     }  # fmt: skip
 
 
+def systems(results: Results) -> Drawn:
+    """Every system's loss along the sequence."""
+    series = {str(row["label"]): figures.pooled(row["loss_by_position"], 16) for row in results["rows"]}
+    tones, x, y = charts.ladder_tones(len(series), len(series)), "position in the sequence", "nats per token"
+    return {"Along the sequence": [charts.lines(series, title="Held-out loss by position", x=x, y=y, tones=tones)]}
+
+
+def capacity(results: Results) -> Drawn:
+    """Accuracy by bytes of state: the ladder, and the systems."""
+    curves = {
+        str(one["name"]): sorted((x["bytes"] / 1024, statistics.fmean(x["accuracy"].values())) for x in one["points"])
+        for one in results["curves"]
+    }
+    x, y = "state of one row, KiB", "keys whose value is recalled, %"
+    return {
+        "Recall by bytes of state": [
+            charts.lines({name: curves[name] for name in (*own, *compared)}, title=title, x=x, y=y,
+                         tones=charts.ladder_tones(len(own) + len(compared), len(own)), markers=True, log=True)
+            for title, (own, compared) in results["panels"].items()
+        ]
+    }  # fmt: skip
+
+
 def theorems(results: Results) -> Drawn:
     """Each way of evaluating an inner loop's linear attention, in each precision."""
     cases = results["cases"]
@@ -158,5 +182,7 @@ DRAW: dict[str, Callable[[Results], Drawn]] = {
     "figure3": figure3,
     "figure4": figure4,
     "theorems": theorems,
+    "capacity": capacity,
+    "systems": systems,
 }
 """By experiment."""
