@@ -282,6 +282,14 @@ def ladder(path: Path, name: str) -> None:
     quality_figure(IMAGES / name, read_outcome(json.loads(path.read_text())))
 
 
+def capacity(path: Path) -> None:
+    """Recall by bytes of state."""
+    from kvbind.experiments.capacity import Point, draw
+
+    curves = json.loads(path.read_text())["curves"]
+    draw(IMAGES / "capacity.png", {one["name"]: [Point(**point) for point in one["points"]] for one in curves})
+
+
 def scaling(path: Path) -> None:
     """Training speed by the number of GPUs, sharded and with one sequence cut over all, beside speed that grows with it."""
     rows = [row for row in json.loads(path.read_text())["rows"] if "tokens_per_second" in row]
@@ -343,6 +351,7 @@ if __name__ == "__main__":
     growth()
     smoke, small = (RESULTS / f"table2-language-{scale}" / "results.json" for scale in ("smoke", "small"))
     ladder(small if small.is_file() else smoke, "ladder.png")  # the README's first picture
+    capacity(RESULTS / "capacity-small-cpu" / "results.json")
     if (RESULTS / "bench" / "kernels-shapes-h100.json").is_file():
         kernels()
     scenes()

@@ -112,7 +112,7 @@ def test_the_command_trains_times_and_compares_and_goes_on(book, tmp_path, monke
     ("options", "message"),
     [
         ({"task": "views"}, "task must be one of 'language'"),
-        ({"scale": "paper"}, "scale must be one of 'smoke', 'small'"),
+        ({"scale": "paper"}, "scale must be one of 'smoke', 'small', 'large'"),
         ({"rows": ["softmx"]}, "rows must be one of 'rung0', .*got 'softmx'"),
         ({"overrides": ["model.mixer=in_place"]}, "overrides must leave model.mixer to the comparison"),
     ],

@@ -51,7 +51,7 @@ MIXERS: dict[str, tuple[str, ...]] = {
 
 LABELS = {"rung0": "lact_llm, rung 0", "rung2": "lact_llm, rung 2"}
 
-SCALES = ("smoke", "small")
+SCALES = ("smoke", "small", "large")
 
 STEP = 16
 """Widths of MLPs are multiples of this."""
@@ -59,7 +59,7 @@ STEP = 16
 START = 10
 """Steps that compile and tune, whose speed does not count; no more than a quarter of all."""
 
-TOKENS = {"smoke": 32, "small": 256}
+TOKENS = {"smoke": 32, "small": 256, "large": 256}
 """How many are decoded for their time, by scale."""
 
 
