@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from kvbind.experiments import capacity
-from kvbind.experiments.capacity import MIXERS, Point, bytes_of, configured, gain, judge, panels, taken
+from kvbind.experiments.capacity import MIXERS, Point, bytes_of, configured, gain, judge, panels, sized, taken
 from kvbind.experiments.page import find_parts
 from kvbind.experiments.plan import UnfinishedError
 from kvbind.inner.systems import PROJECTIONS, SYSTEMS
@@ -89,7 +89,7 @@ def test_every_causal_system_is_compared_in_its_own_layer_behind_a_convolution()
     assert set(MIXERS) >= {"softmax", *(f"rung{i}" for i in range(7)), *PROJECTIONS, "linear_attention", "in_place_ttt"}
     assert not {"zipmap", "vittt", "lact_nvs", "lact_video"} & set(MIXERS)
     for mixer in MIXERS:
-        config = configured("tiny", TOY, mixer, 8, 1e-2)
+        config = sized(configured("tiny", TOY, mixer), 8, 1e-2, 0)
         inner = recall.inner_loop(config.model)
         assert config.model.fields["projections"]["conv"] == 4
         if mixer in SYSTEMS:
@@ -100,7 +100,8 @@ def test_every_causal_system_is_compared_in_its_own_layer_behind_a_convolution()
 
 def test_bytes_are_those_of_what_tokens_change():
     sizes = {
-        name: bytes_of(configured("tiny", TOY, name, 8, 1e-2)) for name in ("linear_attention", "rung6", "rung2", "rung0")
+        name: bytes_of(sized(configured("tiny", TOY, name), 8, 1e-2, 0))
+        for name in ("linear_attention", "rung6", "rung2", "rung0")
     }
     layers, matrix, tails = 2, 8 * 8, 3 * 3 * 8
     assert sizes["linear_attention"] == 4 * layers * (matrix + tails)
@@ -115,7 +116,7 @@ def test_bytes_are_those_of_what_tokens_change():
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("capacity")
     options = {
-        "task": "recall", "out": out, "seeds": 2, "rows": ["softmax", "rung2", "gla", "linear_attention"],
+        "task": "recall", "out": out, "seeds": 1, "rows": ["softmax", "rung2", "linear_attention"],
         "overrides": [*TOY, "model.fields.hidden_size=[8,16]", "train.learning_rate=[1e-2,2e-2]"],
     }  # fmt: skip
     return out, options, capacity.reproduce(workers=1, **options)
@@ -128,18 +129,18 @@ def test_the_command_leaves_curves_verdicts_and_a_figure(made):
     for one in results["curves"]:
         assert [point["width"] for point in one["points"]] == [8, 16]
         for point in one["points"]:
-            assert set(point["accuracy"]) == {0, 1}
+            assert set(point["accuracy"]) == {0}
             assert [pairs for pairs, _ in point["by_pairs"]] == [2, 4]
             assert not point["untried"]
-    assert len(results["tables"][0]["rows"]) == 8
+    assert len(results["tables"][0]["rows"]) == 6
     assert {"device", "cores"} <= set(results["machine"])
     assert (out / "capacity.png").stat().st_size > 1000
     assert (out / "capacity.svg").is_file()
-    assert len(list((out / "trained").glob("recall-*"))) == 4 * 2 * 2 * 2
+    assert len(list((out / "trained").glob("recall-*"))) == 3 * 2 * 2
     (part,) = find_parts([out])[0]
     assert part.experiment == "capacity"
     (charts,) = part.charts.values()
-    assert [chart["log"] for chart in charts] == [True, True]
+    assert [chart["log"] for chart in charts] == [True]
 
 
 def test_the_rate_is_the_one_that_validation_chooses(made):
@@ -171,7 +172,7 @@ def test_the_same_command_trains_nothing_again_and_a_longer_one_goes_on(made, mo
     # of a mixer for which there is no time nothing is said but that
     more = capacity.reproduce(workers=1, minutes=0.0, **{**options, "rows": [*options["rows"], "kda"]})
     assert more["curves"] == results["curves"]
-    assert more["unfinished"] == "kda at width 8 (seeds 0, 1), kda at width 16 (seeds 0, 1)"
+    assert more["unfinished"] == "kda at width 8 (seed 0), kda at width 16 (seed 0)"
     assert more["unfinished"] in more["lead"]
 
 

@@ -83,8 +83,9 @@ def test_the_flops_of_peers_are_those_that_pytorch_counts(make, flops):
     # PyTorch counts what lies behind a token too
     ours["attention"] = inside.num_hidden_layers * 3 * 4 * inside.hidden_size * LENGTH**2
     needed = sum(ours.values())
-    # of In-Place TTT also the last chunk's update, which no token sees
-    assert needed <= sum(operators.values()) <= (1.02 if flops is in_place_flops else 1.0) * needed
+    # nothing sees what the last chunk writes
+    unseen = ours.get("fast weights", 0) * CHUNK / LENGTH
+    assert needed - unseen <= sum(operators.values()) <= needed
     if flops is in_place_flops:
         assert (
             flops_per_unit(model.config, LanguageData(length=LENGTH)) == sum(flops(model.config, LENGTH).values()) / LENGTH

@@ -261,7 +261,7 @@ def test_in_place_ttt_is_trained_from_scratch_saved_and_opened(text, tmp_path):
     assert task.flops(model) > 0
     task.save(model.eval(), tmp_path / "saved")
     again, tokenizer = open_trained(tmp_path / "saved")
-    assert isinstance(tokenizer, Bytes)
+    assert tokenizer.vocab_size == Bytes.vocab_size
     ids = torch.arange(40)[None]
     with torch.no_grad():
         torch.testing.assert_close(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits)

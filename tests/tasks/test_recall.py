@@ -136,12 +136,12 @@ def test_softmax_attention_sees_what_came_before_and_counts_what_it_keeps():
 
 def test_softmax_attention_learns_it(tmp_path):
     task = RecallTask(small(
-        "model.mixer=softmax", "data.vocabulary=64", "data.pairs=[2]", "train.steps=200", "data.batch=32", "train.warmup=10",
-        "data.evaluation_samples=64",
+        "model.mixer=softmax", "data.vocabulary=64", "data.pairs=[4]", "train.steps=300", "data.batch=32", "train.warmup=10",
+        "data.evaluation_samples=64", "model.fields.intermediate_size=32", "model.fields.initializer_range=0.25",
     ))  # fmt: skip
     torch.manual_seed(0)
     done = train(task.build(), task, task.config.train, tmp_path)
-    assert done.held_out["accuracy"] > 90
+    assert done.held_out["accuracy"] > 80
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -124,7 +124,8 @@ def reproduce(**options: Any) -> dict[str, Any]:
     """Train every mixer at every width and learning rate, and write the report.
 
     Args:
-        options: the fields of `kvbind.experiments.findings.Request`; the task is "recall", rows are `MIXERS`.
+        options: the fields of `kvbind.experiments.findings.Request`; the task is "recall", rows are those of
+            `MIXERS` that are compared.
 
     Returns:
         What `results.json` holds.
@@ -135,8 +136,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     """
     request = Request(**options)
     plan, jobs = plan_runs(request)
-    wanted = tuple(row for key, (row, _) in jobs.items() if request.trains(key[0]))
-    request.say(f"capacity, scale {request.scale}: {len(wanted)} runs on {plan.device}; report in {plan.out}")
+    request.say(f"capacity, scale {request.scale}: {len(jobs)} runs on {plan.device}; report in {plan.out}")
 
     def finished(job: Job, run: Run) -> None:
         held_out, note = (
@@ -145,7 +145,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
         )
         request.say(f"{job.title}: {held_out['accuracy']:.1f}% recalled, {note}")
 
-    done = plan.train(replace(request, rows=wanted), finished)
+    done = plan.train(replace(request, rows=None), finished)
     runs = {key: done[name] for key, name in jobs.items() if name in done}
     curves = {mixer: points for mixer in dict.fromkeys(key[0] for key in jobs)
               if (points := list(points_of(mixer, jobs, runs, plan)))}  # fmt: skip
@@ -156,7 +156,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
             {key[3] for key in jobs if key[:2] == (mixer, width)},
             {key[3] for key in runs if key[:2] == (mixer, width)},
         )
-        for mixer, width in dict.fromkeys(key[:2] for key in jobs if request.trains(key[0]))
+        for mixer, width in dict.fromkeys(key[:2] for key in jobs)
     })  # fmt: skip
     seconds = sum(run.result["training_seconds"] for run in runs.values())
     return write_findings(plan.out, request, findings(curves, plan, request, missing, seconds), plan.device)
@@ -180,15 +180,16 @@ def plan_runs(request: Request) -> tuple[Plan, dict[Key, tuple[str, int]]]:
         if edit.startswith(("seed=", "model.mixer=", "model.inner.system=")):
             raise ValueError(f"overrides must leave {edit.partition('=')[0]} to the comparison; got {edit!r}")
     widths, rates = (taken(edits, key, usual) for key, usual in ((WIDTH, scale.widths), (RATE, scale.rates)))
-    for name in request.rows or ():
+    mixers = MIXERS if request.rows is None else request.rows
+    for name in mixers:
         check_choice("rows", name, MIXERS)
-    made = {key: configured(scale.preset, edits, *key) for key in product(MIXERS, widths, rates)}
+    made = {mixer: configured(scale.preset, edits, mixer) for mixer in mixers}
     keys, configs = {}, {}
-    for seed, width, mixer, rate in product(range(request.seeds), widths, MIXERS, rates):
+    for seed, width, mixer, rate in product(range(request.seeds), widths, mixers, rates):
         row = f"{mixer}, width {width}, rate {rate:g}"
         keys[mixer, width, rate, seed] = (row, seed)
-        configs[row, seed] = replace(made[mixer, width, rate], seed=seed)
-    return plan_configs("capacity", configured(scale.preset, edits), configs, request), keys
+        configs[row, seed] = sized(made[mixer], width, rate, seed)
+    return plan_configs("capacity", recall.resolve(made[mixers[0]]), configs, request), keys
 
 
 def planned_jobs(request: Request) -> list[tuple[str, Job]]:
@@ -212,32 +213,38 @@ def taken(edits: list[str], key: str, usual: Sequence[Any]) -> Sequence[Any]:
     values = found if isinstance(found, list) else [found]
     kind = type(usual[0])
     try:
-        numbers = [kind(x) for x in values]
+        numbers = [kind(x) for x in values if not isinstance(x, bool)]
     except (TypeError, ValueError):
         numbers = []
-    if not numbers or any(x <= 0 or x != float(value) for x, value in zip(numbers, values, strict=True)):
+    if not numbers or [float(x) for x in values] != numbers or min(numbers) <= 0:
         raise ValueError(f"{key} must be a number above 0 ({kind.__name__}) or a list of some; got {edit!r}")
     return numbers
 
 
-def configured(preset: str, edits: Sequence[str], mixer: str = REFERENCE, width: int = 0, rate: float = 0.0) -> Any:
-    """The configuration of a run, everything spelled out."""
-    edits = list(edits)
-    if width:
-        # unit residual streams at every width, and MLPs in proportion
-        edits += [f"{WIDTH}={width}", f"model.fields.intermediate_size={2 * width}", f"{RATE}={rate!r}",
-                  f"model.fields.initializer_range={width**-0.5!r}"]  # fmt: skip
+def configured(preset: str, edits: Sequence[str], mixer: str) -> Any:
+    """The configuration of a mixer's runs, of the preset's own width and learning rate.
+
+    Edits of the inner loop are those of the ladder's; other systems have their chunk, where they have any.
+    """
     full = read_config(recall.Config, recall.PRESETS, preset, edits)
-    if mixer == SOFTMAX:
-        return recall.resolve(read_config(recall.Config, recall.PRESETS, preset, [*edits, "model.mixer=softmax"]))
     if mixer in RUNGS:
         full.model.inner = recall.rows(full)[mixer]
-        return recall.resolve(full)
-    chunk = recall.inner_loop(full.model).chunk
-    edits.append(f"model.inner.system={mixer}")
-    if (SYSTEMS[mixer]().chunk or 1) > 1:
-        edits.append(f"model.inner.chunk={chunk}")
-    return recall.resolve(read_config(recall.Config, recall.PRESETS, preset, edits))
+        return full
+    others = [edit for edit in edits if not edit.startswith("model.inner.")]
+    if mixer == SOFTMAX:
+        own = ["model.mixer=softmax"]
+    else:
+        own = [f"model.inner.system={mixer}"]
+        if (SYSTEMS[mixer]().chunk or 1) > 1:
+            own.append(f"model.inner.chunk={recall.inner_loop(full.model).chunk}")
+    return read_config(recall.Config, recall.PRESETS, preset, [*others, *own])
+
+
+def sized(config: Any, width: int, rate: float, seed: int) -> Any:
+    """A run of a mixer, everything spelled out: MLPs in proportion, and residual streams that start with unit entries."""
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "initializer_range": width**-0.5}
+    model = replace(config.model, fields={**config.model.fields, **sizes})
+    return recall.resolve(replace(config, seed=seed, model=model, train=replace(config.train, learning_rate=rate)))
 
 
 def points_of(mixer: str, keys: Mapping[Key, tuple[str, int]], runs: Mapping[Key, Run], plan: Plan) -> Iterator[Point]:

@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from kvbind.forms.state import State
 from kvbind.layers.attention import AttentionState
+from kvbind.layers.fast_weights import FastWeightState
 from kvbind.models.lact.cache import LactCache, MixerState
 
 
@@ -29,9 +31,14 @@ def state_bytes(cache: Any) -> int:
 
 def mixer_bytes(state: MixerState) -> int:
     """Likewise of one layer of the LaCT language model."""
-    if isinstance(state, AttentionState):
-        return sum(x.nbytes for x in state.tensors())
-    fast = state.fast
+    if isinstance(state, FastWeightState):
+        return fast_bytes(state.fast) + sum(x.nbytes for x in state.tails.values())
+    kept = state.kept
+    attention = (kept.keys.nbytes + kept.values.nbytes) * kept.held[0] // max(kept.keys.shape[1], 1)
+    return attention + (0 if isinstance(state, AttentionState) else fast_bytes(state.fast))
+
+
+def fast_bytes(fast: State) -> int:
+    """Likewise of fast weights."""
     still = {f"weights.{name}" for name in fast.weights if name not in fast.spec.updated}
-    alike = {id(x) for name, x in fast.tensors.items() if name in still or name.startswith("norms.")}
-    return sum(x.nbytes for x in state.tensors() if id(x) not in alike)
+    return sum(x.nbytes for name, x in fast.tensors.items() if name not in still and not name.startswith("norms."))

@@ -120,8 +120,8 @@ def llama_flops(config: PretrainedConfig, length: int) -> Parts:
 def in_place_flops(config: InPlaceConfig, length: int) -> Parts:
     """Training on one sequence with such a Llama whose chosen MLPs are fast weights.
 
-    Those count as the inner loop does, and what makes their values per token `2 d` times the convolution's width and, for
-    the projection, `2 d^2`, times 3.
+    Per token and fast MLP, what is written takes `2 d` times the MLP's width, and what makes its value `2 d` times the
+    convolution's width and, for the projection, `2 d^2`; all times 3. Features are those that the MLP has anyway.
 
     Args:
         config: of the model.
@@ -130,12 +130,10 @@ def in_place_flops(config: InPlaceConfig, length: int) -> Parts:
     Returns:
         As `llama_flops`, and "fast weights".
     """
-    inside, fast = config.text_config, len(config.fast_layers)
-    parts, d = llama_flops(inside, length), inside.hidden_size
-    loop = training_flops(config.inner, Shapes(1, d, d, inside.intermediate_size, length))
-    values = TRAINED * 2 * d * (config.conv_width + d * config.projection) * length
-    slow = 1 - fast / inside.num_hidden_layers
-    return {**parts, "mlp": slow * parts["mlp"], "fast weights": fast * (loop + values)}
+    inside = config.text_config
+    d = inside.hidden_size
+    written = inside.intermediate_size + config.conv_width + d * config.projection
+    return llama_flops(inside, length) | {"fast weights": len(config.fast_layers) * TRAINED * 2 * d * written * length}
 
 
 def _projected(config: LactConfig) -> int:
