@@ -227,7 +227,8 @@ def test_every_scale_is_a_preset_that_reads(task, scale):
     assert list(SUBJECTS[task].scales) == ["smoke", "small", "large", "paper"]
     config = configuration(task, scale, 3)
     assert config.seed == 3
-    assert set(subjects.SUBJECTS[task].scales[scale].overrides) <= {"train.steps=180", "train.warmup=18", ON_THE_WAY}
+    longer = {"train.steps=180", "train.warmup=18", "epochs=100", "warmup_epochs=2"}
+    assert set(subjects.SUBJECTS[task].scales[scale].overrides) <= {*longer, ON_THE_WAY}
 
 
 def test_published_numbers_are_the_papers():

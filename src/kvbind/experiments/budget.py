@@ -29,7 +29,7 @@ HERE, MEASURED, MOST = "timed here", "as on an H200", "at most, as on an H200"
 """Where a time comes from."""
 
 TOKENS = {"rung0": 327_394.0, "rung2": 862_873.0, "rung6": 1_190_293.0, SOFTMAX: 570_297.0}
-"""Tokens per second of training the preset "30m" on bytes, 3 x 8192 at once, by row; of softmax attention, those of a Llama."""
+"""Tokens per second of training the preset "30m" on bytes, 3 x 8192 at once, by row; of attention, a Llama."""
 
 BESIDE = {"images": 3_680.0, "views": 951.0}
 """Images or views per second of the slowest row of `--scale small`, beside other runs."""
