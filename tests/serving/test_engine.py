@@ -193,11 +193,9 @@ def test_prompts_share_what_others_read_while_they_run(caching, model):
     assert sum(output.num_cached_tokens for output in done.values()) > 10 * BLOCK
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["plain", "prefix caching"])
-def test_preempted_requests_are_computed_anew(folder, model, cached, monkeypatch):
-    # room for some four sequences, where eight are let in
-    small = engine(folder, enable_prefix_caching=cached, num_gpu_blocks_override=26, max_num_batched_tokens=300)
-    scheduler = small.llm_engine.engine_core.engine_core.scheduler
+def preemptions(llm, monkeypatch):
+    """A list that fills with the requests that an engine preempts."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     preempted, original = [], scheduler._preempt_request
 
     def count(request, *args, **kwargs):
@@ -205,12 +203,46 @@ def test_preempted_requests_are_computed_anew(folder, model, cached, monkeypatch
         return original(request, *args, **kwargs)
 
     monkeypatch.setattr(scheduler, "_preempt_request", count)
+    return preempted
+
+
+def page_bytes(llm):
+    groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
+    (page,) = {group.kv_cache_spec.page_size_bytes for group in groups}
+    return page
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["plain", "prefix caching"])
+def test_preempted_requests_are_computed_anew(folder, model, cached, monkeypatch):
+    # room for some four sequences, where eight are let in
+    small = engine(folder, enable_prefix_caching=cached, num_gpu_blocks_override=26, max_num_batched_tokens=300)
+    preempted = preemptions(small, monkeypatch)
     poison(small)
     requests = [(f"r{i}", prompt(100 + 7 * i, seed=i), greedy(200)) for i in range(8)]
     done = run(small, requests, random.Random(3))
     assert preempted
     for name, asked, _ in requests:
         check(model, asked, said(done[name]))
+
+
+def test_requests_of_a_model_without_attention_share_prefixes_and_are_preempted(tmp_path, monkeypatch):
+    model = saved(tmp_path, "titans alone")
+    # room for four sequences, each of two slots, where eight are let in
+    served = engine(tmp_path, enable_prefix_caching=True, num_gpu_blocks_override=10, max_num_batched_tokens=300)
+    preempted = preemptions(served, monkeypatch)
+    poison(served)
+    assert page_bytes(served) == RequestSize.of(model.config, 4, step=BLOCK, cached=True).page
+    free, rng, requests = free_blocks(served), random.Random(4), []
+    for i in range(24):
+        stem = prompt(rng.choice([0, 130, 520]), seed=3)
+        requests.append((f"m{i}", [*stem, *prompt(rng.randint(1, 150), seed=i)], greedy(rng.randint(1, 60))))
+    done = run(served, requests, rng, aborted={"m3": 1, "m7": 5}.items())
+    for name, asked, params in requests:
+        check(model, asked, said(done[name]))
+        assert len(said(done[name])) == params.max_tokens or name in ("m3", "m7")
+    assert preempted
+    assert sum(output.num_cached_tokens for output in done.values()) > 3 * BLOCK
+    assert free_blocks(served) == free
 
 
 def test_stop_strings_end_a_text(llm, model):
@@ -261,8 +293,7 @@ def test_a_request_takes_the_pages_that_are_told(llm, caching, model, cached):
     size = RequestSize.of(model.config, 4, step=128, cached=cached)
     manager = served.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
     assert {group.kv_cache_spec.block_size for group in manager.kv_cache_config.kv_cache_groups} <= {size.block, 1024}
-    (page,) = {group.kv_cache_spec.page_size_bytes for group in manager.kv_cache_config.kv_cache_groups}
-    assert page == size.page
+    assert page_bytes(served) == size.page
     core, free = served.llm_engine, free_blocks(served)
     core.add_request("one", {"prompt_token_ids": prompt(300, seed=77)}, greedy(200))
     taken = set()
