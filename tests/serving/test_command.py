@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
@@ -48,6 +49,14 @@ def test_a_folder_is_served_with_what_it_needs(folder):
     assert given[:3] == [str(folder), "--max-num-seqs", "7"]
     assert json.loads(given[4]) == {"kvbind_slots": 7}
     assert given[5:] == ["--port", "1"]
+
+
+def test_the_folder_of_a_run_is_its_model(folder, tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ValueError, match="folder must be of a finished run"):
+        serve_arguments(tmp_path)
+    shutil.copytree(folder, tmp_path / "model")
+    assert serve_arguments(tmp_path) == [str(tmp_path / "model")]
 
 
 def test_a_tokenizer_without_a_template_gets_a_plain_one(folder, tmp_path):
@@ -129,7 +138,7 @@ def test_every_system_is_served_or_refused_by_the_field_that_is_in_the_way(name)
     ("inner", "projections", "message"),
     [
         (systems.kda(), "rwkv7", "removal needs an inner loop with writes=2"),
-        (systems.ttt_linear().replace(refresh="call"), "ttt_linear", "refresh must not be 'call'|read_rate=Place"),
+        (systems.titans().replace(refresh="call"), "titans", "refresh must not be 'call'"),
         (systems.gla(), Projections(key_width=0.01), "key_width must leave a head at least one"),
     ],
 )
