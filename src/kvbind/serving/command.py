@@ -45,9 +45,7 @@ def serve_arguments(folder: str | Path, slots: int | None = None, further: Seque
     folder = Path(folder)
     if (folder / RUN).is_file():
         if not (folder / "model" / CONFIG).is_file():
-            raise ValueError(
-                f"folder must be of a finished run; {str(folder)!r} has no model/ yet, which training leaves there"
-            )
+            raise ValueError(f"folder must be of a finished run; {str(folder)!r} has no model/ yet, as training leaves it")
         folder = folder / "model"
     if not (folder / CONFIG).is_file():
         raise ValueError(f"folder must be one of a language model, which holds {CONFIG}; got {str(folder)!r}")

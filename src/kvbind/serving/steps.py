@@ -63,7 +63,7 @@ class Part:
         return Part(rows, where, tuple(bounds), begins, pending, at)
 
     def of_all(self, tokens: Tokens, length: int) -> Tokens:
-        """The part's own of what a step's `length` tokens write `[1, length, H, ...]`, or with a row for each write of one."""
+        """The part's own of what a step's `length` tokens bring, `[1, length, H, ...]` or a row for each write of one."""
 
         def own(x: Tensor) -> Tensor:
             each = x.shape[1] // length
