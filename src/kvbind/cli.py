@@ -324,14 +324,14 @@ def named_or_file(system: str) -> Any:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="A language model's folder, with its tokenizer.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="A language model's folder, or a training run's.", show_default=False)],
     slots: Annotated[
         int | None, typer.Option(help="Requests that run at once; must fit the memory.", min=1, show_default=False)
     ] = None,
 ) -> None:
     """Serve a language model over OpenAI's protocol, with vLLM. Further options are those of [bold]vllm serve[/].
 
-    For example: [bold]kvbind serve runs/model --port 8000 --max-model-len 65536[/]
+    For example: [bold]kvbind serve runs/mine --port 8000 --served-model-name mine[/]
     """
     from kvbind.serving.command import serve as start
 

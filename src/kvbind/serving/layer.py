@@ -1,9 +1,8 @@
-"""A model's layers inside vLLM: attention on vLLM's backends, fast weights from slots and pages, heads divided over ranks."""
+"""A model's layers in vLLM: attention on vLLM's backends, fast weights from slots and pages, heads divided over ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -260,8 +259,9 @@ class ServedBlock(nn.Module):
     def __init__(self, config: LactConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.attn_norm = ResidualNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn: ServedLactLayer | ServedFastWeightLayer
         served = ServedLactLayer if config.projections is None else ServedFastWeightLayer
-        self.attn: InPool = served(config, vllm_config, f"{prefix}.attn")
+        self.attn = served(config, vllm_config, f"{prefix}.attn")
         self.mlp_norm = ResidualNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = ServedMLP(config)
 

@@ -292,7 +292,7 @@ class Pool:
         self.rows[:, : self.layout.behind][slots] = torch.cat(parts, dim=1)
 
     def put(self, tokens: Tokens, slots: Tensor, places: Tensor) -> None:
-        """Keep what slots hold of pending tokens `[1, H, T, ...]`, each in its slot `[T]`, at its place in the chunk `[T]`."""
+        """Keep what slots hold of pending tokens `[1, H, T, ...]`, each in its slot `[T]` and at its place in the chunk."""
         made = tokens.spread().tensors()
         for name, (where, shape) in self.layout.columns.items():
             if name.startswith("pending."):

@@ -62,12 +62,14 @@ class Part:
         rows, where, begins, at = (torch.tensor(x).to(device, non_blocking=True) for x in numbers)
         return Part(rows, where, tuple(bounds), begins, pending, at)
 
-    def of_all(self, tokens: Tokens, writes: int = 1) -> Tokens:
-        """The part's own of a step's writers `[1, T writes, H, ...]`."""
-        where = self.tokens
-        if writes > 1:
-            where = (where[:, None] * writes + torch.arange(writes, device=where.device)).flatten()
-        return tokens.map(lambda x: x[:, where])
+    def of_all(self, tokens: Tokens, length: int) -> Tokens:
+        """The part's own of what a step's `length` tokens bring, `[1, length, H, ...]` or a row for each write of one."""
+
+        def own(x: Tensor) -> Tensor:
+            each = x.shape[1] // length
+            return x[:, self.tokens] if each == 1 else x.unflatten(1, (length, each))[:, self.tokens].flatten(1, 2)
+
+        return tokens.map(own)
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class PieceTails:
     pool: Pool
 
     def behind(self, name: str, x: Tensor, count: int) -> Tensor:
-        """Each piece of `x` `[1, T, C]` behind the `count` tokens before it, `[1, T + n count, C]`; the last of each are kept."""
+        """Each piece of `x` `[1, T, C]` behind the `count` tokens before it: `[1, T + n count, C]`. Its last are kept."""
         pieces, n, steps = self.pieces, len(self.slots), torch.arange(count, device=x.device)
         held = self.pool.tail(name, self.slots).to(x.dtype)
         if pieces.begun is not None:
@@ -217,12 +219,12 @@ def advance(step: Step, pool: Pool, q: Tensor, tokens: Tokens, form: Form = "aut
         if part is plan.later:
             state = pool.load(slots, pages, part.rows, part.starts, part.pending)
         weights = pool.start if state is None else None
-        found, after = packed(spec, weights, q[:, part.tokens], part.of_all(tokens, spec.writes), part.bounds, state, form)
+        found, after = packed(spec, weights, q[:, part.tokens], part.of_all(tokens, q.shape[1]), part.bounds, state, form)
         pool.save(after, slots)
         output[:, part.tokens] = found
     for length, part in plan.reads:
         slots = step.slots[part.rows]
-        output[:, part.tokens] = _read(pool, slots, part.places, length, q[:, part.tokens], part.of_all(tokens))
+        output[:, part.tokens] = _read(pool, slots, part.places, length, q[:, part.tokens], part.of_all(tokens, q.shape[1]))
     return output
 
 
