@@ -335,7 +335,8 @@ def reproduce(
             help="Which: table1 (gradient ascent, and keys for queries), table2 (the ladder), theorems, figure1 (more inner "
             "steps at test time), figure2 (queries beside keys), figure3 (loss by position), figure4 (the forms by the "
             "clock), gaps (each row's gap to the full system along training), sizes (the same by size), chunks "
-            "(views in several updates), explorer (models to look into), or all."
+            "(views in several updates), simplify (how much of training from scratch fine-tuning a simplified model saves), "
+            "explorer (models to look into), or all."
         ),
     ],
     task: Annotated[
@@ -801,7 +802,8 @@ def probe(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the report; default probe/ in the run's, or runs/probe-NAME for a model alone.", show_default=False
+            help="Folder of the report; default probe/ in the run's, or runs/probe-NAME for a model alone.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -834,8 +836,8 @@ def simplify(
     to: Annotated[
         str | None,
         typer.Option(
-            help="What its inner loop becomes: rung0 to rung6 of its own ladder, ascent, key_for_query, a named system, or a "
-            "YAML file of an inner loop. Edits such as model.inner.update=last hold on top of it, or alone.",
+            help="What its inner loop becomes: rung0 to rung6 of its own ladder, ascent, key_for_query, a named system, or "
+            "a YAML file of an inner loop. Edits such as model.inner.update=last hold on top of it, or alone.",
             show_default=False,
             metavar="NAME|FILE",
         ),

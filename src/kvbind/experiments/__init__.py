@@ -16,6 +16,7 @@ EXPERIMENTS = {
     "gaps": "every row's gap to the full system along its training: does it close?",
     "sizes": "the gap of rungs 2 and 6 to the full system, at three sizes of the language model",
     "chunks": "view synthesis whose input views come in 1, 2, 4 or 8 chunks, plain and elastic",
+    "simplify": "a trained full system with a simpler inner loop, fine-tuned: how much of training from scratch that saves",
     "explorer": "every row's layers on a held-out input, prepared for the explorer of kvbind report",
 }
 """What `kvbind reproduce` knows, and what each shows; the module has the same name and a function `reproduce`."""

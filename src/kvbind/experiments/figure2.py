@@ -103,8 +103,8 @@ def reproduce(**options: Any) -> dict[str, Any]:
     findings = Findings(
         experiment="figure2",
         title=f"Figure 2: queries and keys, outputs and values, scale {request.scale}",
-        lead=f"Fast weights of the trained full system on held-out text. {about(len(found))} A first layer's values are those "
-        f"of single tokens, few and far apart, so that near says little of them.{trained.missing}",
+        lead=f"Fast weights of the trained full system on held-out text. {about(len(found))} A first layer's values are "
+        f"those of single tokens, few and far apart, so that near says little of them.{trained.missing}",
         config=trained.config,
         data={
             "layers": [{"layer": layer, "sets": pair, **asdict(x)} for (layer, pair), x in means.items()],
@@ -133,10 +133,10 @@ def lines_of(means: Mapping[tuple[int, str], Numbers]) -> list[list[str]]:
 def about(seeds: int) -> str:
     """What the numbers are, in sentences."""
     return (
-        "Probe: logistic regression, fitted on one half of the tokens, measured on the other. Energy distance: relative, from "
-        f"0 (equal sets) to 1, beside that of two halves of one set. Near: at most the {NEAR:.0%} quantile of the distances "
-        f"of keys (values) to the nearest other one, so that {NEAR:.0%} or more would be near if both sets were of one kind. "
-        f"{POINTS} tokens of each set at most; averages over heads and {seeds} seed(s)."
+        "Probe: logistic regression, fitted on one half of the tokens, measured on the other. Energy distance: relative, "
+        f"from 0 (equal sets) to 1, beside that of two halves of one set. Near: at most the {NEAR:.0%} quantile of the "
+        f"distances of keys (values) to the nearest other one, so that {NEAR:.0%} or more would be near if both sets were of "
+        f"one kind. {POINTS} tokens of each set at most; averages over heads and {seeds} seed(s)."
     )
 
 

@@ -9,25 +9,24 @@ this; here nothing is trained, so that inner loops of the second and fourth kind
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from kvbind.experiments import figure1, figure2
 from kvbind.experiments.calls import changed
 from kvbind.experiments.figure1 import AtSteps, evaluated, metric_and_losses
-from kvbind.experiments.figure2 import MOST_LAYERS, PAIRS, POINTS, Layer, held_out_sets, look
+from kvbind.experiments.figure2 import MOST_LAYERS, PAIRS, POINTS, held_out_sets, look
 from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
 from kvbind.experiments.runs import CONFIG, WEIGHTS
 from kvbind.experiments.saved import Saved
 from kvbind.experiments.subjects import NONE, Metric, named_subject
+from kvbind.inner import InnerLoop
 from kvbind.inner.value import check_positive_int
-from kvbind.models.carry import LAYERS
+from kvbind.models.carry import layers_of
 from kvbind.train.config import to_plain
 from kvbind.train.loop import pick_device
 
@@ -79,7 +78,7 @@ def probe(saved: Saved, request: Request, where: Path, most: int = 8) -> dict[st
     out = request.out or (home / "probe" if run else Path("runs") / f"probe-{where.resolve().name}")
     out.mkdir(parents=True, exist_ok=True)
 
-    inner = next(layer.inner for layer in model.modules() if isinstance(layer, LAYERS))
+    inner: InnerLoop = next(iter(layers_of(model).values())).inner
     own = AtSteps(inner.steps, *of_layers(*metric_and_losses(model, opened, config, device, metric.name)))
     at_steps, edited = [own], []
     for steps in counts(inner.steps, most):
@@ -112,8 +111,8 @@ def probe(saved: Saved, request: Request, where: Path, most: int = 8) -> dict[st
     findings = Findings(
         experiment="probe",
         title=f"Probes of {where.as_posix()}",
-        lead=f"A {saved.task} model, trained with {own.steps} step(s) per chunk, gradient {inner.direction} and reads at the "
-        f"{inner.query}, evaluated on {subject.held_out} with other inner loops and the same weights, without kernels. The "
+        lead=f"A {saved.task} model, trained with {own.steps} step(s) per chunk, gradient {inner.direction} and reads at "
+        f"the {inner.query}, evaluated on {subject.held_out} with other inner loops and the same weights, without kernels. The "
         "inner loss is that of the weights after each chunk's update, averaged over layers. " + figure2.about(1),
         config=to_plain(config),
         data={

@@ -82,7 +82,8 @@ def open_saved(where: Path, data: str | None = None, overrides: Sequence[str] = 
     folder = home / WEIGHTS if run else where
     if run and not exported(home):
         raise ValueError(
-            f"model must be of a finished run; {str(home)!r} has no {WEIGHTS}/ yet, which the command that trains it leaves there"
+            f"model must be of a finished run; {str(home)!r} has no {WEIGHTS}/ yet, which the command that trains it leaves "
+            "there"
         )
     if not folder.is_dir():
         raise ValueError(f"model must be the folder of a training run or of a model; there is no {str(where)!r}")

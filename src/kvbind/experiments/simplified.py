@@ -118,13 +118,31 @@ def plan(
         raise ValueError(f"to must be another inner loop than the model's own; {name!r} is what it is already")
     if "released_parameters" in changed.model.fields:  # those that the new inner loop has no use for are left out
         changed.model.fields["released_parameters"] = False
-    changed.train = replace(
-        changed.train, steps=steps, warmup=steps // 10, learning_rate=RATE * own.train.learning_rate,
+    config = fine_tuning(saved.task, changed, saved.folder, steps, targets, others)
+    return Plan(saved, config, out or Path("runs") / f"simplify-{run_name(saved.task, config)}", name)
+
+
+def fine_tuning(
+    task: str, config: Any, model: Path, steps: int, targets: str = "data", overrides: Sequence[str] = ()
+) -> Any:
+    """The run that fine-tunes a saved model with the inner loop of a configuration.
+
+    Args:
+        task: its name.
+        config: of that task: the model as it is to be, and how it would be trained from scratch. The peak of the learning
+            rate becomes `RATE` times that, a tenth of the steps warm it up, and each of `PARTS` parts is evaluated.
+        model: folder of the saved model.
+        steps: of fine-tuning.
+        targets: as `StartConfig` takes them.
+        overrides: further `key=value` edits, which hold against all of this.
+    """
+    module = open_task_module(task)
+    train = replace(
+        config.train, steps=steps, warmup=steps // 10, learning_rate=RATE * config.train.learning_rate,
         evaluate_every=math.ceil(steps / PARTS),
     )  # fmt: skip
-    changed.start = StartConfig(str(saved.folder), targets=targets)
-    config = module.resolve(edited(changed, others))
-    return Plan(saved, config, out or Path("runs") / f"simplify-{run_name(saved.task, config)}", name)
+    changed = replace(config, train=train, start=StartConfig(str(model), targets=targets))
+    return module.resolve(edited(changed, overrides))
 
 
 def target(module: Any, config: Any, to: str) -> Any:
@@ -171,8 +189,8 @@ def simplify(planned: Plan, request: Request, *, accept_changed_data: bool = Fal
     task, folder, config = planned.saved.task, planned.folder, planned.config
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            "simplify measures and trains in one process, and was started in several; kvbind train takes the same run to them, "
-            f"by the edits start.model={planned.saved.folder} and model.inner=..."
+            "simplify measures and trains in one process, and was started in several; kvbind train takes the same run to "
+            f"them, by the edits start.model={planned.saved.folder} and model.inner=..."
         )
     check_folder(task, folder)
     if not request.fresh:
@@ -303,7 +321,9 @@ def report(planned: Plan, request: Request, run: Run, measured: Mapping[str, Any
         label = "after the edit" if step == 0 else f"{step / config.train.steps:.0%}, step {step:,}"
         rows.append([label, *cells(metrics, held_out, before)])
     last = {name: points[-1][1] for name, points in courses.items()}
-    draw(planned.folder / "simplified.png", courses[subject.metric.name], before[subject.metric.name], subject.metric, speeds)
+    draw(
+        planned.folder / "simplified.png", courses[subject.metric.name], before[subject.metric.name], subject.metric, speeds
+    )
     unit, carried = open_task_module(saved.task).Task.unit, measured["carried"]
     learned = "the task's own loss" if config.start.targets == "data" else "what the model said before"
     findings = Findings(
@@ -377,7 +397,8 @@ def judge(
     gains = [(x[BEFORE], x[AFTER]) for kind in ("graph_training", "training")
              if (x := {name: own.get(kind) for name, own in speeds.items()})[BEFORE] and x[AFTER]]  # fmt: skip
     old, new = gains[0]
-    assert old is not None and new is not None
+    assert old is not None
+    assert new is not None
     return [
         Verdict(
             f"fine-tuning brings {metric.title} back",

@@ -84,7 +84,9 @@ def carry_over(old: nn.Module, new: nn.Module) -> Carried:
     for name in own.keys() | given.keys():
         shapes = [list(x[name].shape) if name in x else None for x in (given, own)]
         if not name.startswith(within) and shapes[0] != shapes[1]:
-            raise ValueError(f"models must differ in their inner loops alone; {name} is {shapes[0]} in one, {shapes[1]} here")
+            raise ValueError(
+                f"models must differ in their inner loops alone; {name} is {shapes[0]} in one, {shapes[1]} here"
+            )
     kept: dict[str, int] = {}
     dropped: dict[str, int] = {}
     new_ones: dict[str, int] = {}
@@ -127,7 +129,9 @@ def pieces(
     held = of_layer(prefix, old, given)
     fresh = of_layer(prefix, new, own)
     parameter = PARAMETERS[type(new)]
-    moved = {parameter(weight) for layer in (old, new) for weight in (*layer.inner.network.matrices, *layer.inner.network.vectors)}
+    moved = {
+        parameter(weight) for layer in (old, new) for weight in (*layer.inner.network.matrices, *layer.inner.network.vectors)
+    }
     if old.inner.network.hidden_layers == new.inner.network.hidden_layers:
         moved = set()
     for name in dict.fromkeys((*held, *fresh)):

@@ -40,7 +40,9 @@ class StartConfig:
     def __post_init__(self) -> None:
         check_choice("start.targets", self.targets, TARGETS)
         if self.targets != "data" and self.model is None and not self.weights:
-            raise ValueError(f"start.model must name the model whose outputs are the targets; got start.targets={self.targets}")
+            raise ValueError(
+                f"start.model must name the model whose outputs are the targets; got start.targets={self.targets}"
+            )
 
     def resolved(self) -> StartConfig:
         """With the hash of the weights.

@@ -142,7 +142,9 @@ def simplified(results: Results) -> Drawn:
     series = {"edited": points, "before the edit": [(points[0][0], before), (points[-1][0], before)]}
     title = f"{metric.title[0].upper()}{metric.title[1:]}: {metric.better} is better"
     tones = ["blue", "orange"]
-    return {"Course": [charts.lines(series, title=title, x="steps of fine-tuning", y=metric.title, tones=tones, markers=True)]}
+    return {
+        "Course": [charts.lines(series, title=title, x="steps of fine-tuning", y=metric.title, tones=tones, markers=True)]
+    }
 
 
 def theorems(results: Results) -> Drawn:

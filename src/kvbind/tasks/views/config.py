@@ -215,7 +215,9 @@ def describe(model: LactNvs, folder: Path) -> ViewsConfig:
         folder: the model's.
     """
     fields = model.config.to_dict()
-    return ViewsConfig(model=ModelConfig(inner=model.inner.to_dict(), fields={k: x for k, x in fields.items() if k != "inner"}))
+    return ViewsConfig(
+        model=ModelConfig(inner=model.inner.to_dict(), fields={k: x for k, x in fields.items() if k != "inner"})
+    )
 
 
 def baselines(config: ViewsConfig) -> dict[str, dict[str, Any]]:
