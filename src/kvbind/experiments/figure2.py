@@ -135,8 +135,8 @@ def about(seeds: int) -> str:
     return (
         "Probe: logistic regression, fitted on one half of the tokens, measured on the other. Energy distance: relative, "
         f"from 0 (equal sets) to 1, beside that of two halves of one set. Near: at most the {NEAR:.0%} quantile of the "
-        f"distances of keys (values) to the nearest other one, so that {NEAR:.0%} or more would be near if both sets were of "
-        f"one kind. {POINTS} tokens of each set at most; averages over heads and {seeds} seed(s)."
+        f"distances of keys (values) to the nearest other one, so that {NEAR:.0%} or more would be near if both sets were "
+        f"of one kind. {POINTS} tokens of each set at most; averages over heads and {seeds} seed(s)."
     )
 
 

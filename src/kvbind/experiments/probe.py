@@ -112,8 +112,8 @@ def probe(saved: Saved, request: Request, where: Path, most: int = 8) -> dict[st
         experiment="probe",
         title=f"Probes of {where.as_posix()}",
         lead=f"A {saved.task} model, trained with {own.steps} step(s) per chunk, gradient {inner.direction} and reads at "
-        f"the {inner.query}, evaluated on {subject.held_out} with other inner loops and the same weights, without kernels. The "
-        "inner loss is that of the weights after each chunk's update, averaged over layers. " + figure2.about(1),
+        f"the {inner.query}, evaluated on {subject.held_out} with other inner loops and the same weights, without kernels. "
+        "The inner loss is that of the weights after each chunk's update, averaged over layers. " + figure2.about(1),
         config=to_plain(config),
         data={
             "model": saved.folder.as_posix(),

@@ -223,7 +223,7 @@ def build_model(config: LanguageConfig, tokenizer: Tokenizer) -> LactForCausalLM
     room = config.model.fields.get("vocab_size", tokenizer.vocab_size)
     if room < tokenizer.vocab_size:
         raise ValueError(
-            f"model.fields must have a vocab_size of at least the {tokenizer.vocab_size} tokens of data.tokenizer; got {room}"
+            f"model.fields must have a vocab_size of at least {tokenizer.vocab_size}, as data.tokenizer has; got {room}"
         )
     fields = model_fields(config.model) | {
         "vocab_size": room,
