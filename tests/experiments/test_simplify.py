@@ -285,6 +285,18 @@ def test_a_model_alone_must_be_told_its_data(place, tmp_path):
         other.open_task(training=False)
 
 
+def test_models_of_other_kinds_are_named(place, tmp_path):
+    train_run("views", configured("views", "model.fields.fast_weights=false"), tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"model must have fast weights; .* holds one without"):
+        open_saved(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"there is no 'nowhere'"):
+        open_saved(Path("nowhere"))
+    (tmp_path / "views").mkdir()
+    (tmp_path / "views" / "config.yaml").write_text((place / "views" / "config.yaml").read_text())
+    with pytest.raises(ValueError, match=r"model must be of a finished run"):
+        open_saved(tmp_path / "views")
+
+
 def test_a_vocabulary_may_be_larger_than_the_tokenizers(place):
     config = configured("language", "model.fields.vocab_size=300")
     assert open_task_module("language").Task(config, training=False).build().config.vocab_size == 300

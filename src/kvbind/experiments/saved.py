@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kvbind.experiments.runs import CONFIG, WEIGHTS, exported, open_run
+from kvbind.models.carry import layers_of
 from kvbind.models.lact import LactForCausalLM
 from kvbind.models.lact_nvs import LactNvs
 from kvbind.models.saving import open_exported
@@ -71,7 +72,7 @@ def open_saved(where: Path, data: str | None = None, overrides: Sequence[str] = 
         overrides: further `key=value` edits of the run's configuration.
 
     Raises:
-        ValueError: a folder that holds no such model, a run that is not finished, no data where none are known, or edits
+        ValueError: a folder that holds no such model, or one of another family or without fast weights, a run that is not finished, no data where none are known, or edits
             that do not fit.
         OSError: a file that cannot be read.
     """
@@ -88,6 +89,11 @@ def open_saved(where: Path, data: str | None = None, overrides: Sequence[str] = 
     if not folder.is_dir():
         raise ValueError(f"model must be the folder of a training run or of a model; there is no {str(where)!r}")
     model = open_exported(folder).float()
+    if type(model) not in TASK_OF:
+        known = ", ".join(kind.__name__ for kind in TASK_OF)
+        raise ValueError(f"model must be one of {known}; {str(folder)!r} holds a {type(model).__name__}")
+    if not layers_of(model):
+        raise ValueError(f"model must have fast weights; {str(folder)!r} holds one without")
     task = TASK_OF[type(model)]
     module = open_task_module(task)
     config = open_run(home)[1] if run else module.describe(model, folder)

@@ -44,9 +44,7 @@ class Division:
             return weight
         length, parts = weight.shape[self.axis], []
         sections = self.sections or ((length, 1),)
-        for section, (size, groups) in zip(
-            weight.split([size for size, _ in sections], self.axis), sections, strict=True
-        ):
+        for section, (size, groups) in zip(weight.split([size for size, _ in sections], self.axis), sections, strict=True):
             if groups and size % (groups * ranks):
                 raise ValueError(f"tensor_parallel_size must divide {size // groups}, as weights have it; got {ranks}")
             own = section.unflatten(self.axis, (groups, ranks, -1)).select(self.axis + 1, rank) if groups else section
