@@ -18,7 +18,7 @@ from kvbind.experiments.saved import open_saved
 from kvbind.experiments.simplified import plan
 from kvbind.experiments.simplify import Course
 from kvbind.experiments.subjects import SUBJECTS
-from kvbind.models.carry import carry_over
+from kvbind.models.carry import carry_over, layers_of
 from kvbind.models.lact import LactForCausalLM
 from kvbind.models.lact_nvs import LactNvs
 from kvbind.models.saving import open_exported
@@ -310,10 +310,10 @@ def test_probes_leave_the_model_as_it_was_and_find_what_evaluation_finds(task, p
     monkeypatch.setattr("kvbind.experiments.figure2.tsne", lambda points: points[:, :2])
     saved = open_saved(place / task)
     before = {name: x.clone() for name, x in saved.model.state_dict().items()}
-    loops = [m.inner for m in saved.model.modules() if hasattr(m, "rate_names") or hasattr(m, "inner_conv")]
+    loops = [layer.inner for layer in layers_of(saved.model).values()]
     results = probing.probe(saved, Request(task=task, scale="own", out=tmp_path / "probe"), place / task, most=2)
     assert all(torch.equal(x, before[name]) for name, x in saved.model.state_dict().items())
-    assert loops == [m.inner for m in saved.model.modules() if hasattr(m, "rate_names") or hasattr(m, "inner_conv")]
+    assert loops == [layer.inner for layer in layers_of(saved.model).values()]
     run = json.loads((place / task / "result.json").read_text())
     metric = SUBJECTS[task].metric.name
     assert results["steps"][0]["metric"] == pytest.approx(run["held_out"][metric], rel=1e-5)
@@ -327,7 +327,7 @@ def test_probes_leave_the_model_as_it_was_and_find_what_evaluation_finds(task, p
         assert found["metric"] == pytest.approx(outputs(task, model, opened)[metric], rel=1e-4)
     one, other = results["steps"][0]["inner_loss"], results["edited"][0]["inner_loss"]
     assert results["steps"][1]["inner_loss"] < one < other
-    assert len(results["layers"]) == 2 * sum(1 for _ in loops)
+    assert len(results["layers"]) == 2 * len(loops)
     assert all(0 <= x["near"] <= 1 and 0 <= x["probe"] <= 1 for x in results["layers"])
     assert json.loads((tmp_path / "probe" / "results.json").read_text())["versions"]
 

@@ -72,8 +72,8 @@ def open_saved(where: Path, data: str | None = None, overrides: Sequence[str] = 
         overrides: further `key=value` edits of the run's configuration.
 
     Raises:
-        ValueError: a folder that holds no such model, or one of another family or without fast weights, a run that is not finished, no data where none are known, or edits
-            that do not fit.
+        ValueError: a folder that holds no such model, or one of another family or without fast weights, a run that is not
+            finished, no data where none are known, or edits that do not fit.
         OSError: a file that cannot be read.
     """
     if data == "":

@@ -222,9 +222,9 @@ def measure(planned: Plan, device: torch.device, request: Request) -> dict[str, 
     if known is not None:
         return dict(known)
     saved, train = planned.saved, planned.config.train
+    opened = saved.open_task(training=True)
     changed = open_task_module(saved.task).Task(planned.config)
     model = changed.build()
-    opened = saved.open_task(training=True)
     original = saved.model.to(device)
     before = evaluate(original, opened, train, device)
     found = {

@@ -329,9 +329,9 @@ def to_plain(config: Any) -> dict[str, Any]:
 def what_matters(config: Any) -> dict[str, Any]:
     """A run's configuration without the keys that change nothing of its result.
 
-    Those are the device, evaluations on the way, checkpoints, event files, and how the run is spread over processes; of other
-    sections, what their dataclass lists as `INDIFFERENT`. A section that came later (`kvbind.inner.value.LATER`) is left out
-    where it says nothing, so that earlier runs are found.
+    Those are the device, evaluations on the way, checkpoints, event files, and how the run is spread over processes; of
+    other sections, what their dataclass lists as `INDIFFERENT`. A section that came later (`kvbind.inner.value.LATER`) is
+    left out where it says nothing, so that earlier runs are found.
     """
     plain = to_plain(config)
     for section in fields(config):
