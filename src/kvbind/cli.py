@@ -255,6 +255,8 @@ def compare(
     For example: [bold]kvbind compare kda gdn2[/], [bold]kvbind compare titans mine.yaml[/],
     [bold]kvbind compare lact_llm update=last lact_video[/], or [bold]kvbind compare lact_llm momentum=false chunk=64[/]
     """
+    from kvbind.inner.systems.registry import named_or_file
+
     loops = inner_loops(words, 2)
     if len(loops) == 1 and len(words) > 1:
         loops = [(words[0], named_or_file(words[0])), *loops]
@@ -294,6 +296,8 @@ def inner_loops(words: Sequence[str], most: int) -> list[tuple[str, Any]]:
 
 def edited_loop(system: str, *edits: str) -> Any:
     """A named system, or that in a file, with edits."""
+    from kvbind.inner.systems.registry import named_or_file
+
     inner = named_or_file(system)
     if not edits:
         return inner
@@ -304,21 +308,6 @@ def edited_loop(system: str, *edits: str) -> Any:
 
     fields: Any = OmegaConf.to_container(parse_overrides(edits))
     return edited(inner, fields)
-
-
-def named_or_file(system: str) -> Any:
-    """The inner loop of that name, or in that file."""
-    from kvbind.inner import InnerLoop
-    from kvbind.inner.systems import named
-
-    if not system.endswith((".yaml", ".yml")):
-        return named(system)
-    if not Path(system).is_file():
-        raise ValueError(f"system must be a named system or a YAML file that exists; there is no {system!r}")
-    try:
-        return InnerLoop.from_yaml(Path(system))
-    except (ValueError, TypeError) as error:
-        raise ValueError(str(error) if system in str(error) else f"{system}: {error}") from error
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -347,6 +336,7 @@ def reproduce(
             "steps at test time), figure2 (queries beside keys), figure3 (loss by position), figure4 (the forms by the "
             "clock), gaps (each row's gap to the full system along training), sizes (the same by size), chunks "
             "(views in several updates), capacity (recall by bytes of state), systems (language models side by side), "
+            "(views in several updates), simplify (how much of training from scratch fine-tuning a simplified model saves), "
             "explorer (models to look into), or all."
         ),
     ],
@@ -795,6 +785,127 @@ def show_metrics(screen: Console, metrics: dict[str, Any]) -> None:
         if isinstance(value, list):
             every = max(len(value) // 8, 1)
             screen.print(f"{name.replace('_', ' ')}: " + "  ".join(f"{place}: {x:.3f}" for place, x in value[::every]))
+
+
+@app.command()
+def probe(
+    model: Annotated[
+        Path,
+        typer.Argument(help="Folder of a finished training run, or of a model of this library.", show_default=False),
+    ],
+    overrides: Overrides = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="Data whose held-out part to probe the model on; default what it was trained on, where that is known.",
+            metavar="PATH",
+        ),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(help="The most steps of the inner loop; 1, 2, 4 ... up to so many are tried.", min=1)
+    ] = 8,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the report; default probe/ in the run's, or runs/probe-NAME for a model alone.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Try on a trained model what a memory of keys and values could not bear: the paper's four probes, at test time.
+
+    More steps of the inner loop, its gradient the other way, keys in the place of queries; and whether queries lie among
+    the keys, and outputs among the values. Nothing is trained. Any saved model of the three families: language, view
+    synthesis, ViTTT.
+
+    For example: [bold]kvbind probe runs/mine[/], or of a converted release
+    [bold]kvbind probe mine --data book.txt data.evaluation_samples=16[/]
+    """
+    from kvbind.experiments.findings import Request
+    from kvbind.experiments.probe import probe as run_probes
+    from kvbind.experiments.saved import open_saved
+
+    saved = open_saved(model, data, overrides or [])
+    screen = console()
+    results = run_probes(saved, Request(task=saved.task, scale="own", console=screen, out=out), model, steps)
+    show_tables(screen, results)
+
+
+@app.command()
+def simplify(
+    model: Annotated[
+        Path,
+        typer.Argument(help="Folder of a finished training run, or of a model of this library.", show_default=False),
+    ],
+    overrides: Overrides = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="What its inner loop becomes: rung0 to rung6 of its own ladder, ascent, key_for_query, a named system, or "
+            "a YAML file of an inner loop. Edits such as model.inner.update=last hold on top of it, or alone.",
+            show_default=False,
+            metavar="NAME|FILE",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Of fine-tuning.", min=1)] = 100,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="Data to fine-tune on, a part of which is held out; default what the model was trained on, where that is "
+            "known.",
+            metavar="PATH",
+        ),
+    ] = None,
+    targets: Annotated[
+        Literal["data", "outputs"],
+        typer.Option(help="What is learned: the task's own targets, or what the model said before (distillation)."),
+    ] = "data",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; default runs/simplify-TASK-HASH.", show_default=False)
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew, instead of going on where the folder's run stopped.")
+    ] = False,
+    accept_changed_data: Annotated[
+        bool,
+        typer.Option("--accept-changed-data", help="Go on though files of the data were edited, removed or added since."),
+    ] = False,
+) -> None:
+    """Give a trained model a simpler inner loop, fine-tune it, and say what that costs and gains.
+
+    Every weight that still has a meaning is kept. The report has the quality before, after the edit and after each tenth of
+    the steps, and the speed of both models. Ctrl-C leaves a checkpoint, from which the same command goes on; the model that
+    is left in the run's folder opens like any other.
+
+    For example: [bold]kvbind simplify runs/mine --to rung2 --steps 200[/], or of a converted release
+    [bold]kvbind simplify mine --to rung2 --data book.txt --targets outputs train.learning_rate=1e-4[/]
+    """
+    from kvbind.experiments.findings import Request
+    from kvbind.experiments.runs import WEIGHTS
+    from kvbind.experiments.simplified import plan as plan_edit
+    from kvbind.experiments.simplified import simplify as run_edit
+
+    planned = plan_edit(model, to, steps, data=data, targets=targets, out=out, overrides=overrides or [])
+    screen = console()
+    with continuable():
+        request = Request(task=planned.saved.task, scale="own", console=screen, fresh=fresh)
+        results = run_edit(planned, request, accept_changed_data=accept_changed_data)
+    show_tables(screen, results)
+    screen.print(f"model: {planned.folder / WEIGHTS}", soft_wrap=True)
+    say_next(screen, planned.saved.task, planned.folder)
+
+
+def show_tables(screen: Console, results: dict[str, Any]) -> None:
+    """The tables of a report."""
+    for one in results["tables"]:
+        table = Table(title=one["heading"], title_justify="left", box=None, header_style="dim", pad_edge=False)
+        for i, name in enumerate(one["header"]):
+            table.add_column(name, justify="right" if i else "left")
+        for row in one["rows"]:
+            table.add_row(*row)
+        screen.print(table)
 
 
 @app.command()

@@ -75,7 +75,7 @@ def test_the_inner_loop_is_a_named_system_with_edits():
         (ModelConfig(size="tinny"), r"model\.size must be one of .*\(did you mean 'tiny'\?\)"),
         (ModelConfig(inner={"system": "lact_lm"}), r"did you mean 'lact_llm'"),
         (ModelConfig(inner={"updat": "last"}), r"did you mean 'update'"),
-        (ModelConfig(fields={"vocab_size": 3}), r"model\.fields must not hold 'vocab_size', which data\.tokenizer gives"),
+        (ModelConfig(fields={"ttt_form": "auto"}), r"model\.fields must not hold 'ttt_form', which model\.ttt_form gives"),
     ],
 )
 def test_a_wrong_model_is_named(model, message):

@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "chunks": "view synthesis whose input views come in 1, 2, 4 or 8 chunks, plain and elastic",
     "capacity": "associative recall by bytes of state: the ladder, every causal system and softmax attention",
     "systems": "language models of one size: loss, speed, decoding and state of systems side by side",
+    "simplify": "a trained full system with a simpler inner loop, fine-tuned: how much of training from scratch that saves",
     "explorer": "every row's layers on a held-out input, prepared for the explorer of kvbind report",
 }
 """What `kvbind reproduce` knows, and what each shows; the module has the same name and a function `reproduce`."""

@@ -35,7 +35,7 @@ TASKS_OF = {"figure1": figure1.TASKS, "figure2": ("language",), "figure3": ("lan
 TELLING = ("rung0", "rung1", "rung2", "rung6", "ascent", "key_for_query")
 """Rows of the language model whose further seeds go first."""
 
-ALONE = ("sizes", "chunks", "capacity", "systems")
+ALONE = ("sizes", "chunks", "capacity", "systems", "simplify")
 """Experiments with runs that no other has, made by their own command alone."""
 
 TIMED = {("table2", "language")}

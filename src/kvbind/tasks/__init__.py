@@ -2,7 +2,8 @@
 
 A task's module offers `Config` (a dataclass with fields `seed`, `model`, `data` and `train`), `resolve` (which spells its
 defaults out), `Task`, `PRESETS`, `rows` (what `model.inner` is in each row of the paper's tables that applies to it), and
-`baselines` (edits of `model.fields` for models without fast weights); `open_task_module` finds it by name.
+`baselines` (edits of `model.fields` for models without fast weights), and `describe` (the configuration of a run whose model
+is a saved one); `open_task_module` finds it by name.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -174,17 +174,32 @@ def load_config(schema: type[T], path: Path, overrides: Sequence[str] = ()) -> T
     A schema may have a static method `beneath(file, edits)`, which says as plain data what the edits leave of the file: not
     what belongs to something that they replace.
     """
-    base, file, edits = OmegaConf.structured(schema), load_yaml(path), parse_overrides(overrides)
-    beneath = getattr(schema, "beneath", None)
-    if beneath is not None:
-        plain = (OmegaConf.to_container(tree) for tree in (file, edits))
-        file = cast(DictConfig, OmegaConf.create(beneath(*plain)))
+    file, edits = load_yaml(path), parse_overrides(overrides)
     try:
-        base = merge(base, file)
+        base = merge(OmegaConf.structured(schema), left_of(schema, file, edits))
     except ConfigKeyValueError as error:
         line = yaml_lines(path).get(error.key)
         raise ValueError(f"{path}{f', line {line}' if line else ''}: {error}") from error
     return to_object(merge(base, edits), schema)
+
+
+def edited(config: T, overrides: Sequence[str]) -> T:
+    """A configuration with edits, which say the same of it as of a file that holds it.
+
+    Raises:
+        ValueError: an unknown key (the message gives the nearest known one), or a value that does not fit.
+    """
+    schema, edits = type(config), parse_overrides(overrides)
+    file = left_of(schema, OmegaConf.create(to_plain(config)), edits)
+    return to_object(merge(OmegaConf.structured(schema), file, edits), schema)
+
+
+def left_of(schema: type[Any], file: DictConfig, edits: DictConfig) -> DictConfig:
+    """What edits leave of a file's keys, as the schema's `beneath` says."""
+    beneath = getattr(schema, "beneath", None)
+    if beneath is None:
+        return file
+    return cast(DictConfig, OmegaConf.create(beneath(*(OmegaConf.to_container(tree) for tree in (file, edits)))))
 
 
 class ConfigKeyValueError(ValueError):
@@ -314,14 +329,18 @@ def to_plain(config: Any) -> dict[str, Any]:
 def what_matters(config: Any) -> dict[str, Any]:
     """A run's configuration without the keys that change nothing of its result.
 
-    Those are the device, evaluations on the way, checkpoints, event files, and how the run is spread over processes. The
-    data's own are those that their dataclass lists as `INDIFFERENT`. What the model's dataclass got later is left out at the
-    value in its `LATER`.
+    Those are the device, evaluations on the way, checkpoints, event files, and how the run is spread over processes; of
+    other sections, what their dataclass lists as `INDIFFERENT`. What came later is left out where it says nothing, so that
+    earlier runs are found: a section with `kvbind.inner.value.LATER`, and a model's fields at the value in its `LATER`.
     """
     plain = to_plain(config)
-    indifferent = {"train": _INDIFFERENT, "data": getattr(getattr(config, "data", None), "INDIFFERENT", ())}
-    for section in indifferent.keys() & plain.keys():
-        plain[section] = {name: value for name, value in plain[section].items() if name not in indifferent[section]}
+    for section in fields(config):
+        held, name = getattr(config, section.name), section.name
+        indifferent = _INDIFFERENT if name == "train" else getattr(held, "INDIFFERENT", ())
+        if section.metadata.get("later") and held == type(held)():
+            del plain[name]
+        elif indifferent:
+            plain[name] = {key: value for key, value in plain[name].items() if key not in indifferent}
     later = getattr(getattr(config, "model", None), "LATER", {})
     for name in [name for name, value in later.items() if plain["model"].get(name) == value]:
         del plain["model"][name]

@@ -64,7 +64,7 @@ def findings_part(results: Results, place: Path) -> Part:
 def figure1(results: Results) -> Drawn:
     """The inner loss and the metric by steps of the inner loop."""
     metric, found = named_subject(results["task"]).metric, results["steps"]
-    x = "steps per chunk at test time (1 in training)"
+    x = f"steps per chunk at test time ({found[0]['steps']} in training)"
     layers = {f"layer {i}": [(own["steps"], own["by_layer"][i]) for own in found] for i in range(len(found[0]["by_layer"]))}
     sides = [
         charts.lines(
@@ -154,6 +154,23 @@ def capacity(results: Results) -> Drawn:
     }  # fmt: skip
 
 
+def probe(results: Results) -> Drawn:
+    """Both figures of one model; the first where more steps could be tried."""
+    return (figure1(results) if len(results["steps"]) > 1 else {}) | figure2(results)
+
+
+def simplified(results: Results) -> Drawn:
+    """The metric of a model whose inner loop was edited, by steps of fine-tuning."""
+    metric, points = named_subject(results["task"]).metric, results["courses"][results["metric"]]
+    before = results["before"][results["metric"]]
+    series = {"edited": points, "before the edit": [(points[0][0], before), (points[-1][0], before)]}
+    title = f"{metric.title[0].upper()}{metric.title[1:]}: {metric.better} is better"
+    tones = ["blue", "orange"]
+    return {
+        "Course": [charts.lines(series, title=title, x="steps of fine-tuning", y=metric.title, tones=tones, markers=True)]
+    }
+
+
 def theorems(results: Results) -> Drawn:
     """Each way of evaluating an inner loop's linear attention, in each precision."""
     cases = results["cases"]
@@ -181,6 +198,8 @@ DRAW: dict[str, Callable[[Results], Drawn]] = {
     "figure2": figure2,
     "figure3": figure3,
     "figure4": figure4,
+    "probe": probe,
+    "simplified": simplified,
     "theorems": theorems,
     "capacity": capacity,
     "systems": systems,

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from kvbind.inner.spec import InnerLoop
@@ -80,6 +81,22 @@ def named(name: str) -> InnerLoop:
     if not isinstance(name, str) or name not in SYSTEMS:
         raise ValueError(f"no system is named {name!r}{nearest(name, SYSTEMS)}; known: {', '.join(SYSTEMS)}")
     return SYSTEMS[name]()
+
+
+def named_or_file(system: str) -> InnerLoop:
+    """The inner loop of that name, or in that YAML file.
+
+    Raises:
+        ValueError: an unknown name, or a file that does not exist or holds no inner loop.
+    """
+    if not system.endswith((".yaml", ".yml")):
+        return named(system)
+    if not Path(system).is_file():
+        raise ValueError(f"system must be a named system or a YAML file that exists; there is no {system!r}")
+    try:
+        return InnerLoop.from_yaml(Path(system))
+    except (ValueError, TypeError) as error:
+        raise ValueError(str(error) if system in str(error) else f"{system}: {error}") from error
 
 
 SIZES = ("chunk", "refresh", "grid")

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from kvbind.files import inside, read_fields
 from kvbind.inner import InnerLoop
 from kvbind.inner.systems import vittt
-from kvbind.inner.value import check_choice, nearest
+from kvbind.inner.value import LATER, check_choice, nearest
 from kvbind.layers.vittt import check_fits_conv, check_fits_heads
 from kvbind.models.saving import without_bars
 from kvbind.tasks import preset_files
@@ -26,6 +27,7 @@ from kvbind.tasks.images.loading import Batch, Order, Reads, evaluation_batches,
 from kvbind.tasks.images.look import look, suited_patch
 from kvbind.tasks.images.sources import DIGITS, Images, InMemory, Readable, Source, Splits, holds_idx
 from kvbind.tasks.inner_loops import SOFTMAX, beneath, edited, more_hidden, table_rows
+from kvbind.tasks.start import Start, StartConfig, divergence
 from kvbind.train.config import TrainConfig, parse_overrides
 from kvbind.train.ranks import WHOLE, Share
 
@@ -39,6 +41,9 @@ SMALL_SIZE, SHRUNK = 32, 4
 
 TOP = 5
 """Of so many of the likeliest classes, one may be an image's for it to count as top-5."""
+
+PROCESSOR = "preprocessor_config.json"
+"""What transformers calls the file of the processor beside a model."""
 
 PRESETS = preset_files("images")
 """The shipped configurations, by name."""
@@ -170,6 +175,7 @@ class ImagesConfig:
         data: the images.
         augment: how they are varied.
         train: how the model is trained.
+        start: the saved model that the run starts from.
     """
 
     seed: int = 0
@@ -179,6 +185,7 @@ class ImagesConfig:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    start: StartConfig = field(default_factory=StartConfig, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -230,6 +237,38 @@ def inner_loops(model: ModelConfig) -> dict[str, InnerLoop]:
     for key in model.inner:
         check_choice("model.inner's keys", key, tuple(BRANCHES))
     return {key: edited(start, model.inner.get(key, {}), FITS[key]) for key, start in BRANCHES.items()}
+
+
+def describe(model: VitttForImageClassification, folder: Path) -> ImagesConfig:
+    """The configuration of a run whose model is a saved one; its data are to be named.
+
+    Args:
+        model: as its folder holds it.
+        folder: the model's. Where a processor is beside it, images are given to the model as that does.
+
+    Raises:
+        ValueError: a model of images that are not square.
+    """
+    config = model.config
+    if not isinstance(config.img_size, int):
+        raise ValueError(f"the model must be of square images; that in {str(folder)!r} has img_size={config.img_size}")
+    size = "h_vittt_tiny" if config.hierarchical else "vittt_tiny"
+    names = [name for name in MODEL_FIELDS if not (name == "patch_size" and config.hierarchical)]
+    held = {name: getattr(config, name) for name in names}
+    data: dict[str, Any] = {}
+    if (folder / PROCESSOR).is_file():
+        seen = read_fields(inside(folder, PROCESSOR))
+        data = {name: seen[key] for name, key in {"mean": "image_mean", "std": "image_std", "kept": "crop_pct"}.items()}
+    elif config.in_chans == 1:
+        data = {"mean": [], "std": []}
+    return ImagesConfig(
+        model=ModelConfig(
+            size=size,
+            inner={"heads": config.inner.to_dict(), "conv": config.inner_conv.to_dict()},
+            fields={name: list(x) if isinstance(x, tuple) else x for name, x in held.items()},
+        ),
+        data=DataConfig(size=config.img_size, channels=config.in_chans, **data),
+    )
 
 
 def rows(config: ImagesConfig) -> dict[str, dict[str, Any]]:
@@ -322,7 +361,7 @@ def resolve(config: ImagesConfig) -> ImagesConfig:
             train = replace(train, steps=max(round(config.epochs * per_epoch), 1))
         if config.warmup_epochs:
             train = replace(train, warmup=round(config.warmup_epochs * per_epoch))
-    return replace(config, epochs=0.0, warmup_epochs=0.0, model=model, train=train)
+    return replace(config, epochs=0.0, warmup_epochs=0.0, model=model, train=train, start=config.start.resolved())
 
 
 def looked_at(data: DataConfig, opened: Splits) -> DataConfig:
@@ -413,6 +452,7 @@ class ImagesTask:
                 "images for them"
             )
         inner_loops(config.model)  # inner loops that are none are better known before any image is read
+        self.start = Start.of(config.start, training)
         splits = data.open()
         self.names, self._contents = splits.names, splits.contents
         counted = len(splits.train.labels)
@@ -450,8 +490,9 @@ class ImagesTask:
             )  # fmt: skip
 
     def build(self) -> VitttForImageClassification:
-        """A model with fresh weights, drawn from the run's seed."""
-        return build_model(self.config, self.names)
+        """A model with fresh weights, drawn from the run's seed, or with those of the model that the run starts from."""
+        model = build_model(self.config, self.names)
+        return model if self.start is None else self.start.into(model)
 
     def batches(self, position: dict[str, Any] | None, share: Share = WHOLE) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Endless training batches, each with the position behind it."""
@@ -504,8 +545,13 @@ class ImagesTask:
         return {"x": x, "targets": targets}
 
     def loss(self, model: VitttForImageClassification, batch: Batch) -> Tensor:
-        """Mean cross-entropy against the augmented targets, in nats; of a batch as it comes, or prepared."""
+        """Mean cross-entropy against the augmented targets, in nats; of a batch as it comes, or prepared.
+
+        Where the targets are the outputs of the model that the run starts from, the divergence from those.
+        """
         ready = batch if "targets" in batch else self.prepare(batch, model.device)
+        if self.start is not None and self.start.distils:
+            return divergence(model(ready["x"]).logits, self.start.outputs(ready["x"], device=ready["x"].device).logits)
         loss: Tensor = model(ready["x"], labels=ready["targets"]).loss
         return loss
 
