@@ -301,12 +301,13 @@ def baselines(config: ImagesConfig) -> dict[str, dict[str, Any]]:
     if own.hierarchical:
         return {}
     dim: int = own.embed_dim  # type: ignore[assignment]
+    heads: int = own.num_heads  # type: ignore[assignment]
 
     def block(fast_weights: bool) -> VitttBlock:
         return VitttBlock(
-            dim, own.num_heads, own.inner, own.inner_conv, mlp_ratio=own.mlp_ratio, qkv_bias=own.qkv_bias, drop_rate=0.0,
+            dim, heads, own.inner, own.inner_conv, mlp_ratio=own.mlp_ratio, qkv_bias=own.qkv_bias, drop_rate=0.0,
             drop_path=0.0, norm_eps=1e-6, mlp_convolution=False, fast_weights=fast_weights,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     hidden = int(dim * own.mlp_ratio) + more_hidden(block, True, False, 2 * dim + 1)
     return {SOFTMAX: {"fast_weights": False, "mlp_ratio": hidden / dim}}
