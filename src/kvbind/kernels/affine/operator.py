@@ -321,7 +321,7 @@ def _check(
         raise ValueError(f"v must be [B, T, H, Dv] with q's {list(q.shape[:3])}; got {list(v.shape)}")
     if rate is not None and rate.shape != q.shape[:3]:
         raise ValueError(f"rate must be [B, T, H] = {list(q.shape[:3])}; got shape {list(rate.shape)}")
-    if gate is not None and gate.shape not in (q.shape[:3], q.shape):
+    if gate is not None and gate.shape not in (q.shape[:3],):
         raise ValueError(
             f"gate must be [B, T, H] = {list(q.shape[:3])} or [B, T, H, Dk] = {list(q.shape)}; got shape {list(gate.shape)}"
         )
