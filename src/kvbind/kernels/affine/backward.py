@@ -7,6 +7,9 @@ With G the gradient of the outputs and D that of the state behind a chunk (`kvbi
     of A                       G U^T,         of L: -dR U^T
     of S                       b_C D + M^T D + Q',   Q' = (b o Q)^T G - (r c o E)^T T^T A^T G
 
+Four kernels: Q' of each chunk; then, with D known, U, dR and values; what pairs of tokens have to do with each other, and
+with them rates and gates; queries and keys.
+
 Gates enter as products over spans of tokens. The gradient of one gate is a sum over the spans that hold it, of what the
 whole product is multiplied by times the product of the others: products before it and behind it, and nothing is divided by
 a gate (as in `kvbind.kernels.causal_gates`).
@@ -60,15 +63,15 @@ def _state_gradients_kernel(
         else:
             seen = tl.exp2((wholes - whole) + (rests - rest))
         if reads is None:
+            # rows are of the writes, columns of the reads: the transpose of a product is no operand of another on Hopper
             scores = tl.zeros((C, C), tl.float32)
             for block in range(0, DK, BK):
                 x = read_rows(q + block, mine * q_token + inner[None, :], rows, block + inner, DK, BK)
                 y = without(read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK), wrong)
-                scores = tl.dot(finite(x), tl.trans(y), scores, input_precision=PRECISION)
-            scores *= between(wholes, rests, wholes, rests, mine >= other)
+                scores = tl.dot(y, tl.trans(finite(x)), scores, input_precision=PRECISION)
+            shares = (scores * between(-wholes, -rests, -wholes, -rests, mine <= other)).to(dtype)
         else:
-            scores = tl.load(reads + place * (C * C) + mine * C + other)
-        shares = tl.trans(scores.to(dtype))
+            shares = tl.trans(tl.load(reads + place * (C * C) + mine * C + other))
         inverse = tl.trans(tl.load(solved + place * (C * C) + mine * C + other))
     for block in range(0, DV, BV):
         g = read_rows(d_out + block, mine * d_token + columns[None, :], rows, block + columns, DV, BV)
@@ -90,18 +93,19 @@ def _state_gradients_kernel(
             tl.store(writes + place * (DK * DV) + where, result.to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "each"])
+@triton.jit(do_not_specialize=["tokens", "each", "all_tokens"])
 def _value_gradients_kernel(
-    d_out, q, k, e, v, rates, gates, reads, residuals, solved, states, d_states, marks,
-    written, d_right, d_v, d_rates, d_gates, table, tokens, each, heads,
+    d_out, q, k, e, v, rates, gates, reads, solved, states, d_states, marks, written, d_right, d_v, sums, anchors,
+    table, tokens, each, all_tokens, heads,
     d_row, d_token, d_head, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
     v_row, v_token, v_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
-    DELTA: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """U and dR of one chunk and head, and the gradients of its values, rates and gates.
+    """U, dR and the gradients of values, of one chunk and head.
 
-    With `reads`, A and `L / r` are given, q, e and k come scaled by b, c and `b_C / b`, and gates have none.
+    Of each token are left, for rates and gates, sums over value columns: of dR and R / r, of G and Q S, of -r dR and E S, of
+    U and K D; of each chunk that of S and D. With `reads`, A is given, and q, e and k come scaled by b, c and `b_C / b`.
     """
     program = tl.program_id(0)
     head = (program % heads).to(tl.int64)
@@ -128,39 +132,29 @@ def _value_gradients_kernel(
     mine, other = at[:, None], at[None, :]
 
     whole, rest, wholes, rests = summed_logarithms(gates, places, rows)
-    seen_whole, seen_rest = wholes, rests
-    if not BEFORE:
-        seen_whole, seen_rest = wholes - whole, rests - rest
-    seen = tl.exp2(seen_whole + seen_rest)
+    if BEFORE:
+        seen = tl.exp2(wholes + rests)
+    else:
+        seen = tl.exp2((wholes - whole) + (rests - rest))
     tail = tl.exp2((tl.sum(whole, 0) - wholes) + (tl.sum(rest, 0) - rests))
     rate, _wrong = rates_of(rates, places, rows)
     wrong = marked_rows(marks, places, rows)
-    matched = tl.zeros((C, C), tl.float32)
-    erased = tl.zeros((C, C), tl.float32)
     if reads is None:
+        scores = tl.zeros((C, C), tl.float32)
         for block in range(0, DK, BK):
             x = finite(read_rows(q + block, mine * q_token + inner[None, :], rows, block + inner, DK, BK))
             y = without(read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK), wrong)
-            matched = tl.dot(x, tl.trans(y), matched, input_precision=PRECISION)
-            if DELTA:
-                x = y
-                if e is not None:
-                    x = without(read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK), wrong)
-                erased = tl.dot(x, tl.trans(y), erased, input_precision=PRECISION)
-        shares = tl.trans((matched * between(wholes, rests, wholes, rests, mine >= other)).to(dtype))
+            scores = tl.dot(y, tl.trans(x), scores, input_precision=PRECISION)
+        shares = (scores * between(-wholes, -rests, -wholes, -rests, mine <= other)).to(dtype)
     else:
-        shares = tl.trans(tl.load(reads + place * (C * C) + mine * C + other).to(dtype))
-        if DELTA:
-            erased = tl.load(residuals + place * (C * C) + mine * C + other)
+        shares = tl.trans(tl.load(reads + place * (C * C) + mine * C + other))
     if DELTA:
         inverse = tl.load(solved + place * (C * C) + mine * C + other)
         by_value = (inverse.to(tl.float32) * rate[None, :]).to(dtype)
         inverse = tl.trans(inverse)
 
-    given = tl.zeros((C, C), tl.float32)
-    taken = tl.zeros((C, C), tl.float32)
-    d_rate = tl.zeros((C,), tl.float32)
-    on_read, on_residual, on_write = d_rate, d_rate, d_rate
+    on_rate = tl.zeros((C,), tl.float32)
+    on_read, on_residual, on_write = on_rate, on_rate, on_rate
     anchor = 0.0
     for block in range(0, DV, BV):
         value_inside = (block + columns < DV)[None, :]
@@ -183,73 +177,151 @@ def _value_gradients_kernel(
                 read = tl.dot(x, state, read, input_precision=PRECISION)
                 anchor += tl.sum(tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1), 0)
         value = without(read_rows(v + block, mine * v_token + columns[None, :], rows, block + columns, DV, BV), wrong)
-        value = value.to(tl.float32)
+        residual = value.to(tl.float32)
         g = read_rows(d_out + block, mine * d_token + columns[None, :], rows, block + columns, DV, BV)
-        d_written = tl.dot(shares, g, returned * tail[:, None], input_precision=PRECISION)
-        if DELTA:
-            x = tl.dot(by_value, (value - foretold * seen[:, None]).to(dtype), input_precision=PRECISION)
-            dx = tl.dot(inverse, d_written.to(dtype), input_precision=PRECISION)
-            d_rate += tl.sum(dx * (value - foretold * seen[:, None]), 1)
-            on_residual -= rate * tl.sum(dx * foretold, 1)
-        else:
-            x = value * rate[:, None]
-            dx = d_written
-            d_rate += tl.sum(dx * value, 1)
         if gates is not None:
             on_read += tl.sum(g.to(tl.float32) * read, 1)
+        d_written = tl.dot(shares, g, returned * tail[:, None], input_precision=PRECISION)
+        if DELTA:
+            residual -= foretold * seen[:, None]
+            x = tl.dot(by_value, residual.to(dtype), input_precision=PRECISION)
+            dx = tl.dot(inverse, d_written.to(dtype), input_precision=PRECISION)
+        else:
+            x = residual * rate[:, None]
+            dx = d_written
+        on_rate += tl.sum(dx * residual, 1)
+        if gates is not None:
+            on_residual -= rate * tl.sum(dx * foretold, 1)
             on_write += tl.sum(x * returned, 1)
-        x, dx_low = x.to(dtype), dx.to(dtype)
-        given = tl.dot(g, tl.trans(x), given, input_precision=PRECISION)
-        if DELTA:
-            taken = tl.dot(dx_low, tl.trans(x), taken, input_precision=PRECISION)
         where, inside = mine * (heads * DV) + (block + columns)[None, :], rows[:, None] & value_inside
-        tl.store(written + base + where, x, mask=inside)
+        tl.store(written + base + where, x.to(dtype), mask=inside)
         if DELTA:
-            tl.store(d_right + base + where, dx_low, mask=inside)
+            tl.store(d_right + base + where, dx.to(dtype), mask=inside)
         tl.store(d_v + base + where, (dx * rate[:, None]).to(dtype), mask=inside)
 
-    if DELTA:
-        if d_rates is not None or gates is not None:
-            if reads is None:
-                decayed = between(seen_whole, seen_rest, wholes, rests, mine > other)
-                d_rate -= tl.sum(decayed * erased * taken, 1)
-            else:
-                d_rate -= tl.sum(erased * taken, 1)
-    if d_rates is not None:
-        tl.store(d_rates + places, d_rate, mask=rows)
+    stride = all_tokens.to(tl.int64) * heads
+    tl.store(sums + places, on_rate, mask=rows)
     if gates is not None:
-        # rows are of the reads, then of the writes, of pairs; columns of gates
-        before = tl.exp2((wholes - whole) + (rests - rest))
-        reach = tl.where(mine < other, (wholes - whole)[None, :] - wholes[:, None], 0.0)
-        reach += tl.where(mine < other, (rests - rest)[None, :] - rests[:, None], 0.0)
-        to_gate = tl.where(mine < other, tl.exp2(reach), 0.0)
-        from_gate = between(wholes, rests, wholes, rests, mine >= other)
-        pairs = tl.where(mine > other, matched * given, 0.0)
-        if DELTA and BEFORE:
-            pairs -= tl.where(mine > other, erased * taken * rate[:, None], 0.0)
-            on_read += on_residual
-        found = before * (tail * anchor + tl.sum(from_gate * on_read[:, None], 0))
-        inside = on_write[:, None] * tail[None, :] + tl.dot(tl.trans(pairs), from_gate, input_precision=EXACT)
-        if DELTA and not BEFORE:
-            pairs = tl.where(mine > other, -erased * taken * rate[:, None], 0.0)
-            from_gate = between(wholes - whole, rests - rest, wholes, rests, mine > other)
-            found += before * tl.sum(from_gate * on_residual[:, None], 0)
-            inside = tl.dot(tl.trans(pairs), from_gate, inside, input_precision=EXACT)
-        found += tl.sum(tl.where(mine < other, to_gate * inside, 0.0), 0)
-        tl.store(d_gates + places, found, mask=rows)
+        tl.store(sums + stride + places, on_read, mask=rows)
+        tl.store(sums + 2 * stride + places, on_residual, mask=rows)
+        tl.store(sums + 3 * stride + places, on_write, mask=rows)
+        tl.store(anchors + place, anchor)
+
+
+@triton.jit(do_not_specialize=["tokens", "each", "all_tokens"])
+def _pair_gradients_kernel(
+    d_out, q, k, e, rates, gates, residuals, marks, written, d_right, sums, anchors, d_reads, d_residuals, d_rates, d_gates,
+    table, tokens, each, all_tokens, heads,
+    d_row, d_token, d_head, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
+    DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
+    DELTA: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the scores of one chunk and head, of its rates and of its gates.
+
+    Rows are of the writes, columns of the reads. Without `CHANNEL` the gradients left are of `<q, k>` and `<e, k>`; with it
+    those of A and of `L / r`, which is given.
+    """
+    program = tl.program_id(0)
+    head = (program % heads).to(tl.int64)
+    index = program // heads
+    row, sequence, start, stop, _ends = segment(index, table, tokens, C, each, False)
+    if sequence < 0:
+        return
+    token = start.to(tl.int64)
+    place = index.to(tl.int64) * heads + head
+    at = tl.arange(0, C)
+    rows = at < stop - token
+    places = ((row * tokens + token) + at) * heads + head
+    d_out += row * d_row + head * d_head + token * d_token
+    base = ((row * tokens + token) * heads + head) * DV
+    dtype: tl.constexpr = written.dtype.element_ty
+    inner, columns = tl.arange(0, BK), tl.arange(0, BV)
+    mine, other = at[:, None], at[None, :]
+    scores = place * (C * C) + mine * C + other
+
+    given = tl.zeros((C, C), tl.float32)
+    taken = tl.zeros((C, C), tl.float32)
+    for block in range(0, DV, BV):
+        g = read_rows(d_out + block, mine * d_token + columns[None, :], rows, block + columns, DV, BV)
+        x = read_rows(written + base + block, mine * (heads * DV) + columns[None, :], rows, block + columns, DV, BV)
+        given = tl.dot(x, tl.trans(g), given, input_precision=PRECISION)
+        if DELTA:
+            dx = read_rows(d_right + base + block, mine * (heads * DV) + columns[None, :], rows, block + columns, DV, BV)
+            taken = tl.dot(x, tl.trans(dx), taken, input_precision=PRECISION)
+    rate, _wrong = rates_of(rates, places, rows)
+    whole, rest, wholes, rests = summed_logarithms(gates, places, rows)
+    seen_whole, seen_rest = wholes, rests
+    if not BEFORE:
+        seen_whole, seen_rest = wholes - whole, rests - rest
+    reach = between(-wholes, -rests, -wholes, -rests, mine <= other)
+    tl.store(d_reads + scores, (given * reach).to(dtype))
+    if DELTA:
+        reach = between(-wholes, -rests, -seen_whole, -seen_rest, mine < other)
+        tl.store(d_residuals + scores, (taken * reach * -rate[None, :]).to(dtype))
+
+    if d_rates is not None or d_gates is not None:
+        matched = tl.zeros((C, C), tl.float32)
+        erased = tl.zeros((C, C), tl.float32)
+        if CHANNEL:
+            if DELTA:
+                erased = tl.load(residuals + place * (C * C) + other * C + mine)
+        else:
+            q += row * q_row + head * q_head + token * q_token
+            k += row * k_row + head * k_head + token * k_token
+            if e is not None:
+                e += row * e_row + head * e_head + token * e_token
+            wrong = marked_rows(marks, places, rows)
+            for block in range(0, DK, BK):
+                y = without(read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK), wrong)
+                if d_gates is not None:
+                    x = finite(read_rows(q + block, mine * q_token + inner[None, :], rows, block + inner, DK, BK))
+                    matched = tl.dot(y, tl.trans(x), matched, input_precision=PRECISION)
+                if DELTA:
+                    x = y
+                    if e is not None:
+                        x = without(read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK), wrong)
+                    erased = tl.dot(y, tl.trans(x), erased, input_precision=PRECISION)
+        if d_rates is not None:
+            d_rate = tl.load(sums + places, mask=rows, other=0.0)
+            if DELTA:
+                d_rate -= tl.sum(reach * erased * taken, 0)
+            tl.store(d_rates + places, d_rate, mask=rows)
+        if d_gates is not None:
+            stride = all_tokens.to(tl.int64) * heads
+            on_read = tl.load(sums + stride + places, mask=rows, other=0.0)
+            on_residual = tl.load(sums + 2 * stride + places, mask=rows, other=0.0)
+            on_write = tl.load(sums + 3 * stride + places, mask=rows, other=0.0)
+            # rows are of the reads of pairs, then of their writes; columns of gates
+            before = tl.exp2((wholes - whole) + (rests - rest))
+            tail = tl.exp2((tl.sum(whole, 0) - wholes) + (tl.sum(rest, 0) - rests))
+            to_gate = between(-wholes, -rests, whole - wholes, rest - rests, mine < other)
+            from_gate = between(wholes, rests, wholes, rests, mine >= other)
+            pairs = tl.where(mine < other, matched * given, 0.0)
+            if DELTA and BEFORE:
+                pairs -= tl.where(mine < other, erased * taken * rate[None, :], 0.0)
+                on_read += on_residual
+            found = before * (tail * tl.load(anchors + place) + tl.sum(from_gate * on_read[:, None], 0))
+            inside = tl.dot(pairs, from_gate, on_write[:, None] * tail[None, :], input_precision=EXACT)
+            if DELTA and not BEFORE:
+                pairs = tl.where(mine < other, -erased * taken * rate[None, :], 0.0)
+                from_gate = between(wholes - whole, rests - rest, wholes, rests, mine > other)
+                found += before * tl.sum(from_gate * on_residual[:, None], 0)
+                inside = tl.dot(pairs, from_gate, inside, input_precision=EXACT)
+            found += tl.sum(to_gate * inside, 0)
+            tl.store(d_gates + places, found, mask=rows)
 
 
 @triton.jit(do_not_specialize=["tokens", "each"])
 def _key_gradients_kernel(
-    d_out, q, k, e, rates, gates, written, d_right, states, d_states, marks, d_q, d_k, d_e, d_reads, d_residuals,
+    d_out, q, k, e, rates, gates, written, d_right, states, d_states, marks, d_reads, d_residuals, d_q, d_k, d_e,
     table, tokens, each, heads,
     d_row, d_token, d_head, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
-    DELTA: tl.constexpr, PRECISION: tl.constexpr,
+    DELTA: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries and keys of one chunk, head and block of key channels.
 
-    With `d_reads`, those of scaled queries and keys as far as states go, and those of A and of `L / r`.
+    With `CHANNEL`, those of scaled queries and keys, as far as states go.
     """
     NK: tl.constexpr = (DK + BK - 1) // BK
     program = tl.program_id(0)
@@ -272,8 +344,6 @@ def _key_gradients_kernel(
     inner, columns = tl.arange(0, BK), tl.arange(0, BV)
     mine, other = at[:, None], at[None, :]
 
-    given = tl.zeros((C, C), tl.float32)
-    taken = tl.zeros((C, C), tl.float32)
     dq = tl.zeros((C, BK), tl.float32)
     dk = tl.zeros((C, BK), tl.float32)
     de = tl.zeros((C, BK), tl.float32)
@@ -284,49 +354,42 @@ def _key_gradients_kernel(
         d_state = tl.trans(tl.load(d_states + where, mask=inside, other=0.0))
         g = read_rows(d_out + block, mine * d_token + columns[None, :], rows, block + columns, DV, BV)
         x = read_rows(written + base + block, mine * (heads * DV) + columns[None, :], rows, block + columns, DV, BV)
-        given = tl.dot(g, tl.trans(x), given, input_precision=PRECISION)
         dq = tl.dot(g, state, dq, input_precision=PRECISION)
         dk = tl.dot(x, d_state, dk, input_precision=PRECISION)
         if DELTA:
             dx = read_rows(d_right + base + block, mine * (heads * DV) + columns[None, :], rows, block + columns, DV, BV)
-            taken = tl.dot(dx, tl.trans(x), taken, input_precision=PRECISION)
             de = tl.dot(dx, state, de, input_precision=PRECISION)
     rate, _wrong = rates_of(rates, places, rows)
     wide = (row * tokens + token) * (heads * DK) + head * DK
     where, inside = mine * (heads * DK) + (up + inner)[None, :], rows[:, None] & (up + inner < DK)[None, :]
-    if d_reads is None:
+    if CHANNEL:
+        if DELTA:
+            de *= -rate[:, None]
+    else:
         whole, rest, wholes, rests = summed_logarithms(gates, places, rows)
         wrong = marked_rows(marks, places, rows)
         q += row * q_row + head * q_head + token * q_token + up
         k += row * k_row + head * k_head + token * k_token + up
+        scores = place * (C * C) + mine * C + other
         tail = tl.exp2((tl.sum(whole, 0) - wholes) + (tl.sum(rest, 0) - rests))
-        d_scores = (given * between(wholes, rests, wholes, rests, mine >= other)).to(dtype)
         x = finite(read_rows(q, mine * q_token + inner[None, :], rows, up + inner, DK, BK))
         y = without(read_rows(k, mine * k_token + inner[None, :], rows, up + inner, DK, BK), wrong)
-        dq = tl.dot(d_scores, y, dq * tl.exp2(wholes + rests)[:, None], input_precision=PRECISION)
-        dk = tl.dot(tl.trans(d_scores), x, dk * tail[:, None], input_precision=PRECISION)
+        shares = tl.load(d_reads + scores)
+        dq = tl.dot(tl.trans(shares), y, dq * tl.exp2(wholes + rests)[:, None], input_precision=PRECISION)
+        dk = tl.dot(shares, x, dk * tail[:, None], input_precision=PRECISION)
         if DELTA:
-            seen_whole, seen_rest = wholes, rests
-            if not BEFORE:
-                seen_whole, seen_rest = wholes - whole, rests - rest
-            d_low = taken * between(seen_whole, seen_rest, wholes, rests, mine > other) * -rate[:, None]
-            d_low = d_low.to(dtype)
-            de = tl.dot(d_low, y, de * -(rate * tl.exp2(seen_whole + seen_rest))[:, None], input_precision=PRECISION)
+            if BEFORE:
+                seen = tl.exp2(wholes + rests)
+            else:
+                seen = tl.exp2((wholes - whole) + (rests - rest))
+            shares = tl.load(d_residuals + scores)
+            de = tl.dot(tl.trans(shares), y, de * -(rate * seen)[:, None], input_precision=PRECISION)
             if e is None:
-                dk = tl.dot(tl.trans(d_low), y, dk + de, input_precision=PRECISION)
+                dk = tl.dot(shares, y, dk + de, input_precision=PRECISION)
             else:
                 e += row * e_row + head * e_head + token * e_token + up
                 z = without(read_rows(e, mine * e_token + inner[None, :], rows, up + inner, DK, BK), wrong)
-                dk = tl.dot(tl.trans(d_low), z, dk, input_precision=PRECISION)
-    else:
-        if DELTA:
-            de *= -rate[:, None]
-        if up == 0:
-            scores = place * (C * C) + mine * C + other
-            tl.store(d_reads + scores, tl.where(mine >= other, given, 0.0).to(dtype))
-            if DELTA:
-                d_low = tl.where(mine > other, taken * -rate[:, None], 0.0)
-                tl.store(d_residuals + scores, d_low.to(dtype))
+                dk = tl.dot(shares, z, dk, input_precision=PRECISION)
     tl.store(d_q + wide + where, dq.to(dtype), mask=inside)
     tl.store(d_k + wide + where, dk.to(dtype), mask=inside)
     if d_e is not None:
@@ -335,4 +398,5 @@ def _key_gradients_kernel(
 
 state_gradients = Launcher(_state_gradients_kernel)
 value_gradients = Launcher(_value_gradients_kernel)
+pair_gradients = Launcher(_pair_gradients_kernel)
 key_gradients = Launcher(_key_gradients_kernel)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from kvbind.inner.value import check_choice
 from kvbind.kernels import direct
-from kvbind.kernels.affine.backward import key_gradients, state_gradients, value_gradients
+from kvbind.kernels.affine.backward import key_gradients, pair_gradients, state_gradients, value_gradients
 from kvbind.kernels.affine.outputs import outputs
 from kvbind.kernels.affine.prepare import prepare
+from kvbind.kernels.affine.solve import solve
 from kvbind.kernels.affine.states import states as run_states
 from kvbind.kernels.affine.tiles import cut
 from kvbind.kernels.causal_segments import Segments, product_precision, token_strides
@@ -44,22 +45,24 @@ def blocks_of(kernel: str, dtype: torch.dtype, key: int, value: int) -> Blocks:
     """The blocks of a kernel for operands of these widths.
 
     Args:
-        kernel: "prepare", "states", "outputs", "state_gradients", "value_gradients", "key_gradients".
+        kernel: "solve", "prepare", "states", "outputs", "state_gradients", "value_gradients", "pair_gradients" or
+            "key_gradients".
         dtype: of the operands.
         key: width of keys.
         value: width of values.
     """
-    wide = dtype == torch.float32
     bk, bv, warps, stages = {
-        "prepare": (64, 64, 4, 2),
-        "states": (128, 32, 4, 3),
-        "outputs": (64, 64, 4, 2),
-        "state_gradients": (64, 64, 4, 2),
+        "solve": (128, 16, 4, 1),
+        "prepare": (128, 128, 4, 1),
+        "states": (128, 16, 4, 3 if key <= 128 else 1),
+        "outputs": (128, 128, 4, 1),
+        "state_gradients": (128, 128, 4, 1),
         "value_gradients": (64, 64, 4, 2),
+        "pair_gradients": (64, 64, 8, 2),
         "key_gradients": (64, 64, 4, 2),
     }[kernel]
-    if wide:
-        # float32 products are three of TF32, from tiles of twice the bytes
+    if dtype == torch.float32:
+        # products are three of TF32, from tiles of twice the bytes
         bk, bv, stages = 32, min(bv, 32), 1
         if kernel == "states":
             bk, bv = (32 if key <= 128 else 64), 16
@@ -95,7 +98,7 @@ def _run_states(
     run_states[(segments.sequences * heads * cdiv(value, blocks.BV),)](
         writes, moves, keeps, out, initial, final, segments.offsets, segments.each, heads,
         DK=key, DV=value, NK=cdiv(key, blocks.BK), DELTA=moves is not None, REVERSE=reverse, CHANNEL=keeps.dim() > 2,
-        PRECISION=product_precision(writes.dtype), **blocks._asdict(),
+        PRECISION=product_precision(writes.dtype), STAGES=blocks.num_stages, **blocks._asdict(),
     )  # fmt: skip
 
 
@@ -128,10 +131,17 @@ def _forward(
     out, final = v.new_empty(v.shape), q.new_empty((segments.sequences, heads, key, value), dtype=torch.float32)
     options = _options(q, v, chunk, before, delta)
     with on_device_of(q):
+        its = blocks_of("solve", q.dtype, key, value)
+        solve[(segments.count * heads,)](
+            k, erase, rates, gates, solved, keeps, marks, segments.table, tokens, segments.each, heads,
+            *token_strides(k), *_strides(erase),
+            DK=key, C=chunk, BK=its.BK, BEFORE=before, DELTA=delta, PRECISION=options["PRECISION"], EXACT=_exact(q.dtype),
+            num_warps=its.num_warps, num_stages=its.num_stages,
+        )  # fmt: skip
         prepare[(segments.count * heads,)](
-            k, erase, v, rates, gates, None, solved, moves, writes, keeps, marks, segments.table, tokens, segments.each,
+            k, erase, v, rates, gates, solved, moves, writes, keeps, marks, segments.table, tokens, segments.each,
             heads, *token_strides(k), *_strides(erase), *token_strides(v),
-            **options, EXACT=_exact(q.dtype), **blocks_of("prepare", q.dtype, key, value)._asdict(),
+            **options, CHANNEL=False, **blocks_of("prepare", q.dtype, key, value)._asdict(),
         )  # fmt: skip
         _run_states(segments, moves if delta else None, writes, keeps, states, initial, final, False)
         blocks = blocks_of("outputs", q.dtype, key, value)
@@ -180,6 +190,11 @@ def _backward(
     dq, dk, dv, de = like(q), like(k), like(v), like(erase)
     d_rates, d_gates = like(rates, torch.float32), like(gates, torch.float32)
     written, d_right = like(v), like(v if delta else None)
+    all_tokens = q.shape[0] * tokens
+    sums = q.new_empty((1 if gates is None else 4, all_tokens, heads), dtype=torch.float32)
+    anchors = q.new_empty((segments.count, heads), dtype=torch.float32)
+    d_reads = q.new_empty((segments.count, heads, chunk, chunk))
+    d_residuals = torch.empty_like(solved)
     table, each = segments.table, segments.each
     strides = *token_strides(d_out), *token_strides(q), *token_strides(k), *_strides(erase)
     with on_device_of(q):
@@ -191,14 +206,19 @@ def _backward(
             segments, moves if delta else None, writes, keeps, d_states, d_final, _optional(d_initial), True
         )
         value_gradients[(segments.count * heads,)](
-            d_out, q, k, erase, v, rates, gates, None, None, solved, states, d_states, marks,
-            written, d_right, dv, _optional(d_rates), _optional(d_gates), table, tokens, each, heads, *strides,
-            *token_strides(v), **options, EXACT=_exact(q.dtype), **blocks("value_gradients")._asdict(),
+            d_out, q, k, erase, v, rates, gates, None, solved, states, d_states, marks, written, d_right, dv, sums, anchors,
+            table, tokens, each, all_tokens, heads, *strides, *token_strides(v), **options,
+            **blocks("value_gradients")._asdict(),
+        )  # fmt: skip
+        pair_gradients[(segments.count * heads,)](
+            d_out, q, k, erase, rates, gates, None, marks, written, d_right, sums, anchors, d_reads, d_residuals,
+            _optional(d_rates), _optional(d_gates), table, tokens, each, all_tokens, heads, *strides, **options,
+            CHANNEL=False, EXACT=_exact(q.dtype), **blocks("pair_gradients")._asdict(),
         )  # fmt: skip
         its = blocks("key_gradients")
         key_gradients[(segments.count * heads * cdiv(key, its.BK),)](
-            d_out, q, k, erase, rates, gates, written, d_right, states, d_states, marks, dq, dk, _optional(de), None, None,
-            table, tokens, each, heads, *strides, **options, **its._asdict(),
+            d_out, q, k, erase, rates, gates, written, d_right, states, d_states, marks, d_reads, d_residuals,
+            dq, dk, _optional(de), table, tokens, each, heads, *strides, **options, CHANNEL=False, **its._asdict(),
         )  # fmt: skip
     return dq, dk, dv, de, d_rates, d_gates, d_initial
 

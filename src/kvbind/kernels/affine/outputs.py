@@ -72,14 +72,13 @@ def _outputs_kernel(
         scores = tl.load(reads + place * (C * C) + mine * C + other)
     written = without(read_rows(v + column, mine * v_token + tl.arange(0, BV)[None, :], rows, columns, DV, BV), wrong)
     if DELTA:
-        if reads is None:
-            if BEFORE:
-                foretold *= tl.exp2(wholes + rests)[:, None]
-            else:
-                foretold *= tl.exp2((wholes - whole) + (rests - rest))[:, None]
+        if BEFORE:
+            seen = tl.exp2(wholes + rests)
+        else:
+            seen = tl.exp2((wholes - whole) + (rests - rest))
         inverse = tl.load(solved + place * (C * C) + mine * C + other)
         by_value = (inverse.to(tl.float32) * rate[None, :]).to(dtype)
-        residual = (written.to(tl.float32) - foretold).to(dtype)
+        residual = (written.to(tl.float32) - foretold * seen[:, None]).to(dtype)
         written = tl.dot(by_value, residual, input_precision=PRECISION).to(dtype)
     else:
         written = (written.to(tl.float32) * rate[:, None]).to(dtype)

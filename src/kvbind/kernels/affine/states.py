@@ -68,7 +68,7 @@ def _kept(keeps, place, exists, block, inner, DK: tl.constexpr, REVERSE: tl.cons
 def _states_kernel(
     writes, moves, keeps, states, initial, final, offsets, each, heads,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
-    REVERSE: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One sequence, head and block of value columns; the state's rows are `NK` blocks of `BK`, all in registers."""
     NV: tl.constexpr = (DV + BV - 1) // BV
@@ -104,7 +104,8 @@ def _states_kernel(
             k2 = _kept(keeps, first, count > 0, 2 * BK, inner, DK, REVERSE, CHANNEL)
         if NK > 3:
             k3 = _kept(keeps, first, count > 0, 3 * BK, inner, DK, REVERSE, CHANNEL)
-    for step in range(0, count):
+    # with a number of its own, a loop has all its loads made early, and not those of products alone
+    for step in tl.range(0, count, num_stages=STAGES):
         place = (begin + (count - 1 - step if REVERSE else step)).to(tl.int64) * heads + head
         after = place + (-heads if REVERSE else heads)
         h0, h1, h2, h3 = s0.to(dtype), s1.to(dtype), s2.to(dtype), s3.to(dtype)

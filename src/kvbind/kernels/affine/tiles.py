@@ -1,4 +1,4 @@
-"""What the kernels of this folder share: how chunks are numbered, what decays between their tokens, a triangular inverse.
+"""What the kernels of this folder share: how sequences are cut into chunks, and what decays between their tokens.
 
 A chunk has C tokens. With `b_t` the product of its gates up to token t, the share of a write at token j that is left at t is
 `b_t / b_j`: two to the power of a difference of summed logarithms (`kvbind.kernels.causal_segments.logarithms`), and never a
@@ -70,34 +70,3 @@ def gates_wrong(gates, places, rows):
 def marked_rows(marks, places, rows):
     """1 for tokens in which something is not finite, else 0."""
     return tl.load(marks + places, mask=rows, other=0).to(tl.int32)
-
-
-@triton.jit
-def unit_inverse(low, C: tl.constexpr, PRECISION: tl.constexpr):
-    """The inverse of `1 + low` for a strictly lower triangular `[C, C]`.
-
-    Blocks of 16 x 16 by forward substitution, all at once; what is between them by products. Powers of `low`, which would
-    need no substitution, grow beyond float32 where keys repeat.
-    """
-    N: tl.constexpr = C // 16
-    block, at = tl.arange(0, N), tl.arange(0, 16)
-    same = block[:, None, None, None] == block[None, None, :, None]
-    inside = tl.sum(tl.where(same, tl.reshape(low, (N, 16, N, 16)), 0.0), 2)
-    row, column = at[None, :, None], at[None, None, :]
-    solved = tl.where(row == column, 1.0, tl.zeros((N, 16, 16), tl.float32))
-    for step in range(0, 15):
-        factor = tl.sum(tl.where(column == step, inside, 0.0), 2)
-        known = tl.sum(tl.where(row == step, solved, 0.0), 1)
-        solved -= factor[:, :, None] * known[:, None, :]
-    whole = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), (C, C))
-    place = tl.arange(0, C)
-    mine, other = place[:, None], place[None, :]
-    if C > 16:
-        corner = tl.where((mine // 32 == other // 32) & (mine // 16 != other // 16), low, 0.0)
-        half = tl.dot(whole, corner, input_precision=PRECISION)
-        whole -= tl.dot(half, whole, input_precision=PRECISION)
-    if C > 32:
-        corner = tl.where(mine // 32 != other // 32, low, 0.0)
-        half = tl.dot(whole, corner, input_precision=PRECISION)
-        whole -= tl.dot(half, whole, input_precision=PRECISION)
-    return whole
