@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kvbind.kernels.affine.tiles import marked_rows, rates_of
-from kvbind.kernels.causal_segments import LEAST_GATE, SHUT, finite, read_rows, rows_wrong, segment, without
+from kvbind.kernels.causal_segments import SHUT, finite, read_rows, rows_wrong, segment, without
 from kvbind.kernels.common import Launcher
 
 
@@ -28,8 +28,9 @@ from kvbind.kernels.common import Launcher
 def _logarithms(gates, places, live):
     """Logarithms (base 2) of gates, 0 where there are none."""
     gate = tl.load(gates + places, mask=live, other=1.0)
-    gate = tl.where(gate < float("inf"), gate, 0.0)
-    return tl.where(gate < LEAST_GATE, SHUT, tl.log2(tl.maximum(gate, LEAST_GATE)))
+    # a little above float32's least normal number, which is a number of float64 and would make such of all
+    open_ = (gate >= 1.1754944e-38) & (gate < float("inf"))
+    return tl.where(open_, tl.log2(tl.where(open_, gate, 1.0)), SHUT)
 
 
 @triton.jit
