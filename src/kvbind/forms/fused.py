@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvbind.forms import delta
 from kvbind.forms.analysis import parallel_obstacles
 from kvbind.forms.parallel import SHORT_CHUNK
 from kvbind.forms.recurrent import recurrent
@@ -49,6 +50,10 @@ NARROWEST = 16
 
 def engine(spec: InnerLoop, call: Operands, form: str) -> Engine | None:
     """What runs this call on kernels in this form ("recurrent" or "parallel"), or None where nothing does."""
+    if form == "parallel":
+        choice = delta.runner(spec, call)
+        if choice.run is not None:
+            return choice.run
     if not operands_fit(call):
         return None
     if spec.visibility == "full":
@@ -75,6 +80,8 @@ def takes_packed(spec: InnerLoop, call: Operands, form: str) -> bool:
     """Whether packed sequences of any lengths run in one go: on kernels, where none has tokens pending."""
     if form == "recurrent" or spec.visibility == "full" or parallel_obstacles(spec) or isinstance(spec.network, GLU):
         return False
+    if delta.runner(spec, call).run is not None:
+        return True
     fits = chunked_fits(spec) or (causal_fits(spec, call) and spec.chunk == 1)
     return fits and not any(call.state.pending_lengths) and operands_fit(call) and wide_enough(call)
 
