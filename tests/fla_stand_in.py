@@ -4,6 +4,7 @@ Written from the signatures and docstrings of fla-core 0.6.0: layouts `[B, T, H,
 `Dk^-1/2` where it is not given, states `[N, H, Dk, Dv]`, packed rows by `cu_seqlens`, and what each operator refuses.
 """
 
+import itertools
 import sys
 import types
 
@@ -13,7 +14,7 @@ import torch
 def recurrence(q, k, v, g=None, beta=None, *, scale, initial_state, output_final_state, cu_seqlens):
     """One state after another: decay, then the write `k^T v`, or with `beta` that of the residual, then the read."""
     rows = list(range(q.shape[0])) if cu_seqlens is None else [0] * (len(cu_seqlens) - 1)
-    bounds = [(0, q.shape[1])] * len(rows) if cu_seqlens is None else list(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True))
+    bounds = [(0, q.shape[1])] * len(rows) if cu_seqlens is None else list(itertools.pairwise(cu_seqlens))
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     outputs, ends = [], []
     for n, (row, (start, stop)) in enumerate(zip(rows, bounds, strict=True)):
@@ -43,10 +44,11 @@ class StandIn:
         self.calls, self.without, self.before = [], without, {}
 
     def operator(self, name, gate=None, delta=False, narrow=False, widest=None):
-        def called(q, k, v, *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, cu_seqlens_cpu=None,
-                   g=None, beta=None):  # fmt: skip
-            self.calls.append((name, {"q": q, "k": k, "v": v, "g": g, "beta": beta, "scale": scale,
-                                      "cu_seqlens": cu_seqlens}))  # fmt: skip
+        def called(q, k, v, *, scale=None, initial_state=None, output_final_state=False, g=None, beta=None, **packed):
+            assert packed.keys() <= {"cu_seqlens", "cu_seqlens_cpu"}
+            cu_seqlens, cu_seqlens_cpu = packed.get("cu_seqlens"), packed.get("cu_seqlens_cpu")
+            given = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "scale": scale, "cu_seqlens": cu_seqlens}
+            self.calls.append((name, given))
             assert q.shape == k.shape
             assert v.shape[:3] == q.shape[:3]
             assert q.dtype == k.dtype == v.dtype

@@ -4,8 +4,11 @@ Its kernels run on GPUs alone. Here a stand-in computes what they promise; on a 
 """
 
 import importlib.util
+import json
 import sys
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvbind
+from fla_stand_in import StandIn
 from kvbind import Linear, systems
 from kvbind.bench.leaves import arguments, draw_leaves, in_precision, weights_of
 from kvbind.bench.operands import Size
-from kvbind.forms import fla
+from kvbind.forms import delta, fla, fused
 from kvbind.forms.state import State
 from kvbind.forms.validation import check_operands
 from kvbind.inner.gates import given_gates
 from kvbind.inner.systems.registry import SYSTEMS as SYSTEMS_BY_NAME
-from tests.fla_stand_in import StandIn
 
 GATED = systems.linear_attention().replace(token_lr=True)
 SYSTEMS = {
@@ -78,7 +81,10 @@ def standin(monkeypatch):
         yield package
 
 
-def leaves_of(spec, size=Size(2, 13, 2, 16), values=24, seed=0):
+SMALL = Size(2, 13, 2, 16)
+
+
+def leaves_of(spec, size=SMALL, values=24, seed=0):
     """Operands that bfloat16 holds exactly, in float64."""
     drawn = draw_leaves(spec, size, torch.device("cpu"), value_width=values, dtype=torch.float64, seed=seed)
     return {name: x.bfloat16().double() for name, x in drawn.items()}
@@ -209,7 +215,9 @@ def test_what_is_not_finite_reaches_what_sees_it_alone(where, packed, standin):
 def test_gates_are_logarithms_down_to_none(standin):
     spec = SYSTEMS["kda"]
     leaves = in_precision(leaves_of(spec, Size(1, 4, 1, 16)), torch.bfloat16, torch.float32)
-    leaves["retention"] = torch.tensor([1.0, 1e-30, 0.0, 0.5])[None, :, None, None].expand(1, 4, 1, 16).clone().requires_grad_()
+    leaves["retention"] = (
+        torch.tensor([1.0, 1e-30, 0.0, 0.5])[None, :, None, None].expand(1, 4, 1, 16).clone().requires_grad_()
+    )
     output, _ = on_operator(spec, leaves)
     g = standin.calls[-1][1]["g"]
     assert g.dtype == torch.float32
@@ -251,7 +259,10 @@ def test_a_field_that_no_operator_has_is_named(edit, reason):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda x: {n: y.float() for n, y in x.items()}, "must all be bfloat16 or all float16; got float32, float32, float32"),
+        (
+            lambda x: {n: y.float() for n, y in x.items()},
+            "must all be bfloat16 or all float16; got float32, float32, float32",
+        ),
         (lambda x: x | {"k": x["k"].float()}, "got bfloat16, float32, bfloat16"),
         (lambda x: x | {"weights.out": x["weights.out"].double()}, None),
         (lambda x: leaves_of(SYSTEMS["kda"], Size(1, 4, 1, 272)), "got float64"),
@@ -275,7 +286,9 @@ def test_wide_heads_and_tokens_that_do_not_write_are_named(standin):
     assert "all tokens must write" in fla.obstacle(spec, call)
 
 
-@pytest.mark.parametrize(("found", "fits"), [("0.6.0", True), ("0.6.3", True), ("0.5.1", False), ("0.7", False), ("x", False)])
+@pytest.mark.parametrize(
+    ("found", "fits"), [("0.6.0", True), ("0.6.3", True), ("0.5.1", False), ("0.7", False), ("x", False)]
+)
 def test_another_version_is_named_and_not_imported(found, fits, standin, monkeypatch):
     monkeypatch.setattr(fla, "version", lambda name: found)
     reason = fla.obstacle(SYSTEMS["kda"])
@@ -334,3 +347,80 @@ def test_gradients_that_are_wrong_on_hopper_are_refused(name, triton, tilelang, 
     if tilelang:
         monkeypatch.setenv("FLA_TILELANG", "0")
         assert fla.gradients_refused(fla.operator_of(SYSTEMS[name]), torch.device("cuda:0")) is not None
+
+
+def test_calls_run_on_it_where_nothing_of_the_library_does(standin, monkeypatch, caplog):
+    delta._said.clear()
+    caplog.set_level("INFO", logger="kvbind")
+    spec = SYSTEMS["kda"]
+    monkeypatch.setattr(fused, "own_engine", lambda spec, call, form: None)
+    leaves = in_precision(leaves_of(spec), torch.bfloat16, torch.float32)
+    exact, _ = by_definition(spec, leaves_of(spec))
+    for _ in range(2):
+        output, state = kvbind.ttt(spec, weights_of(leaves), **arguments(spec, leaves))
+    assert error(output, exact) < 1e-2
+    assert [name for name, _ in standin.calls] == ["chunk_kda"] * 2
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "runs on fla.ops.kda.chunk_kda of fla-core 0.6.0: no kernel of the library takes it" in line
+    # one token after another is the recurrent form, which it does not run
+    one = {name: x if name.startswith("weights.") else x[:, :1] for name, x in leaves.items()}
+    kvbind.ttt(spec, None, **arguments(spec, one), state=state)
+    kvbind.ttt(spec, weights_of(leaves), **arguments(spec, leaves), form="recurrent")
+    assert len(standin.calls) == 2
+    monkeypatch.setenv("KVBIND_FLA", "0")
+    off, _ = kvbind.ttt(spec, weights_of(leaves), **arguments(spec, leaves))
+    assert error(off, exact) < 1e-2
+    assert len(standin.calls) == 2
+
+
+@given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4))
+def test_a_packed_call_runs_on_it_in_one_go_or_falls_back(lengths):
+    spec, bounds = SYSTEMS["gated_delta_net"], [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    leaves = in_precision(leaves_of(spec, Size(1, bounds[-1], 2, 16)), torch.bfloat16, torch.float32)
+    with pytest.MonkeyPatch.context() as patch, StandIn() as package:
+        for function in FOUND_OUT:
+            function.cache_clear()
+        patch.setattr(fla, "version", lambda name: "0.6.0")
+        patch.setattr(fla, "runs_on", lambda device: True)
+        patch.setattr(fused, "own_engine", lambda spec, call, form: None)
+        output, state = kvbind.ttt(spec, weights_of(leaves), **arguments(spec, leaves), cu_seqlens=bounds)
+        whole = bounds[-1] > 1 and all(lengths)
+        assert not whole or [len(called["cu_seqlens"]) for _, called in package.calls] == [len(bounds)]
+    exact, end = by_definition(spec, leaves, cu_seqlens=bounds)
+    if bounds[-1]:
+        assert error(output, exact) < 1e-2
+    assert error(state.weights["out"], end.weights["out"]) < 1e-2
+
+
+@pytest.mark.parametrize("faster", [(), ("forward",), ("forward", "training")])
+def test_the_faster_one_runs(faster, standin, monkeypatch):
+    spec = SYSTEMS["delta_net"]
+    operators = [replace(x, faster=faster) if x.module == "delta_rule" else x for x in fla.OPERATORS]
+    monkeypatch.setattr(fla, "OPERATORS", tuple(operators))
+    leaves = in_precision(leaves_of(spec), torch.bfloat16, torch.float32)
+    own = delta.Choice("ours", "it fits", lambda spec, call: None)
+    assert (delta.beside(spec, call_of(spec, leaves), own).name == "ours") == (not faster)
+    trained = delta.beside(spec, call_of(spec, {n: x.requires_grad_() for n, x in leaves.items()}), own)
+    assert (trained.name == "ours") == ("training" not in faster)
+    assert "measured to be faster" in trained.why
+    unfit = delta.beside(SYSTEMS["kda"].replace(momentum=True), call_of(spec, leaves), own)
+    assert (unfit.name, unfit.run) == ("ours", own.run)
+    assert "it fits; flash-linear-attention: it has momentum=True" in unfit.why
+
+
+def test_what_is_said_to_be_faster_was_measured():
+    record = json.loads((Path(__file__).parents[2] / "results/bench/peers-h200.json").read_text())
+    names = {"linear_attention": "chunk_simple_gla", "delta_net": "chunk_delta_rule", "kda": "chunk_kda",
+             "gated_delta_net": "chunk_gated_delta_rule"}  # fmt: skip
+    measured = {}
+    for row in record["rows"]:
+        if row["rung"] in names if "rung" in row else row["name"].rpartition("-")[0] in names:
+            name = row["name"].rpartition("-")[0]
+            measured.setdefault((names[name], row["pass"]), []).append(row["ratio_plain"])
+    for operator in fla.OPERATORS:
+        if operator.gate == "head" and operator.loss == "dot":
+            continue
+        for name in operator.faster:
+            ratios = [x for x in measured[operator.function, name] if x is not None]
+            assert ratios, operator
+            assert max(ratios) < 1, operator

@@ -1,9 +1,9 @@
 """Linear recurrences on flash-linear-attention's kernels, where that package is installed.
 
-Its operators (arXiv 2406.06484, 2412.06464, 2312.06635, 2510.26692) compute the inner loops of one matrix that writes once per
-token: linear attention with and without decay, and the delta rules. Here is which operator an inner loop is, whether it takes
-a call, and how a call's operands become its own. What they compute with other conventions is turned around: queries come as
-they are (`scale=1`), gates as logarithms, states `[N, H, Dk, Dv]` in float32.
+Its operators (arXiv 2406.06484, 2412.06464, 2312.06635, 2510.26692) compute the inner loops of one matrix that writes once
+per token: linear attention with and without decay, and the delta rules. Here is which operator an inner loop is, whether it
+takes a call, and how a call's operands become its own. Its conventions are other ones: queries come as they are (`scale=1`),
+gates as logarithms, states `[N, H, Dk, Dv]` in float32.
 
 Nothing is imported before the first call that an operator takes, and nothing at all with `KVBIND_FLA=0` or where the package
 is missing. `kvbind.forms.delta` decides between these and the library's own kernels.
@@ -151,7 +151,7 @@ def loaded(operator: Operator) -> Callable[..., Any] | str:
         function = getattr(importlib.import_module(f"fla.ops.{operator.module}"), operator.function)
     except (ImportError, AttributeError) as error:
         return f"{operator.name} of {PACKAGE} {installed()} cannot be imported: {error}"
-    except Exception as error:  # noqa: BLE001  whatever a foreign package does while it is imported must not end a call
+    except Exception as error:
         return f"{operator.name} of {PACKAGE} {installed()} fails while it is imported: {type(error).__name__}: {error}"
     return function if callable(function) else f"{operator.name} of {PACKAGE} {installed()} is no function"
 
@@ -189,6 +189,11 @@ def differentiated(call: Operands) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
+def considered() -> bool:
+    """Whether calls may run on the operators at all; those that are being compiled, to which they are opaque, do not."""
+    return not torch.compiler.is_compiling() and unusable() is None
+
+
 def obstacle(spec: InnerLoop, call: Operands | None = None) -> str | None:
     """Why no operator runs an inner loop, or this call of it; None where one does.
 
@@ -212,8 +217,8 @@ def obstacle(spec: InnerLoop, call: Operands | None = None) -> str | None:
 
 def _call_obstacle(operator: Operator, call: Operands) -> str | None:
     q, tokens = call.q, call.tokens
-    if torch.compiler.is_compiling():
-        return f"{operator.function} is opaque to torch.compile"
+    if not q.shape[2]:
+        return "there must be tokens; got none"
     if not runs_on(q.device):
         return f"kernels do not run on {q.device}, or not now"
     if q.dtype not in DTYPES or {tokens.k.dtype, tokens.v.dtype} != {q.dtype}:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvbind.forms import delta, fla
 from kvbind.forms.analysis import parallel_obstacles
 from kvbind.forms.parallel import SHORT_CHUNK
 from kvbind.forms.recurrent import recurrent
@@ -49,6 +50,21 @@ NARROWEST = 16
 
 def engine(spec: InnerLoop, call: Operands, form: str) -> Engine | None:
     """What runs this call on kernels in this form ("recurrent" or "parallel"), or None where nothing does."""
+    own = None
+    if call.cu_seqlens is None or own_takes_packed(spec, call, form):
+        own = own_engine(spec, call, form)
+    if form != "parallel" or not fla.considered():
+        return own
+    name = None if own is None else f"{own.__module__}.{own.__name__}"
+    choice = delta.beside(
+        spec, call, delta.Choice(name, "no kernel of the library takes it" if own is None else "it fits", own)
+    )
+    delta.say(spec, choice)
+    return choice.run
+
+
+def own_engine(spec: InnerLoop, call: Operands, form: str) -> Engine | None:
+    """What runs this call on the library's own kernels in this form, or None where nothing does."""
     if not operands_fit(call):
         return None
     if spec.visibility == "full":
@@ -73,6 +89,13 @@ def engine(spec: InnerLoop, call: Operands, form: str) -> Engine | None:
 
 def takes_packed(spec: InnerLoop, call: Operands, form: str) -> bool:
     """Whether packed sequences of any lengths run in one go: on kernels, where none has tokens pending."""
+    if own_takes_packed(spec, call, form):
+        return True
+    return form == "parallel" and fla.considered() and fla.obstacle(spec, call) is None
+
+
+def own_takes_packed(spec: InnerLoop, call: Operands, form: str) -> bool:
+    """Whether packed sequences of any lengths run in one go on the library's own kernels."""
     if form == "recurrent" or spec.visibility == "full" or parallel_obstacles(spec) or isinstance(spec.network, GLU):
         return False
     fits = chunked_fits(spec) or (causal_fits(spec, call) and spec.chunk == 1)
