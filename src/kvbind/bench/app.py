@@ -377,7 +377,9 @@ def kernels(
 
 @app.command()
 def peers(
-    only: Annotated[str, typer.Option(help="Only rows whose name has this in it: rung6, -tokens, host, linear.")] = "",
+    only: Annotated[
+        str, typer.Option(help="Only rows whose name has this in it: rung6, -tokens, host, linear, delta_net, kda.")
+    ] = "",
     tokens: Tokens = 32768,
     chunk: Chunk = 2048,
     width: Width = 384,
@@ -387,7 +389,7 @@ def peers(
     device: Device = "auto",
     out: Out = None,
 ) -> None:
-    """Time `ttt` beside what a user would write instead: compiled PyTorch for every rung, fla token by token."""
+    """Time `ttt` beside what a user would run instead: compiled PyTorch for every rung, flash-linear-attention by token."""
     from kvbind.bench.operands import Size
     from kvbind.bench.peers import measured, peer_grids, plan
     from kvbind.inner.systems import RUNGS

@@ -56,11 +56,8 @@ def beside(spec: InnerLoop, call: Operands, own: Choice) -> Choice:
         return own._replace(why=f"{own.why}; flash-linear-attention: {reason}")
     operator = fla.operator_of(spec)
     assert isinstance(operator, fla.Operator)
-    if own.name is None:
-        why = own.why
-    elif fla.is_faster(spec, fla.differentiated(call)):
-        why = f"it was measured to be faster than {own.name}"
-    else:
+    why = own.why if own.name is None else fla.preferred(operator, call)
+    if why is None:
         return own._replace(why=f"{own.why}; {operator.name} was not measured to be faster")
     return Choice(f"{operator.name} of {fla.PACKAGE} {fla.installed()}", why, fla.fla_form)
 

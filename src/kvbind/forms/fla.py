@@ -38,6 +38,9 @@ from kvbind.kernels.common import capability, runs_on
 PACKAGE = "fla-core"
 """The distribution that holds the operators; `flash-linear-attention` adds layers and models to it."""
 
+PACKAGES = (PACKAGE, "tilelang")
+"""Distributions whose versions say how fast it is: some gradients are made by the second where that is installed."""
+
 OLDEST, BEFORE = Version("0.6.0"), Version("0.7")
 """Versions whose conventions these are."""
 
@@ -238,10 +241,12 @@ def _call_obstacle(operator: Operator, call: Operands) -> str | None:
     return gradients_refused(operator, q.device) if differentiated(call) else None
 
 
-def is_faster(spec: InnerLoop, training: bool) -> bool:
-    """Whether the operator that an inner loop is was measured to be faster than the library's own kernels."""
-    operator = operator_of(spec)
-    return not isinstance(operator, str) and ("training" if training else "forward") in operator.faster
+def preferred(operator: Operator, call: Operands) -> str | None:
+    """Why an operator that takes a call runs it in place of the library's own kernels; None where it does not."""
+    if os.environ.get("KVBIND_FLA") == "force":
+        return "KVBIND_FLA=force"
+    passes = "training" if differentiated(call) else "forward"
+    return f"it was measured to be faster in {passes}" if passes in operator.faster else None
 
 
 def fla_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
