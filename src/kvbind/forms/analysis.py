@@ -148,7 +148,7 @@ def sequence_schedule(
 
     Raises:
         ValueError: `visibility="full"`, under which every token sees all others; or "scan" beside `form="recurrent"`, or for
-            a network with biases, or with a gate beside what is not in the six lines.
+            a network with biases, a window, or a gate beside what is not in the six lines.
         NoParallelFormError: "scan" for an inner loop that has no parallel form.
     """
     if spec.visibility == "full":
@@ -159,10 +159,12 @@ def sequence_schedule(
     if schedule == "scan" and obstacles:
         raise NoParallelFormError(explain(spec), "schedule='scan'")
     # what ranks fold of a state is its last layer's matrix, and beyond the six lines by its product with one of features
-    unfolded = spec.network.has_bias or (spec.network.has_gate and bool(spec.extensions))
+    unfolded = spec.network.has_bias or "window" in spec.extensions or (spec.network.has_gate and bool(spec.extensions))
     if schedule == "scan" and unfolded:
         names = ", ".join(spec.extensions)
-        raise ValueError(f"schedule='scan' takes no network with biases, and none with a gate beside {names}; got {spec!r}")
+        raise ValueError(
+            f"schedule='scan' takes no network with biases, no window, and no gate beside {names}; got {spec!r}"
+        )
     return "ring" if obstacles or unfolded or schedule == "ring" or form == "recurrent" else "scan"
 
 

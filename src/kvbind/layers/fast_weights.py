@@ -361,7 +361,7 @@ class FastWeightLayer(nn.Module):
 
         Raises:
             ValueError: a state together with packed sequences or a slice of a row, or of another batch or inner loop; a
-                slice of a row for an inner loop or projections that are not cut over ranks.
+                slice of a row for an inner loop that is not cut over ranks.
             TypeError: a state of another kind of layer.
         """
         if state is not None and not isinstance(state, FastWeightState):
@@ -425,13 +425,16 @@ class FastWeightLayer(nn.Module):
         places = layout.places(() if state is None else state.seen, length)
         tails: dict[str, Tensor] = {}
         streams: dict[str, Tensor] = {}
+        # what looks back must not look over the start of a document, nor of a row that is cut over ranks
+        shard = layout.sequence if layout.sequence is not None and layout.sequence.connected else None
+        masks = places if layout.cu_seqlens is not None or shard is not None else None
+        exchanges = None
         if self.shift is not None:
-            if layout.sequence is not None and layout.sequence.connected:
-                raise ValueError("projections with shift=True are not cut over ranks")
-            seen = self._behind("shift", x, 1, state)
+            exchanges = None if shard is None else Exchanges(shard, (x,))
+            seen = self._behind("shift", x, 1, state, exchanges)
             if keep:
                 tails["shift"] = last_of(seen, 1, layout.lengths)
-            before = shifted(seen, 1, 1, length, places if layout.cu_seqlens is not None else None)
+            before = shifted(seen, 1, 1, length, masks)
             streams = {name: x + (before - x) * share.to(x.dtype) for name, share in self.shift.items()}
 
         def of(name: str) -> Tensor:
@@ -439,19 +442,15 @@ class FastWeightLayer(nn.Module):
 
         parts = {"k": self.k_proj(of("k")), "v": self.v_proj(of("v"))}
         parts["q"] = parts["k"] if self.q_proj is None else self.q_proj(of("q"))
-        exchanges = None
         if self.conv is not None:
             joined = torch.cat([parts[name] for name in p.conv_on], dim=-1)
-            ahead, masked = self.conv.width - 1, layout.cu_seqlens is not None
-            if layout.sequence is not None and layout.sequence.connected and ahead:
-                exchanges, masked = Exchanges(layout.sequence, (joined,)), True
-                (seen,) = exchanges.extended((joined,), layout.sequence.reaching(ahead), axis=1)
-                seen = F.pad(seen, (0, 0, ahead + length - seen.shape[1], 0))
-            else:
-                seen = self._behind("conv", joined, ahead, state)
+            ahead = self.conv.width - 1
+            if exchanges is None and shard is not None and ahead:
+                exchanges = Exchanges(shard, (joined,))
+            seen = self._behind("conv", joined, ahead, state, exchanges)
             if keep:
                 tails["conv"] = last_of(seen, ahead, layout.lengths)
-            convolved = self.conv(seen, places if masked else None)
+            convolved = self.conv(seen, masks)
             parts |= dict(zip(p.conv_on, convolved.split([self.widths[name] for name in p.conv_on], dim=-1), strict=True))
         if p.activation == "silu":
             parts = {name: F.silu(y) for name, y in parts.items()}
@@ -522,8 +521,13 @@ class FastWeightLayer(nn.Module):
         assert isinstance(maker, Maker)
         return maker
 
-    def _behind(self, name: str, x: Tensor, count: int, state: FastWeightState | None) -> Tensor:
-        """`x` `[B, T, C]` behind what earlier calls kept of the tokens before it, or zeros."""
+    def _behind(
+        self, name: str, x: Tensor, count: int, state: FastWeightState | None, exchanges: Exchanges | None
+    ) -> Tensor:
+        """`x` `[B, T, C]` behind what earlier calls kept of the tokens before it, or earlier ranks have, or zeros."""
+        if exchanges is not None and count:
+            (seen,) = exchanges.extended((x,), exchanges.shard.reaching(count), axis=1)
+            return F.pad(seen, (0, 0, count + x.shape[1] - seen.shape[1], 0))
         before = x.new_zeros(x.shape[0], count, x.shape[2]) if state is None else state.tails[name].to(x.dtype)
         return torch.cat((before, x), dim=1)
 

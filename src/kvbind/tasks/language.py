@@ -332,9 +332,9 @@ class LanguageTask:
         return loss
 
     def shard(self, batch: Batch, group: Any) -> SequenceShard:
-        """How the processes of a group divide the rows of a batch: evenly, and between chunks of the inner loop."""
-        ids, chunk = batch["input_ids"], self.inner.chunk
-        return SequenceShard.even(ids.shape[1], group, cu_seqlens=batch.get("cu_seqlens"), multiple=chunk or 1)
+        """How the processes of a group divide the rows of a batch: evenly, and between spans of the inner loop."""
+        ids, span = batch["input_ids"], self.inner.span
+        return SequenceShard.even(ids.shape[1], group, cu_seqlens=batch.get("cu_seqlens"), multiple=span or 1)
 
     def cut(self, batch: Batch, group: Any) -> tuple[Batch, AbstractContextManager[None]]:
         """This process's part of every sequence of a batch, and the context in which a model sees the others'."""
