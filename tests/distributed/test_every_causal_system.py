@@ -1,4 +1,4 @@
-"""Every causal system, as the fast weights of a language model: packed, generated, written and read, and cut over two ranks."""
+"""Every causal system, as fast weights of a language model: packed, generated, written and read, cut over two ranks."""
 
 import pytest
 import torch

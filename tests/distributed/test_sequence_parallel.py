@@ -53,7 +53,7 @@ def test_any_inner_loop_that_has_a_parallel_form(ranks, data):
 @given(st.data())
 @settings(max_examples=60)
 def test_any_inner_loop_whose_writes_add_up(ranks, data):
-    """Gates per key channel, decays before the gradient, erased keys, rates of steps and readers, biases, heads, windows, spans."""
+    """Gates per key channel, decays before the gradient, erased keys, rates, biases, heads, windows, spans, writes."""
     spec = data.draw(affine_specs())
     spec = spec if spec.refresh != "call" else spec.replace(refresh=None)
     lengths, bounds = data.draw(rows(spec))
