@@ -20,7 +20,7 @@ from fla_stand_in import StandIn
 from kvbind import Linear, systems
 from kvbind.bench.leaves import arguments, draw_leaves, in_precision, weights_of
 from kvbind.bench.operands import Size
-from kvbind.forms import delta, fla, fused
+from kvbind.forms import fla, fused
 from kvbind.forms.state import State
 from kvbind.forms.validation import check_operands
 from kvbind.inner.gates import given_gates
@@ -350,7 +350,7 @@ def test_gradients_that_are_wrong_on_hopper_are_refused(name, triton, tilelang, 
 
 
 def test_calls_run_on_it_where_nothing_of_the_library_does(standin, monkeypatch, caplog):
-    delta._said.clear()
+    fla._said.clear()
     caplog.set_level("INFO", logger="kvbind")
     spec = SYSTEMS["kda"]
     monkeypatch.setattr(fused, "own_engine", lambda spec, call, form: None)
@@ -398,14 +398,20 @@ def test_the_faster_one_runs(faster, standin, monkeypatch):
     operators = [replace(x, faster=faster) if x.module == "delta_rule" else x for x in fla.OPERATORS]
     monkeypatch.setattr(fla, "OPERATORS", tuple(operators))
     leaves = in_precision(leaves_of(spec), torch.bfloat16, torch.float32)
-    own = delta.Choice("ours", "it fits", lambda spec, call: None)
-    assert (delta.beside(spec, call_of(spec, leaves), own).name == "ours") == (not faster)
-    trained = delta.beside(spec, call_of(spec, {n: x.requires_grad_() for n, x in leaves.items()}), own)
-    assert (trained.name == "ours") == ("training" not in faster)
+
+    def ours(spec, call):
+        raise AssertionError
+
+    assert (fla.beside(spec, call_of(spec, leaves), ours).run is ours) == (not faster)
+    trained = fla.beside(spec, call_of(spec, {n: x.requires_grad_() for n, x in leaves.items()}), ours)
+    assert (trained.run is ours) == ("training" not in faster)
     assert "measured to be faster" in trained.why
-    unfit = delta.beside(SYSTEMS["kda"].replace(momentum=True), call_of(spec, leaves), own)
-    assert (unfit.name, unfit.run) == ("ours", own.run)
-    assert "it fits; flash-linear-attention: it has momentum=True" in unfit.why
+    float32 = fla.beside(spec, call_of(spec, {n: x.float() for n, x in leaves.items()}), ours)
+    assert float32.run is ours
+    assert "it fits; flash-linear-attention: q, k and v must all be bfloat16" in float32.why
+    assert fla.beside(SYSTEMS["kda"].replace(momentum=True), call_of(spec, leaves), ours).run is ours
+    monkeypatch.setenv("KVBIND_FLA", "force")
+    assert fla.beside(spec, call_of(spec, leaves), ours).why == "KVBIND_FLA=force"
 
 
 def test_what_is_said_to_be_faster_was_measured():

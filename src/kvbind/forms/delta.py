@@ -1,25 +1,30 @@
 """Recurrences of one matrix that tokens correct one by one, on operators: which calls these take, and which operator runs.
 
-The delta rule and its kin (arXiv 2406.06484, 2412.06464, 2510.26692): a linear network, one write of a token at a time,
-gradients renewed at each, gates per head or per key channel, before the gradient or after it.
+The delta rule and its kin (arXiv 2406.06484, 2412.06464, 2510.26692): a linear network, one write of a token at a time, or
+several, gradients renewed at each, gates per head or per key channel, before the gradient or after it.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kvbind.forms import fla
 from kvbind.forms.state import State
 from kvbind.forms.validation import Operands
+from kvbind.inner.fields import Retention
+from kvbind.inner.networks import Linear
+from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-
-log = logging.getLogger(__name__)
+from kvbind.kernels.common import DTYPES, runs_on
 
 Engine = Callable[[InnerLoop, Operands], tuple[Tensor, State]]
+
+WIDTHS = range(16, 257)
+"""Of keys and values, that `kvbind.kernels.affine` takes."""
 
 
 class Choice(NamedTuple):
@@ -38,36 +43,74 @@ class Choice(NamedTuple):
 
 def runner(spec: InnerLoop, call: Operands) -> Choice:
     """The fastest operator that takes a call."""
-    return Choice(None, "no operator takes it")
+    reason = obstacle(spec) or _call_obstacle(call)
+    if reason is not None:
+        return Choice(None, reason)
+    return Choice("kvbind.kernels.affine", "it fits", affine_form)
 
 
-def beside(spec: InnerLoop, call: Operands, own: Choice) -> Choice:
-    """What runs a call in the parallel form: what the library has for it, or flash-linear-attention's operator.
+def obstacle(spec: InnerLoop) -> str | None:
+    """Why an inner loop is none that `kvbind.kernels.affine` computes; None where it is."""
+    if type(spec.network) is not Linear or spec.network.has_bias or spec.network.output_head is not None:
+        return f"its network is {spec.network!r}, where the state must be one matrix, Linear()"
+    if spec.chunk != 1 or spec.visibility not in ("token", "chunk"):
+        return f"it reads visibility={spec.visibility!r} with chunk={spec.chunk}, where each token must write and then read"
+    other = [name for name in ("momentum", "clip", "orthogonalize", "normalize") if getattr(spec, name)]
+    other += [name for name in spec.extensions if name not in ("retention", "erase", "writes")]
+    if other or spec.steps > 1:
+        return f"it has {', '.join(f'{name}={getattr(spec, name, None)!r}' for name in other or ['steps'])}"
+    by_channel = isinstance(spec.retention, Retention) and spec.retention.per == "key"
+    if by_channel:
+        return f"its key channels decay apart, retention={spec.retention!r}"
+    if spec.loss == "dot" and not by_channel:
+        return "its writes do not read the state, nor do its channels decay apart (kvbind.kernels.causal)"
+    return None
 
-    That one runs where it takes the call, and either was measured to be faster or is the only one (`kvbind.forms.fla`).
+
+def _call_obstacle(call: Operands) -> str | None:
+    q, tokens = call.q, call.tokens
+    if not runs_on(q.device):
+        return f"kernels do not run on {q.device}, or not now"
+    if q.dtype not in DTYPES or {tokens.k.dtype, tokens.v.dtype} != {q.dtype} or call.state.dtype != torch.float32:
+        return f"q, k and v must have one dtype that kernels take; got {q.dtype}, {tokens.k.dtype}, {tokens.v.dtype}"
+    if q.shape[-1] not in WIDTHS or tokens.v.shape[-1] not in WIDTHS:
+        return f"keys and values must have 16 to 256 channels; got {q.shape[-1]} and {tokens.v.shape[-1]}"
+    if not q.numel():
+        return "there must be tokens; got none"
+    return None if tokens.mask is None else "all tokens must write; got update_tokens"
+
+
+def affine_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
+    """The parallel form on `kvbind.kernels.affine`, of sequences of equal length or packed.
 
     Args:
-        spec: the inner loop.
-        call: its sequences are of equal length, or packed.
-        own: of the library's kernels; PyTorch where its name is None.
+        spec: an inner loop without `obstacle`.
+        call: its operands.
+
+    Returns:
+        Outputs `[B, H, T, Dv]`, and the state after this call.
     """
-    reason = fla.obstacle(spec, call)
-    if reason is not None:
-        return own._replace(why=f"{own.why}; flash-linear-attention: {reason}")
-    operator = fla.operator_of(spec)
-    assert isinstance(operator, fla.Operator)
-    why = own.why if own.name is None else fla.preferred(operator, call)
-    if why is None:
-        return own._replace(why=f"{own.why}; {operator.name} was not measured to be faster")
-    return Choice(f"{operator.name} of {fla.PACKAGE} {fla.installed()}", why, fla.fla_form)
+    from kvbind.kernels.affine import affine_chunks
 
+    q, tokens, each = call.q.transpose(1, 2), call.tokens, spec.writes
+    if each > 1:
+        # reads behind a token's last write, and zeros behind the others
+        q = F.pad(q.unsqueeze(2), (0, 0, 0, 0, each - 1, 0)).flatten(1, 2)
+    rate, gates = tokens.rates["out"], tokens.gates
+    if not isinstance(rate, Tensor):
+        alone = rate * spec.sign == 1
+        rate = None if alone else torch.full(tokens.k.shape[:3], float(rate), device=q.device)
+    if rate is not None and spec.sign < 0:
+        rate = -rate
+    bounds = None if call.cu_seqlens is None else each * torch.tensor(call.cu_seqlens, device=q.device)
 
-_said: set[tuple[str, str | None]] = set()
+    def rows(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.transpose(1, 2)
 
-
-def say(spec: InnerLoop, choice: Choice) -> None:
-    """Log what runs an inner loop where that might have been another package, once for each of both."""
-    if (spec.text, choice.name) in _said or isinstance(fla.operator_of(spec), str) or fla.installed() is None:
-        return
-    _said.add((spec.text, choice.name))
-    log.info("%s runs on %s: %s", spec, choice.name or "PyTorch", choice.why)
+    output, end = affine_chunks(
+        q, tokens.k.transpose(1, 2), tokens.v.transpose(1, 2), rate=rows(rate), erase=rows(gates.get("erase")),
+        gate=rows(gates.get("retention")), gate_acts="before" if spec.decays_before else "after",
+        residual=spec.loss == "squared", state=call.state.weights["out"], boundaries=bounds,
+    )  # fmt: skip
+    after = State.of(spec, FastWeights({"out": end}, {}, {}), None, 0)
+    return output[:, each - 1 :: each].transpose(1, 2), after

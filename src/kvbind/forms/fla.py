@@ -6,7 +6,7 @@ takes a call, and how a call's operands become its own. Its conventions are othe
 gates as logarithms, states `[N, H, Dk, Dv]` in float32.
 
 Nothing is imported before the first call that an operator takes, and nothing at all with `KVBIND_FLA=0` or where the package
-is missing. `kvbind.forms.delta` decides between these and the library's own kernels.
+is missing. `beside` decides between these and the library's own kernels.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
+from kvbind.forms.delta import Choice, Engine
 from kvbind.forms.finite import guarded, guarded_packed
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
@@ -34,6 +36,8 @@ from kvbind.inner.networks import Linear
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 from kvbind.kernels.common import capability, runs_on
+
+log = logging.getLogger(__name__)
 
 PACKAGE = "fla-core"
 """The distribution that holds the operators; `flash-linear-attention` adds layers and models to it."""
@@ -247,6 +251,38 @@ def preferred(operator: Operator, call: Operands) -> str | None:
         return "KVBIND_FLA=force"
     passes = "training" if differentiated(call) else "forward"
     return f"it was measured to be faster in {passes}" if passes in operator.faster else None
+
+
+def beside(spec: InnerLoop, call: Operands, own: Engine | None) -> Choice:
+    """What runs a call in the parallel form: an operator that takes it and is the only one, or was measured to be faster.
+
+    Which it is, and why, is logged once for each inner loop.
+
+    Args:
+        spec: the inner loop.
+        call: its sequences are of equal length, or packed.
+        own: the library's kernels for it; None where it has none, and PyTorch would run it.
+    """
+    name = None if own is None else f"{own.__module__}.{own.__name__}"
+    choice = Choice(name, "no kernel of the library takes it" if own is None else "it fits", own)
+    operator, reason = operator_of(spec), obstacle(spec, call)
+    if isinstance(operator, str):
+        return choice
+    why = choice.why if own is None else preferred(operator, call)
+    if reason is not None:
+        choice = choice._replace(why=f"{choice.why}; flash-linear-attention: {reason}")
+    elif why is None:
+        choice = choice._replace(why=f"{choice.why}; {operator.name} was not measured to be faster")
+    else:
+        choice = Choice(f"{operator.name} of {PACKAGE} {installed()}", why, fla_form)
+    if (spec.text, choice.name) not in _said:
+        _said.add((spec.text, choice.name))
+        log.info("%s runs on %s: %s", spec, choice.name or "PyTorch", choice.why)
+    return choice
+
+
+_said: set[tuple[str, str | None]] = set()
+"""Inner loops and what ran them, as it was logged."""
 
 
 def fla_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:

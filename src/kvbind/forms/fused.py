@@ -55,16 +55,15 @@ def engine(spec: InnerLoop, call: Operands, form: str) -> Engine | None:
         own = own_engine(spec, call, form)
     if form != "parallel" or not fla.considered():
         return own
-    name = None if own is None else f"{own.__module__}.{own.__name__}"
-    choice = delta.beside(
-        spec, call, delta.Choice(name, "no kernel of the library takes it" if own is None else "it fits", own)
-    )
-    delta.say(spec, choice)
-    return choice.run
+    return fla.beside(spec, call, own).run
 
 
 def own_engine(spec: InnerLoop, call: Operands, form: str) -> Engine | None:
     """What runs this call on the library's own kernels in this form, or None where nothing does."""
+    if form == "parallel":
+        choice = delta.runner(spec, call)
+        if choice.run is not None:
+            return choice.run
     if not operands_fit(call):
         return None
     if spec.visibility == "full":
@@ -98,6 +97,8 @@ def own_takes_packed(spec: InnerLoop, call: Operands, form: str) -> bool:
     """Whether packed sequences of any lengths run in one go on the library's own kernels."""
     if form == "recurrent" or spec.visibility == "full" or parallel_obstacles(spec) or isinstance(spec.network, GLU):
         return False
+    if delta.runner(spec, call).run is not None:
+        return True
     fits = chunked_fits(spec) or (causal_fits(spec, call) and spec.chunk == 1)
     return fits and not any(call.state.pending_lengths) and operands_fit(call) and wide_enough(call)
 
