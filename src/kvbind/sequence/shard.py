@@ -176,7 +176,7 @@ class SequenceShard:
         return tuple(min(place.before, most) for place in self.slices)
 
     def take(self, x: Tensor, axis: int = 1, rows: int = 1) -> Tensor:
-        """This rank's part of a tensor of the whole row, with so many `rows` for each token, as where it writes several times.
+        """This rank's part of a tensor of the whole row, with so many `rows` for each token, as of several writes.
 
         Raises:
             ValueError: a tensor of another length.

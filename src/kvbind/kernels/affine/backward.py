@@ -279,9 +279,7 @@ def _pair_gradients_kernel(
                 if DELTA:
                     x = y
                     if e is not None:
-                        x = without(
-                            read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK), wrong
-                        )
+                        x = without(read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK), wrong)
                     erased = tl.dot(y, tl.trans(x), erased, input_precision=PRECISION)
         if d_rates is not None:
             d_rate = tl.load(sums + places, mask=rows, other=0.0)

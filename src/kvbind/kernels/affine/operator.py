@@ -11,6 +11,7 @@ the state before it, and what it does to the state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from kvbind.inner.value import check_choice
 from kvbind.kernels import direct
 from kvbind.kernels.affine.backward import key_gradients, pair_gradients, state_gradients, value_gradients
+from kvbind.kernels.affine.channels import channel_gradients, scale
 from kvbind.kernels.affine.outputs import outputs
 from kvbind.kernels.affine.prepare import prepare
 from kvbind.kernels.affine.solve import solve
@@ -45,13 +47,14 @@ def blocks_of(kernel: str, dtype: torch.dtype, key: int, value: int) -> Blocks:
     """The blocks of a kernel for operands of these widths.
 
     Args:
-        kernel: "solve", "prepare", "states", "outputs", "state_gradients", "value_gradients", "pair_gradients" or
-            "key_gradients".
+        kernel: "solve", "prepare", "states", "outputs", "state_gradients", "value_gradients", "pair_gradients",
+            "key_gradients", and with gates per key channel "scale" and "channel_gradients".
         dtype: of the operands.
         key: width of keys.
         value: width of values.
     """
     bk, bv, warps, stages = {
+        "scale": (32, 16, 4, 1),
         "solve": (128, 16, 4, 1),
         "prepare": (128, 128, 4, 1),
         "states": (128, 16, 4, 3 if key <= 128 else 1),
@@ -60,6 +63,7 @@ def blocks_of(kernel: str, dtype: torch.dtype, key: int, value: int) -> Blocks:
         "value_gradients": (64, 64, 4, 2),
         "pair_gradients": (64, 64, 8, 2),
         "key_gradients": (64, 64, 4, 2),
+        "channel_gradients": (32, 64, 8, 1),
     }[kernel]
     if dtype == torch.float32:
         # products are three of TF32, from tiles of twice the bytes
@@ -102,137 +106,180 @@ def _run_states(
     )  # fmt: skip
 
 
-def _shapes(segments: Segments, q: Tensor, v: Tensor, chunk: int, delta: bool) -> dict[str, tuple[int, ...]]:
-    """Of what is kept of each chunk."""
-    each, key, value = (segments.count, q.shape[2]), q.shape[3], v.shape[3]
-    some = segments.count if delta else 0
-    return {
-        "solved": (some, q.shape[2], chunk, chunk),
-        "moves": (some, q.shape[2], key, key),
-        "keeps": each,
-        "states": (*each, key, value),
-    }
+class Kept(NamedTuple):
+    """What the forward pass leaves for the backward one; what there is not is empty.
+
+    Attributes:
+        solved: T of each chunk, `[chunks, H, C, C]`.
+        moves: M, `[chunks, H, Dk, Dk]`.
+        keeps: the product of its gates, float32 `[chunks, H]` or `[chunks, H, Dk]`.
+        marks: 1 for tokens that hold what is not finite, int8 `[B, T, H]`.
+        states: the state before it, `[chunks, H, Dk, Dv]`.
+        scaled_q, scaled_k, scaled_e: with gates per key channel, these scaled to the chunk's ends, like q.
+        reads: with them, A, `[chunks, H, C, C]`.
+        residuals: with them, `L / r`, float32 likewise.
+    """
+
+    solved: Tensor
+    moves: Tensor
+    keeps: Tensor
+    marks: Tensor
+    states: Tensor
+    scaled_q: Tensor
+    scaled_k: Tensor
+    scaled_e: Tensor
+    reads: Tensor
+    residuals: Tensor
+
+    @staticmethod
+    def room(segments: Segments, q: Tensor, v: Tensor, chunk: int, delta: bool, channel: bool) -> Kept:
+        """Empty tensors of these shapes."""
+        (_, _, heads, key), value, count = q.shape, v.shape[3], segments.count
+        some, pairs = (count if delta else 0), (heads, chunk, chunk)
+        scaled, wide = (q.shape if channel else (0,)), torch.float32
+        return Kept(
+            q.new_empty((some, *pairs)),
+            q.new_empty((some, heads, key, key)),
+            q.new_empty((count, heads, key) if channel else (count, heads), dtype=wide),
+            q.new_empty(q.shape[:3], dtype=torch.int8),
+            q.new_empty((count, heads, key, value)),
+            q.new_empty(scaled),
+            q.new_empty(scaled),
+            q.new_empty(scaled if delta else (0,)),
+            q.new_empty((count if channel else 0, *pairs)),
+            q.new_empty((some if channel else 0, *pairs), dtype=wide),
+        )
+
+
+def _is_by_channel(gates: Tensor | None) -> bool:
+    return gates is not None and gates.dim() > 3
 
 
 @torch.library.custom_op("kvbind::affine_chunks", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, erase: Tensor | None, rates: Tensor | None, gates: Tensor | None,
     initial: Tensor | None, cu_seqlens: Tensor | None, before: bool, delta: bool, chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Outputs and final states; for the gradient `T`, `M`, gates' products, marks of tokens, and states."""
-    segments = cut(q, cu_seqlens, chunk)
-    batch, tokens, heads, key = q.shape
-    value = v.shape[3]
-    shapes = _shapes(segments, q, v, chunk, delta)
-    solved, moves, states = (q.new_empty(shapes[name]) for name in ("solved", "moves", "states"))
-    writes = torch.empty_like(states)
-    keeps = q.new_empty(shapes["keeps"], dtype=torch.float32)
-    marks = q.new_empty((batch, tokens, heads), dtype=torch.int8)
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # fmt: skip
+    """Outputs, final states, and `Kept`."""
+    segments, channel = cut(q, cu_seqlens, chunk), _is_by_channel(gates)
+    tokens, heads, key, value = *q.shape[1:], v.shape[3]
+    kept = Kept.room(segments, q, v, chunk, delta, channel)
+    writes = torch.empty_like(kept.states)
     out, final = v.new_empty(v.shape), q.new_empty((segments.sequences, heads, key, value), dtype=torch.float32)
-    options = _options(q, v, chunk, before, delta)
+    options, exact = _options(q, v, chunk, before, delta), _exact(q.dtype)
+    alone = {name: options[name] for name in ("DK", "C", "BEFORE", "DELTA", "PRECISION")}
+    cuts, grid = (segments.table, tokens, segments.each, heads), (segments.count * heads,)
     with on_device_of(q):
-        its = blocks_of("solve", q.dtype, key, value)
-        solve[(segments.count * heads,)](
-            k, erase, rates, gates, solved, keeps, marks, segments.table, tokens, segments.each, heads,
-            *token_strides(k), *_strides(erase),
-            DK=key, C=chunk, BK=its.BK, BEFORE=before, DELTA=delta, PRECISION=options["PRECISION"], EXACT=_exact(q.dtype),
-            num_warps=its.num_warps, num_stages=its.num_stages,
+        if channel:
+            its = blocks_of("scale", q.dtype, key, value)
+            scale[grid](
+                q, k, erase, rates, gates, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.reads, kept.residuals,
+                kept.keeps, kept.marks, *cuts, *token_strides(q), *token_strides(k), *_strides(erase),
+                **alone, BK=its.BK, num_warps=its.num_warps, num_stages=its.num_stages,
+            )  # fmt: skip
+            q, k, erase, gates = kept.scaled_q, kept.scaled_k, kept.scaled_e if delta else None, None
+        if delta or not channel:
+            its = blocks_of("solve", q.dtype, key, value)
+            solve[grid](
+                k, erase, rates, gates, _optional(kept.residuals), kept.solved, kept.keeps, kept.marks, *cuts,
+                *token_strides(k), *_strides(erase),
+                **alone, BK=its.BK, EXACT=exact, num_warps=its.num_warps, num_stages=its.num_stages,
+            )  # fmt: skip
+        prepare[grid](
+            k, erase, v, rates, gates, kept.solved, kept.moves, writes, kept.keeps, kept.marks, *cuts,
+            *token_strides(k), *_strides(erase), *token_strides(v),
+            **options, CHANNEL=channel, **blocks_of("prepare", q.dtype, key, value)._asdict(),
         )  # fmt: skip
-        prepare[(segments.count * heads,)](
-            k, erase, v, rates, gates, solved, moves, writes, keeps, marks, segments.table, tokens, segments.each,
-            heads, *token_strides(k), *_strides(erase), *token_strides(v),
-            **options, CHANNEL=False, **blocks_of("prepare", q.dtype, key, value)._asdict(),
+        _run_states(segments, _optional(kept.moves), writes, kept.keeps, kept.states, initial, final, False)
+        its = blocks_of("outputs", q.dtype, key, value)
+        outputs[(segments.count * heads * cdiv(value, its.BV),)](
+            q, k, erase, v, rates, gates, _optional(kept.reads), kept.solved, kept.states, kept.marks, out, *cuts,
+            *token_strides(q), *token_strides(k), *_strides(erase), *token_strides(v), **options, **its._asdict(),
         )  # fmt: skip
-        _run_states(segments, moves if delta else None, writes, keeps, states, initial, final, False)
-        blocks = blocks_of("outputs", q.dtype, key, value)
-        outputs[(segments.count * heads * cdiv(value, blocks.BV),)](
-            q, k, erase, v, rates, gates, None, solved, states, marks, out, segments.table, tokens, segments.each, heads,
-            *token_strides(q), *token_strides(k), *_strides(erase), *token_strides(v), **options, **blocks._asdict(),
-        )  # fmt: skip
-    return out, final, solved, moves, keeps, marks, states
+    return out, final, *kept
 
 
 @_forward.register_fake
 def _(q, k, v, erase, rates, gates, initial, cu_seqlens, before, delta, chunk):
     segments = cut(q, cu_seqlens, chunk)
-    shapes = _shapes(segments, q, v, chunk, delta)
-    return (
-        v.new_empty(v.shape),
-        q.new_empty((segments.sequences, *shapes["states"][1:]), dtype=torch.float32),
-        q.new_empty(shapes["solved"]),
-        q.new_empty(shapes["moves"]),
-        q.new_empty(shapes["keeps"], dtype=torch.float32),
-        q.new_empty(q.shape[:3], dtype=torch.int8),
-        q.new_empty(shapes["states"]),
-    )
+    final = q.new_empty((segments.sequences, *q.shape[2:], v.shape[3]), dtype=torch.float32)
+    return v.new_empty(v.shape), final, *Kept.room(segments, q, v, chunk, delta, _is_by_channel(gates))
 
 
 @torch.library.custom_op("kvbind::affine_chunks_backward", mutates_args=())
 def _backward(
     d_out: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, erase: Tensor | None, rates: Tensor | None,
-    gates: Tensor | None, cu_seqlens: Tensor | None, solved: Tensor, moves: Tensor, keeps: Tensor, marks: Tensor,
-    states: Tensor, before: bool, delta: bool, chunk: int, needs_initial: bool,
+    gates: Tensor | None, cu_seqlens: Tensor | None, kept: Sequence[Tensor], before: bool, delta: bool, chunk: int,
+    needs_initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, erase, rates, gates and the initial state; empty where there is none."""
-    segments = cut(q, cu_seqlens, chunk)
-    tokens, heads, key, value = q.shape[1], q.shape[2], q.shape[3], v.shape[3]
+    segments, held, channel = cut(q, cu_seqlens, chunk), Kept(*kept), _is_by_channel(gates)
+    tokens, heads, key, value = *q.shape[1:], v.shape[3]
+    all_tokens = q.shape[0] * tokens
     d_out = last_contiguous(d_out)
-    options = _options(q, v, chunk, before, delta)
+    options, cuts = _options(q, v, chunk, before, delta), (segments.table, tokens, segments.each)
+    grid = (segments.count * heads,)
 
-    def blocks(kernel: str) -> Blocks:
-        return blocks_of(kernel, q.dtype, key, value)
+    def blocks(kernel: str) -> dict[str, int]:
+        return blocks_of(kernel, q.dtype, key, value)._asdict()
 
     def like(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         return q.new_empty((0,) if x is None else x.shape, dtype=dtype or q.dtype)
 
-    writes, d_states = torch.empty_like(states), torch.empty_like(states)
-    d_initial = q.new_empty((segments.sequences if needs_initial else 0, heads, key, value), dtype=torch.float32)
     dq, dk, dv, de = like(q), like(k), like(v), like(erase)
     d_rates, d_gates = like(rates, torch.float32), like(gates, torch.float32)
+    d_initial = q.new_empty((segments.sequences if needs_initial else 0, heads, key, value), dtype=torch.float32)
+    writes, d_states = torch.empty_like(held.states), torch.empty_like(held.states)
     written, d_right = like(v), like(v if delta else None)
-    all_tokens = q.shape[0] * tokens
-    sums = q.new_empty((1 if gates is None else 4, all_tokens, heads), dtype=torch.float32)
-    anchors = q.new_empty((segments.count, heads), dtype=torch.float32)
-    d_reads = q.new_empty((segments.count, heads, chunk, chunk))
-    d_residuals = torch.empty_like(solved)
-    table, each = segments.table, segments.each
-    strides = *token_strides(d_out), *token_strides(q), *token_strides(k), *_strides(erase)
+    by_head = gates is not None and not channel
+    sums = q.new_empty((4 if by_head else 1, all_tokens, heads), dtype=torch.float32)
+    anchors = q.new_empty((segments.count if by_head else 0, heads), dtype=torch.float32)
+    d_reads, d_residuals = q.new_empty((segments.count, heads, chunk, chunk)), torch.empty_like(held.solved)
+    given, its_gates, found = (q, k, erase), gates, (dq, dk, _optional(de))
+    if channel:
+        # all but the last kernel know of scaled queries and keys alone
+        its_gates, given = None, (held.scaled_q, held.scaled_k, _optional(held.scaled_e))
+        found = (like(q), like(k), like(q) if delta else None)
+    strides = *token_strides(d_out), *(x for each in given for x in _strides(each))
+    reads, operands = _optional(held.reads), (d_out, *given)
     with on_device_of(q):
-        state_gradients[(segments.count * heads,)](
-            d_out, q, k, erase, rates, gates, None, solved, marks, writes, table, tokens, each, heads, *strides,
-            **options, **blocks("state_gradients")._asdict(),
+        state_gradients[grid](
+            *operands, rates, its_gates, reads, held.solved, held.marks, writes, *cuts, heads, *strides,
+            **options, **blocks("state_gradients"),
         )  # fmt: skip
-        _run_states(segments, moves if delta else None, writes, keeps, d_states, d_final, _optional(d_initial), True)
-        value_gradients[(segments.count * heads,)](
-            d_out, q, k, erase, v, rates, gates, None, solved, states, d_states, marks, written, d_right, dv, sums, anchors,
-            table, tokens, each, all_tokens, heads, *strides, *token_strides(v), **options,
-            **blocks("value_gradients")._asdict(),
+        _run_states(segments, _optional(held.moves), writes, held.keeps, d_states, d_final, _optional(d_initial), True)
+        value_gradients[grid](
+            *operands, v, rates, its_gates, reads, held.solved, held.states, d_states, held.marks, written, d_right, dv,
+            sums, anchors, *cuts, all_tokens, heads, *strides, *token_strides(v), **options, **blocks("value_gradients"),
         )  # fmt: skip
-        pair_gradients[(segments.count * heads,)](
-            d_out, q, k, erase, rates, gates, None, marks, written, d_right, sums, anchors, d_reads, d_residuals,
-            _optional(d_rates), _optional(d_gates), table, tokens, each, all_tokens, heads, *strides, **options,
-            CHANNEL=False, EXACT=_exact(q.dtype), **blocks("pair_gradients")._asdict(),
+        pair_gradients[grid](
+            *operands, rates, its_gates, _optional(held.residuals), held.marks, written, d_right, sums, anchors, d_reads,
+            d_residuals, _optional(d_rates), d_gates if by_head else None, *cuts, all_tokens, heads, *strides, **options,
+            CHANNEL=channel, EXACT=_exact(q.dtype), **blocks("pair_gradients"),
         )  # fmt: skip
         its = blocks("key_gradients")
-        key_gradients[(segments.count * heads * cdiv(key, its.BK),)](
-            d_out, q, k, erase, rates, gates, written, d_right, states, d_states, marks, d_reads, d_residuals,
-            dq, dk, _optional(de), table, tokens, each, heads, *strides, **options, CHANNEL=False, **its._asdict(),
+        key_gradients[(segments.count * heads * cdiv(key, its["BK"]),)](
+            *operands, rates, its_gates, written, d_right, held.states, d_states, held.marks, d_reads, d_residuals, *found,
+            *cuts, heads, *strides, **options, CHANNEL=channel, **its,
         )  # fmt: skip
+        if channel:
+            its = blocks("channel_gradients")
+            channel_gradients[(segments.count * heads * cdiv(key, its["BK"]),)](
+                q, k, erase, gates, held.keeps, held.marks, held.states, d_states, d_reads, d_residuals, *found, d_gates,
+                dq, dk, _optional(de), *cuts, heads, *token_strides(q), *token_strides(k), *_strides(erase),
+                **options, **its,
+            )  # fmt: skip
     return dq, dk, dv, de, d_rates, d_gates, d_initial
 
 
 @_backward.register_fake
-def _(d_out, d_final, q, k, v, erase, rates, gates, cu_seqlens, solved, moves, keeps, marks, states, before, delta, chunk,
-      needs_initial):  # fmt: skip
-    segments = cut(q, cu_seqlens, chunk)
-
-    def like(x, dtype=None):
-        return q.new_empty((0,) if x is None else x.shape, dtype=dtype or q.dtype)
-
-    return (
-        like(q), like(k), like(v), like(erase), like(rates, torch.float32), like(gates, torch.float32),
-        q.new_empty((segments.sequences if needs_initial else 0, *states.shape[1:]), dtype=torch.float32),
-    )  # fmt: skip
+def _(d_out, d_final, q, k, v, erase, rates, gates, cu_seqlens, kept, before, delta, chunk, needs_initial):
+    segments, wide = cut(q, cu_seqlens, chunk), torch.float32
+    operands = ((q, q.dtype), (k, q.dtype), (v, q.dtype), (erase, q.dtype), (rates, wide), (gates, wide))
+    found = [q.new_empty((0,) if x is None else x.shape, dtype=dtype) for x, dtype in operands]
+    return *found, q.new_empty((segments.sequences if needs_initial else 0, *q.shape[2:], v.shape[3]), dtype=wide)
 
 
 def _setup(ctx, inputs, output):
@@ -250,8 +297,8 @@ def _differentiate(ctx, d_out, d_final, *_):
     if d_out is None:
         d_out = torch.zeros_like(v)
     dq, dk, dv, de, d_rates, d_gates, d_initial = direct.call(
-        _backward, d_out, None if d_final is None else d_final.contiguous(), q, k, v, erase, rates, gates, cu_seqlens, *kept,
-        *ctx.options, needs[6],
+        _backward, d_out, None if d_final is None else d_final.contiguous(), q, k, v, erase, rates, gates, cu_seqlens,
+        list(kept), *ctx.options, needs[6],
     )  # fmt: skip
     found = (dq, dk, dv, de, d_rates, d_gates, d_initial)
     return *(x if wanted else None for x, wanted in zip(found, needs, strict=False)), *(None,) * 4
@@ -339,7 +386,7 @@ def _check(
         raise ValueError(f"v must be [B, T, H, Dv] with q's {list(q.shape[:3])}; got {list(v.shape)}")
     if rate is not None and rate.shape != q.shape[:3]:
         raise ValueError(f"rate must be [B, T, H] = {list(q.shape[:3])}; got shape {list(rate.shape)}")
-    if gate is not None and gate.shape not in (q.shape[:3],):
+    if gate is not None and gate.shape not in (q.shape[:3], q.shape):
         raise ValueError(
             f"gate must be [B, T, H] = {list(q.shape[:3])} or [B, T, H, Dk] = {list(q.shape)}; got shape {list(gate.shape)}"
         )

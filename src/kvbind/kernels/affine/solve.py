@@ -48,12 +48,12 @@ def unit_inverse(low, C: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "each"])
 def _solve_kernel(
-    k, e, rates, gates, solved, keeps, marks, table, tokens, each, heads,
+    k, e, rates, gates, residuals, solved, keeps, marks, table, tokens, each, heads,
     k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr,
     PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One chunk and head."""
+    """One chunk and head. With `residuals`, `L / r` is given, and T alone is made."""
     program = tl.program_id(0)
     head = (program % heads).to(tl.int64)
     index = program // heads
@@ -72,26 +72,30 @@ def _solve_kernel(
     mine, other = at[:, None], at[None, :]
 
     rate, wrong = rates_of(rates, places, rows)
-    wrong = tl.maximum(wrong, gates_wrong(gates, places, rows))
-    low = tl.zeros((C, C), tl.float32)
-    for block in range(0, DK, BK):
-        y = read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK)
-        wrong = tl.maximum(wrong, rows_wrong(y))
+    if residuals is None:
+        wrong = tl.maximum(wrong, gates_wrong(gates, places, rows))
+        low = tl.zeros((C, C), tl.float32)
+        for block in range(0, DK, BK):
+            y = read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK)
+            wrong = tl.maximum(wrong, rows_wrong(y))
+            if DELTA:
+                x = y
+                if e is not None:
+                    x = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK)
+                    wrong = tl.maximum(wrong, rows_wrong(x))
+                low = tl.dot(finite(x), tl.trans(finite(y)), low, input_precision=PRECISION)
+        tl.store(marks + places, wrong.to(tl.int8), mask=rows)
+        whole, rest, wholes, rests = summed_logarithms(gates, places, rows)
+        keep = tl.exp2(tl.sum(whole, 0) + tl.sum(rest, 0))
+        tl.store(keeps + place, tl.where(tl.max(wrong, 0) > 0, float("nan"), keep))
         if DELTA:
-            x = y
-            if e is not None:
-                x = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK)
-                wrong = tl.maximum(wrong, rows_wrong(x))
-            low = tl.dot(finite(x), tl.trans(finite(y)), low, input_precision=PRECISION)
-    tl.store(marks + places, wrong.to(tl.int8), mask=rows)
-    whole, rest, wholes, rests = summed_logarithms(gates, places, rows)
-    keep = tl.exp2(tl.sum(whole, 0) + tl.sum(rest, 0))
-    tl.store(keeps + place, tl.where(tl.max(wrong, 0) > 0, float("nan"), keep))
+            seen_whole, seen_rest = wholes, rests
+            if not BEFORE:
+                seen_whole, seen_rest = wholes - whole, rests - rest
+            low *= between(seen_whole, seen_rest, wholes, rests, mine > other)
+    else:
+        low = tl.load(residuals + place * (C * C) + mine * C + other)
     if DELTA:
-        seen_whole, seen_rest = wholes, rests
-        if not BEFORE:
-            seen_whole, seen_rest = wholes - whole, rests - rest
-        low *= between(seen_whole, seen_rest, wholes, rests, mine > other)
         inverse = unit_inverse(low * rate[:, None], C, EXACT)
         tl.store(solved + place * (C * C) + mine * C + other, inverse.to(solved.dtype.element_ty))
 
