@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvbind.kernels.affine.tiles import between, marked_rows, rates_of, summed_logarithms
+from kvbind.kernels.affine.tiles import between, marked_rows, rates_of, read_columns, summed_logarithms, without_columns
 from kvbind.kernels.causal_segments import finite, read_rows, segment, without
 from kvbind.kernels.common import Launcher
 
@@ -71,8 +71,8 @@ def _state_gradients_kernel(
                 scores = tl.dot(y, tl.trans(finite(x)), scores, input_precision=PRECISION)
             shares = (scores * between(-wholes, -rests, -wholes, -rests, mine <= other)).to(dtype)
         else:
-            shares = tl.trans(tl.load(reads + place * (C * C) + mine * C + other))
-        inverse = tl.trans(tl.load(solved + place * (C * C) + mine * C + other))
+            shares = tl.load(reads + place * (C * C) + other * C + mine)
+        inverse = tl.load(solved + place * (C * C) + other * C + mine)
     for block in range(0, DV, BV):
         g = read_rows(d_out + block, mine * d_token + columns[None, :], rows, block + columns, DV, BV)
         if DELTA:
@@ -80,14 +80,14 @@ def _state_gradients_kernel(
             own = (tl.dot(inverse, own, input_precision=PRECISION) * -(rate * seen)[:, None]).to(dtype)
         g = (g.to(tl.float32) * started[:, None]).to(dtype)
         for up in range(0, DK, BK):
-            x = read_rows(q + up, mine * q_token + inner[None, :], rows, up + inner, DK, BK)
-            result = tl.dot(tl.trans(finite(x)), g, input_precision=PRECISION)
+            x = read_columns(q + up, at, q_token, rows, up + inner, DK, BK)
+            result = tl.dot(finite(x), g, input_precision=PRECISION)
             if DELTA:
                 if e is not None:
-                    y = read_rows(e + up, mine * e_token + inner[None, :], rows, up + inner, DK, BK)
+                    y = read_columns(e + up, at, e_token, rows, up + inner, DK, BK)
                 else:
-                    y = read_rows(k + up, mine * k_token + inner[None, :], rows, up + inner, DK, BK)
-                result = tl.dot(tl.trans(without(y, wrong)), own, result, input_precision=PRECISION)
+                    y = read_columns(k + up, at, k_token, rows, up + inner, DK, BK)
+                result = tl.dot(without_columns(y, wrong), own, result, input_precision=PRECISION)
             where = (up + inner)[:, None] * DV + (block + columns)[None, :]
             inside = (up + inner < DK)[:, None] & (block + columns < DV)[None, :]
             tl.store(writes + place * (DK * DV) + where, result.to(dtype), mask=inside)
@@ -147,11 +147,11 @@ def _value_gradients_kernel(
             scores = tl.dot(y, tl.trans(x), scores, input_precision=PRECISION)
         shares = (scores * between(-wholes, -rests, -wholes, -rests, mine <= other)).to(dtype)
     else:
-        shares = tl.trans(tl.load(reads + place * (C * C) + mine * C + other))
+        shares = tl.load(reads + place * (C * C) + other * C + mine)
     if DELTA:
-        inverse = tl.load(solved + place * (C * C) + mine * C + other)
-        by_value = (inverse.to(tl.float32) * rate[None, :]).to(dtype)
-        inverse = tl.trans(inverse)
+        by_value = tl.load(solved + place * (C * C) + mine * C + other).to(tl.float32)
+        by_value = (by_value * rate[None, :]).to(dtype)
+        inverse = tl.load(solved + place * (C * C) + other * C + mine)
 
     on_rate = tl.zeros((C,), tl.float32)
     on_read, on_residual, on_write = on_rate, on_rate, on_rate
@@ -370,20 +370,22 @@ def _key_gradients_kernel(
         wrong = marked_rows(marks, places, rows)
         q += row * q_row + head * q_head + token * q_token + up
         k += row * k_row + head * k_head + token * k_token + up
-        scores = place * (C * C) + mine * C + other
+        scores, turned = place * (C * C) + mine * C + other, place * (C * C) + other * C + mine
         tail = tl.exp2((tl.sum(whole, 0) - wholes) + (tl.sum(rest, 0) - rests))
         x = finite(read_rows(q, mine * q_token + inner[None, :], rows, up + inner, DK, BK))
         y = without(read_rows(k, mine * k_token + inner[None, :], rows, up + inner, DK, BK), wrong)
-        shares = tl.load(d_reads + scores)
-        dq = tl.dot(tl.trans(shares), y, dq * tl.exp2(wholes + rests)[:, None], input_precision=PRECISION)
-        dk = tl.dot(shares, x, dk * tail[:, None], input_precision=PRECISION)
+        dq *= tl.exp2(wholes + rests)[:, None]
+        dk *= tail[:, None]
+        dq = tl.dot(tl.load(d_reads + turned), y, dq, input_precision=PRECISION)
+        dk = tl.dot(tl.load(d_reads + scores), x, dk, input_precision=PRECISION)
         if DELTA:
             if BEFORE:
                 seen = tl.exp2(wholes + rests)
             else:
                 seen = tl.exp2((wholes - whole) + (rests - rest))
             shares = tl.load(d_residuals + scores)
-            de = tl.dot(tl.trans(shares), y, de * -(rate * seen)[:, None], input_precision=PRECISION)
+            de *= -(rate * seen)[:, None]
+            de = tl.dot(tl.load(d_residuals + turned), y, de, input_precision=PRECISION)
             if e is None:
                 dk = tl.dot(shares, y, dk + de, input_precision=PRECISION)
             else:

@@ -184,7 +184,7 @@ def _halves(x, H: tl.constexpr):
 
 
 @triton.jit
-def _gradients_between(dq, dk, de, x, x_before, y_behind, through, q, k, e, own, earlier, later, d_reads, d_residuals, at,
+def _gradients_between(dq, dk, de, x, x_before, y_behind, through, q, k, e, own, earlier, later, d_reads, d_residuals, turned_reads, turned_residuals, at,
                        dtype: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr,
                        PRECISION: tl.constexpr):  # fmt: skip
     """What pairs that meet in stretches of 2 H add to gradients, and what hangs on their halves.
@@ -194,7 +194,7 @@ def _gradients_between(dq, dk, de, x, x_before, y_behind, through, q, k, e, own,
         x, x_before, y_behind, through: what hangs on each stretch of 2 H: what multiplies products up to each row, its own
             included or not, products behind each row, and the product of all.
         q, k, e, own, earlier, later: of the forward pass.
-        d_reads, d_residuals: gradients of scores, rows of the writes.
+        d_reads, d_residuals: gradients of scores, rows of the writes; and turned, of the reads.
     """
     if 2 * H <= C:
         reach, seen, behind = _factors(own, earlier, later, at, H, BEFORE)
@@ -211,18 +211,18 @@ def _gradients_between(dq, dk, de, x, x_before, y_behind, through, q, k, e, own,
         # rows are of the writes
         meet = _meet(at[None, :], at[:, None], H)
         keys, queries = (k * behind).to(dtype), (q * reach).to(dtype)
-        shares = tl.where(meet, d_reads, 0.0).to(dtype)
-        found = tl.dot(tl.trans(shares), keys, input_precision=PRECISION)
+        turned = _meet(at[:, None], at[None, :], H)
+        found = tl.dot(tl.where(turned, turned_reads, 0.0).to(dtype), keys, input_precision=PRECISION)
         dq += found * reach
         x += found * q
-        found = tl.dot(shares, queries, input_precision=PRECISION)
+        found = tl.dot(tl.where(meet, d_reads, 0.0).to(dtype), queries, input_precision=PRECISION)
         if DELTA:
             shares = tl.where(meet, d_residuals, 0.0).to(dtype)
             found = tl.dot(shares, (e * seen).to(dtype), found, input_precision=PRECISION)
         dk += found * behind
         y_behind += found * k
         if DELTA:
-            found = tl.dot(tl.trans(shares), keys, input_precision=PRECISION)
+            found = tl.dot(tl.where(turned, turned_residuals, 0.0).to(dtype), keys, input_precision=PRECISION)
             de += found * seen
             if BEFORE:
                 x += found * e
@@ -301,30 +301,31 @@ def _channel_gradients_kernel(
     through = anchor[None, :] + tl.zeros((C, BK), tl.float32)
 
     scores = place * (C * C) + mine * C + other
-    shares = tl.load(d_reads + scores).to(tl.float32)
-    taken = shares
+    back = place * (C * C) + other * C + mine
+    shares, turned = tl.load(d_reads + scores), tl.load(d_reads + back)
+    taken, turned_taken = shares, turned
     if DELTA:
-        taken = tl.load(d_residuals + scores).to(tl.float32)
+        taken, turned_taken = tl.load(d_residuals + scores), tl.load(d_residuals + back)
     dq, dk, de, x, x_before, y_behind, through = _gradients_between(
-        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, at, dtype, 32, C,
+        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned, turned_taken, at, dtype, 32, C,
         BEFORE, DELTA, PRECISION)  # fmt: skip
     dq, dk, de, x, x_before, y_behind, through = _gradients_between(
-        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, at, dtype, 16, C,
+        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned, turned_taken, at, dtype, 16, C,
         BEFORE, DELTA, PRECISION)  # fmt: skip
     dq, dk, de, x, x_before, y_behind, through = _gradients_between(
-        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, at, dtype, 8, C,
+        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned, turned_taken, at, dtype, 8, C,
         BEFORE, DELTA, PRECISION)  # fmt: skip
     dq, dk, de, x, x_before, y_behind, through = _gradients_between(
-        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, at, dtype, 4, C,
+        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned, turned_taken, at, dtype, 4, C,
         BEFORE, DELTA, PRECISION)  # fmt: skip
     dq, dk, de, x, x_before, y_behind, through = _gradients_between(
-        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, at, dtype, 2, C,
+        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned, turned_taken, at, dtype, 2, C,
         BEFORE, DELTA, PRECISION)  # fmt: skip
     dq, dk, de, x, x_before, y_behind, through = _gradients_between(
-        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, at, dtype, 1, C,
+        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned, turned_taken, at, dtype, 1, C,
         BEFORE, DELTA, PRECISION)  # fmt: skip
     # each query with its own token's key, between which there is no gate
-    alone = tl.sum(tl.where(mine == other, shares, 0.0), 1)[:, None]
+    alone = tl.sum(tl.where(mine == other, shares.to(tl.float32), 0.0), 1)[:, None]
     dq += alone * x_k
     dk += alone * x_q
     if DELTA:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvbind.kernels.affine.tiles import marked_rows, rates_of, summed_logarithms
+from kvbind.kernels.affine.tiles import marked_rows, rates_of, read_columns, summed_logarithms, without_columns
 from kvbind.kernels.causal_segments import finite, read_rows, rows_wrong, segment, without
 from kvbind.kernels.common import Launcher
 
@@ -67,8 +67,8 @@ def _prepare_kernel(
         spoilt = tl.maximum(spoilt, rows_wrong(y))
         written = tl.dot(by_value, finite(y), input_precision=PRECISION).to(dtype)
         for up in range(0, DK, BK):
-            x = without(read_rows(k + up, mine * k_token + inner[None, :], rows, up + inner, DK, BK), wrong)
-            result = tl.dot(tl.trans(x), written, input_precision=PRECISION)
+            x = without_columns(read_columns(k + up, at, k_token, rows, up + inner, DK, BK), wrong)
+            result = tl.dot(x, written, input_precision=PRECISION)
             where = (up + inner)[:, None] * DV + (block + columns)[None, :]
             inside = (up + inner < DK)[:, None] & (block + columns < DV)[None, :]
             tl.store(writes + place * (DK * DV) + where, result.to(dtype), mask=inside)
@@ -80,8 +80,8 @@ def _prepare_kernel(
                 y = read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK)
             read = tl.dot(by_key, without(y, wrong), input_precision=PRECISION).to(dtype)
             for up in range(0, DK, BK):
-                x = without(read_rows(k + up, mine * k_token + inner[None, :], rows, up + inner, DK, BK), wrong)
-                result = tl.dot(tl.trans(x), read, input_precision=PRECISION)
+                x = without_columns(read_columns(k + up, at, k_token, rows, up + inner, DK, BK), wrong)
+                result = tl.dot(x, read, input_precision=PRECISION)
                 where = (up + inner)[:, None] * DK + (block + inner)[None, :]
                 inside = (up + inner < DK)[:, None] & (block + inner < DK)[None, :]
                 tl.store(moves + place * (DK * DK) + where, result.to(dtype), mask=inside)
