@@ -28,6 +28,7 @@ class BlockWork:
     Attributes:
         columns: in a block, those of a window before each of its stretches included.
         tokens: of a block.
+        features: of queries, keys and what residuals read at: products with the layers below the last.
         states: products of queries, residuals and writes with states and momentum buffers.
         scores: of pairs of columns: residuals with keys, queries with keys, and reads of the block's own columns.
         system: the triangular systems.
@@ -36,6 +37,7 @@ class BlockWork:
 
     columns: int
     tokens: int
+    features: float
     states: float
     scores: float
     system: float
@@ -44,14 +46,15 @@ class BlockWork:
     @property
     def total(self) -> float:
         """All of them."""
-        return self.states + self.scores + self.system + self.gates
+        return self.features + self.states + self.scores + self.system + self.gates
 
 
-def block_work(spec: InnerLoop, features: int, values: int) -> BlockWork | None:
-    """What the schedule costs in the blocks of a long sequence, features of the last layer apart.
+def block_work(spec: InnerLoop, theta: int, features: int, values: int) -> BlockWork | None:
+    """What the schedule costs in the blocks of a long sequence.
 
     Args:
         spec: an inner loop that has a parallel form.
+        theta: entries of the matrices below the last layer.
         features: channels of the last layer's input, that of a bias included.
         values: channels of its output.
 
@@ -83,4 +86,5 @@ def block_work(spec: InnerLoop, features: int, values: int) -> BlockWork | None:
     scores = 2 * columns * (pairs * features * (rows + inside * columns) + tokens * values)
     system = inside * columns**2 * (values + features * (1 + buffers))
     coefficients = 2.0 * part.count**3 * (bool(spec.retention or spec.momentum) and not by_channel)
-    return BlockWork(columns, tokens, *(x / tokens for x in (states, scores, system, coefficients)))
+    below = 2.0 * theta * tokens * (1 + rule.writes * (1 + spec.erase))
+    return BlockWork(columns, tokens, *(x / tokens for x in (below, states, scores, system, coefficients)))

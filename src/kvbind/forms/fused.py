@@ -103,6 +103,28 @@ def own_takes_packed(spec: InnerLoop, call: Operands, form: str) -> bool:
     return fits and not any(call.state.pending_lengths) and operands_fit(call) and wide_enough(call)
 
 
+def parallel_kernels(spec: InnerLoop) -> str:
+    """What runs the parallel form of an inner loop on GPUs, for people; empty where that is PyTorch alone.
+
+    Whether a call fits depends on its operands too; `kvbind.forms.fla` logs what ran.
+    """
+    own = None
+    if delta.obstacle(spec) is None:
+        own = "kvbind.kernels.affine"
+    elif not spec.extensions and chunked_fits(spec):
+        own = "kvbind.kernels.chunked"
+    elif not spec.extensions and is_causal(spec):
+        own = "kvbind.kernels.causal"
+    operator = fla.operator_of(spec)
+    if isinstance(operator, str):
+        return own or ""
+    reason = fla.unusable()
+    if reason is not None:
+        return f"{own or 'PyTorch'} ({operator.name} not: {reason})"
+    other = f"{operator.name} of {fla.PACKAGE} {fla.installed()}"
+    return other if own is None else f"{own}, or {other} where that was measured to be faster or takes a call alone"
+
+
 def operands_fit(call: Operands) -> bool:
     """Whether kernels run on a call's device and dtypes at all."""
     q, tokens = call.q, call.tokens
@@ -182,12 +204,15 @@ def recurrent_fits(spec: InnerLoop, call: Operands) -> bool:
 
 
 def causal_fits(spec: InnerLoop, call: Operands) -> bool:
+    """Whether a call is one of `kvbind.kernels.causal`."""
+    return max(call.q.shape[-1], call.tokens.v.shape[-1]) <= WIDEST_CAUSAL and is_causal(spec)
+
+
+def is_causal(spec: InnerLoop) -> bool:
     """Whether an inner loop is one of `kvbind.kernels.causal`."""
     short = spec.visibility == "token" or (spec.chunk is not None and spec.chunk < SHORT_CHUNK)
     gates = not spec.gates or (not spec.momentum and spec.visibility == "token" and spec.chunk == 1)
     known = is_a(spec.network, Linear, GLU) and spec.visibility != "full" and spec.orthogonalize is None
-    if max(call.q.shape[-1], call.tokens.v.shape[-1]) > WIDEST_CAUSAL:
-        return False
     return known and short and gates and writes_add_up(spec)
 
 
