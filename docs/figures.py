@@ -50,18 +50,6 @@ def smooth(x: torch.Tensor, steps: int = 10) -> torch.Tensor:
     return torch.stack([x[max(0, i - steps + 1) : i + 1].mean() for i in range(len(x))])
 
 
-def language_30m() -> None:
-    """Training loss of four rungs on one H100."""
-    with figure(IMAGES / "language-30m.png", 6.4, 3.4) as drawing:
-        ax = drawing.subplots()
-        for rung, colour in {"rung0": RED, "rung1": ORANGE, "rung2": BLUE, "rung6": GREEN}.items():
-            loss = smooth(training_losses(rung))
-            millions = [(i + 1) * 3 * 8192 / 1e6 for i in range(len(loss))]
-            ax.plot(millions, loss, color=colour, label=rung.replace("rung", "rung "), linewidth=1.4)
-        ax.set(xlabel="million tokens (bytes)", ylabel="training loss, mean of 10 steps", ylim=(1.3, 3.5))
-        ax.legend()
-
-
 def kernels_training() -> None:
     """Training on kernels against training on PyTorch, beside the spread of runs that should be the same."""
     kernels, pytorch, other = (training_losses(name) for name in ("rung2", "rung2-pytorch", "rung2-seed1"))
@@ -294,6 +282,14 @@ def ladder(path: Path, name: str) -> None:
     quality_figure(IMAGES / name, read_outcome(json.loads(path.read_text())))
 
 
+def capacity(path: Path) -> None:
+    """Recall by bytes of state."""
+    from kvbind.experiments.capacity import Point, draw
+
+    curves = json.loads(path.read_text())["curves"]
+    draw(IMAGES / "capacity.png", {one["name"]: [Point(**point) for point in one["points"]] for one in curves})
+
+
 def scaling(path: Path) -> None:
     """Training speed by the number of GPUs, sharded and with one sequence cut over all, beside speed that grows with it."""
     rows = [row for row in json.loads(path.read_text())["rows"] if "tokens_per_second" in row]
@@ -350,12 +346,12 @@ def vision() -> None:
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
     visibility()
-    language_30m()
     kernels_training()
     decoding()
     growth()
     smoke, small = (RESULTS / f"table2-language-{scale}" / "results.json" for scale in ("smoke", "small"))
     ladder(small if small.is_file() else smoke, "ladder.png")  # the README's first picture
+    capacity(RESULTS / "capacity-small-cpu" / "results.json")
     if (RESULTS / "bench" / "kernels-shapes-h100.json").is_file():
         kernels()
     scenes()

@@ -2,7 +2,8 @@
 
 A table stands between `<!-- table: results/bench/FILE.json KEY -->` and `<!-- end -->`; it is made from that file alone. One
 of `kvbind plan` stands between `<!-- plan: OPTIONS -->` and `<!-- end -->`; it is made from the library's formulas and its
-calibration. The sizes of served requests stand behind `<!-- sizes: MEMORY GiB -->`, likewise.
+calibration. The sizes of served requests stand behind `<!-- sizes: MEMORY GiB -->`, which systems are served behind
+`<!-- served -->`, and the presets of a family behind `<!-- presets: language|images|views -->`, likewise.
 """
 
 import json
@@ -20,7 +21,7 @@ from kvbind.bench.models import model_grids
 from kvbind.bench.peers import peer_grids, short_grid
 from kvbind.bench.record import answered
 from kvbind.bench.scaling_tables import scaling_grids
-from kvbind.bench.serving import serving_grid, size_grid
+from kvbind.bench.serving import served_grid, serving_grid, size_grid
 from kvbind.experiments.page.parts import STATES
 from kvbind.experiments.page.tables import read_outcome
 from kvbind.experiments.table_text import as_grid, describe, quality_columns, row_names, speed_columns
@@ -30,6 +31,8 @@ PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 """Pages with tables that are made from results."""
 PLAN = re.compile(r"(<!-- plan: ([^\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SIZES = re.compile(r"(<!-- sizes: ([0-9]+) GiB -->\n).*?(<!-- end -->)", re.DOTALL)
+PRESETS_OF = re.compile(r"(<!-- presets: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SERVED = re.compile(r"(<!-- served -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -182,8 +185,7 @@ def experiment(record: dict[str, Any], key: str, path: str) -> str:
         ValueError: another key.
     """
     if key == "verdicts":
-        rows = [(x["claim"], f"**{STATES[x['holds']]}**", x["found"], x["rule"]) for x in record["verdicts"]]
-        return plain(("claim", "verdict", "found", "it holds if"), rows, left=4)
+        return verdicts(record["verdicts"])
     if key == "measured":
         return "\n\n".join(plain(x["header"], x["rows"]) for x in record["tables"])
     if key != "rows":
@@ -191,6 +193,14 @@ def experiment(record: dict[str, Any], key: str, path: str) -> str:
     outcome = read_outcome(record)
     header, rows = as_grid(row_names(outcome, outcome.labels), quality_columns(outcome) + speed_columns(outcome))
     return f"{plain(header, rows)}\n\n{describe(outcome)}"
+
+
+def verdicts(found: Sequence[dict[str, Any]]) -> str:
+    """Claims and what was found, and below them each rule once."""
+    rules = list(dict.fromkeys(x["rule"] for x in found))
+    rows = [(x["claim"], f"**{STATES[x['holds']]}**", x["found"], str(rules.index(x["rule"]) + 1)) for x in found]
+    said = "\n".join(f"{number}. {rule}." for number, rule in enumerate(rules, start=1))
+    return f"{plain(('claim', 'verdict', 'found', 'rule'), rows, left=4)}\n\nA claim holds by its rule:\n\n{said}"
 
 
 def plain(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -237,10 +247,55 @@ def plan_table(words: str) -> str:
     return f"{markdown(grid)}\n\n`kvbind plan {words}`"
 
 
+def presets_table(family: str, root: Path) -> str:
+    """The presets of a family, with what was measured of them on a GPU."""
+    import torch
+    from torch import nn
+
+    from kvbind.models import PRESETS, LactConfig, LactForCausalLM, lact_nvs, vittt
+
+    makers: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+        "language": {
+            name: (
+                f"{fields['num_hidden_layers']} x {fields['hidden_size']}, chunks of {fields['inner'].chunk}",
+                lambda fields=fields: LactForCausalLM(LactConfig(**fields)),
+            )
+            for name, fields in PRESETS.items()
+        },
+        "images": {
+            name: (
+                f"{fields['depth']} x {fields['embed_dim']}"
+                if "depth" in fields
+                else f"{'+'.join(map(str, fields['depths']))} layers of {', '.join(map(str, fields['dim']))}",
+                lambda name=name: vittt.build(name, num_classes=1000),
+            )
+            for name, fields in vittt.SIZES.items()
+        },
+        "views": {
+            name: (f"{config.layers} x {config.dim}", lambda config=config: lact_nvs.LactNvs(config))
+            for name, config in lact_nvs.PRESETS.items()
+        },
+    }[family]
+    measured = {
+        row["name"]: row for row in json.loads((root / "results/bench/models-h200.json").read_text(encoding="utf-8"))["rows"]
+    }
+    lines = []
+    for name, (size, make) in makers.items():
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in make().parameters())
+        row = measured.get({"vittt_base": "vittt-b-training"}.get(name, f"lact-{name}-rung0"))
+        speed = f"{row['ours']:,.0f} {row['unit']}" if row else "-"
+        memory = f"{row['peak_bytes'] / 2**30:.0f} GiB" if row else "-"
+        lines.append([f"`{name}`", size, f"{parameters / 1e6:,.1f}M", speed, memory])
+    return plain(["preset", "layers x width", "parameters", "training, H200", "memory"], lines, left=2)
+
+
 def fill(text: str, root: Path) -> str:
     """A page with every block made anew."""
     text = PLAN.sub(lambda block: f"{block[1]}{plan_table(block[2])}\n{block[3]}", text)
     text = SIZES.sub(lambda block: f"{block[1]}{markdown(size_grid(int(block[2]) << 30))}\n{block[3]}", text)
+    text = PRESETS_OF.sub(lambda block: f"{block[1]}{presets_table(block[2], root)}\n{block[3]}", text)
+    text = SERVED.sub(lambda block: f"{block[1]}{markdown(served_grid())}\n{block[2]}", text)
     return BLOCK.sub(lambda block: f"{block[1]}{table(block[2], block[3], root)}\n{block[4]}", text)
 
 

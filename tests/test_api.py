@@ -40,6 +40,11 @@ def test_the_typed_user_runs(alone, capsys):
     assert typed_api.rows(8)["input_ids"].shape == (1, 8)
     y, kept, state = typed_api.Mixed(16)(torch.randn(2, 8, 16))
     assert (y.shape, kept.seen, state.batch) == ((2, 8, 16), (8, 8), 2)
+    mlp = torch.nn.Module()
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = (torch.nn.Linear(8, 8, bias=False) for _ in range(3))
+    mlp.act_fn = torch.nn.SiLU()
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+    assert typed_api.fast_mlp(mlp, torch.randn(2, 9, 8)).shape == (2, 9, 8)
     assert "this one has none" in capsys.readouterr().out
 
 

@@ -113,6 +113,11 @@ def test_two_inner_loops_are_compared_field_by_field(run, tmp_path):
     assert [row[0] for row in rows[1:] if len(row) == 3] == ["network.activation", "momentum"]
     assert ["momentum", "True", "False"] in rows
     assert "are the same inner loop" in run("compare", "titans", "titans")[1]
+    assert run("compare", "gdn2", "kda", "erase=true", "token_lr=false")[1] == (
+        "gdn2 and kda erase=true token_lr=false are the same inner loop\n"
+    )
+    code, out, _ = run("compare", "lact_llm", "momentum=false", "chunk=64")
+    assert (code, [line.split()[0] for line in out.splitlines()[1:]]) == (0, ["momentum", "chunk"])
     assert "did you mean 'titans'" in " ".join(run("compare", "titan", "titans")[2].split())
 
 
@@ -123,9 +128,52 @@ def test_an_inner_loop_in_a_file_is_explained(run, tmp_path):
     assert out.strip().startswith(str(kvbind.explain(inner)))
 
 
+def test_an_edited_inner_loop_is_explained(run):
+    _, out, _ = run("explain", "titans", "momentum=false", "refresh=1")
+    assert out.startswith(str(kvbind.explain(kvbind.systems.titans().replace(momentum=False, refresh=1))))
+    # what is not there is not counted
+    assert "orthogonalization" not in run("explain", "kda")[1]
+    assert "MFLOP per token, of which orthogonalization" in run("explain", "lact_llm")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["train"], "error: missing argument 'task' (kvbind train --help says what it takes)"),
+        (["train", "language", "--owt", "x"], "error: no such option: --owt"),
+        (["explain", "lact_llm", "--rung", "9"], "error: invalid value for '--rung': "),
+        (["bench", "form"], "error: no such command 'form'. Did you mean 'forms'? (kvbind bench --help says what it takes)"),
+        (["in-place", "a", "b", "--layers", "x"], "error: invalid value for --layers: must be a number or numbers"),
+    ],
+)
+@pytest.mark.parametrize("further", [[], ["--traceback"]])
+def test_a_command_line_that_is_none_is_said_in_one_line(run, words, line, further):
+    code, out, errors = run(*words, *further)
+    assert (code, out) == (2, "")
+    assert errors.startswith(line)
+    assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [[], ["bench"]])
+def test_without_a_word_there_is_help(run, words):
+    code, out, errors = run(*words)
+    assert code == 2
+    assert "Usage: kvbind" in out + errors
+    assert "error:" not in errors
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["compare", "kda"], "compare takes two inner loops, or edits of one, such as update=last; got 'kda' alone"),
+        (["compare", "erase=true", "kda"], "an edit must stand behind the system that it is of; got 'erase=true' first"),
+        (["compare", "kda", "gdn2", "comba"], "there must be at most 2 systems; got kda and gdn2 and comba"),
+        (["compare", "kda", "eras=true"], "did you mean 'erase'"),
+        (
+            ["compare", "kda", "network=[a"],
+            "overrides must be key=value with a YAML value; got ['network=[a']: while parsing",
+        ),
+        (["explain", "kda", "gdn2"], "there must be at most 1 system; got kda and gdn2"),
         (["explain", "lact_lm"], "did you mean 'lact_llm'"),
         (["explain", "missing.yaml"], "there is no 'missing.yaml'"),
         (["explain", "lact_llm", "--rung", "9"], "--rung"),
@@ -345,7 +393,7 @@ def test_help_does_not_wait_for_pytorch():
         (["table2", "--data", "language=a", "--data", "language=b"], "data must name each task once"),
         (["table2", "--task", "views", "--data", "language=a"], "data must be of the task views; got data for language"),
         (["table2", "--task", "all", "--data", "somewhere"], "data must be None or name a task, such as language=PATH"),
-        (["table2", "--rows", "rung0"], "rows is for measured steps alone"),
+        (["table2", "--rows", "rung9"], "rows must be"),
         (
             ["figure1", "--scale", "paper"],
             "figure1 looks at trained models, of which --scale paper has none without --train",

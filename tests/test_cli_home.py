@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import kvbind
 from kvbind.cli import run_and_rest
 from kvbind.experiments.runs import open_run
+from kvbind.screen import Screen
 from kvbind.train import latest_checkpoint
 from kvbind.train.config import to_plain
 
@@ -93,6 +95,55 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on(run, book, monk
     assert "goes on from the checkpoint at step 2 of 6" in out
 
 
+def test_a_run_that_is_made_longer_keeps_its_result_and_model_until_it_has_newer_ones(run, book, monkeypatch):
+    from kvbind.tasks.language import LanguageTask
+
+    assert run(*book)[0] == 0
+    short = Path("mine/result.json").read_text()
+    whole = LanguageTask.loss
+
+    def interrupted(self, model, batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        return whole(self, model, batch)
+
+    monkeypatch.setattr(LanguageTask, "loss", interrupted)
+    assert run(*book, "train.steps=6")[0] == 130
+    assert Path("mine/result.json").read_text() == short
+    assert run("eval", "mine")[0] == 0
+    monkeypatch.setattr(LanguageTask, "loss", whole)
+    # the same command is not told that this was finished
+    code, out, _ = run(*book, "train.steps=6")
+    assert code == 0
+    assert "goes on from the checkpoint at step 4 of 6" in out
+    assert json.loads(Path("mine/result.json").read_text())["steps"] == 6
+    Path("mine/result.json").write_text("[]")
+    code, _, errors = run(*book, "train.steps=6")
+    assert code == 2
+    assert "result.json must be a run's result, with its steps; it holds []" in errors
+
+
+def test_more_steps_without_a_folder_name_the_run_that_might_go_on(run, book):
+    words = [word for word in book if word not in ("--out", "mine")]
+    code, out, _ = run(*words)
+    assert code == 0
+    assert "a new run" not in out
+    (first,) = Path("runs").iterdir()
+    code, out, _ = run(*words, "train.steps=5")
+    assert code == 0
+    assert f"a new run: {first} is the same with 3 steps, and the same command with --out {first} goes on from it" in out
+    assert len(list(Path("runs").iterdir())) == 2
+    code, out, _ = run(*words, "train.steps=5", "--out", str(first))
+    assert code == 0
+    assert "goes on from the checkpoint at step 3 of 5" in out
+    assert "a new run" not in run(*words, "train.steps=7", "seed=3")[1]
+
+    Path("texts/book.txt").write_text("other words " * 300)
+    code, out, _ = run(*words, "train.steps=5")
+    assert code == 0
+    assert "is the same on data that have changed since, and the same command with --out runs/language-tiny-" in out
+    assert "--accept-changed-data goes on with it" in out
+
+
 BROKEN = {
     "broken JSONL": ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2, must be a JSON object"),
     "JSONL in another encoding": (
@@ -170,12 +221,28 @@ def test_explain_says_which_sizes_are_assumed(run):
 @pytest.mark.parametrize("columns", [60, 80])
 def test_tables_fit_narrow_terminals(run, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
-    for words in (["systems"], ["plan", "--preset", "760m", "--gpus", "8,16"]):
-        code, out, _ = run(*words)
-        assert code == 0
-        prose = ("torchrun", "calibration", "note", "760m")
-        assert max(len(line) for line in out.splitlines() if not line.startswith(prose)) <= columns
-    assert all(name in run("systems")[1] for name in ("lact_llm: no parallel form", "linear_attention: a parallel form"))
+    code, out, _ = run("plan", "--preset", "760m", "--gpus", "8,16")
+    assert code == 0
+    prose = ("torchrun", "calibration", "note", "760m")
+    assert max(len(line) for line in out.splitlines() if not line.startswith(prose)) <= columns
+
+
+@pytest.mark.parametrize("columns", [20, 60, 200])
+def test_systems_are_a_line_each_below_their_family(run, monkeypatch, columns):
+    whole = run("systems")[1]
+    assert "no token lr, erase, writes 2\n" in whole
+    monkeypatch.setattr("kvbind.cli.console", lambda: Screen(width=columns, force_terminal=True, color_system=None))
+    code, out, _ = run("systems")
+    assert code == 0
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert [line.split()[0] for line in lines if line][1:-1] == [line.split()[0] for line in whole.splitlines() if line][
+        1:-1
+    ]
+    families = [i for i, line in enumerate(lines) if not line]
+    assert lines[families[0] + 1][:8] == "LaCT and"
+    assert len(families) == 6  # of systems five, and what to type next
+    assert sum(line.split()[0] in kvbind.systems.SYSTEMS for line in lines if line) == len(kvbind.systems.SYSTEMS)
 
 
 def photos(root, grey=False):
@@ -209,6 +276,36 @@ def test_own_photos_are_looked_at(run, home, grey):
     code, _, errors = run("show", "mine", "extra=1", "--out", "picture.png")
     assert code == 2
     assert "show takes a run alone" in errors
+
+
+SMALL_PHOTOS = ["model.fields.embed_dim=12", "model.fields.num_heads=2", "model.fields.depth=1", "train.device=cpu"]
+
+
+def test_steps_of_ones_own_replace_the_photos_presets_epochs(run, home):
+    photos(home / "own")
+    code, out, errors = run("train", "images", "--data", "own", "--out", "mine", "train.steps=4", *SMALL_PHOTOS)
+    assert (code, errors) == (0, "")
+    assert "images, preset photos: " in out
+    assert "4 steps, on cpu" in out
+    assert "top5" not in out  # of two classes
+    assert open_run(home / "mine")[1].train.warmup == 0
+
+
+@pytest.mark.parametrize("edits", [["train.steps=2"], ["epochs=2", "warmup_epochs=1"]])
+def test_photos_that_came_or_went_are_what_a_run_that_goes_on_tells(run, home, edits):
+    photos(home / "own")
+    words = ["train", "images", "--data", "own", "--out", "mine", "data.batch=2", *edits, *SMALL_PHOTOS]
+    assert run(*words)[0] == 0
+    mean = open_run(home / "mine")[1].data.mean
+    Path("mine/result.json").unlink()
+    (home / "own" / "cat" / "5.png").unlink()
+    (home / "own" / "cat" / "4.png").unlink()
+    code, _, errors = run(*words)
+    assert code == 2
+    assert "mine holds a run on data that have changed since (removed own/cat/4.png, own/cat/5.png); put them" in errors
+    if len(edits) == 1:
+        assert run(*words, "--accept-changed-data")[0] == 0
+        assert open_run(home / "mine")[1].data.mean == mean
 
 
 def test_photos_that_become_thumbnails_are_said(run, home):

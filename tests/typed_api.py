@@ -29,6 +29,7 @@ from kvbind.layers import (
     FastWeightLayer,
     FastWeightState,
     InnerCall,
+    InPlaceMLP,
     LactLayer,
     LactNvsLayer,
     LactState,
@@ -97,3 +98,9 @@ class Mixed(nn.Module):
         image = self.image(x, (2, x.shape[1] // 2))
         views, state = self.views(x, slice(0, 4))
         return text + mixed + image + views, kept, state
+
+
+def fast_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    layer = InPlaceMLP(mlp, 0, chunk=4, lr=0.3)
+    assert_type(layer.inner_call(x), InnerCall)
+    return layer.from_start(x)

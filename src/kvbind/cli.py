@@ -12,11 +12,10 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -50,12 +49,12 @@ Layout = Literal["kvbind", "released"]
 
 TASK_NAMES = ", ".join(TASKS)
 
-NARROW = 100
-"""Columns below which a terminal has no room for inner loops beside their names."""
-
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Print the whole configuration too, which the run's folder has in any case.")
 ]
+
+USAGE: type[Exception] = typer.BadParameter.__mro__[1]
+"""What typer raises for a command line that is none, which has no public name of its own."""
 
 NEXT = {
     "language": 'kvbind generate {run} --prompt "The "',
@@ -71,26 +70,41 @@ def console() -> Console:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; a user's mistake ends it with one line on stderr and exit code 2."""
+    """Run the command, and leave with its exit code; a user's mistake ends it with one line on stderr and code 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     lines = logging.getLogger("kvbind")
     if not lines.handlers:
         lines.addHandler(LogLines())
-    if "--traceback" in words:
-        words.remove("--traceback")
-        app(words, prog_name="kvbind")
-        return
+    traceback = "--traceback" in words
     try:
-        app(words, prog_name="kvbind")
+        code = app([word for word in words if word != "--traceback"], prog_name="kvbind", standalone_mode=False)
+    except USAGE as error:
+        fail_usage(error)
     except (ValueError, TypeError, ImportError, OSError) as error:
+        if traceback:
+            raise
         fail(error, 2)
     except RuntimeError as error:
-        if type(error).__name__ not in ("TrainingStoppedError", "OutOfMemoryError", "WorkerKilledError"):
+        if traceback or type(error).__name__ not in ("TrainingStoppedError", "OutOfMemoryError", "WorkerKilledError"):
             raise
         fail(error, 1)
+    else:
+        # commands return nothing, and what ends them early its code
+        sys.exit(code or 0)
 
 
-def fail(error: Exception, code: int) -> None:
+def fail_usage(error: Any) -> NoReturn:
+    """Say in one line what is wrong with the command line, and leave. Without any word, the help is there already."""
+    said = " ".join(error.format_message().replace("Value error, ", "").split())
+    if said and type(error).__name__ != "NoArgsIsHelpError":
+        stderr = Screen(stderr=True)
+        stderr.print("error: ", style="bold red", end="")
+        command = "kvbind" if error.ctx is None else error.ctx.command_path
+        stderr.print(f"{said[0].lower()}{said[1:].rstrip('.')} ({command} --help says what it takes)", soft_wrap=True)
+    sys.exit(error.exit_code)
+
+
+def fail(error: Exception, code: int) -> NoReturn:
     """Say what went wrong in one line, and leave."""
     stderr = Screen(stderr=True)
     stderr.print("error: ", style="bold red", end="")
@@ -130,24 +144,45 @@ def kvbind(
 
 @app.command()
 def systems() -> None:
-    """List the named inner loops: what they are built of, and whether they have a parallel form."""
-    from kvbind.forms.analysis import explain as analyse
-    from kvbind.inner.systems import SYSTEMS
+    """List the named inner loops, by family: whether each has a parallel form, and what it is built of, in short."""
+    from itertools import groupby
+
+    from kvbind.forms.analysis import parallel_obstacles
+    from kvbind.inner.systems import SYSTEMS, family
 
     screen = console()
-    if screen.width < NARROW:
-        for name, make in SYSTEMS.items():
-            inner = make()
-            screen.print(f"{name}: {'a' if analyse(inner).parallel else 'no'} parallel form", style="bold")
-            screen.print(Padding(repr(inner), (0, 0, 0, 2)))
-        return
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("system", "parallel form", "inner loop"):
-        table.add_column(name, no_wrap=name != "inner loop", overflow="fold")
-    for name, make in SYSTEMS.items():
-        inner = make()
-        table.add_row(Text(name, "bold"), "yes" if analyse(inner).parallel else "no", repr(inner))
-    screen.print(table)
+    wide = max(map(len, SYSTEMS)) + 2
+    # lines of a terminal are cut at its end, a file's are left whole
+    shown: dict[str, Any] = {
+        "no_wrap": True,
+        "overflow": "ellipsis" if screen.is_terminal else "ignore",
+        "crop": screen.is_terminal,
+    }
+    screen.print(f"{'system':<{wide}}{'parallel':<10}built of", style="dim", **shown)
+    for title, names in groupby(SYSTEMS, lambda name: family(SYSTEMS[name])):
+        screen.print(f"\n{title}", style="bold", **shown)
+        for name in names:
+            inner = SYSTEMS[name]()
+            parallel = "no" if parallel_obstacles(inner) else "yes"
+            screen.print(f"{name:<{wide}}{parallel:<10}{in_short(inner)}", **shown)
+    screen.print(
+        "\nkvbind explain NAME says which linear attention one is, kvbind compare NAME NAME where two differ", **shown
+    )
+
+
+def in_short(inner: Any) -> str:
+    """What an inner loop is built of, in words: not all, as `explain` says that, but enough to tell systems apart."""
+    from kvbind.inner.value import Value
+
+    def part(name: str, x: Any) -> str:
+        if isinstance(x, Value):
+            # of what is inside, choices alone: numbers and lists are for `explain`
+            inside = [part(field, y) if isinstance(y, bool | Value) else y for field, y in x.said().items()]
+            kind = type(x).__name__ if name in ("network", "head") else name
+            return " ".join([kind, *(y for y in inside if isinstance(y, str))])
+        return f"{'' if x else 'no '}{name}" if isinstance(x, bool) else f"{name} {x}"
+
+    return ", ".join(part(name, x).replace("_", " ") for name, x in inner.said().items())
 
 
 @app.command()
@@ -155,6 +190,10 @@ def explain(
     system: Annotated[
         str, typer.Argument(help="A named system (`kvbind systems` lists them), or a YAML file of an inner loop.")
     ],
+    edits: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FIELD=VALUE]...", help="Edits of the inner loop, such as update=last.", show_default=False),
+    ] = None,
     rung: Annotated[
         int | None, typer.Option(help="Take this rung of its ladder, 0 (itself) to 6 (linear attention).", min=0, max=6)
     ] = None,
@@ -169,7 +208,8 @@ def explain(
 ) -> None:
     """Say which linear attention an inner loop is, whether it has a parallel form and if not why, and what it costs.
 
-    For example: [bold]kvbind explain lact_llm --rung 2[/], or [bold]kvbind explain mine.yaml[/] with a file such as
+    For example: [bold]kvbind explain lact_llm --rung 2[/], [bold]kvbind explain titans momentum=false[/], or
+    [bold]kvbind explain mine.yaml[/] with a file such as
 
     [dim]{network: SwiGLU, momentum: true, chunk: 512}[/]
     """
@@ -177,7 +217,7 @@ def explain(
     from kvbind.forms.analysis import explain as analyse
     from kvbind.inner.systems import ladder
 
-    inner = named_or_file(system)
+    ((_, inner),) = inner_loops([system, *(edits or [])], 1)
     if rung is not None:
         inner = list(ladder(inner).values())[rung]
     if chunk is not None:
@@ -201,14 +241,29 @@ def explain(
 
 @app.command()
 def compare(
-    first: Annotated[str, typer.Argument(help="A named system, or a YAML file of an inner loop.")],
-    second: Annotated[str, typer.Argument(help="Another.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SYSTEM [FIELD=VALUE]... [SYSTEM [FIELD=VALUE]...]",
+            help="Two named systems or YAML files of inner loops, each with edits behind it; or one, and edits of it.",
+            show_default=False,
+        ),
+    ],
 ) -> None:
-    """Say field by field in what two inner loops differ.
+    """Say field by field in what two inner loops differ, or what edits change of one.
 
-    For example: [bold]kvbind compare kda gdn2[/], or [bold]kvbind compare titans mine.yaml[/]
+    For example: [bold]kvbind compare kda gdn2[/], [bold]kvbind compare titans mine.yaml[/],
+    [bold]kvbind compare lact_llm update=last lact_video[/], or [bold]kvbind compare lact_llm momentum=false chunk=64[/]
     """
-    differing = named_or_file(first).differences(named_or_file(second))
+    from kvbind.inner.systems.registry import named_or_file
+
+    loops = inner_loops(words, 2)
+    if len(loops) == 1 and len(words) > 1:
+        loops = [(words[0], named_or_file(words[0])), *loops]
+    if len(loops) == 1:
+        raise ValueError(f"compare takes two inner loops, or edits of one, such as update=last; got {words[0]!r} alone")
+    (first, one), (second, other) = loops
+    differing = one.differences(other)
     if not differing:
         console().print(f"{first} and {second} are the same inner loop")
         return
@@ -220,32 +275,52 @@ def compare(
     console().print(table)
 
 
-def named_or_file(system: str) -> Any:
-    """The inner loop of that name, or in that file."""
-    from kvbind.inner import InnerLoop
-    from kvbind.inner.systems import named
+def inner_loops(words: Sequence[str], most: int) -> list[tuple[str, Any]]:
+    """The inner loops of a command line, `SYSTEM [FIELD=VALUE]...` at most so many times, with what was written of each.
 
-    if not system.endswith((".yaml", ".yml")):
-        return named(system)
-    if not Path(system).is_file():
-        raise ValueError(f"system must be a named system or a YAML file that exists; there is no {system!r}")
-    try:
-        return InnerLoop.from_yaml(Path(system))
-    except (ValueError, TypeError) as error:
-        raise ValueError(str(error) if system in str(error) else f"{system}: {error}") from error
+    Raises:
+        ValueError, TypeError: edits before any system, more systems than that, or one or an edit that is none.
+    """
+    groups: list[list[str]] = []
+    for word in words:
+        if "=" not in word or Path(word).is_file():
+            groups.append([word])
+        elif groups:
+            groups[-1].append(word)
+        else:
+            raise ValueError(f"an edit must stand behind the system that it is of; got {word!r} first")
+    if len(groups) > most:
+        raise ValueError(f"there must be at most {most} system{'s' * (most > 1)}; got {' and '.join(x[0] for x in groups)}")
+    return [(" ".join(group), edited_loop(*group)) for group in groups]
+
+
+def edited_loop(system: str, *edits: str) -> Any:
+    """A named system, or that in a file, with edits."""
+    from kvbind.inner.systems.registry import named_or_file
+
+    inner = named_or_file(system)
+    if not edits:
+        return inner
+    from omegaconf import OmegaConf
+
+    from kvbind.tasks.inner_loops import edited
+    from kvbind.train.config import parse_overrides
+
+    fields: Any = OmegaConf.to_container(parse_overrides(edits))
+    return edited(inner, fields)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="A language model's folder, with its tokenizer.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="A language model's folder, or a training run's.", show_default=False)],
     slots: Annotated[
         int | None, typer.Option(help="Requests that run at once; must fit the memory.", min=1, show_default=False)
     ] = None,
 ) -> None:
     """Serve a language model over OpenAI's protocol, with vLLM. Further options are those of [bold]vllm serve[/].
 
-    For example: [bold]kvbind serve runs/model --port 8000 --max-model-len 65536[/]
+    For example: [bold]kvbind serve runs/mine --port 8000 --served-model-name mine[/]
     """
     from kvbind.serving.command import serve as start
 
@@ -259,13 +334,21 @@ def reproduce(
         typer.Argument(
             help="Which: table1 (gradient ascent, and keys for queries), table2 (the ladder), theorems, figure1 (more inner "
             "steps at test time), figure2 (queries beside keys), figure3 (loss by position), figure4 (the forms by the "
-            "clock), explorer (models to look into), or all."
+            "clock), gaps (each row's gap to the full system along training), sizes (the same by size), chunks "
+            "(views in several updates), capacity (recall by bytes of state), systems (language models side by side), "
+            "(views in several updates), simplify (how much of training from scratch fine-tuning a simplified model saves), "
+            "explorer (models to look into), or all."
         ),
     ],
     task: Annotated[
-        str | None, typer.Option(help=f"What is trained: {TASK_NAMES}, or all; default language.", show_default=False)
+        str | None,
+        typer.Option(
+            help=f"What is trained: {TASK_NAMES}, or all; default language, of capacity recall.", show_default=False
+        ),
     ] = None,
-    scale: Annotated[str, typer.Option(help="smoke (minutes on two CPU cores), small (one GPU), or paper.")] = "smoke",
+    scale: Annotated[
+        str, typer.Option(help="smoke (minutes on two CPU cores), small (one GPU), large (ten times as much), or paper.")
+    ] = "smoke",
     seeds: Annotated[int, typer.Option(help="Training runs per row, each from another seed.", min=1)] = 1,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the report; default runs/EXPERIMENT-TASK-SCALE.", show_default=False)
@@ -318,8 +401,16 @@ def reproduce(
         bool, typer.Option("--train", help="At --scale paper: train indeed, which takes months of one GPU.")
     ] = False,
     rows: Annotated[
-        str | None, typer.Option(help="Rows to measure steps of, with commas between them; default all.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Rows to train, or to measure steps of, with commas between them, such as rung0,rung2,window; default all. "
+            "Others are reported where they are finished.",
+            show_default=False,
+        ),
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Train nothing: list the runs, how far each is, and how long the rest takes.")
+    ] = False,
     price: Annotated[float, typer.Option(help="Of a GPU for an hour, for projections.", min=0.0)] = 2.5,
     efficiency: Annotated[
         float, typer.Option(help="Of several GPUs over as many times one, for projections; assumed.", min=0.0)
@@ -336,35 +427,41 @@ def reproduce(
     them together and fills all GPUs.
     """
     from kvbind.experiments import EXPERIMENTS, open_experiment
+    from kvbind.experiments.budget import plan_experiment
     from kvbind.experiments.findings import Measure
     from kvbind.inner.value import nearest
 
     known = (*EXPERIMENTS, "all")
     if experiment not in known:
         raise ValueError(f"experiment must be one of {', '.join(known)}; got {experiment!r}{nearest(experiment, known)}")
-    steps = measure_steps or (20 if scale == "paper" and not really_train else None)
-    if rows is not None and steps is None:
-        raise ValueError(f"rows is for measured steps alone (--measure-steps, or --scale paper); got {rows!r}")
-    named, task = sources(data or []), task or ("all" if experiment == "all" else "language")
+    steps = measure_steps or (20 if scale == "paper" and not (really_train or plan) else None)
+    module = open_experiment("everything" if experiment == "all" else experiment)
+    usual = "all" if experiment == "all" else getattr(module, "TASK", "language")
+    named, task = sources(data or []), task or usual
     if isinstance(named, dict) and task != "all" and set(named) != {task}:
         raise ValueError(f"data must be of the task {task}; got data for {', '.join(named)}")
     chosen = None if rows is None else tuple(name.strip() for name in rows.split(","))
+    asked: dict[str, Any] = {
+        "task": task,
+        "scale": scale,
+        "seeds": seeds,
+        "out": out,
+        "trained": trained,
+        "fresh": not resume,
+        "minutes": minutes,
+        "rows": chosen,
+        "data": named,
+        "workers": workers,
+        "measure": None if steps is None else Measure(steps, chosen, price, efficiency),
+        "overrides": overrides or [],
+        "console": console(),
+        "verbose": verbose,
+    }
+    if plan:
+        plan_experiment(experiment, **asked)
+        return
     with continuable():
-        open_experiment("everything" if experiment == "all" else experiment).reproduce(
-            task=task,
-            scale=scale,
-            seeds=seeds,
-            out=out,
-            trained=trained,
-            fresh=not resume,
-            minutes=minutes,
-            data=named,
-            workers=workers,
-            measure=None if steps is None else Measure(steps, chosen, price, efficiency),
-            overrides=overrides or [],
-            console=console(),
-            verbose=verbose,
-        )
+        module.reproduce(**asked)
 
 
 def sources(words: Sequence[str]) -> str | dict[str, str] | None:
@@ -476,7 +573,7 @@ def train(
 
     On several GPUs: [bold]torchrun --nproc-per-node 8 -m kvbind train language --preset 760m[/]
     """
-    from kvbind.experiments.runs import CONFIG, WEIGHTS, run_name, train_run
+    from kvbind.experiments.runs import CONFIG, WEIGHTS, begun_before, open_run, run_name, train_run
     from kvbind.experiments.subjects import named_subject
     from kvbind.tasks import open_task_module
     from kvbind.tasks.contents import RECORD, check_unchanged
@@ -490,8 +587,14 @@ def train(
     module = open_task_module(task)
     suited = getattr(module, "suited_preset", lambda edits: None)
     preset = preset or suited(edits) or named_subject(task).scales["smoke"].preset
-    config = module.resolve(read_config(module.Config, module.PRESETS, preset, edits))
+    config = read_config(module.Config, module.PRESETS, preset, edits)
+    as_before = getattr(module, "as_before", None)
+    if as_before is not None and out is not None and not fresh and (out / CONFIG).is_file():
+        trained_on, before = open_run(out)
+        config = as_before(config, before) if trained_on == task else config
+    config = module.resolve(config)
     folder = out or Path("runs") / run_name(task, config).replace(task, f"{task}-{Path(preset).stem}", 1)
+    earlier = begun_before(task, config, folder) if out is None else None
     with connected(config.train.device):
         first = rank() == 0
         screen = console() if first else Screen(quiet=True)
@@ -505,6 +608,8 @@ def train(
                 soft_wrap=True,
             )
             screen.print(f"run folder: {folder} (the configuration is in its {CONFIG})", soft_wrap=True)
+            if earlier is not None:
+                tell_earlier(screen, *earlier, config.train.steps)
 
         with continuable(), progress_bars(screen if first else None) as add:
             bar = add("training", config.train.steps)
@@ -522,11 +627,29 @@ def train(
     say_next(screen, task, folder)
 
 
+def tell_earlier(screen: Console, run: Path, steps: int, wanted: int) -> None:
+    """That a run begins anew though `run` might have gone on, and how to do that instead."""
+    quoted = shlex.quote(str(run))
+    if steps < wanted:
+        text = f"a new run: {run} is the same with {steps:,} steps, and the same command with --out {quoted} goes on from it"
+    else:
+        text = (
+            f"a new run: {run} is the same on data that have changed since, and the same command with --out {quoted} "
+            "--accept-changed-data goes on with it"
+        )
+    screen.print(text, soft_wrap=True)
+
+
 def say_next(screen: Console, task: str, run: Path) -> None:
     """The next commands to type, a line each."""
     quoted = shlex.quote(str(run))
     shown = [NEXT[task].format(run=quoted)] if task in NEXT else []
-    for i, command in enumerate([*shown, f"kvbind eval {quoted}"]):
+    say(screen, [*shown, f"kvbind eval {quoted}"])
+
+
+def say(screen: Console, commands: Sequence[str]) -> None:
+    """Commands to type next, a line each."""
+    for i, command in enumerate(commands):
         screen.print(f"{'' if i else 'next:':<5} {command}", soft_wrap=True)
 
 
@@ -558,6 +681,9 @@ def plan(
     budget: Annotated[
         float | None, typer.Option(help="Tokens to train on, such as 15e9; default the configuration's.", show_default=False)
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Train nothing: list the runs, how far each is, and how long the rest takes.")
+    ] = False,
     price: Annotated[float | None, typer.Option(min=0.0, help="Of an hour of one GPU.", show_default=False)] = None,
     calibrate: Annotated[
         list[Path] | None,
@@ -662,6 +788,127 @@ def show_metrics(screen: Console, metrics: dict[str, Any]) -> None:
 
 
 @app.command()
+def probe(
+    model: Annotated[
+        Path,
+        typer.Argument(help="Folder of a finished training run, or of a model of this library.", show_default=False),
+    ],
+    overrides: Overrides = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="Data whose held-out part to probe the model on; default what it was trained on, where that is known.",
+            metavar="PATH",
+        ),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(help="The most steps of the inner loop; 1, 2, 4 ... up to so many are tried.", min=1)
+    ] = 8,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the report; default probe/ in the run's, or runs/probe-NAME for a model alone.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Try on a trained model what a memory of keys and values could not bear: the paper's four probes, at test time.
+
+    More steps of the inner loop, its gradient the other way, keys in the place of queries; and whether queries lie among
+    the keys, and outputs among the values. Nothing is trained. Any saved model of the three families: language, view
+    synthesis, ViTTT.
+
+    For example: [bold]kvbind probe runs/mine[/], or of a converted release
+    [bold]kvbind probe mine --data book.txt data.evaluation_samples=16[/]
+    """
+    from kvbind.experiments.findings import Request
+    from kvbind.experiments.probe import probe as run_probes
+    from kvbind.experiments.saved import open_saved
+
+    saved = open_saved(model, data, overrides or [])
+    screen = console()
+    results = run_probes(saved, Request(task=saved.task, scale="own", console=screen, out=out), model, steps)
+    show_tables(screen, results)
+
+
+@app.command()
+def simplify(
+    model: Annotated[
+        Path,
+        typer.Argument(help="Folder of a finished training run, or of a model of this library.", show_default=False),
+    ],
+    overrides: Overrides = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="What its inner loop becomes: rung0 to rung6 of its own ladder, ascent, key_for_query, a named system, or "
+            "a YAML file of an inner loop. Edits such as model.inner.update=last hold on top of it, or alone.",
+            show_default=False,
+            metavar="NAME|FILE",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Of fine-tuning.", min=1)] = 100,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="Data to fine-tune on, a part of which is held out; default what the model was trained on, where that is "
+            "known.",
+            metavar="PATH",
+        ),
+    ] = None,
+    targets: Annotated[
+        Literal["data", "outputs"],
+        typer.Option(help="What is learned: the task's own targets, or what the model said before (distillation)."),
+    ] = "data",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; default runs/simplify-TASK-HASH.", show_default=False)
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew, instead of going on where the folder's run stopped.")
+    ] = False,
+    accept_changed_data: Annotated[
+        bool,
+        typer.Option("--accept-changed-data", help="Go on though files of the data were edited, removed or added since."),
+    ] = False,
+) -> None:
+    """Give a trained model a simpler inner loop, fine-tune it, and say what that costs and gains.
+
+    Every weight that still has a meaning is kept. The report has the quality before, after the edit and after each tenth of
+    the steps, and the speed of both models. Ctrl-C leaves a checkpoint, from which the same command goes on; the model that
+    is left in the run's folder opens like any other.
+
+    For example: [bold]kvbind simplify runs/mine --to rung2 --steps 200[/], or of a converted release
+    [bold]kvbind simplify mine --to rung2 --data book.txt --targets outputs train.learning_rate=1e-4[/]
+    """
+    from kvbind.experiments.findings import Request
+    from kvbind.experiments.runs import WEIGHTS
+    from kvbind.experiments.simplified import plan as plan_edit
+    from kvbind.experiments.simplified import simplify as run_edit
+
+    planned = plan_edit(model, to, steps, data=data, targets=targets, out=out, overrides=overrides or [])
+    screen = console()
+    with continuable():
+        request = Request(task=planned.saved.task, scale="own", console=screen, fresh=fresh)
+        results = run_edit(planned, request, accept_changed_data=accept_changed_data)
+    show_tables(screen, results)
+    screen.print(f"model: {planned.folder / WEIGHTS}", soft_wrap=True)
+    say_next(screen, planned.saved.task, planned.folder)
+
+
+def show_tables(screen: Console, results: dict[str, Any]) -> None:
+    """The tables of a report."""
+    for one in results["tables"]:
+        table = Table(title=one["heading"], title_justify="left", box=None, header_style="dim", pad_edge=False)
+        for i, name in enumerate(one["header"]):
+            table.add_column(name, justify="right" if i else "left")
+        for row in one["rows"]:
+            table.add_row(*row)
+        screen.print(table)
+
+
+@app.command()
 def generate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished training run, or of a model in transformers' format.")],
     prompt: Annotated[str, typer.Option(help="What the text starts with.")] = "import ",
@@ -761,6 +1008,7 @@ def in_place(
 
     For example: [bold]kvbind in-place Qwen3-8B mine --layers 6 --chunk 4096[/]
     """
+    from kvbind.models.in_place import InPlaceConfig
     from kvbind.models.in_place import in_place as run_conversion
 
     numbers: Any = None
@@ -773,7 +1021,19 @@ def in_place(
         numbers = int(layers) if len(parts) == 1 else [int(part) for part in parts]
     given = {"layers": numbers, "chunk": chunk, "lr": lr, "values": values}
     written = run_conversion(source, target, **{name: x for name, x in given.items() if x is not None})
-    console().print(f"wrote {written}", soft_wrap=True)
+    made, screen = InPlaceConfig.from_pretrained(written), console()
+    inside, numbers = made.text_config, ", ".join(map(str, made.fast_layers))
+    screen.print(f"wrote {written}", soft_wrap=True)
+    screen.print(
+        f"a {inside.model_type} of {inside.num_hidden_layers} layers; the MLPs of layers {numbers} are fast weights (In-Place "
+        f"TTT), written every {made.chunk:,} tokens",
+        soft_wrap=True,
+    )
+    quoted = shlex.quote(str(written))
+    say(screen, [f'kvbind generate {quoted} --prompt "The "'])
+    screen.print(
+        f"in Python: kvbind.models.InPlaceForCausalLM.from_pretrained({str(written)!r}), to train it", soft_wrap=True
+    )
 
 
 @app.command()

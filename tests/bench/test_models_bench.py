@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kvbind.bench import generation, graphs, models, softmax, timing
 from kvbind.bench.app import app
 from kvbind.bench.record import OUT_OF_TIME
-from kvbind.models import PRESETS, LactConfig, vittt
+from kvbind.models import PRESETS, LactConfig, peers, vittt
 
 CPU = torch.device("cpu")
 KEYS = {"name", "unit", "ours", "peer", "peer_name", "higher_is_better", "ratio", "mfu", "peak_bytes", "first_seconds"}
@@ -63,7 +63,7 @@ def measure(path, *parts):
 def llama():
     torch.manual_seed(0)
     config = LactConfig(**PRESETS["tiny"])
-    return softmax.llama(config).eval()
+    return peers.llama(config).eval()
 
 
 def test_training_rows_have_ours_the_peers_best_and_every_way(quick, tmp_path):

@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,33 @@ def test_figure_3_does_not_decide_by_a_gain_within_the_scatter_of_positions():
     assert 0 < rough.gain < rough.gain_error
     assert [verdict.holds for verdict in figure3.judge({"a": falling(2.0, 2.0), "b": rough})] == [None, True]
     assert figure3.judge({"a": rough, "b": falling(5.0, 5.0)})[0].holds is False
+
+
+def test_figure_3_reads_further_than_its_models_were_trained(third, place, monkeypatch):
+    scales = SUBJECTS["language"].scales
+    monkeypatch.setitem(scales, "smoke", replace(scales["smoke"], long=128))
+    monkeypatch.setattr(figure3, "SAMPLES", 3)
+    asked = {"seeds": 2, "out": place / "further", "trained": place / "runs/trained"}
+    results = small(figure3, **asked)
+    assert set(results["further"]) == set(figure3.FURTHER)
+    for curve in results["further"].values():
+        assert [at for at, _ in curve] == list(range(0, 128, 2))
+        assert all(math.isfinite(loss) for _, loss in curve)
+    claims = [verdict["claim"] for verdict in results["verdicts"] if "beyond the length of training" in verdict["claim"]]
+    assert len(claims) == len(figure3.FURTHER)
+    assert "trained at 32 tokens; lower by " in results["verdicts"][-1]["found"]
+    check_report(place / "further", results, "positions", "further")
+    monkeypatch.setattr(figure3, "evaluate", None)  # a second time nothing is evaluated
+    assert small(figure3, **asked)["further"] == results["further"]
+
+
+def test_figure_3_judges_what_is_beyond_the_length_of_training():
+    def curve(late):
+        return Along([(float(i), 3.0 + 0.01 * (-1) ** i - late * (i >= 8)) for i in range(16)], 3.0)
+
+    verdicts = [figure3.judge_further("rung", curve(late), 8) for late in (0.5, -0.5, 0.0)]
+    assert [verdict.holds for verdict in verdicts] == [True, False, None]
+    assert verdicts[0].found.startswith("trained at 8 tokens; lower by 0.500 ± 0.00")
 
 
 def test_figure_1_evaluates_the_shared_run_with_more_steps(third, place):

@@ -13,7 +13,7 @@ from kvbind.experiments.plan import configuration, with_inner
 from kvbind.experiments.runs import open_run, run_name, train_run
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.experiments.table2 import TABLE, reproduce
-from kvbind.experiments.tables import LABELS
+from kvbind.experiments.tables import BASELINES, LABELS
 from kvbind.tasks import language
 from kvbind.train import latest_checkpoint
 from kvbind.train.metrics import read_metrics
@@ -61,7 +61,8 @@ def test_every_row_is_the_row_above_with_one_change():
     system = language.inner_loop(config.model)
     assert system.chunk == 32
     rows = {name: InnerLoop.from_dict(inner) for name, inner in language.rows(config).items()}
-    assert tuple(rows) == tuple(NAMES) == TABLE.rows == tuple(LABELS)
+    assert tuple(rows) == tuple(NAMES)
+    assert (*NAMES, *BASELINES) == TABLE.rows == tuple(LABELS)
     assert {name: rows[name] for name in NAMES[:7]} == systems.ladder(system)
     assert rows["ascent"] == system.replace(direction="ascent")
     assert rows["key_for_query"] == system.replace(query="key")
@@ -78,17 +79,21 @@ def test_rows_differ_in_their_inner_loop_alone():
 
 def test_all_rows_are_trained_evaluated_and_timed(made):
     _, results, _ = made
-    assert [row["name"] for row in results["rows"]] == NAMES
+    assert [row["name"] for row in results["rows"]] == [*NAMES, *BASELINES]
     for row in results["rows"]:
         assert len(row["runs"]) == 2
         assert row["perplexity"] == pytest.approx(sum(run["held_out"]["perplexity"] for run in row["runs"]) / 2)
         assert row["perplexity_std"] > 0
         assert all(run["steps"] == 4 for run in row["runs"])
+        assert row["perplexity"] != row["untrained_perplexity"]
+        if row["name"] in BASELINES:
+            assert row["inner"] == {"fast_weights": False}
+            assert row["recurrent_tokens_per_second"] is row["parallel_tokens_per_second"] is None
+            continue
         assert row["recurrent_tokens_per_second"] > 0
         parallel = explain(InnerLoop.from_dict(row["inner"])).parallel
         assert (row["parallel_tokens_per_second"] is not None) == parallel
-        assert row["perplexity"] != row["untrained_perplexity"]
-    assert len({row["perplexity"] for row in results["rows"]}) == len(NAMES)
+    assert len({row["perplexity"] for row in results["rows"]}) == len(NAMES) + len(BASELINES)
 
 
 def test_all_rows_read_the_same_text_from_the_same_seed(made):
@@ -100,7 +105,9 @@ def test_all_rows_read_the_same_text_from_the_same_seed(made):
 
 def test_the_papers_numbers_stand_beside_ours(made):
     _, results, shown = made
-    assert {row["name"]: row["paper"]["perplexity"] for row in results["rows"]} == {n: LANGUAGE[n].value for n in NAMES}
+    assert {row["name"]: row["paper"]["perplexity"] for row in results["rows"]} == {
+        **{name: LANGUAGE[name].value for name in NAMES}, **dict.fromkeys(BASELINES)
+    }  # fmt: skip
     for number in ("16.43", "15.93", "16.31", "16.23", "16.12", "15.97", "16.80", "16.19", "16.18", "124.60", "4.30"):
         assert number in shown
     for row in results["rows"]:
@@ -119,7 +126,7 @@ def test_results_are_written_with_where_they_come_from(made):
     assert written["command"]
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["name"] for row in rows] == NAMES
+    assert [row["name"] for row in rows] == [*NAMES, *BASELINES]
     assert [float(row["perplexity"]) for row in rows] == [row["perplexity"] for row in results["rows"]]
     assert rows[0]["paper_parallel_mtok"] == ""
     for row in results["rows"]:

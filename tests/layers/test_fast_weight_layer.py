@@ -25,6 +25,7 @@ from kvbind.inner.projections import (
     Step,
 )
 from kvbind.inner.systems import PROJECTIONS
+from kvbind.layers.convolution import Tails
 from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.layout import Layout
 from kvbind.sequence.boundaries import Boundaries, with_room
@@ -366,7 +367,8 @@ def test_a_call_is_what_a_layer_runs():
     with torch.no_grad():
         call = layer.call(x)
         assert set(call.gates) == {"log_retention", "erase"}
-        made = layer._make(x, Layout.rows(T, x.device), None, False)
+        layout = Layout.rows(T, x.device)
+        made = layer._make(x, layout, layout.positions, Tails())
         torch.testing.assert_close(layer.o_proj(layer._join(call.run()[0], made)), layer(x)[0])
 
 

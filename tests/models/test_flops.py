@@ -10,9 +10,10 @@ import kvbind
 from kvbind.forms.analysis import Shapes, training_flops, work
 from kvbind.layers import lact as lact_layer
 from kvbind.layers.window_attention import window_attention
-from kvbind.models.flops import lact_flops, lact_nvs_flops, vittt_flops, window_pairs
+from kvbind.models.flops import in_place_flops, lact_flops, lact_nvs_flops, llama_flops, vittt_flops, window_pairs
 from kvbind.models.lact_nvs import LactNvs, LactNvsConfig
 from kvbind.models.lact_nvs.config import INNER_LOOPS as VIEWS_LOOPS
+from kvbind.models.peers import in_place_llama, llama
 from kvbind.models.vittt import VitttConfig, VitttForImageClassification
 from kvbind.models.vittt.released import INNER_LOOPS as IMAGE_LOOPS
 from kvbind.tasks.flops import flops_per_unit
@@ -69,6 +70,27 @@ def test_the_language_models_flops_are_those_that_pytorch_counts(rung, form, mon
         unseen += 3 * config.num_hidden_layers * 2 * (LENGTH // CHUNK) ** 2 * 2 * 16 * 16
     needed = sum(ours.values()) - ours["attention"]
     assert sum(operators.values()) == pytest.approx(needed + unseen, rel=1e-9)
+
+
+@pytest.mark.parametrize(("make", "flops"), [(llama, llama_flops), (in_place_llama, in_place_flops)])
+def test_the_flops_of_peers_are_those_that_pytorch_counts(make, flops):
+    model = make(small_model(LADDER["rung2"]).config).train()
+    inside = getattr(model.config, "text_config", model.config)
+    for mlp in getattr(model, "fast_mlps", ()):
+        mlp.form = "recurrent"
+    ids, ours = tokens(1, LENGTH), flops(model.config, LENGTH)
+    with sdpa_kernel(SDPBackend.MATH):
+        operators = counted(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
+    # PyTorch counts what lies behind a token too
+    ours["attention"] = inside.num_hidden_layers * 3 * 4 * inside.hidden_size * LENGTH**2
+    needed = sum(ours.values())
+    # nothing sees what the last chunk writes
+    unseen = ours.get("fast weights", 0) * CHUNK / LENGTH
+    assert needed - unseen <= sum(operators.values()) <= needed
+    if flops is in_place_flops:
+        assert (
+            flops_per_unit(model.config, LanguageData(length=LENGTH)) == sum(flops(model.config, LENGTH).values()) / LENGTH
+        )
 
 
 def test_blocks_of_tokens_cost_more_than_the_definition_where_chunks_are_short():
@@ -174,7 +196,7 @@ def test_a_task_counts_flops_per_token_image_or_view():
     views = LactNvsConfig()
     scene = sum(lact_nvs_flops(views, (16, 32), 3, 2).values())
     assert flops_per_unit(views, ViewData(size=(16, 32), inputs=3, targets=2)) == scene / 5
-    with pytest.raises(TypeError, match="model must be a LactConfig, VitttConfig or LactNvsConfig; got dict"):
+    with pytest.raises(TypeError, match="model must be a LactConfig, InPlaceConfig, VitttConfig or LactNvsConfig; got dict"):
         flops_per_unit({}, LanguageData())
 
 

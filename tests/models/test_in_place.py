@@ -40,6 +40,8 @@ from kvbind.layers.in_place import InPlaceMLP
 from kvbind.models import InPlaceCache, InPlaceConfig, InPlaceForCausalLM
 from kvbind.models.in_place import in_place
 from kvbind.models.lact.cache import CACHE
+from kvbind.screen import visible
+from kvbind.tasks.tokenizers import Bytes
 
 LENGTH = 3 * CHUNK + 3
 KINDS = ("llama", "qwen3")
@@ -170,6 +172,23 @@ def test_a_layer_is_one_call_of_ttt_on_its_own_weights():
     reference = torch.stack([_reference_mlp(mlp).row(row, row) for row in x])
     close(expected.squeeze(2), reference)
     close(call.linearize().output().squeeze(2), reference)
+
+
+def test_a_layer_in_a_model_of_ones_own_reads_sequences_from_their_start():
+    model = trained(plain())
+    mlp = model.fast_mlps[1]
+    x = torch.randn(2, LENGTH, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    source = torch.randn(2, LENGTH, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    for given in ({}, {"source": source}):
+        got, expected = mlp.from_start(x, **given), mlp.inner_call(x, **given).run()[0].squeeze(2)
+        close(got, expected)
+        close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)), atol=1e-8)
+    with pytest.raises(RuntimeError, match=r"from_start"):
+        mlp(x)
+    with pytest.raises(ValueError, match=r"x must be \[B, T, 16\]; got \[33, 16\]"):
+        mlp.from_start(torch.zeros(33, 16, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"source must have the shape of x"):
+        mlp.from_start(x, source[:, 1:])
 
 
 def _reference_mlp(mlp):
@@ -601,6 +620,60 @@ def test_the_command_makes_a_folder_of_a_folder(tmp_path, capsys):
     assert (released.config.fast_layers, released.config.chunk) == ((1,), 4)
     assert released.fast_mlps[0].ttt_proj.weight.diagonal().all()
     torch.testing.assert_close(released(ids).logits, expected)
+
+
+def test_the_command_says_what_it_made_and_that_model_writes(tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain("llama", vocab_size=256).save_pretrained("base")
+    code, out, errors = run("in-place", "base", "mine", "--layers", "2", "--chunk", "5")
+    assert (code, errors) == (0, "")
+    assert out.splitlines() == [
+        "wrote mine",
+        "a llama of 3 layers; the MLPs of layers 0, 2 are fast weights (In-Place TTT), written every 5 tokens",
+        'next: kvbind generate mine --prompt "The "',
+        "in Python: kvbind.models.InPlaceForCausalLM.from_pretrained('mine'), to train it",
+    ]
+    Bytes().for_transformers().save_pretrained("mine")
+    code, out, errors = run("generate", "mine", "--prompt", "The ", "--tokens", "12", "--seed", "3")
+    assert (code, errors) == (0, "")
+    assert out.startswith("The ")
+    # what came before is read back as the model has it
+    model = InPlaceForCausalLM.from_pretrained("mine")
+    ids = torch.tensor([list(b"The ")])
+    torch.manual_seed(3)
+    written = model.generate(ids, max_new_tokens=12, do_sample=True, temperature=0.8, top_p=0.95, top_k=0, pad_token_id=0,
+                             eos_token_id=0)  # fmt: skip
+    assert out == visible(Bytes().decode(written[0].tolist())) + "\n"
+
+
+def test_folders_that_generate_cannot_read_say_what_can(tmp_path, run):
+    plain("llama").save_pretrained(tmp_path / "base")
+    code, _, errors = run("generate", str(tmp_path / "base"))
+    assert code == 2
+    assert "holds a 'llama' of transformers, of which kvbind in-place makes one with fast weights" in errors
+    mine = in_place(tmp_path / "base", tmp_path / "mine", chunk=5)
+    weights = load_file(mine / "model.safetensors")
+    for change, message in (
+        ({"base.model.norm.weight": None}, "missing ['base.model.norm.weight']"),
+        ({"further": torch.zeros(1)}, "unexpected ['further']"),
+        ({"base.model.norm.weight": torch.zeros(3)}, "those of its configuration; it is not"),
+    ):
+        changed = {name: x for name, x in (weights | change).items() if x is not None}
+        save_file(changed, mine / "model.safetensors", metadata={"format": "pt"})
+        code, _, errors = run("generate", str(mine), "--tokenizer", "bytes")
+        assert code == 2
+        assert message in errors
+    code, _, errors = run("convert", str(mine), str(tmp_path / "other"))
+    assert code == 2
+    assert "kvbind in-place" in errors
+
+
+def test_a_chunk_that_no_token_is_behind_is_said(caplog):
+    InPlaceForCausalLM.from_base(plain("llama", max_position_embeddings=64), chunk=63)
+    assert not caplog.records
+    InPlaceForCausalLM.from_base(plain("llama", max_position_embeddings=64), chunk=64)
+    assert "chunk is 64, and the model inside knows 64 positions: within those, no token reads an update" in caplog.text
+    assert "a chunk of at most 16 would let some" in caplog.text
 
 
 def test_the_documented_lines_run(tmp_path, monkeypatch):

@@ -2,7 +2,8 @@
 
 import torch
 
-from kvbind.inner.systems import SYSTEMS
+from kvbind.inner.projections import Projections
+from kvbind.inner.systems import PROJECTIONS, SYSTEMS
 from kvbind.layers.lact import check_fits_lact_layer
 from kvbind.models import LactForCausalLM
 from models.lact_small import LADDER, exact, small_config
@@ -45,6 +46,13 @@ SERVED |= {
     "titans": (exact(SYSTEMS["titans"]()), {"window_size": 1, "inter_multi": 2}),
     "delta_net": (exact(SYSTEMS["delta_net"]()), {"window_size": 200}),
 }
+
+ALONE = {
+    f"{name} alone": (short(exact(make())), {"projections": name}) for name, make in SYSTEMS.items() if name in PROJECTIONS
+}
+# a chunk's update is left to the next step, of a slot that has all of it
+ALONE["rung2 alone"] = (LADDER["rung2"].replace(chunk=CHUNK), {"projections": Projections(rotary="sequence", conv=3)})
+SERVED |= ALONE
 
 
 def model(name, **fields):

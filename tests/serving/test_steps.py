@@ -7,12 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import published
 from kvbind.forms.tokens import Tokens
+from kvbind.inner.gates import given_gates
+from kvbind.inner.projections import Projections
 from kvbind.inner.systems import SYSTEMS
 from kvbind.layers.lact import check_fits_lact_layer
+from kvbind.layers.layout import Layout
 from kvbind.models.lact.model import LactBlock
 from kvbind.serving.states import Pages, Pool, StateLayout
-from kvbind.serving.steps import Decoding, Plan, Preparation, Step, advance
+from kvbind.serving.steps import Decoding, Pieces, PieceTails, Plan, Preparation, Step, advance
 from models.lact_small import LADDER, exact, small_config
 
 CHUNK, PAGE = 5, 4
@@ -37,22 +41,35 @@ def shortened(inner):
     return inner if inner.chunk == 1 else inner.replace(chunk=CHUNK)
 
 
-CASES = {
+ATTENDING = {
     **{name: rung.replace(chunk=CHUNK) for name, rung in LADDER.items()},
     "prenorm": LADDER["rung0"].replace(chunk=CHUNK, normalize="read"),
     "read with keys": LADDER["rung1"].replace(chunk=CHUNK, query="key"),
     **{name: shortened(inner) for name, inner in NAMED.items()},
 }
+ALONE = {f"{name} alone": (inner, name) for name, inner in published.SYSTEMS.items()}
+ALONE |= {
+    # a chunk's update is left to the next step, of a slot that has all of it
+    "rung0 alone": (ATTENDING["rung0"], Projections(rotary="sequence")),
+    "mamba2 in chunks alone": (published.SYSTEMS["mamba2"].replace(chunk=CHUNK, visibility="past"), "mamba2"),
+}
+CASES = {name: (inner, None) for name, inner in ATTENDING.items()} | ALONE
+"""Inner loops, each with projections, which are None beside attention."""
+
+
+def layer_of(name):
+    inner, projections = CASES[name]
+    return LactBlock(small_config(inner, projections=projections)).attn
 
 
 class Engine:
     """A paged engine in few lines: slots and pages are handed out, taken back and handed out again with what was in them."""
 
-    def __init__(self, inner, ranks=1):
+    def __init__(self, name):
         torch.manual_seed(0)
-        self.layer = LactBlock(small_config(inner)).attn.double()
+        self.layer = layer_of(name).double()
         with torch.device("meta"):
-            self.layout = StateLayout.of(LactBlock(small_config(inner)).attn, ranks)
+            self.layout = StateLayout.of(layer_of(name))
         self.start = {name: x.detach() for name, x in self.layer.start_weights().items()}
         # what is left in a slot or on a page must not matter
         rows = torch.full((4, self.layout.size), torch.nan, dtype=torch.float64)
@@ -62,48 +79,72 @@ class Engine:
         self.free, self.held = list(range(64)), {}
 
     def drawn(self, length, seed):
-        """A sequence's queries and writers, and its outputs from one call."""
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(1, length, self.layer.hidden_size, generator=generator, dtype=torch.float64)
+        """A sequence's input to the inner loop, and what comes out of it in one call."""
+        x = self.input(length, seed)
         with torch.no_grad():
             call = self.layer.call(x)
             rates = call.lr if isinstance(call.lr, dict) else dict.fromkeys(call.inner.updated, call.lr)
-            return call.q, Tokens(call.k, call.v, rates, call.gates), call.run()[0]
+            return (call.q, Tokens(call.k, call.v, rates, call.gates)), call.run()[0]
 
-    def step(self, pieces):
-        """Run pieces (sequence, queries, writers) behind those that each sequence has had; returns their outputs."""
+    def input(self, length, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(1, length, self.layer.hidden_size, generator=generator, dtype=torch.float64)
+
+    def cut(self, made, start, stop):
+        """Some of a sequence's tokens."""
+        q, tokens = made
+        return q[:, start:stop], tokens.map(lambda x: x[:, start:stop])
+
+    def made(self, given, pieces, seen, slots):
+        """Queries and writers of what is given to a step."""
+        heads_first = [writers.map(lambda x: x.transpose(1, 2)) for _, writers in given]
+        return torch.cat([q for q, _ in given], dim=1), Tokens.cat(heads_first).map(lambda x: x.transpose(1, 2))
+
+    def finished(self, found):
+        """The output of what the inner loop says."""
+        return found
+
+    def step(self, given):
+        """Run pieces behind those that each sequence has had, by sequence; returns their outputs."""
         bounds, at, seen, states = [0], [], [], []
-        for sequence, q, _ in pieces:
+        for sequence, piece in given.items():
             slot, pages, done = self.held.setdefault(sequence, [len(self.held), [], 0])
-            end = done + q.shape[1]
+            end = done + self.length(piece)
             while len(pages) * PAGE < end:
                 pages.append(self.free.pop(0))
             at += [pages[x // PAGE] * PAGE + x % PAGE for x in range(done, end)]
-            bounds.append(bounds[-1] + q.shape[1])
+            bounds.append(bounds[-1] + end - done)
             seen.append(done)
             states.append(slot)
             self.held[sequence][2] = end
-        tables = torch.zeros(len(pieces), self.cells.shape[0], dtype=torch.int32)
-        for row, (sequence, *_) in enumerate(pieces):
+        tables = torch.zeros(len(given), self.cells.shape[0], dtype=torch.int32)
+        for row, sequence in enumerate(given):
             used = self.held[sequence][1]
             tables[row, : len(used)] = torch.tensor(used, dtype=torch.int32)
-        pages = Pages(self.cells, tables, torch.tensor(at)) if self.layout.places else None
-        cpu = torch.device("cpu")
-        q = torch.cat([q for _, q, _ in pieces], dim=1)
-        heads_first = [writers.map(lambda x: x.transpose(1, 2)) for *_, writers in pieces]
-        tokens = Tokens.cat(heads_first).map(lambda x: x.transpose(1, 2))
-        slots, single = torch.tensor(states), q.shape[1] == len(pieces)
+        paged = self.layout.places and self.layout.paged
+        pages = Pages(self.cells, tables, torch.tensor(at)) if paged else None
+        cpu, slots = torch.device("cpu"), torch.tensor(states)
+        single = bounds[-1] == len(given) and Decoding.is_for(self.layout)
         with torch.no_grad():
-            if single and Decoding.is_for(self.layout):
+            if single:
                 Preparation.of(self.layout, seen, cpu).run(slots, pages, self.pool)
+                pieces = Pieces(torch.arange(len(given) + 1), torch.arange(len(given)), None)
+            else:
+                pieces = Pieces.of(bounds, seen, cpu)
+            q, tokens = self.made(list(given.values()), pieces, seen, slots)
+            if single:
                 places = torch.tensor(seen) % (self.layout.places or 1)
                 found = Decoding(slots, places).advance(pages, self.pool, q, tokens)
             else:
                 plan = Plan.of(self.layout, bounds, seen, cpu)
                 found = advance(Step(plan, slots, pages), self.pool, q, tokens)
-        for sequence, *_ in pieces:
+            found = self.finished(found)
+        for sequence in given:
             self.forget_pages(sequence)
         return [found[:, a:b] for a, b in pairwise(bounds)]
+
+    def length(self, piece):
+        return piece[0].shape[1]
 
     def forget_pages(self, sequence):
         """Take back pages that the layout says are not read any more."""
@@ -119,43 +160,75 @@ class Engine:
         return slot
 
 
+class Alone(Engine):
+    """Of layers without attention all is run, as what their convolutions read is in the slots too."""
+
+    def drawn(self, length, seed):
+        x = self.input(length, seed)
+        with torch.no_grad():
+            return x, self.layer(x)[0]
+
+    def cut(self, made, start, stop):
+        return made[:, start:stop]
+
+    def length(self, piece):
+        return piece.shape[1]
+
+    def made(self, given, pieces, seen, slots):
+        positions = torch.cat([torch.arange(x.shape[1]) + done for x, done in zip(given, seen, strict=True)])[None]
+        tails = PieceTails(pieces, slots, self.pool)
+        made = self.kept = self.layer._make(torch.cat(given, dim=1), Layout(positions), positions, tails)
+        rates = dict.fromkeys(self.layer.inner.updated, made.lr)
+        return made.q, Tokens(made.k, made.v, rates, given_gates(**made.gates))
+
+    def finished(self, found):
+        return self.layer.o_proj(self.layer._join(found, self.kept))
+
+
+def engine_of(name):
+    return (Alone if name in ALONE else Engine)(name)
+
+
 @pytest.mark.parametrize("name", CASES)
 @given(data=st.data())
 @settings(max_examples=6)
 def test_pieces_of_any_sizes_say_what_one_call_says(name, data):
-    engine = Engine(CASES[name])
+    engine = engine_of(name)
     lengths = data.draw(st.lists(st.integers(1, 4 * CHUNK), min_size=1, max_size=3))
     drawn = [engine.drawn(length, seed) for seed, length in enumerate(lengths)]
     got, done = [[] for _ in lengths], [0] * len(lengths)
     while done != lengths:
         waiting = [i for i, length in enumerate(lengths) if done[i] < length]
         chosen = data.draw(st.lists(st.sampled_from(waiting), min_size=1, unique=True))
-        pieces, single = [], data.draw(st.booleans())
+        pieces, single = {}, data.draw(st.booleans())
         for i in chosen:
             stop = done[i] + 1 if single else data.draw(st.integers(done[i] + 1, lengths[i]))
-            q, writers, _ = drawn[i]
-            pieces.append((i, q[:, done[i] : stop], writers.map(lambda x, a=done[i], b=stop: x[:, a:b])))
+            pieces[i] = engine.cut(drawn[i][0], done[i], stop)
             done[i] = stop
         for i, found in zip(chosen, engine.step(pieces), strict=True):
             got[i].append(found)
-    for i, (_, _, expected) in enumerate(drawn):
+    for i, (_, expected) in enumerate(drawn):
         torch.testing.assert_close(torch.cat(got[i], dim=1), expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["rung0", "rung6", "titans", "ttt_linear", "delta_net"])
+@pytest.mark.parametrize(
+    "name",
+    ["rung0", "rung6", "titans", "ttt_linear", "delta_net", "rung0 alone", "titans alone", "rwkv7 alone", "kda alone"],
+)
 def test_a_slot_and_pages_of_an_earlier_sequence_leave_no_trace(name):
-    engine = Engine(CASES[name])
-    for seed in range(3):
-        q, writers, expected = engine.drawn(2 * CHUNK + 2, seed)
-        pieces = [0, 3, CHUNK, 2 * CHUNK, 2 * CHUNK + 2]
-        got = [engine.step([(seed, q[:, a:b], writers.map(lambda x, a=a, b=b: x[:, a:b]))])[0] for a, b in pairwise(pieces)]
+    engine = engine_of(name)
+    for seed in range(4):
+        made, expected = engine.drawn(2 * CHUNK + 2, seed)
+        # the last begins with a step of one token
+        pieces = [0, 1 if seed == 3 else 3, CHUNK, 2 * CHUNK, 2 * CHUNK + 2]
+        got = [engine.step({seed: engine.cut(made, a, b)})[0] for a, b in pairwise(pieces)]
         torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=0, atol=1e-9)
         assert engine.end(seed) == 0
 
 
 def test_a_layout_of_one_rank_of_two_has_half_of_the_numbers():
     with torch.device("meta"):
-        layer = LactBlock(small_config(CASES["rung0"])).attn
+        layer = layer_of("rung0")
     one, half = StateLayout.of(layer), StateLayout.of(layer, ranks=2)
     assert (half.heads, half.size) == (1, one.size // 2)
     matrices = 3 * 16 * 16
@@ -165,13 +238,13 @@ def test_a_layout_of_one_rank_of_two_has_half_of_the_numbers():
 
 def test_matrices_that_are_not_updated_take_no_room():
     with torch.device("meta"):
-        layout = StateLayout.of(LactBlock(small_config(CASES["rung2"])).attn)
+        layout = StateLayout.of(layer_of("rung2"))
     assert list(layout.fixed) == ["weights.out", "momentum.out"]
 
 
 def test_a_chunk_that_a_step_ends_is_settled_by_the_next():
     with torch.device("meta"):
-        layout = StateLayout.of(LactBlock(small_config(CASES["rung0"])).attn)
+        layout = StateLayout.of(layer_of("rung0"))
     plan = Plan.of(layout, [0, 1, 3], [CHUNK - 1, CHUNK], torch.device("cpu"))
     assert plan.fresh is None
     assert plan.later is None

@@ -40,6 +40,7 @@ OF_TASK = {
     "views": ["lact_nvs", "vittt", "zipmap", "tttlrm", "elastic_lact"],
     "images": ["vittt"],
 }
+OF_TASK["recall"] = OF_TASK["language"]
 
 
 def read(task, preset, *edits):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from kvbind import Linear, NewtonSchulz, systems
+from kvbind.models.in_place import InPlaceForCausalLM
 from kvbind.tasks import language, open_task_module
 from kvbind.tasks.language import (
     PRESETS,
@@ -20,7 +21,7 @@ from kvbind.tasks.language import (
 )
 from kvbind.tasks.tokenizers import Bytes
 from kvbind.train import train
-from kvbind.train.config import read_config, to_yaml
+from kvbind.train.config import read_config, to_yaml, what_matters
 
 SMALL = [
     "model.fields.hidden_size=32", "model.fields.num_hidden_layers=1", "model.fields.num_attn_heads=2",
@@ -74,7 +75,7 @@ def test_the_inner_loop_is_a_named_system_with_edits():
         (ModelConfig(size="tinny"), r"model\.size must be one of .*\(did you mean 'tiny'\?\)"),
         (ModelConfig(inner={"system": "lact_lm"}), r"did you mean 'lact_llm'"),
         (ModelConfig(inner={"updat": "last"}), r"did you mean 'update'"),
-        (ModelConfig(fields={"vocab_size": 3}), r"model\.fields must not hold 'vocab_size', which data\.tokenizer gives"),
+        (ModelConfig(fields={"ttt_form": "auto"}), r"model\.fields must not hold 'ttt_form', which model\.ttt_form gives"),
     ],
 )
 def test_a_wrong_model_is_named(model, message):
@@ -247,6 +248,41 @@ def test_what_is_saved_opens_in_transformers_and_again_here(text, tmp_path):
     for path in (tmp_path / "model").glob("tokenizer*"):
         path.unlink()
     assert isinstance(open_trained(tmp_path / "model")[1], Bytes)
+
+
+def test_in_place_ttt_is_trained_from_scratch_saved_and_opened(text, tmp_path):
+    config = small(text, "model.mixer=in_place", "train.steps=30", "train.warmup=3")
+    task = LanguageTask(config)
+    model = task.build()
+    assert isinstance(model, InPlaceForCausalLM)
+    assert model.config.chunk == 16
+    done = train(model, task, config.train, tmp_path / "run")
+    assert done.held_out["perplexity"] < 60
+    assert task.flops(model) > 0
+    task.save(model.eval(), tmp_path / "saved")
+    again, tokenizer = open_trained(tmp_path / "saved")
+    assert tokenizer.vocab_size == Bytes.vocab_size
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+        assert again.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 43)
+
+
+def test_in_place_ttt_refuses_what_it_has_no_way_for(text):
+    with pytest.raises(ValueError, match=r"data.separate must be false where model.mixer is 'in_place'; got true"):
+        LanguageTask(small(text, "model.mixer=in_place", "data.separate=true"))
+    task = LanguageTask(small(text, "model.mixer=in_place"))
+    batch, _ = next(task.batches(None))
+    with pytest.raises(ValueError, match=r"train.parallel.sequence must be 1 where model.mixer is 'in_place'"):
+        task.cut(batch, None)
+    with pytest.raises(ValueError, match=r"model.mixer must be one of 'fast', 'in_place'; got 'softmax'"):
+        small(text, "model.mixer=softmax")
+
+
+def test_runs_from_before_there_were_mixers_keep_their_names(text):
+    fast, in_place = (what_matters(small(text, *edits)) for edits in ([], ["model.mixer=in_place"]))
+    assert "mixer" not in fast["model"]
+    assert in_place["model"]["mixer"] == "in_place"
 
 
 def test_a_pretrained_tokenizer_is_saved_with_what_generation_asks_for(text, tmp_path):

@@ -30,6 +30,7 @@ from kvbind.files import read_json
 from kvbind.hardware import peak_flops
 from kvbind.inner.systems import ladder
 from kvbind.models import PRESETS, LactConfig, lact_nvs, vittt
+from kvbind.models.peers import llama as make_llama
 from kvbind.precision import matmul_precision
 
 PARTS = ("language", "small", "vision", "views", "decode")
@@ -273,7 +274,7 @@ def decode_plan(sizes: Sizes, device: torch.device, seconds: float) -> Plan:
         give_back(device)
         torch.manual_seed(0)
         with torch.device(device):
-            model = softmax.llama(LactConfig(**preset))
+            model = make_llama(LactConfig(**preset))
         model = nn.Module.to(model, dtype).eval()
         until = time.perf_counter() + 0.75 * share
         return {how: valued(name, decode_llama(model, load, chunk, until, static=how == "static graphs"))}

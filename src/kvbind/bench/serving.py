@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import tempfile
 import time
 from collections.abc import Mapping
@@ -15,8 +16,11 @@ import torch
 
 from kvbind.bench.fresh import in_fresh_process
 from kvbind.bench.kernel_tables import Grid
-from kvbind.inner.systems import ladder
+from kvbind.inner.spec import InnerLoop
+from kvbind.inner.systems import PROJECTIONS, SYSTEMS, ladder
+from kvbind.layers.lact import NOT_MADE
 from kvbind.models import PRESETS
+from kvbind.serving.checks import check_servable
 from kvbind.serving.sizes import RequestSize
 
 LIMIT = 3600.0
@@ -109,6 +113,10 @@ def serving_grid(record: Mapping[str, Any]) -> Grid:
     )
 
 
+ALONE = ("gated_delta_net", "titans")
+"""Systems of layers without attention whose requests `size_grid` tells."""
+
+
 def size_grid(memory: int) -> Grid:
     """What a request of each preset takes in bfloat16, by rung, and how many fit.
 
@@ -121,16 +129,18 @@ def size_grid(memory: int) -> Grid:
     for preset, fields in PRESETS.items():
         if preset == "tiny":
             continue
-        for rung, inner in enumerate(ladder(fields["inner"]).values()):
-            if rung not in (0, 2, 6):
-                continue
-            config = LactConfig(**{**fields, "inner": inner})
+        rungs = enumerate(ladder(fields["inner"]).values())
+        served = {f"rung {rung}": {"inner": inner} for rung, inner in rungs if rung in (0, 2, 6)}
+        served |= {f"{name} alone": {"inner": SYSTEMS[name](), "projections": name} for name in ALONE}
+        for name, own in served.items():
+            config = LactConfig(**{**fields, **own})
             with torch.device("meta"):
                 weights = 2 * LactForCausalLM(config).num_parameters()
             plain, cached = RequestSize.of(config), RequestSize.of(config, cached=True)
             fit = [int((0.9 * memory - weights) // size.bytes) for size in (plain, cached)]
-            each = [f"{plain.layers * plain.state / 2**20:.1f}", str(plain.block), f"{plain.bytes / 2**20:.0f}"]
-            rows.append((f"`{preset}`, rung {rung}", *each, f"{cached.bytes / 2**20:.0f}", *map(str, fit)))
+            tokens = str(plain.block) if plain.window else ""
+            each = [f"{plain.layers * plain.state / 2**20:.1f}", tokens, f"{plain.bytes / 2**20:.0f}"]
+            rows.append((f"`{preset}`, {name}", *each, f"{cached.bytes / 2**20:.0f}", *map(str, fit)))
     return Grid(
         "sizes",
         f"A request in bfloat16, and how many fit a GPU of {memory / 2**30:.0f} GiB",
@@ -138,6 +148,29 @@ def size_grid(memory: int) -> Grid:
         tuple(rows),
         left=1,
     )
+
+
+def served_grid() -> Grid:
+    """Which systems vLLM serves, beside attention and alone, and which field is in the way of the others."""
+    from kvbind.models import LactConfig
+
+    def answer(inner: InnerLoop, projections: str | None) -> str:
+        config = LactConfig(inner=inner, projections=projections)
+        if projections is None and config.projections is not None:
+            # what attention's layer makes no keys for makes a configuration one of layers without attention
+            return "no: " + ", ".join(f"`{name}`" for name in NOT_MADE if name in inner.extensions)
+        try:
+            check_servable(config)
+        except ValueError as error:
+            (field,) = re.findall("inner's ([a-z]+) must ", str(error))
+            return f"no: `{field}`"
+        return "yes"
+
+    rows = []
+    for name, make in SYSTEMS.items():
+        alone = answer(make(), name) if name in PROJECTIONS else ""
+        rows.append((f"`{name}`", answer(make(), None), alone))
+    return Grid("served", "Systems that are served", ("system", "beside attention", "alone"), tuple(rows), left=3)
 
 
 def _model(name: str, preset: str, rung: int) -> Any:

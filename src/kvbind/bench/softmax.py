@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvbind.bench.events import first_line
 from kvbind.bench.graphs import Case, Random, build, give_back, timed, warnings_of_training
@@ -23,34 +21,12 @@ from kvbind.bench.views import FullAttentionNvs
 from kvbind.bench.vision import autocast, vision_transformer
 from kvbind.models.lact import LactConfig
 from kvbind.models.lact_nvs import LactNvsConfig
+from kvbind.models.peers import llama
 from kvbind.precision import matmul_precision
 from kvbind.train import GraphedStep
 
-CAUSAL = "kvbind_causal_sdpa"
-"""transformers' SDPA under a name for which it makes no mask. Compiled or captured it would make a dense one, with which no
-flash attention runs."""
-
 CLIP = 1.0
 """The largest gradient norm, that of `TrainConfig`."""
-
-
-def llama(config: LactConfig) -> LlamaForCausalLM:
-    """A Llama of the same width, depth, heads, MLP and vocabulary, with random weights on the current device."""
-    AttentionInterface.register(CAUSAL, sdpa_attention_forward)
-    fields: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attn_heads,
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attn_implementation": CAUSAL,
-        # none of the random tokens is special
-        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
-    }
-    return LlamaForCausalLM(LlamaConfig(**fields))
 
 
 def language(case: Case, config: LactConfig) -> Case:

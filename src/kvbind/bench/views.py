@@ -9,48 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvbind.bench.timing import median_seconds, peak_bytes
-from kvbind.layers.norm import RMSNorm
-from kvbind.layers.operands import split_heads
 from kvbind.models.lact_nvs import LactNvs, LactNvsConfig, mean_frame
 from kvbind.models.lact_nvs.model import Images
 from kvbind.tasks.views.procedural import Cameras, make_cameras
-
-KeysAndValues = tuple[Tensor, Tensor]
-
-
-class SceneAttention(nn.Module):
-    """Softmax attention to the tokens of all input views, in the place of `LactNvsLayer`.
-
-    Args:
-        dim: width d.
-        head_dim: width of a head.
-    """
-
-    def __init__(self, dim: int, head_dim: int) -> None:
-        super().__init__()
-        self.heads = dim // head_dim
-        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.c_proj = nn.Linear(dim, dim, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
-
-    def forward(
-        self, x: Tensor, update_tokens: slice | None = None, state: KeysAndValues | None = None
-    ) -> tuple[Tensor, KeysAndValues]:
-        """On tokens `[B, T, d]`: without a state they are read from themselves, with one from it alone.
-
-        Args:
-            x: normalized input.
-            update_tokens: which tokens are written; all or none of them.
-            state: keys and values `[B, H, T', D]` of the input tokens.
-        """
-        q, k, v = (split_heads(part, self.heads).transpose(1, 2) for part in self.to_qkv(x).chunk(3, dim=-1))
-        keys, values = (self.k_norm(k).to(v.dtype), v) if state is None else state
-        mixed = F.scaled_dot_product_attention(self.q_norm(q).to(v.dtype), keys, values)
-        return self.c_proj(mixed.transpose(1, 2).flatten(2)), (keys, values)
 
 
 class FullAttentionNvs(LactNvs):
@@ -64,10 +28,7 @@ class FullAttentionNvs(LactNvs):
     """
 
     def __init__(self, config: LactNvsConfig) -> None:
-        super().__init__(config)
-        for block in self.blocks:
-            mixer: nn.ModuleDict = block.module_list[1]  # type: ignore[index, assignment]
-            mixer["f"] = SceneAttention(config.dim, config.head_dim)
+        super().__init__(config.replace(fast_weights=False))
 
     def forward(self, image: Images, c2w: Tensor, fxfycxcy: Tensor, target_c2w: Tensor, target_fxfycxcy: Tensor) -> Tensor:
         """Images of target cameras, which attend to all input views and nothing else; arguments as `LactNvs` takes them."""

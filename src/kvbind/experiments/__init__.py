@@ -13,6 +13,12 @@ EXPERIMENTS = {
     "figure2": "queries beside keys and outputs beside values: t-SNE, and numbers that need no eyes",
     "figure3": "loss by position in the sequence, every row of table 2",
     "figure4": "the recurrent and the parallel form of rung 2 in training, by the clock",
+    "gaps": "every row's gap to the full system along its training: does it close?",
+    "sizes": "the gap of rungs 2 and 6 to the full system, at three sizes of the language model",
+    "chunks": "view synthesis whose input views come in 1, 2, 4 or 8 chunks, plain and elastic",
+    "capacity": "associative recall by bytes of state: the ladder, every causal system and softmax attention",
+    "systems": "language models of one size: loss, speed, decoding and state of systems side by side",
+    "simplify": "a trained full system with a simpler inner loop, fine-tuned: how much of training from scratch that saves",
     "explorer": "every row's layers on a held-out input, prepared for the explorer of kvbind report",
 }
 """What `kvbind reproduce` knows, and what each shows; the module has the same name and a function `reproduce`."""

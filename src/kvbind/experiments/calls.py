@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kvbind.forms.api import ttt
@@ -18,10 +19,9 @@ from kvbind.layers.lact import LactLayer
 from kvbind.layers.lact_nvs import LactNvsLayer
 from kvbind.layers.layout import Layout
 from kvbind.layers.rotary import Tables
-from kvbind.layers.vittt import VitttLayer
-
-LAYERS = (LactLayer, FastWeightLayer, LactNvsLayer, VitttLayer)
-"""Those that call `ttt`."""
+from kvbind.models.carry import LAYERS
+from kvbind.train.graphs import to_device
+from kvbind.train.step import precision
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,77 @@ def seen_calls(model: nn.Module, see: Callable[[Call], None]) -> Iterator[None]:
     finally:
         for handle in hooks:
             handle.remove()
+
+
+@contextmanager
+def changed(model: nn.Module, conv: bool = True, **fields: Any) -> Iterator[None]:
+    """In here the inner loop of every layer has other fields; its weights stay.
+
+    Args:
+        model: any with such layers.
+        conv: also of ViTTT's convolution, beside its heads.
+        **fields: of `InnerLoop`.
+
+    Raises:
+        ValueError, TypeError: an inner loop that there is not, or that the layers cannot run.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
+    places = [(layer, name) for layer in layers for name in ("inner", "inner_conv")[: 1 + conv] if hasattr(layer, name)]
+    before = [getattr(layer, name) for layer, name in places]
+    try:
+        for (layer, name), inner in zip(places, before, strict=True):
+            setattr(layer, name, inner.replace(**fields))
+        yield
+    finally:
+        for (layer, name), inner in zip(places, before, strict=True):
+            setattr(layer, name, inner)
+
+
+def first_calls(task: str, model: Any, opened: Any, config: Any, device: torch.device) -> list[list[Call]]:
+    """The calls of each layer on the first held-out batch; ViTTT's layers make two, of their heads and of the convolution.
+
+    Args:
+        task: its name.
+        model: on the device; left in evaluation mode.
+        opened: the task.
+        config: of the run.
+        device: where.
+    """
+    calls: list[Call] = []
+    model.eval()
+    with torch.no_grad(), precision(config.train, device), seen_calls(model, calls.append):
+        FIRST[task](model, opened, config, device)
+    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
+    each = len(calls) // len(layers)
+    return [calls[i : i + each] for i in range(0, len(calls), each)]
+
+
+def _language(model: Any, opened: Any, config: Any, device: torch.device) -> None:
+    batch = to_device({name: x for name, x in opened.evaluation[0].items() if name != "labels"}, device)
+    model(**batch, use_cache=False)
+
+
+def _images(model: Any, opened: Any, config: Any, device: torch.device) -> None:
+    from kvbind.tasks.images.augment import normalized
+
+    count = min(len(opened.splits["held_out"].labels), config.data.evaluation_batch or config.data.batch, IMAGES)
+    pixels = torch.stack([opened.held_out_image(i)[0] for i in range(count)])
+    model(normalized(pixels.to(device), config.data.mean, config.data.std))
+
+
+def _views(model: Any, opened: Any, config: Any, device: torch.device) -> None:
+    from kvbind.tasks.views.drawing import evaluation_batches
+    from kvbind.tasks.views.task import predict
+
+    batch = to_device(next(iter(evaluation_batches(opened.held_out, config.data))), device)
+    predict(model, opened.held_out.pixels(batch["image"], device), batch)
+
+
+IMAGES = 32
+"""Held-out images in a first batch at most."""
+
+FIRST = {"language": _language, "images": _images, "views": _views}
+"""By task, a model on the first held-out batch."""
 
 
 def calls_of(layer: nn.Module, *arguments: Any, **named: Any) -> list[Call]:

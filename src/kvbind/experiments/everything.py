@@ -35,6 +35,9 @@ TASKS_OF = {"figure1": figure1.TASKS, "figure2": ("language",), "figure3": ("lan
 TELLING = ("rung0", "rung1", "rung2", "rung6", "ascent", "key_for_query")
 """Rows of the language model whose further seeds go first."""
 
+ALONE = ("sizes", "chunks", "capacity", "systems", "simplify")
+"""Experiments with runs that no other has, made by their own command alone."""
+
 TIMED = {("table2", "language")}
 """Reports that time something themselves, and wait until the machine is free."""
 
@@ -108,6 +111,8 @@ def wanted(tasks: Sequence[str], request: Request) -> Iterator[tuple[str, str]]:
     Where steps are measured in place of training, those alone that do so and whose rows no other has.
     """
     for name in EXPERIMENTS:
+        if name in ALONE:
+            continue
         if request.measure is not None and name not in ("table2", "figure4"):
             continue
         if name == THEOREMS:
@@ -129,12 +134,8 @@ def report_on(name: str, task: str, request: Request) -> Report:
 
 def train_everything(tasks: Sequence[str], request: Request) -> None:
     """Train the union of all experiments' runs: those of table 2, and both of figure 4's."""
-    known, plans = Fingerprints(request.trained), []
-    for task in tasks:
-        plans.append(plan_runs("table2", table2.TABLE.rows, replace(request, task=task), known))
-    if figure4.TASK in tasks:
-        plans.append(figure4.plan_both(replace(request, task=figure4.TASK), known))
-    jobs = [replace(job, fresh=request.fresh) for job in in_order(plans)]
+    plans = plans_of(tasks, request)
+    jobs = [replace(job, fresh=request.fresh) for row, job in ordered(plans) if request.trains(row)]
     workers = request.workers or max(plan.workers for plan in plans)
     request.say(f"{len(jobs)} training runs, {workers} at once" + (f", {request.minutes:g} min" if request.minutes else ""))
     longest = max(len(job.title) for job in jobs)
@@ -161,15 +162,32 @@ def train_everything(tasks: Sequence[str], request: Request) -> None:
         request.say(f"unfinished: {', '.join(missing)}; the same command goes on with them")
 
 
-def in_order(plans: Sequence[Plan]) -> list[Job]:
-    """The jobs of all plans, the most telling first; among equals, tasks in the order of the plans."""
-    ranked: list[tuple[int, Job]] = []
+def plans_of(tasks: Sequence[str], request: Request) -> list[Plan]:
+    """The plans of the union of all experiments' runs."""
+    known, plans = Fingerprints(request.trained), []
+    for task in tasks:
+        plans.append(plan_runs("table2", table2.TABLE.rows, replace(request, task=task), known))
+    if figure4.TASK in tasks:
+        plans.append(figure4.plan_both(replace(request, task=figure4.TASK), known))
+    return plans
+
+
+def planned(request: Request) -> list[tuple[str, Job]]:
+    """The runs that `reproduce` would take, in their order, each with the name of its row."""
+    tasks = list(SUBJECTS) if request.task == ALL else [request.task]
+    trained = request.trained or (request.out / "trained" if request.out else Path("runs/trained"))
+    return ordered(plans_of(tasks, replace(request, trained=trained)))
+
+
+def ordered(plans: Sequence[Plan]) -> list[tuple[str, Job]]:
+    """The jobs of all plans with the names of their rows, the most telling first, and then in the order of the plans."""
+    ranked: list[tuple[int, str, Job]] = []
     for plan in plans:
         for (row, seed), job in plan.jobs.items():
             telling = job.task == "language" and row in TELLING
             title = job.title if job.alone else f"{job.task} {row} seed {seed}"
-            ranked.append((0 if not seed else 1 if telling else 1 + seed, replace(job, title=title)))
-    return [job for _, job in sorted(ranked, key=lambda pair: pair[0])]
+            ranked.append((0 if not seed else 1 if telling else 1 + seed, row, replace(job, title=title)))
+    return [(row, job) for _, row, job in sorted(ranked, key=lambda one: one[0])]
 
 
 def in_writing_order(reports: Sequence[Report]) -> list[Report]:

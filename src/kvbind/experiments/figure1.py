@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from kvbind import inner_loss
 from kvbind.experiments import figures
-from kvbind.experiments.calls import Call, seen_calls
+from kvbind.experiments.calls import Call, changed, seen_calls
 from kvbind.experiments.figures import picture
 from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
 from kvbind.experiments.kept import Kept
 from kvbind.experiments.shared import train_rows
 from kvbind.experiments.subjects import Metric
-from kvbind.layers.lact import LactLayer
-from kvbind.layers.lact_nvs import LactNvsLayer
+from kvbind.layers.vittt import VitttLayer
+from kvbind.models.carry import LAYERS
 from kvbind.train.loop import evaluate
 
 ROW, TASKS = "rung0", ("language", "views")
@@ -111,15 +111,29 @@ def evaluated(model: nn.Module, task: Any, config: Any, device: torch.device, st
     Kernels round the state where they read it, and are for one step; so that numbers of steps differ in nothing else, none
     runs on them.
     """
-    layers = [module for module in model.modules() if isinstance(module, LactLayer | LactNvsLayer)]
-    for layer in layers:
-        layer.inner = layer.inner.replace(steps=steps)
-    losses: list[float] = []
-    with patch.dict(os.environ, KVBIND_KERNELS="0"), seen_calls(model, lambda call: losses.append(loss_after(call))):
+    with changed(model, steps=steps):
+        value, by_layer = metric_and_losses(model, task, config, device, metric)
+    return AtSteps(steps, value, statistics.fmean(by_layer), by_layer)
+
+
+def metric_and_losses(
+    model: nn.Module, task: Any, config: Any, device: torch.device, metric: str
+) -> tuple[float, tuple[float, ...]]:
+    """A held-out metric of a model, without kernels, and the inner loss of each of its layers meanwhile."""
+    losses: dict[int, list[float]] = {}
+    layers = [module for module in model.modules() if isinstance(module, LAYERS)]
+    each = sum(2 if isinstance(layer, VitttLayer) else 1 for layer in layers) // len(layers)
+    made = 0
+
+    def see(call: Call) -> None:
+        # every batch runs through the layers in their order
+        nonlocal made
+        losses.setdefault(made // each % len(layers), []).append(loss_after(call))
+        made += 1
+
+    with patch.dict(os.environ, KVBIND_KERNELS="0"), seen_calls(model, see):
         held_out = evaluate(model, task, config.train, device)
-    # every batch runs through the layers in their order
-    by_layer = tuple(statistics.fmean(losses[i :: len(layers)]) for i in range(len(layers)))
-    return AtSteps(steps, float(held_out[metric]), statistics.fmean(by_layer), by_layer)
+    return float(held_out[metric]), tuple(statistics.fmean(losses[i]) for i in range(len(layers)))
 
 
 @torch.no_grad()
@@ -193,8 +207,8 @@ def unanimous(answers: Sequence[bool]) -> bool | None:
     return answers[0] if len(set(answers)) == 1 else None
 
 
-def draw(path: Path, found: Sequence[AtSteps], metric: Metric) -> None:
-    """The inner loss and the metric, side by side."""
+def draw(path: Path, found: Sequence[AtSteps], metric: Metric, trained: int = 1) -> None:
+    """The inner loss and the metric, side by side; `trained` is how many steps there were in training."""
     steps = [x.steps for x in found]
     sides: Mapping[str, tuple[list[float], str]] = {
         "Inner loss, mean over layers": ([x.inner_loss for x in found], figures.BLUE),
@@ -204,5 +218,5 @@ def draw(path: Path, found: Sequence[AtSteps], metric: Metric) -> None:
         for ax, (title, (values, colour)) in zip(fig.subplots(1, 2), sides.items(), strict=True):
             ax.plot(steps, values, "o-", color=colour, linewidth=1.4, markersize=5)
             ax.set_xticks(steps)
-            ax.set_xlabel("steps per chunk at test time (1 in training)")
+            ax.set_xlabel(f"steps per chunk at test time ({trained} in training)")
             ax.set_title(f"{title}: {'lower' if colour == figures.BLUE else metric.better} is better")

@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvbind.experiments import figures
-from kvbind.experiments.calls import Call, seen_calls
+from kvbind.experiments.calls import first_calls
 from kvbind.experiments.figures import picture
 from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
 from kvbind.experiments.shared import train_rows
-from kvbind.train.graphs import to_device
 from kvbind.train.step import precision
 
 ROW = "rung0"
@@ -89,10 +88,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
         ValueError: another task, an unknown scale, or an edit that does not fit.
         UnfinishedError: no run is finished, or none has its weights here.
     """
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise ImportError("figure2 needs scikit-learn: pip install scikit-learn") from error
+    check_sklearn("figure2")
     request = Request(**options)
     trained = train_rows("figure2", [ROW], ["language"], request, weights=True)
     found: list[list[Layer]] = []
@@ -104,20 +100,11 @@ def reproduce(**options: Any) -> dict[str, Any]:
     draw(trained.out / "sets.png", found[0])
     means = {(layer.number, pair): mean_numbers([own[i].numbers[pair] for own in found])
              for i, layer in enumerate(found[0]) for pair in PAIRS}  # fmt: skip
-    header = ["layer", "sets", "probe's\naccuracy", "energy\ndistance", "of two\nhalves", "share\nnear"]
-    lines = [
-        [str(layer), pair, f"{x.probe:.1%}", f"{x.energy:.3f}", f"{x.energy_of_halves:.3f}", f"{x.near:.1%}"]
-        for (layer, pair), x in means.items()
-    ]
     findings = Findings(
         experiment="figure2",
         title=f"Figure 2: queries and keys, outputs and values, scale {request.scale}",
-        lead="Fast weights of the trained full system on held-out text. Probe: logistic regression, fitted on one half of "
-        "the tokens, measured on the other. Energy distance: relative, from 0 (equal sets) to 1, beside that of two halves "
-        f"of one set. Near: at most the {NEAR:.0%} quantile of the distances of keys (values) to the nearest "
-        f"other one, so that {NEAR:.0%} or more would be near if both sets were of one kind. "
-        f"{POINTS} tokens of each set; averages over heads and {len(found)} seed(s). A first layer's values are those of "
-        f"single tokens, few and far apart, so that near says little of them.{trained.missing}",
+        lead=f"Fast weights of the trained full system on held-out text. {about(len(found))} A first layer's values are "
+        f"those of single tokens, few and far apart, so that near says little of them.{trained.missing}",
         config=trained.config,
         data={
             "layers": [{"layer": layer, "sets": pair, **asdict(x)} for (layer, pair), x in means.items()],
@@ -125,10 +112,40 @@ def reproduce(**options: Any) -> dict[str, Any]:
             "runs": trained.folders(),
         },
         verdicts=judge(means),
-        tables={"Without eyes": (header, lines)},
+        tables={"Without eyes": (HEADER, lines_of(means))},
         pictures={"t-SNE": ("sets.png", "t-SNE of queries and keys, and of outputs and values, one head, by layer")},
     )
     return write_findings(trained.out, request, findings, trained.device)
+
+
+HEADER = ["layer", "sets", "probe's\naccuracy", "energy\ndistance", "of two\nhalves", "share\nnear"]
+"""Of the table that `lines_of` has the lines of."""
+
+
+def lines_of(means: Mapping[tuple[int, str], Numbers]) -> list[list[str]]:
+    """The numbers by layer and pair, as texts."""
+    return [
+        [str(layer), pair, f"{x.probe:.1%}", f"{x.energy:.3f}", f"{x.energy_of_halves:.3f}", f"{x.near:.1%}"]
+        for (layer, pair), x in means.items()
+    ]
+
+
+def about(seeds: int) -> str:
+    """What the numbers are, in sentences."""
+    return (
+        "Probe: logistic regression, fitted on one half of the tokens, measured on the other. Energy distance: relative, "
+        f"from 0 (equal sets) to 1, beside that of two halves of one set. Near: at most the {NEAR:.0%} quantile of the "
+        f"distances of keys (values) to the nearest other one, so that {NEAR:.0%} or more would be near if both sets were "
+        f"of one kind. {POINTS} tokens of each set at most; averages over heads and {seeds} seed(s)."
+    )
+
+
+def check_sklearn(what: str) -> None:
+    """Raise `ImportError` where scikit-learn is not installed, which `what` needs."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{what} needs scikit-learn: pip install scikit-learn") from error
 
 
 def as_map(layer: Layer, pair: str) -> dict[str, Any]:
@@ -138,16 +155,27 @@ def as_map(layer: Layer, pair: str) -> dict[str, Any]:
     return {"layer": layer.number, "sets": dict(zip(PAIRS[pair], (places[:middle], places[middle:]), strict=True))}
 
 
-def held_out_sets(model: Any, task: Any, config: Any, device: torch.device) -> list[dict[str, Tensor]]:
-    """Queries, keys, values and outputs of each layer on the first held-out batch, by the names that `PAIRS` has."""
-    batch = to_device({name: x for name, x in task.evaluation[0].items() if name != "labels"}, device)
-    found: list[dict[str, Tensor]] = []
+def held_out_sets(
+    model: Any, task: Any, config: Any, device: torch.device, name: str = "language"
+) -> list[dict[str, Tensor]]:
+    """Queries, keys, values and outputs of each layer on the first held-out batch, by the names that `PAIRS` has.
 
-    def see(call: Call) -> None:
-        found.append({"Q": call.q, "K": call.k, "V": call.v, "O": call.output()})
+    Of tokens that write, where not all do; of ViTTT, in its heads.
 
-    with torch.no_grad(), precision(config.train, device), seen_calls(model, see):
-        model(**batch, use_cache=False)
+    Args:
+        model: on the device.
+        task: that it is for.
+        config: of the run.
+        device: where.
+        name: of the task.
+    """
+    found = []
+    for calls in first_calls(name, model, task, config, device):
+        call = calls[0]
+        with torch.no_grad(), precision(config.train, device):
+            sets = {"Q": call.q, "K": call.k, "V": call.v, "O": call.output()}
+        writers = call.options.get("update_tokens")
+        found.append(sets if writers is None else {key: x[:, writers] for key, x in sets.items()})
     return found
 
 

@@ -1,7 +1,8 @@
-"""Figure 3: what each row's loss does along the sequence.
+"""Figure 3: what each row's loss does along the sequence, and beyond the length of training.
 
 A model that uses its context predicts late tokens better than early ones. The rows of table 2 are evaluated by position, to
-see whether all of them do, and whether the row that is better overall is also better where the context is long.
+see whether all of them do, and whether the row that is better overall is also better where the context is long. Some are
+evaluated on longer sequences than they were trained on: does the loss keep falling there?
 """
 
 from __future__ import annotations
@@ -9,19 +10,32 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 from kvbind.experiments import figures
 from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
+from kvbind.experiments.kept import Kept
+from kvbind.experiments.runs import exported
 from kvbind.experiments.shared import Trained, train_rows
 from kvbind.experiments.table2 import TABLE
+from kvbind.experiments.tables import BASELINES
+from kvbind.train.loop import evaluate
 
 SERIES = "loss_by_position"
 
 ERRORS = 2
 """Standard errors that a gain must lie away from 0."""
+
+FURTHER = ("rung0", "rung2", "rung6", *BASELINES)
+"""Rows that are evaluated beyond the length of training, at scales that say how far."""
+
+SAMPLES = 12
+"""Sequences of that evaluation."""
+
+KEPT = "further.json"
+"""Beside the report: what each of those models came to."""
 
 AGREEMENT = 0.9
 """The share of pairs of rows from which on two orders count as the same."""
@@ -62,6 +76,20 @@ class Along:
         quarters = ([loss for _, loss in part] for part in (self.curve[: self._quarter], self.curve[-self._quarter :]))
         return math.hypot(*(statistics.stdev(x) / len(x) ** 0.5 if len(x) > 1 else math.inf for x in quarters))
 
+    def beyond(self, trained: int) -> tuple[float, float]:
+        """By how much the loss beyond the length of training is below that over its second half, and the standard error.
+
+        Args:
+            trained: that length.
+        """
+        parts = [
+            [loss for place, loss in self.curve if place >= trained],
+            [loss for place, loss in self.curve if trained / 2 <= place < trained],
+        ]
+        late, early = (statistics.fmean(part) for part in parts)
+        spread = (statistics.stdev(part) / len(part) ** 0.5 if len(part) > 1 else math.inf for part in parts)
+        return early - late, math.hypot(*spread)
+
     @property
     def _quarter(self) -> int:
         return max(len(self.curve) // 4, 1)
@@ -94,6 +122,18 @@ def reproduce(**options: Any) -> dict[str, Any]:
         [names[name], *(f"{x:.3f}" for x in (along.early, along.late, along.late - along.early, along.overall))]
         for name, along in rows.items()
     ]
+    length, long = trained.config["data"]["length"], trained.subject.scales[request.scale].long
+    further = look_further(trained, request, long) if long else {}
+    verdicts = judge(rows) + [judge_further(trained.labels[name], along, length) for name, along in further.items()]
+    pictures = {"Along the sequence": ("positions.png", "held-out loss by position, every row")}
+    if further:
+        figures.curves(
+            trained.out / "further.png",
+            {names[name]: figures.pooled(along.curve, 32) for name, along in further.items()},
+            title=f"Held-out loss by position, trained at {length:,}", x="position in the sequence", y="nats per token",
+            rungs=sum(name in numbers for name in further),
+        )  # fmt: skip
+        pictures["Beyond the length of training"] = ("further.png", f"held-out loss by position, up to {long:,} tokens")
     findings = Findings(
         experiment="figure3",
         title=f"Figure 3: loss by position, scale {request.scale}",
@@ -106,22 +146,68 @@ def reproduce(**options: Any) -> dict[str, Any]:
                  "overall": along.overall, SERIES: [list(point) for point in along.curve]}
                 for name, along in rows.items()
             ],
+            "further": {name: [list(point) for point in along.curve] for name, along in further.items()},
             "runs": trained.folders(),
         },
-        verdicts=judge(rows),
+        verdicts=verdicts,
         tables={"Each row": (["inner loop", "early", "late", "late - early", "overall"], lines)},
-        pictures={"Along the sequence": ("positions.png", "held-out loss by position, every row")},
+        pictures=pictures,
     )  # fmt: skip
     return write_findings(trained.out, request, findings, trained.device)
 
 
 def read(trained: Trained, row: str) -> Along:
-    """A row's held-out losses, averaged over seeds, whose evaluations have the same positions."""
-    held_out = [run.result["held_out"] for run in trained.runs[row].values()]
+    """A row's held-out losses, averaged over seeds."""
+    return averaged([run.result["held_out"] for run in trained.runs[row].values()])
+
+
+def averaged(held_out: Sequence[Mapping[str, Any]]) -> Along:
+    """The mean of evaluations, which have the same positions."""
     places = [place for place, _ in held_out[0][SERIES]]
     losses = zip(*([loss for _, loss in one[SERIES]] for one in held_out), strict=True)
     curve = [(float(place), statistics.fmean(own)) for place, own in zip(places, losses, strict=True)]
     return Along(curve, statistics.fmean(one["loss"] for one in held_out))
+
+
+def look_further(trained: Trained, request: Request, long: int) -> dict[str, Along]:
+    """The losses of some rows' models on longer sequences than they were trained on, averaged over seeds.
+
+    Args:
+        trained: all rows; of runs whose weights are elsewhere nothing is known.
+        request: what was asked.
+        long: tokens in a sequence.
+    """
+    kept = Kept(trained.out / KEPT, trained.device, request.fresh)
+    found = {}
+    for row in (name for name in FURTHER if name in trained.runs):
+        own = []
+        for seed, run in trained.runs[row].items():
+            if not exported(run.folder):
+                continue
+            held_out = kept.get(run.result, long)
+            if held_out is None:
+                config = trained.jobs[row][seed].config
+                sizes = {"length": long, "evaluation_samples": SAMPLES, "evaluation_batch": 1}
+                model, task, _ = trained.open(row, seed, replace(config, data=replace(config.data, **sizes)))
+                held_out = evaluate(model, task, config.train, trained.device)
+                kept.put(held_out, run.result, long)
+            own.append(held_out)
+            request.say(f"{row} seed {seed}: loss {held_out['loss']:.3f} on sequences of {long:,} tokens")
+        if own:
+            found[row] = averaged(own)
+    return found
+
+
+def judge_further(label: str, along: Along, length: int) -> Verdict:
+    """Whether a row predicts better beyond the length that it was trained at than before."""
+    gain, error = along.beyond(length)
+    return Verdict(
+        f"{label}: the loss keeps falling beyond the length of training",
+        f"the mean loss beyond it is below that over its second half by at least {ERRORS} standard errors (from the scatter "
+        "between positions); it does not hold if it is above by as much",
+        None if abs(gain) < ERRORS * error else gain > 0,
+        f"trained at {length:,} tokens; lower by {gain:.3f} ± {error:.3f} nats from there on",
+    )
 
 
 def judge(rows: Mapping[str, Along]) -> list[Verdict]:

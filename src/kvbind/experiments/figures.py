@@ -183,13 +183,12 @@ def curves(
         y: of the vertical axis.
         rungs: how many lines from the first are rungs of a ladder, in the order of a colour map; the others are dashed.
     """
-    shades = mpl.colormaps["viridis"]
     first_label, first = next(iter(series.items()))
     reference = dict(first)
     with picture(path, 11.5, 4.2) as fig:
         left, right = fig.subplots(1, 2)
         for i, (label, points) in enumerate(series.items()):
-            colour = shades(0.95 * i / max(rungs - 1, 1)) if i < rungs else (ORANGE, RED)[(i - rungs) % 2]
+            colour = shade(i / max(rungs - 1, 1)) if i < rungs else (ORANGE, RED)[(i - rungs) % 2]
             style = "-" if i < rungs else "--"
             left.plot([p[0] for p in points], [p[1] for p in points], style, color=colour, linewidth=1.4, label=label)
             shared = [(at, value - reference[at]) for at, value in points if at in reference]
@@ -207,6 +206,11 @@ def curves(
         left.set_title(title)
         right.set_title(f"against: {first_label}")
         fig.legend(loc="outside right center", fontsize=8.5)
+
+
+def shade(place: float) -> Any:
+    """The colour at a place from 0 to 1 of the scale of ladders."""
+    return mpl.colormaps["viridis"](0.95 * place)
 
 
 def pooled(points: Sequence[tuple[float, float]], count: int) -> list[tuple[float, float]]:

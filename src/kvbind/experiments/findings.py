@@ -58,6 +58,7 @@ class Request:
         trained: where training runs are kept, if neither in `out` nor in `runs/trained`.
         minutes: from which on nothing is trained any more: unfinished runs leave a checkpoint, and reports are written of
             those that are finished. None for no limit, 0 for reports alone.
+        rows: names of rows; others are not trained, and reported where they are finished. None for all of them.
         measure: time some steps in place of training.
         console: where progress and verdicts are shown; None for nowhere.
         verbose: show the configuration of all runs there too.
@@ -74,6 +75,7 @@ class Request:
     overrides: Sequence[str] = ()
     trained: Path | None = None
     minutes: float | None = None
+    rows: tuple[str, ...] | None = None
     measure: Measure | None = None
     console: Console | None = None
     verbose: bool = False
@@ -90,6 +92,10 @@ class Request:
     def deadline(self) -> float | None:
         """When training ends, by `time.monotonic`; None where it may take what it takes."""
         return None if self.minutes is None else self.started + 60 * self.minutes
+
+    def trains(self, row: str) -> bool:
+        """Whether a row is among those that were asked for."""
+        return self.rows is None or row in self.rows
 
     def source(self, task: str) -> str | None:
         """The data to take for a task in place of the configuration's."""

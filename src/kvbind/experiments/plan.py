@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from kvbind.experiments.findings import Request
 from kvbind.experiments.runs import RESULT, Fingerprints, Run, run_name
 from kvbind.experiments.subjects import named_subject
+from kvbind.experiments.tables import LABELS
 from kvbind.experiments.workers import Finished, Job, default_workers, train_all
 from kvbind.inner.value import check_choice
 from kvbind.tasks import open_task_module
@@ -42,6 +43,22 @@ def with_inner(task: str, config: Any, inner: Any) -> Any:
     changed = copy.deepcopy(config)
     changed.model.inner = inner
     return open_task_module(task).resolve(changed)
+
+
+def row_configs(task: str, config: Any) -> dict[str, Any]:
+    """The configuration of each row that applies to a task, everything spelled out: the paper's, then the baselines.
+
+    Args:
+        task: its name.
+        config: the full system's.
+    """
+    module = open_task_module(task)
+    found = {row: with_inner(task, config, inner) for row, inner in module.rows(config).items()}
+    for row, fields in module.baselines(config).items():
+        changed = copy.deepcopy(config)
+        changed.model.fields = {**changed.model.fields, **fields}
+        found[row] = module.resolve(changed)
+    return found
 
 
 def report_folder(name: str, task: str, scale: str) -> Path:
@@ -74,6 +91,10 @@ class Plan:
         """The rows that apply to the task."""
         return list(dict.fromkeys(row for row, _ in self.jobs))
 
+    def by_row(self) -> list[tuple[str, Job]]:
+        """The runs in their order, each with the name of its row."""
+        return [(row, job) for (row, _), job in self.jobs.items()]
+
     def train(self, request: Request, finished: Finished) -> dict[tuple[str, int], Run]:
         """Train every run, or read what it came to earlier.
 
@@ -82,15 +103,19 @@ class Plan:
             finished: called with each job and its run as soon as there is one.
 
         Returns:
-            The finished runs by row and seed: all of them, unless the request's time was too short.
+            The finished runs by row and seed: all of them, unless the request's time was too short or it is of some rows.
 
         Raises:
             UnfinishedError: not one was finished in time.
             TrainingStoppedError: as `kvbind.train.train`.
         """
-        jobs = [replace(job, fresh=request.fresh) for job in self.jobs.values()]
-        found = train_all(jobs, self.workers, request.console, finished, deadline=request.deadline)
-        done = {key: run for key, run in zip(self.jobs, found, strict=True) if run is not None}
+        jobs = {
+            (row, seed): replace(job, fresh=request.fresh and request.trains(row))
+            for (row, seed), job in self.jobs.items()
+            if request.trains(row) or job.finished
+        }
+        found = train_all(list(jobs.values()), self.workers, request.console, finished, deadline=request.deadline)
+        done = {key: run for key, run in zip(jobs, found, strict=True) if run is not None}
         if not done:
             others = len(list(self.trained.glob(f"*/{RESULT}")))
             raise UnfinishedError(
@@ -98,6 +123,19 @@ class Plan:
                 + f" ({self.trained} has {others} finished run(s), all of other configurations or data)" * bool(others)
             )
         return done
+
+
+def planned_jobs(name: str, rows: Sequence[str], request: Request) -> list[tuple[str, Job]]:
+    """The runs of some rows in their order, each with the name of its row; arguments as `plan_runs` takes them."""
+    return plan_runs(name, rows, request).by_row()
+
+
+def data_edits(task: str, source: str | None) -> list[str]:
+    """Edits that take another source of data, and, where it has one of its own, what is evaluated on with it."""
+    if not source:
+        return []
+    others = named_subject(task).held_out_of.get(source)
+    return [f"data.source={json.dumps(source)}"] + ([f"data.held_out_source={json.dumps(others)}"] if others else [])
 
 
 class UnfinishedError(ValueError):
@@ -119,20 +157,42 @@ def plan_runs(
     Raises:
         ValueError: an unknown task or scale, or an edit that does not fit.
     """
-    task, scale, data, out = request.task, request.scale, request.source(request.task), request.out
+    task, scale, data = request.task, request.scale, request.source(request.task)
     module = open_task_module(task)
-    edits = [*edits, *request.overrides, *([f"data.source={json.dumps(data)}"] if data else [])]
-    inners = module.rows(configuration(task, scale, 0, edits))
-    config = module.resolve(configuration(task, scale, 0, edits))
+    for row in request.rows or ():
+        check_choice("rows", row, tuple(LABELS))
+    edits = [*edits, *request.overrides, *data_edits(task, data)]
+    configs = {}
+    for seed in range(request.seeds):
+        own = row_configs(task, configuration(task, scale, seed, edits))
+        configs |= {(row, seed): own[row] for row in rows if row in own}
+    return plan_configs(name, module.resolve(configuration(task, scale, 0, edits)), configs, request, known)
+
+
+def plan_configs(
+    name: str,
+    config: Any,
+    configs: Mapping[tuple[str, int], Any],
+    request: Request,
+    known: Fingerprints | None = None,
+) -> Plan:
+    """The runs of some configurations.
+
+    Args:
+        name: of the experiment, whose folder the report goes to.
+        config: what they have in common, as the report shows it.
+        configs: by row and seed, everything spelled out, in the order in which they are trained.
+        request: what was asked.
+        known: fingerprints of data that were read already.
+    """
+    task, out = request.task, request.out
     device = pick_device(config.train.device)
     trained = request.trained or (out / "trained" if out else Path("runs/trained"))
     known = known or Fingerprints(trained)
-    names = [row for row in rows if row in inners]
+    numbers = {row: number for number, row in enumerate(dict.fromkeys(row for row, _ in configs), start=1)}
     jobs = {}
-    for seed in range(request.seeds):
-        for number, row in enumerate(names, start=1):
-            own = with_inner(task, configuration(task, scale, seed, edits), inners[row])
-            title = f"{number}/{len(names)} {row}" + (f" seed {seed}" if request.seeds > 1 else "")
-            jobs[row, seed] = Job(task, own, trained / run_name(task, own, known), title)
+    for (row, seed), own in configs.items():
+        title = f"{numbers[row]}/{len(numbers)} {row}" + (f" seed {seed}" if request.seeds > 1 else "")
+        jobs[row, seed] = Job(task, own, trained / run_name(task, own, known), title)
     workers = request.workers or default_workers(device)
-    return Plan(config, device, out or report_folder(name, task, scale), trained, jobs, workers)
+    return Plan(config, device, out or report_folder(name, task, request.scale), trained, jobs, workers)

@@ -21,7 +21,7 @@ from kvbind.bench.timing import now
 from kvbind.experiments import figures
 from kvbind.experiments.findings import Findings, Measure, Request, write_findings
 from kvbind.experiments.kept import Kept
-from kvbind.experiments.plan import configuration, report_folder, with_inner
+from kvbind.experiments.plan import configuration, report_folder, row_configs
 from kvbind.experiments.subjects import ALL, NONE, SUBJECTS, Subject, named_subject
 from kvbind.experiments.tables import row_labels
 from kvbind.inner.value import check_choice
@@ -220,15 +220,13 @@ def measure_rows(name: str, rows: Sequence[str], request: Request) -> dict[str, 
     for row in measure.rows or ():
         check_choice("rows", row, tuple(rows))
     full = configuration(task, request.scale, 0, request.overrides)
-    inners = open_task_module(task).rows(full)
     device = pick_device(full.train.device)
     out = request.out or report_folder(name, task, request.scale)
     out.mkdir(parents=True, exist_ok=True)
     request.say(f"{name}, {task}, scale {request.scale}: {measure.steps} steps of each row on {device}; report in {out}")
 
     kept = Kept(out / KEPT, device, request.fresh)
-    configs = {row: with_inner(task, configuration(task, request.scale, 0, request.overrides), inner)
-               for row, inner in inners.items() if row in rows}  # fmt: skip
+    configs = {row: config for row, config in row_configs(task, full).items() if row in rows}
     asked = measure.rows or tuple(rows)
     found = {row: Steps(**x) for row, config in configs.items() if (x := kept.get(to_plain(config), measure.steps))}
     left_out = {row: "not measured yet" if row in configs else "does not apply" for row in asked if row not in found}

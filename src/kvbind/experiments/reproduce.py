@@ -17,7 +17,7 @@ from kvbind.experiments.subjects import ALL, SUBJECTS, Subject, named_subject
 from kvbind.experiments.table_report import write_overview, write_report
 from kvbind.experiments.table_text import describe, terminal_tables
 from kvbind.experiments.table_verdicts import judge
-from kvbind.experiments.tables import Outcome, Row, Table, as_data, row_labels
+from kvbind.experiments.tables import BASELINES, NO_FAST_WEIGHTS, Outcome, Row, Table, as_data, row_labels
 from kvbind.experiments.workers import Job
 from kvbind.train.config import to_plain, to_yaml
 
@@ -86,13 +86,14 @@ def gather_rows(
     runs = {name: [done[name, seed] for seed in seeds[name]] for name in configs if seeds[name]}
     speeds: Speeds = {}
     if table.speed:
-        speeds = subject.speed.measure(configs, runs, plan.device, plan.out / "throughput.json", fresh)
+        timed = {name: x for name, x in configs.items() if not (subject.speed.measured_now and name in BASELINES)}
+        speeds = subject.speed.measure(timed, runs, plan.device, plan.out / "throughput.json", fresh)
     return tuple(
         Row(
             name,
             label,
             subject.paper.get(name),
-            configs[name].model.inner if name in configs else None,
+            None if name not in configs else NO_FAST_WEIGHTS if name in BASELINES else configs[name].model.inner,
             tuple(runs.get(name, ())),
             speeds.get(name, {}),
             subject.speed.published(name) if table.speed else {},

@@ -6,13 +6,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvbind.experiments.provenance import machine, versions
-from kvbind.files import read_tensors
+from kvbind.files import read_tensors, shortened
 from kvbind.models import saving
 from kvbind.models.saving import without_bars
 from kvbind.tasks import open_task_module
@@ -152,14 +152,24 @@ def train_run(
     check_folder(task, folder)
     longer = False
     if not fresh:
-        longer = check_same_config(config, folder)
-        if (folder / RESULT).is_file() and not longer:
+        try:
+            check_same_config(config, folder)
+        except ValueError:
+            saved = checkpoints(folder)
+            # how many steps epochs are follows from the data: where these have changed, that is what to say
+            if saved and not accept_changed_data and differences(config, folder).keys() <= {STEPS, "train.warmup"}:
+                check_unchanged(folder, open_task_module(task).Task(config).contents(), saved)
+            raise
+        result = result_of(folder)
+        # of a run that was made longer, there is the shorter one's result until it has its own
+        longer = result is not None and result["steps"] < config.train.steps
+        if result is not None and not longer:
             if deadline is None and not exported(folder) and checkpoints(folder):
                 export_again(task, config, folder)
-            return Run(folder, read_json(folder / RESULT), reused=True)
+            return Run(folder, result, reused=True)
     if deadline is not None and time.monotonic() >= deadline:
         raise OutOfTimeError(f"{folder} was not finished in time; the same command goes on with it")
-    if longer and (folder / RESULT).is_file() and not checkpoints(folder):
+    if longer and not checkpoints(folder):
         raise ValueError(
             f"{folder} holds a finished run without a checkpoint to go on from; name another folder, or --fresh"
         )
@@ -172,8 +182,6 @@ def train_run(
         if fresh:
             put_aside(folder, (RESULT, WEIGHTS), (FILE, "tensorboard", RECORD, CONFIG))
         check_unchanged(folder, opened.contents(), checkpoints(folder), accept_changed_data)
-        if longer:  # of what is no longer finished; the model stays until there is a newer one
-            (folder / RESULT).unlink(missing_ok=True)
         write_text(folder / CONFIG, f"# kvbind train {task}\n{to_yaml(config)}")
         if begun is not None:
             begun(parameters)
@@ -214,6 +222,21 @@ def train_run(
     if first:
         write_text(folder / RESULT, to_json(result, indent=2) + "\n")
     return Run(folder, result, reused=False)
+
+
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """What the run in a folder came to when it was last finished; None where it never was.
+
+    Raises:
+        ValueError: a file that is no run's result.
+    """
+    path = folder / RESULT
+    if not path.is_file():
+        return None
+    result = read_json(path)
+    if not isinstance(result, dict) or not isinstance(result.get("steps"), int):
+        raise ValueError(f"{path} must be a run's result, with its steps; it holds {shortened(result)}")
+    return result
 
 
 def exported(folder: Path) -> bool:
@@ -283,24 +306,50 @@ def check_folder(task: str, folder: Path) -> None:
         raise ValueError(f"{folder} holds a run of task {held!r}; name another folder")
 
 
-def check_same_config(config: Any, folder: Path) -> bool:
-    """Whether `folder` holds a run that is the same but for its length, which is raised.
-
-    Raises:
-        ValueError: it holds a run of a configuration that differs in what else matters, or a longer one.
-    """
-    path = folder / CONFIG
-    if not path.is_file():
-        return False
-    old, new = (flatten(what_matters(x)) for x in (load_config(type(config), path), config))
-    changed = {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
-    if changed.keys() == {STEPS} and old[STEPS] < new[STEPS]:
-        return True
-    if changed:
+def check_same_config(config: Any, folder: Path) -> None:
+    """Raise `ValueError` where `folder` holds a run that differs in what matters; but `train.steps` may be raised."""
+    if not (folder / CONFIG).is_file():
+        return
+    changed = differences(config, folder)
+    if changed and not raised(changed):
         told = "; ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())
         hint = f" ({STEPS} may be raised, not lowered)" if changed.keys() == {STEPS} else ""
         raise ValueError(f"{folder} holds a run of another configuration ({told}); name another folder{hint}")
-    return False
+
+
+def differences(config: Any, folder: Path) -> dict[str, tuple[Any, Any]]:
+    """Where a run's configuration differs from `config` in what matters: by dotted key its value, and that of `config`."""
+    old, new = (flatten(what_matters(x)) for x in (load_config(type(config), folder / CONFIG), config))
+    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def raised(changed: dict[str, tuple[Any, Any]]) -> bool:
+    """Whether what differs is the length alone, and that is more than it was."""
+    return changed.keys() == {STEPS} and changed[STEPS][0] < changed[STEPS][1]
+
+
+def begun_before(task: str, config: Any, folder: Path) -> tuple[Path, int] | None:
+    """A run beside a folder that has none yet, which is the same but shorter, or on the same source before its data changed.
+
+    Args:
+        task: its name.
+        config: of the run that is to begin.
+        folder: where it would.
+
+    Returns:
+        That run's folder and its steps: the longest, and of several the newest; None where there is none.
+    """
+    found = []
+    for path in () if (folder / CONFIG).is_file() else folder.parent.glob(f"{task}-*/{CONFIG}"):
+        with suppress(ValueError, TypeError, OSError):  # what is none, or an earlier version's
+            changed = differences(config, path.parent)
+            if not changed or raised(changed):
+                steps = changed[STEPS][0] if changed else config.train.steps
+                found.append((steps, path.stat().st_mtime_ns, path.parent))
+    if not found:
+        return None
+    steps, _, home = max(found)
+    return home, steps
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

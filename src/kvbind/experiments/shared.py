@@ -49,10 +49,10 @@ class Trained:
         """Where the runs are, by row."""
         return {name: [run.folder.as_posix() for run in runs.values()] for name, runs in self.runs.items()}
 
-    def open(self, row: str, seed: int) -> tuple[Any, Any, Job]:
-        """A trained model on the device, its task without training data, and its job."""
+    def open(self, row: str, seed: int, config: Any = None) -> tuple[Any, Any, Job]:
+        """A trained model on the device, its task without training data, and its job; `config` takes other held-out data."""
         job = self.jobs[row][seed]
-        task = open_task_module(job.task).Task(job.config, training=False)
+        task = open_task_module(job.task).Task(config or job.config, training=False)
         return load_model(job.folder, task).to(self.device), task, job
 
 

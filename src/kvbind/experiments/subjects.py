@@ -10,6 +10,7 @@ from kvbind.bench.operands import Size
 from kvbind.experiments import paper
 from kvbind.experiments.speed import InnerLoopSpeed, Speed, TrainingSpeed
 from kvbind.inner.value import nearest
+from kvbind.tasks.linux import LINUX, OTHERS_NAME
 
 NONE = "\N{EN DASH}"
 """In a cell without a number."""
@@ -80,11 +81,13 @@ class Scale:
         preset: of the task.
         overrides: edits of it.
         about: for people.
+        long: tokens of the sequences on which figure 3 asks what becomes of losses beyond the length of training; 0 for not.
     """
 
     preset: str
     overrides: tuple[str, ...]
     about: str
+    long: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Subject:
         series: metrics that are drawn.
         baseline: a held-out metric that depends on no model, in the metric's unit, and whose it is; or None.
         labels: of rows that this task words differently.
+        held_out_of: by a source of data, the one to evaluate on with it.
     """
 
     metric: Metric
@@ -116,6 +120,13 @@ class Subject:
     series: tuple[Series, ...] = ()
     baseline: tuple[str, str] | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    held_out_of: Mapping[str, str] = field(default_factory=dict)
+
+
+FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+"""Of a run's training, at which models are evaluated on the way."""
+
+ON_THE_WAY = f"train.evaluate_at=[{','.join(map(str, FRACTIONS))}]"
 
 
 def _language_size(config: Any) -> Size:
@@ -131,8 +142,9 @@ SUBJECTS: dict[str, Subject] = {
         paper=paper.LANGUAGE,
         paper_model="760M",
         scales={
-            "smoke": Scale("tiny", ("train.steps=180", "train.warmup=18"), "minutes on two CPU cores"),
-            "small": Scale("small", (), "minutes per row on one GPU"),
+            "smoke": Scale("tiny", ("train.steps=180", "train.warmup=18", ON_THE_WAY), "minutes on two CPU cores"),
+            "small": Scale("small", (ON_THE_WAY,), "minutes per row on one GPU"),
+            "large": Scale("large", (ON_THE_WAY,), "61 million bytes per row, minutes each on one H200", long=32768),
             "paper": Scale("760m", (), "the paper's own size: 760M parameters, 21 billion tokens per row"),
         },
         speed=InnerLoopSpeed(_language_size, paper.INNER_LOOP_SPEED),
@@ -144,6 +156,7 @@ SUBJECTS: dict[str, Subject] = {
                 y="nats per token", file="positions.png",
             ),
         ),
+        held_out_of={LINUX: OTHERS_NAME},
     ),
     "images": Subject(
         metric=Metric("top1", "top-1", "top-1 accuracy (%)", "higher"),
@@ -151,13 +164,14 @@ SUBJECTS: dict[str, Subject] = {
         paper=paper.IMAGES,
         paper_model="ViTTT-B",
         scales={
-            "smoke": Scale("digits", (), "minutes on two CPU cores"),
-            "small": Scale("fashion", (), "minutes per row on one GPU"),
+            "smoke": Scale("digits", (ON_THE_WAY,), "minutes on two CPU cores"),
+            "small": Scale("fashion", (ON_THE_WAY,), "minutes per row on one GPU"),
+            "large": Scale("fashion", ("epochs=100", "warmup_epochs=2", ON_THE_WAY), "6 million images per row"),
             "paper": Scale("imagenet", (), "the paper's own size: ViTTT-B, 60 epochs of ImageNet-1K per row"),
         },
         speed=TrainingSpeed("images"),
         loss="cross-entropy, nats",
-        labels={"rung6": "no gradient clipping"},
+        labels={"rung6": "no gradient clipping", "softmax": "plain vision transformer"},
     ),
     "views": Subject(
         metric=Metric("psnr", "PSNR", "PSNR (dB)", "higher"),
@@ -165,15 +179,16 @@ SUBJECTS: dict[str, Subject] = {
         paper=paper.VIEWS,
         paper_model="114M",
         scales={
-            "smoke": Scale("tiny", (), "minutes on two CPU cores"),
-            "small": Scale("small", (), "minutes per row on one GPU"),
+            "smoke": Scale("tiny", (ON_THE_WAY,), "minutes on two CPU cores"),
+            "small": Scale("small", (ON_THE_WAY,), "minutes per row on one GPU"),
+            "large": Scale("large", (ON_THE_WAY,), "3.8 million views per row"),
             "paper": Scale("114m", (), "the paper's own size: 12 layers of width 768, 20,000 steps per row"),
         },
         speed=TrainingSpeed("views"),
         loss="mean squared error",
         others=(Metric("ssim", "SSIM", "SSIM", "higher", digits=3),),
         baseline=("nearest_view_psnr", "the nearest input view, taken as it is,"),
-        labels={"rung6": "no rates or Newton-Schulz"},
+        labels={"rung6": "no rates or Newton-Schulz", "softmax": "full attention across views"},
     ),
 }  # fmt: skip
 """By the tasks' names."""

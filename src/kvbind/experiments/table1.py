@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from kvbind.experiments import plan
 from kvbind.experiments.reproduce import reproduce_table
 from kvbind.experiments.tables import Table
 
@@ -22,3 +23,4 @@ TABLE = Table(
 )
 
 reproduce = partial(reproduce_table, TABLE)
+planned_jobs = partial(plan.planned_jobs, TABLE.name, TABLE.rows)

@@ -26,7 +26,7 @@ LADDER_SPEEDUP = 4.0
 
 
 def judge(table: Table, subject: Subject, rows: Sequence[Row]) -> list[Verdict]:
-    """A verdict for every row that changes something, on the best rung, and on forms where both were timed.
+    """A verdict for every row of the paper's that changes something, on the best rung, and on forms where both were timed.
 
     Args:
         table: which.
@@ -34,7 +34,7 @@ def judge(table: Table, subject: Subject, rows: Sequence[Row]) -> list[Verdict]:
         rows: of the table, the full system first.
     """
     full, metric = rows[0], subject.metric
-    verdicts = [costs_little(row, full, metric) for row in rows[1:] if row.applies]
+    verdicts = [costs_little(row, full, metric) for row in rows[1:] if row.applies and not row.baseline]
     if table.rungs:
         verdicts.append(last_layer_is_best([row for row in rows[: table.rungs] if row.applies], metric))
     if table.speed and "parallel" in subject.speed.columns:

@@ -12,6 +12,7 @@ from kvbind.experiments import figures
 from kvbind.experiments.paper import Published
 from kvbind.experiments.runs import Run
 from kvbind.experiments.subjects import Subject
+from kvbind.tasks.inner_loops import SOFTMAX, WINDOW
 
 LABELS = {
     "rung0": "the full system",
@@ -23,8 +24,17 @@ LABELS = {
     "rung6": "no orthogonalization",
     "ascent": "gradient ascent",
     "key_for_query": "key for query",
+    WINDOW: "window attention alone",
+    SOFTMAX: "full softmax attention",
 }
-"""What each row changes: each rung keeps the changes above it, and the last two change the full system."""
+"""What each row changes: each rung keeps the changes above it, the next two change the full system, and the last two are
+`BASELINES`."""
+
+BASELINES = (WINDOW, SOFTMAX)
+"""Rows that the paper does not have: models of the same size without fast weights."""
+
+NO_FAST_WEIGHTS = {"fast_weights": False}
+"""In the place of a baseline's inner loop."""
 
 SMOOTHING, CURVE = 0.95, 100
 """How training losses are shown: the weight of what came before, and the number of points."""
@@ -59,7 +69,7 @@ class Row:
         name: among `LABELS`.
         label: what it changes.
         paper: what the paper has for it, or None.
-        inner: its inner loop, as the task's configuration holds it.
+        inner: its inner loop, as the task's configuration holds it; of a baseline `NO_FAST_WEIGHTS`.
         runs: finished training runs, one per seed; none where the row does not apply to the task.
         speeds: units per second, by column.
         paper_speeds: what the paper has for those.
@@ -81,6 +91,11 @@ class Row:
     def published(self) -> float | None:
         """The paper's figure, in brackets or not."""
         return None if self.paper is None else self.paper.value
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it is none of the paper's."""
+        return self.name in BASELINES
 
     @property
     def applies(self) -> bool:

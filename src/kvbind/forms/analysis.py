@@ -405,16 +405,13 @@ class Explanation:
         if self.kernels:
             lines.append(f"on GPUs: {self.kernels}")
         s, c = self.shapes, self.cost
+        among = c.orthogonalize_flops_per_token
+        orthogonalization = f", of which orthogonalization {among / 1e6:.3f}" if among else ""
         lines += [
             "",
             f"cost of a forward pass ({s.heads} heads, Dk = {s.key_width}, Dv = {s.value_width}, "
             f"Dh = {s.hidden}, T = {s.tokens}, {str(s.dtype).removeprefix('torch.')}):",
-            f"  {c.flops_per_token / 1e6:.3f} MFLOP per token"
-            + (
-                f", of which orthogonalization {c.orthogonalize_flops_per_token / 1e6:.3f}"
-                if self.spec.orthogonalize
-                else ""
-            ),
+            f"  {c.flops_per_token / 1e6:.3f} MFLOP per token{orthogonalization}",
             f"  {c.read / 1e3:.1f} kFLOP of a token's read and {c.write / 1e3:.1f} of its writes, per head",
         ]
         if c.blocks is not None:

@@ -74,8 +74,8 @@ def block_work(spec: InnerLoop, theta: int, features: int, values: int) -> Block
     tokens = part.count * part.chunk // rule.writes
     buffers = max(rule.lags, int(spec.momentum))
     matrix = 2 * features * values
-    # scores that differ from channel to channel are made half by half, nothing above the diagonal, on keys that momentum makes
-    # twice as wide, and a read of a token for each of its writes
+    # scores that differ from channel to channel are made half by half, nothing above the diagonal; momentum makes their keys
+    # twice as wide, and a token is read as often as it writes
     halves = by_channel and not part.by_channel
     pairs = 0.5 * (1 + spec.momentum) if halves else float(not by_channel)
     rows = tokens * (rule.writes if halves else 1) * (2 if rule.sees == "token" and rule.chunk > 1 else 1)

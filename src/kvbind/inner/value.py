@@ -114,13 +114,16 @@ class Value:
                 found[name] = mine, theirs
         return found
 
-    def __repr__(self) -> str:
-        changed = (
-            f"{field.name}={getattr(self, field.name)!r}"
+    def said(self) -> dict[str, Any]:
+        """The fields that must be given to make this value: those without a default, and those that differ from theirs."""
+        return {
+            field.name: getattr(self, field.name)
             for field in dataclasses.fields(cast(Any, self))
             if field.default is dataclasses.MISSING or getattr(self, field.name) != field.default
-        )
-        return f"{type(self).__name__}({', '.join(changed)})"
+        }
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.said().items())})"
 
     def to_dict(self) -> dict[str, Any]:
         """This value as plain data (dicts, lists, strings, numbers), as YAML and JSON hold it.

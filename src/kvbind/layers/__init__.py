@@ -1,8 +1,9 @@
 """Layers: `nn.Module`s that hold parameters and projections around one call of `kvbind.ttt`.
 
 `LactLayer` mixes text causally, beside attention, `FastWeightLayer` by fast weights alone, `VitttLayer` the patches of an
-image, `LactNvsLayer` the views of a scene; each takes the place of attention in a model of your own (docs/layers.md). Each
-keeps its inner loop as its attribute `inner`, which can be assigned; its parameters stay.
+image, `LactNvsLayer` the views of a scene; each takes the place of attention in a model of your own (docs/layers.md).
+`InPlaceMLP` takes that of a gated MLP. Each keeps its inner loop as its attribute `inner`, which can be assigned; its
+parameters stay.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvbind.layers.fast_weights import FastWeightLayer, FastWeightState
     from kvbind.layers.full import InnerCall
+    from kvbind.layers.in_place import InPlaceMLP
     from kvbind.layers.lact import LactLayer, LactState
     from kvbind.layers.lact_nvs import LactNvsLayer
     from kvbind.layers.layout import Layout
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FastWeightLayer",
     "FastWeightState",
+    "InPlaceMLP",
     "InnerCall",
     "LactLayer",
     "LactNvsLayer",
@@ -34,6 +37,7 @@ __all__ = [
 _HOMES = {
     "FastWeightLayer": "fast_weights",
     "FastWeightState": "fast_weights",
+    "InPlaceMLP": "in_place",
     "InnerCall": "full",
     "LactLayer": "lact",
     "LactNvsLayer": "lact_nvs",

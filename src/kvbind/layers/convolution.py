@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -85,3 +88,42 @@ def last_of(seen: Tensor, count: int, lengths: tuple[int, ...] | None) -> Tensor
     starts = torch.tensor(lengths, device=seen.device)[:, None]
     where = starts + torch.arange(count, device=seen.device)
     return seen.take_along_dim(where[..., None], dim=1)
+
+
+class Behind(Protocol):
+    """What a layer reads of the tokens before those of a call."""
+
+    def behind(self, name: str, x: Tensor, count: int) -> Tensor:
+        """A call's tokens `[B, T, C]`, each sequence's behind the `count` tokens before it, of which the last are kept."""
+        ...
+
+    def own(self, y: Tensor, count: int) -> Tensor:
+        """Of what was computed at each token of `behind` but the first `count`, that of the call's own: `[B, T, C]`."""
+        ...
+
+
+@dataclass
+class Tails:
+    """The same of calls on rows.
+
+    Attributes:
+        before: of earlier calls `[B, count, C]`; None at the start of sequences, where it counts as 0.
+        lengths: as `last_of` takes them.
+        kept: filled with the same for the next call; None where there is none.
+    """
+
+    before: Mapping[str, Tensor] | None = None
+    lengths: tuple[int, ...] | None = None
+    kept: dict[str, Tensor] | None = None
+
+    def behind(self, name: str, x: Tensor, count: int) -> Tensor:
+        """`x` `[B, T, C]` behind the `count` tokens before it: `[B, count + T, C]`."""
+        ahead = x.new_zeros(x.shape[0], count, x.shape[2]) if self.before is None else self.before[name].to(x.dtype)
+        seen = torch.cat((ahead, x), dim=1)
+        if self.kept is not None:
+            self.kept[name] = last_of(seen, count, self.lengths)
+        return seen
+
+    def own(self, y: Tensor, count: int) -> Tensor:
+        """Of what was computed at each token of `behind` but the first `count`, that of the call's own: `[B, T, C]`."""
+        return y

@@ -19,7 +19,7 @@ from kvbind.inner.gates import GATES, Gate, decays
 from kvbind.inner.projections import DEFAULTS, Constant, Making, Place, Projections, Sigmoid, Softplus, Step
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
-from kvbind.layers.convolution import ShortConvolution, last_of, shifted
+from kvbind.layers.convolution import Behind, ShortConvolution, Tails
 from kvbind.layers.full import InnerCall, check_built
 from kvbind.layers.lact import check_fits_causal_layer
 from kvbind.layers.layout import Layout
@@ -29,6 +29,7 @@ from kvbind.layers.operands import split_heads, wide
 from kvbind.layers.rotary import Tables, rotary_tables, rotate
 from kvbind.sequence.boundaries import Boundaries
 from kvbind.sequence.exchanges import Exchanges
+from kvbind.sequence.shard import SequenceShard
 
 UNIT_EPS = 1e-6
 """Added to the squared L2 norm of queries and keys."""
@@ -103,7 +104,6 @@ class Made:
         gates: arguments of `ttt` by name.
         beside: what passes the fast weights by, before the output's norm ("value") or behind it ("bonus"), `[B, T, H, Dv]`.
         gate: what multiplies the output, `[B, T, H, Dv]`, or None.
-        tails: for the next call.
     """
 
     q: Tensor
@@ -113,7 +113,34 @@ class Made:
     gates: dict[str, Tensor]
     beside: dict[str, Tensor]
     gate: Tensor | None
-    tails: dict[str, Tensor]
+
+
+class OnRanks:
+    """What stands before a slice of a row that is cut over ranks: tokens that earlier ranks have, as `Behind` gives them.
+
+    Args:
+        shard: how the row is cut.
+
+    Attributes:
+        exchanges: those that were made; None before the first.
+    """
+
+    def __init__(self, shard: SequenceShard) -> None:
+        self.shard = shard
+        self.exchanges: Exchanges | None = None
+
+    def behind(self, name: str, x: Tensor, count: int) -> Tensor:
+        """`x` `[B, T, C]` behind the `count` tokens before it, or zeros: `[B, count + T, C]`."""
+        if not count:
+            return x
+        if self.exchanges is None:
+            self.exchanges = Exchanges(self.shard, (x,))
+        (seen,) = self.exchanges.extended((x,), self.shard.reaching(count), axis=1)
+        return F.pad(seen, (0, 0, count + x.shape[1] - seen.shape[1], 0))
+
+    def own(self, y: Tensor, count: int) -> Tensor:
+        """What was computed at each token of `behind` but the first `count`."""
+        return y
 
 
 class FastWeightLayer(nn.Module):
@@ -334,7 +361,7 @@ class FastWeightLayer(nn.Module):
         layout = Layout.rows(x.shape[1], x.device) if layout is None else layout
         if layout.sequence is not None:
             raise ValueError("layout must be of whole rows; got one that is cut over ranks")
-        made = self._make(x, layout, None, False)
+        made = self._make(x, layout, layout.places((), x.shape[1]), Tails())
         return InnerCall(
             self._inner, self.start_weights(), made.q, made.k, made.v, made.lr, made.gates, layout.known_bounds
         )  # fmt: skip
@@ -375,12 +402,13 @@ class FastWeightLayer(nn.Module):
             raise ValueError("cu_seqlens must be None where a state is given or wanted: a packed row has no one state")
         if layout.sequence is not None and (state is not None or return_state):
             raise ValueError("a row that is cut over ranks has no state to go on from or to return")
-        made = self._make(x, layout, state, return_state)
+        tails = Tails(None if state is None else state.tails, layout.lengths, {} if return_state else None)
+        made = self._make(x, layout, layout.places(seen, length), tails)
         fast, after = self._run(made, layout, None if state is None else state.fast, return_state)
         output: Tensor = self.o_proj(self._join(fast, made))
         if after is None:
             return output, None
-        return output, FastWeightState(after, made.tails, layout.after(seen or (0,) * batch, length))
+        return output, FastWeightState(after, tails.kept or {}, layout.after(seen or (0,) * batch, length))
 
     def _run(self, made: Made, layout: Layout, before: State | None, return_state: bool) -> tuple[Tensor, State | None]:
         """Run the inner loop: outputs `[B, T, H, Dv]`, and its state where that is wanted."""
@@ -419,22 +447,26 @@ class FastWeightLayer(nn.Module):
         output[real] = joined[0]
         return output, after
 
-    def _make(self, x: Tensor, layout: Layout, state: FastWeightState | None, keep: bool) -> Made:
-        """Everything that is made of the input, with the last tokens' tails where `keep` says so."""
+    def _make(self, x: Tensor, layout: Layout, places: Tensor, tails: Behind) -> Made:
+        """Everything that is made of the input.
+
+        Args:
+            x: normalized input `[B, T, d]`.
+            layout: where its tokens sit.
+            places: how many tokens of its sequence come before each, int64 `[B, T]` or `[1, T]`.
+            tails: what stands before them, which is brought forward.
+        """
         p, length = self.projections, x.shape[1]
-        places = layout.places(() if state is None else state.seen, length)
-        tails: dict[str, Tensor] = {}
         streams: dict[str, Tensor] = {}
         # what looks back must not look over the start of a document, nor of a row that is cut over ranks
         shard = layout.sequence if layout.sequence is not None and layout.sequence.connected else None
         masks = places if layout.cu_seqlens is not None or shard is not None else None
-        exchanges = None
+        ranks = None if shard is None else OnRanks(shard)
+        tails = tails if ranks is None else ranks
         if self.shift is not None:
-            exchanges = None if shard is None else Exchanges(shard, (x,))
-            seen = self._behind("shift", x, 1, state, exchanges)
-            if keep:
-                tails["shift"] = last_of(seen, 1, layout.lengths)
-            before = shifted(seen, 1, 1, length, masks)
+            before = tails.own(tails.behind("shift", x, 1)[:, :-1], 1)
+            if masks is not None:
+                before = before.masked_fill((masks < 1)[..., None], 0)
             streams = {name: x + (before - x) * share.to(x.dtype) for name, share in self.shift.items()}
 
         def of(name: str) -> Tensor:
@@ -445,25 +477,18 @@ class FastWeightLayer(nn.Module):
         if self.conv is not None:
             joined = torch.cat([parts[name] for name in p.conv_on], dim=-1)
             ahead = self.conv.width - 1
-            if exchanges is None and shard is not None and ahead:
-                exchanges = Exchanges(shard, (joined,))
-            seen = self._behind("conv", joined, ahead, state, exchanges)
-            if keep:
-                tails["conv"] = last_of(seen, ahead, layout.lengths)
-            convolved = self.conv(seen, masks)
+            convolved = tails.own(self.conv(tails.behind("conv", joined, ahead), masks), ahead)
             parts |= dict(zip(p.conv_on, convolved.split([self.widths[name] for name in p.conv_on], dim=-1), strict=True))
         if p.activation == "silu":
             parts = {name: F.silu(y) for name, y in parts.items()}
         q, k = (self._heads(parts[name], self.key_width, 1 if p.shared_keys else self.heads) for name in ("q", "k"))
         v = self._heads(parts["v"], self.value_width, self.heads)
-        if exchanges is not None:
+        if ranks is not None and ranks.exchanges is not None:
             # backward, what the fast weights exchange comes first on every rank
-            k = exchanges.tie(k)
-        return self._operands(q, k, v, of, layout, places, tails)
+            k = ranks.exchanges.tie(k)
+        return self._operands(q, k, v, of, layout, places)
 
-    def _operands(
-        self, q: Tensor, k: Tensor, v: Tensor, of: Any, layout: Layout, places: Tensor, tails: dict[str, Tensor]
-    ) -> Made:
+    def _operands(self, q: Tensor, k: Tensor, v: Tensor, of: Any, layout: Layout, places: Tensor) -> Made:
         """From heads to what `ttt` takes; `of` gives the input of each maker."""
         p, inner, dtype = self.projections, self._inner, v.dtype
         made: dict[str, Tensor] = {}
@@ -514,22 +539,12 @@ class FastWeightLayer(nn.Module):
             if "erase" in gates:
                 gates["erase"] = gates["erase"].expand(-1, -1, self.heads, -1)
         gate = None if self.output_gate is None else split_heads(self.output_gate(of("output_gate")), self.heads)
-        return Made(q.to(dtype), k.to(dtype), v, lr, gates, beside, gate, tails)
+        return Made(q.to(dtype), k.to(dtype), v, lr, gates, beside, gate)
 
     def _maker_at(self, name: str) -> Maker:
         maker = self.makers[name]
         assert isinstance(maker, Maker)
         return maker
-
-    def _behind(
-        self, name: str, x: Tensor, count: int, state: FastWeightState | None, exchanges: Exchanges | None
-    ) -> Tensor:
-        """`x` `[B, T, C]` behind what earlier calls kept of the tokens before it, or earlier ranks have, or zeros."""
-        if exchanges is not None and count:
-            (seen,) = exchanges.extended((x,), exchanges.shard.reaching(count), axis=1)
-            return F.pad(seen, (0, 0, count + x.shape[1] - seen.shape[1], 0))
-        before = x.new_zeros(x.shape[0], count, x.shape[2]) if state is None else state.tails[name].to(x.dtype)
-        return torch.cat((before, x), dim=1)
 
     def _heads(self, x: Tensor, width: int, heads: int) -> Tensor:
         """`[B, T, n heads width]` to `[B, T n, heads, width]`."""

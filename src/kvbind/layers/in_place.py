@@ -25,7 +25,7 @@ from kvbind.inner.networks import Linear
 from kvbind.inner.systems import in_place_ttt
 from kvbind.inner.value import check_choice, check_positive, check_positive_int
 from kvbind.layers.full import InnerCall
-from kvbind.layers.pending import Pending, Plan
+from kvbind.layers.pending import Pending, Plan, plan_of
 from kvbind.layers.plain import input_dtype, is_a_product
 
 PROJECTION_STD = 0.02
@@ -244,6 +244,25 @@ class InPlaceMLP(nn.Module):
         values = self._values_of_rows(source, x.shape[1] // (self.inner.chunk or 1))
         return InnerCall(self.inner, self.start_weights(), x[:, :, None], x[:, :, None], values[:, :, None], self.lr)
 
+    def from_start(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+        """The output `[B, T, d]` for sequences from their first token on, without padding: the layer in a model of your own.
+
+        Args:
+            x: the MLP's input `[B, T, d]`, of the parameters' dtype.
+            source: what values are made of, `[B, T, d]`; by default `x`.
+
+        Raises:
+            ValueError: tensors of other shapes.
+        """
+        width = self.down_proj.out_features
+        if x.ndim != 3 or x.shape[-1] != width:
+            raise ValueError(f"x must be [B, T, {width}]; got {list(x.shape)}")
+        if source is not None and source.shape != x.shape:
+            raise ValueError(f"source must have the shape of x, {list(x.shape)}; got {list(source.shape)}")
+        self.call = Call(plan_of((x.shape[0], x.shape[1]), self.inner.chunk or 1), source)
+        output: Tensor = self(x)
+        return output
+
     def forward(self, x: Tensor) -> Tensor:
         """The MLP's output with what earlier chunks wrote, `[B, T, d]` to `[B, T, d]`.
 
@@ -254,7 +273,7 @@ class InPlaceMLP(nn.Module):
         if call is None:
             raise RuntimeError(
                 f"the fast weights of layer {self.layer} are told whose tokens they get by InPlaceForCausalLM alone: call "
-                "that, not the model inside it. Where it was called, the model inside does not hand keyword arguments on to "
+                "that, not the model inside it (in a model of your own: from_start). Where it was called, the model inside does not hand keyword arguments on to "
                 "its layers' self_attn, and cannot have fast weights"
             )
         features = self._features(x)

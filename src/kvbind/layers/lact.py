@@ -346,6 +346,11 @@ class LactLayer(nn.Module):
             layers["scale"] = self.ttt_scale_proj
         return dict(zip(layers, side_by_side(x, list(layers.values())), strict=True))
 
+    def rate_rows(self, matrix: str) -> range:
+        """The rows of `lr_proj` that make the rates of a fast matrix, one for each head."""
+        count = len(self.rate_names)
+        return range(self.rate_names.index(matrix), self.num_lact_heads * count, count)
+
     def learning_rates(self, x: Tensor) -> float | dict[str, Tensor]:
         """Rates per token, head and updated matrix, float32 `[B, T, H]`, or the constant 1 without `inner.token_lr`."""
         logits = self._logits(x)

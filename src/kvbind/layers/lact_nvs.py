@@ -127,6 +127,11 @@ class LactNvsLayer(nn.Module):
         """The fast weights that every scene starts from, `[heads, in, out]` by matrix name."""
         return {name: getattr(self, parameter_name(name)) for name in self._inner.network.matrices}
 
+    def rate_rows(self, matrix: str) -> range:
+        """The rows of `lr_fc` that make the rates of a fast matrix, one for each head."""
+        first = self.rate_names.index(matrix) * self.heads
+        return range(first, first + self.heads)
+
     def learning_rates(self, x: Tensor) -> float | dict[str, Tensor]:
         """Rates `[B, T, H]` by updated matrix, float32 or wider; or the constant 1 without `inner.token_lr`."""
         if not self._inner.token_lr or self.lr_fc is None:

@@ -40,6 +40,7 @@ class Sizes:
         channels: what it makes for each head: numbers per key or value channel, one for each write, or None for one alone.
         span: tokens in a span of the inner loop.
         base_lr: of the layer.
+        first: the first of the heads, where those before it are on other ranks.
     """
 
     inputs: int
@@ -48,6 +49,7 @@ class Sizes:
     channels: int | None
     span: int
     base_lr: float
+    first: int = 0
 
     @property
     def outputs(self) -> int:
@@ -222,7 +224,7 @@ class PerHeadMaker(Maker):
 
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
         heads = torch.arange(self.sizes.heads, device=x.device, dtype=wide(x.new_empty(0)).dtype)
-        gates = (-torch.exp2(-self.making.first - heads)).log1p()
+        gates = (-torch.exp2(-self.making.first - self.sizes.first - heads)).log1p()
         if self.sizes.channels is not None:
             gates = gates[:, None].expand(-1, self.sizes.channels)
         return gates.expand(*x.shape[:2], *gates.shape)

@@ -232,9 +232,10 @@ def family_of(weights: Weights, source: Path) -> Family:
     for family in FAMILIES:
         if family.owns(weights):
             return family
+    hint = " (kvbind in-place turns it into a model of this library)" if any(".mlp.ttt_" in name for name in weights) else ""
     raise ValueError(
         f"source must be a checkpoint of one of: {', '.join(family.title for family in FAMILIES)}; {source} holds none of "
-        f"their parameters, but {', '.join(list(weights)[:3]) or 'nothing'}"
+        f"their parameters, but {', '.join(list(weights)[:3]) or 'nothing'}{hint}"
     )
 
 

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from kvbind.forms.analysis import Shapes, training_flops
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_positive_int
 from kvbind.layers.convolution import ShortConvolution
+from kvbind.models.in_place.config import InPlaceConfig
 from kvbind.models.lact.config import LactConfig
 from kvbind.models.lact_nvs.config import LactNvsConfig
 from kvbind.models.vittt.config import VitttConfig
@@ -54,8 +56,8 @@ def lact_flops(config: LactConfig, length: int) -> Parts:
         length: tokens in the sequence, which is one document.
 
     Returns:
-        Model FLOPs of the whole sequence under "projections", "mlp", "attention" (without attention "convolutions"), "fast
-        weights" and "vocabulary".
+        Model FLOPs of the whole sequence under "projections", "mlp", "attention", "fast weights" and "vocabulary"; of layers
+        without attention, or without fast weights, the others and "convolutions".
 
     Raises:
         TypeError, ValueError: `length` is no int of at least 1.
@@ -72,6 +74,10 @@ def lact_flops(config: LactConfig, length: int) -> Parts:
             "fast weights": training_flops(inner, Shapes(heads, width, value_width, hidden, length)),
         }
         return {name: config.num_hidden_layers * value for name, value in alone.items()} | {"vocabulary": vocabulary}
+    attention = TRAINED * 4 * d * window_pairs(length, config.window_size)
+    if not config.fast_weights:
+        alone = {"projections": TRAINED * 2 * d * 4 * d * length, "mlp": mlp, "attention": attention}
+        return {name: config.num_hidden_layers * value for name, value in alone.items()} | {"vocabulary": vocabulary}
     rates = sum(name in inner.network.matrices for name in inner.updated) * inner.token_lr
     made = sum(width if gate.per == "key" else 1 for gate in inner.gates.values())
     gates = heads * (rates + made + config.learnable_ttt_scale)
@@ -83,11 +89,53 @@ def lact_flops(config: LactConfig, length: int) -> Parts:
     per_layer = {
         "projections": TRAINED * 2 * d * (4 * d + gates) * length,
         "mlp": mlp,
-        "attention": TRAINED * 4 * d * window_pairs(length, config.window_size),
+        "attention": attention,
         "fast weights": fast,
     }
     parts = {name: config.num_hidden_layers * value for name, value in per_layer.items()}
     return {**parts, "vocabulary": vocabulary}
+
+
+def llama_flops(config: PretrainedConfig, length: int) -> Parts:
+    """Training on one sequence with a Llama, or a model like it, whose keys have as many heads as its queries.
+
+    Args:
+        config: of the model.
+        length: tokens in the sequence, which is one document.
+
+    Returns:
+        Model FLOPs of the whole sequence under "projections", "mlp", "attention" and "vocabulary".
+
+    Raises:
+        TypeError, ValueError: `length` is no int of at least 1.
+    """
+    check_positive_int("length", length)
+    d, layers = config.hidden_size, config.num_hidden_layers
+    return {
+        "projections": layers * TRAINED * 8 * d * d * length,
+        "mlp": layers * TRAINED * 6 * d * config.intermediate_size * length,
+        "attention": layers * TRAINED * 4 * d * window_pairs(length, length),
+        "vocabulary": TRAINED * 2 * d * config.vocab_size * length,
+    }
+
+
+def in_place_flops(config: InPlaceConfig, length: int) -> Parts:
+    """Training on one sequence with such a Llama whose chosen MLPs are fast weights.
+
+    Per token and fast MLP, what is written takes `2 d` times the MLP's width, and what makes its value `2 d` times the
+    convolution's width and, for the projection, `2 d^2`; all times 3. Features are those that the MLP has anyway.
+
+    Args:
+        config: of the model.
+        length: tokens in the sequence, which is one document.
+
+    Returns:
+        As `llama_flops`, and "fast weights".
+    """
+    inside = config.text_config
+    d = inside.hidden_size
+    written = inside.intermediate_size + config.conv_width + d * config.projection
+    return llama_flops(inside, length) | {"fast weights": len(config.fast_layers) * TRAINED * 2 * d * written * length}
 
 
 def _projected(config: LactConfig, kind: type[nn.Module]) -> int:
@@ -113,7 +161,8 @@ def lact_nvs_flops(config: LactNvsConfig, size: tuple[int, int], inputs: int, ta
         targets: views that are rendered.
 
     Returns:
-        Model FLOPs of the scene under "projections", "mlp", "attention", "fast weights" and "pixels".
+        Model FLOPs of the scene under "projections", "mlp", "attention", "fast weights" and "pixels". Baselines without
+        fast weights have the others.
 
     Raises:
         TypeError, ValueError: views that are no ints of at least 1, or a size that the patches do not tile.
@@ -126,14 +175,17 @@ def lact_nvs_flops(config: LactNvsConfig, size: tuple[int, int], inputs: int, ta
     per_image = size[0] // patch * (size[1] // patch)
     written, tokens = inputs * per_image, (inputs + targets) * per_image
     inner, heads, width = config.inner, d // config.fast_head_dim, config.fast_head_dim
-    rates = heads * len(inner.updated) * inner.token_lr
+    rates = heads * len(inner.updated) * inner.token_lr * config.fast_weights
     shapes = Shapes(heads, width, width, int(width * config.inter_multi), tokens)
+    # of a baseline, every token attends to those that are read
+    across = {"fast weights": training_flops(inner, shapes, written)} if config.fast_weights else {}
+    seen = per_image if config.fast_weights else per_image + written
     per_layer = {
         # of attention and of fast weights: q, k, v and the output each
         "projections": TRAINED * 2 * d * (8 * d + rates) * tokens,
         "mlp": TRAINED * 4 * d * int(d * config.mlp_ratio) * tokens,
-        "attention": TRAINED * 4 * d * per_image * tokens,
-        "fast weights": training_flops(inner, shapes, written),
+        "attention": TRAINED * 4 * d * seen * tokens,
+        **across,
     }
     parts = {name: config.layers * value for name, value in per_layer.items()}
     read, rendered = 2 * 12 * patch**2 * d * tokens, 2 * 3 * patch**2 * d * targets * per_image
@@ -180,6 +232,14 @@ def vittt_flops(config: VitttConfig, size: tuple[int, int]) -> Parts:
 def _vittt_blocks(config: VitttConfig, dim: int, depth: int, heads: int, grid: tuple[int, int]) -> Parts:
     """The blocks at one resolution; those of the hierarchical model have a convolution in the MLP."""
     tokens, width, hidden = grid[0] * grid[1], dim // heads, int(dim * config.mlp_ratio)
+
+    if not config.fast_weights:
+        plain = {
+            "projections": TRAINED * 2 * 4 * dim * dim * tokens,
+            "mlp": TRAINED * 4 * dim * hidden * tokens,
+            "attention": TRAINED * 4 * dim * tokens * tokens,
+        }
+        return {name: depth * value for name, value in plain.items()}
 
     def fast(inner: InnerLoop, of_heads: int) -> float:
         return training_flops(inner, Shapes(of_heads, width, width, width, tokens))

@@ -143,7 +143,9 @@ class Job:
     @property
     def blocks(self) -> BlockWork | None:
         """What the parallel form computes in blocks of tokens, where it does and is the form."""
-        return cost(self.config.inner, self.shapes).blocks if self.form == "parallel" else None
+        if self.form != "parallel" or not self.config.fast_weights:
+            return None
+        return cost(self.config.inner, self.shapes).blocks
 
     @property
     def computed_flops(self) -> float:
@@ -172,7 +174,7 @@ class Job:
 
     @property
     def scan_bytes(self) -> float:
-        """What one layer of each rank sends to all others of a sequence, forward: its writes, and how states pass through them."""
+        """What one layer of each rank sends to all others, forward: its writes, and how states pass through them."""
         inner, s = self.config.inner, self.shapes
         if self.blocks is None:
             # momentum travels before writes are orthogonalized, and what became of them after
@@ -322,11 +324,9 @@ def traffic(job: Job, mesh: Mesh) -> Traffic:
     others = (mesh.weights - 1) / mesh.weights
     states = halo = 0.0
     if mesh.sequence > 1:
-        if job.scans:
-            states = (mesh.sequence - 1.0) * job.scan_bytes
-        else:
-            # a whole state, with its pending tokens, from the rank before
-            states = float(cost(config.inner, job.shapes).state_bytes)
+        # all ranks' ends, or a whole state, with its pending tokens, from the rank before
+        one = float(cost(config.inner, job.shapes).state_bytes)
+        states = (mesh.sequence - 1.0) * job.scan_bytes if job.scans else one
         # sequences begin and end with whole chunks on every rank, so that no pending tokens travel
         halo = 2 * 2.0 * config.hidden_size * (config.reach - 1)
     times = config.num_hidden_layers * passes * (3 if job.recompute in REPEATED else 2)
@@ -400,7 +400,7 @@ def seconds(job: Job, mesh: Mesh, hardware: Accelerator, efficiency: float, expo
     everything, _ = job.parameters
     sequences = job.batch / mesh.data
     again = (4 if job.recompute in REPEATED else 3) / 3
-    total, fast = job.computed_flops, job.flops["fast weights"]
+    total, fast = job.computed_flops, job.flops.get("fast weights", 0.0)
     # where states are handed on, each rank waits for that of the one before it
     own = total / mesh.sequence if job.scans else (total - fast) / mesh.sequence + fast
     computed = sequences * own * again

@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
 from kvbind.serving.checks import state_layout
 from kvbind.serving.states import StateLayout
-from kvbind.serving.steps import Decoding, Plan, Preparation
+from kvbind.serving.steps import Decoding, Pieces, Plan, Preparation
 
 
 @dataclass
@@ -33,12 +33,14 @@ class FastWeightsMetadata:
         slots: each sequence's slot, int64 `[n]`.
         tokens: how many the step has, without padding.
         before: what comes before the step where that may be replayed.
+        pieces: where the step's pieces are, for layers that read the tokens before them.
     """
 
     work: Plan | Decoding
     slots: Tensor
     tokens: int
     before: Preparation | None
+    pieces: Pieces
 
 
 class FastWeightsBuilder(AttentionMetadataBuilder[FastWeightsMetadata]):
@@ -51,7 +53,9 @@ class FastWeightsBuilder(AttentionMetadataBuilder[FastWeightsMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.layout = layout_of(vllm_config)
-        self.slots, self.places = torch.zeros(2, vllm_config.scheduler_config.max_num_seqs, dtype=torch.int64, device=device)
+        most = vllm_config.scheduler_config.max_num_seqs
+        self.slots, self.places = torch.zeros(2, most, dtype=torch.int64, device=device)
+        self.rows = torch.arange(most + 1, device=device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -89,12 +93,14 @@ class FastWeightsBuilder(AttentionMetadataBuilder[FastWeightsMetadata]):
             self.slots[:count] = slots.masked_fill(common.seq_lens[:count] == 0, 0)
             self.places[:count] = (common.seq_lens[:count] - 1).clamp(min=0) % (self.layout.places or 1)
             slots, work = self.slots[:count], Decoding(self.slots[:count], self.places[:count])
+            pieces = Pieces(self.rows[: count + 1], self.rows[:count], None)
             if not capture:
                 real = [x for x, (a, b) in zip(seen, pairwise(bounds), strict=True) if b > a]
                 before = Preparation.of(self.layout, real, self.device)
         else:
             work, count = Plan.of(self.layout, bounds, seen, self.device), bounds[-1]
-        found = FastWeightsMetadata(work, slots, count, before)
+            pieces = Pieces.of(bounds, seen, self.device)
+        found = FastWeightsMetadata(work, slots, count, before, pieces)
         for name in self.layer_names:
             self.vllm_config.compilation_config.static_forward_context[name].offer(found, None)
         return found

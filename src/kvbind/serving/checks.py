@@ -7,8 +7,10 @@ from functools import cache
 
 import torch
 
+from kvbind.inner.projections import Projections
 from kvbind.inner.spec import InnerLoop
-from kvbind.layers.lact import LactLayer, check_fits_lact_layer
+from kvbind.layers.fast_weights import FastWeightLayer
+from kvbind.layers.lact import LactLayer
 from kvbind.models.lact.config import LactConfig
 from kvbind.serving.states import StateLayout
 
@@ -17,8 +19,8 @@ SERVED_FIELDS = frozenset(
         "attn_qk_norm", "base_lr", "bos_token_id", "eos_token_id", "fw_init_gain", "hidden_ratio", "hidden_size", "inner",
         "initializer_range", "inter_multi", "intermediate_size", "lact_chunk_size", "learnable_ttt_scale",
         "max_position_embeddings", "no_v_silu", "norm_eps", "num_attn_heads", "num_hidden_layers", "num_lact_heads",
-        "pad_token_id", "qkv_bias", "qkv_silu", "released_parameters", "rope_theta", "tie_word_embeddings", "ttt_form",
-        "ttt_loss_type", "ttt_nope", "ttt_prenorm", "use_cache", "use_momentum", "use_muon", "vocab_size",
+        "pad_token_id", "projections", "qkv_bias", "qkv_silu", "released_parameters", "rope_theta", "tie_word_embeddings",
+        "ttt_form", "ttt_loss_type", "ttt_nope", "ttt_prenorm", "use_cache", "use_momentum", "use_muon", "vocab_size",
         "w0_w2_low_rank", "window_size",
     }
 )  # fmt: skip
@@ -54,7 +56,6 @@ def check_servable(
                 f"{name} must be {parameter.default!r} in a model that vLLM serves, which has no such computation; got "
                 f"{getattr(config, name)!r}"
             )
-    check_fits_lact_layer(config.inner)
     for name, heads in (("num_attn_heads", config.num_attn_heads), ("num_lact_heads", config.num_lact_heads)):
         if heads % ranks:
             raise ValueError(f"tensor_parallel_size must divide {name} = {heads}; got {ranks}")
@@ -79,13 +80,23 @@ def state_layout(config: LactConfig, ranks: int = 1) -> StateLayout:
         ValueError: as `StateLayout.of`.
     """
     sizes = config.hidden_size, config.num_attn_heads, config.num_lact_heads
-    return _layout(*sizes, config.inner, config.inter_multi, ranks)
+    return _layout(*sizes, config.inner, config.projections, config.inter_multi, ranks)
 
 
 @cache
 def _layout(
-    hidden_size: int, num_attn_heads: int, num_lact_heads: int, inner: InnerLoop, multiplier: float, ranks: int
+    hidden_size: int,
+    num_attn_heads: int,
+    num_lact_heads: int,
+    inner: InnerLoop,
+    projections: Projections | None,
+    multiplier: float,
+    ranks: int,
 ) -> StateLayout:
+    layer: LactLayer | FastWeightLayer
     with torch.device("meta"):
-        layer = LactLayer(hidden_size, num_attn_heads, num_lact_heads, inner, 1, hidden_multiplier=multiplier)
+        if projections is None:
+            layer = LactLayer(hidden_size, num_attn_heads, num_lact_heads, inner, 1, hidden_multiplier=multiplier)
+        else:
+            layer = FastWeightLayer(hidden_size, num_lact_heads, inner, projections, hidden_multiplier=multiplier)
     return StateLayout.of(layer.eval(), ranks)

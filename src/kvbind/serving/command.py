@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 INSTALL = "pip install 'kvbind[vllm]' (docs/serving.md says how without a GPU)"
 
+RUN = "config.yaml"
+"""What the folder of a training run holds."""
+
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 """Any of these is a tokenizer."""
 
@@ -31,7 +34,7 @@ def serve_arguments(folder: str | Path, slots: int | None = None, further: Seque
     """The arguments of `vllm serve` for a model.
 
     Args:
-        folder: as `LactForCausalLM.save_pretrained` left it.
+        folder: as `LactForCausalLM.save_pretrained` left it, or of a training run, whose `model/` that is.
         slots: how many requests may run at once, which must fit the memory.
         further: of vLLM's own arguments those that the user gives; they stand last and prevail.
 
@@ -40,6 +43,10 @@ def serve_arguments(folder: str | Path, slots: int | None = None, further: Seque
         OSError: a file that cannot be read.
     """
     folder = Path(folder)
+    if (folder / RUN).is_file():
+        if not (folder / "model" / CONFIG).is_file():
+            raise ValueError(f"folder must be of a finished run; {str(folder)!r} has no model/ yet, as training leaves it")
+        folder = folder / "model"
     if not (folder / CONFIG).is_file():
         raise ValueError(f"folder must be one of a language model, which holds {CONFIG}; got {str(folder)!r}")
     check_model_folder(folder)

@@ -1,162 +1,61 @@
-"""The LaCT layer inside vLLM: attention on vLLM's backends, fast weights from slots and pages, heads divided over ranks."""
+"""A model's layers in vLLM: attention on vLLM's backends, fast weights from slots and pages, heads divided over ranks."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
-)
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
+from kvbind.forms.api import Form
 from kvbind.forms.tokens import Tokens
-from kvbind.inner.gates import DECLARED
+from kvbind.inner.gates import given_gates
+from kvbind.inner.spec import InnerLoop
+from kvbind.layers.convolution import Tails
+from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.lact import LactLayer
+from kvbind.layers.layout import Layout
 from kvbind.layers.norm import ResidualNorm
-from kvbind.layers.operands import Paths, make_operands, wide
+from kvbind.layers.operands import make_operands
 from kvbind.layers.rotary import Tables
 from kvbind.models.lact.config import LactConfig
-from kvbind.models.lact.model import LactBlock, LactMLP
+from kvbind.models.lact.model import LactMLP, make_mixer
 from kvbind.serving.cache import FastWeightsMetadata, PendingCache, PendingMetadata, pending_name
 from kvbind.serving.checks import state_layout
 from kvbind.serving.plugin import BACKEND
+from kvbind.serving.ranks import OF_MLP, divide_fast_weights, divide_lact, take_part
 from kvbind.serving.states import Pages, Pool
-from kvbind.serving.steps import Decoding, Step, advance, packed
-
-WHOLE, ROWS, COLUMNS, THIRDS = "whole", "rows", "columns", "rows of each third"
-"""How a parameter is divided over ranks."""
-
-DIVISIONS = {
-    r"ttt_norm\.weight": WHOLE,
-    r"qkv\.(weight|bias)": THIRDS,
-    r"[qk]_norm\.weight": ROWS,
-    r"o_proj\.weight": COLUMNS,
-    r"qk_(scale|offset)": ROWS,
-    r"(ttt_scale|lr)_proj\.(weight|bias)": ROWS,
-    rf"({'|'.join(DECLARED)})_proj\.0\.(weight|bias)": ROWS,
-    r"w([012]|_\w+)(\.w_(left|right))?": ROWS,
-    r"(gate|up)_proj\.weight": ROWS,
-    r"down_proj\.weight": COLUMNS,
-}
-"""Parameters of a layer and of an MLP, by the pattern of their names. Heads are rows, side by side."""
+from kvbind.serving.steps import Decoding, PieceTails, Step, advance, packed
 
 
-def divided(weight: Tensor, how: str, rank: int, ranks: int) -> Tensor:
-    """One rank's part of a parameter.
+class InPool(MambaBase):
+    """A layer of fast weights whose sequences are in vLLM's pool; it is one of the layers of `kvbind.layers` as well."""
 
-    Args:
-        weight: the parameter.
-        how: one of `DIVISIONS`' values.
-        rank: whose part.
-        ranks: how many there are.
+    inner: InnerLoop
+    form: Form
 
-    Raises:
-        ValueError: ranks that do not divide it.
-    """
-    if how == WHOLE or ranks == 1:
-        return weight
-    axis, groups = int(how == COLUMNS), 3 if how == THIRDS else 1
-    if weight.shape[axis] % (groups * ranks):
-        raise ValueError(f"tensor_parallel_size must divide {weight.shape[axis] // groups}, as weights have it; got {ranks}")
-    parts = weight.unflatten(axis, (groups, ranks, -1)).select(axis + 1, rank)
-    return parts.flatten(axis, axis + 1)
+    def enter(self, config: LactConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        """Be this rank's part of a model's layer, and known to vLLM.
 
-
-def take_part(module: nn.Module) -> None:
-    """Give a module on the meta device this rank's part of its parameters, each of which then loads its own part.
-
-    Raises:
-        ValueError: a parameter that nothing is known of, which vLLM would not compute with.
-    """
-    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    for name, parameter in list(module.named_parameters()):
-        how = next((how for pattern, how in DIVISIONS.items() if re.fullmatch(pattern, name)), None)
-        if how is None:
-            raise ValueError(
-                f"a model that vLLM serves must have known parameters; {name!r} of {type(module).__name__} is not"
-            )
-        shape = divided(parameter, how, rank, ranks).shape
-        held = nn.Parameter(torch.empty(shape, dtype=parameter.dtype), requires_grad=False)
-
-        def load(parameter: Tensor, whole: Tensor, how: str = how) -> None:
-            parameter.data.copy_(divided(whole, how, rank, ranks))
-
-        held.weight_loader = load  # type: ignore[attr-defined]
-        owner = module.get_submodule(name.rpartition(".")[0])
-        owner.register_parameter(name.rpartition(".")[2], held)
-        if isinstance(owner, nn.Linear) and held.dim() == 2:
-            owner.out_features, owner.in_features = held.shape
-
-
-class DividedNorm(nn.Module):
-    """RMS norm over channels of which each rank has a part.
-
-    Args:
-        norm: the norm of all channels, whose weight it takes.
-    """
-
-    def __init__(self, norm: nn.RMSNorm) -> None:
-        super().__init__()
-        self.weight, self.eps = norm.weight, norm.eps or 0.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize `[..., D / ranks]`."""
-        y = wide(x)
-        squares = tensor_model_parallel_all_reduce(y.square().sum(-1, keepdim=True))
-        width = x.shape[-1] * get_tensor_model_parallel_world_size()
-        return (y * torch.rsqrt(squares / width + self.eps) * self.weight).to(x.dtype)
-
-
-class ServedLactLayer(LactLayer, MambaBase):
-    """The layer with its sequences in vLLM's pool; it computes as `LactLayer`, of which it is one.
-
-    Args:
-        config: of the model.
-        vllm_config: vLLM's.
-        prefix: the layer's name in vLLM.
-    """
-
-    def __init__(self, config: LactConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        Args:
+            config: of the model.
+            vllm_config: vLLM's.
+            prefix: the layer's name in vLLM.
+        """
         with torch.device("meta"):
-            whole: Any = LactBlock(config).attn
+            whole = make_mixer(config)
         # as it was built, without building it again
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # type: ignore[arg-type]
         self.__dict__.update(whole.__dict__)
-        ranks = get_tensor_model_parallel_world_size()
-        self.num_attn_heads //= ranks
-        self.num_lact_heads //= ranks
-        self.paths = Paths(self.num_attn_heads, self.num_lact_heads, self.paths.eps, self.paths.silu, self.paths.rotary)
-        take_part(self)
-        if ranks > 1 and self.q_norm is not None and self.k_norm is not None:
-            self.add_module("q_norm", DividedNorm(self.q_norm))
-            self.add_module("k_norm", DividedNorm(self.k_norm))
-
-        self.prefix, self.layout = prefix, state_layout(config, ranks)
-        self.attention = Attention(
-            self.num_attn_heads,
-            self.head_width,
-            self.head_width**-0.5,
-            cache_config=vllm_config.cache_config,
-            per_layer_sliding_window=self.window_size,
-            prefix=f"{prefix}.attention",
-        )
-        backend = self.attention.get_attn_backend()
-        if not backend.supports_head_size(self.head_width):
-            raise ValueError(
-                f"num_attn_heads must leave a head width that {backend.get_name()} has, one of "
-                f"{backend.get_supported_head_sizes()}; got {config.num_attn_heads} heads of {self.head_width} channels"
-            )
-        self.pending = PendingCache(self.layout, prefix) if self.layout.places else None
+        self.prefix, self.layout = prefix, state_layout(config, get_tensor_model_parallel_world_size())
+        self.dtype = vllm_config.model_config.dtype
+        self.pending = PendingCache(self.layout, prefix) if self.layout.places and self.layout.paged else None
         vllm_config.compilation_config.static_forward_context[prefix] = self
         self.kv_cache: tuple[Tensor, ...] = (torch.tensor([]),)
         self.started: dict[str, Tensor] = {}
@@ -175,62 +74,30 @@ class ServedLactLayer(LactLayer, MambaBase):
         """Our layout's name."""
         return MambaAttentionBackendEnum[BACKEND]
 
-    def forward(self, x: Tensor, tables: Tables) -> Tensor:  # type: ignore[override]
-        """Mix the tokens of a step.
-
-        Args:
-            x: normalized input `[1, T, d]`.
-            tables: the rotary tables of the tokens' positions.
-
-        Returns:
-            `[1, T, d]`.
-        """
-        q, k, v = self._project(x)
-        q, k, fast_q, fast_k = make_operands(q, k, v, self.qk_scale, self.qk_offset, tables, self.paths)
-        self.clear_begun_pages()
-        mixed = self.attention(q[0].flatten(1), k[0].flatten(1), v[0])[None]
-        made = self._logits(x)
-        scale = made.pop("scale", None)
-        fast = self.fast(fast_q, self.writing.tokens({"k": fast_k, "v": v, **made}))
-        output = self.o_proj(self._join(fast, scale, mixed))
-        return tensor_model_parallel_all_reduce(output)
-
-    def clear_begun_pages(self) -> None:
-        """On the CPU, zero attention's pages that this step begins.
-
-        What other layers left there may be no number, and 0 times that is none either. vLLM clears such pages on other
-        devices; on the CPU it clears those of full attention alone.
-        """
-        metadata = get_forward_context().attn_metadata
-        if metadata is None or self.qk_scale.device.type != "cpu":
-            return
-        assert isinstance(metadata, dict)
-        cache, slots = self.attention.kv_cache, metadata[self.attention.layer_name].slot_mapping
-        size = cache.shape[2]
-        cache[slots[slots % size == 0] // size] = 0
+    def metadata(self) -> FastWeightsMetadata | None:
+        """What this step does with states; None in a run for its memory alone."""
+        every = get_forward_context().attn_metadata
+        if every is None:
+            return None
+        assert isinstance(every, dict)
+        if self.offered != (None, None):
+            raise RuntimeError(f"{self.prefix} was given one part of a step's metadata without the other")
+        own: FastWeightsMetadata = every[self.prefix]
+        return own
 
     def fast(self, q: Tensor, tokens: Tokens) -> Tensor:
         """The fast weights' output `[1, T, H, D]`, their states brought forward."""
-        metadata = get_forward_context().attn_metadata
-        if metadata is None:
-            # a run for its memory alone
+        own = self.metadata()
+        if own is None:
             return packed(self.inner, self.start, q, tokens, (0, q.shape[1]), None, self.form)[0]
-        assert isinstance(metadata, dict)
-        own: FastWeightsMetadata = metadata[self.prefix]
-        pages = None if self.pending is None else self.pages(metadata[pending_name(self.prefix)])
-        count = own.tokens
-        queries, writers = q[:, :count], tokens.map(lambda x: x[:, :count])
-        if self.offered != (None, None):
-            raise RuntimeError(f"{self.prefix} was given one part of a step's metadata without the other")
+        pages = None
+        if self.pending is not None:
+            every = get_forward_context().attn_metadata
+            assert isinstance(every, dict)
+            pages = self.pages(every[pending_name(self.prefix)])
         if isinstance(own.work, Decoding):
-            found = own.work.advance(pages, self.pool, queries, writers, self.form)
-        else:
-            found = advance(Step(own.work, own.slots, pages), self.pool, queries, writers, self.form)
-        if count == q.shape[1]:
-            return found
-        output = torch.zeros_like(tokens.v).to(q.dtype)
-        output[:, :count] = found
-        return output
+            return own.work.advance(pages, self.pool, q, tokens, self.form)
+        return advance(Step(own.work, own.slots, pages), self.pool, q, tokens, self.form)
 
     def offer(self, own: FastWeightsMetadata | None, pending: PendingMetadata | None) -> None:
         """Take what is planned for the next step; when all of it is there, do what comes before that step."""
@@ -259,7 +126,108 @@ class ServedLactLayer(LactLayer, MambaBase):
     @property
     def pool(self) -> Pool:
         """The states of all sequences."""
-        return Pool(self.layout, self.kv_cache[0], self.start)
+        return Pool(self.layout, self.kv_cache[0], self.start, self.dtype)
+
+
+class ServedLactLayer(LactLayer, InPool):
+    """The layer with its sequences in vLLM's pool; it computes as `LactLayer`, of which it is one.
+
+    Args:
+        config: of the model.
+        vllm_config: vLLM's.
+        prefix: the layer's name in vLLM.
+    """
+
+    def __init__(self, config: LactConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        self.enter(config, vllm_config, prefix)
+        divide_lact(self)
+        self.attention = Attention(
+            self.num_attn_heads,
+            self.head_width,
+            self.head_width**-0.5,
+            cache_config=vllm_config.cache_config,
+            per_layer_sliding_window=self.window_size,
+            prefix=f"{prefix}.attention",
+        )
+        backend = self.attention.get_attn_backend()
+        if not backend.supports_head_size(self.head_width):
+            raise ValueError(
+                f"num_attn_heads must leave a head width that {backend.get_name()} has, one of "
+                f"{backend.get_supported_head_sizes()}; got {config.num_attn_heads} heads of {self.head_width} channels"
+            )
+
+    def forward(self, x: Tensor, layout: Layout, tables: Tables) -> Tensor:  # type: ignore[override]
+        """Mix the tokens of a step.
+
+        Args:
+            x: normalized input `[1, T, d]`.
+            layout: the tokens' positions.
+            tables: their rotary tables.
+
+        Returns:
+            `[1, T, d]`.
+        """
+        q, k, v = self._project(x)
+        q, k, fast_q, fast_k = make_operands(q, k, v, self.qk_scale, self.qk_offset, tables, self.paths)
+        self.clear_begun_pages()
+        mixed = self.attention(q[0].flatten(1), k[0].flatten(1), v[0])[None]
+        made = self._logits(x)
+        scale = made.pop("scale", None)
+        tokens = self.writing.tokens({"k": fast_k, "v": v, **made})
+        own = self.metadata()
+        count = x.shape[1] if own is None else own.tokens
+        fast = padded(self.fast(fast_q[:, :count], tokens.map(lambda y: y[:, :count])), x.shape[1])
+        output = self.o_proj(self._join(fast, scale, mixed))
+        return tensor_model_parallel_all_reduce(output)
+
+    def clear_begun_pages(self) -> None:
+        """On the CPU, zero attention's pages that this step begins.
+
+        What other layers left there may be no number, and 0 times that is none either. vLLM clears such pages on other
+        devices; on the CPU it clears those of full attention alone.
+        """
+        metadata = get_forward_context().attn_metadata
+        if metadata is None or self.qk_scale.device.type != "cpu":
+            return
+        assert isinstance(metadata, dict)
+        cache, slots = self.attention.kv_cache, metadata[self.attention.layer_name].slot_mapping
+        size = cache.shape[2]
+        cache[slots[slots % size == 0] // size] = 0
+
+
+class ServedFastWeightLayer(FastWeightLayer, InPool):
+    """The layer without attention, likewise; what its convolutions read of earlier tokens is in the pool too.
+
+    Args:
+        config: of the model.
+        vllm_config: vLLM's.
+        prefix: the layer's name in vLLM.
+    """
+
+    def __init__(self, config: LactConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        self.enter(config, vllm_config, prefix)
+        divide_fast_weights(self)
+
+    def forward(self, x: Tensor, layout: Layout, tables: Tables) -> Tensor:  # type: ignore[override]
+        """As `ServedLactLayer.forward`."""
+        own = self.metadata()
+        count = x.shape[1] if own is None else own.tokens
+        tails: Tails | PieceTails = Tails() if own is None else PieceTails(own.pieces, own.slots, self.pool)
+        places = layout.positions[:, :count]
+        made = self._make(x[:, :count], Layout(places), places, tails)
+        rates = dict.fromkeys(self.inner.updated, made.lr)
+        fast = self.fast(made.q, Tokens(made.k, made.v, rates, given_gates(**made.gates)))
+        output = self.o_proj(padded(self._join(fast, made), x.shape[1]))
+        return tensor_model_parallel_all_reduce(output)
+
+
+def padded(x: Tensor, length: int) -> Tensor:
+    """`[1, T, ...]` with zeros behind it, `[1, length, ...]`."""
+    if x.shape[1] == length:
+        return x
+    output = x.new_zeros(1, length, *x.shape[2:])
+    output[:, : x.shape[1]] = x
+    return output
 
 
 class ServedMLP(LactMLP):
@@ -272,7 +240,7 @@ class ServedMLP(LactMLP):
     def __init__(self, config: LactConfig) -> None:
         with torch.device("meta"):
             super().__init__(config.hidden_size, config.mlp_width)
-        take_part(self)
+        take_part(self, OF_MLP)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., d]` to `[..., d]`."""
@@ -291,14 +259,16 @@ class ServedBlock(nn.Module):
     def __init__(self, config: LactConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.attn_norm = ResidualNorm(config.hidden_size, eps=config.norm_eps)
-        self.attn = ServedLactLayer(config, vllm_config, f"{prefix}.attn")
+        self.attn: ServedLactLayer | ServedFastWeightLayer
+        served = ServedLactLayer if config.projections is None else ServedFastWeightLayer
+        self.attn = served(config, vllm_config, f"{prefix}.attn")
         self.mlp_norm = ResidualNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = ServedMLP(config)
 
-    def forward(self, x: Tensor, tables: Tables) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, tables: Tables) -> Tensor:
         """On the residual stream `[1, T, d]`."""
         x, normed = self.attn_norm(x)
-        x, normed = self.mlp_norm(x, self.attn(normed, tables))
+        x, normed = self.mlp_norm(x, self.attn(normed, layout, tables))
         output: Tensor = x + self.mlp(normed)
         return output
 

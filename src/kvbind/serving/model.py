@@ -15,6 +15,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsMambaPrefixCaching
 from vllm.model_executor.models.utils import maybe_prefix
 
+from kvbind.layers.layout import Layout
 from kvbind.layers.norm import RMSNorm
 from kvbind.layers.rotary import rotary_tables
 from kvbind.models.lact.config import LactConfig
@@ -44,9 +45,10 @@ class ServedLactModel(nn.Module):
         """Hidden states `[T, d]` of tokens at `positions` `[T]`."""
         x = (self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds)[None]
         width = self.config.hidden_size // self.config.num_attn_heads
-        tables = rotary_tables(positions[None], width, self.config.rope_theta)
+        layout = Layout(positions[None])
+        tables = rotary_tables(layout.positions, width, self.config.rope_theta)
         for block in blocks(self.layers):
-            x = block(x, tables)
+            x = block(x, layout, tables)
         output: Tensor = self.norm(x)[0]
         return output
 

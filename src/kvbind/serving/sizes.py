@@ -14,21 +14,22 @@ FLOAT32 = 4
 class RequestSize:
     """What a request that has run for a while takes of one rank's pool, by layer, in pages of one size.
 
-    vLLM's pages are all of one size: attention's grow, in whole steps, until one holds a state.
+    vLLM's pages are all of one size: attention's grow, in whole steps, until one holds a state. Without attention a page is
+    a state.
 
     Attributes:
         layers: of the model.
-        token: bytes of a token's keys and values, of attention or pending.
         state: bytes of a state.
-        block: tokens in a page.
+        page: bytes of a page.
+        block: tokens in a page of keys and values; without attention, between places where prefixes can be cached.
         states: pages for states: 1, or 2 where prefixes are cached.
         window: pages for attention's keys and values.
         pending: pages for those of pending tokens.
     """
 
     layers: int
-    token: int
     state: int
+    page: int
     block: int
     states: int
     window: int
@@ -46,7 +47,10 @@ class RequestSize:
             cached: prefixes are cached.
         """
         layout = state_layout(config, ranks)
-        token, state = 2 * config.hidden_size // ranks * item, layout.size * FLOAT32
+        state, states = layout.size * FLOAT32, 1 + cached
+        if not layout.paged:
+            return RequestSize(config.num_hidden_layers, state, state, step, states, 0, 0)
+        token = 2 * config.hidden_size // ranks * item
         block = step * -(-state // (step * token))
 
         def pages(back: int) -> int:
@@ -54,12 +58,13 @@ class RequestSize:
             return -(-back // block) + 1
 
         pending = pages(layout.reach) if layout.places else 0
-        return RequestSize(config.num_hidden_layers, token, state, block, 1 + cached, pages(config.window_size - 1), pending)
+        window = pages(config.window_size - 1)
+        return RequestSize(config.num_hidden_layers, state, block * token, block, states, window, pending)
 
     @property
     def bytes(self) -> int:
         """Bytes of all layers."""
-        return self.layers * (self.states + self.window + self.pending) * self.block * self.token
+        return self.layers * (self.states + self.window + self.pending) * self.page
 
 
 def check_slots(slots: int, size: RequestSize, memory: int) -> None:

@@ -1,8 +1,10 @@
 """Where the states of many sequences lie between the steps of a serving engine: rows of numbers, and pages of tokens.
 
 An engine keeps a pool of fixed-size slots, one per sequence, and pages of tokens that sequences are given as they grow. Of a
-`kvbind.State` the slot holds fast weights, momentum, norms, and the rates and gates of pending tokens; the pages hold the
-keys and values of pending tokens, which are as large as those of attention. Nothing here needs an engine.
+`kvbind.State` the slot holds fast weights, momentum, norms, and the rates and gates of pending tokens. Keys and values of
+pending tokens are as large as attention's, and lie in pages beside those; in layers without attention, in whose engine a
+page is as large as a slot, they lie in the slot, as does what convolutions read of the last tokens. Nothing here needs an
+engine.
 """
 
 from __future__ import annotations
@@ -19,10 +21,14 @@ from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
+from kvbind.layers.fast_weights import FastWeightLayer, FastWeightState
 from kvbind.layers.lact import LactLayer
 
 PAGED = ("k", "v")
 """What pages hold of a pending token."""
+
+OF_TOKENS = ("pending.", "window.")
+"""What states have that may be shorter in some of them."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class StateLayout:
             Weights that are not updated are not among them.
         waiting: shapes, heads first, of what a slot holds of one pending token.
         places: tokens from one place where a state can stop to the next, each of which has a place; 0 where none ever wait.
+        tails: shapes of what a slot holds of the last tokens for convolutions, by name: tokens and channels.
+        paged: keys and values of pending tokens lie in pages.
     """
 
     spec: InnerLoop
@@ -45,9 +53,11 @@ class StateLayout:
     fixed: Mapping[str, tuple[int, ...]]
     waiting: Mapping[str, tuple[int, ...]]
     places: int
+    tails: Mapping[str, tuple[int, int]]
+    paged: bool
 
     @staticmethod
-    def of(layer: LactLayer, ranks: int = 1) -> StateLayout:
+    def of(layer: LactLayer | FastWeightLayer, ranks: int = 1) -> StateLayout:
         """The layout of a layer's states on one of `ranks` ranks that share its heads.
 
         Args:
@@ -57,7 +67,12 @@ class StateLayout:
         Raises:
             ValueError: an inner loop whose states do not have this form.
         """
-        inner, heads = layer.inner, layer.num_lact_heads // ranks
+        inner, paged = layer.inner, isinstance(layer, LactLayer)
+        if isinstance(layer, LactLayer):
+            every, widths = layer.num_lact_heads, (layer.fast_width, layer.fast_width)
+        else:
+            every, widths = layer.heads, (layer.key_width, layer.value_width)
+        heads = every // ranks
         if inner.refresh == "call":
             raise ValueError(
                 "inner's refresh must not be 'call' where an engine decides what a call is; give a number of tokens"
@@ -66,13 +81,13 @@ class StateLayout:
             raise ValueError("inner's anchor must have its peak per sequence where batches change; got peak='batch'")
         span = inner.room + 1
         for length in dict.fromkeys((span, span + 1, 1)):
-            state = _state_after(layer, length)
+            state, tails = _state_after(layer, length)
             if state.pending_lengths != (length % span,):
                 raise ValueError(
                     f"inner must leave as many tokens pending as a span of {span} has of them; {inner!r} leaves "
                     f"{state.pending_lengths[0]} of {length}"
                 )
-        shapes = {name: (heads, *x.shape[2:]) for name, x in state.tensors.items() if x.shape[1] == layer.num_lact_heads}
+        shapes = {name: (heads, *x.shape[2:]) for name, x in state.tensors.items() if x.shape[1] == every}
         if len(shapes) < len(state.tensors):
             raise ValueError(f"inner must have states that divide over heads; {inner!r} has other ones")
         pending = {
@@ -87,10 +102,12 @@ class StateLayout:
         return StateLayout(
             inner,
             heads,
-            (layer.fast_width, layer.fast_width),
+            widths,
             {name: shapes[name] for name in fixed},
-            {name: shape for name, shape in pending.items() if name not in PAGED},
+            {name: shape for name, shape in pending.items() if name not in PAGED or not paged},
             span if pending else 0,
+            {name: _tail_on_rank(layer, name, x, ranks) for name, x in tails.items()},
+            paged,
         )
 
     @property
@@ -113,24 +130,49 @@ class StateLayout:
         shapes = dict(self.fixed)
         for name, shape in self.waiting.items():
             shapes[f"pending.{name}"] = (shape[0], self.places, *shape[1:])
-        found, start = {}, 0
-        for name, shape in shapes.items():
-            found[name] = slice(start, start + prod(shape)), shape
-            start += prod(shape)
-        return found
+        return _placed(shapes, 0)
+
+    @cached_property
+    def tail_columns(self) -> dict[str, tuple[slice, tuple[int, ...]]]:
+        """The same of tails, behind those."""
+        return _placed(self.tails, self.behind)
+
+    @property
+    def behind(self) -> int:
+        """Where in a slot tails start."""
+        return max(where.stop for where, _ in self.columns.values())
 
     @property
     def size(self) -> int:
         """Numbers in a slot, float32."""
-        return max(columns.stop for columns, _ in self.columns.values())
+        return max([self.behind, *(where.stop for where, _ in self.tail_columns.values())])
 
 
-def _state_after(layer: LactLayer, length: int) -> State:
-    """The state that a layer leaves after some tokens; on the meta device, where nothing is computed."""
+def _placed(shapes: Mapping[str, tuple[int, ...]], start: int) -> dict[str, tuple[slice, tuple[int, ...]]]:
+    """Numbers side by side from `start` on."""
+    found = {}
+    for name, shape in shapes.items():
+        found[name] = slice(start, start + prod(shape)), shape
+        start += prod(shape)
+    return found
+
+
+def _state_after(layer: LactLayer | FastWeightLayer, length: int) -> tuple[State, Mapping[str, Tensor]]:
+    """The state and tails that a layer leaves after some tokens; on the meta device, where nothing is computed."""
     with torch.no_grad():
-        _, state = layer(layer.qk_scale.new_empty(1, length, layer.hidden_size), return_state=True)
+        _, state = layer(torch.empty(1, length, layer.hidden_size, device="meta"), return_state=True)
     assert state is not None
-    return state.fast
+    return state.fast, state.tails if isinstance(state, FastWeightState) else {}
+
+
+def _tail_on_rank(layer: LactLayer | FastWeightLayer, name: str, tail: Tensor, ranks: int) -> tuple[int, int]:
+    """Tokens and channels: of inputs all, of queries, keys and values those of the rank's heads."""
+    assert isinstance(layer, FastWeightLayer)
+    if name != "conv":
+        return tail.shape[1], tail.shape[2]
+    p = layer.projections
+    whole = ("q", "k") if p.shared_keys else ()
+    return tail.shape[1], sum(layer.widths[x] // (1 if x in whole else ranks) for x in p.conv_on)
 
 
 @dataclass(frozen=True)
@@ -172,10 +214,13 @@ class Pool:
         layout: how a slot is divided.
         rows: float32 `[slots, layout.size]` (float64 in tests).
         start: the fast weights that sequences start from, by name as `kvbind.ttt` takes them.
+        dtype: of keys and values; by default that of the rows.
     """
 
-    def __init__(self, layout: StateLayout, rows: Tensor, start: Mapping[str, Tensor]) -> None:
-        self.layout, self.rows, self.start = layout, rows, start
+    def __init__(
+        self, layout: StateLayout, rows: Tensor, start: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> None:
+        self.layout, self.rows, self.start, self.dtype = layout, rows, start, dtype or rows.dtype
         vectors = layout.spec.network.vectors
         # as states hold them, `[1, H, in, out]`
         each = {name: (x[:, None] if name in vectors else x)[None].to(rows.dtype) for name, x in start.items()}
@@ -202,7 +247,7 @@ class Pool:
 
         Args:
             slots: which, `[n]`.
-            pages: where their sequences' pending tokens lie; None where none ever wait.
+            pages: where keys and values of their sequences' pending tokens lie; None where no pages hold any.
             rows: which sequences of the step they are, `[n]`.
             starts: at which token of its sequence each one's pending tokens start, `[n]`.
             lengths: how many tokens each has pending.
@@ -212,9 +257,13 @@ class Pool:
         found = self.rows[slots]
         tensors = {name: _cut(found, *place) for name, place in layout.columns.items()}
         tensors |= {f"weights.{name}": x.expand(len(lengths), *x.shape[1:]) for name, x in self.still.items()}
-        if pages is not None and layout.places:
-            room = layout.places - 1 if room is None else room
-            tensors |= {name: x[:, :, :room] for name, x in tensors.items() if name.startswith("pending.")}
+        if not layout.places:
+            return State(layout.spec, tensors, tuple(lengths))
+        room = layout.places - 1 if room is None else room
+        tensors |= {name: x[:, :, :room] for name, x in tensors.items() if name.startswith("pending.")}
+        if pages is None:
+            tensors |= {name: tensors[name].to(self.dtype) for name in ("pending.k", "pending.v")}
+        else:
             cells = pages.get(rows, starts, torch.tensor(lengths, device=slots.device), room).transpose(1, 2)
             k, v = cells.split(layout.widths, dim=-1)
             tensors |= {"pending.k": k, "pending.v": v}
@@ -225,29 +274,38 @@ class Pool:
         spec = self.layout.spec
         each = {name: x.expand(len(slots), *x.shape[1:]) for name, x in self.each.items()}
         self.save(State.of(spec, FastWeights.start(spec, each), None, 0), slots)
+        self.rows[:, self.layout.behind :][slots] = 0
 
     def save(self, state: State, slots: Tensor) -> None:
-        """Keep states; keys and values of their pending tokens are kept by the pages."""
+        """Keep states; what pages hold of their pending tokens is kept there, and tails are kept by themselves."""
         parts = []
         for name, (_, shape) in self.layout.columns.items():
             x = state.tensors.get(name)
             if x is None or x.shape[1:] != shape:
                 # places that a state has not, or has no tokens for
-                assert name.startswith(("pending.", "window."))
+                assert name.startswith(OF_TOKENS)
                 full = self.rows.new_zeros(state.batch, *shape)
                 if x is not None:
                     full[:, :, : x.shape[2]] = x
                 x = full
             parts.append(x.reshape(state.batch, -1).to(self.rows.dtype))
-        self.rows[slots] = torch.cat(parts, dim=1)
+        self.rows[:, : self.layout.behind][slots] = torch.cat(parts, dim=1)
 
     def put(self, tokens: Tokens, slots: Tensor, places: Tensor) -> None:
-        """Keep rates and gates of pending tokens `[1, H, T]`, each in its slot `[T]` and at its place in the chunk `[T]`."""
+        """Keep what slots hold of pending tokens `[1, H, T, ...]`, each in its slot `[T]` and at its place in the chunk."""
         made = tokens.spread().tensors()
         for name, (where, shape) in self.layout.columns.items():
             if name.startswith("pending."):
                 held = self.rows[:, where].unflatten(1, shape).transpose(1, 2)
                 held[slots, places] = made[name.removeprefix("pending.")][0].transpose(0, 1).to(held.dtype)
+
+    def tail(self, name: str, slots: Tensor) -> Tensor:
+        """What convolutions read of the last tokens in some slots, `[n, tokens, channels]`."""
+        return _cut(self.rows[slots], *self.layout.tail_columns[name])
+
+    def put_tail(self, name: str, slots: Tensor, tail: Tensor) -> None:
+        """Keep it."""
+        self.rows[:, self.layout.tail_columns[name][0]][slots] = tail.flatten(1).to(self.rows.dtype)
 
 
 def _cut(rows: Tensor, where: slice, shape: tuple[int, ...]) -> Tensor:

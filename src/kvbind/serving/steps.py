@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,9 +62,14 @@ class Part:
         rows, where, begins, at = (torch.tensor(x).to(device, non_blocking=True) for x in numbers)
         return Part(rows, where, tuple(bounds), begins, pending, at)
 
-    def of_all(self, tokens: Tokens) -> Tokens:
-        """The part's own of a step's writers `[1, T, H, ...]`."""
-        return tokens.map(lambda x: x[:, self.tokens])
+    def of_all(self, tokens: Tokens, length: int) -> Tokens:
+        """The part's own of what a step's `length` tokens bring, `[1, length, H, ...]` or a row for each write of one."""
+
+        def own(x: Tensor) -> Tensor:
+            each = x.shape[1] // length
+            return x[:, self.tokens] if each == 1 else x.unflatten(1, (length, each))[:, self.tokens].flatten(1, 2)
+
+        return tokens.map(own)
 
 
 @dataclass(frozen=True)
@@ -118,13 +124,71 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """Where the pieces of all of a step's sequences start and end, for what reads the tokens before them.
+
+    Attributes:
+        bounds: where each sequence's piece starts among the step's tokens, and their number, int64 `[n + 1]`.
+        rows: of each token its sequence, int64 `[T]`.
+        begun: sequences whose first tokens these are, bool `[n]`; None where slots hold zeros for them.
+    """
+
+    bounds: Tensor
+    rows: Tensor
+    begun: Tensor | None
+
+    @staticmethod
+    def of(bounds: Sequence[int], seen: Sequence[int], device: torch.device) -> Pieces:
+        """From numbers, as `Plan.of` takes them."""
+        numbers = bounds, [row for row, (a, b) in enumerate(pairwise(bounds)) for _ in range(a, b)], [not x for x in seen]
+        edges, rows, begun = (torch.tensor(x).to(device, non_blocking=True) for x in numbers)
+        return Pieces(edges, rows, begun)
+
+
+@dataclass(frozen=True)
+class PieceTails:
+    """What stands before the pieces of a step, of which slots keep the last tokens: `kvbind.layers.convolution.Tails`.
+
+    Attributes:
+        pieces: the pieces.
+        slots: each sequence's slot, int64 `[n]`.
+        pool: the slots.
+    """
+
+    pieces: Pieces
+    slots: Tensor
+    pool: Pool
+
+    def behind(self, name: str, x: Tensor, count: int) -> Tensor:
+        """Each piece of `x` `[1, T, C]` behind the `count` tokens before it: `[1, T + n count, C]`. Its last are kept."""
+        pieces, n, steps = self.pieces, len(self.slots), torch.arange(count, device=x.device)
+        held = self.pool.tail(name, self.slots).to(x.dtype)
+        if pieces.begun is not None:
+            # what an earlier sequence left there may be no number
+            held = held.masked_fill(pieces.begun[:, None, None], 0)
+        seen = x.new_empty(1, x.shape[1] + n * count, x.shape[2])
+        before = torch.arange(n, device=x.device)[:, None] * count + steps
+        seen[0, pieces.bounds[:-1, None] + before] = held
+        seen[:, self._own(x.shape[1], count) + count] = x
+        self.pool.put_tail(name, self.slots, seen[0, pieces.bounds[1:, None] + before])
+        return seen
+
+    def own(self, y: Tensor, count: int) -> Tensor:
+        """Of what was computed at each token of `behind` but the first `count`, that of the step's own: `[1, T, C]`."""
+        return y[:, self._own(len(self.pieces.rows), count)]
+
+    def _own(self, length: int, count: int) -> Tensor:
+        return torch.arange(length, device=self.slots.device) + self.pieces.rows * count
+
+
+@dataclass(frozen=True)
 class Step:
     """A plan, and where the step's states and pages are.
 
     Attributes:
         plan: the plan.
         slots: each sequence's slot, int64 `[n]`.
-        pages: pending keys and values; None where none ever wait.
+        pages: pending keys and values; None where no pages hold any.
     """
 
     plan: Plan
@@ -139,7 +203,7 @@ def advance(step: Step, pool: Pool, q: Tensor, tokens: Tokens, form: Form = "aut
         step: the step.
         pool: the states.
         q: queries `[1, T, H, Dk]`.
-        tokens: writers `[1, T, H, ...]`.
+        tokens: writers `[1, T, H, ...]`, or as many more rows as a token has writes.
         form: as `kvbind.ttt` takes it.
     """
     plan, pages, spec = step.plan, step.pages, pool.layout.spec
@@ -147,7 +211,7 @@ def advance(step: Step, pool: Pool, q: Tensor, tokens: Tokens, form: Form = "aut
         pages.put(tokens.k[0], tokens.v[0])
     if plan.due is not None:
         settle(plan.due, step.slots, pages, pool)
-    output = torch.empty_like(tokens.v).to(q.dtype)
+    output = q.new_empty(*q.shape[:3], tokens.v.shape[3])
     for part in (plan.fresh, plan.later):
         if part is None:
             continue
@@ -155,12 +219,12 @@ def advance(step: Step, pool: Pool, q: Tensor, tokens: Tokens, form: Form = "aut
         if part is plan.later:
             state = pool.load(slots, pages, part.rows, part.starts, part.pending)
         weights = pool.start if state is None else None
-        found, after = packed(spec, weights, q[:, part.tokens], part.of_all(tokens), part.bounds, state, form)
+        found, after = packed(spec, weights, q[:, part.tokens], part.of_all(tokens, q.shape[1]), part.bounds, state, form)
         pool.save(after, slots)
         output[:, part.tokens] = found
     for length, part in plan.reads:
         slots = step.slots[part.rows]
-        output[:, part.tokens] = _read(pool, slots, part.places, length, q[:, part.tokens], part.of_all(tokens))
+        output[:, part.tokens] = _read(pool, slots, part.places, length, q[:, part.tokens], part.of_all(tokens, q.shape[1]))
     return output
 
 
@@ -197,9 +261,8 @@ class Decoding:
             return _read(pool, self.slots, self.places, 1, q, tokens)
         rows = torch.zeros_like(self.slots)
         state = pool.load(self.slots, None, rows, rows, (0,) * len(rows))
-        found, after = call(
-            pool.layout.spec, None, q.transpose(0, 1), tokens.map(lambda x: x.transpose(0, 1)), state=state, form=form
-        )
+        each = tokens.map(lambda x: x[0].unflatten(0, (len(rows), -1)))
+        found, after = call(pool.layout.spec, None, q.transpose(0, 1), each, state=state, form=form)
         pool.save(after, self.slots)
         return found.transpose(0, 1)
 
@@ -236,7 +299,6 @@ class Preparation:
 
 def settle(part: Part, slots: Tensor, pages: Pages | None, pool: Pool) -> None:
     """Bring to an end the chunks whose update is due."""
-    assert pages is not None
     own, chunk = slots[part.rows], pool.layout.places
     # kernels take operands in one piece
     state = pool.load(own, pages, part.rows, part.starts, (chunk,) * len(own), chunk).map(torch.Tensor.contiguous)

@@ -135,7 +135,7 @@ class Files(Indexed):
 
     def fingerprint(self) -> str:
         sizes = (f"{name}:{(self.root / name).stat().st_size}" for name in self.names)
-        return _digest(sizes if self.encoding == "utf-8" else (*sizes, self.encoding))
+        return digest(sizes if self.encoding == "utf-8" else (*sizes, self.encoding))
 
     def contents(self) -> Contents:
         files = {f"{self.what.rstrip('/')}/{name}": self.root / name for name in self.names}
@@ -161,7 +161,7 @@ class Texts(Indexed):
         return self.texts[index]
 
     def fingerprint(self) -> str:
-        return _digest(self.texts)
+        return digest(self.texts)
 
     def contents(self) -> Contents:
         return self.origin or Contents(others={self.what: self.fingerprint()})
@@ -189,7 +189,7 @@ class Lines(Indexed):
         return self.table.at(self.table.paths[file], start, number)
 
     def fingerprint(self) -> str:
-        return _digest(self.once())
+        return digest(self.once())
 
     def contents(self) -> Contents:
         return self.origin
@@ -217,7 +217,7 @@ class Rows(Indexed):
         return text
 
     def fingerprint(self) -> str:
-        return _digest(self.once())
+        return digest(self.once())
 
     def contents(self) -> Contents:
         return self.origin
@@ -301,7 +301,8 @@ def encoded(encoding: str) -> dict[str, str]:
     return {} if encoding == "utf-8" else {"data.encoding": encoding}
 
 
-def _digest(parts: Iterable[str]) -> str:
+def digest(parts: Iterable[str]) -> str:
+    """Sixteen hexadecimal digits that differ where the texts do."""
     total = hashlib.sha256()
     for part in parts:
         total.update(part.encode())

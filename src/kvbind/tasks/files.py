@@ -11,7 +11,9 @@ import codecs
 import gzip
 import io
 import json
+import lzma
 import os
+import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -29,6 +31,9 @@ SCENE_SUFFIXES = (".json",)
 
 EXPANDED_GIB = 1.0
 """GiB that a compressed file or picture may expand to, unless `data.expanded_gib` says otherwise."""
+
+ARCHIVE_GIB = 4.0
+"""GiB that an archive's files may have together."""
 
 CHECKED = 256 * 2**20
 """How many bytes of text files are read beforehand to see that they are text."""
@@ -201,6 +206,36 @@ def read_bytes(path: Path, expanded_gib: float = EXPANDED_GIB) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} must be a whole gzip file; {error}") from error
     return b"".join(pieces)
+
+
+def archive_files(path: Path, named: Callable[[str], str | None], expanded_gib: float = ARCHIVE_GIB) -> dict[str, bytes]:
+    """Files of a tar archive, compressed or not, read as it comes; nothing is unpacked.
+
+    Args:
+        path: the archive.
+        named: what to call a file by its name in the archive; None leaves it out.
+        expanded_gib: the most GiB that they may hold together.
+
+    Raises:
+        ValueError: an archive that is broken, or holds more.
+    """
+    files: dict[str, bytes] = {}
+    left = int(expanded_gib * 2**30)
+    try:
+        with tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                name = named(member.name) if member.isfile() else None
+                if name is None:
+                    continue
+                left -= member.size
+                if left < 0:
+                    raise ValueError(f"{path} must hold at most {expanded_gib:g} GiB of such files; it holds more")
+                content = archive.extractfile(member)
+                assert content is not None  # of a file
+                files[name] = content.read()
+    except (tarfile.TarError, lzma.LZMAError, EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"{path} must be a whole tar archive; {error}") from error
+    return files
 
 
 def shown(names: Iterable[str], most: int = 5) -> str:

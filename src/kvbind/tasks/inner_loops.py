@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
+from torch import nn
+
 from kvbind.inner import InnerLoop, systems
 from kvbind.inner.orthogonalize import NewtonSchulz
 
@@ -113,6 +116,29 @@ def edits_beneath(below: Any, above: Any) -> Any:
 
 def _kind(network: Any) -> Any:
     return network.get("kind") if isinstance(network, dict) else network
+
+
+WINDOW, SOFTMAX = "window", "softmax"
+"""Rows beside the paper's: a model without fast weights, of window attention alone; and with full softmax attention in
+their place. Each task's `baselines` gives those that it has, as edits of `model.fields`."""
+
+
+UNIT = 8
+"""Widths of matrices are multiples of it, as GPUs like them."""
+
+
+def more_hidden(kind: Callable[[Any], nn.Module], full: Any, without: Any, entries: int) -> int:
+    """How many more hidden units an MLP gets for what a block lacks in parameters, a multiple of `UNIT`.
+
+    Args:
+        kind: makes a block of a configuration.
+        full: the full system's.
+        without: that of the same without fast weights.
+        entries: parameters of a hidden unit.
+    """
+    with torch.device("meta"):
+        sizes = [sum(p.numel() for p in kind(config).parameters()) for config in (full, without)]
+    return UNIT * round((sizes[0] - sizes[1]) / (UNIT * entries))
 
 
 def table_rows(full: InnerLoop, without: Collection[str] = ()) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +18,7 @@ from kvbind.forms.packed import uncovered
 from kvbind.inner import InnerLoop
 from kvbind.inner.projections import Projections
 from kvbind.inner.systems import PROJECTIONS
-from kvbind.inner.value import nearest
+from kvbind.inner.value import LATER, check_choice, nearest
 from kvbind.layers.lact import check_fits_causal_layer
 from kvbind.models.presets import PRESETS as SIZES
 from kvbind.models.saving import open_exported
@@ -26,9 +27,10 @@ from kvbind.sequence.boundaries import Boundaries, with_room
 from kvbind.tasks import inner_loops, preset_files
 from kvbind.tasks.contents import Contents
 from kvbind.tasks.documents import Split
-from kvbind.tasks.inner_loops import edited, table_rows
+from kvbind.tasks.inner_loops import SOFTMAX, WINDOW, edited, more_hidden, table_rows
 from kvbind.tasks.packing import IGNORED, Batch, Packed, evaluation_batches, load_batches
 from kvbind.tasks.sources import Source
+from kvbind.tasks.start import Start, StartConfig, divergence
 from kvbind.tasks.tokenizers import Bytes, Tokenizer, open_tokenizer, read_chat_template
 from kvbind.train.config import TrainConfig
 from kvbind.train.ranks import WHOLE, Share
@@ -41,25 +43,39 @@ PRESETS = preset_files("language")
 
 POSITION_BINS = 64
 
+MIXERS = ("fast", "in_place")
+"""What `model.mixer` can be in this task."""
+
+LEAST_LENGTH = 512
+"""Tokens in the samples of a saved model, where it was made for as many."""
+
 
 @dataclass
 class ModelConfig:
-    """The LaCT language model; its vocabulary is the tokenizer's.
+    """The LaCT language model; its vocabulary is the tokenizer's, unless `fields` has a larger one.
 
     Attributes:
         size: where it starts: a preset of `kvbind.models`, "tiny", "30m", "125m", "760m" or "3b".
         inner: edits of that size's inner loop, field by field; "system" names another to start from (`kvbind systems` lists
             them). With a system comes the layer that it was published in, where there is one
             (`kvbind.inner.systems.PROJECTIONS`).
-        fields: edits of any other field of `kvbind.models.LactConfig`. `projections` edits those of the system field by
+        fields: edits of any other field of `kvbind.models.LactConfig`; a `vocab_size` leaves room beside the tokenizer's
+            tokens. `projections` edits those of the system field by
             field; a name takes those of another, and null leaves its inner loop in the LaCT layer.
         ttt_form: how the inner loop is evaluated: "auto", "recurrent" or "parallel".
+        mixer: where fast weights are: "fast", in layers that mix tokens, as above; or "in_place", in the MLPs of a Llama of
+            the same sizes (In-Place TTT), in chunks as long as the inner loop's.
     """
 
     size: str = "tiny"
     inner: dict[str, Any] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
     ttt_form: str = "auto"
+    mixer: str = "fast"
+
+    LATER: ClassVar[dict[str, Any]] = {"mixer": "fast"}
+    """What `kvbind.train.config.what_matters` leaves out at this value: runs from before the key have no other, and keep
+    their names."""
 
 
 @dataclass
@@ -67,8 +83,9 @@ class DataConfig:
     """Text, and how it is packed.
 
     Attributes:
-        source: "stdlib" (the Python standard library's source), "package:NAME" (an installed package's), a folder or file of
-            text, JSONL or parquet, or "hub:NAME".
+        source: "stdlib" (the Python standard library's source), "linux" (the Linux kernel's C source, from Debian's package
+            linux-source), "package:NAME" (an installed Python package's), a folder or file of text, JSONL or parquet, or
+            "hub:NAME".
         column: of tables, the column that holds the text.
         stream: read local JSONL or parquet as it comes, where it is too large to be gone through beforehand.
         name: of hub data sets, the configuration.
@@ -76,7 +93,8 @@ class DataConfig:
         encoding: of text and JSONL files, as Python names it; parquet is always UTF-8.
         held_out: the fraction of documents kept for evaluation, chosen by a stable hash; where there are too few for that,
             the last part of each.
-        held_out_source: other text to evaluate on, all of it; training then reads all of `source`.
+        held_out_source: other text to evaluate on, all of it; training then reads all of `source`. "linux-others" are
+            subsystems that "linux" has not.
         held_out_name: of a hub `held_out_source`, the configuration.
         held_out_part: of a hub `held_out_source`, the published split.
         tokenizer: "bytes", or a name or folder that transformers' `AutoTokenizer` loads.
@@ -128,16 +146,18 @@ class DataConfig:
 
 @dataclass
 class LanguageConfig:
-    """A whole run: its seed (of weights and data order), model, data and training."""
+    """A whole run: its seed (of weights and data order), model, data, training, and the saved model that it starts from."""
 
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    start: StartConfig = field(default_factory=StartConfig, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0; got {self.seed}")
+        check_choice("model.mixer", self.model.mixer, MIXERS)
 
     @staticmethod
     def beneath(file: Any, edits: Any) -> Any:
@@ -170,7 +190,7 @@ def model_fields(model: ModelConfig) -> dict[str, Any]:
     """
     if model.size not in SIZES:
         raise ValueError(f"model.size must be one of {', '.join(SIZES)}; got {model.size!r}{nearest(model.size, SIZES)}")
-    for name, where in {"inner": "model.inner", "ttt_form": "model.ttt_form", "vocab_size": "data.tokenizer"}.items():
+    for name, where in {"inner": "model.inner", "ttt_form": "model.ttt_form"}.items():
         if name in model.fields:
             raise ValueError(f"model.fields must not hold {name!r}, which {where} gives")
     made = projections(model)
@@ -203,23 +223,34 @@ def _system(tree: Any) -> Any:
     return inner.get("system") if isinstance(inner, dict) else None
 
 
-def build_model(config: LanguageConfig, tokenizer: Tokenizer) -> LactForCausalLM:
-    """A model with fresh weights, drawn from the run's seed.
+def build_model(config: LanguageConfig, tokenizer: Tokenizer) -> Any:
+    """A model with fresh weights, drawn from the run's seed: a `LactForCausalLM`, or what `model.mixer` names.
 
     Raises:
         ValueError, TypeError: a configuration that describes no model.
     """
     from kvbind.models import LactConfig, LactForCausalLM
 
+    room = config.model.fields.get("vocab_size", tokenizer.vocab_size)
+    if room < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.fields must have a vocab_size of at least {tokenizer.vocab_size}, as data.tokenizer has; got {room}"
+        )
     fields = model_fields(config.model) | {
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": room,
         "bos_token_id": None,
         "eos_token_id": tokenizer.end,
         "inner": inner_loop(config.model),
         "ttt_form": config.model.ttt_form,
     }
     torch.manual_seed(config.seed)
-    model = LactForCausalLM(LactConfig(**fields))
+    if config.model.mixer == "fast":
+        model: Any = LactForCausalLM(LactConfig(**fields))
+    else:
+        from kvbind.models.peers import in_place_llama
+
+        model = in_place_llama(LactConfig(**fields))
+        model.generation_config.eos_token_id = tokenizer.end
     # of prompts alone: in training nothing is padding, and every embedding learns
     model.generation_config.pad_token_id = tokenizer.end
     return model
@@ -227,8 +258,43 @@ def build_model(config: LanguageConfig, tokenizer: Tokenizer) -> LactForCausalLM
 
 def resolve(config: LanguageConfig) -> LanguageConfig:
     """`config` with every field of its inner loop, and every field that its size gives, spelled out."""
-    fields = {name: x for name, x in model_fields(config.model).items() if name not in ("inner", "vocab_size")}
-    return replace(config, model=replace(config.model, inner=inner_loop(config.model).to_dict(), fields=fields))
+    return replace(config, model=resolved(config.model), start=config.start.resolved())
+
+
+def resolved(model: ModelConfig) -> ModelConfig:
+    """A model's configuration with every field of its inner loop, and every field that its size gives, spelled out."""
+    own = {name for name in ("inner", "vocab_size") if name not in model.fields}
+    fields = {name: x for name, x in model_fields(model).items() if name not in own}
+    return replace(model, inner=inner_loop(model).to_dict(), fields=fields)
+
+
+DESCRIBED_ELSEWHERE = frozenset({
+    "inner", "ttt_form", "pad_token_id", "bos_token_id", "eos_token_id", "lact_chunk_size", "use_muon", "use_momentum",
+    "ttt_prenorm", "ttt_loss_type",
+})  # fmt: skip
+"""Arguments of `LactConfig` that `model.fields` has no use for."""
+
+
+def describe(model: LactForCausalLM, folder: Path) -> LanguageConfig:
+    """The configuration of a run whose model is a saved one; its data are to be named.
+
+    Samples are eight chunks of the inner loop long, at least 512 tokens and at most what the model was made for.
+
+    Args:
+        model: as its folder holds it.
+        folder: the model's, with its tokenizer; without one, of as many tokens as there are bytes, it reads those.
+
+    Raises:
+        ValueError: a folder without a tokenizer.
+    """
+    config = model.config
+    plain, known = config.to_dict(), inspect.signature(type(config).__init__).parameters
+    fields = {name: plain[name] for name in known if name in plain and name not in DESCRIBED_ELSEWHERE}
+    length = min(config.max_position_embeddings, max(LEAST_LENGTH, 8 * (config.inner.chunk or 1)))
+    return LanguageConfig(
+        model=ModelConfig(inner=config.inner.to_dict(), fields=fields, ttt_form=config.ttt_form),
+        data=DataConfig(tokenizer=tokenizer_of(folder, config.vocab_size), length=length),
+    )
 
 
 def rows(config: LanguageConfig) -> dict[str, Any]:
@@ -241,6 +307,31 @@ def rows(config: LanguageConfig) -> dict[str, Any]:
         By name: "rung0" to "rung6", the ladder; "ascent" and "key_for_query", each one change of the full system.
     """
     return table_rows(inner_loop(config.model))
+
+
+FULL = 32768
+"""The window of the baseline with full attention: no evaluation reads more tokens at once."""
+
+
+def baselines(config: LanguageConfig) -> dict[str, dict[str, Any]]:
+    """Edits of `config.model.fields` that make the models without fast weights, by row.
+
+    Widths, depth and heads are the full system's; what that has in parameters of its fast weights goes into wider MLPs.
+
+    Returns:
+        "window", attention over the same window alone, and "softmax", full attention; none of a model of layers without
+        attention.
+    """
+    from kvbind.models import LactConfig
+    from kvbind.models.lact.model import LactBlock
+
+    own = LactConfig(**model_fields(config.model) | {"inner": inner_loop(config.model)})
+    if own.projections is not None:
+        return {}
+    without = LactConfig(**{**model_fields(config.model), "fast_weights": False})
+    wider = own.mlp_width + more_hidden(LactBlock, own, without, 3 * own.hidden_size)
+    edits = {"fast_weights": False, "intermediate_size": wider}
+    return {WINDOW: edits, SOFTMAX: {**edits, "window_size": max(FULL, config.data.length)}}
 
 
 class LanguageTask:
@@ -259,8 +350,11 @@ class LanguageTask:
         data = config.data
         self.config, self.batch = config, data.batch
         self.inner = inner_loop(config.model)  # one that is none is better known before any text is read
+        if data.separate and config.model.mixer != "fast":
+            raise ValueError(f"data.separate must be false where model.mixer is {config.model.mixer!r}; got true")
         self.tokenizer = open_tokenizer(data.tokenizer)
         self.chat_template = read_chat_template(data.chat_template, self.tokenizer)
+        self.start = Start.of(config.start, training)
         source = Source(data.source, data.held_out, data.column, data.stream, data.name, data.part, data.encoding)
         split: Split | None = "train"
         if data.held_out_source:
@@ -279,8 +373,9 @@ class LanguageTask:
         self.held_out_fingerprint, self.held_out_contents = held_out.fingerprint(), held_out.contents()
 
     def build(self) -> LactForCausalLM:
-        """A model with fresh weights, drawn from the run's seed."""
-        return build_model(self.config, self.tokenizer)
+        """A model with fresh weights, drawn from the run's seed, or with those of the model that the run starts from."""
+        model = build_model(self.config, self.tokenizer)
+        return model if self.start is None else self.start.into(model)
 
     def batches(self, position: dict[str, Any] | None, share: Share = WHOLE) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Endless training batches, each with the position behind it."""
@@ -313,7 +408,8 @@ class LanguageTask:
         """Why a step on a batch cannot be replayed as a CUDA graph; None where it can."""
         if "cu_seqlens" not in batch:
             return None
-        reason = uncovered(self.inner, batch["input_ids"].shape[1])
+        inners = [self.inner, *(self.start.inner_loops() if self.start is not None else [])]
+        reason = next(filter(None, (uncovered(inner, batch["input_ids"].shape[1]) for inner in inners)), None)
         return None if reason is None else f"the boundaries of packed documents are read by the host, as {reason}"
 
     def prepare(self, batch: Batch, device: torch.device) -> Batch:
@@ -324,20 +420,42 @@ class LanguageTask:
         return {**rest, "boundaries": with_room(batch["cu_seqlens"].to(device))}
 
     def loss(self, model: LactForCausalLM, batch: Batch) -> Tensor:
-        """Mean next-token cross-entropy, in nats; of a batch as it comes, or prepared."""
+        """Mean next-token cross-entropy, in nats; of a batch as it comes, or prepared.
+
+        Where the targets are the outputs of the model that the run starts from, the divergence from those.
+        """
         given: dict[str, Any] = dict(self.prepare(batch, batch["input_ids"].device))
         if "boundaries" in given:
             given["cu_seqlens"] = Boundaries(given.pop("boundaries"), given["input_ids"].shape[1])
+        if self.start is not None and self.start.distils:
+            labels = given.pop("labels")
+            wanted = self.start.outputs(**given, use_cache=False, device=labels.device).logits
+            counted = F.pad(labels[:, 1:], (0, 1), value=IGNORED) != IGNORED
+            return divergence(model(**given, use_cache=False).logits, wanted, counted)
         loss: Tensor = model(**given, use_cache=False).loss
         return loss
 
     def shard(self, batch: Batch, group: Any) -> SequenceShard:
-        """How the processes of a group divide the rows of a batch: evenly, and between spans of the inner loop."""
+        """How the processes of a group divide the rows of a batch: evenly, and between spans of the inner loop.
+
+        Raises:
+            ValueError: a model whose rows are not divided.
+        """
+        if self.config.model.mixer != "fast":
+            raise ValueError(
+                f"train.parallel.sequence must be 1 where model.mixer is {self.config.model.mixer!r}; got a group of several"
+            )
         ids, span = batch["input_ids"], self.inner.span
         return SequenceShard.even(ids.shape[1], group, cu_seqlens=batch.get("cu_seqlens"), multiple=span or 1)
 
     def cut(self, batch: Batch, group: Any) -> tuple[Batch, AbstractContextManager[None]]:
-        """This process's part of every sequence of a batch, and the context in which a model sees the others'."""
+        """This process's part of every sequence of a batch, and the context in which a model sees the others'.
+
+        Raises:
+            ValueError: outputs as targets, which are those of whole sequences.
+        """
+        if self.start is not None and self.start.distils:
+            raise ValueError("train.parallel.sequence must be 1 with start.targets='outputs'")
         from kvbind.models.lact.sharding import shard_batch
 
         shard = self.shard(batch, group)
@@ -346,7 +464,7 @@ class LanguageTask:
     @staticmethod
     def blocks(model: LactForCausalLM) -> Iterable[nn.Module]:
         """The model's layers."""
-        return model.model.layers
+        return getattr(model, "base", model).model.layers
 
     def evaluate(self, model: LactForCausalLM, share: Share = WHOLE) -> dict[str, Any]:
         """Perplexity per token, bits per byte, loss in nats, the number of predicted tokens, and the loss by position.
@@ -438,29 +556,36 @@ def open_trained(folder: Path, tokenizer: str | None = None) -> tuple[Any, Token
     Raises:
         ValueError: a folder that holds neither, or a model without a tokenizer where none is named.
     """
-    from kvbind.models import LactForCausalLM
-
     home = folder / "model" if (folder / "config.yaml").is_file() else folder
     if not (home / "config.json").is_file():
         if home != folder:
             raise ValueError(f"run must be finished; {str(folder)!r} has no model/ yet, which training leaves there")
         raise ValueError(f"run must be the folder of a training run or of a model; got {str(folder)!r}")
     model = open_exported(home)
-    if not isinstance(model, LactForCausalLM):
+    if not getattr(model, "can_generate", bool)():
         raise ValueError(f"run must be of a language model; {str(home)!r} holds a {type(model).__name__}")
-    if tokenizer is None and any(home.glob("tokenizer*")):
-        tokenizer = str(home)
-    elif tokenizer is None and model.config.vocab_size == Bytes.vocab_size:
-        tokenizer = "bytes"
-    if tokenizer is None:
-        raise ValueError(f"tokenizer must be 'bytes' or a tokenizer by name, as {str(home)!r} holds none")
-    opened, room = open_tokenizer(tokenizer), model.config.vocab_size
+    # of a model around another one, that one's
+    room = model.config.get_text_config().vocab_size
+    opened = open_tokenizer(tokenizer_of(home, room) if tokenizer is None else tokenizer)
     if opened.vocab_size > room:
         raise ValueError(
             f"tokenizer must have at most the {room} tokens that the model in {str(home)!r} knows; "
             f"{tokenizer!r} has {opened.vocab_size}"
         )
     return model, opened
+
+
+def tokenizer_of(folder: Path, vocabulary: int) -> str:
+    """The tokenizer beside a model, or bytes where there is none and the vocabulary is theirs.
+
+    Raises:
+        ValueError: neither.
+    """
+    if any(folder.glob("tokenizer*")):
+        return str(folder)
+    if vocabulary == Bytes.vocab_size:
+        return "bytes"
+    raise ValueError(f"tokenizer must be 'bytes' or a tokenizer by name, as {str(folder)!r} holds none")
 
 
 Config = LanguageConfig

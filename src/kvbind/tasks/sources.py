@@ -23,6 +23,7 @@ from kvbind.tasks.files import (
     other_files,
     read_text,
 )
+from kvbind.tasks.linux import LINUX, OTHERS_NAME, Folders, folders_of, open_kernel
 from kvbind.tasks.tables import JsonLines, Streamed, check_parquet, checked_text, refuse_nulls
 
 HUB, PACKAGE = "hub:", "package:"
@@ -42,8 +43,9 @@ class Source:
 
     Attributes:
         where: "stdlib", the Python standard library's own source; "package:" and the name of an installed Python package,
-            for its source; a folder of text, JSONL or parquet files; one such file; or "hub:" and the name of a data set to
-            stream from the Hugging Face hub.
+            for its source; "linux", the kernel's C source as Debian's package linux-source installs it, split by folders,
+            and "linux-others", that of subsystems which "linux" has not (`kvbind.tasks.linux`); a folder of text, JSONL or
+            parquet files; one such file; or "hub:" and the name of a data set to stream from the Hugging Face hub.
         held_out: the fraction that is held out.
         column: of tables, the column that holds the text.
         stream: read local tables as they come, where they are too large to be gone through beforehand.
@@ -85,6 +87,9 @@ class Source:
             found = self._python(package_folder(self.where.removeprefix(PACKAGE)), split)
         elif self.where == "stdlib":
             found = self._python(Path(sysconfig.get_path("stdlib")), split, _stdlib_skips)
+        elif self.where in (LINUX, OTHERS_NAME):
+            files, root = open_kernel(self.where == OTHERS_NAME)
+            found = self._named(folders_of(files), split, lambda own: Folders(files, own, root, self.where))
         elif path.is_dir():
             tables = {f"{self.where.rstrip('/')}/{name}": path / name for name in files_below(path, TABLE_SUFFIXES)}
             found = self._tables(tables, split) if tables else self._texts(path, split)
@@ -94,8 +99,8 @@ class Source:
             )
         else:
             raise ValueError(
-                f"{self.argument} must be 'stdlib', '{PACKAGE}NAME', a folder or file of text, JSONL or parquet, or "
-                f"'{HUB}NAME' for a data set on the Hugging Face hub; got {self.where!r}, which does not exist"
+                f"{self.argument} must be 'stdlib', '{LINUX}', '{PACKAGE}NAME', a folder or file of text, JSONL or parquet, "
+                f"or '{HUB}NAME' for a data set on the Hugging Face hub; got {self.where!r}, which does not exist"
             )
         # of a stream one row, of whatever split: a split's first may be far
         if next(iter(found.table.texts() if isinstance(found, Stream) else found.once()), None) is None:

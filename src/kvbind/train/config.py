@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -21,8 +21,8 @@ RECOMPUTE = ("auto", "none", "block", "selective", "offload")
 """What `train.activation_checkpointing` can be."""
 
 _INDIFFERENT = {
-    "device", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "parallel", "activation_checkpointing",
-    "graphs",
+    "device", "evaluate_at", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "parallel",
+    "activation_checkpointing", "graphs",
 }  # fmt: skip
 
 
@@ -73,6 +73,8 @@ class TrainConfig:
         tf32: on GPUs, let matrix products of float32 operands, those of the fast weights among them, run in TF32.
         device: "auto", or any torch device.
         evaluate_every: steps between evaluations; 0 for at the start and the end only.
+        evaluate_at: further evaluations, at fractions of the steps between 0 and 1. The rates there are those of the whole
+            schedule: a model on its way is not what a shorter training would have come to.
         checkpoint_every: steps between checkpoints; 0 for none by steps.
         checkpoint_minutes: minutes between checkpoints; 0 for none by time.
         keep: how many checkpoints to keep.
@@ -101,6 +103,7 @@ class TrainConfig:
     tf32: bool = True
     device: str = "auto"
     evaluate_every: int = 0
+    evaluate_at: list[float] = field(default_factory=list)
     checkpoint_every: int = 0
     checkpoint_minutes: float = 5.0
     keep: int = 2
@@ -123,6 +126,11 @@ class TrainConfig:
             # not (x >= least) is also true of NaN
             if not getattr(self, name) >= least:
                 raise ValueError(f"train.{name} must be at least {least}; got {getattr(self, name)}")
+        for fraction in self.evaluate_at:
+            if not 0 < fraction <= 1:
+                raise ValueError(
+                    f"train.evaluate_at must hold fractions above 0 and at most 1; got {list(self.evaluate_at)}"
+                )
         if not 0 <= self.ema < 1:
             raise ValueError(f"train.ema must be at least 0 and below 1; got {self.ema}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -130,6 +138,11 @@ class TrainConfig:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} must be greater than 0; got {getattr(self, name)}")
+
+
+def step_at(fraction: float, steps: int) -> int:
+    """The step at which so much of a training of `steps` is done."""
+    return max(round(fraction * steps), 1)
 
 
 def read_config(schema: type[T], presets: Mapping[str, Path], preset: str, overrides: Sequence[str] = ()) -> T:
@@ -161,17 +174,32 @@ def load_config(schema: type[T], path: Path, overrides: Sequence[str] = ()) -> T
     A schema may have a static method `beneath(file, edits)`, which says as plain data what the edits leave of the file: not
     what belongs to something that they replace.
     """
-    base, file, edits = OmegaConf.structured(schema), load_yaml(path), parse_overrides(overrides)
-    beneath = getattr(schema, "beneath", None)
-    if beneath is not None:
-        plain = (OmegaConf.to_container(tree) for tree in (file, edits))
-        file = cast(DictConfig, OmegaConf.create(beneath(*plain)))
+    file, edits = load_yaml(path), parse_overrides(overrides)
     try:
-        base = merge(base, file)
+        base = merge(OmegaConf.structured(schema), left_of(schema, file, edits))
     except ConfigKeyValueError as error:
         line = yaml_lines(path).get(error.key)
         raise ValueError(f"{path}{f', line {line}' if line else ''}: {error}") from error
     return to_object(merge(base, edits), schema)
+
+
+def edited(config: T, overrides: Sequence[str]) -> T:
+    """A configuration with edits, which say the same of it as of a file that holds it.
+
+    Raises:
+        ValueError: an unknown key (the message gives the nearest known one), or a value that does not fit.
+    """
+    schema, edits = type(config), parse_overrides(overrides)
+    file = left_of(schema, OmegaConf.create(to_plain(config)), edits)
+    return to_object(merge(OmegaConf.structured(schema), file, edits), schema)
+
+
+def left_of(schema: type[Any], file: DictConfig, edits: DictConfig) -> DictConfig:
+    """What edits leave of a file's keys, as the schema's `beneath` says."""
+    beneath = getattr(schema, "beneath", None)
+    if beneath is None:
+        return file
+    return cast(DictConfig, OmegaConf.create(beneath(*(OmegaConf.to_container(tree) for tree in (file, edits)))))
 
 
 class ConfigKeyValueError(ValueError):
@@ -215,7 +243,8 @@ def parse_overrides(overrides: Sequence[str]) -> DictConfig:
     try:
         return OmegaConf.from_dotlist(list(overrides))
     except Exception as error:  # whatever YAML makes of a malformed value
-        raise ValueError(f"overrides must be key=value with a YAML value; got {list(overrides)}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"overrides must be key=value with a YAML value; got {list(overrides)}: {reason}") from error
 
 
 def merge(base: Any, *changes: DictConfig) -> Any:
@@ -300,13 +329,21 @@ def to_plain(config: Any) -> dict[str, Any]:
 def what_matters(config: Any) -> dict[str, Any]:
     """A run's configuration without the keys that change nothing of its result.
 
-    Those are the device, checkpoints, event files, and how the run is spread over processes. The data's own are those that
-    their dataclass lists as `INDIFFERENT`.
+    Those are the device, evaluations on the way, checkpoints, event files, and how the run is spread over processes; of
+    other sections, what their dataclass lists as `INDIFFERENT`. What came later is left out where it says nothing, so that
+    earlier runs are found: a section with `kvbind.inner.value.LATER`, and a model's fields at the value in its `LATER`.
     """
     plain = to_plain(config)
-    indifferent = {"train": _INDIFFERENT, "data": getattr(getattr(config, "data", None), "INDIFFERENT", ())}
-    for section in indifferent.keys() & plain.keys():
-        plain[section] = {name: value for name, value in plain[section].items() if name not in indifferent[section]}
+    for section in fields(config):
+        held, name = getattr(config, section.name), section.name
+        indifferent = _INDIFFERENT if name == "train" else getattr(held, "INDIFFERENT", ())
+        if section.metadata.get("later") and held == type(held)():
+            del plain[name]
+        elif indifferent:
+            plain[name] = {key: value for key, value in plain[name].items() if key not in indifferent}
+    later = getattr(getattr(config, "model", None), "LATER", {})
+    for name in [name for name, value in later.items() if plain["model"].get(name) == value]:
+        del plain["model"][name]
     return plain
 
 

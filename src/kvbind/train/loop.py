@@ -41,7 +41,7 @@ from kvbind.train.checkpoint import (
     restore_random_state,
     restore_random_states,
 )
-from kvbind.train.config import TrainConfig
+from kvbind.train.config import TrainConfig, step_at
 from kvbind.train.memory import initial, keep_what_fits
 from kvbind.train.metrics import Metrics, Silence
 from kvbind.train.optimizer import learning_rate, make_optimizer
@@ -217,6 +217,7 @@ def _train(
         trained = {} if average is None else {"trained": model.state_dict()}
         return {"model": evaluated.state_dict(), "optimizer": optimizer_tensors(model, optimizer), **trained}
 
+    on_the_way = {step_at(fraction, config.steps) for fraction in config.evaluate_at}
     done = Progress()
     path, broken = newest_whole(folder)
     if path is None:
@@ -282,7 +283,7 @@ def _train(
                     "longer train.warmup or train.precision=float32 may help"
                 )
             last = done.step == config.steps
-            if last or every(config.evaluate_every, done.step):
+            if last or done.step in on_the_way or every(config.evaluate_every, done.step):
                 done.held_out = evaluate(evaluated, task, config, device, share)
                 metrics.write(done.step, **{f"held_out/{name}": value for name, value in done.held_out.items()})
             alone = ranks() == 1

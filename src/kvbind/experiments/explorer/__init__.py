@@ -21,6 +21,7 @@ from kvbind.experiments.shared import train_rows
 from kvbind.experiments.show_images import spread
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.experiments.table2 import TABLE
+from kvbind.experiments.tables import BASELINES
 from kvbind.tasks.images.augment import normalized
 from kvbind.tasks.views.drawing import evaluation_batches
 from kvbind.tasks.views.task import predict
@@ -50,7 +51,9 @@ def reproduce(**options: Any) -> dict[str, Any]:
         UnfinishedError: no run is finished, or none has its weights here.
     """
     request = Request(**options)
-    trained = train_rows("explorer", TABLE.rows, tuple(SUBJECTS), request, weights=True)
+    trained = train_rows(
+        "explorer", [row for row in TABLE.rows if row not in BASELINES], tuple(SUBJECTS), request, weights=True
+    )
     rows, example = [], None
     for name in trained.runs:
         seed, metric = min(trained.runs[name]), trained.subject.metric

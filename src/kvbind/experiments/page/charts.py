@@ -22,7 +22,14 @@ def rounded(values: Iterable[float | None], digits: int = 5) -> list[float | Non
 
 
 def lines(
-    series: Mapping[str, Points], *, title: str, x: str, y: str, tones: Sequence[str | float], markers: bool = False
+    series: Mapping[str, Points],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    tones: Sequence[str | float],
+    markers: bool = False,
+    log: bool = False,
 ) -> Chart:
     """A line per series; those whose tone is a colour's name are dashed beside a ladder's.
 
@@ -33,6 +40,7 @@ def lines(
         y: of the vertical axis.
         tones: of the series.
         markers: draw the points too.
+        log: the horizontal axis is logarithmic.
     """
     ladder = any(isinstance(tone, float) for tone in tones)
     # the steep beginning of a curve would flatten everything after it
@@ -47,6 +55,7 @@ def lines(
         "x": x,
         "y": y,
         "markers": markers,
+        "log": log,
         "series": [
             {"name": name, "x": rounded(p[0] for p in points), "y": rounded(p[1] for p in points), "tone": tone,
              "dash": ladder and isinstance(tone, str)}

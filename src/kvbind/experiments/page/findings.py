@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -63,7 +64,7 @@ def findings_part(results: Results, place: Path) -> Part:
 def figure1(results: Results) -> Drawn:
     """The inner loss and the metric by steps of the inner loop."""
     metric, found = named_subject(results["task"]).metric, results["steps"]
-    x = "steps per chunk at test time (1 in training)"
+    x = f"steps per chunk at test time ({found[0]['steps']} in training)"
     layers = {f"layer {i}": [(own["steps"], own["by_layer"][i]) for own in found] for i in range(len(found[0]["by_layer"]))}
     sides = [
         charts.lines(
@@ -130,6 +131,46 @@ def figure4(results: Results) -> Drawn:
     }  # fmt: skip
 
 
+def systems(results: Results) -> Drawn:
+    """Every system's loss along the sequence."""
+    series = {str(row["label"]): figures.pooled(row["loss_by_position"], 16) for row in results["rows"]}
+    tones, x, y = charts.ladder_tones(len(series), len(series)), "position in the sequence", "nats per token"
+    return {"Along the sequence": [charts.lines(series, title="Held-out loss by position", x=x, y=y, tones=tones)]}
+
+
+def capacity(results: Results) -> Drawn:
+    """Accuracy by bytes of state: the ladder, and the systems."""
+    curves = {
+        str(one["name"]): sorted((x["bytes"] / 1024, statistics.fmean(x["accuracy"].values())) for x in one["points"])
+        for one in results["curves"]
+    }
+    x, y = "state of one row, KiB", "keys whose value is recalled, %"
+    return {
+        "Recall by bytes of state": [
+            charts.lines({name: curves[name] for name in (*own, *compared)}, title=title, x=x, y=y,
+                         tones=charts.ladder_tones(len(own) + len(compared), len(own)), markers=True, log=True)
+            for title, (own, compared) in results["panels"].items()
+        ]
+    }  # fmt: skip
+
+
+def probe(results: Results) -> Drawn:
+    """Both figures of one model; the first where more steps could be tried."""
+    return (figure1(results) if len(results["steps"]) > 1 else {}) | figure2(results)
+
+
+def simplified(results: Results) -> Drawn:
+    """The metric of a model whose inner loop was edited, by steps of fine-tuning."""
+    metric, points = named_subject(results["task"]).metric, results["courses"][results["metric"]]
+    before = results["before"][results["metric"]]
+    series = {"edited": points, "before the edit": [(points[0][0], before), (points[-1][0], before)]}
+    title = f"{metric.title[0].upper()}{metric.title[1:]}: {metric.better} is better"
+    tones = ["blue", "orange"]
+    return {
+        "Course": [charts.lines(series, title=title, x="steps of fine-tuning", y=metric.title, tones=tones, markers=True)]
+    }
+
+
 def theorems(results: Results) -> Drawn:
     """Each way of evaluating an inner loop's linear attention, in each precision."""
     cases = results["cases"]
@@ -157,6 +198,10 @@ DRAW: dict[str, Callable[[Results], Drawn]] = {
     "figure2": figure2,
     "figure3": figure3,
     "figure4": figure4,
+    "probe": probe,
+    "simplified": simplified,
     "theorems": theorems,
+    "capacity": capacity,
+    "systems": systems,
 }
 """By experiment."""

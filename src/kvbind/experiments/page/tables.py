@@ -83,6 +83,9 @@ def differences(outcome: Outcome) -> Iterator[str]:
     """A line per row: the fields of its inner loop that are not the first row's."""
     first = flatten(outcome.rows[0].inner)
     for row in outcome.rows:
+        if row.baseline and row.applies:
+            yield f"{row.name}: no fast weights"
+            continue
         own = flatten(row.inner) if row.applies else {}
         changed = [f"{key}: {own.get(key)}" for key in {**first, **own} if own.get(key) != first.get(key)]
         what = ", ".join(changed) if row.applies else NOT_APPLICABLE

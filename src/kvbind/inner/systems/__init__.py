@@ -9,7 +9,7 @@ from kvbind.inner.systems.learners import ttt_linear, ttt_mlp
 from kvbind.inner.systems.memory import atlas, titans
 from kvbind.inner.systems.ladder import RUNGS, ladder
 from kvbind.inner.systems.layers import PROJECTIONS
-from kvbind.inner.systems.registry import SOURCES, SYSTEMS, Source, cite, named
+from kvbind.inner.systems.registry import SOURCES, SYSTEMS, Source, cite, family, named
 
 __all__ = [
     "PROJECTIONS",
@@ -23,6 +23,7 @@ __all__ = [
     "delta_net",
     "delta_product",
     "elastic_lact",
+    "family",
     "gated_delta_net",
     "gdn2",
     "gla",

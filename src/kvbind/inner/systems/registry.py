@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from kvbind.inner.spec import InnerLoop
@@ -64,6 +66,12 @@ def system(*sources: Source, **names: dict[str, Any]) -> Callable[[Make], Make]:
     return enter
 
 
+def family(make: Callable[..., InnerLoop]) -> str:
+    """What the file in which a system is declared says first, in one sentence: the family that its systems are of."""
+    module = sys.modules[getattr(make, "func", make).__module__]
+    return (module.__doc__ or module.__name__).strip().split("\n")[0].split(". ")[0].rstrip(".")
+
+
 def named(name: str) -> InnerLoop:
     """The system of that name.
 
@@ -73,6 +81,22 @@ def named(name: str) -> InnerLoop:
     if not isinstance(name, str) or name not in SYSTEMS:
         raise ValueError(f"no system is named {name!r}{nearest(name, SYSTEMS)}; known: {', '.join(SYSTEMS)}")
     return SYSTEMS[name]()
+
+
+def named_or_file(system: str) -> InnerLoop:
+    """The inner loop of that name, or in that YAML file.
+
+    Raises:
+        ValueError: an unknown name, or a file that does not exist or holds no inner loop.
+    """
+    if not system.endswith((".yaml", ".yml")):
+        return named(system)
+    if not Path(system).is_file():
+        raise ValueError(f"system must be a named system or a YAML file that exists; there is no {system!r}")
+    try:
+        return InnerLoop.from_yaml(Path(system))
+    except (ValueError, TypeError) as error:
+        raise ValueError(str(error) if system in str(error) else f"{system}: {error}") from error
 
 
 SIZES = ("chunk", "refresh", "grid")

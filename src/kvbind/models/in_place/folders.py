@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from kvbind.files import inside, read_fields
 from kvbind.models.convert import COPIED, check_apart
 from kvbind.models.in_place.config import InPlaceConfig
-from kvbind.models.in_place.model import InPlaceForCausalLM
+from kvbind.models.in_place.model import InPlaceForCausalLM, tell_unread
 from kvbind.models.saving import CONFIG, check_model_folder, without_bars
 
 
@@ -37,7 +37,7 @@ def in_place(source: str | Path, target: str | Path, **fields: Any) -> Path:
         raise FileNotFoundError(f"source must be the folder of a model, with {CONFIG}; got {str(source)!r}")
     check_apart(source, source, target)
     check_model_folder(source)
-    found = read_fields(source / CONFIG)
+    found = read_fields(source / CONFIG, wide=False)
     if found.get("model_type") == InPlaceConfig.model_type:
         raise ValueError(f"source must be a model without fast MLPs; {str(source)!r} has them already")
     copied = [inside(source, path.name) for pattern in COPIED for path in sorted(source.glob(pattern)) if path.is_file()]
@@ -46,6 +46,7 @@ def in_place(source: str | Path, target: str | Path, **fields: Any) -> Path:
             if fields:
                 raise ValueError(f"{', '.join(fields)} must be left out, as the released checkpoint in source says them")
             model = InPlaceForCausalLM.from_released(str(source), dtype="auto", local_files_only=True)
+            tell_unread(model.config)
         else:
             base = AutoModelForCausalLM.from_pretrained(
                 source, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Self
 
 import torch
@@ -21,6 +22,8 @@ from kvbind.models.lact.inputs import check_padding_side
 from kvbind.models.options import check_options, known_by_name
 from kvbind.models.recompute import is_recomputed, is_reentrant
 from kvbind.models.saving import FromFolder
+
+log = logging.getLogger("kvbind.models")
 
 CALL = "in_place_call"
 """The keyword argument by which a call travels through the model to its layers, also where these are recomputed."""
@@ -128,6 +131,7 @@ class InPlaceForCausalLM(FromFolder, PreTrainedModel, GenerationMixin):
         shared = {"dtype": base.dtype, "attn_implementation": base.config._attn_implementation}
         config = InPlaceConfig(text_config=base.config, **shared, **fields)
         model = cls(config, base)
+        tell_unread(config)
         if freeze_base:
             model.freeze_base()
         return model.train(base.training)
@@ -320,6 +324,16 @@ class InPlaceForCausalLM(FromFolder, PreTrainedModel, GenerationMixin):
 
 
 known_by_name(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, InPlaceForCausalLM)
+
+
+def tell_unread(config: InPlaceConfig) -> None:
+    """Warn where no update is ever read, as a sequence ends within its first chunk."""
+    positions = getattr(config.text_config, "max_position_embeddings", None)
+    if isinstance(positions, int) and config.chunk >= positions:
+        log.warning(
+            "chunk is %s, and the model inside knows %s positions: within those, no token reads an update; a chunk of at "
+            "most %s would let some", f"{config.chunk:,}", f"{positions:,}", f"{max(positions // 4, 1):,}",
+        )  # fmt: skip
 
 
 def _layers_of(base: PreTrainedModel) -> nn.ModuleList:

@@ -11,13 +11,14 @@ from torch.utils import _pytree as pytree
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from kvbind.layers.attention import AttentionState
 from kvbind.layers.fast_weights import FastWeightState
 from kvbind.layers.lact import LactState
 
 if TYPE_CHECKING:
     from kvbind.models.lact.decoding import Rows
 
-MixerState = LactState | FastWeightState
+MixerState = LactState | FastWeightState | AttentionState
 """What one layer keeps of some sequences."""
 
 CACHE_NAMES = ("past_key_values", "cache")

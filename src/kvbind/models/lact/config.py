@@ -11,7 +11,7 @@ from kvbind.forms.api import Form
 from kvbind.inner.projections import DEFAULTS, Projections
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import PROJECTIONS, lact_llm
-from kvbind.inner.value import check_choice, check_positive, check_positive_int, nearest
+from kvbind.inner.value import check_bool, check_choice, check_positive, check_positive_int, nearest
 from kvbind.layers.fast_weights import fast_widths
 from kvbind.layers.lact import NOT_MADE
 from kvbind.models.ablations import (
@@ -95,6 +95,8 @@ class LactConfig(WithImports, PretrainedConfig):
             keys and values; or, where the inner loop has what that does not make (`kvbind.layers.lact.NOT_MADE`), for a
             `FastWeightLayer` that follows the inner loop. With it, `num_lact_heads`, `inter_multi` and `base_lr` are those
             of that layer, and fields of attention and of queries, keys and values have no meaning.
+        fast_weights: False for attention alone, as a baseline: over `window_size` tokens, as many as a text has or fewer.
+            `inner` and the fields of fast weights then have no meaning.
         ttt_form: "auto", "recurrent" or "parallel", as `kvbind.ttt` takes it.
         inter_multi: hidden width of the fast network over its head width.
         w0_w2_low_rank: rank of the gate and up matrices' starting values; 0 or less for full matrices.
@@ -183,6 +185,7 @@ class LactConfig(WithImports, PretrainedConfig):
         ttt_loss_type: str | None = None,
         released_parameters: bool | None = None,
         projections: Projections | dict[str, Any] | str | None = None,
+        fast_weights: bool = True,
         **kwargs: Any,
     ) -> None:
         check_choice("ttt_form", ttt_form, ("auto", "recurrent", "parallel"))
@@ -210,6 +213,10 @@ class LactConfig(WithImports, PretrainedConfig):
         elif given:
             raise ValueError(f"inner says what {', '.join(given)} would say; give one or the other")
         self.inner, self.projections = inner, projections
+        check_bool("fast_weights", fast_weights)
+        if not fast_weights and self.projections is not None:
+            raise ValueError("fast_weights must be True with projections, which are of fast weights; got False")
+        self.fast_weights = fast_weights
 
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
         self.num_attn_heads, self.num_lact_heads, self.window_size = num_attn_heads, num_lact_heads, window_size
@@ -339,8 +346,10 @@ class LactConfig(WithImports, PretrainedConfig):
         """
         if self.projections is not None:
             raise ValueError(f"projections must be None in a released configuration; got {self.projections!r}")
+        if not self.fast_weights:
+            raise ValueError("fast_weights must be True in a released configuration; got False")
         fields: dict[str, Any] = self.to_dict()
-        for name in ("inner", "ttt_form", "base_lr", "released_parameters", "auto_map"):
+        for name in ("inner", "ttt_form", "base_lr", "released_parameters", "fast_weights", "auto_map"):
             fields.pop(name, None)
         described = released_of_inner(self.inner)
         if not self.released_parameters:

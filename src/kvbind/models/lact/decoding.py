@@ -36,6 +36,7 @@ from torch.utils.hooks import RemovableHandle
 from kvbind.forms.autocast import autocasts
 from kvbind.kernels import graphs
 from kvbind.kernels.direct import is_eager
+from kvbind.layers.attention import WindowAttention
 from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.lact import LactLayer, LactState
 from kvbind.layers.plain import WEIGHTS
@@ -271,8 +272,8 @@ def obstacle(model: Any) -> str | None:
     if derived(model, LactForCausalLM) or derived(model.model, LactModel):
         return "the model has a forward of its own"
     for block in model.model.layers:
-        if isinstance(block.attn, FastWeightLayer):
-            return "layers are FastWeightLayers, of which no graph is made"
+        if isinstance(block.attn, FastWeightLayer | WindowAttention):
+            return f"layers are {type(block.attn).__name__}s, of which no graph is made"
         if derived(block, LactBlock) or derived(block.attn, LactLayer):
             return "a block has a forward of its own"
     found = hooked(model)

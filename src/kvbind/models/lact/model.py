@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from kvbind.inner.spec import InnerLoop
 from kvbind.kernels.direct import is_exported
 from kvbind.kernels.swiglu import swiglu
+from kvbind.layers.attention import WindowAttention
 from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.lact import LactLayer
 from kvbind.layers.layout import Layout
@@ -58,8 +59,17 @@ class LactMLP(nn.Module):
         return output
 
 
-def make_mixer(config: LactConfig) -> LactLayer | FastWeightLayer:
-    """The layer that mixes tokens: attention and fast weights, or those alone."""
+def make_mixer(config: LactConfig) -> LactLayer | FastWeightLayer | WindowAttention:
+    """The layer that mixes tokens: attention and fast weights, or one of the two alone."""
+    if not config.fast_weights:
+        return WindowAttention(
+            config.hidden_size,
+            config.num_attn_heads,
+            config.window_size,
+            qkv_bias=config.qkv_bias,
+            qk_norm=config.attn_qk_norm,
+            rope_theta=config.rope_theta,
+        )
     if config.projections is not None:
         return FastWeightLayer(
             config.hidden_size,
@@ -108,8 +118,12 @@ class LactBlock(GradientCheckpointingLayer):
 
     @property
     def inner(self) -> InnerLoop:
-        """The inner loop of the block's layer, assignable as there."""
-        return self.attn.inner
+        """The inner loop of the block's layer, assignable as there.
+
+        Raises:
+            AttributeError: a layer without fast weights.
+        """
+        return self.attn.inner  # type: ignore[return-value]
 
     @inner.setter
     def inner(self, inner: InnerLoop) -> None:

@@ -50,6 +50,7 @@ class LactNvsConfig(Value):
         base_lr: its learning rate before training.
         qk_norm: RMS norms on the attention's queries and keys.
         released_parameters: hold what released checkpoints hold, whether or not `inner` has a use for it.
+        fast_weights: False for softmax attention to all input views in their place, as a baseline, in heads of `head_dim`.
 
     Raises:
         ValueError: widths that do not divide, or an inner loop that the layers cannot run.
@@ -67,6 +68,7 @@ class LactNvsConfig(Value):
     base_lr: float = 0.01
     qk_norm: bool = True
     released_parameters: bool = False
+    fast_weights: bool = True
 
     def __post_init__(self) -> None:
         for name in ("dim", "layers", "patch_size", "head_dim", "fast_head_dim"):
@@ -81,6 +83,7 @@ class LactNvsConfig(Value):
                 raise ValueError(f"{name} must be above 0, and finite; got {getattr(self, name)}")
         check_bool("qk_norm", self.qk_norm)
         check_bool("released_parameters", self.released_parameters)
+        check_bool("fast_weights", self.fast_weights)
         check_fits_views(self.inner)
 
     @classmethod

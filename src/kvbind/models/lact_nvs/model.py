@@ -19,6 +19,7 @@ from kvbind.forms.state import State
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_positive_int
 from kvbind.kernels.direct import has_values
+from kvbind.layers.attention import FullAttention
 from kvbind.layers.lact_nvs import LactNvsLayer
 from kvbind.layers.norm import RMSNorm, add_layer_norm
 from kvbind.layers.operands import split_heads
@@ -99,10 +100,12 @@ class LactNvsBlock(nn.Module):
     def __init__(self, config: LactNvsConfig) -> None:
         super().__init__()
         dim = config.dim
-        fast = LactNvsLayer(
-            dim, config.fast_head_dim, config.inner, inter_multi=config.inter_multi, base_lr=config.base_lr,
-            released_parameters=config.released_parameters,
-        )  # fmt: skip
+        fast: nn.Module = FullAttention(dim, config.head_dim)
+        if config.fast_weights:
+            fast = LactNvsLayer(
+                dim, config.fast_head_dim, config.inner, inter_multi=config.inter_multi, base_lr=config.base_lr,
+                released_parameters=config.released_parameters,
+            )  # fmt: skip
         parts = (ImageAttention(dim, config.head_dim, config.qk_norm), fast, Mlp(dim, int(dim * config.mlp_ratio)))
         self.module_list = nn.ModuleList(nn.ModuleDict({"ln": nn.LayerNorm(dim, bias=False), "f": part}) for part in parts)
 
@@ -259,13 +262,16 @@ class LactNvs(nn.Module):
 
     @property
     def mixers(self) -> tuple[LactNvsLayer, ...]:
-        """The fast-weight layers, first to last."""
-        return tuple(block.fast for block in self.blocks)  # type: ignore[misc]
+        """The fast-weight layers, first to last; of a baseline none."""
+        return tuple(block.fast for block in self.blocks if self.config.fast_weights)  # type: ignore[misc]
 
     @property
     def inner(self) -> InnerLoop:
-        """The inner loop of the first layer; assigning one gives it to every layer."""
-        return self.mixers[0].inner
+        """The inner loop of the first layer; assigning one gives it to every layer.
+
+        Of a baseline, what its configuration has, which is without meaning.
+        """
+        return self.mixers[0].inner if self.mixers else self.config.inner
 
     @inner.setter
     def inner(self, inner: InnerLoop) -> None:
@@ -313,8 +319,13 @@ class LactNvs(nn.Module):
             The scene, attached to the autograd graph where there is one.
 
         Raises:
-            TypeError, ValueError: an argument that does not fit, or a scene of another model; the message names it.
+            TypeError, ValueError: an argument that does not fit, or a scene of another model; the message names it. A model
+                without fast weights.
         """
+        if not self.config.fast_weights:
+            raise ValueError(
+                "config must have fast_weights=True for scenes to be reconstructed: a baseline has forward alone"
+            )
         image = self._check_views(image, c2w, fxfycxcy)
         size = (image.shape[-2], image.shape[-1])
         states: Sequence[State | None] | None = None
@@ -412,7 +423,7 @@ class LactNvs(nn.Module):
     def _architecture(self) -> dict[str, Any]:
         """The sizes that a scene depends on; each layer's inner loop is in its state."""
         fields = self.config.to_dict()
-        del fields["inner"]
+        del fields["inner"], fields["fast_weights"]  # there is no scene without
         return fields
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvbind.inner.spec import InnerLoop
+from kvbind.layers.attention import FullAttention
 from kvbind.layers.grid import Grid, add_convolution
 from kvbind.layers.norm import add_layer_norm
 from kvbind.layers.vittt import INIT_STD, VitttLayer
@@ -83,6 +84,7 @@ class VitttBlock(nn.Module):
         drop_path: rate of stochastic depth on both residual branches.
         norm_eps: of the LayerNorms.
         mlp_convolution: a depthwise convolution inside the MLP.
+        fast_weights: False for the block of a plain vision transformer: softmax attention in their place, and no `cpe`.
     """
 
     def __init__(
@@ -98,19 +100,25 @@ class VitttBlock(nn.Module):
         drop_path: float,
         norm_eps: float,
         mlp_convolution: bool,
+        fast_weights: bool = True,
     ) -> None:
         super().__init__()
-        self.cpe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.cpe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if fast_weights else None
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = VitttLayer(dim, heads, inner, inner_conv, qkv_bias=qkv_bias)
+        self.attn: VitttLayer | FullAttention = (
+            VitttLayer(dim, heads, inner, inner_conv, qkv_bias=qkv_bias)
+            if fast_weights
+            else FullAttention(dim, dim // heads, bias=qkv_bias, qk_norm=False)
+        )
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop_rate, mlp_convolution)
         self.drop_path = StochasticDepth(drop_path)
 
     def forward(self, x: Tensor, grid: Grid, rotary: Tensor | None = None) -> Tensor:
         """`[B, T, d]` to the same shape; `grid` and `rotary` as `VitttLayer.forward` takes them."""
-        x, h = add_layer_norm(add_convolution(x, self.cpe, grid), None, self.norm1)
-        x, h = add_layer_norm(x, self.drop_path(self.attn(h, grid, rotary)), self.norm2)
+        x, h = add_layer_norm(x if self.cpe is None else add_convolution(x, self.cpe, grid), None, self.norm1)
+        mixed = self.attn(h)[0] if isinstance(self.attn, FullAttention) else self.attn(h, grid, rotary)
+        x, h = add_layer_norm(x, self.drop_path(mixed), self.norm2)
         return x + self.drop_path(self.mlp(h, grid))
 
 

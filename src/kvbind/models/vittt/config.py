@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import vittt
-from kvbind.inner.value import check_choice
+from kvbind.inner.value import check_bool, check_choice
 from kvbind.layers.vittt import INIT_STD
 from kvbind.models.ablations import images_ablation
 from kvbind.models.auto import WithImports
@@ -55,6 +55,8 @@ class VitttConfig(WithImports, PretrainedConfig):
         drop_rate: dropout in the MLPs.
         drop_path_rate: stochastic depth of the last block.
         initializer_range: standard deviation of linear layers and fast weights at the start.
+        fast_weights: False for a plain vision transformer of these sizes, as a baseline (`Vittt`); not of the hierarchical
+            model.
         **kwargs: fields of transformers' `PretrainedConfig`, such as `num_labels` (also as `num_classes`), `id2label`,
             `label2id` and `problem_type`.
 
@@ -90,6 +92,7 @@ class VitttConfig(WithImports, PretrainedConfig):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         initializer_range: float = INIT_STD,
+        fast_weights: bool = True,
         **kwargs: Any,
     ) -> None:
         if len({isinstance(value, int) for value in (embed_dim, depth, num_heads)}) > 1:
@@ -104,6 +107,10 @@ class VitttConfig(WithImports, PretrainedConfig):
         self.mlp_ratio, self.qkv_bias = mlp_ratio, qkv_bias
         self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
         self.initializer_range = initializer_range
+        check_bool("fast_weights", fast_weights)
+        self.fast_weights = fast_weights
+        if self.hierarchical and not fast_weights:
+            raise ValueError("fast_weights must be True in the hierarchical model; got False")
         if kwargs.get("problem_type") is not None:
             check_choice("problem_type", kwargs["problem_type"], PROBLEMS)
         if kwargs.get("problem_type") == PROBLEMS[1] and 1 in (kwargs.get("num_labels"), kwargs.get("num_classes")):
@@ -176,6 +183,7 @@ class VitttConfig(WithImports, PretrainedConfig):
         }
         if self.hierarchical:
             return HierarchicalVittt(self.embed_dim, self.depth, self.num_heads, **common)  # type: ignore[arg-type]
+        common["fast_weights"] = self.fast_weights
         return Vittt(self.embed_dim, self.depth, self.num_heads, self.patch_size, **common)  # type: ignore[arg-type]
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kvbind.inner.spec import InnerLoop
-from kvbind.inner.value import check_choice, check_positive_int
+from kvbind.inner.value import check_bool, check_choice, check_positive_int
+from kvbind.layers.attention import grid_positions
 from kvbind.layers.grid import Grid, to_image, to_tokens
 from kvbind.layers.vittt import INIT_STD, VitttLayer
 from kvbind.models.recompute import check_recomputing
@@ -407,6 +408,8 @@ class Vittt(ImageModel):
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
         global_pool: "avg", or "" for none.
         initializer_range: standard deviation of linear layers and fast weights at the start.
+        fast_weights: False for a plain vision transformer of these sizes, as a baseline: softmax attention, and fixed
+            positions on the grid in place of the convolutions (arXiv 2205.01580).
 
     Raises:
         ValueError: numbers that do not fit together, or an inner loop that the layers cannot run.
@@ -429,10 +432,14 @@ class Vittt(ImageModel):
         drop_path_rate: float = 0.0,
         global_pool: str = "avg",
         initializer_range: float = INIT_STD,
+        fast_weights: bool = True,
     ) -> None:
         super().__init__(embed_dim, num_classes, in_chans, global_pool, initializer_range)
         check_positive_int("depth", depth)
-        self.embed_dim = embed_dim
+        check_bool("fast_weights", fast_weights)
+        if not fast_weights and embed_dim % 4:
+            raise ValueError(f"embed_dim must be a multiple of 4 with fast_weights=False; got {embed_dim}")
+        self.embed_dim, self.fast_weights = embed_dim, fast_weights
         self.patch_embed = PatchEmbed(_pair("patch_size", patch_size), in_chans, embed_dim)
         self.blocks = nn.ModuleList(
             VitttBlock(
@@ -446,6 +453,7 @@ class Vittt(ImageModel):
                 drop_path=rate,
                 norm_eps=1e-6,
                 mlp_convolution=False,
+                fast_weights=fast_weights,
             )
             for rate in _drop_path_rates(drop_path_rate, depth)
         )
@@ -480,7 +488,10 @@ class Vittt(ImageModel):
     def embed(self, image: Tensor) -> tuple[Tensor, Grid]:
         self._check_image(image)
         patches = self.patch_embed(image)
-        return to_tokens(patches), tuple(patches.shape[-2:])
+        tokens, grid = to_tokens(patches), tuple(patches.shape[-2:])
+        if not self.fast_weights:
+            tokens = tokens + grid_positions(grid, self.embed_dim, tokens.device).to(tokens.dtype)
+        return tokens, grid
 
     def layers_of(self, x: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Grid]]:
         for block in self.blocks:

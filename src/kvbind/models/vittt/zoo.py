@@ -12,7 +12,8 @@ from typing import Any
 from kvbind.models.vittt.model import ImageModel
 from kvbind.models.vittt.released import SIZES, build
 
-__all__ = ["default_cfgs", "register", "vittt_folder", *SIZES]
+__all__ = ["default_cfgs", "register", "vittt_folder"]
+__all__.extend(SIZES)
 
 FOLDER = "vittt_folder"
 """The entry point of trained models."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,9 +13,10 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from kvbind.files import inside, read_fields
 from kvbind.inner import InnerLoop
 from kvbind.inner.systems import vittt
-from kvbind.inner.value import check_choice, nearest
+from kvbind.inner.value import LATER, check_choice, nearest
 from kvbind.layers.vittt import check_fits_conv, check_fits_heads
 from kvbind.models.saving import without_bars
 from kvbind.tasks import preset_files
@@ -26,7 +26,8 @@ from kvbind.tasks.images.augment import Augment, AugmentConfig, ReadEvaluation, 
 from kvbind.tasks.images.loading import Batch, Order, Reads, evaluation_batches, training_batches
 from kvbind.tasks.images.look import look, suited_patch
 from kvbind.tasks.images.sources import DIGITS, Images, InMemory, Readable, Source, Splits, holds_idx
-from kvbind.tasks.inner_loops import beneath, edited, table_rows
+from kvbind.tasks.inner_loops import SOFTMAX, beneath, edited, more_hidden, table_rows
+from kvbind.tasks.start import Start, StartConfig, divergence
 from kvbind.train.config import TrainConfig, parse_overrides
 from kvbind.train.ranks import WHOLE, Share
 
@@ -37,6 +38,12 @@ log = logging.getLogger("kvbind.tasks")
 
 SMALL_SIZE, SHRUNK = 32, 4
 """Images of at most this side in pixels, and this many times smaller than they were, are thumbnails, which is said."""
+
+TOP = 5
+"""Of so many of the likeliest classes, one may be an image's for it to count as top-5."""
+
+PROCESSOR = "preprocessor_config.json"
+"""What transformers calls the file of the processor beside a model."""
 
 PRESETS = preset_files("images")
 """The shipped configurations, by name."""
@@ -49,7 +56,7 @@ FITS = {"heads": check_fits_heads, "conv": check_fits_conv}
 
 MODEL_FIELDS = (
     "embed_dim", "depth", "num_heads", "patch_size", "mlp_ratio", "qkv_bias", "drop_rate", "drop_path_rate",
-    "initializer_range",
+    "initializer_range", "fast_weights",
 )  # fmt: skip
 """What `model.fields` may hold."""
 
@@ -62,7 +69,7 @@ class ModelConfig:
         size: where it starts: a published size, such as "vittt_tiny" or "vittt_base" (`kvbind.models.vittt.SIZES`).
         inner: edits of the inner loops, field by field, under "heads" (the gated linear units) and "conv" (the convolution).
         fields: edits of that size: `embed_dim`, `depth`, `num_heads`, `patch_size`, `mlp_ratio`, `qkv_bias`, `drop_rate`,
-            `drop_path_rate`, `initializer_range`. Hierarchical sizes have no `patch_size`.
+            `drop_path_rate`, `initializer_range`, `fast_weights`. Hierarchical sizes have no `patch_size`.
         compile: let `torch.compile` make the kernels of the model that is trained; an average of weights (`train.ema`) is
             evaluated without.
     """
@@ -168,6 +175,7 @@ class ImagesConfig:
         data: the images.
         augment: how they are varied.
         train: how the model is trained.
+        start: the saved model that the run starts from.
     """
 
     seed: int = 0
@@ -177,6 +185,7 @@ class ImagesConfig:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    start: StartConfig = field(default_factory=StartConfig, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -190,7 +199,32 @@ class ImagesConfig:
                     f"{name}=0 to count steps"
                 )
 
-    beneath = staticmethod(partial(beneath, branches=tuple(BRANCHES)))
+    @staticmethod
+    def beneath(file: Any, edits: Any) -> Any:
+        """What is left of a configuration file under further edits: of two ways to say how long, the edits' one.
+
+        Where edits count in steps and leave the warm-up to a file that counts in epochs, its part of the whole stays.
+        """
+        left = beneath(file, edits, branches=tuple(BRANCHES))
+        if not isinstance(left, dict) or not isinstance(edits, dict):
+            return left
+        above, train = edits.get("train"), left.get("train")
+        above, train = (dict(x) if isinstance(x, dict) else {} for x in (above, train))
+        whole, warmup = left.get("epochs"), left.get("warmup_epochs")
+        gone = set()
+        if "epochs" in edits:
+            train.pop("steps", None)
+        elif "steps" in above:
+            gone.add("epochs")
+            if whole and warmup and "warmup" not in above and isinstance(above["steps"], int):
+                gone.add("warmup_epochs")
+                train["warmup"] = round(above["steps"] * warmup / whole)
+        if "warmup_epochs" in edits:
+            train.pop("warmup", None)
+        elif "warmup" in above:
+            gone.add("warmup_epochs")
+        left = {name: x for name, x in left.items() if name not in gone}
+        return {**left, "train": train} if train or "train" in left else left
 
 
 def inner_loops(model: ModelConfig) -> dict[str, InnerLoop]:
@@ -203,6 +237,38 @@ def inner_loops(model: ModelConfig) -> dict[str, InnerLoop]:
     for key in model.inner:
         check_choice("model.inner's keys", key, tuple(BRANCHES))
     return {key: edited(start, model.inner.get(key, {}), FITS[key]) for key, start in BRANCHES.items()}
+
+
+def describe(model: VitttForImageClassification, folder: Path) -> ImagesConfig:
+    """The configuration of a run whose model is a saved one; its data are to be named.
+
+    Args:
+        model: as its folder holds it.
+        folder: the model's. Where a processor is beside it, images are given to the model as that does.
+
+    Raises:
+        ValueError: a model of images that are not square.
+    """
+    config = model.config
+    if not isinstance(config.img_size, int):
+        raise ValueError(f"the model must be of square images; that in {str(folder)!r} has img_size={config.img_size}")
+    size = "h_vittt_tiny" if config.hierarchical else "vittt_tiny"
+    names = [name for name in MODEL_FIELDS if not (name == "patch_size" and config.hierarchical)]
+    held = {name: getattr(config, name) for name in names}
+    data: dict[str, Any] = {}
+    if (folder / PROCESSOR).is_file():
+        seen = read_fields(inside(folder, PROCESSOR))
+        data = {name: seen[key] for name, key in {"mean": "image_mean", "std": "image_std", "kept": "crop_pct"}.items()}
+    elif config.in_chans == 1:
+        data = {"mean": [], "std": []}
+    return ImagesConfig(
+        model=ModelConfig(
+            size=size,
+            inner={"heads": config.inner.to_dict(), "conv": config.inner_conv.to_dict()},
+            fields={name: list(x) if isinstance(x, tuple) else x for name, x in held.items()},
+        ),
+        data=DataConfig(size=config.img_size, channels=config.in_chans, **data),
+    )
 
 
 def rows(config: ImagesConfig) -> dict[str, dict[str, Any]]:
@@ -219,6 +285,31 @@ def rows(config: ImagesConfig) -> dict[str, dict[str, Any]]:
     heads, conv = table_rows(loops["heads"], without=("rung2", "rung4", "rung5")), loops["conv"]
     conv_of = dict.fromkeys(heads, conv) | {"key_for_query": conv.replace(query="key")}
     return {name: {"heads": inner, "conv": conv_of[name].to_dict()} for name, inner in heads.items()}
+
+
+def baselines(config: ImagesConfig) -> dict[str, dict[str, Any]]:
+    """Edits of `config.model.fields` that make models without fast weights, by row: "softmax", a plain vision transformer.
+
+    Width, depth and heads are the full system's; what that has in parameters of its fast weights and convolutions goes into
+    wider MLPs. Hierarchical models have none.
+    """
+    from kvbind.models.vittt import VitttConfig
+    from kvbind.models.vittt.blocks import VitttBlock
+
+    fields, loops = model_fields(config.model), inner_loops(config.model)
+    own = VitttConfig(**fields, inner=loops["heads"], inner_conv=loops["conv"])
+    if own.hierarchical:
+        return {}
+    dim: int = own.embed_dim  # type: ignore[assignment]
+
+    def block(fast_weights: bool) -> VitttBlock:
+        return VitttBlock(
+            dim, own.num_heads, own.inner, own.inner_conv, mlp_ratio=own.mlp_ratio, qkv_bias=own.qkv_bias, drop_rate=0.0,
+            drop_path=0.0, norm_eps=1e-6, mlp_convolution=False, fast_weights=fast_weights,
+        )  # type: ignore[arg-type]  # fmt: skip
+
+    hidden = int(dim * own.mlp_ratio) + more_hidden(block, True, False, 2 * dim + 1)
+    return {SOFTMAX: {"fast_weights": False, "mlp_ratio": hidden / dim}}
 
 
 def model_fields(model: ModelConfig) -> dict[str, Any]:
@@ -270,7 +361,7 @@ def resolve(config: ImagesConfig) -> ImagesConfig:
             train = replace(train, steps=max(round(config.epochs * per_epoch), 1))
         if config.warmup_epochs:
             train = replace(train, warmup=round(config.warmup_epochs * per_epoch))
-    return replace(config, epochs=0.0, warmup_epochs=0.0, model=model, train=train)
+    return replace(config, epochs=0.0, warmup_epochs=0.0, model=model, train=train, start=config.start.resolved())
 
 
 def looked_at(data: DataConfig, opened: Splits) -> DataConfig:
@@ -285,6 +376,18 @@ def looked_at(data: DataConfig, opened: Splits) -> DataConfig:
         std=list(data.std) or seen.std(channels),
         batch=data.batch or min(64, len(opened.train.labels)),
     )
+
+
+def as_before(config: ImagesConfig, before: ImagesConfig) -> ImagesConfig:
+    """`config` with what its data leave to be chosen as an earlier run on the same source has it, not by looking anew.
+
+    So a run goes on as it began though images came or went, which is noticed as a change of the data.
+    """
+    data, old = config.data, before.data
+    if old.source != data.source or data.channels not in (0, old.channels) or data.size not in (0, old.size):
+        return config
+    chosen = {name: getattr(data, name) or getattr(old, name) for name in ("size", "channels", "mean", "std", "batch")}
+    return replace(config, data=replace(data, **chosen))
 
 
 def suited_preset(edits: Sequence[str]) -> str | None:
@@ -349,6 +452,7 @@ class ImagesTask:
                 "images for them"
             )
         inner_loops(config.model)  # inner loops that are none are better known before any image is read
+        self.start = Start.of(config.start, training)
         splits = data.open()
         self.names, self._contents = splits.names, splits.contents
         counted = len(splits.train.labels)
@@ -386,8 +490,9 @@ class ImagesTask:
             )  # fmt: skip
 
     def build(self) -> VitttForImageClassification:
-        """A model with fresh weights, drawn from the run's seed."""
-        return build_model(self.config, self.names)
+        """A model with fresh weights, drawn from the run's seed, or with those of the model that the run starts from."""
+        model = build_model(self.config, self.names)
+        return model if self.start is None else self.start.into(model)
 
     def batches(self, position: dict[str, Any] | None, share: Share = WHOLE) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Endless training batches, each with the position behind it."""
@@ -440,15 +545,23 @@ class ImagesTask:
         return {"x": x, "targets": targets}
 
     def loss(self, model: VitttForImageClassification, batch: Batch) -> Tensor:
-        """Mean cross-entropy against the augmented targets, in nats; of a batch as it comes, or prepared."""
+        """Mean cross-entropy against the augmented targets, in nats; of a batch as it comes, or prepared.
+
+        Where the targets are the outputs of the model that the run starts from, the divergence from those.
+        """
         ready = batch if "targets" in batch else self.prepare(batch, model.device)
+        if self.start is not None and self.start.distils:
+            return divergence(model(ready["x"]).logits, self.start.outputs(ready["x"], device=ready["x"].device).logits)
         loss: Tensor = model(ready["x"], labels=ready["targets"]).loss
         return loss
 
     def evaluate(self, model: VitttForImageClassification, share: Share = WHOLE) -> dict[str, Any]:
-        """Top-1 and top-5 accuracy in percent, cross-entropy in nats, and the number of images, all of them held out."""
+        """Top-1 and, of more than five classes, top-5 accuracy in percent, cross-entropy in nats, and the number of images.
+
+        All of them are held out.
+        """
         data, device = self.config.data, model.device
-        most = min(5, len(self.names))
+        most = min(TOP, len(self.names))
         total = torch.zeros(4, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
         size = data.evaluation_batch or data.batch
         for batch, counts in evaluation_batches(self.sources["held_out"], size, data.workers, share):
@@ -461,7 +574,8 @@ class ImagesTask:
                 total[3] += len(labels)
         *sums, count = share.sum(total).tolist()
         top1, top5, loss = (x / count for x in sums)
-        return {"top1": 100 * top1, "top5": 100 * top5, "loss": loss, "images": round(count)}
+        few = len(self.names) <= TOP  # the five likeliest are all
+        return {"top1": 100 * top1, **({} if few else {"top5": 100 * top5}), "loss": loss, "images": round(count)}
 
     def held_out_image(self, number: int) -> tuple[Tensor, int]:
         """A held-out image as the model sees it but for normalization, uint8 `[C, H, W]`, and its class.

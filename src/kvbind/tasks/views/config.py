@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from kvbind.inner import InnerLoop
-from kvbind.inner.value import check_choice, nearest
+from kvbind.inner.value import LATER, check_choice, nearest
 from kvbind.layers.lact_nvs import check_fits_views
 from kvbind.models.lact_nvs import PRESETS as SIZES
-from kvbind.models.lact_nvs import LactNvsConfig
+from kvbind.models.lact_nvs import LactNvs, LactNvsConfig
+from kvbind.models.lact_nvs.model import LactNvsBlock
 from kvbind.tasks import preset_files
 from kvbind.tasks.files import EXPANDED_GIB
-from kvbind.tasks.inner_loops import beneath, edited, table_rows
+from kvbind.tasks.inner_loops import SOFTMAX, beneath, edited, more_hidden, table_rows
+from kvbind.tasks.start import StartConfig
 from kvbind.train.config import TrainConfig
 
 PRESETS = preset_files("views")
@@ -155,13 +158,14 @@ class LossConfig:
 
 @dataclass
 class ViewsConfig:
-    """A whole run: its seed (of weights, data order and choice of views), model, data, loss and training."""
+    """A whole run: its seed (of weights, data order and choice of views), model, data, loss, training, and start."""
 
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    start: StartConfig = field(default_factory=StartConfig, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -198,7 +202,32 @@ def resolve(config: ViewsConfig) -> ViewsConfig:
     """`config` with every field of its inner loop, and every field that its size gives, spelled out."""
     fields = model_config(config.model).to_dict()
     inner = fields.pop("inner")
-    return replace(config, model=replace(config.model, inner=inner, fields=fields))
+    if fields["fast_weights"]:  # as names of runs have it from before there was another
+        del fields["fast_weights"]
+    return replace(config, model=replace(config.model, inner=inner, fields=fields), start=config.start.resolved())
+
+
+def describe(model: LactNvs, folder: Path) -> ViewsConfig:
+    """The configuration of a run whose model is a saved one; its data are to be named.
+
+    Args:
+        model: as its folder holds it.
+        folder: the model's.
+    """
+    fields = model.config.to_dict()
+    return ViewsConfig(
+        model=ModelConfig(inner=model.inner.to_dict(), fields={k: x for k, x in fields.items() if k != "inner"})
+    )
+
+
+def baselines(config: ViewsConfig) -> dict[str, dict[str, Any]]:
+    """Edits of `config.model.fields` that make models without fast weights, by row: "softmax", attention across all views.
+
+    Widths and depth are the full system's; what that has in parameters of its fast weights goes into wider MLPs.
+    """
+    own = model_config(config.model)
+    wider = more_hidden(LactNvsBlock, own, own.replace(fast_weights=False), 2 * own.dim)
+    return {SOFTMAX: {"fast_weights": False, "mlp_ratio": (int(own.dim * own.mlp_ratio) + wider) / own.dim}}
 
 
 def rows(config: ViewsConfig) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from kvbind.models.lact_nvs import LactNvs
 from kvbind.tasks.contents import Contents
+from kvbind.tasks.start import Start
 from kvbind.tasks.views.config import ViewsConfig, model_config
 from kvbind.tasks.views.drawing import Batch, Batches, evaluation_batches, load_batches
 from kvbind.tasks.views.metrics import nearest_inputs, psnr, ssim
@@ -43,15 +45,17 @@ class ViewsTask:
         patch, size = model_config(config.model).patch_size, config.data.size
         if size[0] % patch or size[1] % patch:
             raise ValueError(f"data.size must be multiples of the model's patch_size, {patch}; got {list(size)}")
+        self.start = Start.of(config.start, training)
         self.held_out = open_held_out(config.data)
         self.scenes = open_training(config.data) if training else None
         self._perceptual: nn.Module | None = open_lpips() if training and config.loss.perceptual else None
         self._evaluation: list[Batch] = []
 
     def build(self) -> LactNvs:
-        """A model with fresh weights, drawn from the run's seed."""
+        """A model with fresh weights, drawn from the run's seed, or with those of the model that the run starts from."""
         torch.manual_seed(self.config.seed)
-        return LactNvs(model_config(self.config.model))
+        model = LactNvs(model_config(self.config.model))
+        return model if self.start is None else self.start.into(model)
 
     def batches(self, position: dict[str, Any] | None, share: Share = WHOLE) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Endless training batches, each with the position behind it."""
@@ -93,11 +97,14 @@ class ViewsTask:
     def loss(self, model: LactNvs, batch: Batch) -> Tensor:
         """Mean squared error of the targets, with the perceptual loss where the configuration has it.
 
-        Of a batch as it comes, or prepared.
+        Of a batch as it comes, or prepared. Where the run's targets are the outputs of the model that it starts from, the
+        targets are as that model renders them.
         """
         device = batch["c2w"].device
         ready = batch if "perceptual" in batch else self.prepare(batch, device)
         true, predicted = ready["target_image"], predict(model, ready["image"], ready)
+        if self.start is not None and self.start.distils:
+            true = predict(partial(self.start.outputs, device=device), ready["image"], ready)
         loss = F.mse_loss(predicted, true)
         if self._perceptual is not None and ready["perceptual"]:
             network = self._perceptual.to(device)
@@ -148,11 +155,11 @@ class ViewsTask:
         return found
 
 
-def predict(model: LactNvs, image: Tensor, batch: Batch) -> Tensor:
+def predict(model: Callable[..., Tensor], image: Tensor, batch: Batch) -> Tensor:
     """The targets of a batch as a model renders them, float32 `[B, Vt, 3, h, w]`.
 
     Args:
-        model: any.
+        model: any, or what takes its arguments.
         image: the inputs, RGB in [0, 1], `[B, V, 3, h, w]`.
         batch: with the cameras of inputs and targets.
     """

@@ -64,7 +64,7 @@ const KINDS = {
       hovertemplate: "%{fullData.name}<br>%{x:.5~g}: %{y:.4~g}<extra></extra>",
     }));
     const yaxis = { title: title(chart.y), ...(chart.range ? { range: chart.range } : {}) };
-    return [traces, layout({ title: heading(chart.title), xaxis: { title: title(chart.x) }, yaxis })];
+    return [traces, layout({ title: heading(chart.title), xaxis: across(chart, {}), yaxis })];
   },
 
   dots(chart) {
@@ -117,12 +117,17 @@ function decades(chart) {
   return span > 6 ? { dtick: 2, exponentformat: "e" } : { dtick: span > 2 ? 1 : "D2", exponentformat: "none" };
 }
 
+/** The horizontal axis: logarithmic, or as `plain` has it. */
+function across(chart, plain) {
+  return { title: title(chart.x), ...(chart.log ? { type: "log", ...decades(chart) } : plain) };
+}
+
 /** What charts share whose vertical axis names rows. */
 function rows(chart) {
   const line = css(rgb("edge"));
   return {
     title: heading(chart.title),
-    xaxis: { title: title(chart.x), ...(chart.log ? { type: "log", ...decades(chart) } : { nticks: 6 }) },
+    xaxis: across(chart, { nticks: 6 }),
     yaxis: {
       tickvals: chart.rows.map((_, i) => i), ticktext: chart.rows.map(safe), range: [chart.rows.length - 0.4, -0.75], showgrid: false,
       zeroline: false, fixedrange: true,
