@@ -60,8 +60,6 @@ def obstacle(spec: InnerLoop) -> str | None:
     if other or spec.steps > 1:
         return f"it has {', '.join(f'{name}={getattr(spec, name, None)!r}' for name in other or ['steps'])}"
     by_channel = isinstance(spec.retention, Retention) and spec.retention.per == "key"
-    if by_channel:
-        return f"its key channels decay apart, retention={spec.retention!r}"
     if spec.loss == "dot" and not by_channel:
         return "its writes do not read the state, nor do its channels decay apart (kvbind.kernels.causal)"
     return None

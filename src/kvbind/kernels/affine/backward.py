@@ -20,7 +20,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvbind.kernels.affine.tiles import between, marked_rows, rates_of, read_columns, summed_logarithms, without_columns
+from kvbind.kernels.affine.tiles import (
+    between,
+    marked_rows,
+    rates_of,
+    read_columns,
+    seen_logarithms,
+    summed_logarithms,
+    without_columns,
+)
 from kvbind.kernels.causal_segments import finite, read_rows, segment, without
 from kvbind.kernels.common import Launcher
 
@@ -58,10 +66,8 @@ def _state_gradients_kernel(
     wrong = marked_rows(marks, places, rows)
     if DELTA:
         rate, _wrong = rates_of(rates, places, rows)
-        if BEFORE:
-            seen = started
-        else:
-            seen = tl.exp2((wholes - whole) + (rests - rest))
+        seen_whole, seen_rest = seen_logarithms(whole, rest, wholes, rests, BEFORE)
+        seen = tl.exp2(seen_whole + seen_rest)
         if reads is None:
             # rows are of the writes, columns of the reads: the transpose of a product is no operand of another on Hopper
             scores = tl.zeros((C, C), tl.float32)
@@ -132,10 +138,8 @@ def _value_gradients_kernel(
     mine, other = at[:, None], at[None, :]
 
     whole, rest, wholes, rests = summed_logarithms(gates, places, rows)
-    if BEFORE:
-        seen = tl.exp2(wholes + rests)
-    else:
-        seen = tl.exp2((wholes - whole) + (rests - rest))
+    seen_whole, seen_rest = seen_logarithms(whole, rest, wholes, rests, BEFORE)
+    seen = tl.exp2(seen_whole + seen_rest)
     tail = tl.exp2((tl.sum(whole, 0) - wholes) + (tl.sum(rest, 0) - rests))
     rate, _wrong = rates_of(rates, places, rows)
     wrong = marked_rows(marks, places, rows)
@@ -250,9 +254,7 @@ def _pair_gradients_kernel(
             taken = tl.dot(x, tl.trans(dx), taken, input_precision=PRECISION)
     rate, _wrong = rates_of(rates, places, rows)
     whole, rest, wholes, rests = summed_logarithms(gates, places, rows)
-    seen_whole, seen_rest = wholes, rests
-    if not BEFORE:
-        seen_whole, seen_rest = wholes - whole, rests - rest
+    seen_whole, seen_rest = seen_logarithms(whole, rest, wholes, rests, BEFORE)
     reach = between(-wholes, -rests, -wholes, -rests, mine <= other)
     tl.store(d_reads + scores, (given * reach).to(dtype))
     if DELTA:
@@ -279,7 +281,8 @@ def _pair_gradients_kernel(
                 if DELTA:
                     x = y
                     if e is not None:
-                        x = without(read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK), wrong)
+                        x = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK)
+                        x = without(x, wrong)
                     erased = tl.dot(y, tl.trans(x), erased, input_precision=PRECISION)
         if d_rates is not None:
             d_rate = tl.load(sums + places, mask=rows, other=0.0)
@@ -379,10 +382,8 @@ def _key_gradients_kernel(
         dq = tl.dot(tl.load(d_reads + turned), y, dq, input_precision=PRECISION)
         dk = tl.dot(tl.load(d_reads + scores), x, dk, input_precision=PRECISION)
         if DELTA:
-            if BEFORE:
-                seen = tl.exp2(wholes + rests)
-            else:
-                seen = tl.exp2((wholes - whole) + (rests - rest))
+            seen_whole, seen_rest = seen_logarithms(whole, rest, wholes, rests, BEFORE)
+            seen = tl.exp2(seen_whole + seen_rest)
             shares = tl.load(d_residuals + scores)
             de *= -(rate * seen)[:, None]
             de = tl.dot(tl.load(d_residuals + turned), y, de, input_precision=PRECISION)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kvbind.kernels.affine.tiles import marked_rows, rates_of
-from kvbind.kernels.causal_segments import LEAST_GATE, SHUT, finite, read_rows, rows_wrong, segment, without
+from kvbind.kernels.causal_segments import SHUT, finite, read_rows, rows_wrong, segment, without
 from kvbind.kernels.common import Launcher
 
 
@@ -28,8 +28,9 @@ from kvbind.kernels.common import Launcher
 def _logarithms(gates, places, live):
     """Logarithms (base 2) of gates, 0 where there are none."""
     gate = tl.load(gates + places, mask=live, other=1.0)
-    gate = tl.where(gate < float("inf"), gate, 0.0)
-    return tl.where(gate < LEAST_GATE, SHUT, tl.log2(tl.maximum(gate, LEAST_GATE)))
+    # a little above float32's least normal number, which is a number of float64 and would make such of all
+    open_ = (gate >= 1.1754944e-38) & (gate < float("inf"))
+    return tl.where(open_, tl.log2(tl.where(open_, gate, 1.0)), SHUT)
 
 
 @triton.jit
@@ -58,9 +59,8 @@ def _from(logs, H: tl.constexpr):
 def _factors(own, earlier, later, at, H: tl.constexpr, BEFORE: tl.constexpr):
     """Of stretches of H: products of gates up to each row; those that a residual sees; those behind each row."""
     reach = tl.exp2(_up_to(own, H))
-    if BEFORE:
-        seen = reach
-    else:
+    seen = reach
+    if not BEFORE:
         seen = tl.exp2(_up_to(tl.where((at % H == 0)[:, None], 0.0, earlier), H))
     return reach, seen, tl.exp2(_from(tl.where((at % H == H - 1)[:, None], 0.0, later), H))
 
@@ -72,10 +72,10 @@ def _meet(mine, other, H: tl.constexpr):
 
 
 @triton.jit
-def _scores_between(scores, erased, x, y, z, own, earlier, later, at, dtype: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
+def _scores_between(scores, erased, x, y, z, own, earlier, later, at, dtype: tl.constexpr, H: tl.constexpr,
                     BEFORE: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Scores of reads in second halves of stretches of 2 H with writes in first ones, added."""
-    if 2 * H <= C:
+    if H > 0:
         reach, seen, behind = _factors(own, earlier, later, at, H, BEFORE)
         meet = _meet(at[:, None], at[None, :], H)
         keys = tl.trans((y * behind).to(dtype))
@@ -144,18 +144,10 @@ def _scale_kernel(
             z = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK)
             z = without(z, wrong).to(tl.float32)
         scores += tl.where(mine == other, tl.sum(x * y, 1)[:, None], 0.0)
-        scores, erased = _scores_between(scores, erased, x, y, z, own, earlier, later, at, dtype, 1, C, BEFORE, DELTA,
-                                         PRECISION)  # fmt: skip
-        scores, erased = _scores_between(scores, erased, x, y, z, own, earlier, later, at, dtype, 2, C, BEFORE, DELTA,
-                                         PRECISION)  # fmt: skip
-        scores, erased = _scores_between(scores, erased, x, y, z, own, earlier, later, at, dtype, 4, C, BEFORE, DELTA,
-                                         PRECISION)  # fmt: skip
-        scores, erased = _scores_between(scores, erased, x, y, z, own, earlier, later, at, dtype, 8, C, BEFORE, DELTA,
-                                         PRECISION)  # fmt: skip
-        scores, erased = _scores_between(scores, erased, x, y, z, own, earlier, later, at, dtype, 16, C, BEFORE, DELTA,
-                                         PRECISION)  # fmt: skip
-        scores, erased = _scores_between(scores, erased, x, y, z, own, earlier, later, at, dtype, 32, C, BEFORE, DELTA,
-                                         PRECISION)  # fmt: skip
+        for level in tl.static_range(0, 6):
+            scores, erased = _scores_between(
+                scores, erased, x, y, z, own, earlier, later, at, dtype, (C // 2) >> level, BEFORE, DELTA, PRECISION
+            )
         reach, seen, behind = _factors(own, earlier, later, at, C, BEFORE)
         where, stored = base + block + gate_places, rows[:, None] & inside
         # queries keep what is not finite, as it is theirs alone
@@ -184,19 +176,18 @@ def _halves(x, H: tl.constexpr):
 
 
 @triton.jit
-def _gradients_between(dq, dk, de, x, x_before, y_behind, through, q, k, e, own, earlier, later, d_reads, d_residuals, turned_reads, turned_residuals, at,
-                       dtype: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr,
-                       PRECISION: tl.constexpr):  # fmt: skip
+def _gradients_between(
+    dq, dk, de, x, x_before, y_behind, through, q, k, e, own, earlier, later, d_reads, d_residuals, turned_reads,
+    turned_residuals, at, dtype: tl.constexpr, H: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """What pairs that meet in stretches of 2 H add to gradients, and what hangs on their halves.
 
-    Args:
-        dq, dk, de: gradients of queries and keys so far.
-        x, x_before, y_behind, through: what hangs on each stretch of 2 H: what multiplies products up to each row, its own
-            included or not, products behind each row, and the product of all.
-        q, k, e, own, earlier, later: of the forward pass.
-        d_reads, d_residuals: gradients of scores, rows of the writes; and turned, of the reads.
+    What hangs on stretches of 2 H: x multiplies products up to each row, its own included, `x_before` those without it,
+    `y_behind` products behind it, and `through` the product of all. Gradients of scores have rows of the writes, and turned
+    of the reads.
     """
-    if 2 * H <= C:
+    if H > 0:
         reach, seen, behind = _factors(own, earlier, later, at, H, BEFORE)
         second = (at // H % 2 == 1)[:, None]
         # products of the other half
@@ -306,24 +297,11 @@ def _channel_gradients_kernel(
     taken, turned_taken = shares, turned
     if DELTA:
         taken, turned_taken = tl.load(d_residuals + scores), tl.load(d_residuals + back)
-    dq, dk, de, x, x_before, y_behind, through = _gradients_between(
-        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned, turned_taken, at, dtype, 32, C,
-        BEFORE, DELTA, PRECISION)  # fmt: skip
-    dq, dk, de, x, x_before, y_behind, through = _gradients_between(
-        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned, turned_taken, at, dtype, 16, C,
-        BEFORE, DELTA, PRECISION)  # fmt: skip
-    dq, dk, de, x, x_before, y_behind, through = _gradients_between(
-        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned, turned_taken, at, dtype, 8, C,
-        BEFORE, DELTA, PRECISION)  # fmt: skip
-    dq, dk, de, x, x_before, y_behind, through = _gradients_between(
-        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned, turned_taken, at, dtype, 4, C,
-        BEFORE, DELTA, PRECISION)  # fmt: skip
-    dq, dk, de, x, x_before, y_behind, through = _gradients_between(
-        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned, turned_taken, at, dtype, 2, C,
-        BEFORE, DELTA, PRECISION)  # fmt: skip
-    dq, dk, de, x, x_before, y_behind, through = _gradients_between(
-        dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned, turned_taken, at, dtype, 1, C,
-        BEFORE, DELTA, PRECISION)  # fmt: skip
+    for level in tl.static_range(0, 6):
+        dq, dk, de, x, x_before, y_behind, through = _gradients_between(
+            dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned,
+            turned_taken, at, dtype, (C // 2) >> level, BEFORE, DELTA, PRECISION,
+        )  # fmt: skip
     # each query with its own token's key, between which there is no gate
     alone = tl.sum(tl.where(mine == other, shares.to(tl.float32), 0.0), 1)[:, None]
     dq += alone * x_k

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvbind.kernels.affine.tiles import between, marked_rows, rates_of, summed_logarithms
+from kvbind.kernels.affine.tiles import between, marked_rows, rates_of, seen_logarithms, summed_logarithms
 from kvbind.kernels.causal_segments import read_rows, segment, without
 from kvbind.kernels.common import Launcher
 
@@ -72,10 +72,8 @@ def _outputs_kernel(
         scores = tl.load(reads + place * (C * C) + mine * C + other)
     written = without(read_rows(v + column, mine * v_token + tl.arange(0, BV)[None, :], rows, columns, DV, BV), wrong)
     if DELTA:
-        if BEFORE:
-            seen = tl.exp2(wholes + rests)
-        else:
-            seen = tl.exp2((wholes - whole) + (rests - rest))
+        seen_whole, seen_rest = seen_logarithms(whole, rest, wholes, rests, BEFORE)
+        seen = tl.exp2(seen_whole + seen_rest)
         inverse = tl.load(solved + place * (C * C) + mine * C + other)
         by_value = (inverse.to(tl.float32) * rate[None, :]).to(dtype)
         residual = (written.to(tl.float32) - foretold * seen[:, None]).to(dtype)

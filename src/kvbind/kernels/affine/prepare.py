@@ -12,7 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvbind.kernels.affine.tiles import marked_rows, rates_of, read_columns, summed_logarithms, without_columns
+from kvbind.kernels.affine.tiles import (
+    marked_rows,
+    rates_of,
+    read_columns,
+    seen_logarithms,
+    summed_logarithms,
+    without_columns,
+)
 from kvbind.kernels.causal_segments import finite, read_rows, rows_wrong, segment, without
 from kvbind.kernels.common import Launcher
 
@@ -49,10 +56,8 @@ def _prepare_kernel(
     whole, rest, wholes, rests = summed_logarithms(gates, places, rows)
     tail = tl.exp2((tl.sum(whole, 0) - wholes) + (tl.sum(rest, 0) - rests))
     if DELTA:
-        if BEFORE:
-            seen = tl.exp2(wholes + rests)
-        else:
-            seen = tl.exp2((wholes - whole) + (rests - rest))
+        seen_whole, seen_rest = seen_logarithms(whole, rest, wholes, rests, BEFORE)
+        seen = tl.exp2(seen_whole + seen_rest)
         inverse = tl.load(solved + place * (C * C) + mine * C + other).to(tl.float32)
     else:
         inverse = tl.where(mine == other, 1.0, tl.zeros((C, C), tl.float32))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvbind.kernels.affine.tiles import between, gates_wrong, rates_of, summed_logarithms
+from kvbind.kernels.affine.tiles import between, gates_wrong, rates_of, seen_logarithms, summed_logarithms
 from kvbind.kernels.causal_segments import finite, read_rows, rows_wrong, segment
 from kvbind.kernels.common import Launcher
 
@@ -89,9 +89,7 @@ def _solve_kernel(
         keep = tl.exp2(tl.sum(whole, 0) + tl.sum(rest, 0))
         tl.store(keeps + place, tl.where(tl.max(wrong, 0) > 0, float("nan"), keep))
         if DELTA:
-            seen_whole, seen_rest = wholes, rests
-            if not BEFORE:
-                seen_whole, seen_rest = wholes - whole, rests - rest
+            seen_whole, seen_rest = seen_logarithms(whole, rest, wholes, rests, BEFORE)
             low *= between(seen_whole, seen_rest, wholes, rests, mine > other)
     else:
         low = tl.load(residuals + place * (C * C) + mine * C + other)

@@ -7,7 +7,6 @@ quotient.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,6 +38,15 @@ def summed_logarithms(gates, places, rows):
 
 
 @triton.jit
+def seen_logarithms(whole, rest, wholes, rests, BEFORE: tl.constexpr):
+    """The summed logarithms of what residuals read, whole and rest: with each token's own gate, or without."""
+    if BEFORE:
+        return wholes, rests
+    else:
+        return wholes - whole, rests - rest
+
+
+@triton.jit
 def between(later_whole, later_rest, whole, rest, visible):
     """What is left at rows of what columns write, where it is visible; else 0."""
     reach = (later_whole[:, None] - whole[None, :]) + (later_rest[:, None] - rest[None, :])
@@ -47,7 +55,7 @@ def between(later_whole, later_rest, whole, rest, visible):
 
 @triton.jit
 def rates_of(rates, places, rows):
-    """The rates of a chunk's tokens, 0 behind its end and where they are not finite; and the rows of these, marked with 1."""
+    """The rates of a chunk's tokens, 0 behind its end and where they are not finite; and which are not, marked with 1."""
     if rates is None:
         return tl.where(rows, 1.0, 0.0), tl.zeros(places.shape, tl.int32)
     else:
