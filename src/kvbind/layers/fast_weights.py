@@ -456,7 +456,7 @@ class FastWeightLayer(nn.Module):
             places: how many tokens of its sequence come before each, int64 `[B, T]` or `[1, T]`.
             tails: what stands before them, which is brought forward.
         """
-        p, length = self.projections, x.shape[1]
+        p = self.projections
         streams: dict[str, Tensor] = {}
         # what looks back must not look over the start of a document, nor of a row that is cut over ranks
         shard = layout.sequence if layout.sequence is not None and layout.sequence.connected else None
