@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from kvbind import cli
+from kvbind import cli, systems
 from kvbind.hardware import ACCELERATORS, accelerator, peak_flops, recognized
 from kvbind.models import PRESETS, LactConfig, LactForCausalLM
 from kvbind.plan.calibration import SHIPPED, Calibration, Point, calibrate, load_calibration, read_points, save_calibration
@@ -102,6 +102,47 @@ def test_the_recurrent_form_gains_memory_but_no_time_for_fast_weights_along_a_se
     one, eight = (seconds(job, Mesh(1, 1, n), H100, 0.1, 0.0).compute for n in (1, 8))
     fast = job.flops["fast weights"] / sum(job.flops.values())
     assert eight / one == pytest.approx(fast + (1 - fast) / 8)
+
+
+def named_job(name, length=1 << 15):
+    fields = {**PRESETS["125m"], "inner": systems.named(name), "projections": name}
+    return Job(LactConfig(**fields), length, 8)
+
+
+def test_the_delta_rule_runs_in_blocks_of_tokens():
+    job = named_job("kda")
+    layers, heads, width, block = 14, 4, 192, 64
+    matrix = 4 * heads * width**2
+    assert job.form == "parallel"
+    assert (job.write_bytes, job.states) == (matrix, block)
+    # the state before each block and its gradient, not one for each token
+    assert memory(job, Mesh(), 80.0).states == 2 * matrix * (job.length / block + 1)
+    # a block's products in place of those of the definition: 6 with a state, pairs, and a system of two right sides
+    extra = 2 * block * 2 * width + block * 2 * width
+    assert job.computed_flops - sum(job.flops.values()) == pytest.approx(3 * layers * heads * job.length * extra)
+    one, four = (seconds(job, Mesh(1, 1, n), H100, 0.4, 0.0).compute for n in (1, 4))
+    assert one == pytest.approx(4 * four)
+    # a state and the matrix by which one passes through a slice, from each other rank, forward and backward
+    halo = 2 * 2 * job.config.hidden_size * (job.config.reach - 1)
+    assert traffic(job, Mesh(1, 1, 4)).per_layer == 2 * (3 * 2 * matrix + halo)
+
+
+def test_systems_whose_states_are_handed_on_wait_for_one_another():
+    job = named_job("ttt_linear")
+    assert (job.form, job.scans, job.blocks) == ("recurrent", False, None)
+    assert job.computed_flops == sum(job.flops.values())
+    # the matrix and its bias
+    assert job.write_bytes == 4 * 4 * (192**2 + 192)
+    fast = job.flops["fast weights"] / sum(job.flops.values())
+    one, four = (seconds(job, Mesh(1, 1, n), H100, 0.1, 0.0).compute for n in (1, 4))
+    assert four / one == pytest.approx(fast + (1 - fast) / 4)
+
+
+@pytest.mark.parametrize("name", systems.PROJECTIONS)
+def test_every_published_system_can_be_planned(name, calibration):
+    found = plan(named_job(name), 8, "h100", H100, calibration)
+    assert found.options[0].seconds.total > 0
+    assert 0 < found.options[0].mfu < 1
 
 
 def test_groups_inside_a_node_have_its_links_and_others_its_network():

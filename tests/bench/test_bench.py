@@ -96,6 +96,26 @@ def test_bench_decode_refuses_graphs_where_there_are_none_and_reads_no_prompt_of
     assert (row["batch"], row["tokens"], row["reread_seconds"]) == (3, 2, None)
 
 
+def test_bench_decode_times_named_systems_and_weighs_their_states(tmp_path):
+    out = tmp_path / "decode.json"
+    arguments = ["decode", "--prompts", "40", "--tokens", "2", "--device", "cpu", "--out", str(out)]
+    result = CliRunner().invoke(app, [*arguments, "--system", "kda,ttt_linear,lact_llm"])
+    assert result.exit_code == 0, result.output
+    rows = {row["system"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["kda", "ttt_linear", "lact_llm"]
+    # two layers of two heads of 64: one matrix of float32; with a bias and a head's two weights, and 15 tokens of 2 x 64
+    # channels, rates of matrix and bias and a read rate that may wait
+    matrix, heads = 4 * 64 * 64, 2 * 2
+    assert rows["kda"]["state_bytes"] == heads * matrix
+    waiting = 15 * 4 * (2 * 64 + 2 + 1)
+    assert rows["ttt_linear"]["state_bytes"] == heads * (matrix + 4 * 3 * 64 + waiting)
+    assert all(row["state_bytes"] <= row["cache_bytes"] and row["p50_ms"] > 0 for row in rows.values())
+    assert "state MiB" in result.output
+    refused = CliRunner().invoke(app, [*arguments, "--system", "lact_nvs"])
+    assert refused.exit_code == 2
+    assert "system must be of" in refused.output
+
+
 @pytest.mark.parametrize("name", ["decode-cpu", "decode-125m-h100", "decode-760m-h200"])
 def test_records_of_decoding_from_before_graphs_are_read_as_those_of_today(name):
     record = json.loads((Path(__file__).parents[2] / "results" / "bench" / f"{name}.json").read_text())

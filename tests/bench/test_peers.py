@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from fla_stand_in import StandIn
 from kvbind import NewtonSchulz, systems
 from kvbind.bench import peers
 from kvbind.bench.app import app
@@ -14,6 +15,7 @@ from kvbind.bench.ceilings import Ceilings
 from kvbind.bench.goals import SIZE
 from kvbind.bench.leaves import LAYOUTS, draw_leaves, in_precision, laid_out, run
 from kvbind.bench.operands import Size
+from kvbind.forms import fla
 from kvbind.inner.systems import RUNGS
 
 CPU = torch.device("cpu")
@@ -79,7 +81,7 @@ def test_peers_orthogonalize_in_bfloat16_as_released():
 def test_peers_are_what_a_user_would_run(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or f)
-    assert peers.peer_of(systems.linear_attention(1)) is peers.fla_peer
+    assert all(peers.peer_of(systems.named(name)).func is peers.fla_peer for name in peers.TOKEN_SIZES)
     assert compiled == []
     parallel = peers.peer_of(LADDER["rung6"])
     assert parallel.func is compiled[-1].func is peers.parallel_peer
@@ -94,10 +96,12 @@ def test_rows_are_every_rung_both_layouts_small_calls_and_token_visibility():
     assert set(RUNGS) < set(named)
     assert {row.layout for row in rows} == set(LAYOUTS)
     assert [row.name for row in rows if row.host] == [f"host-{name}" for name in reversed(PARALLEL)]
-    assert {row.rung for row in rows if row.layout == "tokens"} == {*PARALLEL, "linear_attention"}
+    assert {row.rung for row in rows if row.layout == "tokens"} == {*PARALLEL, *peers.TOKEN_SIZES}
     assert named["rung6"].spec == systems.ladder(systems.lact_llm(2048))["rung6"]
     assert named["linear_attention-12x128"].spec == systems.linear_attention(1)
-    assert not any(row.rung == "linear_attention" for row in peers.plan(("rung6",), replace(SIZE, tokens=64)))
+    delta = {name: named[name].spec for name in ("delta_net-12x128", "gated_delta_net-16x128", "kda-16x128")}
+    assert delta == {f"{spec}": systems.named(spec.split("-")[0]) for spec in delta}
+    assert not any(row.rung in peers.TOKEN_SIZES for row in peers.plan(("rung6",), replace(SIZE, tokens=64)))
 
 
 def test_layouts_hold_the_same_numbers():
@@ -131,6 +135,50 @@ def test_a_peer_that_fails_is_named_and_stops_nothing(monkeypatch):
     found = list(peers.compare(peers.Row("rung6", "rung6", SMALL, 8), CEILINGS, CPU, seconds=0.0))
     assert [row["peer_error"] for row in found] == ["RuntimeError: not installed"] * 2
     assert all(row["ours_plain"] and row["ratio_plain"] is None for row in found)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr(fla, "version", lambda name: "0.6.0")
+    monkeypatch.setattr(fla, "runs_on", lambda device: True)
+    fla.installed.cache_clear()
+    fla.loaded.cache_clear()
+    with StandIn() as package:
+        yield package
+    fla.installed.cache_clear()
+    fla.loaded.cache_clear()
+
+
+@pytest.mark.parametrize("name", peers.TOKEN_SIZES)
+def test_token_rows_have_the_operator_as_their_peer_and_run_without_it_themselves(name, installed):
+    row = peers.Row(f"{name}-2x16", name, SMALL, 1, "tokens")
+    forward, training = peers.compare(row, CEILINGS, CPU, seconds=0.0)
+    assert forward["difference"] < 1e-2
+    for found in (forward, training):
+        assert found["name"] == f"{name}-2x16"
+        assert found["ratio_plain"] == found["ours_plain"] / found["peer_plain"]
+        assert "ours_error" not in found
+        assert "peer_error" not in found
+    # the peer alone called it: logarithms of gates are made before, as layers make them, and nothing is scaled
+    assert all(called["scale"] == 1.0 for _, called in installed.calls)
+    assert all((called["g"] is not None) == bool(row.spec.retention) for _, called in installed.calls)
+    assert not any(called["q"].requires_grad for _, called in installed.calls[:1])
+
+
+def test_gradients_of_the_peer_are_those_of_ttt(installed):
+    spec = systems.kda()
+    leaves = in_precision(leaves_of(spec), torch.bfloat16, torch.float32, grad=True)
+    theirs = peers.fla_peer(peers.peer_leaves(leaves, spec), spec)
+    ours, slope = run(spec, leaves, "recurrent")[0], torch.randn_like(theirs)
+    for x, y in zip(*(torch.autograd.grad(out, list(leaves.values()), slope) for out in (theirs, ours)), strict=True):
+        assert error(x, y) < 2e-2
+
+
+def test_a_token_row_says_why_it_has_no_peer(monkeypatch):
+    monkeypatch.setattr(fla, "installed", lambda: "0.5.1")
+    (forward, _) = peers.compare(peers.Row("kda-2x16", "kda", SMALL, 1, "tokens"), CEILINGS, CPU, seconds=0.0)
+    assert forward["peer_error"].startswith("ImportError: fla-core must be at least 0.6.0 and below 0.7")
+    assert forward["ours_plain"]
 
 
 def test_tables_set_ours_beside_the_peers_and_show_what_is_missing():

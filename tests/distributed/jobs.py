@@ -31,12 +31,13 @@ def named_leaves(o):
     return {name: x.detach().requires_grad_() for name, x in leaves.items()}
 
 
-def call(spec, leaves, cut=lambda x: x, **options):
+def call(spec, leaves, cut=lambda x, axis=1, rows=1: x, **options):
     """`ttt` on the leaves, those with a token axis cut."""
     weights = {name.removeprefix("weights."): x for name, x in leaves.items() if name.startswith("weights.")}
-    rates = {name.removeprefix("lr."): cut(x) for name, x in leaves.items() if name.startswith("lr.")}
-    gates = {name: cut(leaves[name]) for name in spec.gates}
-    q, k, v = (cut(leaves[name]) for name in ("q", "k", "v"))
+    each = {"rows": spec.writes}
+    rates = {name.removeprefix("lr."): cut(x, **each) for name, x in leaves.items() if name.startswith("lr.")}
+    gates = {name: cut(leaves[name], **each if gate.writes == "itself" else {}) for name, gate in spec.gates.items()}
+    q, (k, v) = cut(leaves["q"]), (cut(leaves[name], **each) for name in ("k", "v"))
     return ttt(spec, weights, q, k, v, lr=rates or 1.0, **gates, **options)
 
 

@@ -8,9 +8,8 @@ from jobs import check, distance, layouts, model_alone, model_over_ranks, refusa
 from lact_small import LADDER, tokens
 from ranks import started
 
-from kvbind import InnerLoop, Linear
 from published import SYSTEMS
-from strategies import affine_specs, parallel_specs, specs
+from strategies import affine_specs, general_specs, parallel_specs, specs
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +53,9 @@ def test_any_inner_loop_that_has_a_parallel_form(ranks, data):
 @given(st.data())
 @settings(max_examples=60)
 def test_any_inner_loop_whose_writes_add_up(ranks, data):
-    """Gates per key channel, decays before the gradient, erased keys, rates of steps and readers, biases, heads."""
+    """Gates per key channel, decays before the gradient, erased keys, rates, biases, heads, windows, spans, writes."""
     spec = data.draw(affine_specs())
-    refused = {name for name in ("refresh", "writes", "window") if name in spec.extensions}
-    spec = spec.replace(**{name: getattr(InnerLoop(Linear(), chunk=1), name) for name in refused})
+    spec = spec if spec.refresh != "call" else spec.replace(refresh=None)
     lengths, bounds = data.draw(rows(spec))
     # a residual head adds its input to what is read
     check(ranks, spec, sizes(data.draw, lengths, bounds) | {"value_width": 3}, bounds, lengths, 1e-9)
@@ -69,6 +67,18 @@ def test_any_causal_inner_loop_in_the_ring(ranks, data):
     spec = data.draw(specs(visibilities=("past", "token", "chunk")))
     lengths, bounds = data.draw(rows(spec))
     check(ranks, spec, sizes(data.draw, lengths, bounds), bounds, lengths, 1e-9, schedule="ring")
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_any_causal_inner_loop_with_further_fields_in_the_ring(ranks, data):
+    spec = data.draw(general_specs(visibilities=("past", "token", "chunk")))
+    spec = spec if spec.refresh != "call" else spec.replace(refresh=None)
+    if spec.anchor is not None and spec.anchor.peak == "batch":
+        spec = spec.replace(anchor=spec.anchor.replace(peak="head"))
+    lengths, bounds = data.draw(rows(spec))
+    given = sizes(data.draw, lengths, bounds) | {"value_width": 3}
+    check(ranks, spec, given, bounds, lengths, 1e-9, schedule="ring")
 
 
 @given(st.data())
@@ -130,7 +140,7 @@ def test_bytes_do_not_grow_with_the_row(ranks, rung):
         assert {kinds["scan"] for kinds in received(3, 136)} == {2 * few[0]["scan"]}
 
 
-@pytest.mark.parametrize("name", ["gla", "mamba2", "gated_delta_net", "comba"])
+@pytest.mark.parametrize("name", ["gla", "mamba2", "gated_delta_net", "comba", "delta_product", "rwkv7", "ttt_mlp"])
 def test_layers_of_published_systems_over_ranks(ranks, name):
     """Convolutions reach over slices, also over ones that are shorter than they are, and not over documents."""
     ids = tokens(1, 23)
@@ -143,9 +153,9 @@ def test_layers_of_published_systems_over_ranks(ranks, name):
             assert distance(sum(r[1][parameter] for r in results), want) < 1e-9, parameter
 
 
-def test_systems_that_are_not_cut_over_ranks_say_so(ranks):
-    for name, message in (("ttt_linear", "with refresh=4"), ("rwkv7", "shift=True"), ("delta_product", "with writes=2")):
-        ranks.run(refused, 2, SYSTEMS[name], {"projections": name}, message)
+def test_what_is_taken_at_the_weights_before_a_call_is_not_cut_over_ranks(ranks):
+    inner = SYSTEMS["titans"].replace(refresh="call")
+    ranks.run(refused, 2, inner, {"projections": "titans"}, "no inner loop with refresh='call'")
 
 
 def test_the_model_refuses_what_a_slice_cannot_have(ranks):

@@ -20,6 +20,7 @@ from kvbind.tasks.flops import flops_per_unit
 from kvbind.tasks.images import DataConfig as ImageData
 from kvbind.tasks.language import DataConfig as LanguageData
 from kvbind.tasks.views.config import DataConfig as ViewData
+from published import SYSTEMS
 
 LENGTH, CHUNK = 64, 8
 
@@ -211,3 +212,17 @@ def test_what_does_not_fit_is_refused_by_name():
         lact_nvs_flops(LactNvsConfig(), (12, 16), 1, 1)
     with pytest.raises(ValueError, match="size must be multiples of the patch's, 16 x 16; got 24 x 32"):
         vittt_flops(VitttConfig(), (24, 32))
+
+
+AGAIN = {"ttt_linear": 0.07, "ttt_mlp": 0.14, "titans": 0.07}
+"""Parts of the needed operations that the loop makes again: what a head or an updated layer takes at keys."""
+
+
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "atlas"])
+def test_flops_of_published_systems_are_those_that_pytorch_counts(name):
+    model = small_model(SYSTEMS[name], projections=name, ttt_form="recurrent").train()
+    ids = tokens(1, LENGTH)
+    operators = counted(lambda: model(ids, labels=ids).loss)
+    needed = sum(lact_flops(model.config, LENGTH).values())
+    # Atlas's Newton-Schulz of each token's own write takes minutes to differentiate here
+    assert needed * (1 - 1e-4) <= sum(operators.values()) <= needed * (1 + AGAIN.get(name, 1e-3))

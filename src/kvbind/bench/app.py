@@ -177,6 +177,9 @@ def compile_(
 @app.command()
 def decode(
     preset: Annotated[str, typer.Option(help="Size of the LaCT language model: tiny, 30m, 125m, 760m or 3b.")] = "tiny",
+    system: Annotated[
+        str, typer.Option(help="Named systems in place of its inner loop and layer, separated by commas, or all.")
+    ] = "",
     prompts: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "1024,4096,16384,65536",
     batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded at once.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to time after each prompt, at the most.")] = 256,
@@ -191,9 +194,9 @@ def decode(
     """Time one more token after prompts of growing length: with and without CUDA graphs, and by reading the prompt again."""
     import torch
 
-    from kvbind.bench.generation import Load, bench_decoding, decoding_grid
-    from kvbind.bench.language import build
+    from kvbind.bench.generation import CAUSAL, Load, bench_systems, decoding_grid
     from kvbind.bench.record import growing, provenance
+    from kvbind.forms import fla
     from kvbind.inner.value import check_choice
 
     place = _device(device)
@@ -204,13 +207,13 @@ def decode(
         graphs = "both" if place.type == "cuda" else "off"
     switches = {"on": (True,), "off": (False,), "both": (True, False)}[graphs]
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    model = build(_preset(preset), place, dtype)
-    model.train(False)
+    chosen = _some(system, CAUSAL, "system") if system else ()
     loads = [Load(batch, prompt, tokens, piece) for prompt in _numbers(prompts, "prompts")]
     config = {"preset": preset, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "piece": piece}
-    about = provenance(place, ("triton",)) | {"config": config}
-    rows = bench_decoding(model, loads, switches, seconds)
-    _show(decoding_grid(_watch(growing(about, len(loads) * len(switches), rows), out, every=1)))
+    about = provenance(place, ("triton", *fla.PACKAGES)) | {"config": config}
+    rows = bench_systems(_preset(preset), chosen, place, dtype, loads, switches, seconds)
+    planned = len(loads) * len(switches) * max(len(chosen), 1)
+    _show(decoding_grid(_watch(growing(about, planned, rows), out, every=1)))
     _point_to(out)
 
 
@@ -377,7 +380,9 @@ def kernels(
 
 @app.command()
 def peers(
-    only: Annotated[str, typer.Option(help="Only rows whose name has this in it: rung6, -tokens, host, linear.")] = "",
+    only: Annotated[
+        str, typer.Option(help="Only rows whose name has this in it: rung6, -tokens, host, linear, delta_net, kda.")
+    ] = "",
     tokens: Tokens = 32768,
     chunk: Chunk = 2048,
     width: Width = 384,
@@ -387,7 +392,7 @@ def peers(
     device: Device = "auto",
     out: Out = None,
 ) -> None:
-    """Time `ttt` beside what a user would write instead: compiled PyTorch for every rung, fla token by token."""
+    """Time `ttt` beside what a user would run instead: compiled PyTorch for every rung, flash-linear-attention by token."""
     from kvbind.bench.operands import Size
     from kvbind.bench.peers import measured, peer_grids, plan
     from kvbind.inner.systems import RUNGS

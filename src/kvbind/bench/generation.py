@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from kvbind.bench.kernel_tables import Grid
+from kvbind.bench.language import build
 from kvbind.bench.timing import now
+from kvbind.inner.systems import PROJECTIONS, SYSTEMS, named
 from kvbind.kernels.graphs import capture
 from kvbind.models import LactCache, LactForCausalLM
 from kvbind.models.lact.cache import CACHE
@@ -25,6 +27,9 @@ BEFORE = 64
 
 LEAST = 2 * BEFORE
 """Tokens that are timed at the least."""
+
+CAUSAL = tuple(name for name, make in SYSTEMS.items() if make().visibility in ("past", "token"))
+"""Named systems that a language model can have."""
 
 QUEUED = 48
 """Tokens of which each begins without waiting for the last."""
@@ -135,9 +140,16 @@ def prefilled(read: Callable[[], tuple[Any, Tensor]], device: torch.device) -> t
 
 def cache_bytes(cache: LactCache) -> int:
     """The bytes of every tensor in a cache."""
-    held: list[Tensor] = []
-    for state in cache.states:
-        held += state.tensors()
+    return bytes_of([x for state in cache.states for x in state.tensors()])
+
+
+def state_bytes(cache: LactCache) -> int:
+    """The bytes of the fast weights in a cache, with tokens that are still to be written."""
+    return bytes_of([x for state in cache.states for x in state.fast.tensors.values()])
+
+
+def bytes_of(held: Sequence[Tensor]) -> int:
+    """The bytes of tensors, of which several may share memory."""
     return sum(x.untyped_storage().nbytes() for x in {x.untyped_storage().data_ptr(): x for x in held}.values())
 
 
@@ -153,10 +165,11 @@ def decode(model: LactForCausalLM, load: Load, until: float, *, graphs: bool) ->
 
     Returns:
         As `timed_tokens`, and "prompt", its tokens; "prefill_seconds" and "first_prefill_seconds", which contains what is
-        compiled; "cache_bytes" of all sequences; "prefill_peak_bytes" and "peak_bytes", of decoding; "captured".
+        compiled; "cache_bytes" of all sequences, and "state_bytes" of their fast weights alone; "prefill_peak_bytes" and
+        "peak_bytes", of decoding; "captured".
     """
-    device, chunk = model.device, model.config.inner.chunk or 1
-    ids = prompts(load, chunk, model.config.vocab_size, device)
+    device, span = model.device, model.config.inner.span or 1
+    ids = prompts(load, span, model.config.vocab_size, device)
 
     def read() -> tuple[LactCache, Tensor]:
         cache = LactCache()
@@ -166,7 +179,7 @@ def decode(model: LactForCausalLM, load: Load, until: float, *, graphs: bool) ->
 
     with graphs_switched(graphs):
         cache, logits, found = prefilled(read, device)
-        found["cache_bytes"] = cache_bytes(cache)
+        found |= {"cache_bytes": cache_bytes(cache), "state_bytes": state_bytes(cache)}
 
         def one_more() -> None:
             nonlocal logits
@@ -180,7 +193,7 @@ def decode(model: LactForCausalLM, load: Load, until: float, *, graphs: bool) ->
 @torch.no_grad()
 def reread_seconds(model: LactForCausalLM, load: Load) -> float:
     """How long one more token takes without a cache: the whole prompt again, once more than to compile what it needs."""
-    ids = prompts(load, model.config.inner.chunk or 1, model.config.vocab_size, model.device)
+    ids = prompts(load, model.config.inner.span or 1, model.config.vocab_size, model.device)
     for _ in range(2):
         start = now(model.device)
         model(ids, use_cache=False, logits_to_keep=1)
@@ -209,6 +222,37 @@ def bench_decoding(
             yield {"batch": load.batch, "graphs": on, **found, "reread_seconds": again}
 
 
+def bench_systems(
+    preset: str,
+    names: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    loads: Sequence[Load],
+    graphs: Sequence[bool],
+    seconds: float,
+) -> Iterator[dict[str, Any]]:
+    """Time greedy decoding of a preset, as it is or with the fast weights of named systems.
+
+    Args:
+        preset: a name in `kvbind.models.PRESETS`.
+        names: of `CAUSAL`; none for the preset's own inner loop.
+        device: where to run.
+        dtype: of parameters.
+        loads: as `bench_decoding` takes them.
+        graphs: likewise.
+        seconds: likewise.
+
+    Yields:
+        Its rows, each with the name under "system" where there are names.
+    """
+    fields = {name: {"inner": named(name), "projections": name if name in PROJECTIONS else None} for name in names}
+    for name, given in (fields or {"": {}}).items():
+        model = build(preset, device, dtype, **given)
+        model.train(False)
+        for row in bench_decoding(model, loads, graphs, seconds):
+            yield ({"system": name} if name else {}) | row
+
+
 def decoding_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of a record of `kvbind bench decode`; those of before graphs, which had other names, under today's."""
     rows = []
@@ -229,19 +273,25 @@ def decoding_grid(record: Mapping[str, Any]) -> Grid:
     def text(x: float | None, form: str) -> str:
         return "-" if x is None else format(x, form)
 
+    rows = decoding_rows(record)
+    by_system = any("system" in row for row in rows)
     lines = [
         (
-            f"{row['batch']} x {row['prompt']}", "on" if row["graphs"] else "off",
+            *((row["system"],) if by_system else ()), f"{row['batch']} x {row['prompt']}", "on" if row["graphs"] else "off",
             *(text(row[name], ".2f") for name in ("p50_ms", "p99_ms", "slowest_ms")), str(row["tokens"]),
             text(row["tokens_per_second"], ",.0f"), f"{row['prefill_seconds']:.2f}",
             text(None if row["reread_seconds"] is None else 1e3 * row["reread_seconds"], ".1f"),
             f"{row['cache_bytes'] / row['batch'] / 2**20:.2f}",
+            *((f"{row['state_bytes'] / row['batch'] / 2**20:.3f}",) if by_system else ()),
         )
-        for row in decoding_rows(record)
+        for row in rows
     ]  # fmt: skip
     header = ("prompt", "graphs", "p50 ms", "p99 ms", "slowest ms", "of tokens", "tokens/s", "prefill s",
               "prompt read again ms", "cache MiB")  # fmt: skip
     note = "ms: of tokens that are each waited for; tokens/s: of tokens that are not; cache: of one sequence"
+    if by_system:
+        header = ("system", *header, "state MiB")
+        note += "; state: of its fast weights, of all layers"
     config = record["config"]
     return Grid("decode", f"Decoding, {config['preset']}, {config['dtype']}, greedy", header, tuple(lines), note=note)
 

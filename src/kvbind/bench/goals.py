@@ -55,6 +55,13 @@ TOKEN_PEERS: dict[tuple[int, int], tuple[float, float]] = {
 TOKEN_GOAL = 1.3
 """Times the peer."""
 
+DELTA_GOALS: dict[tuple[str, int, int], Goal] = {
+    ("delta_net", 12, 128): Goal(29, None, 40, 12),
+    ("gated_delta_net", 16, 128): Goal(26, 6.6, 66, 17.5),
+}
+"""By system, heads and width: the peer measured on an H200 (of gated DeltaNet as published for it, fla 0.5.1), and what to
+reach; of gated DeltaNet what FlashQLA publishes for an H200."""
+
 TRAINING_BYTES = {("rung2", "parallel"): (4.5 * 2**30, 2.0 * 2**30)}
 """Peak memory of a forward and backward pass: the peer's, and the goal."""
 
@@ -69,4 +76,6 @@ def goal_of(name: str, form: str, size: Size, chunk: int | None, dtype: str) -> 
     if name == "linear_attention":
         peer = TOKEN_PEERS.get((size.heads, size.width))
         return None if peer is None else Goal(*peer, *(round(TOKEN_GOAL * x, 1) for x in peer))
+    if (name, size.heads, size.width) in DELTA_GOALS:
+        return DELTA_GOALS[name, size.heads, size.width]
     return GOALS.get((name, form)) if (size, chunk) == (SIZE, CHUNK) else None

@@ -29,6 +29,7 @@ from kvbind.bench.operands import Size
 from kvbind.bench.record import growing, provenance
 from kvbind.bench.switch import operators_of, without_kernels
 from kvbind.bench.timing import Work, now, peak_bytes
+from kvbind.forms import fla
 from kvbind.forms.analysis import parallel_obstacles
 from kvbind.forms.api import Form
 from kvbind.inner.orthogonalize import NewtonSchulz
@@ -256,7 +257,7 @@ def measured(
     deadline = time.monotonic() + budget
     dtype = getattr(torch, settings.dtype)
     cases, ceilings = plan(what, settings), measure_ceilings(device, dtype)
-    about = provenance(device, ("triton", "fla-core")) | {
+    about = provenance(device, ("triton", *fla.PACKAGES)) | {
         "config": asdict(settings.size) | {"chunk": settings.chunk, "dtype": settings.dtype, "what": list(what)},
         "goals": SOURCE,
         "ceilings": asdict(ceilings),

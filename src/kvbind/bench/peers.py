@@ -2,14 +2,15 @@
 
 The peer of a rung that has a parallel form is that form in ordinary PyTorch under `torch.compile`: chunks by reshaping, two
 batched products, `cumsum` (momentum by `cumprod`), Newton-Schulz as batched products in bfloat16. That of rungs 0 and 1 is
-the released style of operator: a loop over chunks whose update is compiled. The peer of token visibility is
-`chunk_linear_attn` of flash-linear-attention, where it is installed.
+the released style of operator: a loop over chunks whose update is compiled. The peer of token visibility is the operator of
+flash-linear-attention that computes the same, where it is installed; ours is then measured without it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -20,22 +21,31 @@ from torch import Tensor
 
 from kvbind.bench.ceilings import Ceilings, forward_work, measure_ceilings, training_work
 from kvbind.bench.events import duration, first_line
+from kvbind.bench.fresh import compiling_configurations
 from kvbind.bench.goals import SIZE, goal_of
 from kvbind.bench.kernel_tables import Grid
 from kvbind.bench.kernels import PASSES, passes
 from kvbind.bench.leaves import NARROW, Leaves, draw_leaves, in_precision, laid_out, run
 from kvbind.bench.operands import Size
 from kvbind.bench.record import growing, provenance
+from kvbind.bench.switch import FLA, switched
 from kvbind.bench.timing import Work, synchronize
+from kvbind.forms import fla
 from kvbind.forms.analysis import parallel_obstacles
 from kvbind.inner.networks import Linear
 from kvbind.inner.spec import InnerLoop
-from kvbind.inner.systems import lact_llm, ladder, linear_attention
+from kvbind.inner.systems import lact_llm, ladder, named
 
 HOST_SIZE = Size(batch=3, tokens=8192, heads=2, width=192)
 """A call whose launches cost the host more than the device."""
 
-TOKEN_SIZES = (Size(1, 32768, 12, 128), Size(1, 32768, 24, 64), Size(1, 32768, 6, 256))
+TOKEN_SIZES = {
+    "linear_attention": (Size(1, 32768, 12, 128), Size(1, 32768, 24, 64), Size(1, 32768, 6, 256)),
+    "delta_net": (Size(1, 32768, 12, 128),),
+    "gated_delta_net": (Size(1, 32768, 16, 128),),
+    "kda": (Size(1, 32768, 16, 128),),
+}
+"""The systems under token visibility, and at which sizes."""
 
 Read = Callable[[Leaves], Tensor]
 
@@ -134,18 +144,42 @@ def recurrent_peer(leaves: Leaves, spec: InnerLoop, step: Any) -> Tensor:
     return torch.cat(outputs, 1).view(batch, heads, length, -1).transpose(1, 2)
 
 
-def fla_peer(leaves: Leaves) -> Tensor:
-    """Linear attention of flash-linear-attention; it has no starting state."""
-    from fla.ops.linear_attn import chunk_linear_attn
+def fla_peer(leaves: Leaves, spec: InnerLoop) -> Tensor:
+    """The operator of flash-linear-attention as its layers call it: gates as logarithms, no state returned.
 
-    output: Tensor = chunk_linear_attn(*(leaves[name] for name in NARROW), scale=1.0, normalize=False)[0]
+    Raises:
+        ImportError: it is not installed, or another version of it.
+    """
+    operator = fla.operator_of(spec)
+    assert isinstance(operator, fla.Operator)
+    function = fla.unusable() or fla.loaded(operator)
+    if isinstance(function, str):
+        raise ImportError(function)
+    named = {name: leaves[name] for name in (*NARROW, "g") if name in leaves}
+    if "lr.out" in leaves:
+        named["beta"] = leaves["lr.out"]
+    start = leaves["weights.out"].expand(leaves["q"].shape[0], -1, -1, -1)
+    output: Tensor = function(**named, scale=1.0, initial_state=start)[0]
     return output
+
+
+def peer_leaves(leaves: Leaves, spec: InnerLoop) -> Leaves:
+    """Leaves as the peer takes them: flash-linear-attention's layers make the logarithm of a gate."""
+    if not by_token(spec) or "retention" not in leaves:
+        return leaves
+    others = {name: x for name, x in leaves.items() if name != "retention"}
+    return others | {"g": leaves["retention"].log()}
+
+
+def by_token(spec: InnerLoop) -> bool:
+    """Whether the peer of an inner loop is an operator of flash-linear-attention."""
+    return isinstance(spec.network, Linear) and spec.visibility == "token"
 
 
 def peer_of(spec: InnerLoop) -> Read:
     """What a user would run instead of `ttt`; compiled at its first call."""
-    if isinstance(spec.network, Linear) and spec.visibility == "token":
-        return fla_peer
+    if by_token(spec):
+        return partial(fla_peer, spec=spec)
     torch.compiler.reset()
     if not parallel_obstacles(spec):
         return torch.compile(partial(parallel_peer, spec=spec))
@@ -158,7 +192,7 @@ class Row:
 
     Attributes:
         name: "rung6", "rung6-tokens" with the operands in that layout, "host-rung6", "linear_attention-12x128".
-        rung: of the ladder, or "linear_attention".
+        rung: of the ladder, or a system of `TOKEN_SIZES`.
         size: of the call.
         chunk: tokens in a chunk.
         layout: of `kvbind.bench.leaves.LAYOUTS`.
@@ -175,7 +209,7 @@ class Row:
     @property
     def spec(self) -> InnerLoop:
         """The inner loop."""
-        return linear_attention(1) if self.rung == "linear_attention" else ladder(lact_llm(self.chunk))[self.rung]
+        return named(self.rung) if self.rung in TOKEN_SIZES else ladder(lact_llm(self.chunk))[self.rung]
 
 
 def plan(rungs: Sequence[str], size: Size = SIZE, chunk: int = 2048) -> list[Row]:
@@ -185,7 +219,8 @@ def plan(rungs: Sequence[str], size: Size = SIZE, chunk: int = 2048) -> list[Row
     rows += [Row(f"{name}-tokens", name, size, chunk, "tokens") for name in reversed(parallel)]
     rows += [Row(f"host-{name}", name, HOST_SIZE, chunk, host=True) for name in reversed(parallel)]
     if size == SIZE:
-        rows += [Row(f"linear_attention-{s.heads}x{s.width}", "linear_attention", s, 1, "tokens") for s in TOKEN_SIZES]
+        each = [(name, at) for name, sizes in TOKEN_SIZES.items() for at in sizes]
+        rows += [Row(f"{name}-{at.heads}x{at.width}", name, at, 1, "tokens") for name, at in each]
     return rows
 
 
@@ -214,11 +249,12 @@ def compare(row: Row, ceilings: Ceilings, device: torch.device, seconds: float) 
     spec, tokens = row.spec, row.size.batch * row.size.tokens
     leaves = laid_out(in_precision(draw_leaves(spec, row.size, device), torch.bfloat16, torch.float32), row.layout)
     ours = dict(zip(PASSES, passes(lambda x: run(spec, x, "auto")[0], leaves), strict=True))
-    theirs = dict(zip(PASSES, passes(peer_of(spec), leaves), strict=True))
+    theirs = dict(zip(PASSES, passes(peer_of(spec), peer_leaves(leaves, spec)), strict=True))
     need = forward_work(spec, row.size, torch.bfloat16)
     needs = {"forward": need, "training": training_work(need, row.size, torch.bfloat16)}
     form = "recurrent" if parallel_obstacles(spec) else "parallel"
     goal = goal_of(row.rung, form, row.size, row.chunk, "bfloat16")
+    kept: list[Tensor] = []
     for name in PASSES:
         found: dict[str, Any] = {
             "name": row.name,
@@ -227,28 +263,50 @@ def compare(row: Row, ceilings: Ceilings, device: torch.device, seconds: float) 
             **asdict(row.size),
             "chunk": row.chunk,
         }
-        for who, work in (("ours", ours[name]), ("peer", theirs[name])):
-            try:
-                begin = time.perf_counter()
-                first = work()
-                synchronize(device)
-                found[f"{who}_first_seconds"] = time.perf_counter() - begin
-                if who == "ours" and name == "forward":
-                    reference = first
-                elif name == "forward" and row.rung != "linear_attention":
-                    found["difference"] = error_of(first, reference)  # type: ignore[arg-type]
-                if row.host:
-                    found[f"{who}_host_us"] = 1e6 * host_seconds(work, device)
-                timed = duration(work, device, seconds=seconds)
-                found[f"{who}_plain"] = tokens / timed.seconds / 1e6
-                found[f"{who}_graph"] = None if timed.graph_seconds is None else tokens / timed.graph_seconds / 1e6
-                if timed.not_capturable:
-                    found[f"{who}_not_capturable"] = timed.not_capturable
-            except Exception as problem:  # one that fails must not stop the others
-                found[f"{who}_error"] = first_line(problem)
+        found |= timed(row, name, "ours", ours[name], device, seconds, kept)
+        found |= timed(row, name, "peer", theirs[name], device, seconds, kept)
         found["limit"] = tokens / needs[name].limit(ceilings) / 1e6
         found["goal"] = getattr(goal, name, None)
         yield found | ratios(found)
+
+
+def timed(
+    row: Row, name: str, who: str, work: Work, device: torch.device, seconds: float, kept: list[Tensor]
+) -> dict[str, Any]:
+    """The fields of one side of a row, beginning with its name.
+
+    Args:
+        row: what is compared.
+        name: the pass.
+        who: "ours" or "peer".
+        work: the pass of that side.
+        device: where it runs.
+        seconds: how long to time it, and again as a graph.
+        kept: the forward pass's output of ours, for the peer's to be compared with.
+    """
+    found: dict[str, Any] = {}
+    tokens, tuned = row.size.batch * row.size.tokens, who == "peer" and by_token(row.spec) and device.type == "cuda"
+    with switched(FLA, "0") if who == "ours" else nullcontext():
+        try:
+            begin = time.perf_counter()
+            with compiling_configurations() if tuned else nullcontext():
+                first = work()
+            synchronize(device)
+            found[f"{who}_first_seconds"] = time.perf_counter() - begin
+            if name == "forward":
+                kept.append(first)  # type: ignore[arg-type]
+            if name == "forward" and len(kept) == 2:
+                found["difference"] = error_of(kept[1], kept[0])
+            if row.host:
+                found[f"{who}_host_us"] = 1e6 * host_seconds(work, device)
+            measured = duration(work, device, seconds=seconds)
+            found[f"{who}_plain"] = tokens / measured.seconds / 1e6
+            found[f"{who}_graph"] = None if measured.graph_seconds is None else tokens / measured.graph_seconds / 1e6
+            if measured.not_capturable:
+                found[f"{who}_not_capturable"] = measured.not_capturable
+        except Exception as problem:  # one that fails must not stop the others
+            found[f"{who}_error"] = first_line(problem)
+    return found
 
 
 def ratios(row: dict[str, Any]) -> dict[str, float | None]:
@@ -317,7 +375,7 @@ def measured(rows: Sequence[Row], device: torch.device, seconds: float, budget: 
         budget: seconds after which no further row is begun.
     """
     deadline, ceilings = time.monotonic() + budget, measure_ceilings(device, torch.bfloat16)
-    about = provenance(device, ("triton", "fla-core")) | {"ceilings": asdict(ceilings)}
+    about = provenance(device, ("triton", *fla.PACKAGES)) | {"ceilings": asdict(ceilings)}
 
     def found() -> Iterator[dict[str, Any]]:
         for row in rows:

@@ -110,7 +110,7 @@ class Training:
         self.model, self.optimizer = model, make_optimizer(model, config)
         self.shard = None
         if case.sequence > 1:
-            self.shard = SequenceShard.even(case.length, self.layout.group, multiple=inner.chunk or 1)
+            self.shard = SequenceShard.even(case.length, self.layout.group, multiple=inner.span or 1)
 
     def rows(self, step: int) -> list[Tensor]:
         """This data rank's sequences of a step, `[1, T]` each; the same tokens however many ranks there are."""

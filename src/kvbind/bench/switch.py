@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
 VARIABLE = "KVBIND_KERNELS"
 """The environment variable that `ttt` reads at each call; "0" makes it use PyTorch alone."""
 
+FLA = "KVBIND_FLA"
+"""Likewise, of flash-linear-attention's operators: "0" for none, "force" for each that takes a call."""
+
 
 @contextmanager
-def without_kernels() -> Iterator[None]:
-    """`ttt` uses PyTorch alone inside."""
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = "0"
+def switched(variable: str, value: str) -> Iterator[None]:
+    """An environment variable has this value inside."""
+    before = os.environ.get(variable)
+    os.environ[variable] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ[VARIABLE]
+            del os.environ[variable]
         else:
-            os.environ[VARIABLE] = before
+            os.environ[variable] = before
+
+
+def without_kernels() -> AbstractContextManager[None]:
+    """`ttt` uses PyTorch alone inside."""
+    return switched(VARIABLE, "0")
 
 
 def operators_of(work: Callable[[], object]) -> tuple[str, ...]:

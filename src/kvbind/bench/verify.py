@@ -31,7 +31,8 @@ from kvbind.bench.operands import Size
 from kvbind.bench.pieces import Piece, pieces
 from kvbind.bench.record import growing, provenance
 from kvbind.bench.spread import spread
-from kvbind.bench.switch import VARIABLE, operators_of, without_kernels
+from kvbind.bench.switch import FLA, VARIABLE, operators_of, switched, without_kernels
+from kvbind.forms import fla
 from kvbind.forms.analysis import parallel_obstacles
 from kvbind.forms.api import Form, ttt
 from kvbind.forms.parallel import parallel
@@ -85,6 +86,7 @@ class Case:
         small_gates: gates are between 1 and 1e-30, many of them small.
         layout: of queries, keys and values, of `kvbind.bench.leaves.LAYOUTS`.
         also: dtypes in which it is verified besides `DTYPES`.
+        fla: ours is what runs on flash-linear-attention's operator, which takes bfloat16 alone.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Case:
     small_gates: bool = False
     layout: str = "tokens"
     also: tuple[str, ...] = ()
+    fla: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -289,7 +292,7 @@ def cases(scale: Scale) -> list[Case | Piece]:
     add("ViTTT, GLU, last layer", systems.vittt().replace(update="last"), image)
     add("GLU in chunks", systems.vittt().replace(visibility="past", chunk=64, update="last"), image)
     add("ViTTT, depthwise convolution", systems.vittt("conv"), replace(image, heads=1))
-    return found + pieces(ragged, s.heads, s.width)
+    return found + fla_cases(narrow) + pieces(ragged, s.heads, s.width)
 
 
 Call = Callable[..., tuple[Tensor, State]]
@@ -328,6 +331,50 @@ def evaluate(case: Case, spec: InnerLoop, leaves: Leaves, slopes: Leaves, form: 
         {name: x.detach() for name, x in state.tensors.items()},
         dict(zip(leaves, grads, strict=True)),
     )
+
+
+def on_fla(spec: InnerLoop, weights: Leaves, **given: Any) -> tuple[Tensor, State]:
+    """`ttt` on flash-linear-attention's operator.
+
+    Raises:
+        RuntimeError: it takes no such call.
+    """
+    named = {name: given.get(name) for name in ("state", "cu_seqlens")}
+    gates = {name: given[name] for name in spec.gates}
+    call = check_operands(spec, weights, given["q"], given["k"], given["v"], given["lr"], gates, *named.values(), None)
+    reason = fla.obstacle(spec, call)
+    if reason is not None:
+        raise RuntimeError(reason)
+    with switched(FLA, "force"):
+        return ttt(spec, weights, **given)
+
+
+def fla_cases(narrow: Size) -> list[Case]:
+    """What flash-linear-attention's operators compute, where they are installed.
+
+    Args:
+        narrow: a batch of more than one, that keeps a state for every token.
+    """
+    if fla.unusable() is not None:
+        return []
+    specs = {
+        "linear attention": systems.linear_attention(),
+        "simple GLA": systems.simple_gla(),
+        "GLA": systems.gla(),
+        "DeltaNet": systems.delta_net(),
+        "gated DeltaNet": systems.gated_delta_net(),
+        "KDA": systems.kda(),
+    }
+    found = []
+    for name, spec in specs.items():
+        title, half = f"flash-linear-attention, {name}", narrow.tokens // 2
+        found.append(Case(title, spec, narrow, "parallel", fla=True))
+        found.append(Case(f"{title}, state through three calls", spec, narrow, "parallel", splits=(2, half), fla=True))
+        packed = (0, 3, half, narrow.tokens)
+        found.append(
+            Case(f"{title}, packed sequences", spec, replace(narrow, batch=1), "parallel", cu_seqlens=packed, fla=True)
+        )
+    return found
 
 
 def slope_of(slopes: Leaves, name: str, result: Tensor) -> Tensor:
@@ -471,7 +518,7 @@ def of_case(case: Case, narrow: torch.dtype, device: torch.device) -> Evaluation
     return (
         lambda: of(case.spec_in(exact), case.reference, ttt, exact, exact),
         lambda: of(spec, case.form, twin(narrow), narrow, wide),
-        lambda: of(spec, case.form, ttt, narrow, wide),
+        lambda: of(spec, case.form, on_fla if case.fla else ttt, narrow, wide),
     )
 
 
@@ -558,11 +605,12 @@ def verified(
         for index, case in enumerate(listed)
         if only in case.name
         for dtype in (*dtypes, *(case.also if every and isinstance(case, Case) else ()))
+        if dtype != "float32" or not (isinstance(case, Case) and case.fla)
     ]
     if not chosen:
         raise ValueError(f"only must be part of a case's name, such as 'rung 2' or 'packed'; got {only!r}")
     reason = why_off(device)
-    about = provenance(device, ("triton",)) | {
+    about = provenance(device, ("triton", *fla.PACKAGES)) | {
         "config": {"small": small, "only": only, "dtypes": list(dtypes)},
         "rules": RULES,
         "kernels": reason is None,

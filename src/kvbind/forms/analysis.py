@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from kvbind.forms.block_costs import BlockWork, block_work
 from kvbind.inner.fields import Retention
 from kvbind.inner.networks import GLU, MLP, DepthwiseConv, Linear, SwiGLU
 from kvbind.inner.spec import InnerLoop
@@ -148,7 +149,7 @@ def sequence_schedule(
 
     Raises:
         ValueError: `visibility="full"`, under which every token sees all others; or "scan" beside `form="recurrent"`, or for
-            a network with biases, or with a gate beside what is not in the six lines.
+            a network with biases, a window, or a gate beside what is not in the six lines.
         NoParallelFormError: "scan" for an inner loop that has no parallel form.
     """
     if spec.visibility == "full":
@@ -159,10 +160,12 @@ def sequence_schedule(
     if schedule == "scan" and obstacles:
         raise NoParallelFormError(explain(spec), "schedule='scan'")
     # what ranks fold of a state is its last layer's matrix, and beyond the six lines by its product with one of features
-    unfolded = spec.network.has_bias or (spec.network.has_gate and bool(spec.extensions))
+    unfolded = spec.network.has_bias or "window" in spec.extensions or (spec.network.has_gate and bool(spec.extensions))
     if schedule == "scan" and unfolded:
         names = ", ".join(spec.extensions)
-        raise ValueError(f"schedule='scan' takes no network with biases, and none with a gate beside {names}; got {spec!r}")
+        raise ValueError(
+            f"schedule='scan' takes no network with biases, no window, and no gate beside {names}; got {spec!r}"
+        )
     return "ring" if obstacles or unfolded or schedule == "ring" or form == "recurrent" else "scan"
 
 
@@ -200,12 +203,21 @@ class Cost:
         orthogonalize_flops_per_token: those of Newton-Schulz among them, without use of symmetry.
         bytes_per_token: each of q, k, v read once and the output written once, with rates and gates in float32.
         state_bytes: bytes of one sequence's state: weights, momentum and norms in float32, and pending tokens.
+        read: operations of one token's read, in one head.
+        write: of all its writes, in one head, without orthogonalization.
+        blocks: what the parallel form computes in place of both, per token and head, where it runs in blocks of tokens.
+        decode_bytes_per_token: what one more token of one sequence must move in decoding: its operands, every weight once,
+            what its share of an update writes, momentum and other copies read and written, and tokens that wait.
     """
 
     flops_per_token: float
     orthogonalize_flops_per_token: float
     bytes_per_token: float
     state_bytes: int
+    read: float
+    write: float
+    blocks: BlockWork | None
+    decode_bytes_per_token: float
 
 
 @dataclass(frozen=True)
@@ -303,11 +315,26 @@ def cost(spec: InnerLoop, shapes: Shapes) -> Cost:
     earlier, per_write = spec.window_size - 1, spec.writes * (1 if spec.sums_updates else spec.window_size)
     pending += 0 if spec.sums_updates else earlier * chunk * 4 * (width + len(spec.updated) + spec.erase * shapes.key_width)
     kept = spec.momentum + (spec.normalize == "read") + 2 * (spec.anchor is not None) + spec.sums_updates * earlier
+    # a token that completes an update moves all of it; others wait to be part of one, written once and read once
+    updates = spec.writes / (spec.chunk or shapes.tokens)
+    waits = (
+        2 * token * (spec.room > 0) + (0 if spec.sums_updates else earlier) * 4 * (width + len(spec.updated)) * spec.writes
+    )
+    moved = 4 * (sum(sizes.values()) + updates * updated * (1 + 2 * kept)) + waits
+    per_token = 2 * h * width * itemsize + 4 * h * (rates + gates)
+    blocks = None
+    if not parallel_obstacles(spec):
+        theta, (rows, columns) = sum(math.prod(dims[name]) for name in network.theta), dims["out"][-2:]
+        blocks = block_work(spec, theta, rows + network.has_bias, columns)
     return Cost(
         flops_per_token=parts.read + per_write * parts.write + spec.writes * parts.orthogonalize / chunk,
         orthogonalize_flops_per_token=spec.writes * parts.orthogonalize / chunk,
-        bytes_per_token=2 * h * width * itemsize + 4 * h * (rates + gates),
+        bytes_per_token=per_token,
         state_bytes=h * (4 * (sum(sizes.values()) + updated * kept) + 4 * channels * bool(spec.normalize) + pending),
+        read=parts.read / h,
+        write=per_write * parts.write / h,
+        blocks=blocks,
+        decode_bytes_per_token=per_token + h * moved,
     )
 
 
@@ -349,6 +376,13 @@ class Explanation:
         return None if self.spec.visibility == "full" else sequence_schedule(self.spec)
 
     @property
+    def kernels(self) -> str:
+        """What runs its parallel form on GPUs, for people; empty where that is PyTorch alone."""
+        from kvbind.forms.fused import parallel_kernels  # which goes by this analysis
+
+        return "" if self.obstacles else parallel_kernels(self.spec)
+
+    @property
     def nearest_name(self) -> str | None:
         """The rung of the inner loop's own ladder that `nearest` is, or None."""
         return next((name for name, rung in ladder(self.spec).items() if rung == self.nearest), None)
@@ -368,6 +402,8 @@ class Explanation:
             rung = f"{name.replace('rung', 'rung ')} ({RUNGS[name]}), that is, " if name else ""
             lines.append(f"nearest parallel relative: {rung}replace({edit})")
         lines.append(f"over ranks: {_OVER_RANKS[self.sequence_schedule]}")
+        if self.kernels:
+            lines.append(f"on GPUs: {self.kernels}")
         s, c = self.shapes, self.cost
         among = c.orthogonalize_flops_per_token
         orthogonalization = f", of which orthogonalization {among / 1e6:.3f}" if among else ""
@@ -376,7 +412,18 @@ class Explanation:
             f"cost of a forward pass ({s.heads} heads, Dk = {s.key_width}, Dv = {s.value_width}, "
             f"Dh = {s.hidden}, T = {s.tokens}, {str(s.dtype).removeprefix('torch.')}):",
             f"  {c.flops_per_token / 1e6:.3f} MFLOP per token{orthogonalization}",
+            f"  {c.read / 1e3:.1f} kFLOP of a token's read and {c.write / 1e3:.1f} of its writes, per head",
+        ]
+        if c.blocks is not None:
+            b = c.blocks
+            solve = f", triangular systems {b.system / 1e3:.1f}" if b.system else ""
+            lines.append(
+                f"  {b.total / 1e3:.1f} in their place in blocks of {b.columns} writes: states and features "
+                f"{(b.states + b.features) / 1e3:.1f}, pairs {(b.scores + b.gates) / 1e3:.1f}{solve}"
+            )
+        lines += [
             f"  {c.bytes_per_token / 1e3:.2f} kB moved per token",
+            f"  {c.decode_bytes_per_token / 1e3:.1f} kB moved for one more token in decoding, state included",
             f"  {c.state_bytes / 2**20:.2f} MiB of state per sequence, whatever its length",
         ]
         return "\n".join(lines)

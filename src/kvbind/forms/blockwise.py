@@ -36,6 +36,22 @@ def blockwise(spec: InnerLoop, chunk: int, q: Tensor, tokens: Tokens, state: Sta
     return output[:, :, kept // spec.writes :], State.of(spec, fast, rest, len(rest))
 
 
+def rule_of(spec: InnerLoop, chunk: int) -> AffineRule:
+    """An inner loop whose writes add up as a rule of `kvbind.forms.affine`, with chunks of `chunk` tokens."""
+    assert spec.visibility != "full"
+    return AffineRule(
+        loss=spec.loss,
+        chunk=chunk,
+        refresh=None if spec.refresh == "call" else 1 if spec.writes > 1 else spec.span,
+        before=spec.decays_before,
+        window=spec.window_size,
+        window_on="update" if spec.sums_updates and spec.window_size > 1 else "gradient",
+        sees=spec.visibility,
+        writes=spec.writes,
+        sign=spec.sign,
+    )
+
+
 def advance(spec: InnerLoop, tokens: Tokens, fast: FastWeights) -> FastWeights:
     """The fast weights after some complete chunks, of which nothing is read."""
     assert spec.chunk is not None
@@ -46,22 +62,12 @@ def _run(
     spec: InnerLoop, chunk: int, q: Tensor | None, tokens: Tokens, fast: FastWeights
 ) -> tuple[Tensor, FastWeights, int]:
     """Outputs (empty where `q` is None), the weights where a state can stop, and how many tokens that is behind."""
-    network, weights, lags = spec.network, fast.weights, spec.window_size - 1 if spec.sums_updates else 0
-    assert spec.visibility != "full"
+    network, weights = spec.network, fast.weights
     if not len(tokens):
         # as a rank may have none
         return tokens.v[:, :, :0].to(weights["out"].dtype), fast, 0
-    rule = AffineRule(
-        loss=spec.loss,
-        chunk=chunk,
-        refresh=None if spec.refresh == "call" else 1 if spec.writes > 1 else spec.span,
-        before=spec.decays_before,
-        window=spec.window_size,
-        window_on="update" if lags else "gradient",
-        sees=spec.visibility,
-        writes=spec.writes,
-        sign=spec.sign,
-    )
+    rule = rule_of(spec, chunk)
+    lags = rule.lags
     columns = _columns(spec, fast, {**tokens.of_keys(), **_numbers(tokens)})
     recent = _columns(spec, fast, fast.window) if rule.history else None
     buffers = _joined(spec, fast.window).flip(2) if lags else None

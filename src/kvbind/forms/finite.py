@@ -4,8 +4,8 @@ A product with a matrix of zeros above its diagonal is causal only while everyth
 the gradients of what nobody reads. Here selection takes the place of multiplication by zero:
 
 - `seen_product` is that product, with rows that may not be seen taken out;
-- `guarded` runs a form on operands without the tokens that hold what is not finite, and makes NaN of the outputs and states
-  that see them.
+- `guarded` and `guarded_packed` run a form on operands without the tokens that hold what is not finite, and make NaN of the
+  outputs and states that see them.
 """
 
 from __future__ import annotations
@@ -118,6 +118,36 @@ def guarded(form: Form, spec: InnerLoop, q: Tensor, tokens: Tokens, state: State
     complete = total if spec.visibility == "full" or spec.span is None else total // spec.span * spec.span
     ends_wrong = begun_wrong[..., 0] | written[:, :, :complete].any(-1)
     return spoilt(output, sees[..., None]), _spoilt_state(spec, after, ends_wrong, written[:, :, complete:])
+
+
+def guarded_packed(
+    form: Form, spec: InnerLoop, q: Tensor, tokens: Tokens, state: State, bounds: tuple[int, ...]
+) -> tuple[Tensor, State]:
+    """What `guarded` does, of sequences packed into one row, all of whose tokens write and are then read.
+
+    Args:
+        form: the form.
+        spec: an inner loop with `visibility="token"` and `chunk=1`.
+        q: what is read, `[1, H, T, Dk]`.
+        tokens: what writes.
+        state: where the sequences start.
+        bounds: their boundaries.
+    """
+    if known_finite(q, *tokens.tensors().values(), *state.tensors.values()):
+        return form(spec, q, tokens, state)
+    started, begun = _clean_state(state, None)
+    cleaned, wrong = _clean_tokens(tokens)
+    read_wrong = ~q.isfinite().all(-1)
+    output, after = form(spec, q.masked_fill(read_wrong[..., None], 0.0), cleaned, started)
+    edges = torch.tensor(bounds, device=q.device)
+    sequence = torch.repeat_interleave(torch.arange(len(bounds) - 1, device=q.device), edges.diff(), output_size=bounds[-1])
+    # how many wrong tokens there are before each boundary, and before each token within its own sequence
+    before = torch.nn.functional.pad(wrong.cumsum(-1), (1, 0))[..., edges]
+    so_far = wrong.cumsum(-1) - before[..., sequence]
+    begun = begun[..., 0].mT[None]
+    sees = begun[..., sequence] | read_wrong | (so_far > 0)
+    ends = (begun | (before.diff(dim=-1) > 0))[0].mT
+    return spoilt(output, sees[..., None]), _spoilt_state(spec, after, ends, wrong[:, :, :0])
 
 
 def _clean_tokens(tokens: Tokens) -> tuple[Tokens, Tensor]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvbind.forms import delta
+from kvbind.forms import delta, fla
 from kvbind.forms.analysis import parallel_obstacles
 from kvbind.forms.parallel import SHORT_CHUNK
 from kvbind.forms.recurrent import recurrent
@@ -50,6 +50,16 @@ NARROWEST = 16
 
 def engine(spec: InnerLoop, call: Operands, form: str) -> Engine | None:
     """What runs this call on kernels in this form ("recurrent" or "parallel"), or None where nothing does."""
+    own = None
+    if call.cu_seqlens is None or own_takes_packed(spec, call, form):
+        own = own_engine(spec, call, form)
+    if form != "parallel" or not fla.considered():
+        return own
+    return fla.beside(spec, call, own).run
+
+
+def own_engine(spec: InnerLoop, call: Operands, form: str) -> Engine | None:
+    """What runs this call on the library's own kernels in this form, or None where nothing does."""
     if form == "parallel":
         choice = delta.runner(spec, call)
         if choice.run is not None:
@@ -78,12 +88,41 @@ def engine(spec: InnerLoop, call: Operands, form: str) -> Engine | None:
 
 def takes_packed(spec: InnerLoop, call: Operands, form: str) -> bool:
     """Whether packed sequences of any lengths run in one go: on kernels, where none has tokens pending."""
+    if own_takes_packed(spec, call, form):
+        return True
+    return form == "parallel" and fla.considered() and fla.obstacle(spec, call) is None
+
+
+def own_takes_packed(spec: InnerLoop, call: Operands, form: str) -> bool:
+    """Whether packed sequences of any lengths run in one go on the library's own kernels."""
     if form == "recurrent" or spec.visibility == "full" or parallel_obstacles(spec) or isinstance(spec.network, GLU):
         return False
     if delta.runner(spec, call).run is not None:
         return True
     fits = chunked_fits(spec) or (causal_fits(spec, call) and spec.chunk == 1)
     return fits and not any(call.state.pending_lengths) and operands_fit(call) and wide_enough(call)
+
+
+def parallel_kernels(spec: InnerLoop) -> str:
+    """What runs the parallel form of an inner loop on GPUs, for people; empty where that is PyTorch alone.
+
+    Whether a call fits depends on its operands too; `kvbind.forms.fla` logs what ran.
+    """
+    own = None
+    if delta.obstacle(spec) is None:
+        own = "kvbind.kernels.affine"
+    elif not spec.extensions and chunked_fits(spec):
+        own = "kvbind.kernels.chunked"
+    elif not spec.extensions and is_causal(spec):
+        own = "kvbind.kernels.causal"
+    operator = fla.operator_of(spec)
+    if isinstance(operator, str):
+        return own or ""
+    reason = fla.unusable()
+    if reason is not None:
+        return f"{own or 'PyTorch'} ({operator.name} not: {reason})"
+    other = f"{operator.name} of {fla.PACKAGE} {fla.installed()}"
+    return other if own is None else f"{own}, or {other} where that was measured to be faster or takes a call alone"
 
 
 def operands_fit(call: Operands) -> bool:
@@ -165,12 +204,15 @@ def recurrent_fits(spec: InnerLoop, call: Operands) -> bool:
 
 
 def causal_fits(spec: InnerLoop, call: Operands) -> bool:
+    """Whether a call is one of `kvbind.kernels.causal`."""
+    return max(call.q.shape[-1], call.tokens.v.shape[-1]) <= WIDEST_CAUSAL and is_causal(spec)
+
+
+def is_causal(spec: InnerLoop) -> bool:
     """Whether an inner loop is one of `kvbind.kernels.causal`."""
     short = spec.visibility == "token" or (spec.chunk is not None and spec.chunk < SHORT_CHUNK)
     gates = not spec.gates or (not spec.momentum and spec.visibility == "token" and spec.chunk == 1)
     known = is_a(spec.network, Linear, GLU) and spec.visibility != "full" and spec.orthogonalize is None
-    if max(call.q.shape[-1], call.tokens.v.shape[-1]) > WIDEST_CAUSAL:
-        return False
     return known and short and gates and writes_add_up(spec)
 
 

@@ -69,13 +69,13 @@ def _split(call: Operands, tokens: Tokens, kept: int) -> tuple[Operands, Operand
         tokens: its tokens behind `kept` others of the first document.
         kept: as said.
     """
-    total = call.q.shape[2]
     if call.cu_seqlens is None or len(call.cu_seqlens) == 2:
         return Operands(call.q, tokens, call.state, None), None
     stop = call.cu_seqlens[1]
-    first = Operands(call.q[:, :, :stop], tokens.span(0, kept + stop), call.state[:1], None)
+    edge = kept + call.state.spec.writes * stop
+    first = Operands(call.q[:, :, :stop], tokens.span(0, edge), call.state[:1], None)
     bounds = tuple(b - stop for b in call.cu_seqlens[1:])
-    others = Operands(call.q[:, :, stop:], tokens.span(kept + stop, kept + total), call.state[1:], bounds)
+    others = Operands(call.q[:, :, stop:], tokens.span(edge, len(tokens)), call.state[1:], bounds)
     return first, others
 
 
@@ -118,8 +118,9 @@ def _ring(spec: InnerLoop, call: Operands, exchanges: Exchanges, run: Run) -> tu
 
 def _scan(spec: InnerLoop, call: Operands, exchanges: Exchanges, run: Run) -> tuple[Tensor, State]:
     shard, place = exchanges.shard, exchanges.shard.here
-    assert spec.chunk is not None
-    wanted = shard.pending(spec.chunk)
+    assert spec.span is not None
+    # a state stops where gradients are renewed; where a token writes several times, that is behind every token
+    wanted = shard.pending(spec.span)
     kept, given = wanted[shard.rank], call.tokens.tensors()
     extended = dict(zip(given, exchanges.extended(list(given.values()), wanted, axis=2), strict=True))
     tokens = Tokens.of(extended)
@@ -129,6 +130,7 @@ def _scan(spec: InnerLoop, call: Operands, exchanges: Exchanges, run: Run) -> tu
         return fused.chunked_shard(spec, call, tokens, kept, shard)
     if runs_blockwise(spec):
         return _blockwise(spec, call, tokens, kept, exchanges, run)
+    assert spec.chunk is not None
     first, others = _split(call, tokens, kept)
     later = None if others is None else run(spec, others)
     carry = _Across(exchanges, None if later is None else later[1][-1:].fast, place.before >= spec.chunk)
@@ -179,14 +181,14 @@ class _Across:
 def _blockwise(
     spec: InnerLoop, call: Operands, tokens: Tokens, kept: int, exchanges: Exchanges, run: Run
 ) -> tuple[Tensor, State]:
-    """Where writes add up: what the last document's complete chunks do to its state, then the ordinary forms."""
+    """Where writes add up: what the last document's complete spans do to its state, then the ordinary forms."""
     place = exchanges.shard.here
-    assert spec.chunk is not None
+    assert spec.span is not None
     opened = place.bounds[-2]
     alone = len(place.bounds) == 2
-    last = tokens if alone else tokens.span(kept + opened, kept + place.length)
+    last = tokens if alone else tokens.span(kept + spec.writes * opened, len(tokens))
     fast = (call.state if call.cu_seqlens is None else call.state[-1:]).fast
-    end, reach = block_summary(spec, last.span(0, len(last) // spec.chunk * spec.chunk), fast)
+    end, reach = block_summary(spec, last.span(0, len(last) // spec.span * spec.span), fast)
     start = stacked(spec, fast)
     if not (alone and place.before):
         end = end + reach @ start

@@ -116,11 +116,12 @@ def check_shard(
         raise ValueError(
             f"q, k and v must have the {shard.here.length} tokens of rank {shard.rank}'s slice; got {q.shape[1]}"
         )
-    for name in ("refresh", "writes", "window", "anchor"):
-        if name in spec.extensions:
-            raise ValueError(
-                f"sequence takes no inner loop with {name}={spec.extensions[name]!r}, which is not cut over ranks"
-            )
+    if spec.refresh == "call":
+        raise ValueError(
+            "sequence takes no inner loop with refresh='call', whose gradients are taken at the weights before the whole row"
+        )
+    if spec.anchor is not None and spec.anchor.peak == "batch" and shard.cu_seqlens is not None:
+        raise ValueError("sequence must be of rows that are not packed where an anchor takes its peak over the batch")
     if spec.visibility == "chunk" and spec.chunk is not None and any(shard.pending(spec.chunk)):
         raise ValueError(
             f"sequence's slices must end between chunks under visibility='chunk', whose tokens see the end of their chunk; "

@@ -29,6 +29,7 @@ from kvbind.layers.operands import split_heads, wide
 from kvbind.layers.rotary import Tables, rotary_tables, rotate
 from kvbind.sequence.boundaries import Boundaries
 from kvbind.sequence.exchanges import Exchanges
+from kvbind.sequence.shard import SequenceShard
 
 UNIT_EPS = 1e-6
 """Added to the squared L2 norm of queries and keys."""
@@ -112,6 +113,34 @@ class Made:
     gates: dict[str, Tensor]
     beside: dict[str, Tensor]
     gate: Tensor | None
+
+
+class OnRanks:
+    """What stands before a slice of a row that is cut over ranks: tokens that earlier ranks have, as `Behind` gives them.
+
+    Args:
+        shard: how the row is cut.
+
+    Attributes:
+        exchanges: those that were made; None before the first.
+    """
+
+    def __init__(self, shard: SequenceShard) -> None:
+        self.shard = shard
+        self.exchanges: Exchanges | None = None
+
+    def behind(self, name: str, x: Tensor, count: int) -> Tensor:
+        """`x` `[B, T, C]` behind the `count` tokens before it, or zeros: `[B, count + T, C]`."""
+        if not count:
+            return x
+        if self.exchanges is None:
+            self.exchanges = Exchanges(self.shard, (x,))
+        (seen,) = self.exchanges.extended((x,), self.shard.reaching(count), axis=1)
+        return F.pad(seen, (0, 0, count + x.shape[1] - seen.shape[1], 0))
+
+    def own(self, y: Tensor, count: int) -> Tensor:
+        """What was computed at each token of `behind` but the first `count`."""
+        return y
 
 
 class FastWeightLayer(nn.Module):
@@ -359,7 +388,7 @@ class FastWeightLayer(nn.Module):
 
         Raises:
             ValueError: a state together with packed sequences or a slice of a row, or of another batch or inner loop; a
-                slice of a row for an inner loop or projections that are not cut over ranks.
+                slice of a row for an inner loop that is not cut over ranks.
             TypeError: a state of another kind of layer.
         """
         if state is not None and not isinstance(state, FastWeightState):
@@ -427,14 +456,17 @@ class FastWeightLayer(nn.Module):
             places: how many tokens of its sequence come before each, int64 `[B, T]` or `[1, T]`.
             tails: what stands before them, which is brought forward.
         """
-        p, length = self.projections, x.shape[1]
+        p = self.projections
         streams: dict[str, Tensor] = {}
+        # what looks back must not look over the start of a document, nor of a row that is cut over ranks
+        shard = layout.sequence if layout.sequence is not None and layout.sequence.connected else None
+        masks = places if layout.cu_seqlens is not None or shard is not None else None
+        ranks = None if shard is None else OnRanks(shard)
+        tails = tails if ranks is None else ranks
         if self.shift is not None:
-            if layout.sequence is not None and layout.sequence.connected:
-                raise ValueError("projections with shift=True are not cut over ranks")
             before = tails.own(tails.behind("shift", x, 1)[:, :-1], 1)
-            if layout.cu_seqlens is not None:
-                before = before.masked_fill((places < 1)[..., None], 0)
+            if masks is not None:
+                before = before.masked_fill((masks < 1)[..., None], 0)
             streams = {name: x + (before - x) * share.to(x.dtype) for name, share in self.shift.items()}
 
         def of(name: str) -> Tensor:
@@ -442,25 +474,18 @@ class FastWeightLayer(nn.Module):
 
         parts = {"k": self.k_proj(of("k")), "v": self.v_proj(of("v"))}
         parts["q"] = parts["k"] if self.q_proj is None else self.q_proj(of("q"))
-        exchanges = None
         if self.conv is not None:
             joined = torch.cat([parts[name] for name in p.conv_on], dim=-1)
-            ahead, masked = self.conv.width - 1, layout.cu_seqlens is not None
-            if layout.sequence is not None and layout.sequence.connected and ahead:
-                exchanges, masked = Exchanges(layout.sequence, (joined,)), True
-                (seen,) = exchanges.extended((joined,), layout.sequence.reaching(ahead), axis=1)
-                seen = F.pad(seen, (0, 0, ahead + length - seen.shape[1], 0))
-            else:
-                seen = tails.behind("conv", joined, ahead)
-            convolved = tails.own(self.conv(seen, places if masked else None), ahead)
+            ahead = self.conv.width - 1
+            convolved = tails.own(self.conv(tails.behind("conv", joined, ahead), masks), ahead)
             parts |= dict(zip(p.conv_on, convolved.split([self.widths[name] for name in p.conv_on], dim=-1), strict=True))
         if p.activation == "silu":
             parts = {name: F.silu(y) for name, y in parts.items()}
         q, k = (self._heads(parts[name], self.key_width, 1 if p.shared_keys else self.heads) for name in ("q", "k"))
         v = self._heads(parts["v"], self.value_width, self.heads)
-        if exchanges is not None:
+        if ranks is not None and ranks.exchanges is not None:
             # backward, what the fast weights exchange comes first on every rank
-            k = exchanges.tie(k)
+            k = ranks.exchanges.tie(k)
         return self._operands(q, k, v, of, layout, places)
 
     def _operands(self, q: Tensor, k: Tensor, v: Tensor, of: Any, layout: Layout, places: Tensor) -> Made:

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from kvbind.forms.analysis import Shapes, training_flops
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_positive_int
+from kvbind.layers.convolution import ShortConvolution
 from kvbind.models.in_place.config import InPlaceConfig
 from kvbind.models.lact.config import LactConfig
 from kvbind.models.lact_nvs.config import LactNvsConfig
@@ -56,7 +57,7 @@ def lact_flops(config: LactConfig, length: int) -> Parts:
 
     Returns:
         Model FLOPs of the whole sequence under "projections", "mlp", "attention", "fast weights" and "vocabulary"; of layers
-        without attention, or without fast weights, the others.
+        without attention, or without fast weights, the others and "convolutions".
 
     Raises:
         TypeError, ValueError: `length` is no int of at least 1.
@@ -67,7 +68,8 @@ def lact_flops(config: LactConfig, length: int) -> Parts:
     mlp, vocabulary = TRAINED * 6 * d * config.mlp_width * length, TRAINED * 2 * d * config.vocab_size * length
     if config.projections is not None:
         alone = {
-            "projections": TRAINED * 2 * _projected(config) * length,
+            "projections": TRAINED * 2 * _projected(config, nn.Linear) * length,
+            "convolutions": TRAINED * 2 * _projected(config, ShortConvolution) * length,
             "mlp": mlp,
             "fast weights": training_flops(inner, Shapes(heads, width, value_width, hidden, length)),
         }
@@ -136,13 +138,14 @@ def in_place_flops(config: InPlaceConfig, length: int) -> Parts:
     return llama_flops(inside, length) | {"fast weights": len(config.fast_layers) * TRAINED * 2 * d * written * length}
 
 
-def _projected(config: LactConfig) -> int:
-    """Entries of the matrices by which a layer without attention projects a token."""
+def _projected(config: LactConfig, kind: type[nn.Module]) -> int:
+    """Entries of the matrices, or of the kernels, by which a layer without attention makes what a token takes."""
     from kvbind.models.lact.model import make_mixer
 
     with torch.device("meta"):
         layer = make_mixer(config)
-    return sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
+    found = [module.weight for module in layer.modules() if isinstance(module, kind)]
+    return sum(weight.numel() for weight in found if isinstance(weight, torch.Tensor))
 
 
 def lact_nvs_flops(config: LactNvsConfig, size: tuple[int, int], inputs: int, targets: int) -> Parts:

@@ -14,11 +14,13 @@ from functools import cache, cached_property
 
 import torch
 
-from kvbind.forms.analysis import Shapes, cost, parallel_obstacles
+from kvbind.forms.analysis import Shapes, cost, parallel_obstacles, sequence_schedule, training_flops
+from kvbind.forms.block_costs import BlockWork
+from kvbind.forms.summary import is_dense
 from kvbind.hardware import Accelerator
 from kvbind.inner.value import check_choice, check_positive_int
 from kvbind.models import LactConfig, LactForCausalLM
-from kvbind.models.flops import Parts, lact_flops
+from kvbind.models.flops import TRAINED, Parts, lact_flops
 from kvbind.models.lact.loss import PIECE
 
 RECOMPUTE = ("block", "offload", "selective", "none")
@@ -32,6 +34,9 @@ OFFLOADED_INPUTS = 2
 STATE_COPIES = 6
 """States of all chunks that one layer holds at once in the backward pass of the parallel form: writes, orthogonalized
 writes, their sums, and the gradient of each."""
+
+BLOCK_STATE_COPIES = 2
+"""Likewise where the parallel form runs in blocks of tokens: the state before each block, and its gradient."""
 
 LOGIT_BYTES = 2
 """Per logit that exists, of bfloat16: the gradient takes its place."""
@@ -111,6 +116,11 @@ class Job:
         return "parallel" if many and not parallel_obstacles(inner) else "recurrent"
 
     @property
+    def scans(self) -> bool:
+        """Whether ranks that share a sequence run its fast weights all at once."""
+        return self.form == "parallel" and sequence_schedule(self.config.inner) == "scan"
+
+    @property
     def tokens_per_step(self) -> int:
         """Of all sequences."""
         return self.length * self.batch
@@ -131,11 +141,48 @@ class Job:
         return Shapes(self.config.num_lact_heads, *self.config.fast_widths, self.length)
 
     @property
+    def blocks(self) -> BlockWork | None:
+        """What the parallel form computes in blocks of tokens, where it does and is the form."""
+        if self.form != "parallel" or not self.config.fast_weights:
+            return None
+        return cost(self.config.inner, self.shapes).blocks
+
+    @property
+    def computed_flops(self) -> float:
+        """Operations on one sequence, forward and backward: model FLOPs, and what blocks of tokens compute beyond them."""
+        total, blocks = sum(self.flops.values()), self.blocks
+        if blocks is None:
+            return total
+        defined = self.config.num_hidden_layers * training_flops(self.config.inner, self.shapes)
+        return total - defined + self.config.num_hidden_layers * TRAINED * blocks.total * self.shapes.heads * self.length
+
+    @property
+    def states(self) -> float:
+        """How many tokens there are to each state of a layer that the parallel form holds."""
+        blocks, chunk = self.blocks, self.config.inner.chunk
+        return float(chunk or self.length) if blocks is None else float(blocks.tokens)
+
+    @property
     def write_bytes(self) -> int:
-        """Bytes in float32 of the fast matrices that one layer updates, all heads."""
+        """Bytes in float32 of the fast weights that one layer updates, all heads."""
         inner, s = self.config.inner, self.shapes
-        sizes = inner.network.shapes(s.key_width, s.value_width, (s.hidden,) * inner.network.hidden_layers)
-        return 4 * s.heads * sum(math.prod(sizes[name]) for name in inner.updated)
+        hidden = (s.hidden,) * inner.network.hidden_layers
+        sizes = {name: math.prod(shape) for name, shape in inner.network.shapes(s.key_width, s.value_width, hidden).items()}
+        vectors = inner.network.vector_shapes(s.key_width, s.value_width, hidden)
+        sizes |= {name: math.prod(shape) for name, shape in vectors.items()}
+        return 4 * s.heads * sum(sizes[name] for name in inner.updated)
+
+    @property
+    def scan_bytes(self) -> float:
+        """What one layer of each rank sends to all others, forward: its writes, and how states pass through them."""
+        inner, s = self.config.inner, self.shapes
+        if self.blocks is None:
+            # momentum travels before writes are orthogonalized, and what became of them after
+            return float(self.write_bytes * (1 + (inner.momentum and inner.orthogonalize is not None)))
+        parts = 1 + inner.momentum
+        width = inner.network.shapes(s.key_width, s.value_width, (s.hidden,) * inner.network.hidden_layers)["out"][0]
+        passing = (parts * width) ** 2 if is_dense(inner) else parts**2
+        return float(parts * self.write_bytes + 4 * s.heads * passing)
 
     def obstacle(self, mesh: Mesh) -> str | None:
         """Why its sequences cannot be cut over `mesh`, or None."""
@@ -144,7 +191,7 @@ class Job:
             return None
         if self.length % mesh.sequence:
             return f"{self.length} tokens cannot be divided among {mesh.sequence} ranks"
-        least = max(self.config.reach, inner.chunk or 1)
+        least = max(self.config.reach, inner.span or 1)
         return f"{local} tokens on a rank are fewer than a window or a chunk, {least}" if local < least else None
 
 
@@ -205,14 +252,14 @@ def memory(job: Job, mesh: Mesh, block_bytes: float) -> Memory:
     sharded = mesh.weights > 1
     root = everything - layers * block
     gathered = job.gather_bytes * (root + 2 * block) + 4 * (root + block) if sharded else 0.0
-    inner = job.config.inner
     # products of a block: q, k, v, attention, fast weights, both outputs; the MLP's two. In bfloat16
     products = 2 * (7 + 2 * config.mlp_width / d)
     per_layer = {"block": 4.0, "offload": 4.0, "selective": 4.0 + products, "none": block_bytes}[job.recompute]
     held = OFFLOADED_INPUTS if job.recompute == "offload" else layers
     states = 0.0
-    if inner.chunk is not None and job.form == "parallel":
-        states = STATE_COPIES * job.write_bytes * (tokens / inner.chunk + 1)
+    if config.inner.chunk is not None and job.form == "parallel":
+        copies = STATE_COPIES if job.blocks is None else BLOCK_STATE_COPIES
+        states = copies * job.write_bytes * (tokens / job.states + 1)
     halo = 0.0
     if mesh.sequence > 1:
         halo = 2 * 2 * d * (config.reach - 1) + mesh.sequence * 2 * job.write_bytes
@@ -277,13 +324,9 @@ def traffic(job: Job, mesh: Mesh) -> Traffic:
     others = (mesh.weights - 1) / mesh.weights
     states = halo = 0.0
     if mesh.sequence > 1:
-        if job.form == "parallel":
-            # momentum travels before writes are orthogonalized, and what became of them after
-            rounds = 1 + (config.inner.momentum and config.inner.orthogonalize is not None)
-            states = rounds * (mesh.sequence - 1.0) * job.write_bytes
-        else:
-            # a whole state, with its pending tokens, from the rank before
-            states = float(cost(config.inner, job.shapes).state_bytes)
+        # all ranks' ends, or a whole state, with its pending tokens, from the rank before
+        one = float(cost(config.inner, job.shapes).state_bytes)
+        states = (mesh.sequence - 1.0) * job.scan_bytes if job.scans else one
         # sequences begin and end with whole chunks on every rank, so that no pending tokens travel
         halo = 2 * 2.0 * config.hidden_size * (config.reach - 1)
     times = config.num_hidden_layers * passes * (3 if job.recompute in REPEATED else 2)
@@ -357,9 +400,9 @@ def seconds(job: Job, mesh: Mesh, hardware: Accelerator, efficiency: float, expo
     everything, _ = job.parameters
     sequences = job.batch / mesh.data
     again = (4 if job.recompute in REPEATED else 3) / 3
-    total, fast = sum(job.flops.values()), job.flops["fast weights"]
-    # in the recurrent form each rank waits for the state of the one before it
-    own = total / mesh.sequence if job.form == "parallel" else (total - fast) / mesh.sequence + fast
+    total, fast = job.computed_flops, job.flops.get("fast weights", 0.0)
+    # where states are handed on, each rank waits for that of the one before it
+    own = total / mesh.sequence if job.scans else (total - fast) / mesh.sequence + fast
     computed = sequences * own * again
     sent = traffic(job, mesh)
     weights = (sent.gather + sent.scatter) / bandwidth(mesh, "weights", hardware)

@@ -105,8 +105,8 @@ class SequenceShard:
             tokens: tokens of the whole row.
             group: as above.
             cu_seqlens: as above.
-            multiple: best the inner loop's chunk: then no document that starts at a multiple of it leaves a chunk
-                incomplete at the end of a slice.
+            multiple: best the inner loop's `span`, its chunk where gradients are renewed at each: then no document that
+                starts at a multiple of it leaves one incomplete at the end of a slice.
             schedule: as above.
 
         Raises:
@@ -175,11 +175,18 @@ class SequenceShard:
         """For each rank, how many of the last `most` tokens before it belong to its first document."""
         return tuple(min(place.before, most) for place in self.slices)
 
-    def take(self, x: Tensor, axis: int = 1) -> Tensor:
-        """This rank's part of a tensor of the whole row."""
-        if x.shape[axis] != self.tokens:
-            raise ValueError(f"x must have the row's {self.tokens} tokens along axis {axis}; got shape {list(x.shape)}")
-        return x.narrow(axis, self.here.start, self.here.length)
+    def take(self, x: Tensor, axis: int = 1, rows: int = 1) -> Tensor:
+        """This rank's part of a tensor of the whole row, with so many `rows` for each token, as of several writes.
+
+        Raises:
+            ValueError: a tensor of another length.
+        """
+        if x.shape[axis] != rows * self.tokens:
+            each = f"{rows} rows for each of " if rows > 1 else ""
+            raise ValueError(
+                f"x must have {each}the row's {self.tokens} tokens along axis {axis}; got shape {list(x.shape)}"
+            )
+        return x.narrow(axis, rows * self.here.start, rows * self.here.length)
 
 
 def _reaching(place: Slice, rank: int) -> Slice:

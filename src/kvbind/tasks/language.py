@@ -436,7 +436,7 @@ class LanguageTask:
         return loss
 
     def shard(self, batch: Batch, group: Any) -> SequenceShard:
-        """How the processes of a group divide the rows of a batch: evenly, and between chunks of the inner loop.
+        """How the processes of a group divide the rows of a batch: evenly, and between spans of the inner loop.
 
         Raises:
             ValueError: a model whose rows are not divided.
@@ -445,8 +445,8 @@ class LanguageTask:
             raise ValueError(
                 f"train.parallel.sequence must be 1 where model.mixer is {self.config.model.mixer!r}; got a group of several"
             )
-        ids, chunk = batch["input_ids"], self.inner.chunk
-        return SequenceShard.even(ids.shape[1], group, cu_seqlens=batch.get("cu_seqlens"), multiple=chunk or 1)
+        ids, span = batch["input_ids"], self.inner.span
+        return SequenceShard.even(ids.shape[1], group, cu_seqlens=batch.get("cu_seqlens"), multiple=span or 1)
 
     def cut(self, batch: Batch, group: Any) -> tuple[Batch, AbstractContextManager[None]]:
         """This process's part of every sequence of a batch, and the context in which a model sees the others'.
