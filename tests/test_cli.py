@@ -43,7 +43,20 @@ def test_the_version_is_shown(run):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["systems"], ["explain"], ["reproduce"], ["train"], ["eval"], ["generate"], ["convert"], ["in-place"]]
+    "command",
+    [
+        [],
+        ["systems"],
+        ["explain"],
+        ["reproduce"],
+        ["train"],
+        ["eval"],
+        ["generate"],
+        ["convert"],
+        ["in-place"],
+        ["probe"],
+        ["simplify"],
+    ],
 )
 def test_every_command_explains_itself(run, command):
     code, out, _ = run(*command, "--help")
