@@ -19,6 +19,7 @@ from kvbind.bench.language import build
 from kvbind.bench.timing import now
 from kvbind.inner.systems import PROJECTIONS, SYSTEMS, named
 from kvbind.kernels.graphs import capture
+from kvbind.layers.attention import AttentionState
 from kvbind.models import LactCache, LactForCausalLM
 from kvbind.models.lact.cache import CACHE
 
@@ -145,7 +146,8 @@ def cache_bytes(cache: LactCache) -> int:
 
 def state_bytes(cache: LactCache) -> int:
     """The bytes of the fast weights in a cache, with tokens that are still to be written."""
-    return bytes_of([x for state in cache.states for x in state.fast.tensors.values()])
+    fast = [state.fast for state in cache.states if not isinstance(state, AttentionState)]
+    return bytes_of([x for state in fast for x in state.tensors.values()])
 
 
 def bytes_of(held: Sequence[Tensor]) -> int:
@@ -286,7 +288,7 @@ def decoding_grid(record: Mapping[str, Any]) -> Grid:
         )
         for row in rows
     ]  # fmt: skip
-    header = ("prompt", "graphs", "p50 ms", "p99 ms", "slowest ms", "of tokens", "tokens/s", "prefill s",
+    header: tuple[str, ...] = ("prompt", "graphs", "p50 ms", "p99 ms", "slowest ms", "of tokens", "tokens/s", "prefill s",
               "prompt read again ms", "cache MiB")  # fmt: skip
     note = "ms: of tokens that are each waited for; tokens/s: of tokens that are not; cache: of one sequence"
     if by_system:

@@ -339,9 +339,10 @@ def on_fla(spec: InnerLoop, weights: Leaves, **given: Any) -> tuple[Tensor, Stat
     Raises:
         RuntimeError: it takes no such call.
     """
-    named = {name: given.get(name) for name in ("state", "cu_seqlens")}
+    operands = {name: given[name] for name in ("q", "k", "v", "lr")}
     gates = {name: given[name] for name in spec.gates}
-    call = check_operands(spec, weights, given["q"], given["k"], given["v"], given["lr"], gates, *named.values(), None)
+    options = {name: given.get(name) for name in ("state", "cu_seqlens", "update_tokens")}
+    call = check_operands(spec, weights, gates=gates, **operands, **options)  # type: ignore[arg-type]
     reason = fla.obstacle(spec, call)
     if reason is not None:
         raise RuntimeError(reason)
