@@ -167,13 +167,13 @@ def test_without_a_word_there_is_help(run, words):
     [
         (["compare", "kda"], "compare takes two inner loops, or edits of one, such as update=last; got 'kda' alone"),
         (["compare", "erase=true", "kda"], "an edit must stand behind the system that it is of; got 'erase=true' first"),
-        (["compare", "kda", "gdn2", "comba"], "there must be at most 2 systems; got kda and gdn2 and comba"),
+        (["compare", "kda", "gdn2", "comba"], "at most 2 systems, with edits FIELD=VALUE; got kda and gdn2 and comba"),
         (["compare", "kda", "eras=true"], "did you mean 'erase'"),
         (
             ["compare", "kda", "network=[a"],
             "overrides must be key=value with a YAML value; got ['network=[a']: while parsing",
         ),
-        (["explain", "kda", "gdn2"], "there must be at most 1 system; got kda and gdn2"),
+        (["explain", "kda", "gdn2"], "at most 1 system, with edits FIELD=VALUE; got kda and gdn2"),
         (["explain", "lact_lm"], "did you mean 'lact_llm'"),
         (["explain", "missing.yaml"], "there is no 'missing.yaml'"),
         (["explain", "lact_llm", "--rung", "9"], "--rung"),

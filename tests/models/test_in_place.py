@@ -179,8 +179,8 @@ def test_a_layer_in_a_model_of_ones_own_reads_sequences_from_their_start():
     mlp = model.fast_mlps[1]
     x = torch.randn(2, LENGTH, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4), requires_grad=True)
     source = torch.randn(2, LENGTH, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    for given in ({}, {"source": source}):
-        got, expected = mlp.from_start(x, **given), mlp.inner_call(x, **given).run()[0].squeeze(2)
+    for values in (x, source):
+        got, expected = mlp.from_start(x, values), mlp.inner_call(x, values).run()[0].squeeze(2)
         close(got, expected)
         close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)), atol=1e-8)
     with pytest.raises(RuntimeError, match=r"from_start"):
