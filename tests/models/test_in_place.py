@@ -609,6 +609,10 @@ def test_the_command_makes_a_folder_of_a_folder(tmp_path, capsys):
     assert (tmp_path / "mine" / "tokenizer.json").exists()
     with pytest.raises(ValueError, match="has them already"):
         in_place(tmp_path / "mine", tmp_path / "again")
+    (tmp_path / "lact").mkdir()
+    (tmp_path / "lact" / "config.json").write_text('{"model_type": "lact_swiglu", "inner": {}}')
+    with pytest.raises(ValueError, match="has fast weights beside its MLPs already"):
+        in_place(tmp_path / "lact", tmp_path / "again")
     with pytest.raises(ValueError, match="target must be a folder apart"):
         in_place(tmp_path / "base", tmp_path / "base")
     fields = json.loads((tmp_path / "base" / "config.json").read_text())
