@@ -28,7 +28,7 @@ from kvbind.tasks.images.look import look, suited_patch
 from kvbind.tasks.images.sources import DIGITS, Images, InMemory, Readable, Source, Splits, holds_idx
 from kvbind.tasks.inner_loops import SOFTMAX, beneath, edited, more_hidden, table_rows
 from kvbind.tasks.start import Start, StartConfig, divergence
-from kvbind.train.config import TrainConfig, parse_overrides
+from kvbind.train.config import TrainConfig, check_seed, parse_overrides
 from kvbind.train.ranks import WHOLE, Share
 
 if TYPE_CHECKING:
@@ -188,8 +188,7 @@ class ImagesConfig:
     start: StartConfig = field(default_factory=StartConfig, metadata=LATER)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0; got {self.seed}")
+        check_seed(self.seed)
         for name, key in (("epochs", "steps"), ("warmup_epochs", "warmup")):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
