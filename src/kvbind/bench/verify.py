@@ -274,7 +274,6 @@ def cases(scale: Scale) -> list[Case | Piece]:
         add(f"delta rule, {name}, width {s.odd}", spec, replace(token, width=s.odd), both=False)
         add(f"delta rule, {name}, values half as wide", spec, token, both=False, value_width=s.narrow)
         add(f"delta rule, {name}, state through three calls", spec, token, both=False, splits=(2, s.short // 2))
-    add("delta rule, gated, widest", gated_delta, replace(token, width=4 * s.narrow), both=False)
     add("linear attention, retention by channel", systems.gla(), token, both=False)
 
     views = Size(2, ragged, s.heads, s.width)
