@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,20 @@ def test_the_version_is_shown(run):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["systems"], ["explain"], ["reproduce"], ["train"], ["eval"], ["generate"], ["convert"], ["in-place"]]
+    "command",
+    [
+        [],
+        ["systems"],
+        ["explain"],
+        ["reproduce"],
+        ["train"],
+        ["eval"],
+        ["generate"],
+        ["convert"],
+        ["in-place"],
+        ["probe"],
+        ["simplify"],
+    ],
 )
 def test_every_command_explains_itself(run, command):
     code, out, _ = run(*command, "--help")
@@ -167,13 +181,20 @@ def test_without_a_word_there_is_help(run, words):
     [
         (["compare", "kda"], "compare takes two inner loops, or edits of one, such as update=last; got 'kda' alone"),
         (["compare", "erase=true", "kda"], "an edit must stand behind the system that it is of; got 'erase=true' first"),
-        (["compare", "kda", "gdn2", "comba"], "there must be at most 2 systems; got kda and gdn2 and comba"),
+        (["compare", "kda", "gdn2", "comba"], "at most 2 systems, with edits FIELD=VALUE; got kda and gdn2 and comba"),
         (["compare", "kda", "eras=true"], "did you mean 'erase'"),
         (
             ["compare", "kda", "network=[a"],
             "overrides must be key=value with a YAML value; got ['network=[a']: while parsing",
         ),
-        (["explain", "kda", "gdn2"], "there must be at most 1 system; got kda and gdn2"),
+        (["train", "language", "seed=99999999999999999999"], "seed must have at most 63 bits; got 99999999999999999999"),
+        (["train", "language", "train=3"], "configuration key 'train' must be a mapping, of keys steps, "),
+        (["plan", "--budget", "nan"], "budget must be above 0 tokens; got nan"),
+        (["plan", "--json", "."], "--json must be a file to write; '.' is a folder"),
+        (["report", "--out", "."], "--out must be a file to write; '.' is a folder"),
+        (["generate", "nowhere", "--seed", "99999999999999999999"], "seed must have at most 64 bits"),
+        (["explain", "empty.yaml"], "empty.yaml must hold fields of an inner loop, such as {network: SwiGLU, chunk: 512}; it is"),
+        (["explain", "kda", "gdn2"], "at most 1 system, with edits FIELD=VALUE; got kda and gdn2"),
         (["explain", "lact_lm"], "did you mean 'lact_llm'"),
         (["explain", "missing.yaml"], "there is no 'missing.yaml'"),
         (["explain", "lact_llm", "--rung", "9"], "--rung"),
@@ -207,10 +228,32 @@ def test_without_a_word_there_is_help(run, words):
     ],
 )
 def test_a_mistake_ends_with_one_line_and_code_2(run, words, message):
+    Path("empty.yaml").touch()
     code, _, errors = run(*words)
     assert code == 2
     assert message in " ".join(errors.replace("│", "").split())
     assert "Traceback" not in errors
+
+
+def test_a_path_may_start_at_the_users_home(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    kvbind.systems.titans(chunk=32).to_yaml(tmp_path / "home" / "mine.yaml")
+    assert "refresh" in run("compare", "titans", "~/mine.yaml")[1]
+    # as shells leave it that expand `~` at the start of a word alone
+    assert "--json must be a file" in run("plan", "--json=~/")[2]
+    code, _, errors = run("generate", "~/none")
+    assert code == 2
+    assert f"got '{tmp_path}/home/none'" in errors
+
+
+def test_letters_that_a_terminal_has_not_are_no_error(tmp_path):
+    kvbind.systems.titans().to_yaml(tmp_path / "K\xe4se.yaml")
+    done = subprocess.run(
+        [sys.executable, "-m", "kvbind", "compare", "K\xe4se.yaml", "kda"], cwd=tmp_path, capture_output=True, check=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert rb"K\xe4se.yaml" in done.stdout
 
 
 def test_a_traceback_is_there_for_the_asking():

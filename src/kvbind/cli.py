@@ -6,11 +6,13 @@ Commands import what they need when they run, so that `kvbind --help` answers at
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import json
 import logging
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -23,7 +25,33 @@ from kvbind.bench.app import app as bench
 from kvbind.screen import LogLines, Screen
 from kvbind.tasks import TASKS, preset_files
 
-app = typer.Typer(
+
+class Commands(typer.Typer):
+    """Commands in whose paths `~` stands for the user's home, which no shell puts there in `--out=~/run`."""
+
+    def command(self, *names: Any, **options: Any) -> Any:
+        """As typer's."""
+        enter = super().command(*names, **options)
+
+        def entered(function: Callable[..., None]) -> Callable[..., None]:
+            @functools.wraps(function)
+            def run(*values: Any, **named: Any) -> None:
+                function(*map(at_home, values), **{name: at_home(x) for name, x in named.items()})
+
+            enter(run)
+            return function
+
+        return entered
+
+
+def at_home(value: Any) -> Any:
+    """A path, or paths in a list, with the user's home for `~`; anything else as it is."""
+    if isinstance(value, list):
+        return [at_home(x) for x in value]
+    return value.expanduser() if isinstance(value, Path) else value
+
+
+app = Commands(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -75,6 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = logging.getLogger("kvbind")
     if not lines.handlers:
         lines.addHandler(LogLines())
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal without a letter gets its number, not an error
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):  # what is written first will say what is wrong with it
+                stream.reconfigure(errors="backslashreplace")
     traceback = "--traceback" in words
     try:
         code = app([word for word in words if word != "--traceback"], prog_name="kvbind", standalone_mode=False)
@@ -290,7 +323,8 @@ def inner_loops(words: Sequence[str], most: int) -> list[tuple[str, Any]]:
         else:
             raise ValueError(f"an edit must stand behind the system that it is of; got {word!r} first")
     if len(groups) > most:
-        raise ValueError(f"there must be at most {most} system{'s' * (most > 1)}; got {' and '.join(x[0] for x in groups)}")
+        found = " and ".join(x[0] for x in groups)
+        raise ValueError(f"there must be at most {most} system{'s' * (most > 1)}, with edits FIELD=VALUE; got {found}")
     return [(" ".join(group), edited_loop(*group)) for group in groups]
 
 
@@ -518,6 +552,7 @@ def report(
     """
     from kvbind.experiments.page.command import make_report, open_server
 
+    check_file("--out", out)
     path = make_report(folders or [Path("runs")], out)
     console().print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
     if serve:
@@ -640,6 +675,12 @@ def tell_earlier(screen: Console, run: Path, steps: int, wanted: int) -> None:
     screen.print(text, soft_wrap=True)
 
 
+def check_file(option: str, path: Path | None) -> None:
+    """Raise `ValueError` where a file cannot be written as a folder is there, before anything else takes its time."""
+    if path is not None and path.is_dir():
+        raise ValueError(f"{option} must be a file to write; {str(path)!r} is a folder")
+
+
 def say_next(screen: Console, task: str, run: Path) -> None:
     """The next commands to type, a line each."""
     quoted = shlex.quote(str(run))
@@ -704,6 +745,7 @@ def plan(
     """
     from kvbind.plan.command import run_plan
 
+    check_file("--json", write)
     run_plan(
         preset, gpus, overrides or [], console(), tokens=tokens, batch=batch, hardware=hardware, recompute=recompute,
         budget=budget, price=price, calibrate=calibrate or [], write=write,
@@ -722,7 +764,7 @@ def run_and_rest(words: Sequence[str]) -> tuple[str | None, Path, list[str]]:
         from kvbind.inner.value import nearest
 
         raise ValueError(f"task must be one of {TASK_NAMES}; got {words[0]!r}{nearest(words[0], TASKS)}")
-    return task, Path(rest[0]), list(rest[1:])
+    return task, Path(rest[0]).expanduser(), list(rest[1:])
 
 
 def check_task(task: str | None, trained_on: str, run: Path) -> None:
@@ -760,6 +802,7 @@ def evaluate(
     from kvbind.train.loop import pick_device
 
     task, run, overrides = run_and_rest(words)
+    check_file("--json", write)
     trained_on, _ = open_run(run)
     check_task(task, trained_on, run)
     module = open_task_module(trained_on)
@@ -930,6 +973,8 @@ def generate(
 
     from kvbind.tasks.language import open_trained
 
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must have at most 64 bits; got {seed}")
     model, words = open_trained(run, tokenizer)
     ids = torch.from_numpy(words.encode(prompt))[None]
     if not ids.numel():
@@ -1025,8 +1070,8 @@ def in_place(
     inside, numbers = made.text_config, ", ".join(map(str, made.fast_layers))
     screen.print(f"wrote {written}", soft_wrap=True)
     screen.print(
-        f"a {inside.model_type} of {inside.num_hidden_layers} layers; the MLPs of layers {numbers} are fast weights (In-Place "
-        f"TTT), written every {made.chunk:,} tokens",
+        f"a {inside.model_type} of {inside.num_hidden_layers} layers; the MLPs of layers {numbers} are fast weights "
+        f"(In-Place TTT), written every {made.chunk:,} tokens",
         soft_wrap=True,
     )
     quoted = shlex.quote(str(written))
@@ -1072,6 +1117,7 @@ def show(
     from kvbind.experiments.show_images import PLACES, read_place
     from kvbind.experiments.show_images import show as draw
 
+    check_file("--out", out)
     task, run, rest = run_and_rest(words)
     if task not in (None, "images"):
         raise ValueError(f"task must be 'images'; got {task!r}")

@@ -88,7 +88,7 @@ def test_all_rows_are_trained_evaluated_and_timed(made):
         assert row["perplexity"] != row["untrained_perplexity"]
         if row["name"] in BASELINES:
             assert row["inner"] == {"fast_weights": False}
-            assert row["recurrent_tokens_per_second"] is row["parallel_tokens_per_second"] is None
+            assert "recurrent_tokens_per_second" not in row
             continue
         assert row["recurrent_tokens_per_second"] > 0
         parallel = explain(InnerLoop.from_dict(row["inner"])).parallel

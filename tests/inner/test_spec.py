@@ -182,7 +182,8 @@ def test_the_ladder_of_vittt_drops_the_gate_and_the_clipping_and_keeps_the_convo
         ("{network: [", ValueError, "source must be YAML; the text is not: "),
         ("{network: 3}", TypeError, "network must be a kind, or a dict with one"),
         ("{network: Swiglu}", ValueError, "did you mean 'SwiGLU'"),
-        ("hello", TypeError, "needs a dict; got str"),
+        ("hello", ValueError, r"the text must hold fields of an inner loop, such as .*; it holds 'hello'"),
+        ("", ValueError, "chunk: 512}; it is empty"),
     ],
 )
 def test_yaml_that_is_no_inner_loop_is_refused(text, kind, message):

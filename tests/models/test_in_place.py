@@ -179,8 +179,8 @@ def test_a_layer_in_a_model_of_ones_own_reads_sequences_from_their_start():
     mlp = model.fast_mlps[1]
     x = torch.randn(2, LENGTH, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4), requires_grad=True)
     source = torch.randn(2, LENGTH, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    for given in ({}, {"source": source}):
-        got, expected = mlp.from_start(x, **given), mlp.inner_call(x, **given).run()[0].squeeze(2)
+    for values in (x, source):
+        got, expected = mlp.from_start(x, values), mlp.inner_call(x, values).run()[0].squeeze(2)
         close(got, expected)
         close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)), atol=1e-8)
     with pytest.raises(RuntimeError, match=r"from_start"):
@@ -609,6 +609,10 @@ def test_the_command_makes_a_folder_of_a_folder(tmp_path, capsys):
     assert (tmp_path / "mine" / "tokenizer.json").exists()
     with pytest.raises(ValueError, match="has them already"):
         in_place(tmp_path / "mine", tmp_path / "again")
+    (tmp_path / "lact").mkdir()
+    (tmp_path / "lact" / "config.json").write_text('{"model_type": "lact_swiglu", "inner": {}}')
+    with pytest.raises(ValueError, match="has fast weights beside its MLPs already"):
+        in_place(tmp_path / "lact", tmp_path / "again")
     with pytest.raises(ValueError, match="target must be a folder apart"):
         in_place(tmp_path / "base", tmp_path / "base")
     fields = json.loads((tmp_path / "base" / "config.json").read_text())

@@ -28,6 +28,9 @@ def causal(inner):
 
 
 def short(inner):
+    """With as few tokens in a chunk, or in a span of them, as several ends take no minutes."""
+    if isinstance(inner.refresh, int):
+        return inner.replace(refresh=8)
     return inner.replace(chunk=CHUNK) if (inner.chunk or 1) > 64 else inner
 
 

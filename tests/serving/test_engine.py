@@ -243,7 +243,7 @@ def test_requests_of_a_model_without_attention_share_prefixes_and_are_preempted(
         check(model, asked, said(done[name]))
         assert len(said(done[name])) == params.max_tokens or name in ("m3", "m7")
     assert preempted
-    assert sum(output.num_cached_tokens for output in done.values()) > 3 * BLOCK
+    assert sum(output.num_cached_tokens for output in done.values()) >= BLOCK
     assert free_blocks(served) == free
 
 

@@ -130,6 +130,7 @@ def size_grid(memory: int) -> Grid:
         if preset == "tiny":
             continue
         rungs = enumerate(ladder(fields["inner"]).values())
+        served: dict[str, dict[str, Any]]
         served = {f"rung {rung}": {"inner": inner} for rung, inner in rungs if rung in (0, 2, 6)}
         served |= {f"{name} alone": {"inner": SYSTEMS[name](), "projections": name} for name in ALONE}
         for name, own in served.items():

@@ -250,6 +250,33 @@ def cases(scale: Scale) -> list[Case | Piece]:
     add("DeltaNet in chunks", systems.delta_net(16), narrow, both=False)
     add("MLP under squared error, by tokens", systems.delta_net(16).replace(network=MLP("gelu_tanh")), narrow)
 
+    # one state after another is what these are, and the kernels go by chunks
+    token = Size(2, s.short, s.heads, 2 * s.narrow)
+    packed_delta: dict[str, Any] = {"both": False, "cu_seqlens": packed}
+    rules = {
+        "delta rule": systems.delta_net(),
+        "delta rule, gated": systems.gated_delta_net(),
+        "delta rule, erased elsewhere": systems.comba(),
+        "delta rule, gates by channel": systems.kda(),
+        "delta rule, erased elsewhere by channel": systems.gdn2(),
+    }
+    for name, spec in rules.items():
+        add(name, spec, token, both=False, also=("float16",))
+        add(f"{name}, packed sequences", spec, replace(token, batch=1), **packed_delta)
+        if spec.retention:
+            add(f"{name}, gates of all sizes", spec, token, both=False, small_gates=True)
+    add("delta rule, several writes", systems.delta_product(), replace(token, width=s.narrow), both=False)
+    add("delta rule, several writes by channel", systems.rwkv7(), replace(token, width=s.narrow), both=False)
+    add("delta rule, ascent", rules["delta rule"].replace(direction="ascent"), token, both=False)
+    gated_delta, by_channel = rules["delta rule, gated"], rules["delta rule, gates by channel"]
+    for name, spec in (("gated", gated_delta), ("gates by channel", by_channel)):
+        add(f"delta rule, {name}, head by head", spec, token, both=False, layout="heads")
+        add(f"delta rule, {name}, width {s.odd}", spec, replace(token, width=s.odd), both=False)
+        add(f"delta rule, {name}, values half as wide", spec, token, both=False, value_width=s.narrow)
+        add(f"delta rule, {name}, state through three calls", spec, token, both=False, splits=(2, s.short // 2))
+    add("delta rule, gated, widest", gated_delta, replace(token, width=4 * s.narrow), both=False)
+    add("linear attention, retention by channel", systems.gla(), token, both=False)
+
     views = Size(2, ragged, s.heads, s.width)
     add("LaCT view synthesis", systems.lact_nvs(), views, hidden=2 * s.width, update_tokens=slice(0, whole // 2))
     wide = Size(2, small_chunk * 4, 1, 2 * s.width)

@@ -162,7 +162,7 @@ def plan_runs(
     for row in request.rows or ():
         check_choice("rows", row, tuple(LABELS))
     edits = [*edits, *request.overrides, *data_edits(task, data)]
-    configs = {}
+    configs: dict[tuple[str, int], Any] = {}
     for seed in range(request.seeds):
         own = row_configs(task, configuration(task, scale, seed, edits))
         configs |= {(row, seed): own[row] for row in rows if row in own}

@@ -163,6 +163,6 @@ def draw(
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xticklabels(list(places.values()))
         ax.set_xlabel(x)
-        ax.set_ylabel(f"worse than the full system by{', %' if metric.unit else ''}")
+        ax.set_ylabel(f"worse than the full system, {metric.unit or metric.label}")
         ax.set_title(title)
         fig.legend(loc="outside right center", fontsize=8.5)

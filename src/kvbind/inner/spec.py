@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import yaml
 
-from kvbind.files import YAML_LIMIT, check_plain, parse_yaml, read_text
+from kvbind.files import YAML_LIMIT, check_plain, parse_yaml, read_text, shortened
 from kvbind.inner.fields import Anchor, Retention, Window
 from kvbind.inner.gates import GATES, Gate
 from kvbind.inner.losses import Loss
@@ -340,11 +340,15 @@ class InnerLoop(Value):
         Raises:
             OSError: a file that cannot be read.
             TypeError: as `from_dict`.
-            ValueError: as `from_dict`; text that is no YAML.
+            ValueError: as `from_dict`; text that is no YAML, or holds no mapping.
         """
         is_file = isinstance(source, Path) or source.endswith((".yaml", ".yml"))
         text, where = (read_text(source, YAML_LIMIT), str(source)) if is_file else (str(source), "the text")
-        return cls.from_dict(parse_yaml(text, where, f"source must be YAML; {where} is not"))
+        data = parse_yaml(text, where, f"source must be YAML; {where} is not")
+        if not isinstance(data, dict):
+            held = "it is empty" if data is None else f"it holds {shortened(data)}"
+            raise ValueError(f"{where} must hold fields of an inner loop, such as {{network: SwiGLU, chunk: 512}}; {held}")
+        return cls.from_dict(data)
 
 
 def orthogonalize_from_dict(data: str | dict[str, Any]) -> NewtonSchulz:

@@ -273,8 +273,8 @@ class InPlaceMLP(nn.Module):
         if call is None:
             raise RuntimeError(
                 f"the fast weights of layer {self.layer} are told whose tokens they get by InPlaceForCausalLM alone: call "
-                "that, not the model inside it (in a model of your own: from_start). Where it was called, the model inside does not hand keyword arguments on to "
-                "its layers' self_attn, and cannot have fast weights"
+                "that, not the model inside it (in a model of your own, from_start). Where it was called, the model inside "
+                "does not hand keyword arguments on to its layers' self_attn, and cannot have fast weights"
             )
         features = self._features(x)
         output: Tensor = self.down_proj(features)

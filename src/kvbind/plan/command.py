@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ def make_plans(
     device = accelerator(hardware)
     job, planned = job_of(preset, overrides, tokens, batch, recompute)
     spent = Budget(planned if budget is None else budget, price)
-    if spent.tokens <= 0:
+    if not 0 < spent.tokens < math.inf:
         raise ValueError(f"budget must be above 0 tokens; got {spent.tokens}")
     everything, _ = job.parameters
     rung = f", {job.rung.replace('rung', 'rung ')}" if job.rung else ""

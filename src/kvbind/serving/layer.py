@@ -51,7 +51,7 @@ class InPool(MambaBase):
         with torch.device("meta"):
             whole = make_mixer(config)
         # as it was built, without building it again
-        nn.Module.__init__(self)  # type: ignore[arg-type]
+        nn.Module.__init__(self)
         self.__dict__.update(whole.__dict__)
         self.prefix, self.layout = prefix, state_layout(config, get_tensor_model_parallel_world_size())
         self.dtype = vllm_config.model_config.dtype

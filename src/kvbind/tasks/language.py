@@ -32,7 +32,7 @@ from kvbind.tasks.packing import IGNORED, Batch, Packed, evaluation_batches, loa
 from kvbind.tasks.sources import Source
 from kvbind.tasks.start import Start, StartConfig, divergence
 from kvbind.tasks.tokenizers import Bytes, Tokenizer, open_tokenizer, read_chat_template
-from kvbind.train.config import TrainConfig
+from kvbind.train.config import TrainConfig, check_seed
 from kvbind.train.ranks import WHOLE, Share
 
 if TYPE_CHECKING:
@@ -155,8 +155,7 @@ class LanguageConfig:
     start: StartConfig = field(default_factory=StartConfig, metadata=LATER)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0; got {self.seed}")
+        check_seed(self.seed)
         check_choice("model.mixer", self.model.mixer, MIXERS)
 
     @staticmethod

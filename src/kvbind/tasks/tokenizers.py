@@ -84,8 +84,12 @@ class Pretrained:
 
         if Path(name).is_dir():
             check_tokenizer_folder(Path(name))
-        with blaming(repr(name), "a tokenizer that transformers loads"):
-            self.inner: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        try:
+            with blaming(repr(name), "a tokenizer that transformers loads"):
+                self.inner: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except OSError as error:  # in several lines, which need not say what was looked for
+            said = " ".join(str(error).split())
+            raise OSError(f"tokenizer {name!r} must be 'bytes', a folder or a name on the hub: {said}") from error
         if self.inner.eos_token_id is None:
             raise ValueError(f"data.tokenizer must have an end-of-text token; {name!r} has none")
         self.vocab_size, self.end = len(self.inner), int(self.inner.eos_token_id)

@@ -145,6 +145,14 @@ def step_at(fraction: float, steps: int) -> int:
     return max(round(fraction * steps), 1)
 
 
+def check_seed(seed: int) -> None:
+    """Raise `ValueError` for a seed that generators of random numbers do not take."""
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0; got {seed}")
+    if seed >= 2**63:
+        raise ValueError(f"seed must have at most 63 bits; got {seed}")
+
+
 def read_config(schema: type[T], presets: Mapping[str, Path], preset: str, overrides: Sequence[str] = ()) -> T:
     """A configuration from a preset and edits.
 
@@ -159,8 +167,8 @@ def read_config(schema: type[T], presets: Mapping[str, Path], preset: str, overr
     """
     if preset in presets:
         path = presets[preset]
-    elif preset.endswith((".yaml", ".yml")) and Path(preset).is_file():
-        path = Path(preset)
+    elif preset.endswith((".yaml", ".yml")) and Path(preset).expanduser().is_file():
+        path = Path(preset).expanduser()
     else:
         raise ValueError(
             f"preset must be one of {', '.join(presets)}, or a YAML file; got {preset!r}{nearest(preset, presets)}"
@@ -262,8 +270,12 @@ def merge(base: Any, *changes: DictConfig) -> Any:
             # a section that is given one value has no key here
             where = ", ".join(map(str, change)) if error.full_key is None else error.full_key
             old = OmegaConf.select(base, where)
+            got = OmegaConf.select(change, where)
+            if OmegaConf.is_dict(old) and not OmegaConf.is_dict(got):
+                keys = ", ".join(map(str, old)) or "any"
+                message = f"configuration key {where!r} must be a mapping, of keys {keys}; got {got!r}"
+                raise ConfigKeyValueError(str(where), message) from error
             if OmegaConf.is_config(old) and not OmegaConf.is_dict(old):
-                got = OmegaConf.select(change, where)
                 message = f"configuration key {where!r} must be a list, such as {[*old]}; got {got!r}"
                 raise ConfigKeyValueError(str(where), message) from error
             raise ConfigKeyValueError(str(where), f"configuration key {where!r}: {str(error).splitlines()[0]}") from error

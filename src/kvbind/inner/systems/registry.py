@@ -91,10 +91,11 @@ def named_or_file(system: str) -> InnerLoop:
     """
     if not system.endswith((".yaml", ".yml")):
         return named(system)
-    if not Path(system).is_file():
+    path = Path(system).expanduser()
+    if not path.is_file():
         raise ValueError(f"system must be a named system or a YAML file that exists; there is no {system!r}")
     try:
-        return InnerLoop.from_yaml(Path(system))
+        return InnerLoop.from_yaml(path)
     except (ValueError, TypeError) as error:
         raise ValueError(str(error) if system in str(error) else f"{system}: {error}") from error
 

@@ -326,8 +326,8 @@ def affine_chunks(
     With `gate_acts="before"`, `S' = a_t o S_{t-1}` and `S_t = S' + r_t k_t^T (v_t - e_t S')`; with "after" the residual
     reads `S_{t-1}` itself; without a residual, `S_t = a_t o S_{t-1} + r_t k_t^T v_t`. Outputs are `o_t = q_t S_t`. Gates per
     key channel multiply rows of the state. Products are of operands in q's dtype, sums and states float32. Differentiable,
-    once, in every tensor and through the final state. Gates under float32's least normal number count as 0, whose gradient is as
-    exact as any.
+    once, in every tensor and through the final state. Gates under float32's least normal number count as 0, whose gradient
+    is as exact as any.
 
     An output depends on what it sees alone: a token of which something is not finite leaves every earlier output as it is
     and makes those that see it NaN.

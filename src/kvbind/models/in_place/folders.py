@@ -38,6 +38,10 @@ def in_place(source: str | Path, target: str | Path, **fields: Any) -> Path:
     check_apart(source, source, target)
     check_model_folder(source)
     found = read_fields(source / CONFIG, wide=False)
+    if "inner" in found:
+        raise ValueError(
+            f"source must be a Llama, Qwen3 or the like; {str(source)!r} has fast weights beside its MLPs already"
+        )
     if found.get("model_type") == InPlaceConfig.model_type:
         raise ValueError(f"source must be a model without fast MLPs; {str(source)!r} has them already")
     copied = [inside(source, path.name) for pattern in COPIED for path in sorted(source.glob(pattern)) if path.is_file()]

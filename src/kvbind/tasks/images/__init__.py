@@ -28,7 +28,7 @@ from kvbind.tasks.images.look import look, suited_patch
 from kvbind.tasks.images.sources import DIGITS, Images, InMemory, Readable, Source, Splits, holds_idx
 from kvbind.tasks.inner_loops import SOFTMAX, beneath, edited, more_hidden, table_rows
 from kvbind.tasks.start import Start, StartConfig, divergence
-from kvbind.train.config import TrainConfig, parse_overrides
+from kvbind.train.config import TrainConfig, check_seed, parse_overrides
 from kvbind.train.ranks import WHOLE, Share
 
 if TYPE_CHECKING:
@@ -188,8 +188,7 @@ class ImagesConfig:
     start: StartConfig = field(default_factory=StartConfig, metadata=LATER)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0; got {self.seed}")
+        check_seed(self.seed)
         for name, key in (("epochs", "steps"), ("warmup_epochs", "warmup")):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
@@ -301,12 +300,13 @@ def baselines(config: ImagesConfig) -> dict[str, dict[str, Any]]:
     if own.hierarchical:
         return {}
     dim: int = own.embed_dim  # type: ignore[assignment]
+    heads: int = own.num_heads  # type: ignore[assignment]
 
     def block(fast_weights: bool) -> VitttBlock:
         return VitttBlock(
-            dim, own.num_heads, own.inner, own.inner_conv, mlp_ratio=own.mlp_ratio, qkv_bias=own.qkv_bias, drop_rate=0.0,
+            dim, heads, own.inner, own.inner_conv, mlp_ratio=own.mlp_ratio, qkv_bias=own.qkv_bias, drop_rate=0.0,
             drop_path=0.0, norm_eps=1e-6, mlp_convolution=False, fast_weights=fast_weights,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     hidden = int(dim * own.mlp_ratio) + more_hidden(block, True, False, 2 * dim + 1)
     return {SOFTMAX: {"fast_weights": False, "mlp_ratio": hidden / dim}}

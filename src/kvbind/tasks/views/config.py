@@ -16,7 +16,7 @@ from kvbind.tasks import preset_files
 from kvbind.tasks.files import EXPANDED_GIB
 from kvbind.tasks.inner_loops import SOFTMAX, beneath, edited, more_hidden, table_rows
 from kvbind.tasks.start import StartConfig
-from kvbind.train.config import TrainConfig
+from kvbind.train.config import TrainConfig, check_seed
 
 PRESETS = preset_files("views")
 """The shipped configurations, by name."""
@@ -168,8 +168,7 @@ class ViewsConfig:
     start: StartConfig = field(default_factory=StartConfig, metadata=LATER)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0; got {self.seed}")
+        check_seed(self.seed)
 
     beneath = staticmethod(beneath)
 
