@@ -214,15 +214,11 @@ def test_what_does_not_fit_is_refused_by_name():
         vittt_flops(VitttConfig(), (24, 32))
 
 
-AGAIN = {"ttt_linear": 0.07, "ttt_mlp": 0.14, "titans": 0.07}
-"""Parts of the needed operations that the loop makes again: what a head or an updated layer takes at keys."""
-
-
-@pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "atlas"])
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if not SYSTEMS[name].refresh])
 def test_flops_of_published_systems_are_those_that_pytorch_counts(name):
+    """Of linear recurrences; the others are counted forward, in the tests of `explain`, as they take minutes backward."""
     model = small_model(SYSTEMS[name], projections=name, ttt_form="recurrent").train()
     ids = tokens(1, LENGTH)
     operators = counted(lambda: model(ids, labels=ids).loss)
-    needed = sum(lact_flops(model.config, LENGTH).values())
-    # Atlas's Newton-Schulz of each token's own write takes minutes to differentiate here
-    assert needed * (1 - 1e-4) <= sum(operators.values()) <= needed * (1 + AGAIN.get(name, 1e-3))
+    # of the first token's read of zero weights, which are no parameters, no gradient is made
+    assert sum(operators.values()) == pytest.approx(sum(lact_flops(model.config, LENGTH).values()), rel=1e-3)

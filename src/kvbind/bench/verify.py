@@ -341,7 +341,7 @@ def on_fla(spec: InnerLoop, weights: Leaves, **given: Any) -> tuple[Tensor, Stat
     operands = {name: given[name] for name in ("q", "k", "v", "lr")}
     gates = {name: given[name] for name in spec.gates}
     options = {name: given.get(name) for name in ("state", "cu_seqlens", "update_tokens")}
-    call = check_operands(spec, weights, gates=gates, **operands, **options)  # type: ignore[arg-type]
+    call = check_operands(spec, weights, gates=gates, **operands, **options)
     reason = fla.obstacle(spec, call)
     if reason is not None:
         raise RuntimeError(reason)
