@@ -193,7 +193,10 @@ def test_without_a_word_there_is_help(run, words):
         (["plan", "--json", "."], "--json must be a file to write; '.' is a folder"),
         (["report", "--out", "."], "--out must be a file to write; '.' is a folder"),
         (["generate", "nowhere", "--seed", "99999999999999999999"], "seed must have at most 64 bits"),
-        (["explain", "empty.yaml"], "empty.yaml must hold fields of an inner loop, such as {network: SwiGLU, chunk: 512}; it is"),
+        (
+            ["explain", "empty.yaml"],
+            "empty.yaml must hold fields of an inner loop, such as {network: SwiGLU, chunk: 512}; it is",
+        ),
         (["explain", "kda", "gdn2"], "at most 1 system, with edits FIELD=VALUE; got kda and gdn2"),
         (["explain", "lact_lm"], "did you mean 'lact_llm'"),
         (["explain", "missing.yaml"], "there is no 'missing.yaml'"),
