@@ -233,11 +233,10 @@ def run_head(spec, w, q, tokens):
             break
         memory = after(end)
         if end % span == 0:
-            if spec.read_rate:
+            stopped = memory.seen(tokens["read_rate"][end - 1]) if spec.read_rate else memory.w
+            if spec.read_rate and spec.refresh != "call":
                 memory = memory.copy()
-                memory.w = memory.seen(tokens["read_rate"][end - 1])
-                memory.far = {name: torch.zeros_like(x) for name, x in memory.far.items()}
-            stopped = memory.w
+                memory.w, memory.far = stopped, {name: torch.zeros_like(x) for name, x in memory.far.items()}
     return torch.cat(outputs), stopped
 
 

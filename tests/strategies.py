@@ -20,7 +20,7 @@ from kvbind import (
     SwiGLU,
     Window,
 )
-from kvbind.forms.analysis import parallel_obstacles
+from kvbind.forms.analysis import parallel_in_spans, parallel_obstacles
 from kvbind.inner import LANGUAGE_COEFFICIENTS, VIEWS_COEFFICIENTS
 
 NETWORKS = [
@@ -155,11 +155,54 @@ def affine_specs(draw):
             spec = spec.replace(**obstacle.edit)
     if spec.update == "all" and spec.network.theta:
         spec = spec.replace(update="last")
-    if spec.read_rate and spec.refresh == "call":
-        spec = spec.replace(refresh=None)
     if any(obstacle.field == "loss" for obstacle in parallel_obstacles(spec)):
         spec = spec.replace(loss="dot", erase=False)
     assert not parallel_obstacles(spec), spec
+    return spec
+
+
+@st.composite
+def shaped_specs(draw):
+    """Any inner loop with fields beyond the six lines whose writes are orthogonalized, clipped or read normalized."""
+    spec = draw(general_specs(visibilities=("past", "chunk", "token"), loss="dot", erase=False))
+    update = {"update": "last"} if spec.network.theta else {}
+    spec = spec.replace(anchor=None, normalize=False, steps=1, refresh=None, writes=1, read_rate=False, **update)
+    for obstacle in parallel_obstacles(spec):
+        spec = spec.replace(**obstacle.edit)
+    if spec.network.has_bias:
+        spec = spec.replace(network=spec.network.replace(bias=False))
+    if spec.visibility == "token" and spec.chunk != 1:
+        spec = spec.replace(visibility="chunk")
+    if spec.orthogonalize is None and not spec.clip:
+        before = spec.decays_before
+        spec = spec.replace(
+            **draw(st.sampled_from([{"clip": True}, {"normalize": "read"}] if not before else [{"clip": True}]))
+        )
+    assert not parallel_obstacles(spec), spec
+    return spec
+
+
+@st.composite
+def span_specs(draw):
+    """Any inner loop of `general_specs` that has a parallel form inside spans alone."""
+    spec = draw(general_specs(visibilities=("past", "chunk", "token")))
+    spec = spec.replace(anchor=None, normalize=False, orthogonalize=None, clip=False, steps=1, writes=1)
+    if isinstance(spec.retention, Retention) and spec.retention.per == "key":
+        spec = spec.replace(retention=Retention("head", spec.retention.order))
+    if type(spec.network) not in (Linear, MLP):
+        spec = spec.replace(network=draw(st.sampled_from([MLP("silu"), MLP("gelu_tanh", 2), MLP("tanh", bias=True)])))
+    if not parallel_obstacles(spec):
+        spec = spec.replace(
+            network=spec.network.replace(head=draw(st.sampled_from([h for h in HEADS if h.where != "read"])))
+        )
+    if not parallel_in_spans(spec):
+        changes = [{"visibility": "token", "chunk": 3}, {"refresh": 3 * spec.chunk}, {"refresh": "call"}]
+        if spec.decays_before:
+            spec = spec.replace(retention=True)
+        change = draw(st.sampled_from(changes))
+        spec = spec.replace(refresh=None).replace(**change)
+    assert parallel_obstacles(spec), spec
+    assert parallel_in_spans(spec), spec
     return spec
 
 

@@ -88,13 +88,13 @@ def plain(rule, q, columns, gates, weights, buffers, recent=()):
                 outputs.append(query @ ((old if kept_t is None else kept_t * old) + up))
         if gates.read_rate is not None:
             partial_sum = partial_sum + update
-            if stop % span == 0 or (stop == total and rule.refresh is None):
-                m = m + gates.read_rate[:, :, (stop - 1) // rule.writes, None, None] * partial_sum
-                partial_sum = 0.0
+            left = m + gates.read_rate[:, :, (stop - 1) // rule.writes, None, None] * partial_sum
+            if rule.refresh is not None and stop % span == 0:
+                m, partial_sum = left, 0.0
         d.append(new)
         earlier.append(mine)
         if stop - start == chunk if rule.refresh is None else stop % span == 0:
-            kept = m, list(d), list(earlier)
+            kept = m if gates.read_rate is None else left, list(d), list(earlier)
     output = torch.cat(outputs, dim=2) if outputs else q.new_zeros(*q.shape[:3], DV)
     return output, *kept
 
@@ -125,7 +125,7 @@ def cases(draw):
         "call": None,
     }[refresh]
     sees = "token" if writes > 1 else draw(st.sampled_from(["past", "chunk", "token"]))
-    whole = chunk == 1 if refresh is None else refresh % writes == 0
+    whole = refresh is None or refresh % writes == 0
     read_rate = sees == "token" and whole and draw(st.integers(0, 5)) == 0
     window = draw(st.sampled_from([1, 1, 2, 3]))
     rule = AffineRule(
@@ -486,7 +486,6 @@ def test_rules_that_contradict_themselves_are_refused(change, message):
     [
         (AffineRule(sees="past"), {"read_rate": True}, "read_rate needs sees='token'"),
         (AffineRule(), {"read_rate": True, "momentum": True}, "neither decay nor momentum"),
-        (AffineRule(chunk=2, refresh=None), {"read_rate": True}, "read_rate needs chunk to be 1"),
         (AffineRule(writes=2), {"read_rate": True}, "read_rate needs refresh to be a multiple of writes=2; got 1"),
     ],
 )

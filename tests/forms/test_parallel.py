@@ -1,3 +1,4 @@
+from itertools import accumulate
 from unittest import mock
 
 import pytest
@@ -6,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvbind
-from kvbind import Linear, NewtonSchulz, SwiGLU
-from kvbind.forms import affine, blockwise, parallel
+from kvbind import InnerLoop, Linear, NewtonSchulz, SwiGLU
+from kvbind.forms import affine, api, blockwise, parallel, spanwise
 from kvbind.forms.tokens import Tokens
-from strategies import affine_specs, error, leaves, memory, operands, parallel_specs, small_sizes
+from strategies import affine_specs, error, leaves, memory, operands, parallel_specs, shaped_specs, small_sizes, span_specs
 
 CAUSAL = ("past", "chunk", "token")
 schedules = st.fixed_dictionaries(
@@ -102,6 +103,109 @@ def test_writes_that_add_up_have_the_gradients_of_recurrent(spec, size, cut, blo
         found = gradients(spec, o, "parallel", cut)
     for name, x in expected.items():
         assert (found[name] - x).norm() <= 1e-8 * x.norm().clamp(min=1e-3), name
+
+
+@settings(max_examples=150)
+@given(shaped_specs(), small_sizes(20), st.integers(0, 16), schedules)
+def test_shaped_writes_are_parallel_with_windows_and_rates(spec, size, cut, schedule):
+    o, cut = operands(spec, **size), min(cut, size["tokens"] - 1)
+    y, state = run(spec, o, "recurrent", cut)
+    blocks, short = scheduled(schedule)
+    with blocks, short, mock.patch.object(parallel, "CPU_SEGMENT_BYTES", schedule["segment"]):
+        z, after = run(spec, o, "parallel", cut)
+    assert (z - y).norm() <= 1e-9 * y.norm().clamp(min=1)
+    assert after.pending_lengths == state.pending_lengths
+    for name, x in state.tensors.items():
+        assert torch.allclose(after.tensors[name], x, rtol=1e-7, atol=1e-9), name
+
+
+@settings(max_examples=40)
+@given(shaped_specs(), small_sizes(11), st.integers(0, 9))
+def test_shaped_writes_have_the_gradients_of_recurrent(spec, size, cut):
+    o, cut = operands(spec, **size), min(cut, size["tokens"] - 1)
+    expected, found = (gradients(spec, o, form, cut) for form in ("recurrent", "parallel"))
+    for name, x in expected.items():
+        assert (found[name] - x).norm() <= 1e-7 * x.norm().clamp(min=1), name
+
+
+@settings(max_examples=150)
+@given(span_specs(), small_sizes(20), st.integers(0, 16), st.sampled_from([4, 64]), st.integers(0, 1 << 20))
+def test_spans_run_at_once_where_gradients_read_the_state(spec, size, cut, block, seed):
+    o, cut = operands(spec, **size), min(cut, size["tokens"] - 1)
+    if parallel.masks_in_parallel(spec) and seed % 2:
+        rand = torch.rand(size["batch"], size["tokens"], generator=torch.Generator().manual_seed(seed))
+        o.options["update_tokens"] = rand < 0.5
+    y, state = run(spec, o, "recurrent", cut)
+    with mock.patch.object(affine, "BLOCK", block):
+        z, after = run(spec, o, "dual", cut)
+    assert (z - y).norm() <= 1e-10 * y.norm().clamp(min=1)
+    assert after.pending_lengths == state.pending_lengths
+    assert list(after.tensors) == list(state.tensors)
+    for name, x in state.tensors.items():
+        assert torch.allclose(after.tensors[name], x, rtol=1e-9, atol=1e-11), name
+
+
+@settings(max_examples=60)
+@given(span_specs(), small_sizes(11), st.integers(0, 9), st.sampled_from([4, 64]))
+def test_spans_at_once_have_the_gradients_of_recurrent(spec, size, cut, block):
+    o, cut = operands(spec, **size), min(cut, size["tokens"] - 1)
+    expected = gradients(spec, o, "recurrent", cut)
+    with mock.patch.object(affine, "BLOCK", block):
+        found = gradients(spec, o, "dual", cut)
+    for name, x in expected.items():
+        assert (found[name] - x).norm() <= 1e-8 * x.norm().clamp(min=1e-3), name
+
+
+@settings(max_examples=40)
+@given(span_specs(), st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(0, 99))
+def test_packed_sequences_run_in_spans_of_their_own(spec, lengths, seed):
+    o = operands(spec, batch=1, tokens=sum(lengths), seed=seed)
+    bounds = [0, *accumulate(lengths)]
+    outcomes = [
+        kvbind.ttt(spec, o.weights, o.q, o.k, o.v, cu_seqlens=bounds, form=form, **o.options)
+        for form in ("recurrent", "dual", "auto")
+    ]
+    (y, state), *others = outcomes
+    for z, after in others:
+        assert (z - y).norm() <= 1e-10 * y.norm().clamp(min=1)
+        for name, x in state.tensors.items():
+            assert torch.allclose(after.tensors[name], x, rtol=1e-9, atol=1e-11), name
+
+
+@pytest.mark.parametrize("system", ["ttt_linear", "ttt_mlp", "titans"])
+def test_mini_batches_run_by_the_dual_form(system, monkeypatch):
+    spec = getattr(kvbind.systems, system)(4)
+    assert kvbind.explain(spec).form == "dual"
+    assert "inside spans alone, by the dual form" in str(kvbind.explain(spec))
+    assert "attention in blocks of 4 tokens" in str(kvbind.explain(spec))
+    o, ran = operands(spec, tokens=11), []
+
+    def noted(*arguments):
+        ran.append(1)
+        return spanwise.in_spans(*arguments)
+
+    monkeypatch.setattr(api, "in_spans", noted)
+    y, _ = kvbind.ttt(spec, o.weights, o.q, o.k, o.v, **o.options)
+    assert ran
+    z, _ = run(spec, o, "recurrent")
+    assert error(y, z) < 1e-12
+    with pytest.raises(kvbind.NoParallelFormError):
+        run(spec, o, "parallel")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        kvbind.systems.ttt_linear(1),
+        kvbind.systems.lact_llm(4),
+        kvbind.systems.atlas(4),
+        InnerLoop(Linear(), loss="squared", chunk=4, visibility="past"),
+    ],
+)
+def test_the_dual_form_is_refused_where_there_is_none(spec):
+    o = operands(spec)
+    with pytest.raises(ValueError, match=r"form='dual' is of .* explain\(spec\).form is"):
+        run(spec, o, "dual")
 
 
 @pytest.mark.parametrize("chunk", [1, 3])

@@ -173,8 +173,8 @@ def test_biases_take_the_rate_of_their_matrix_unless_they_have_one():
     [
         TOKEN.replace(erase=True, clip=True),
         TOKEN.replace(retention=Retention(order="before"), normalize=True),
-        TOKEN.replace(loss="dot", orthogonalize=NewtonSchulz(), step_rate=True),
-        TOKEN.replace(loss="dot", orthogonalize=NewtonSchulz(), window=2),
+        TOKEN.replace(loss="dot", orthogonalize=NewtonSchulz(), refresh=4),
+        TOKEN.replace(loss="dot", orthogonalize=NewtonSchulz(), writes=2),
         TOKEN.replace(anchor=Anchor()),
         TOKEN.replace(network=Linear(head=LayerNormHead())),
         InnerLoop(SwiGLU(), update="last", visibility="full", chunk=4),

@@ -152,8 +152,7 @@ class Gates:
             up to the own, which is what `sees="token"` reads where `chunk` is above 1: `[B, H, R]`, the first maybe
             `[B, H, R, F]`. All whose gate there is must be given.
         read_rate: with it column t sees `M_s + c_t sum_(s <= i <= t) U_i`, where s is its refresh point, and the span leaves
-            `M_s + c_last sum U_i`; `[B, H, R]`. It needs `sees="token"` and excludes decay, momentum, and `refresh=None`
-            beside a `chunk` above 1.
+            `M_s + c_last sum U_i`; `[B, H, R]`. It needs `sees="token"` and excludes decay and momentum.
     """
 
     decay: Gate | None = None
@@ -253,9 +252,18 @@ def affine(
         outputs.append(output)
         if part.complete:
             end, whole = run, part.stop
+    weights = end.weights
+    if gates.read_rate is not None and rule.refresh is None and end.renewed is not None:
+        weights = end.renewed + left_by(rule, gates, whole) * (weights - end.renewed)
     recent = columns.span(whole, whole + rule.history) if rule.history else None
     output = torch.cat(outputs, dim=2) if outputs and q is not None else columns.v[:, :, :0]
-    return output, AffineState(end.weights, end.buffers, recent)
+    return output, AffineState(weights, end.buffers, recent)
+
+
+def left_by(rule: AffineRule, gates: Gates, whole: int) -> Tensor:
+    """What share of its writes a span leaves whose state stops behind `whole` columns, `[B, H, 1, 1]`."""
+    assert gates.read_rate is not None
+    return gates.read_rate[:, :, whole // rule.writes - 1, None, None]
 
 
 def check(rule: AffineRule, total: int, gates: Gates, held: int) -> None:
@@ -265,8 +273,6 @@ def check(rule: AffineRule, total: int, gates: Gates, held: int) -> None:
             raise ValueError(f"read_rate needs sees='token' and neither decay nor momentum; got {rule}")
         if rule.refresh is not None and rule.refresh % rule.writes:
             raise ValueError(f"read_rate needs refresh to be a multiple of writes={rule.writes}; got {rule.refresh}")
-        if rule.refresh is None and rule.chunk > 1:
-            raise ValueError(f"read_rate needs chunk to be 1 where gradients are never renewed; got {rule.chunk}")
     if gates.momentum is not None and not held:
         raise ValueError("state must have a buffer where momentum is given; got none")
     if held < rule.lags:
@@ -292,7 +298,7 @@ class Part:
         updates: in each stretch.
         chunk: columns of an update; the last of a call may have fewer than the rule says.
         renews: blocks start at refresh points, the "first" or "all" of them.
-        ends: the last block ends its stretch.
+        ends: the last block ends its span.
         complete: the state after it goes on to the next call.
         by_channel: coefficients are held channel by channel.
     """
@@ -373,7 +379,8 @@ def _stretch(
     for count, its_updates, chunk in ((blocks, size, rule.chunk), (1, rest, rule.chunk), (1, 1, left)):
         if count and its_updates and chunk:
             part = Part(start, count, 1, its_updates, chunk, renews, False, complete, by_channel)
-            yield replace(part, ends=part.stop == stop)
+            # without renewals there is no end before the call's
+            yield replace(part, ends=part.stop == stop and rule.refresh is not None)
             start, renews = part.stop, "none"
 
 

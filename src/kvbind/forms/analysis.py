@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from kvbind.forms.affine import BLOCK
 from kvbind.forms.block_costs import BlockWork, block_work
 from kvbind.inner.fields import Retention
 from kvbind.inner.networks import GLU, MLP, DepthwiseConv, Linear, SwiGLU
@@ -77,7 +78,31 @@ def parallel_obstacles(spec: InnerLoop) -> tuple[Obstacle, ...]:
     return tuple(found)
 
 
+def parallel_in_spans(spec: InnerLoop) -> bool:
+    """Whether all tokens of a span can be run at once where spans must run in order: the dual form (`kvbind.forms.dual`).
+
+    Gradients may read the state as they like where several updates share the weights that they are taken at, or several
+    tokens of a chunk see weights of their own. The network is then a chain of layers, and what a span writes adds up.
+    """
+    if type(spec.network) not in (Linear, MLP) or spec.visibility == "full" or spec.steps > 1 or spec.writes > 1:
+        return False
+    if spec.orthogonalize is not None or spec.clip or spec.normalize or spec.anchor is not None:
+        return False
+    if isinstance(spec.retention, Retention) and spec.retention.per == "key":
+        return False
+    return spec.refresh not in (None, spec.chunk) or (spec.visibility == "token" and spec.chunk != 1)
+
+
+def best_form(spec: InnerLoop) -> Literal["recurrent", "parallel", "dual"]:
+    """What `form="auto"` runs on more than a chunk."""
+    if not parallel_obstacles(spec):
+        return "parallel"
+    return "dual" if parallel_in_spans(spec) else "recurrent"
+
+
 _BESIDE = "beside orthogonalize, clip or normalize, for which all writes are shaped at once, it has no parallel form yet"
+_SHAPED = ("step_rate", "retention", "window", "network.head")
+"""What goes beside orthogonalization, clipping and normalization of reads where writes do not read the state."""
 _REASONS: dict[str, str] = {
     **dict.fromkeys(
         ("erase", "writes", "read_rate", "step_rate", "retention", "refresh", "window", "network.bias"), _BESIDE
@@ -100,13 +125,12 @@ def extension_obstacles(spec: InnerLoop) -> list[Obstacle]:
         reason = f"{type(network).__name__} has an apply of its own, of which nothing is known"
         found.append(Obstacle("network", network, reason, {"network": Linear()}))
     adds_up = spec.orthogonalize is None and not spec.clip and not spec.normalize
+    alike = spec.loss == "dot" and spec.normalize is not True
     for name, value in spec.extensions.items():
         reason = _REASONS[name]
         if name == "network.head" and value.where == "read":
             reason = _BESIDE
-        if name == "read_rate" and spec.refresh == "call":
-            reason = "a state can stop inside the span that its tokens see a share of; it has no parallel form yet"
-        if adds_up and reason == _BESIDE:
+        if reason == _BESIDE and (adds_up or (alike and name in _SHAPED)):
             continue
         if name.startswith("network."):
             plain = {field: default for field, default in (("bias", False), ("head", None)) if hasattr(network, field)}
@@ -149,7 +173,8 @@ def sequence_schedule(
 
     Raises:
         ValueError: `visibility="full"`, under which every token sees all others; or "scan" beside `form="recurrent"`, or for
-            a network with biases, a window, or a gate beside what is not in the six lines.
+            a network with biases, a window, or a gate of the output, `orthogonalize`, `clip` or `normalize` beside what is
+            not in the six lines.
         NoParallelFormError: "scan" for an inner loop that has no parallel form.
     """
     if spec.visibility == "full":
@@ -160,11 +185,14 @@ def sequence_schedule(
     if schedule == "scan" and obstacles:
         raise NoParallelFormError(explain(spec), "schedule='scan'")
     # what ranks fold of a state is its last layer's matrix, and beyond the six lines by its product with one of features
-    unfolded = spec.network.has_bias or "window" in spec.extensions or (spec.network.has_gate and bool(spec.extensions))
+    shaped = spec.orthogonalize is not None or spec.clip or bool(spec.normalize)
+    unfolded = spec.network.has_bias or spec.window_size > 1
+    unfolded = unfolded or ((spec.network.has_gate or shaped) and bool(spec.extensions))
     if schedule == "scan" and unfolded:
         names = ", ".join(spec.extensions)
         raise ValueError(
-            f"schedule='scan' takes no network with biases, no window, and no gate beside {names}; got {spec!r}"
+            f"schedule='scan' takes no network with biases, no window, and neither a gate of the output nor orthogonalize, "
+            f"clip or normalize beside {names}; got {spec!r}"
         )
     return "ring" if obstacles or unfolded or schedule == "ring" or form == "recurrent" else "scan"
 
@@ -258,6 +286,18 @@ def work(spec: InnerLoop, shapes: Shapes) -> Work:
             short, long = sorted(dims[name])
             orthogonalize += len(spec.orthogonalize.coefficients) * (4 * short**2 * long + 2 * short**3)
     return Work(2 * h * everything, 2 * h * spec.steps * write, h * spec.steps * orthogonalize)
+
+
+def dual_work(spec: InnerLoop, shapes: Shapes) -> tuple[int, float]:
+    """Tokens of a block in the dual form, and the operations that its reads of a block's own writes take per token.
+
+    Every layer of the network has attention of its inputs to those of the keys: scores and their product with the writes.
+    """
+    span = shapes.tokens if spec.refresh == "call" else spec.span or shapes.tokens
+    block = min(span, max(BLOCK, spec.chunk or 1))
+    network = spec.network
+    dims = network.shapes(shapes.key_width, shapes.value_width, (shapes.hidden,) * network.hidden_layers)
+    return block, 2.0 * shapes.heads * block * sum(sum(dims[name]) for name in spec.updated if name in dims)
 
 
 def training_flops(spec: InnerLoop, shapes: Shapes, written: int | None = None) -> float:
@@ -367,8 +407,13 @@ class Explanation:
 
     @property
     def parallel(self) -> bool:
-        """Whether there is a parallel form."""
+        """Whether there is a parallel form of whole sequences."""
         return not self.obstacles
+
+    @property
+    def form(self) -> Literal["recurrent", "dual", "parallel"]:
+        """What `form="auto"` runs on more than a chunk: "dual" is parallel inside spans, which run in order."""
+        return best_form(self.spec)
 
     @property
     def sequence_schedule(self) -> Literal["scan", "ring"] | None:
@@ -394,7 +439,8 @@ class Explanation:
         if self.parallel:
             lines.append(f"parallel: yes, {self.parallel_kind}")
         else:
-            lines.append("parallel: no, because")
+            inside = "inside spans alone, by the dual form, as" if self.form == "dual" else "no, because"
+            lines.append(f"parallel: {inside}")
             lines += [f"  - {obstacle}" for obstacle in self.obstacles]
             edits = {name: value for obstacle in self.obstacles for name, value in obstacle.edit.items()}
             edit = ", ".join(f"{name}={value!r}" for name, value in edits.items())
@@ -426,6 +472,11 @@ class Explanation:
             f"  {c.decode_bytes_per_token / 1e3:.1f} kB moved for one more token in decoding, state included",
             f"  {c.state_bytes / 2**20:.2f} MiB of state per sequence, whatever its length",
         ]
+        if self.form == "dual":
+            block, flops = dual_work(self.spec, s)
+            lines.append(
+                f"  {flops / 1e6:.3f} MFLOP per token besides, in the dual form: attention in blocks of {block} tokens"
+            )
         return "\n".join(lines)
 
 

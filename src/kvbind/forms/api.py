@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from kvbind.forms import fused, opaque, planned
-from kvbind.forms.analysis import NoParallelFormError, explain, parallel_obstacles
+from kvbind.forms.analysis import NoParallelFormError, best_form, explain, parallel_in_spans, parallel_obstacles
 from kvbind.forms.autocast import without_autocast
 from kvbind.forms.finite import guarded
 from kvbind.forms.parallel import masks_in_parallel, parallel
-from kvbind.forms.recurrent import Chunk, chunks, last_share, recurrent, seen_weights, write
+from kvbind.forms.recurrent import Chunk, chunks, closed, recurrent, seen_weights, write
 from kvbind.forms.sharded import sharded
+from kvbind.forms.spanwise import in_spans
 from kvbind.forms.state import State
 from kvbind.forms.validation import LearningRate, Operands, check_operands, check_shard
 from kvbind.inner.gates import given_gates
@@ -27,7 +28,8 @@ from kvbind.inner.value import check_choice
 from kvbind.kernels import direct
 from kvbind.sequence.shard import SequenceShard
 
-Form = Literal["auto", "recurrent", "parallel"]
+Form = Literal["auto", "recurrent", "parallel", "dual"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 def ttt(
@@ -82,8 +84,9 @@ def ttt(
         cu_seqlens: `[n + 1]` boundaries of sequences packed into one row (`B = 1`); nothing crosses them.
         update_tokens: a slice or a bool mask (`[T]` or `[B, T]`) of the tokens that write; all are read. A chunk without
             any leaves all as it is.
-        form: "recurrent", "parallel", or "auto": the parallel form where there is one and more than one chunk to run it
-            on, else the recurrent one.
+        form: "recurrent", "parallel", "dual" (all tokens of a span at once, spans in order: where gradients read the state
+            nonlinearly), or "auto": on more than one chunk the parallel form where there is one, else the dual form where
+            there is that (`explain(spec).form`), else the recurrent one.
         sequence: q, k and v, rates and gates are this rank's slice of a row that is cut over ranks, all of which call with
             the same shard. Excludes `state` and `cu_seqlens`.
 
@@ -110,16 +113,22 @@ def ttt(
         kind = planned.known(key)
         if kind is not None and kind.planned is not None and weights is not None and q.is_cuda:
             return kind.planned(weights, q, k, v, lr, gates)
-    check_choice("form", form, ("auto", "recurrent", "parallel"))
+    check_choice("form", form, FORMS)
     if sequence is not None:
         cu_seqlens = check_shard(spec, sequence, q, state, cu_seqlens, update_tokens)
     call = check_operands(spec, weights, q, k, v, lr, gates, state, cu_seqlens, update_tokens)
     if form == "parallel" and parallel_obstacles(spec):
         raise NoParallelFormError(explain(spec))
-    if form == "parallel" and idles(spec, call) and not masks_in_parallel(spec):
+    if form == "dual" and not parallel_in_spans(spec):
         raise ValueError(
-            f"form='parallel' takes no update_tokens under visibility={spec.visibility!r} with chunks of {spec.chunk} and "
-            f"window={spec.window_size}; form='auto' runs the recurrent form"
+            "form='dual' is of a Linear or MLP network whose writes add up (no orthogonalize, clip, normalize, anchor, "
+            "steps, writes or decay per key channel), with several updates between renewals (refresh) or chunks of several "
+            f"tokens under visibility='token'; explain(spec).form is {best_form(spec)!r} for {spec!r}"
+        )
+    if form in ("parallel", "dual") and idles(spec, call) and not masks_in_parallel(spec):
+        raise ValueError(
+            f"form={form!r} takes no update_tokens under visibility={spec.visibility!r} with chunks of {spec.chunk} "
+            f"and window={spec.window_size}; form='auto' runs the recurrent form"
         )
     if key is not None and weights is not None:
         kind = kind or planned.learn(key, spec, call, lr, weights, form)
@@ -138,12 +147,13 @@ def idles(spec: InnerLoop, call: Operands) -> bool:
     return spec.visibility != "full" and (call.tokens.mask is not None or "pending.mask" in call.state.tensors)
 
 
-def chosen_form(spec: InnerLoop, form: Form, tokens: int) -> Literal["recurrent", "parallel"]:
+def chosen_form(spec: InnerLoop, form: Form, tokens: int) -> Literal["recurrent", "parallel", "dual"]:
     """The form in which this many tokens, pending ones included, are run."""
     if form != "auto":
         return form
-    several = spec.chunk is not None and tokens > spec.chunk
-    return "parallel" if several and not parallel_obstacles(spec) else "recurrent"
+    if spec.chunk is None or tokens <= spec.chunk:
+        return "recurrent"
+    return best_form(spec)
 
 
 def _evaluate(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, State]:
@@ -155,7 +165,9 @@ def _evaluate(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, Stat
     kernels = None if idle else fused.engine(spec, call, form)
     if kernels is not None:
         return kernels(spec, call)
-    run = parallel if form == "parallel" and (not idle or masks_in_parallel(spec)) else recurrent
+    run = recurrent
+    if not idle or masks_in_parallel(spec):
+        run = {"recurrent": recurrent, "parallel": parallel, "dual": in_spans}[form]
     return guarded(run, spec, call.q.to(call.state.dtype), call.tokens, call.state)
 
 
@@ -256,7 +268,5 @@ def inner_loss(
             read = tokens.gates.get("erase", tokens.k)
             loss = loss_value(spec.loss, spec.network.predict(at_weights, read.to(dtype)), tokens.v.to(dtype))
             losses.append(tokens.mean(loss))
-            fast = after
-            if spec.read_rate and part.closes:
-                fast = set_off(spec, fast, last_share(tokens, fast.weights["out"]))
+            fast = closed(spec, after, tokens) if part.closes and spec.refresh != "call" else after
     return torch.stack(losses, dim=-1)

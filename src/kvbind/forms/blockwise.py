@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +27,37 @@ from kvbind.inner.spec import InnerLoop
 
 def blockwise(spec: InnerLoop, chunk: int, q: Tensor, tokens: Tokens, state: State) -> tuple[Tensor, State]:
     """Run an inner loop whose writes add up, in chunks of `chunk` tokens; the rest is as for `recurrent`."""
+    return behind_pending(spec, partial(_run, spec, chunk), q, tokens, state)
+
+
+def behind_pending(
+    spec: InnerLoop,
+    run: Callable[[Tensor, Tokens, FastWeights], tuple[Tensor, FastWeights, int]],
+    q: Tensor,
+    tokens: Tokens,
+    state: State,
+) -> tuple[Tensor, State]:
+    """Run tokens behind those pending, as `recurrent` does.
+
+    Args:
+        spec: the inner loop.
+        run: from queries, tokens and the weights before them the outputs, the weights where a state can stop, and how many
+            tokens that is behind.
+        q: what is read.
+        tokens: what writes.
+        state: where the sequences stopped.
+    """
     pending = state.pending()
     kept = 0 if pending is None else len(pending)
     joined = tokens if pending is None else pending.append(tokens)
     # pending tokens were read in an earlier call: zeros keep their places, and what they read is dropped
     q = F.pad(q, (0, 0, kept // spec.writes, 0))
-    output, fast, done = _run(spec, chunk, q, joined, state.fast)
+    output, fast, done = run(q, joined, state.fast)
+    output = output[:, :, kept // spec.writes :]
+    if state.has_room and not done:
+        return output, state.append(tokens)
     rest = joined.span(done, len(joined))
-    return output[:, :, kept // spec.writes :], State.of(spec, fast, rest, len(rest))
+    return output, State.of(spec, fast, rest, len(rest))
 
 
 def rule_of(spec: InnerLoop, chunk: int) -> AffineRule:
@@ -68,7 +92,7 @@ def _run(
         return tokens.v[:, :, :0].to(weights["out"].dtype), fast, 0
     rule = rule_of(spec, chunk)
     lags = rule.lags
-    columns = _columns(spec, fast, {**tokens.of_keys(), **_numbers(tokens)})
+    columns = _columns(spec, fast, {**tokens.of_keys(), **numbers_of(tokens)})
     recent = _columns(spec, fast, fast.window) if rule.history else None
     buffers = _joined(spec, fast.window).flip(2) if lags else None
     if buffers is None:
@@ -76,16 +100,10 @@ def _run(
         buffers = _joined(spec, fast.momentum).unsqueeze(2) if spec.momentum else like.unsqueeze(2)[:, :, :0]
     read = None if q is None else _with_ones(spec, network.features(weights, q))
     state = AffineState(_joined(spec, weights), buffers, recent)
-    output, after = affine(rule, read, columns, _gates(spec, chunk, tokens), state)
+    output, after = affine(rule, read, columns, gates_of(spec, chunk, tokens), state)
 
-    stop = chunk if rule.refresh is None else rule.refresh
-    done = len(tokens) // stop * stop
-    window = dict(fast.window)
-    if lags:
-        window = _parted(spec, after.buffers.flip(2))
-    elif rule.history:
-        held = tokens.of_keys()
-        window = {name: torch.cat((x, held[name][:, :, :done].to(x.dtype)), 2)[:, :, done:] for name, x in window.items()}
+    done = stopped(rule, len(tokens))
+    window = _parted(spec, after.buffers.flip(2)) if lags else slid(fast.window, tokens, done)
     end = replace(
         fast,
         weights=dict(weights) | _parted(spec, after.weights),
@@ -98,6 +116,20 @@ def _run(
     output = gated(network.gate(weights, q), output)
     head = network.output_head
     return output if head is None else head.apply(weights, output, q), end, done
+
+
+def stopped(rule: AffineRule, total: int) -> int:
+    """How many of so many tokens are behind the last place where a state can stop."""
+    span = rule.chunk if rule.refresh is None else rule.refresh
+    return total // span * span
+
+
+def slid(window: Mapping[str, Tensor], tokens: Tokens, done: int) -> dict[str, Tensor]:
+    """A window over gradients behind the first `done` tokens; one that is empty stays so."""
+    if not window:
+        return {}
+    held = tokens.of_keys()
+    return {name: torch.cat((x, held[name][:, :, :done].to(x.dtype)), 2)[:, :, done:] for name, x in window.items()}
 
 
 def _columns(spec: InnerLoop, fast: FastWeights, named: Mapping[str, Tensor | float]) -> Columns:
@@ -120,7 +152,7 @@ def _columns(spec: InnerLoop, fast: FastWeights, named: Mapping[str, Tensor | fl
     return Columns(written, v, 1.0, torch.cat((features if at is None else at, ones), dim=-1))
 
 
-def _numbers(tokens: Tokens) -> dict[str, Tensor | float]:
+def numbers_of(tokens: Tokens) -> dict[str, Tensor | float]:
     """Rates that are numbers, of tokens that all write."""
     if tokens.mask is not None:
         return {}
@@ -142,7 +174,7 @@ def _parted(spec: InnerLoop, x: Tensor) -> dict[str, Tensor]:
     return {"out": x[..., :-1, :], "out.bias": x[..., -1:, :]} if spec.network.has_bias else {"out": x}
 
 
-def _gates(spec: InnerLoop, chunk: int, tokens: Tokens) -> Gates:
+def gates_of(spec: InnerLoop, chunk: int, tokens: Tokens) -> Gates:
     """What the rule takes of the tokens' gates: one for each write, and for each token those of the writers up to it."""
     given: dict[str, Tensor] = {name: gate for name, gate in tokens.gates.items() if DECLARED[name].chunk == "mean"}
     mask = tokens.mask
@@ -152,8 +184,11 @@ def _gates(spec: InnerLoop, chunk: int, tokens: Tokens) -> Gates:
     def by_chunk(x: Tensor, change: Callable[[Tensor], Tensor]) -> list[Tensor]:
         return [change(part) for part in x.split(chunk, dim=2)]
 
+    # before the function that reads it, as torch.compile asks of what functions enclose
+    count = None if mask is None else torch.stack(by_chunk(mask, lambda x: x.sum(2)), dim=2)
+
     def means(gate: Tensor) -> Tensor:
-        if mask is None:
+        if mask is None or count is None:
             return gate if chunk == 1 else torch.stack(by_chunk(gate, lambda x: x.mean(2)), dim=2)
         its = mask.reshape(*mask.shape, *(1,) * (gate.dim() - 3))
         return torch.stack(by_chunk(gate * its, lambda x: x.sum(2)), 2) / count.reshape(*count.shape, *its.shape[3:]).clamp(
@@ -161,30 +196,28 @@ def _gates(spec: InnerLoop, chunk: int, tokens: Tokens) -> Gates:
         )
 
     found: dict[str, Tensor] = {}
-    if mask is not None:
-        count = torch.stack(by_chunk(mask, lambda x: x.sum(2)), dim=2)
     for name, gate in given.items():
         found[name] = means(gate)
-        if mask is not None:
+        if count is not None:
             writes = (count > 0).reshape(*count.shape, *(1,) * (gate.dim() - 3))
             found[name] = torch.where(writes, found[name], DECLARED[name].neutral)
-    partial: dict[str, Tensor] = {}
+    partials: dict[str, Tensor] = {}
     if spec.visibility == "token" and chunk > 1:
         masks = [None] * -(-len(tokens) // chunk) if mask is None else mask.split(chunk, dim=2)
         for name, gate in given.items():
             its = zip(gate.split(chunk, dim=2), masks, strict=True)
-            partial[name] = torch.cat([prefix_gates(name, x, its_mask) for x, its_mask in its], dim=2)
+            partials[name] = torch.cat([prefix_gates(name, x, its_mask) for x, its_mask in its], dim=2)
             if mask is not None:
                 writes = torch.cat(by_chunk(mask, lambda x: x.cumsum(2) > 0), dim=2)
                 writes = writes.reshape(*writes.shape, *(1,) * (gate.dim() - 3))
-                partial[name] = torch.where(writes, partial[name], DECLARED[name].neutral)
-    (momentum, decay), (partial_momentum, partial_decay) = decays(found), decays(partial)
+                partials[name] = torch.where(writes, partials[name], DECLARED[name].neutral)
+    (momentum, decay), (partial_momentum, partial_decay) = decays(found), decays(partials)
     return Gates(
         None if decay is None else Gate(decay),
         None if momentum is None else Gate(momentum),
         found.get("step_rate"),
         partial_decay,
         partial_momentum,
-        partial.get("step_rate"),
+        partials.get("step_rate"),
         tokens.gates.get("read_rate"),
     )

@@ -23,7 +23,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvbind.forms.affine import AffineRule, Columns, Gates, Layout, Move, Part, Rows, apart, behind, check, flow_of, parts
+from kvbind.forms.affine import (
+    AffineRule,
+    Columns,
+    Gates,
+    Layout,
+    Move,
+    Part,
+    Rows,
+    apart,
+    behind,
+    check,
+    flow_of,
+    left_by,
+    parts,
+)
 from kvbind.forms.finite import seen_product
 
 Weights = Mapping[str, Tensor]
@@ -35,11 +49,13 @@ Activation = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 class Head(Protocol):
     """What stands behind a last layer; vectors of weights are `[..., 1, Dv]`, or `[..., T, Dv]` with one for each token."""
 
-    where: str
-    """The head is in the "loss", in what outputs "read", or in "both"."""
+    @property
+    def where(self) -> str:
+        """The head is in the "loss", in what outputs "read", or in "both"."""
 
-    fast: bool
-    """Its gamma is updated."""
+    @property
+    def fast(self) -> bool:
+        """Its gamma is updated."""
 
     def apply(self, weights: Weights, z: Tensor, x: Tensor) -> Tensor:
         """The network's output from the last layer's, `[..., T, Dv]`, and the network's input."""
@@ -190,6 +206,10 @@ def dual(
         outputs.append(output)
         if part.complete:
             end, whole = run, part.stop
+    if gates.read_rate is not None and rule.refresh is None and end.renewed is not None:
+        left, begun = left_by(rule, gates, whole), end.renewed
+        moved = {name: begun[name] + left * (end.weights[name] - begun[name]) for name in updated}
+        end = replace(end, weights=dict(end.weights) | moved)
     output = torch.cat(outputs, dim=2) if outputs else columns.v[:, :, :0]
     if not rule.history:
         return output, DualState(end.weights, end.buffers)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvbind.forms import delta, fla
+from kvbind.forms import delta, fla, mini_batches
 from kvbind.forms.analysis import parallel_obstacles
 from kvbind.forms.parallel import SHORT_CHUNK
 from kvbind.forms.recurrent import recurrent
@@ -49,7 +49,9 @@ NARROWEST = 16
 
 
 def engine(spec: InnerLoop, call: Operands, form: str) -> Engine | None:
-    """What runs this call on kernels in this form ("recurrent" or "parallel"), or None where nothing does."""
+    """What runs this call on kernels in this form ("recurrent", "parallel" or "dual"), or None where nothing does."""
+    if form == "dual" and mini_batches.fits(spec, call):
+        return mini_batches.run
     own = None
     if call.cu_seqlens is None or own_takes_packed(spec, call, form):
         own = own_engine(spec, call, form)

@@ -658,7 +658,7 @@ def _linearize(spec: InnerLoop, q: Tensor, tokens: Tokens, fast: FastWeights) ->
         if spec.visibility == "chunk" or (spec.visibility == "token" and not own_parts):
             _note_read(spec, note, seen_weights(spec, fast, own), queries)
             seen += [len(bounds) - 1] * queries.shape[2]
-        if spec.read_rate and chunk.complete and chunk.closes:
+        if spec.read_rate and chunk.complete and chunk.closes and spec.refresh != "call":
             share = last_share(own, fast.weights["out"])
             note.left.append(share.reshape(share.shape[:2]))
             note.closes.append(len(bounds) - 1)

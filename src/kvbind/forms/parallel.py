@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvbind.forms.blockwise import blockwise
+from kvbind.forms.blockwise import blockwise, slid
 from kvbind.forms.recurrent import chunk_update, recurrent
 from kvbind.forms.scan import linear_scan
 from kvbind.forms.state import State
@@ -135,7 +135,8 @@ def segment(
     if end_of_whole < new:
         outputs.append(network.read(features[:, :, end_of_whole:], seen[:, :, first + whole]))
     output = torch.cat(outputs, dim=2) if outputs else q.new_empty(*q.shape[:3], tokens.v.shape[-1])
-    return gated(network.gate(weights, q), output), end, rest
+    output, its_head = gated(network.gate(weights, q), output), network.output_head
+    return output if its_head is None else its_head.apply(weights, output, q), end, rest
 
 
 def chunk_states(
@@ -170,20 +171,32 @@ def chunk_states(
         return x.unflatten(2, (count, spec.chunk))
 
     updates = network.write(fold(network.features(weights, k)), fold(g))
+    window = fast.window
+    if window and not spec.sums_updates:
+        # under the dot loss what earlier tokens write is what they wrote
+        old = window["rates.out"][..., None] * gated(network.gate(weights, window["k"]), window["v"])
+        held = network.write(*(x.unflatten(2, (-1, spec.chunk)) for x in (network.features(weights, window["k"]), old)))
+        updates = windowed(torch.cat((held, updates), dim=2), spec.window_size)
+        window = slid(window, tokens, len(tokens))
     momentum: dict[str, Tensor] = {}
-    moved, kept = (None if gate is None else fold(gate).mean(-1) for gate in decays(tokens.gates))
+    moved, kept = (None if gate is None else fold(gate).mean(3) for gate in decays(tokens.gates))
     if moved is not None:
         before = fast.momentum["out"]
         if carry is not None:
             before = carry.momentum(moved, updates, before)
         updates = linear_scan(moved, updates, before)
         momentum = {"out": updates[:, :, -1] if count else before}
+    if window and spec.sums_updates:
+        joined = torch.cat((window["out"], updates), dim=2)
+        updates, window = windowed(joined, spec.window_size), {"out": joined[:, :, 1 - spec.window_size :]}
     writes = spec.sign * shape_update(spec, updates)
+    if spec.step_rate:
+        writes = fold(tokens.gates["step_rate"]).mean(3)[..., None, None] * writes
     first = fast.weights["out"]
     if carry is not None:
         start = carry.state(kept, writes, start, meanwhile)
         first = start * rescale(network, start, fast.norms["out"]) if carry.renormalizes and spec.normalize else start
-    after = start.unsqueeze(2) + writes.cumsum(2) if kept is None else linear_scan(kept, writes, start)
+    after = start.unsqueeze(2) + writes.cumsum(2) if kept is None else decayed_scan(kept, writes, start)
     used = after
     if spec.normalize == "read":
         used = after * rescale(network, after, fast.norms["out"].unsqueeze(2))
@@ -193,5 +206,20 @@ def chunk_states(
         momentum,
         fast.norms,
         {"out": after[:, :, -1] if count else start} if fast.accumulated else {},
+        window,
     )
     return states, end
+
+
+def windowed(x: Tensor, size: int) -> Tensor:
+    """Sums `[B, H, N, ...]` over every `size` neighbours of `[B, H, N + size - 1, ...]`."""
+    count = x.shape[2] - size + 1
+    return torch.stack([x[:, :, i : i + count] for i in range(size)]).sum(0)
+
+
+def decayed_scan(gates: Tensor, writes: Tensor, initial: Tensor) -> Tensor:
+    """`linear_scan` by gates `[B, H, N]`, or by one for each row of the matrices, `[B, H, N, F]`."""
+    if gates.dim() == 3:
+        return linear_scan(gates, writes, initial)
+    by_row = linear_scan(gates.transpose(2, 3).flatten(1, 2), writes.transpose(2, 3).flatten(1, 2), initial.flatten(1, 2))
+    return by_row.unflatten(1, initial.shape[1:3]).transpose(2, 3)

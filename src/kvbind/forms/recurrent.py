@@ -26,7 +26,7 @@ class Chunk:
         queries: the place in this call's queries of the chunk's own, `queries.start` to `queries.stop`.
         complete: the chunk has all its tokens, so that it updates the weights for good.
         renews: gradients are renewed before it: it is the first of its span.
-        closes: it is the last of its span, after which a state can stop.
+        closes: a state can stop after it: it is the last of its span, or spans have no end before the call's.
     """
 
     old: Tokens
@@ -104,9 +104,9 @@ def recurrent(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple
         if chunk.complete:
             fast = after
         if chunk.complete and chunk.closes:
-            if spec.read_rate:
-                fast = set_off(spec, fast, last_share(chunk.tokens, fast.weights["out"]))
-            stopped, done = fast, kept + chunk.queries.stop * spec.writes
+            stopped, done = closed(spec, fast, chunk.tokens), kept + chunk.queries.stop * spec.writes
+            if spec.refresh != "call":
+                fast = stopped
     output = torch.cat(outputs, dim=2) if outputs else q.new_empty(*q.shape[:3], tokens.v.shape[-1])
     if state.has_room and not done:
         return output, state.append(tokens)
@@ -191,6 +191,11 @@ def chunk_gates(tokens: Tokens, matrix: Tensor) -> dict[str, Tensor]:
 def last_share(tokens: Tokens, matrix: Tensor) -> Tensor:
     """The share of its span's writes that a chunk's last token sees, shaped to multiply `matrix`."""
     return as_factor(tokens.gates["read_rate"][:, :, -1], matrix)
+
+
+def closed(spec: InnerLoop, fast: FastWeights, tokens: Tokens) -> FastWeights:
+    """What a span leaves whose last chunk has these tokens."""
+    return set_off(spec, fast, last_share(tokens, fast.weights["out"])) if spec.read_rate else fast
 
 
 def seen_weights(spec: InnerLoop, fast: FastWeights, tokens: Tokens) -> Weights:

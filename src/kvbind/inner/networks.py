@@ -430,7 +430,7 @@ class MLP(Network):
         return {name: (widths[i], widths[i + 1]) for i, name in enumerate(self.matrices)}
 
     def features(self, weights: Weights, x: Tensor) -> Tensor:
-        act, _ = _ACTIVATIONS[self.activation]
+        act, _ = activation_of(self.activation)
         for name in self.theta:
             x = act(self._layer(weights, name, x))
         return x
@@ -439,7 +439,7 @@ class MLP(Network):
         return x @ weights[name] + weights[f"{name}.bias"] if self.bias else x @ weights[name]
 
     def gradients(self, weights: Weights, x: Tensor, g: Tensor, rates: Rates, names: tuple[str, ...]) -> dict[str, Tensor]:
-        act, slope = _ACTIVATIONS[self.activation]
+        act, slope = activation_of(self.activation)
         g, gamma = self.through_head(weights, x, g)
         inputs, before = [x], []
         for name in self.theta:
@@ -617,6 +617,12 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Ten
     "tanh": (torch.tanh, lambda u: 1 - torch.tanh(u).square()),
     "identity": (lambda u: u, torch.ones_like),
 }
+
+
+def activation_of(name: Activation) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """An activation and its derivative."""
+    return _ACTIVATIONS[name]
+
 
 NETWORKS: dict[str, type[Network]] = {cls.__name__: cls for cls in (Linear, MLP, SwiGLU, GLU, DepthwiseConv)}
 """The fast networks by class name, as `to_dict` writes them under "kind"."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from kvbind.forms.api import Form, ttt
+from kvbind.forms.api import FORMS, Form, ttt
 from kvbind.forms.packed import packed
 from kvbind.forms.state import State
 from kvbind.inner.gates import GATES, Gate, decays
@@ -189,7 +189,7 @@ class FastWeightLayer(nn.Module):
             raise ValueError(f"heads must divide hidden_size = {hidden_size}; got {heads}")
         if base_lr <= 0:
             raise ValueError(f"base_lr must be above 0; got {base_lr}")
-        check_choice("form", form, ("auto", "recurrent", "parallel"))
+        check_choice("form", form, FORMS)
         if not isinstance(projections, Projections):
             raise TypeError(f"projections must be a kvbind Projections; got {type(projections).__name__}")
         check_fits_causal_layer(inner)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvbind.forms.api import Form, ttt
+from kvbind.forms.api import FORMS, Form, ttt
 from kvbind.forms.autocast import without_autocast
 from kvbind.inner.networks import Linear
 from kvbind.inner.systems import in_place_ttt
@@ -159,7 +159,7 @@ class InPlaceMLP(nn.Module):
         form: Form = "auto",
     ) -> None:
         super().__init__()
-        check_choice("form", form, ("auto", "recurrent", "parallel"))
+        check_choice("form", form, FORMS)
         check_positive_int("chunk", chunk)
         check_positive("lr", lr)
         check_positive_int("conv_width", conv_width)

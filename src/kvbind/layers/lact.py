@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from kvbind.forms.api import Form, ttt
+from kvbind.forms.api import FORMS, Form, ttt
 from kvbind.forms.autocast import without_autocast
 from kvbind.forms.packed import packed
 from kvbind.forms.state import State
@@ -209,7 +209,7 @@ class LactLayer(nn.Module):
             )
         if base_lr <= 0:
             raise ValueError(f"base_lr must be above 0; got {base_lr}")
-        check_choice("form", form, ("auto", "recurrent", "parallel"))
+        check_choice("form", form, FORMS)
         check_fits_lact_layer(inner)
 
         self.hidden_size, self.window_size, self.form = hidden_size, window_size, form

@@ -37,9 +37,11 @@ def lact_nvs() -> InnerLoop:
 ZIPMAP = Source(
     "2603.04385", "ZipMap: Linear-Time Stateful 3D Reconstruction with Test-Time Training", "Jin, Haian and others"
 )
-TTTLRM = Source("2602.20160", "tttLRM: Test-Time Training for Long Context and Autoregressive 3D Reconstruction")
-ELASTIC = Source("2604.07350", "Fast Spatial Memory with Elastic Test-Time Training")
-IN_PLACE = Source("2604.06169", "In-Place Test-Time Training")
+TTTLRM = Source(
+    "2602.20160", "tttLRM: Test-Time Training for Long Context and Autoregressive 3D Reconstruction", "Wang, Chen and others"
+)
+ELASTIC = Source("2604.07350", "Fast Spatial Memory with Elastic Test-Time Training", "Ma, Ziqiao and others")
+IN_PLACE = Source("2604.06169", "In-Place Test-Time Training", "Feng, Guhao and others")
 
 
 @system(LACT)

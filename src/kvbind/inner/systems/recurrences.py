@@ -88,7 +88,11 @@ DELTA_PRODUCT = Source(
     "Siems, Julien and others",
 )
 KDA = Source("2510.26692", "Kimi Linear: An Expressive, Efficient Attention Architecture", "{Kimi Team}")
-GDN2 = Source("2605.22791", "Gated DeltaNet-2")
+GDN2 = Source(
+    "2605.22791",
+    "Gated DeltaNet-2: Decoupling Erase and Write in Linear Attention",
+    "Hatamizadeh, Ali and Choi, Yejin and Kautz, Jan",
+)
 COMBA = Source("2506.02475", "Comba: Improving Bilinear RNNs with Closed-loop Control", "Hu, Jiaxi and others")
 RWKV7 = Source("2503.14456", 'RWKV-7 "Goose" with Expressive Dynamic State Evolution', "Peng, Bo and others")
 

@@ -25,18 +25,18 @@ class Source:
     Attributes:
         arxiv: its identifier at arXiv; the first two digits are the year.
         title: as published.
-        author: as BibTeX takes it; empty to cite by identifier and title.
+        author: as BibTeX takes it.
     """
 
     arxiv: str
     title: str
-    author: str = ""
+    author: str
 
     def bibtex(self) -> str:
         """Its BibTeX entry."""
-        author = f"  author = {{{self.author}}},\n" if self.author else ""
         return (
-            f"@misc{{arxiv{self.arxiv},\n  title = {{{{{self.title}}}}},\n{author}  year = {{20{self.arxiv[:2]}}},\n"
+            f"@misc{{arxiv{self.arxiv},\n  title = {{{{{self.title}}}}},\n  author = {{{self.author}}},\n"
+            f"  year = {{20{self.arxiv[:2]}}},\n"
             f"  eprint = {{{self.arxiv}}},\n  archivePrefix = {{arXiv}},\n  url = {{https://arxiv.org/abs/{self.arxiv}}},\n}}"
         )
 

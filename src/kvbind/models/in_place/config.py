@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from kvbind.forms.api import Form
+from kvbind.forms.api import FORMS, Form
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import in_place_ttt
 from kvbind.inner.value import check_bool, check_choice, check_positive, check_positive_int
@@ -92,7 +92,7 @@ class InPlaceConfig(WithImports, PretrainedConfig):
         check_choice("values", values, ("hidden", "embeddings"))
         check_positive_int("conv_width", conv_width)
         check_bool("projection", projection)
-        check_choice("ttt_form", ttt_form, ("auto", "recurrent", "parallel"))
+        check_choice("ttt_form", ttt_form, FORMS)
         if conv_width % 2 == 0:
             raise ValueError(f"conv_width must be odd, as the convolution is centred; got {conv_width}")
         # transformers makes one without arguments, to tell which fields are at their defaults

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from transformers import PretrainedConfig
 
-from kvbind.forms.api import Form
+from kvbind.forms.api import FORMS, Form
 from kvbind.inner.projections import DEFAULTS, Projections
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import PROJECTIONS, lact_llm
@@ -188,7 +188,7 @@ class LactConfig(WithImports, PretrainedConfig):
         fast_weights: bool = True,
         **kwargs: Any,
     ) -> None:
-        check_choice("ttt_form", ttt_form, ("auto", "recurrent", "parallel"))
+        check_choice("ttt_form", ttt_form, FORMS)
         whole = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers,
                  "num_attn_heads": num_attn_heads, "num_lact_heads": num_lact_heads, "window_size": window_size}  # fmt: skip
         for name, number in whole.items():
