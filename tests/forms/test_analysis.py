@@ -206,3 +206,8 @@ def test_bad_arguments_are_refused_by_name():
         kvbind.explain("lact_llm")
     with pytest.raises(ValueError, match="heads must be an int of at least 1; got 0"):
         Shapes(heads=0)
+
+
+def test_a_dtype_by_name_is_refused():
+    with pytest.raises(TypeError, match="dtype must be a torch.dtype; got 'bf16'"):
+        Shapes(dtype="bf16")

@@ -60,6 +60,7 @@ CASES = [
     (LACT, put(lr=lambda a: torch.ones(2, 6)), "lr must be .B, T, H."),
     (LACT, put(lr=lambda a: torch.ones(2, 6, 2, dtype=torch.long)), "lr must be floating-point"),
     (LACT, put(lr=lambda a: float("nan")), "lr must be finite in torch.float64; got nan"),
+    (LACT, put(lr=lambda a: 10**400), "lr must be finite in torch.float64"),
     (LACT, put(lr=lambda a: float("-inf")), "lr must be finite in torch.float64; got -inf"),
     (LACT, put(lr=lambda a: "0.1"), "lr must be a number"),
     (LACT, put(lr=lambda a: {"gate": 1.0, "up": 1.0}), "lr lacks 'out'"),

@@ -184,6 +184,7 @@ def test_the_ladder_of_vittt_drops_the_gate_and_the_clipping_and_keeps_the_convo
         ("{network: Swiglu}", ValueError, "did you mean 'SwiGLU'"),
         ("hello", ValueError, r"the text must hold fields of an inner loop, such as .*; it holds 'hello'"),
         ("", ValueError, "chunk: 512}; it is empty"),
+        (3, TypeError, "source must be a path or YAML text; got int"),
     ],
 )
 def test_yaml_that_is_no_inner_loop_is_refused(text, kind, message):

@@ -220,6 +220,8 @@ class Shapes(Value):
     def __post_init__(self) -> None:
         for name in ("heads", "key_width", "value_width", "hidden", "tokens"):
             check_positive_int(name, getattr(self, name))
+        if not isinstance(self.dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype; got {self.dtype!r}")
 
 
 @dataclass(frozen=True)

@@ -175,8 +175,8 @@ def key_of(
                 key.append(1 if x == 1 else float)
             else:
                 return None
-    except RuntimeError:
-        # neither sparse nor nested tensors have strides and addresses
+    except (RuntimeError, OverflowError):
+        # neither sparse nor nested tensors have strides and addresses; an int may be too large for a float
         return None
     return tuple(key)
 

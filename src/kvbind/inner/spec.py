@@ -339,9 +339,11 @@ class InnerLoop(Value):
 
         Raises:
             OSError: a file that cannot be read.
-            TypeError: as `from_dict`.
+            TypeError: as `from_dict`; a source that is neither path nor text.
             ValueError: as `from_dict`; text that is no YAML, or holds no mapping.
         """
+        if not isinstance(source, str | Path):
+            raise TypeError(f"source must be a path or YAML text; got {type(source).__name__}")
         is_file = isinstance(source, Path) or source.endswith((".yaml", ".yml"))
         text, where = (read_text(source, YAML_LIMIT), str(source)) if is_file else (str(source), "the text")
         data = parse_yaml(text, where, f"source must be YAML; {where} is not")
