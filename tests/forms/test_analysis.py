@@ -209,5 +209,5 @@ def test_bad_arguments_are_refused_by_name():
 
 
 def test_a_dtype_by_name_is_refused():
-    with pytest.raises(TypeError, match="dtype must be a torch.dtype; got 'bf16'"):
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype; got 'bf16'"):
         Shapes(dtype="bf16")
