@@ -161,6 +161,7 @@ def _evaluate(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, Stat
 
     Packed sequences of different lengths come here only where `fused.takes_packed` says so.
     """
+    asked = form
     form, idle = chosen_form(spec, form, call.state.pending_lengths[0] + call.q.shape[2]), idles(spec, call)
     kernels = None if idle else fused.engine(spec, call, form)
     if kernels is not None:
@@ -168,6 +169,9 @@ def _evaluate(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, Stat
     run = recurrent
     if not idle or masks_in_parallel(spec):
         run = {"recurrent": recurrent, "parallel": parallel, "dual": in_spans}[form]
+    if run is in_spans and asked == "auto" and torch.compiler.is_compiling():
+        # which cannot trace the dual form's bookkeeping
+        run = recurrent
     return guarded(run, spec, call.q.to(call.state.dtype), call.tokens, call.state)
 
 
