@@ -182,7 +182,7 @@ def dual(
         ValueError: gates that the rule excludes, or that differ from channel to channel.
     """
     updated = tuple(rates)
-    check(rule, len(columns), gates, held(state.buffers))
+    check(rule, len(columns), gates, buffers_of(state.buffers))
     if gates.decay is not None and gates.decay.values.dim() != 3:
         raise ValueError(f"decay must be [B, H, S], one per head; got {list(gates.decay.values.shape)}")
     dtype = torch.promote_types(state.weights[layers.names[-1]].dtype, torch.float32)
@@ -218,7 +218,7 @@ def dual(
     return output, DualState(end.weights, end.buffers, columns.span(window.start, window.stop), held)
 
 
-def held(buffers: Weights) -> int:
+def buffers_of(buffers: Weights) -> int:
     """How many buffers there are of each weight."""
     counts = [x.shape[2] for x in buffers.values()]
     return min(counts) if counts else 0
@@ -254,7 +254,7 @@ class _Run:
             gates,
             layout,
             ones.expand(*k.shape[:-1], 1),
-            held(self.buffers),
+            buffers_of(self.buffers),
         )
         on_state, on_buffers, on_columns = flow.reads(ones.expand(*q.shape[:-1], 1), ones.expand(*k.shape[:-1], 1))
         decay = gates.decay.factor()[..., None] if self.rule.before and gates.decay is not None else None
