@@ -338,9 +338,9 @@ def on_fla(spec: InnerLoop, weights: Leaves, **given: Any) -> tuple[Tensor, Stat
     Raises:
         RuntimeError: it takes no such call.
     """
-    operands = {name: given[name] for name in ("q", "k", "v", "lr")}
+    operands: Any = {name: given[name] for name in ("q", "k", "v", "lr")}
     gates = {name: given[name] for name in spec.gates}
-    options = {name: given.get(name) for name in ("state", "cu_seqlens", "update_tokens")}
+    options: Any = {name: given.get(name) for name in ("state", "cu_seqlens", "update_tokens")}
     call = check_operands(spec, weights, gates=gates, **operands, **options)
     reason = fla.obstacle(spec, call)
     if reason is not None:

@@ -104,12 +104,10 @@ def affine_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
     if each > 1:
         # reads behind a token's last write, and zeros behind the others
         q = F.pad(q.unsqueeze(2), (0, 0, 0, 0, each - 1, 0)).flatten(1, 2)
-    rate, gates = tokens.rates["out"], tokens.gates
-    if not isinstance(rate, Tensor):
-        alone = rate * spec.sign == 1
-        rate = None if alone else torch.full(tokens.k.shape[:3], float(rate), device=q.device)
-    if rate is not None and spec.sign < 0:
-        rate = -rate
+    given, gates = tokens.rates["out"], tokens.gates
+    rate: Tensor | None = given * spec.sign if isinstance(given, Tensor) else None
+    if not isinstance(given, Tensor) and given * spec.sign != 1:
+        rate = torch.full(tokens.k.shape[:3], float(given * spec.sign), device=q.device)
     bounds = None if call.cu_seqlens is None else each * torch.tensor(call.cu_seqlens, device=q.device)
 
     def rows(x: Tensor | None) -> Tensor | None:
