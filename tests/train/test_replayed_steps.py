@@ -174,6 +174,36 @@ def test_replayed_steps_that_are_not_finite_end_a_run_where_eager_ones_do(tmp_pa
         train(make_model(), Tensors(dict.fromkeys(range(4, 20), math.nan)), config(graphs="on", max_skipped=3), tmp_path)
 
 
+class Hungry(Tensors):
+    """Its third evaluation does not fit beside captured steps."""
+
+    def __init__(self, failures):
+        super().__init__()
+        self.failures, self.evaluations = failures, 0
+
+    def evaluate(self, model, share=WHOLE):
+        self.evaluations += 1
+        if 3 <= self.evaluations < 3 + self.failures:
+            raise torch.OutOfMemoryError("no room")
+        return super().evaluate(model, share)
+
+
+def test_captured_steps_give_up_their_memory_for_an_evaluation(tmp_path, monkeypatch):
+    captures = []
+    plain = graphs.Replays._capture
+    monkeypatch.setattr(graphs.Replays, "_capture", lambda self, shape: captures.append(1) or plain(self, shape))
+    fields = {"graphs": "on", "evaluate_every": 5}
+    train(make_model(), Tensors(), config(**fields), tmp_path / "roomy")
+    once = len(captures)
+    train(make_model(), Hungry(1), config(**fields), tmp_path / "once")
+    assert len(captures) == 3 * once
+    assert rows(tmp_path / "roomy") == rows(tmp_path / "once")
+    with pytest.raises(torch.OutOfMemoryError):
+        train(make_model(), Hungry(2), config(**fields), tmp_path / "never")
+    with pytest.raises(torch.OutOfMemoryError):
+        train(make_model(), Hungry(1), config(graphs="off", evaluate_every=5), tmp_path / "off")
+
+
 def test_nothing_is_read_behind_the_last_step(tmp_path):
     train(make_model(), Tensors(raises=20), config(graphs="on"), tmp_path)
 

@@ -135,6 +135,18 @@ class Replays:
                 self.plainly(shape.batch)
             current.wait_stream(stream)
 
+    def release(self) -> bool:
+        """Give up all graphs and the memory that they keep; their shapes are captured anew when they come again.
+
+        Returns:
+            Whether there was one.
+        """
+        had = self.captured > 0
+        for shape in self._shapes.values():
+            shape.replay, shape.read = None, []
+        self._pool = None
+        return had
+
     def plainly(self, batch: Any) -> None:
         """Do the work on a batch without a graph."""
         self.prepare()

@@ -13,6 +13,7 @@ them, gradients are means over all, and every decision follows from numbers that
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -51,6 +52,9 @@ from kvbind.train.recompute import recompute
 from kvbind.train.step import Step, in_bfloat16, precision
 
 Model = TypeVar("Model", bound=nn.Module, contravariant=True)
+
+
+log = logging.getLogger("kvbind.train")
 
 
 class TrainingStoppedError(RuntimeError):
@@ -284,7 +288,7 @@ def _train(
                 )
             last = done.step == config.steps
             if last or done.step in on_the_way or every(config.evaluate_every, done.step):
-                done.held_out = evaluate(evaluated, task, config, device, share)
+                done.held_out = evaluate_beside(step, evaluated, share)
                 metrics.write(done.step, **{f"held_out/{name}": value for name, value in done.held_out.items()})
             alone = ranks() == 1
             # by the first process's clock, and as it was told: all must agree
@@ -328,12 +332,25 @@ def evaluate(
     """The task's held-out metrics; leaves the model in training mode, and random numbers as they were."""
     before = random_state()
     model.eval()
-    with torch.no_grad(), precision(config, device), unchecked_values():
-        held_out = task.evaluate(model, share)
-    reshard(model)
-    model.train()
-    restore_random_state(before)
-    return held_out
+    try:
+        with torch.no_grad(), precision(config, device), unchecked_values():
+            return task.evaluate(model, share)
+    finally:
+        reshard(model)
+        model.train()
+        restore_random_state(before)
+
+
+def evaluate_beside(step: Step, model: nn.Module, share: Share) -> dict[str, Any]:
+    """As `evaluate`, of a run whose captured steps give up their memory where there is not enough."""
+    try:
+        return evaluate(model, step.task, step.config, step.device, share)
+    except torch.OutOfMemoryError:
+        # what failed lives as long as its error
+        if not step.release():
+            raise
+    log.info("captured steps gave up their memory for an evaluation")
+    return evaluate(model, step.task, step.config, step.device, share)
 
 
 def pick_device(name: str) -> torch.device:

@@ -8,6 +8,7 @@ batches are read before that, while the GPU works.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -130,6 +131,15 @@ class Step:
         if self.replayed is not None and self.replayed.possible(rate):
             return self.replayed(rate, unsaved, more)
         return self._eagerly(rate, unsaved)
+
+    def release(self) -> bool:
+        """Give up the memory of captured steps, which are captured anew; False where there are none."""
+        if self.replayed is None or not self.replayed.release():
+            return False
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+        return True
 
     def next_part(self) -> Part:
         """The next batch, read now where it was not before."""
@@ -288,6 +298,12 @@ class Replayed:
             self._told = True
             log.warning("training steps are not replayed as CUDA graphs, or not all of them: %s", reason)
         return reason is None
+
+    def release(self) -> bool:
+        """As `Step.release`."""
+        works = [self.work] if self.alone else [self.work, self.rest]
+        released = [work.release() for work in works]
+        return any(released)
 
     def _relieve(self) -> bool:
         return self.step.relieve()
