@@ -178,7 +178,7 @@ def test_an_interrupted_table_keeps_finished_rows_and_goes_on_inside_the_unfinis
     assert [(p / "result.json").is_file() for p in folders] == [True, False]
     assert latest_checkpoint(folders[1])["done"]["step"] == 2
     results = small(tmp_path / "parts", book)
-    assert len(calls) == 7 + 2 + 7 * 4
+    assert len(calls) == 7 + 2 + 9 * 4  # seven rungs, two controls and two baselines
     monkeypatch.setattr(LanguageTask, "loss", whole)
     fresh = small(tmp_path / "parts", book, fresh=True)
     assert [row["perplexity"] for row in results["rows"]] == [row["perplexity"] for row in fresh["rows"]]
@@ -198,7 +198,7 @@ def test_a_fresh_table_is_trained_anew(made, book, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": "smok"}, r"scale must be one of 'smoke', 'small', 'paper'; got 'smok' \(did you mean 'smoke'\?\)"),
+        ({"scale": "smok"}, r"scale must be one of 'smoke', 'small', 'large', 'paper'; got 'smok' \(did you mean 'smoke'\?\)"),
         (
             {"task": "languag"},
             r"task must be one of language, images, views, all; got 'languag' \(did you mean 'language'\?\)",
@@ -233,7 +233,7 @@ def test_a_folder_keeps_to_one_configuration(tmp_path, book):
     assert train_run("language", config, tmp_path).reused
     assert open_run(tmp_path)[0] == "language"
     assert len(run.losses()) == 4
-    assert [row["step"] for row in read_metrics(tmp_path) if "held_out/perplexity" in row] == [0, 4]
+    assert [row["step"] for row in read_metrics(tmp_path) if "held_out/perplexity" in row] == [0, 1, 2, 4]
     config.train.warmup += 1
     with pytest.raises(ValueError, match=r"holds a run of another configuration \(train\.warmup was"):
         train_run("language", config, tmp_path)
@@ -254,7 +254,10 @@ def test_throughput_beside_the_papers_counts_tokens_times_heads_as_it_does(made)
     out, results, shown = made
     heads = results["throughput"]["heads"]
     assert SUBJECTS["language"].speed.compared(9.9e6, {"heads": 4}) == pytest.approx(39.6)
-    for row in results["rows"]:
+    timed = [row for row in results["rows"] if "recurrent_tokens_per_second" in row]
+    # baselines have no inner loop
+    assert {row["name"] for row in results["rows"]} - {row["name"] for row in timed} == {"window", "softmax"}
+    for row in timed:
         for form in ("recurrent", "parallel"):
             speed = row[f"{form}_tokens_per_second"]
             ours = None if speed is None else pytest.approx(speed / 1e6 * heads)
