@@ -82,7 +82,7 @@ CASES = [
     (LACT, spoil_weight("out", lambda x: x.long()), "weights.'out'. must be a floating-point tensor"),
     (systems.vittt("conv"), lambda a: None, "needs a square number of tokens; got 6"),
     (systems.vittt("conv", grid=(2, 3)), spoil_weight("out", lambda x: x[:, None]), "must end in .8, 3, 3."),
-    (LACT, put(form=lambda a: "paralel"), "form must be one of 'auto', 'recurrent', 'parallel'; got 'paralel'"),
+    (LACT, put(form=lambda a: "paralel"), "form must be one of 'auto', 'recurrent', 'parallel', 'dual'; got 'paralel'"),
     (LACT, put(spec=lambda a: "lact"), "spec must be a kvbind.InnerLoop; got str"),
     (
         LACT.replace(update="last", normalize=False),

@@ -189,6 +189,7 @@ def test_what_has_no_parallel_form_says_so_field_by_field(spec):
     assert f"{name}=" in str(found)
     assert not found.nearest.extensions
     weights, q, k, v = operands(spec)
+    k, v = (x.repeat_interleave(spec.writes, dim=1) for x in (k, v))
     shapes = {name: (2, 5, 2, 4) if gate.per == "key" else (2, 5, 2) for name, gate in spec.gates.items()}
     gates = {name: torch.ones(shape, dtype=torch.float64) for name, shape in shapes.items()}
     with pytest.raises(kvbind.NoParallelFormError, match=name.replace(".", r"\.")):
