@@ -75,7 +75,7 @@ test-serving: $(SERVING)/.lock  ## models in vLLM, on the CPU
 	OMP_NUM_THREADS=1 $(SERVING)/bin/pytest $(SERVING_ASKED)
 
 docs: $(DOCS)/.lock  ## the documentation site in .venv/site/, strictly, its notebooks executed
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
 
 lock: $(LOCK)/.lock  ## renew the locks from pyproject.toml
 	printf '%s\n' $(TORCH_LOCKED) $(BUILD) | $(LOCK)/bin/uv pip compile --upgrade --quiet --no-annotate \
