@@ -96,7 +96,7 @@ def test_the_extra_all_is_what_users_may_want():
     extras = PROJECT["optional-dependencies"]
     (everything,) = extras["all"]
     named = set(re.fullmatch(r"kvbind\[(.*)\]", everything)[1].split(","))
-    assert named == extras.keys() - {"all", "browser", "dev", "test"}
+    assert named == extras.keys() - {"all", "browser", "dev", "docs", "test"}
     assert {"gpu", "vision", "views", "data"} <= named
 
 

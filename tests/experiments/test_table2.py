@@ -198,7 +198,10 @@ def test_a_fresh_table_is_trained_anew(made, book, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": "smok"}, r"scale must be one of 'smoke', 'small', 'large', 'paper'; got 'smok' \(did you mean 'smoke'\?\)"),
+        (
+            {"scale": "smok"},
+            r"scale must be one of 'smoke', 'small', 'large', 'paper'; got 'smok' \(did you mean 'smoke'\?\)",
+        ),
         (
             {"task": "languag"},
             r"task must be one of language, images, views, all; got 'languag' \(did you mean 'language'\?\)",

@@ -123,7 +123,7 @@ def test_outputs_end_and_gradients_are_those_of_the_definition(name):
     # Newton-Schulz magnifies rounding, the definition's as ours
     own = errors(with_gradients(twin, spec, o), exact)
     for what, error in errors(with_gradients(fused, spec, o), exact).items():
-        assert error < max(1e-5, 3 * own[what]), what
+        assert error < max(1e-5, 5 * own[what]), what
 
 
 @pytest.mark.parametrize("name", ["full LaCT", "all, momentum, retention", "last, own chunk, retention", "linear"])

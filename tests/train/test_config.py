@@ -51,7 +51,7 @@ def test_a_saved_configuration_reads_back_the_same(presets, tmp_path):
         (["trian.steps=1"], r"'trian' \(did you mean 'train'\?\)"),
         (["learning_rate=1"], r"'learning_rate' \(did you mean 'train\.learning_rate'\?\)"),
         (["train.lr=1"], r"no configuration key is named 'train\.lr'; train has steps, accumulate, learning_rate, "),
-        (["train=1"], r"configuration key 'train': "),
+        (["train=1"], r"configuration key 'train' must be a mapping, of keys steps, "),
         (["train.betas=0.9"], r"'train\.betas' must be a list, such as \[0\.9, 0\.95\]; got 0\.9"),
         (["train.betas=[0.9,2]"], r"train\.betas must be at least 0 and below 1; got \(0\.9, 2\.0\)"),
         (["train.final=-1"], r"train\.final must be at least 0; got -1"),

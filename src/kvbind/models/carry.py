@@ -81,7 +81,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> Carried:
             f"{len(after)} {kinds[1]}, to which no weights can be carried"
         )
     within = tuple(f"{name}." for name in after)
-    for name in own.keys() | given.keys():
+    for name in dict.fromkeys((*own, *given)):
         shapes = [list(x[name].shape) if name in x else None for x in (given, own)]
         if not name.startswith(within) and shapes[0] != shapes[1]:
             raise ValueError(
