@@ -80,8 +80,8 @@ def test_greedy_tokens_are_those_of_generate(name, tmp_path):
         alone = forced(model, asked, said(output))
         far = 1e-4
         if name.startswith("atlas"):
-            # of updates that feed on themselves float32 keeps fewer digits
-            far = max(far, (forced(model.double(), asked, said(output)) - alone).abs().max().item())
+            # of updates that feed on themselves float32 keeps fewer digits, and either evaluation may be the worse one
+            far = max(far, 3 * (forced(model.double(), asked, said(output)) - alone).abs().max().item())
             model.float()
         torch.testing.assert_close(logits, alone, rtol=0, atol=far)
 
