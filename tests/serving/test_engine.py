@@ -74,15 +74,19 @@ def test_greedy_tokens_are_those_of_generate(name, tmp_path):
     new = 5 * span + 2
     outputs = ask(llm, prompts, greedy(new, logprobs=VOCAB))
     for asked, output in zip(prompts, outputs, strict=True):
-        expected = model.generate(torch.tensor([asked]), do_sample=False, max_new_tokens=new, eos_token_id=None)
-        assert said(output) == expected[0, len(asked) :].tolist()
         logits = torch.tensor([[step[i].logprob for i in range(VOCAB)] for step in output.outputs[0].logprobs])
         alone = forced(model, asked, said(output))
         far = 1e-4
         if name.startswith("atlas"):
-            # of updates that feed on themselves float32 keeps fewer digits, and either evaluation may be the worse one
+            # of updates that feed on themselves float32 keeps fewer digits, and either evaluation may be the worse one:
+            # tokens that are nearly as likely may change places
             far = max(far, 3 * (forced(model.double(), asked, said(output)) - alone).abs().max().item())
             model.float()
+            chosen = alone.gather(-1, torch.tensor(said(output))[:, None]).squeeze(-1)
+            assert (alone.amax(-1) - chosen).max() <= 2 * far
+        else:
+            expected = model.generate(torch.tensor([asked]), do_sample=False, max_new_tokens=new, eos_token_id=None)
+            assert said(output) == expected[0, len(asked) :].tolist()
         torch.testing.assert_close(logits, alone, rtol=0, atol=far)
 
 
