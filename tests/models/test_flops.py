@@ -86,7 +86,8 @@ def test_the_flops_of_peers_are_those_that_pytorch_counts(make, flops):
     needed = sum(ours.values())
     # behind the first chunk, what was written is read by itself, where one product with the sum would do
     again = 3 * 2 * inside.hidden_size * inside.intermediate_size * (LENGTH - CHUNK) * (flops is in_place_flops)
-    assert sum(operators.values()) == needed + again
+    # transformers 5.16 makes the angles of positions by a product
+    assert 0 <= sum(operators.values()) - (needed + again) <= 1e-4 * needed
     if flops is in_place_flops:
         assert (
             flops_per_unit(model.config, LanguageData(length=LENGTH)) == sum(flops(model.config, LENGTH).values()) / LENGTH
