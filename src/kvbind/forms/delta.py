@@ -7,8 +7,8 @@ several, gradients renewed at each, gates per head or per key channel, before th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,16 +54,29 @@ def runner(spec: InnerLoop, call: Operands) -> Choice:
     return Choice("kvbind.kernels.affine", "it fits", affine_form)
 
 
-def obstacle(spec: InnerLoop) -> str | None:
-    """Why an inner loop is none that `kvbind.kernels.affine` computes; None where it is."""
+def unlike_recurrence(spec: InnerLoop, visibilities: Sequence[str], extensions: Sequence[str]) -> str | None:
+    """Why an inner loop is not one matrix that each token writes and then reads; None where it is.
+
+    Args:
+        spec: the inner loop.
+        visibilities: under which an operator reads.
+        extensions: fields beyond the six lines of the rule that it computes.
+    """
     if type(spec.network) is not Linear or spec.network.has_bias or spec.network.output_head is not None:
         return f"its network is {spec.network!r}, where the state must be one matrix, Linear()"
-    if spec.chunk != 1 or spec.visibility not in ("token", "chunk"):
+    if spec.chunk != 1 or spec.visibility not in visibilities:
         return f"it reads visibility={spec.visibility!r} with chunk={spec.chunk}, where each token must write and then read"
-    other = [name for name in ("momentum", "clip", "orthogonalize", "normalize") if getattr(spec, name)]
-    other += [name for name in spec.extensions if name not in ("retention", "erase", "writes")]
-    if other or spec.steps > 1:
-        return f"it has {', '.join(f'{name}={getattr(spec, name, None)!r}' for name in other or ['steps'])}"
+    absent: dict[str, Any] = {"momentum": False, "orthogonalize": None, "clip": False, "normalize": False, "steps": 1}
+    other = [name for name, value in absent.items() if getattr(spec, name) != value]
+    other += [name for name in spec.extensions if name not in extensions]
+    return f"it has {', '.join(f'{name}={getattr(spec, name, None)!r}' for name in other)}" if other else None
+
+
+def obstacle(spec: InnerLoop) -> str | None:
+    """Why an inner loop is none that `kvbind.kernels.affine` computes; None where it is."""
+    reason = unlike_recurrence(spec, ("token", "chunk"), ("retention", "erase", "writes"))
+    if reason is not None:
+        return reason
     by_channel = isinstance(spec.retention, Retention) and spec.retention.per == "key"
     if spec.loss == "dot" and not by_channel:
         return "its writes do not read the state, nor do its channels decay apart (kvbind.kernels.causal)"

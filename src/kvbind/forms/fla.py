@@ -26,13 +26,12 @@ import torch
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
-from kvbind.forms.delta import Choice, Engine
+from kvbind.forms.delta import Choice, Engine, unlike_recurrence
 from kvbind.forms.finite import guarded, guarded_packed
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import Operands
 from kvbind.inner.fields import Retention
-from kvbind.inner.networks import Linear
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 from kvbind.kernels.common import capability, runs_on
@@ -102,15 +101,9 @@ OPERATORS = (
 
 def operator_of(spec: InnerLoop) -> Operator | str:
     """The operator that an inner loop is, or why there is none."""
-    if type(spec.network) is not Linear or spec.network.has_bias or spec.network.output_head is not None:
-        return f"its network is {spec.network!r}, where the state must be one matrix, Linear()"
-    if spec.visibility != "token" or spec.chunk != 1:
-        return f"it reads visibility={spec.visibility!r} with chunk={spec.chunk}, where each token must write and then read"
-    absent: dict[str, Any] = {"momentum": False, "orthogonalize": None, "clip": False, "normalize": False, "steps": 1}
-    different = [name for name, value in absent.items() if getattr(spec, name) != value]
-    different += [name for name in spec.extensions if name != "retention"]
-    if different:
-        return f"it has {', '.join(f'{name}={getattr(spec, name)!r}' for name in different)}"
+    different = unlike_recurrence(spec, ("token",), ("retention",))
+    if different is not None:
+        return different
     gate: Literal["head", "key"] | None = None
     if spec.retention:
         gate = spec.retention.per if isinstance(spec.retention, Retention) else "head"
