@@ -239,9 +239,9 @@ class Replayed:
         self.gradients = Gradients(step.model)
         self.alone = step.accumulate == 1
         if self.alone:
-            self.work = Replays(self._whole, device, self._give_up_gradients, relieve=self._relieve)
+            self.work = Replays(self._whole, device, self._give_up_gradients, relieve=lambda: step.relieve())
         else:
-            self.work = Replays(self._part, device, self.gradients.attach, relieve=self._relieve)
+            self.work = Replays(self._part, device, self.gradients.attach, relieve=lambda: step.relieve())
             self.rest = Replays(self._finish, device)
         self._told = False
 
@@ -304,9 +304,6 @@ class Replayed:
         works = [self.work] if self.alone else [self.work, self.rest]
         released = [work.release() for work in works]
         return any(released)
-
-    def _relieve(self) -> bool:
-        return self.step.relieve()
 
     def _give_up_gradients(self) -> None:
         self.step.optimizer.zero_grad(set_to_none=True)
