@@ -160,9 +160,9 @@ def continuable() -> Iterator[None]:
 def show_version(wanted: bool) -> None:
     """Print the version and leave."""
     if wanted:
-        from importlib.metadata import version
+        from kvbind import __version__
 
-        console().print(f"kvbind {version('kvbind')}")
+        console().print(f"kvbind {__version__}")
         raise typer.Exit
 
 

@@ -105,7 +105,8 @@ def test_one_graph_does_for_all_boundaries_of_a_capacity(name, dtype):
         replays({"bounds": with_room(bounds)})
         assert replays.broken is None
         expected, _ = ttt(spec, plain.weights, plain.q, plain.k, plain.v, **plain.options, cu_seqlens=bounds)
-        grads = torch.autograd.grad((expected.float() * slope).sum(), list(leaves(plain).values()))
+        # nothing reads what the last chunk of a document writes: zeros, where no document has another
+        grads = torch.autograd.grad((expected.float() * slope).sum(), list(leaves(plain).values()), materialize_grads=True)
         bound = 2e-4 if dtype == torch.float32 else 6e-2
         for what, y in zip(("output", *names), (expected, *grads), strict=True):
             assert (results[what].float() - y.float()).norm() <= bound * y.float().norm(), (lengths, what)
