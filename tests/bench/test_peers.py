@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 
 from fla_stand_in import StandIn
 from kvbind import NewtonSchulz, systems
-from kvbind.bench import peers
 from kvbind.bench.app import app
-from kvbind.bench.ceilings import Ceilings
-from kvbind.bench.goals import SIZE
-from kvbind.bench.leaves import LAYOUTS, draw_leaves, in_precision, laid_out, run
-from kvbind.bench.operands import Size
+from kvbind.bench.harness.ceilings import Ceilings
+from kvbind.bench.harness.named_operands import LAYOUTS, draw_leaves, in_precision, laid_out, run
+from kvbind.bench.harness.operands import Size
+from kvbind.bench.kernels import peers
+from kvbind.bench.kernels.goals import SIZE
 from kvbind.forms import fla
 from kvbind.inner.systems import RUNGS
 

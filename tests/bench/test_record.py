@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbind.bench import output
-from kvbind.bench.record import OUT_OF_TIME, answered, growing
+from kvbind.bench.harness.record import OUT_OF_TIME, answered, growing
 
 ROWS = st.lists(st.sampled_from([{"seconds": 1}, {"skipped": "out of memory"}, {"skipped": OUT_OF_TIME}]), max_size=6)
 

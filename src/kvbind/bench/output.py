@@ -12,14 +12,14 @@ from rich.table import Table
 from kvbind.screen import GAP, Screen, column_groups
 
 if TYPE_CHECKING:
-    from kvbind.bench.kernel_tables import Grid
+    from kvbind.bench.tables.kernels import Grid
 
 console = Screen()
 
 
 def write_growing(records: Iterable[dict[str, Any]], out: Path | None, every: int = 0) -> dict[str, Any]:
     """Write a record as it grows, say how far it is each time after `every` rows (0 for never), and give it whole."""
-    from kvbind.bench.record import save
+    from kvbind.bench.harness.record import save
 
     record: dict[str, Any] = {}
     for record in records:
@@ -53,7 +53,7 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]],
 
 def write_results(out: Path | None, device: Any, results: dict[str, Any], packages: tuple[str, ...] = ()) -> None:
     """Write results with machine, versions and command; of `packages`, too, which version is installed."""
-    from kvbind.bench.record import provenance, save
+    from kvbind.bench.harness.record import provenance, save
 
     save(out, provenance(device, packages) | results)
     say_written(out)

@@ -17,8 +17,8 @@ def command(
     out: Out = None,
 ) -> None:
     """Measure the error of every rung and form in float32 and bfloat16 against float64."""
-    from kvbind.bench.accuracy import bench_accuracy, scan_errors
-    from kvbind.bench.operands import Size
+    from kvbind.bench.harness.operands import Size
+    from kvbind.bench.verify.accuracy import bench_accuracy, scan_errors
 
     place = open_device(device)
     errors = [asdict(error) for error in bench_accuracy(Size(1, tokens, heads, width), chunk, place)]

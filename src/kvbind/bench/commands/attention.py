@@ -20,8 +20,8 @@ def command(
     out: Out = None,
 ) -> None:
     """Time window attention in training: compiled for its length or for any, and with keys of another rank ahead."""
-    from kvbind.bench.attention import bench_attention
-    from kvbind.bench.record import growing, provenance
+    from kvbind.bench.harness.record import growing, provenance
+    from kvbind.bench.layers.window_attention import bench_attention
 
     place = open_device(device)
     config = {"tokens": tokens, "heads": heads, "width": width, "window": window}

@@ -21,8 +21,8 @@ def command(
     out: Out = None,
 ) -> None:
     """Time `torch.compile` of a language model's training step, with empty caches: whole, and block by block."""
-    from kvbind.bench.compiling import WAYS, bench_compile
-    from kvbind.bench.record import growing, provenance
+    from kvbind.bench.harness.record import growing, provenance
+    from kvbind.bench.training.compile_time import WAYS, bench_compile
     from kvbind.inner.systems import RUNGS
 
     place = open_device(device)

@@ -29,8 +29,8 @@ def command(
     """Time one more token after prompts of growing length: with and without CUDA graphs, and by reading the prompt again."""
     import torch
 
-    from kvbind.bench.generation import CAUSAL, Load, bench_systems, decoding_grid
-    from kvbind.bench.record import growing, provenance
+    from kvbind.bench.harness.record import growing, provenance
+    from kvbind.bench.models.decoding import CAUSAL, Load, bench_systems, decoding_grid
     from kvbind.forms import fla
     from kvbind.inner.value import check_choice
 

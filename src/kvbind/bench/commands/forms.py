@@ -24,8 +24,8 @@ def command(
     """Time the recurrent and parallel forms of every rung of the ladder, forward and backward."""
     import torch
 
-    from kvbind.bench.forms import as_data, bench_forms
-    from kvbind.bench.operands import Size
+    from kvbind.bench.harness.operands import Size
+    from kvbind.bench.kernels.forms import as_data, bench_forms
 
     place = open_device(device)
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -19,7 +19,7 @@ def command(
     out: Out = None,
 ) -> None:
     """Compare and time training steps replayed as CUDA graphs beside eager ones, of each family of models."""
-    from kvbind.bench.graphs import main
+    from kvbind.bench.training.cuda_graphs import main
 
     if sizes not in ("full", "tiny"):
         raise typer.BadParameter(f"sizes must be full or tiny; got {sizes!r}")

@@ -18,8 +18,8 @@ def command(
     """Measure how the distance between two evaluations of rungs 0, 1 and 2 grows with the length of a sequence."""
     import torch
 
-    from kvbind.bench.growth import bench_growth
-    from kvbind.bench.operands import Size
+    from kvbind.bench.harness.operands import Size
+    from kvbind.bench.verify.growth import bench_growth
 
     rows = [asdict(row) for row in bench_growth(Size(1, tokens // chunk * chunk, heads, width), chunk)]
     places = [2**i for i in range(tokens // chunk) if 2**i < tokens // chunk]

@@ -34,10 +34,10 @@ def command(
     out: Out = None,
 ) -> None:
     """Time `ttt` with kernels: every rung, by length, chunk and width, beside PyTorch, peers and the device's limit."""
-    from kvbind.bench.kernel_tables import speed_grids
-    from kvbind.bench.kernels import WHATS, Settings, measured
-    from kvbind.bench.operands import Size
-    from kvbind.bench.record import answered
+    from kvbind.bench.harness.operands import Size
+    from kvbind.bench.harness.record import answered
+    from kvbind.bench.kernels.speed import WHATS, Settings, measured
+    from kvbind.bench.tables.kernels import speed_grids
     from kvbind.inner.systems import RUNGS
 
     place = open_device(device)
@@ -51,7 +51,7 @@ def command(
     records = measured(parts, settings, place, seconds=seconds, compile_limit=compile_limit, budget=budget)
     record = write_growing(records, out, every=5)
     if profile is not None:
-        from kvbind.bench.profiles import profiled
+        from kvbind.bench.kernels.profiles import profiled
 
         write_growing(profiled(settings, place), profile)
     for grid in speed_grids(record):

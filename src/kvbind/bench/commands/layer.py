@@ -22,10 +22,10 @@ def command(
     """Time the elementwise work around an inner loop, two sequences at once, with kernels and on PyTorch's operators."""
     import torch
 
-    from kvbind.bench.layer import BY, bench_layer
-    from kvbind.bench.layer_tables import layer_grid
-    from kvbind.bench.pieces import pieces
-    from kvbind.bench.record import growing, provenance
+    from kvbind.bench.harness.record import growing, provenance
+    from kvbind.bench.layers.elementwise import BY, bench_layer
+    from kvbind.bench.layers.operators import pieces
+    from kvbind.bench.tables.layers import layer_grid
 
     place, found = open_device(device), pieces(tokens, heads, width)
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}

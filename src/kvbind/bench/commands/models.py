@@ -26,7 +26,7 @@ def command(
     Every row gets a measurement of both first; the other ways, compiled ones last, have what time is left. The same command
     with --resume measures those that had none.
     """
-    from kvbind.bench.models import PARTS, SIZES, main, model_grids
+    from kvbind.bench.models.beside_peers import PARTS, SIZES, main, model_grids
     from kvbind.inner.value import check_choice
 
     check_choice("sizes", sizes, tuple(SIZES))

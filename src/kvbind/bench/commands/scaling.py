@@ -42,9 +42,9 @@ def command(
     """
     import torch
 
-    from kvbind.bench.record import growing, provenance, save
-    from kvbind.bench.scaling import WHATS, Settings, cases, equality, finished, measured
-    from kvbind.bench.scaling_tables import scaling_grids
+    from kvbind.bench.harness.record import growing, provenance, save
+    from kvbind.bench.tables.scaling import scaling_grids
+    from kvbind.bench.training.scaling import WHATS, Settings, cases, equality, finished, measured
     from kvbind.files import read_json
     from kvbind.inner.systems import RUNGS
     from kvbind.inner.value import check_choice

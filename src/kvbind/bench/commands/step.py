@@ -20,9 +20,9 @@ def command(
     out: Out = None,
 ) -> None:
     """Time a training step of rung 0 and rung 2, recurrent and parallel."""
-    from kvbind.bench.language import bench_step
-    from kvbind.bench.layer_tables import step_grids
-    from kvbind.bench.record import growing, provenance
+    from kvbind.bench.harness.record import growing, provenance
+    from kvbind.bench.tables.layers import step_grids
+    from kvbind.bench.training.steps import bench_step
     from kvbind.inner.systems import ladder
     from kvbind.models import PRESETS
 

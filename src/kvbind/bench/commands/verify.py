@@ -26,9 +26,9 @@ def command(
 
     Exits with code 1 where a case fails or was not run; of operators, also where no kernel runs on the device at all.
     """
-    from kvbind.bench.kernel_tables import promises_grid, summary_grid, verify_grid
-    from kvbind.bench.promises import kept_promises
-    from kvbind.bench.verify import DTYPES, verified
+    from kvbind.bench.tables.kernels import promises_grid, summary_grid, verify_grid
+    from kvbind.bench.verify.operators import DTYPES, verified
+    from kvbind.bench.verify.promises import kept_promises
 
     place = open_device(device)
     if some_of(what, ("operators", "models"), "what") == ("models",):

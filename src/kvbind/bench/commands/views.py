@@ -23,8 +23,8 @@ def command(
     out: Out = None,
 ) -> None:
     """Time reading and rendering scenes, beside the same transformer with full attention to all input views."""
-    from kvbind.bench.record import growing, provenance
-    from kvbind.bench.views import bench_views
+    from kvbind.bench.harness.record import growing, provenance
+    from kvbind.bench.models.views import bench_views
     from kvbind.inner.value import nearest
     from kvbind.models.lact_nvs import PRESETS
 

@@ -26,7 +26,7 @@ def command(
     out: Out = None,
 ) -> None:
     """Time ViTTT beside a vision transformer at growing image sizes, forward and training, with their memory."""
-    from kvbind.bench.vision import bench_vision, compare
+    from kvbind.bench.models.vision import bench_vision, compare
 
     place = open_device(device)
     other = None if peer == "none" else peer
