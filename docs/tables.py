@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from kvbind.bench.harness.record import answered
-from kvbind.bench.kernels.peers import peer_grids, short_grid
-from kvbind.bench.models.beside_peers import model_grids
-from kvbind.bench.models.decoding import decoding_grid
-from kvbind.bench.models.serving import served_grid, serving_grid, size_grid
-from kvbind.bench.tables.kernels import Grid, profile_grid, speed_grids, summary_grid, verify_grid
+from kvbind.bench.tables.cuda_graphs import step_grid as replayed_grid
+from kvbind.bench.tables.decoding import decoding_grid
+from kvbind.bench.tables.grid import Grid
+from kvbind.bench.tables.kernels import profile_grid, speed_grids
 from kvbind.bench.tables.layers import layer_grid, step_grids
+from kvbind.bench.tables.models import model_grids
+from kvbind.bench.tables.peers import peer_grids, short_grid
 from kvbind.bench.tables.scaling import scaling_grids
-from kvbind.bench.training.cuda_graphs import step_grid as replayed_grid
+from kvbind.bench.tables.serving import served_grid, serving_grid, size_grid
+from kvbind.bench.tables.verify import summary_grid, verify_grid
 from kvbind.experiments.page.parts import STATES
 from kvbind.experiments.page.tables import read_outcome
 from kvbind.experiments.table_text import as_grid, describe, quality_columns, row_names, speed_columns

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from kvbind.bench.app import app
 from kvbind.bench.harness.operands import Size
 from kvbind.bench.harness.timing import peak_bytes
-from kvbind.bench.models.decoding import decoding_grid, decoding_rows
+from kvbind.bench.tables.decoding import decoding_grid, decoding_rows
 from kvbind.bench.verify.accuracy import bench_accuracy
 
 # the bounds of docs/accuracy.md

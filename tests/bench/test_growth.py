@@ -50,7 +50,7 @@ def test_the_commands_write_records(tmp_path, monkeypatch):
     asked = []
 
     def quick(job, fields, environment, limit):
-        asked.append((job, fields["rung"], fields["way"], environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"]))
+        asked.append((job.__name__, fields["rung"], fields["way"], environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"]))
         if fields["way"] == "blocks":
             raise compile_time.TookTooLongError("no result after 5 s")
         times = dict.fromkeys(("first_seconds", "processor_seconds", "again_seconds", "new_length_seconds"), 1.0)

@@ -11,25 +11,29 @@ from typer.testing import CliRunner
 
 from kvbind import NewtonSchulz, systems
 from kvbind.bench.app import app
-from kvbind.bench.harness import fresh_process
+from kvbind.bench.harness import fla_tuning, profiler
 from kvbind.bench.harness.ceilings import Ceilings, attention_work, forward_work, training_work
 from kvbind.bench.harness.device_time import duration
 from kvbind.bench.harness.fresh_process import TookTooLongError, in_fresh_process
 from kvbind.bench.harness.kernel_switch import VARIABLE, operators_of, without_kernels
 from kvbind.bench.harness.named_operands import draw_leaves, in_precision, run
 from kvbind.bench.harness.operands import Size
-from kvbind.bench.kernels import profiles, speed
+from kvbind.bench.kernels import measure, own_processes, profiles, speed
+from kvbind.bench.kernels.cases import WHATS, Case, Settings, plan
 from kvbind.bench.kernels.goals import CHUNK, GOALS, SIZE, TOKEN_PEERS, goal_of
-from kvbind.bench.kernels.speed import WHATS, Case, Settings, bench_kernels, plan, with_rates
+from kvbind.bench.kernels.speed import bench_kernels, with_rates
 from kvbind.bench.layers.operators import Piece
-from kvbind.bench.tables.kernels import speed_grids, summary_grid, verify_grid
+from kvbind.bench.tables.kernels import speed_grids
+from kvbind.bench.tables.verify import summary_grid, verify_grid
 from kvbind.bench.verify import operators
+from kvbind.bench.verify.cases import FULL, SMALL
+from kvbind.bench.verify.cases import cases as verify_cases
 from kvbind.kernels.common import has_triton, interpreted
 
 CPU = torch.device("cpu")
 H100 = Ceilings(matmul_flops=700e12, matmul_size=8192, dtype="bfloat16", copy_bytes=3.0e12)
 TINY = Settings(Size(1, 32, 1, 12), 8, "float32", ("rung0", "rung2"))
-SMALL_CASES = {case.name: case for case in operators.cases(operators.SMALL)}
+SMALL_CASES = {case.name: case for case in verify_cases(SMALL)}
 
 
 def tiny(name="rung2", by="kvbind", form="parallel", **fields):
@@ -162,7 +166,7 @@ def test_kernels_are_off_inside_and_as_before_outside(monkeypatch, before):
 
 
 def test_one_case_that_fails_does_not_stop_the_others(monkeypatch):
-    works = speed.works
+    works = measure.works
 
     def failing(case, device):
         if case.name == "rung3":
@@ -174,7 +178,7 @@ def test_one_case_that_fails_does_not_stop_the_others(monkeypatch):
 
         return forward, memory if case.name == "rung6" else training, facts
 
-    monkeypatch.setattr(speed, "works", failing)
+    monkeypatch.setattr(measure, "works", failing)
     cases = [tiny("rung3"), tiny("rung6"), tiny("rung2")]
     lost, half, whole = bench_kernels(cases, H100, CPU, seconds=0)
     assert lost["error"] == "RuntimeError: no such kernel"
@@ -187,14 +191,14 @@ def test_one_case_that_fails_does_not_stop_the_others(monkeypatch):
 
 def test_without_kernels_means_the_switch_is_off_while_measuring(monkeypatch):
     seen = {}
-    works = speed.works
+    works = measure.works
 
     def watched(case, device):
         seen[case.by] = os.environ.get(VARIABLE)
         return works(case, device)
 
     monkeypatch.setenv(VARIABLE, "1")
-    monkeypatch.setattr(speed, "works", watched)
+    monkeypatch.setattr(measure, "works", watched)
     list(bench_kernels([tiny(by="kvbind"), tiny(by="pytorch")], H100, CPU, seconds=0))
     assert seen == {"kvbind": "1", "pytorch": "0"}
 
@@ -207,8 +211,8 @@ def test_softmax_attention_takes_the_next_width_that_the_backend_supports(monkey
             raise RuntimeError("head width")
         return whole(q, k, v, **options)
 
-    monkeypatch.setattr(speed.F, "scaled_dot_product_attention", narrow)
-    row = speed.measure(tiny("softmax_attention", "sdpa", "auto", heads=2, width=24), CPU, 0)
+    monkeypatch.setattr(measure.F, "scaled_dot_product_attention", narrow)
+    row = measure.measure(tiny("softmax_attention", "sdpa", "auto", heads=2, width=24), CPU, 0)
     assert (row["heads"], row["width"], row["refused_widths"]) == (3, 16, [24])
     assert row["forward"]["seconds"] > 0
 
@@ -275,7 +279,7 @@ def test_mistakes_are_named(words, message):
 
 def test_first_calls_are_timed_in_a_fresh_process():
     case = asdict(tiny("rung6", tokens=64))
-    result = in_fresh_process("first_calls", {"case": case, "device": "cpu"}, {"OMP_NUM_THREADS": "1"}, 120)
+    result = in_fresh_process(own_processes.first_calls, {"case": case, "device": "cpu"}, {"OMP_NUM_THREADS": "1"}, 120)
     assert result["again_seconds"] > 0
     assert result["first_seconds"] > 0
     assert set(result["new_length_seconds"]) == {"72", "69", "63"}
@@ -283,16 +287,16 @@ def test_first_calls_are_timed_in_a_fresh_process():
 
 def test_a_job_that_takes_too_long_is_ended_and_one_that_fails_says_why():
     with pytest.raises(TookTooLongError, match="no result after 0 s"):
-        in_fresh_process("first_calls", {"case": asdict(tiny()), "device": "cpu"}, {}, 0.05)
-    with pytest.raises(RuntimeError, match="KeyError: 'unheard of'"):
-        in_fresh_process("unheard of", {}, {}, 60)
+        in_fresh_process(own_processes.first_calls, {"case": asdict(tiny()), "device": "cpu"}, {}, 0.05)
+    with pytest.raises(RuntimeError, match="KeyError: 'case'"):
+        in_fresh_process(own_processes.first_calls, {}, {}, 60)
 
 
 def test_whatever_may_compile_for_long_has_a_process_and_a_limit_of_its_own(monkeypatch):
     asked = []
 
     def refuse(job, fields, environment, limit):
-        asked.append((job, fields["case"]["by"], limit))
+        asked.append((job.__name__, fields["case"]["by"], limit))
         raise TookTooLongError("no result after 7 s")
 
     monkeypatch.setattr(speed, "in_fresh_process", refuse)
@@ -315,7 +319,7 @@ def test_configurations_are_compiled_together_before_an_autotuner_chooses(monkey
     done: list[tuple] = []
     monkeypatch.setattr(Autotuner, "run", lambda self, *args, **kwargs: done.append(("run", rehearsing(), args, kwargs)))
     before, choices = Autotuner.run, Choices()
-    with fresh_process.compiling_configurations():
+    with fla_tuning.compiling_configurations():
         for x in (1, 2):
             Autotuner.run(choices, x, grid=(4,), warmup=False)
     assert Autotuner.run is before
@@ -327,10 +331,10 @@ def test_configurations_are_compiled_together_before_an_autotuner_chooses(monkey
 def test_kernels_of_pytorch_have_short_names():
     inside = "at::native::(anonymous namespace)::"
     assert (
-        profiles.short(f"void {inside}multi_tensor_apply_kernel<{inside}Copy<2>>({inside}Copy<2>)")
+        profiler.short(f"void {inside}multi_tensor_apply_kernel<{inside}Copy<2>>({inside}Copy<2>)")
         == "multi_tensor_apply_kernel"
     )
-    assert profiles.short("_product_kernel") == "_product_kernel"
+    assert profiler.short("_product_kernel") == "_product_kernel"
 
 
 # the tables
@@ -406,7 +410,7 @@ def test_a_profile_sums_launches_by_kernel_and_shows_those_that_take_longest(doc
         event("void at::native::elementwise_kernel<128, float>(int, float)", 30, [7, 1, 1]),
         {"name": "Memset (Device)", "dur": 2, "args": {}},
     ]
-    found = profiles.summary(events, 2)
+    found = profiler.summary(events, 2)
     assert found["device_ms"] == pytest.approx(0.316)
     assert found["launches"] == 2
     product, elementwise, fill = found["kernels"]
@@ -534,7 +538,7 @@ def test_the_twin_computes_in_the_precision_it_is_asked_for(form):
 
 
 def test_several_processes_verify_what_one_does():
-    places = {case.name: place for place, case in enumerate(operators.cases(operators.SMALL))}
+    places = {case.name: place for place, case in enumerate(verify_cases(SMALL))}
     chosen = [(places[name], "float32") for name in ("rung 6, packed sequences, parallel", "DeltaNet, parallel")]
     one, several = (
         {
@@ -552,8 +556,8 @@ def test_several_processes_verify_what_one_does():
 
 
 def test_cases_cover_every_rung_visibility_network_and_way_to_call():
-    for scale in (operators.FULL, operators.SMALL):
-        listed = operators.cases(scale)
+    for scale in (FULL, SMALL):
+        listed = verify_cases(scale)
         assert len({case.name for case in listed}) == len(listed)
         pieces = [case for case in listed if isinstance(case, Piece)]
         assert {name for piece in pieces for name in piece.shapes} >= {"q", "fast", "gate", "delta", "stream"}
@@ -582,7 +586,7 @@ def test_verify_says_that_kernels_are_off_where_none_runs(tmp_path):
 
 def test_a_record_of_verify_has_its_rows_in_the_order_of_cases(monkeypatch):
     monkeypatch.setattr(operators, "why_off", lambda device: None)
-    listed = operators.cases(operators.SMALL)
+    listed = verify_cases(SMALL)
 
     def attempts(chosen, *args, **options):
         return (operators.described(listed[index], dtype) for index, dtype in reversed(chosen))

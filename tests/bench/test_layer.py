@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from kvbind.bench.kernels.profiles import summary
+from kvbind.bench.harness.profiler import summary
 from kvbind.bench.layers.elementwise import BY
 from kvbind.bench.tables.layers import step_grids
 from kvbind.cli import app

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from kvbind.bench.app import app
 from kvbind.bench.harness import timing
 from kvbind.bench.harness.record import OUT_OF_TIME
-from kvbind.bench.models import beside_peers, decoding, softmax_peers
+from kvbind.bench.models import beside_peers, decoding, plans, softmax_peers
+from kvbind.bench.tables.models import model_grids
 from kvbind.bench.training import cuda_graphs
 from kvbind.models import PRESETS, LactConfig, peers, vittt
 
@@ -39,7 +40,7 @@ class Softmax(nn.Module):
 def quick(monkeypatch):
     """Without timm, without compilers; what was compiled."""
     compiled = []
-    monkeypatch.setattr(beside_peers, "vision_transformer", Softmax)
+    monkeypatch.setattr(plans, "vision_transformer", Softmax)
     monkeypatch.setattr(softmax_peers, "vision_transformer", Softmax)
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
     monkeypatch.setattr(cuda_graphs, "FIRST", 5)
@@ -76,7 +77,7 @@ def test_training_rows_have_ours_the_peers_best_and_every_way(quick, tmp_path):
                          "lact-nvs-training"}  # fmt: skip
     assert record["complete"]
     assert json.loads(path.read_text()) == record
-    training = [way for ways in beside_peers.WAYS.values() for way in ways.values()]
+    training = [way for ways in plans.WAYS.values() for way in ways.values()]
     for name, row in rows.items():
         assert set(row) >= KEYS
         assert row["higher_is_better"]
@@ -93,7 +94,7 @@ def test_training_rows_have_ours_the_peers_best_and_every_way(quick, tmp_path):
     # three rungs have one peer
     assert len({row["peer"] for name, row in rows.items() if "tinier" in name}) == 1
     assert {"LlamaDecoderLayer", "LlamaForCausalLM", "LactNvsBlock", "FullAttentionNvs", "Softmax"} <= set(quick)
-    (table,) = beside_peers.model_grids(record)
+    (table,) = model_grids(record)
     assert [line[0] for line in table.rows] == list(rows)
     # a page draws it from the file
     page = documentation().fill("<!-- table: models.json models -->\n<!-- end -->", tmp_path)
@@ -120,7 +121,7 @@ def test_decoding_rows_say_how_long_the_slowest_token_takes_and_what_the_cache_h
     # keys and values of the prompt, of every layer, in float32
     held = 2 * 4 * config.num_hidden_layers * config.hidden_size
     assert one["peer_ways"]["dynamic"]["cache_bytes"] == held * (one["peer_ways"]["dynamic"]["prompt"] + 1 + 8 + 2)
-    _, table = beside_peers.model_grids(record)
+    _, table = model_grids(record)
     assert [line[0] for line in table.rows].count("LaCT, rung 2, graphs") == 2
 
 
@@ -153,7 +154,7 @@ def test_an_unknown_part_or_size_is_named():
 
 
 def test_full_rows_are_named_as_the_documentation_does():
-    rows, jobs = beside_peers.plan(beside_peers.PARTS, beside_peers.SIZES["full"], CPU, 0.0)
+    rows, jobs = plans.plan(plans.PARTS, plans.SIZES["full"], CPU, 0.0)
     assert [row.name for row in rows] == [
         "lact-760m-rung0", "lact-760m-rung2", "lact-760m-rung6", "lact-30m-rung0", "lact-30m-rung2", "lact-30m-rung6",
         "vittt-b-training", "vittt-b-forward", "lact-nvs-training", "decode-760m-batch1-ms", "decode-760m-batch64",
@@ -165,7 +166,7 @@ def test_full_rows_are_named_as_the_documentation_does():
 
 
 def job(name, work, **fields):
-    return beside_peers.Job((name,), fields.pop("side", "ours"), ("only",), work, **fields)
+    return plans.Job((name,), fields.pop("side", "ours"), ("only",), work, **fields)
 
 
 def test_every_row_is_measured_before_any_has_a_second_way_and_time_is_shared_by_weight():
@@ -208,13 +209,13 @@ def test_what_fails_or_takes_too_long_is_told_and_stops_nothing():
     results = {}
     assert list(beside_peers.done([job("hangs", hangs)], 0.05, results))
     assert results["hangs", "ours"] == {"only": {"skipped": OUT_OF_TIME}}
-    row = beside_peers.Row("fails", "views", "ms", "nothing", higher=False)
+    row = plans.Row("fails", "views", "ms", "nothing", higher=False)
     found = beside_peers.row_of(row, {("fails", "ours"): {"only": {"failed": "no room"}}}, None)
     assert (found["ours"], found["ratio"], found["skipped"]) == (None, None, OUT_OF_TIME)
 
 
 def test_utilization_is_that_of_the_better_way():
-    row = beside_peers.Row("a", "small", "tokens/s", "b", flops=2.0)
+    row = plans.Row("a", "small", "tokens/s", "b", flops=2.0)
     ways = {("a", "ours"): {"graphs": {"value": 30.0, "peak_bytes": 7}, "eager": {"value": 10.0, "peak_bytes": 5}},
             ("a", "peer"): {"eager": {"value": 15.0}}}  # fmt: skip
     found = beside_peers.row_of(row, ways, 100.0)

@@ -12,7 +12,7 @@ from rich.table import Table
 from kvbind.screen import GAP, Screen, column_groups
 
 if TYPE_CHECKING:
-    from kvbind.bench.tables.kernels import Grid
+    from kvbind.bench.tables.grid import Grid
 
 console = Screen()
 

@@ -30,7 +30,8 @@ def command(
     import torch
 
     from kvbind.bench.harness.record import growing, provenance
-    from kvbind.bench.models.decoding import CAUSAL, Load, bench_systems, decoding_grid
+    from kvbind.bench.models.decoding import CAUSAL, Load, bench_systems
+    from kvbind.bench.tables.decoding import decoding_grid
     from kvbind.forms import fla
     from kvbind.inner.value import check_choice
 

@@ -36,7 +36,8 @@ def command(
     """Time `ttt` with kernels: every rung, by length, chunk and width, beside PyTorch, peers and the device's limit."""
     from kvbind.bench.harness.operands import Size
     from kvbind.bench.harness.record import answered
-    from kvbind.bench.kernels.speed import WHATS, Settings, measured
+    from kvbind.bench.kernels.cases import WHATS, Settings
+    from kvbind.bench.kernels.speed import measured
     from kvbind.bench.tables.kernels import speed_grids
     from kvbind.inner.systems import RUNGS
 

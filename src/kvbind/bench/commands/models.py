@@ -26,7 +26,9 @@ def command(
     Every row gets a measurement of both first; the other ways, compiled ones last, have what time is left. The same command
     with --resume measures those that had none.
     """
-    from kvbind.bench.models.beside_peers import PARTS, SIZES, main, model_grids
+    from kvbind.bench.models.beside_peers import main
+    from kvbind.bench.models.plans import PARTS, SIZES
+    from kvbind.bench.tables.models import model_grids
     from kvbind.inner.value import check_choice
 
     check_choice("sizes", sizes, tuple(SIZES))

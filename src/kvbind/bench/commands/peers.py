@@ -25,7 +25,8 @@ def command(
 ) -> None:
     """Time `ttt` beside what a user would run instead: compiled PyTorch for every rung, flash-linear-attention by token."""
     from kvbind.bench.harness.operands import Size
-    from kvbind.bench.kernels.peers import measured, peer_grids, plan
+    from kvbind.bench.kernels.peers import measured, plan
+    from kvbind.bench.tables.peers import peer_grids
     from kvbind.inner.systems import RUNGS
 
     rows = [row for row in plan(tuple(RUNGS), Size(1, tokens, heads, width), chunk) if only in row.name]

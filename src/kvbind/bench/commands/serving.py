@@ -28,7 +28,8 @@ def command(
     from kvbind.serving.command import check_installed
 
     check_installed("kvbind bench serving")
-    from kvbind.bench.models.serving import Load, bench_serving, serving_grid
+    from kvbind.bench.models.serving import Load, bench_serving
+    from kvbind.bench.tables.serving import serving_grid
 
     place, load = open_device(device), Load(requests, prompt, answer, rate, running, step)
     if dtype == "auto":

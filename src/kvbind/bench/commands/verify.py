@@ -26,7 +26,7 @@ def command(
 
     Exits with code 1 where a case fails or was not run; of operators, also where no kernel runs on the device at all.
     """
-    from kvbind.bench.tables.kernels import promises_grid, summary_grid, verify_grid
+    from kvbind.bench.tables.verify import promises_grid, summary_grid, verify_grid
     from kvbind.bench.verify.operators import DTYPES, verified
     from kvbind.bench.verify.promises import kept_promises
 

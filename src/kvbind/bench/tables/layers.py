@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kvbind.bench.kernels.profiles import short
-from kvbind.bench.tables.kernels import Grid
+from kvbind.bench.harness.profiler import short
+from kvbind.bench.tables.grid import Grid
 
 LEAST_SHARE = 0.02
 """Of a step's time, for a kernel to be listed."""

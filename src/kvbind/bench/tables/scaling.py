@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from kvbind.bench.tables.kernels import Grid
+from kvbind.bench.tables.grid import Grid
 from kvbind.hardware import peak_flops
 
 Row = Mapping[str, Any]

@@ -67,6 +67,6 @@ def bench_compile(rungs: tuple[str, ...], config: dict[str, Any], *, limit: floa
             with tempfile.TemporaryDirectory() as folder:
                 empty = {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
                 try:
-                    yield row | in_fresh_process("compiled_step", row | config, empty, limit)
+                    yield row | in_fresh_process(compiled_step, row | config, empty, limit)
                 except (TookTooLongError, RuntimeError) as problem:
                     yield row | {"error": str(problem)}

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from kvbind.bench.harness.record import OUT_OF_TIME, growing, provenance, save
 from kvbind.bench.harness.timing import now
-from kvbind.bench.tables.kernels import Grid
 from kvbind.inner.systems import ladder
 from kvbind.kernels import graphs as inner_graphs
 from kvbind.models import PRESETS, LactCache, LactConfig, LactForCausalLM, lact_nvs, vittt
@@ -383,45 +382,6 @@ def measured(device: torch.device, chosen: Iterable[Case], seconds: float, budge
         yield row
 
 
-def line_of(row: dict[str, Any]) -> str:
-    """A row in one line of text, and one for everything that was said or has failed."""
-    parts, told = [f"{row['name']:18}"], []
-    for how in ("on", "off"):
-        found = row.get(how, {})
-        if "per_second" in found:
-            peak = "" if found["peak_bytes"] is None else f", {found['peak_bytes'] / 2**30:.1f} GiB"
-            graphs = f", {found['captured']} graphs, capture {found['capture_seconds']:.2f} s" if how == "on" else ""
-            speed = f"{found['per_second']:,.0f} {row['unit']}/s"
-            parts.append(f"{how}: {speed}, first {found['first_seconds']:.1f} s{graphs}{peak}, loss {found['loss']:.5f}")
-        told += [f"    {how}: {x}" for x in (*found.get("said", ()), *([found["failed"]] if "failed" in found else []))]
-    same = row.get("same", {})
-    if "relative" in same:
-        parts.append("same: " + ", ".join(f"{name} {x:.1e}" for name, x in same["relative"].items()))
-    told += [
-        f"    same: {x}" for x in (*dict.fromkeys(same.get("said", ())), *([same["failed"]] if "failed" in same else []))
-    ]
-    if "skipped" in row:
-        parts.append(row["skipped"])
-    return "\n".join([" | ".join(parts), *told])
-
-
-def step_grid(record: dict[str, Any]) -> Grid:
-    """Speed of replayed and of eager steps, seconds of a capture, and peak memory."""
-
-    def cells(row: dict[str, Any]) -> tuple[str, ...]:
-        on, off = row["on"], row.get("off") or {}
-        eager = off.get("per_second")
-        return (
-            row["name"], row["unit"], f"{on['per_second']:,.0f}", "-" if eager is None else f"{eager:,.0f}",
-            "-" if eager is None else f"{on['per_second'] / eager:.2f}", f"{on['capture_seconds']:.1f}",
-            f"{on['peak_bytes'] / 2**30:.1f}",
-        )  # fmt: skip
-
-    header = ("model", "unit", "replayed /s", "eager /s", "x", "capture s", "peak GiB")
-    rows = tuple(cells(row) for row in record["rows"] if "per_second" in row.get("on", {}))
-    return Grid("steps", "Training steps as CUDA graphs and eager, bfloat16 autocast, AdamW", header, rows)
-
-
 def main(
     out: str | Path | None = None,
     device: str = "auto",
@@ -454,3 +414,25 @@ def main(
         if record["rows"]:
             print(line_of(record["rows"][-1]), flush=True)
     return record
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row in one line of text, and one for everything that was said or has failed."""
+    parts, told = [f"{row['name']:18}"], []
+    for how in ("on", "off"):
+        found = row.get(how, {})
+        if "per_second" in found:
+            peak = "" if found["peak_bytes"] is None else f", {found['peak_bytes'] / 2**30:.1f} GiB"
+            graphs = f", {found['captured']} graphs, capture {found['capture_seconds']:.2f} s" if how == "on" else ""
+            speed = f"{found['per_second']:,.0f} {row['unit']}/s"
+            parts.append(f"{how}: {speed}, first {found['first_seconds']:.1f} s{graphs}{peak}, loss {found['loss']:.5f}")
+        told += [f"    {how}: {x}" for x in (*found.get("said", ()), *([found["failed"]] if "failed" in found else []))]
+    same = row.get("same", {})
+    if "relative" in same:
+        parts.append("same: " + ", ".join(f"{name} {x:.1e}" for name, x in same["relative"].items()))
+    told += [
+        f"    same: {x}" for x in (*dict.fromkeys(same.get("said", ())), *([same["failed"]] if "failed" in same else []))
+    ]
+    if "skipped" in row:
+        parts.append(row["skipped"])
+    return "\n".join([" | ".join(parts), *told])

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvbind.bench.harness.profiler import launches, summary
 from kvbind.bench.harness.timing import now
-from kvbind.bench.kernels.profiles import launches, summary
 from kvbind.inner.spec import InnerLoop
 from kvbind.models import PRESETS, LactConfig, LactForCausalLM
 from kvbind.precision import matmul_precision

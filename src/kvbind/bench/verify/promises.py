@@ -22,7 +22,7 @@ from kvbind.bench.harness.device_time import first_line
 from kvbind.bench.harness.kernel_switch import operators_of
 from kvbind.bench.harness.process_pool import spread
 from kvbind.bench.harness.record import OUT_OF_TIME, growing, provenance
-from kvbind.bench.kernels.speed import release
+from kvbind.bench.harness.timing import release
 from kvbind.inner import systems
 from kvbind.inner.spec import InnerLoop
 from kvbind.precision import matmul_precision
