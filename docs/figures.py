@@ -11,7 +11,7 @@ from matplotlib.ticker import FormatStrFormatter, FuncFormatter, LogLocator
 
 import kvbind
 from kvbind import InnerLoop, Linear
-from kvbind.bench.generation import decoding_rows
+from kvbind.bench.tables.decoding import decoding_rows
 from kvbind.experiments.figures import BLUE, GREEN, ORANGE, RED, figure
 from kvbind.hardware import ACCELERATORS
 

@@ -13,15 +13,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvbind.bench.generation import decoding_grid
-from kvbind.bench.graphs import step_grid as replayed_grid
-from kvbind.bench.kernel_tables import Grid, profile_grid, speed_grids, summary_grid, verify_grid
-from kvbind.bench.layer_tables import layer_grid, step_grids
-from kvbind.bench.models import model_grids
-from kvbind.bench.peers import peer_grids, short_grid
-from kvbind.bench.record import answered
-from kvbind.bench.scaling_tables import scaling_grids
-from kvbind.bench.serving import served_grid, serving_grid, size_grid
+from kvbind.bench.harness.record import answered
+from kvbind.bench.tables.cuda_graphs import step_grid as replayed_grid
+from kvbind.bench.tables.decoding import decoding_grid
+from kvbind.bench.tables.grid import Grid
+from kvbind.bench.tables.kernels import profile_grid, speed_grids
+from kvbind.bench.tables.layers import layer_grid, step_grids
+from kvbind.bench.tables.models import model_grids
+from kvbind.bench.tables.peers import peer_grids, short_grid
+from kvbind.bench.tables.scaling import scaling_grids
+from kvbind.bench.tables.serving import served_grid, serving_grid, size_grid
+from kvbind.bench.tables.verify import summary_grid, verify_grid
 from kvbind.experiments.page.parts import STATES
 from kvbind.experiments.page.tables import read_outcome
 from kvbind.experiments.table_text import as_grid, describe, quality_columns, row_names, speed_columns

@@ -16,7 +16,7 @@ import hypothesis
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from kvbind.bench.record import provenance, save
+from kvbind.bench.harness.record import provenance, save
 from properties import PROPERTIES, cases
 
 

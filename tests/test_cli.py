@@ -8,7 +8,8 @@ import pytest
 
 import kvbind
 import kvbind.models.lact_nvs
-from kvbind.cli import main, sources
+from kvbind.cli import main
+from kvbind.cli.commands.reproduce import sources
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.tasks import TASKS, open_task_module
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import kvbind
-from kvbind.cli import run_and_rest
+from kvbind.cli.arguments import run_and_rest
 from kvbind.experiments.runs import open_run
 from kvbind.screen import Screen
 from kvbind.train import latest_checkpoint
@@ -231,7 +231,7 @@ def test_tables_fit_narrow_terminals(run, monkeypatch, columns):
 def test_systems_are_a_line_each_below_their_family(run, monkeypatch, columns):
     whole = run("systems")[1]
     assert "no token lr, erase, writes 2\n" in whole
-    monkeypatch.setattr("kvbind.cli.console", lambda: Screen(width=columns, force_terminal=True, color_system=None))
+    monkeypatch.setattr("kvbind.cli.output.console", lambda: Screen(width=columns, force_terminal=True, color_system=None))
     code, out, _ = run("systems")
     assert code == 0
     lines = out.splitlines()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvbind.bench.attention import bench_attention
+from kvbind.bench.layers.window_attention import bench_attention
 from kvbind.cli import app
 from kvbind.layers import window_attention as module
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvbind.bench.accuracy import bench_accuracy
 from kvbind.bench.app import app
-from kvbind.bench.generation import decoding_grid, decoding_rows
-from kvbind.bench.operands import Size
-from kvbind.bench.timing import peak_bytes
+from kvbind.bench.harness.operands import Size
+from kvbind.bench.harness.timing import peak_bytes
+from kvbind.bench.tables.decoding import decoding_grid, decoding_rows
+from kvbind.bench.verify.accuracy import bench_accuracy
 
 # the bounds of docs/accuracy.md
 BOUNDS = {("float32", "float32"): 3e-6, ("bfloat16", "float32"): 4e-3, ("bfloat16", "bfloat16"): 5e-2}

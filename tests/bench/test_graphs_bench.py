@@ -3,26 +3,26 @@ import math
 import torch
 from torch import nn
 
-from kvbind.bench import graphs
+from kvbind.bench.training import cuda_graphs
 
 
 def test_both_kinds_of_steps_are_timed_and_what_fails_is_told(monkeypatch, tmp_path, capsys):
-    plain = graphs.cases
+    plain = cuda_graphs.cases
 
     def some(sizes):
         for case in plain(sizes):
             if "rung6" in case.name or "nvs" in case.name:
                 yield case
 
-    monkeypatch.setattr(graphs, "cases", some)
+    monkeypatch.setattr(cuda_graphs, "cases", some)
 
-    def fails(case, device, how, seconds, plain=graphs.speed):
+    def fails(case, device, how, seconds, plain=cuda_graphs.speed):
         if how == "off" and "nvs" in case.name:
             raise RuntimeError("no room")
         return plain(case, device, how, seconds)
 
-    monkeypatch.setattr(graphs, "speed", fails)
-    record = graphs.main(tmp_path / "a.json", "cpu", sizes="tiny", seconds=0.0)
+    monkeypatch.setattr(cuda_graphs, "speed", fails)
+    record = cuda_graphs.main(tmp_path / "a.json", "cpu", sizes="tiny", seconds=0.0)
     language, views = record["rows"]
     assert record["complete"]
     assert language["on"]["captured"] == 1
@@ -42,17 +42,17 @@ def test_compared_losses_are_those_of_whole_runs_and_of_runs_that_changed_their_
     def build():
         return nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.1))
 
-    case = graphs.Case(
+    case = cuda_graphs.Case(
         "toy", "rows", 4, build, draw, lambda model, batch: model(batch["x"]).square().mean(), lambda _: [], 35
     )
-    found = graphs.compare(case, torch.device("cpu"))
+    found = cuda_graphs.compare(case, torch.device("cpu"))
     assert found["steps"] == 35
     assert found["relative"] == {"replayed": 0.0, "eager_then_replayed": 0.0, "replayed_then_eager": 0.0}
     assert not found["said"]
 
 
 def test_what_has_no_time_says_so():
-    record = graphs.main(None, "cpu", sizes="tiny", budget=0.0, only="rung6")
+    record = cuda_graphs.main(None, "cpu", sizes="tiny", budget=0.0, only="rung6")
     (row,) = record["rows"]
     assert row["skipped"] == "no time left"
     assert not record["complete"]

@@ -7,11 +7,11 @@ import torch
 from typer.testing import CliRunner
 
 from kvbind import systems
-from kvbind.bench import compiling
-from kvbind.bench.accuracy import with_precision
 from kvbind.bench.app import app
-from kvbind.bench.growth import bench_growth, factor, wide_updates
-from kvbind.bench.operands import Operands, Size
+from kvbind.bench.harness.operands import Operands, Size
+from kvbind.bench.training import compile_time
+from kvbind.bench.verify.accuracy import with_precision
+from kvbind.bench.verify.growth import bench_growth, factor, wide_updates
 
 SIZE = Size(1, 20 * 16, 1, 16)
 
@@ -50,23 +50,23 @@ def test_the_commands_write_records(tmp_path, monkeypatch):
     asked = []
 
     def quick(job, fields, environment, limit):
-        asked.append((job, fields["rung"], fields["way"], environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"]))
+        asked.append((job.__name__, fields["rung"], fields["way"], environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"]))
         if fields["way"] == "blocks":
-            raise compiling.TookTooLongError("no result after 5 s")
+            raise compile_time.TookTooLongError("no result after 5 s")
         times = dict.fromkeys(("first_seconds", "processor_seconds", "again_seconds", "new_length_seconds"), 1.0)
         return {**times, "graphs": 1, "nodes": 2}
 
-    monkeypatch.setattr(compiling, "in_fresh_process", quick)
+    monkeypatch.setattr(compile_time, "in_fresh_process", quick)
     out = tmp_path / "compile.json"
     result = CliRunner().invoke(app, ["compile", "--rungs", "2", "--device", "cpu", "--out", str(out)])
     assert result.exit_code == 0, result.output
-    assert asked == [("compiled_step", "rung2", way, "1") for way in compiling.WAYS]
+    assert asked == [("compiled_step", "rung2", way, "1") for way in compile_time.WAYS]
     record = json.loads(out.read_text())
     assert [row.get("error") for row in record["rows"]] == [None, "no result after 5 s"]
 
 
 def test_a_compiled_step_is_timed():
     config = {"rung": "rung2", "way": "blocks", "layers": 1, "width": 8, "chunk": 4, "tokens": 9, "device": "cpu"}
-    found = compiling.compiled_step(config, backend="eager")
+    found = compile_time.compiled_step(config, backend="eager")
     assert found["graphs"] == 2
     assert found["first_seconds"] > 0

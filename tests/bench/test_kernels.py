@@ -10,24 +10,30 @@ import torch
 from typer.testing import CliRunner
 
 from kvbind import NewtonSchulz, systems
-from kvbind.bench import fresh, kernels, profiles, verify
 from kvbind.bench.app import app
-from kvbind.bench.ceilings import Ceilings, attention_work, forward_work, training_work
-from kvbind.bench.events import duration
-from kvbind.bench.fresh import TookTooLongError, in_fresh_process
-from kvbind.bench.goals import CHUNK, GOALS, SIZE, TOKEN_PEERS, goal_of
-from kvbind.bench.kernel_tables import speed_grids, summary_grid, verify_grid
-from kvbind.bench.kernels import WHATS, Case, Settings, bench_kernels, plan, with_rates
-from kvbind.bench.leaves import draw_leaves, in_precision, run
-from kvbind.bench.operands import Size
-from kvbind.bench.pieces import Piece
-from kvbind.bench.switch import VARIABLE, operators_of, without_kernels
+from kvbind.bench.harness import fla_tuning, profiler
+from kvbind.bench.harness.ceilings import Ceilings, attention_work, forward_work, training_work
+from kvbind.bench.harness.device_time import duration
+from kvbind.bench.harness.fresh_process import TookTooLongError, in_fresh_process
+from kvbind.bench.harness.kernel_switch import VARIABLE, operators_of, without_kernels
+from kvbind.bench.harness.named_operands import draw_leaves, in_precision, run
+from kvbind.bench.harness.operands import Size
+from kvbind.bench.kernels import measure, own_processes, profiles, speed
+from kvbind.bench.kernels.cases import WHATS, Case, Settings, plan
+from kvbind.bench.kernels.goals import CHUNK, GOALS, SIZE, TOKEN_PEERS, goal_of
+from kvbind.bench.kernels.speed import bench_kernels, with_rates
+from kvbind.bench.layers.operators import Piece
+from kvbind.bench.tables.kernels import speed_grids
+from kvbind.bench.tables.verify import summary_grid, verify_grid
+from kvbind.bench.verify import operators
+from kvbind.bench.verify.cases import FULL, SMALL
+from kvbind.bench.verify.cases import cases as verify_cases
 from kvbind.kernels.common import has_triton, interpreted
 
 CPU = torch.device("cpu")
 H100 = Ceilings(matmul_flops=700e12, matmul_size=8192, dtype="bfloat16", copy_bytes=3.0e12)
 TINY = Settings(Size(1, 32, 1, 12), 8, "float32", ("rung0", "rung2"))
-SMALL_CASES = {case.name: case for case in verify.cases(verify.SMALL)}
+SMALL_CASES = {case.name: case for case in verify_cases(SMALL)}
 
 
 def tiny(name="rung2", by="kvbind", form="parallel", **fields):
@@ -160,7 +166,7 @@ def test_kernels_are_off_inside_and_as_before_outside(monkeypatch, before):
 
 
 def test_one_case_that_fails_does_not_stop_the_others(monkeypatch):
-    works = kernels.works
+    works = measure.works
 
     def failing(case, device):
         if case.name == "rung3":
@@ -172,7 +178,7 @@ def test_one_case_that_fails_does_not_stop_the_others(monkeypatch):
 
         return forward, memory if case.name == "rung6" else training, facts
 
-    monkeypatch.setattr(kernels, "works", failing)
+    monkeypatch.setattr(measure, "works", failing)
     cases = [tiny("rung3"), tiny("rung6"), tiny("rung2")]
     lost, half, whole = bench_kernels(cases, H100, CPU, seconds=0)
     assert lost["error"] == "RuntimeError: no such kernel"
@@ -185,14 +191,14 @@ def test_one_case_that_fails_does_not_stop_the_others(monkeypatch):
 
 def test_without_kernels_means_the_switch_is_off_while_measuring(monkeypatch):
     seen = {}
-    works = kernels.works
+    works = measure.works
 
     def watched(case, device):
         seen[case.by] = os.environ.get(VARIABLE)
         return works(case, device)
 
     monkeypatch.setenv(VARIABLE, "1")
-    monkeypatch.setattr(kernels, "works", watched)
+    monkeypatch.setattr(measure, "works", watched)
     list(bench_kernels([tiny(by="kvbind"), tiny(by="pytorch")], H100, CPU, seconds=0))
     assert seen == {"kvbind": "1", "pytorch": "0"}
 
@@ -205,8 +211,8 @@ def test_softmax_attention_takes_the_next_width_that_the_backend_supports(monkey
             raise RuntimeError("head width")
         return whole(q, k, v, **options)
 
-    monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", narrow)
-    row = kernels.measure(tiny("softmax_attention", "sdpa", "auto", heads=2, width=24), CPU, 0)
+    monkeypatch.setattr(measure.F, "scaled_dot_product_attention", narrow)
+    row = measure.measure(tiny("softmax_attention", "sdpa", "auto", heads=2, width=24), CPU, 0)
     assert (row["heads"], row["width"], row["refused_widths"]) == (3, 16, [24])
     assert row["forward"]["seconds"] > 0
 
@@ -273,7 +279,7 @@ def test_mistakes_are_named(words, message):
 
 def test_first_calls_are_timed_in_a_fresh_process():
     case = asdict(tiny("rung6", tokens=64))
-    result = in_fresh_process("first_calls", {"case": case, "device": "cpu"}, {"OMP_NUM_THREADS": "1"}, 120)
+    result = in_fresh_process(own_processes.first_calls, {"case": case, "device": "cpu"}, {"OMP_NUM_THREADS": "1"}, 120)
     assert result["again_seconds"] > 0
     assert result["first_seconds"] > 0
     assert set(result["new_length_seconds"]) == {"72", "69", "63"}
@@ -281,19 +287,19 @@ def test_first_calls_are_timed_in_a_fresh_process():
 
 def test_a_job_that_takes_too_long_is_ended_and_one_that_fails_says_why():
     with pytest.raises(TookTooLongError, match="no result after 0 s"):
-        in_fresh_process("first_calls", {"case": asdict(tiny()), "device": "cpu"}, {}, 0.05)
-    with pytest.raises(RuntimeError, match="KeyError: 'unheard of'"):
-        in_fresh_process("unheard of", {}, {}, 60)
+        in_fresh_process(own_processes.first_calls, {"case": asdict(tiny()), "device": "cpu"}, {}, 0.05)
+    with pytest.raises(RuntimeError, match="KeyError: 'case'"):
+        in_fresh_process(own_processes.first_calls, {}, {}, 60)
 
 
 def test_whatever_may_compile_for_long_has_a_process_and_a_limit_of_its_own(monkeypatch):
     asked = []
 
     def refuse(job, fields, environment, limit):
-        asked.append((job, fields["case"]["by"], limit))
+        asked.append((job.__name__, fields["case"]["by"], limit))
         raise TookTooLongError("no result after 7 s")
 
-    monkeypatch.setattr(kernels, "in_fresh_process", refuse)
+    monkeypatch.setattr(speed, "in_fresh_process", refuse)
     cases = [tiny(by="fla"), tiny(by="compiled"), replace(tiny(), what="first")]
     rows = list(bench_kernels(cases, H100, CPU, compile_limit=7.0))
     assert asked == [("measured", "fla", 7.0), ("measured", "compiled", 7.0), ("first_calls", "kvbind", 7.0)]
@@ -313,7 +319,7 @@ def test_configurations_are_compiled_together_before_an_autotuner_chooses(monkey
     done: list[tuple] = []
     monkeypatch.setattr(Autotuner, "run", lambda self, *args, **kwargs: done.append(("run", rehearsing(), args, kwargs)))
     before, choices = Autotuner.run, Choices()
-    with fresh.compiling_configurations():
+    with fla_tuning.compiling_configurations():
         for x in (1, 2):
             Autotuner.run(choices, x, grid=(4,), warmup=False)
     assert Autotuner.run is before
@@ -325,10 +331,10 @@ def test_configurations_are_compiled_together_before_an_autotuner_chooses(monkey
 def test_kernels_of_pytorch_have_short_names():
     inside = "at::native::(anonymous namespace)::"
     assert (
-        profiles.short(f"void {inside}multi_tensor_apply_kernel<{inside}Copy<2>>({inside}Copy<2>)")
+        profiler.short(f"void {inside}multi_tensor_apply_kernel<{inside}Copy<2>>({inside}Copy<2>)")
         == "multi_tensor_apply_kernel"
     )
-    assert profiles.short("_product_kernel") == "_product_kernel"
+    assert profiler.short("_product_kernel") == "_product_kernel"
 
 
 # the tables
@@ -404,7 +410,7 @@ def test_a_profile_sums_launches_by_kernel_and_shows_those_that_take_longest(doc
         event("void at::native::elementwise_kernel<128, float>(int, float)", 30, [7, 1, 1]),
         {"name": "Memset (Device)", "dur": 2, "args": {}},
     ]
-    found = profiles.summary(events, 2)
+    found = profiler.summary(events, 2)
     assert found["device_ms"] == pytest.approx(0.316)
     assert found["launches"] == 2
     product, elementwise, fill = found["kernels"]
@@ -455,21 +461,21 @@ INTERPRETED = has_triton() and interpreted()
 PIECES = [name for name, case in SMALL_CASES.items() if isinstance(case, Piece)]
 
 
-@pytest.mark.parametrize("dtype", verify.DTYPES)
+@pytest.mark.parametrize("dtype", operators.DTYPES)
 @pytest.mark.parametrize("name", CHECKED)
 def test_the_pytorch_forms_keep_to_the_rules_for_kernels(name, dtype):
     with without_kernels():
-        row = verify.verify(SMALL_CASES[name], dtype, CPU)
+        row = operators.verify(SMALL_CASES[name], dtype, CPU)
     assert row["passed"], row["problems"]
     assert set(row["errors"]["gradients"]) >= {"q", "k", "v", "weights.out"}
     assert row["operators"] == ()
 
 
-@pytest.mark.parametrize("dtype", verify.DTYPES)
+@pytest.mark.parametrize("dtype", operators.DTYPES)
 @pytest.mark.parametrize("name", PIECES)
 def test_pieces_of_the_layer_keep_to_the_rules_with_kernels_and_without(name, dtype, monkeypatch):
     monkeypatch.setenv(VARIABLE, "force" if INTERPRETED else "0")
-    row = verify.verify(SMALL_CASES[name], dtype, CPU)
+    row = operators.verify(SMALL_CASES[name], dtype, CPU)
     assert row["passed"], row["problems"]
     assert set(row["errors"]["gradients"]) == set(SMALL_CASES[name].shapes)
     assert all(error < 0.02 for error in row["errors"]["gradients"].values())
@@ -482,14 +488,14 @@ def test_a_piece_of_the_layer_that_is_wrong_fails():
     def slipping(x, dtype):
         return tuple(y * (1 if dtype == torch.float64 else 1.03) for y in right.call(x, dtype))
 
-    problems = verify.verify(replace(right, call=slipping), "float32", CPU)["problems"]
+    problems = operators.verify(replace(right, call=slipping), "float32", CPU)["problems"]
     assert {problem.partition(":")[0] for problem in problems} == {"output", "gradient of gate", "gradient of up"}
 
 
-@pytest.mark.parametrize("dtype", verify.DTYPES)
+@pytest.mark.parametrize("dtype", operators.DTYPES)
 @pytest.mark.parametrize("wrong", ["output", "state", "pending", "gradient", "nan"])
 def test_a_kernel_that_is_wrong_somewhere_fails(monkeypatch, dtype, wrong):
-    exact = verify.ttt
+    exact = operators.ttt
 
     class Slip(torch.autograd.Function):
         @staticmethod
@@ -510,8 +516,8 @@ def test_a_kernel_that_is_wrong_somewhere_fails(monkeypatch, dtype, wrong):
         return {"output": 1.03 * y, "nan": y * float("nan")}.get(wrong, y), after
 
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(verify, "ttt", slipping)
-    row = verify.verify(SMALL_CASES["rung 6, ragged end, parallel"], dtype, CPU)
+    monkeypatch.setattr(operators, "ttt", slipping)
+    row = operators.verify(SMALL_CASES["rung 6, ragged end, parallel"], dtype, CPU)
     assert not row["passed"]
     named = {"pending": "norms and pending tokens", "gradient": "gradient of q", "nan": "output"}.get(wrong, wrong)
     assert any(problem.startswith(named) for problem in row["problems"]), row["problems"]
@@ -521,23 +527,23 @@ def test_a_kernel_that_is_wrong_somewhere_fails(monkeypatch, dtype, wrong):
 def test_the_twin_computes_in_the_precision_it_is_asked_for(form):
     spec = systems.ladder(systems.lact_llm(8))["rung3"].replace(orthogonalize=NewtonSchulz(dtype=torch.float32))
     leaves = in_precision(draw_leaves(spec, Size(1, 40, 2, 16), CPU), torch.float32, torch.float32)
-    given = verify.arguments(spec, leaves)
-    weights = verify.weights_of(leaves)
+    given = operators.arguments(spec, leaves)
+    weights = operators.weights_of(leaves)
     exact, _ = run(spec, leaves, form)
-    same, _ = verify.twin(torch.float32)(spec, weights, state=None, form=form, **given)
-    low, state = verify.twin(torch.bfloat16)(spec, weights, state=None, form=form, **given)
+    same, _ = operators.twin(torch.float32)(spec, weights, state=None, form=form, **given)
+    low, state = operators.twin(torch.bfloat16)(spec, weights, state=None, form=form, **given)
     assert (same - exact).norm() <= 1e-6 * exact.norm()
     assert (low - exact).norm() > 1e-3 * exact.norm()
     assert {x.dtype for x in state.tensors.values()} == {torch.bfloat16}
 
 
 def test_several_processes_verify_what_one_does():
-    places = {case.name: place for place, case in enumerate(verify.cases(verify.SMALL))}
+    places = {case.name: place for place, case in enumerate(verify_cases(SMALL))}
     chosen = [(places[name], "float32") for name in ("rung 6, packed sequences, parallel", "DeltaNet, parallel")]
     one, several = (
         {
             row["case"]: row
-            for row in verify.attempts(chosen, CPU, small=True, workers=workers, deadline=time.monotonic() + 120)
+            for row in operators.attempts(chosen, CPU, small=True, workers=workers, deadline=time.monotonic() + 120)
         }
         for workers in (1, 2)
     )
@@ -546,12 +552,12 @@ def test_several_processes_verify_what_one_does():
     for case, row in one.items():
         assert row["passed"] == several[case]["passed"]
         assert several[case]["errors"]["output"] < 1e-5
-    assert not list(verify.attempts(chosen, CPU, small=True, workers=1, deadline=0))
+    assert not list(operators.attempts(chosen, CPU, small=True, workers=1, deadline=0))
 
 
 def test_cases_cover_every_rung_visibility_network_and_way_to_call():
-    for scale in (verify.FULL, verify.SMALL):
-        listed = verify.cases(scale)
+    for scale in (FULL, SMALL):
+        listed = verify_cases(scale)
         assert len({case.name for case in listed}) == len(listed)
         pieces = [case for case in listed if isinstance(case, Piece)]
         assert {name for piece in pieces for name in piece.shapes} >= {"q", "fast", "gate", "delta", "stream"}
@@ -579,26 +585,26 @@ def test_verify_says_that_kernels_are_off_where_none_runs(tmp_path):
 
 
 def test_a_record_of_verify_has_its_rows_in_the_order_of_cases(monkeypatch):
-    monkeypatch.setattr(verify, "why_off", lambda device: None)
-    listed = verify.cases(verify.SMALL)
+    monkeypatch.setattr(operators, "why_off", lambda device: None)
+    listed = verify_cases(SMALL)
 
     def attempts(chosen, *args, **options):
-        return (verify.described(listed[index], dtype) for index, dtype in reversed(chosen))
+        return (operators.described(listed[index], dtype) for index, dtype in reversed(chosen))
 
-    monkeypatch.setattr(verify, "attempts", attempts)
-    records = list(verify.verified(CPU, dtypes=["float32"], small=True, only="rung 6, width"))
+    monkeypatch.setattr(operators, "attempts", attempts)
+    records = list(operators.verified(CPU, dtypes=["float32"], small=True, only="rung 6, width"))
     names = [case.name for case in listed if "rung 6, width" in case.name]
     assert [[row["case"] for row in record["rows"]] for record in records] == [names[n:] for n in range(len(names), -1, -1)]
     assert [record["complete"] for record in records] == [False] * len(names) + [True]
 
 
 def test_cases_are_verified_in_the_dtypes_that_they_ask_for_besides(monkeypatch):
-    monkeypatch.setattr(verify, "why_off", lambda device: None)
-    monkeypatch.setattr(verify, "interpreted", lambda: False)
-    monkeypatch.setattr(verify, "attempts", lambda chosen, *_, **__: iter(()))
+    monkeypatch.setattr(operators, "why_off", lambda device: None)
+    monkeypatch.setattr(operators, "interpreted", lambda: False)
+    monkeypatch.setattr(operators, "attempts", lambda chosen, *_, **__: iter(()))
 
     def planned(**options):
-        return next(verify.verified(CPU, small=True, only="equal chunks, rung 6, head", **options))["planned"]
+        return next(operators.verified(CPU, small=True, only="equal chunks, rung 6, head", **options))["planned"]
 
     assert planned() == 3
     assert planned(dtypes=["bfloat16"]) == 1
@@ -606,19 +612,19 @@ def test_cases_are_verified_in_the_dtypes_that_they_ask_for_besides(monkeypatch)
 
 def test_verify_refuses_a_name_that_no_case_has():
     with pytest.raises(ValueError, match="only must be part of a case's name"):
-        list(verify.verified(CPU, small=True, only="rung 9"))
+        list(operators.verified(CPU, small=True, only="rung 9"))
 
 
 def test_verify_reports_and_fails_on_the_first_wrong_case(monkeypatch, tmp_path):
-    monkeypatch.setattr(verify, "why_off", lambda device: None)
-    real = verify.verify
+    monkeypatch.setattr(operators, "why_off", lambda device: None)
+    real = operators.verify
 
     def some(case, dtype, device):
         if "parallel" in case.name:
             raise RuntimeError("a kernel that does not launch")
         return real(case, dtype, device)
 
-    monkeypatch.setattr(verify, "verify", some)
+    monkeypatch.setattr(operators, "verify", some)
     out = tmp_path / "verify.json"
     arguments = ["verify", "--small", "--only", "rung 6, width", "--device", "cpu", "--dtype", "float32", "--out", str(out)]
     with without_kernels():
@@ -636,11 +642,11 @@ def test_interpreted_kernels_keep_to_the_rules(monkeypatch):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs TRITON_INTERPRET=1")
     monkeypatch.setenv(VARIABLE, "force")
-    records = list(verify.verified(CPU, small=True, only="rung 6, batch 2, parallel"))
+    records = list(operators.verified(CPU, small=True, only="rung 6, batch 2, parallel"))
     assert [len(record["rows"]) for record in records] == [0, 1]
     (row,) = records[-1]["rows"]
     assert (row["dtype"], records[-1]["complete"]) == ("float32", True)
     assert row["operators"]
     assert row["passed"], row["problems"]
     with pytest.raises(ValueError, match="dtype must be float32 under TRITON_INTERPRET"):
-        list(verify.verified(CPU, dtypes=["bfloat16"], small=True))
+        list(operators.verified(CPU, dtypes=["bfloat16"], small=True))

@@ -5,9 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from kvbind.bench.layer import BY
-from kvbind.bench.layer_tables import step_grids
-from kvbind.bench.profiles import summary
+from kvbind.bench.harness.profiler import summary
+from kvbind.bench.layers.elementwise import BY
+from kvbind.bench.tables.layers import step_grids
 from kvbind.cli import app
 
 

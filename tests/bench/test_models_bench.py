@@ -10,9 +10,12 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from kvbind.bench import generation, graphs, models, softmax, timing
 from kvbind.bench.app import app
-from kvbind.bench.record import OUT_OF_TIME
+from kvbind.bench.harness import timing
+from kvbind.bench.harness.record import OUT_OF_TIME
+from kvbind.bench.models import beside_peers, decoding, plans, softmax_peers
+from kvbind.bench.tables.models import model_grids
+from kvbind.bench.training import cuda_graphs
 from kvbind.models import PRESETS, LactConfig, peers, vittt
 
 CPU = torch.device("cpu")
@@ -37,13 +40,13 @@ class Softmax(nn.Module):
 def quick(monkeypatch):
     """Without timm, without compilers; what was compiled."""
     compiled = []
-    monkeypatch.setattr(models, "vision_transformer", Softmax)
-    monkeypatch.setattr(softmax, "vision_transformer", Softmax)
+    monkeypatch.setattr(plans, "vision_transformer", Softmax)
+    monkeypatch.setattr(softmax_peers, "vision_transformer", Softmax)
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
-    monkeypatch.setattr(graphs, "FIRST", 5)
+    monkeypatch.setattr(cuda_graphs, "FIRST", 5)
     monkeypatch.setitem(vittt.SIZES, "vittt_tiny", {**vittt.SIZES["vittt_tiny"], "depth": 1})
-    monkeypatch.setattr(generation, "LEAST", 4)
-    monkeypatch.setattr(generation, "QUEUED", 2)
+    monkeypatch.setattr(decoding, "LEAST", 4)
+    monkeypatch.setattr(decoding, "QUEUED", 2)
     return compiled
 
 
@@ -56,7 +59,7 @@ def documentation():
 
 
 def measure(path, *parts):
-    return models.main(path, "cpu", parts, sizes="tiny", seconds=0.0)
+    return beside_peers.main(path, "cpu", parts, sizes="tiny", seconds=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,7 @@ def test_training_rows_have_ours_the_peers_best_and_every_way(quick, tmp_path):
                          "lact-nvs-training"}  # fmt: skip
     assert record["complete"]
     assert json.loads(path.read_text()) == record
-    training = [way for ways in models.WAYS.values() for way in ways.values()]
+    training = [way for ways in plans.WAYS.values() for way in ways.values()]
     for name, row in rows.items():
         assert set(row) >= KEYS
         assert row["higher_is_better"]
@@ -91,7 +94,7 @@ def test_training_rows_have_ours_the_peers_best_and_every_way(quick, tmp_path):
     # three rungs have one peer
     assert len({row["peer"] for name, row in rows.items() if "tinier" in name}) == 1
     assert {"LlamaDecoderLayer", "LlamaForCausalLM", "LactNvsBlock", "FullAttentionNvs", "Softmax"} <= set(quick)
-    (table,) = models.model_grids(record)
+    (table,) = model_grids(record)
     assert [line[0] for line in table.rows] == list(rows)
     # a page draws it from the file
     page = documentation().fill("<!-- table: models.json models -->\n<!-- end -->", tmp_path)
@@ -118,7 +121,7 @@ def test_decoding_rows_say_how_long_the_slowest_token_takes_and_what_the_cache_h
     # keys and values of the prompt, of every layer, in float32
     held = 2 * 4 * config.num_hidden_layers * config.hidden_size
     assert one["peer_ways"]["dynamic"]["cache_bytes"] == held * (one["peer_ways"]["dynamic"]["prompt"] + 1 + 8 + 2)
-    _, table = models.model_grids(record)
+    _, table = model_grids(record)
     assert [line[0] for line in table.rows].count("LaCT, rung 2, graphs") == 2
 
 
@@ -137,21 +140,21 @@ def test_the_command_goes_on_where_an_earlier_one_ran_out_of_time(quick, tmp_pat
     assert record["complete"]
     assert "skipped" not in row
     # what is answered stays, other parts are added
-    monkeypatch.setattr(graphs, "speed", lambda *_: pytest.fail("was measured"))
-    again = models.main(path, "cpu", "decode,views", sizes="tiny", seconds=0.0, resume=True)
+    monkeypatch.setattr(cuda_graphs, "speed", lambda *_: pytest.fail("was measured"))
+    again = beside_peers.main(path, "cpu", "decode,views", sizes="tiny", seconds=0.0, resume=True)
     assert next(x for x in again["rows"] if x["part"] == "views") == row
     assert len(again["rows"]) == 3
 
 
 def test_an_unknown_part_or_size_is_named():
     with pytest.raises(ValueError, match=r"what must be of language, .*; got 'small,big'"):
-        models.main(None, "cpu", "small,big")
+        beside_peers.main(None, "cpu", "small,big")
     with pytest.raises(ValueError, match="sizes must be one of full, tiny; got 'huge'"):
-        models.main(None, "cpu", "small", sizes="huge")
+        beside_peers.main(None, "cpu", "small", sizes="huge")
 
 
 def test_full_rows_are_named_as_the_documentation_does():
-    rows, jobs = models.plan(models.PARTS, models.SIZES["full"], CPU, 0.0)
+    rows, jobs = plans.plan(plans.PARTS, plans.SIZES["full"], CPU, 0.0)
     assert [row.name for row in rows] == [
         "lact-760m-rung0", "lact-760m-rung2", "lact-760m-rung6", "lact-30m-rung0", "lact-30m-rung2", "lact-30m-rung6",
         "vittt-b-training", "vittt-b-forward", "lact-nvs-training", "decode-760m-batch1-ms", "decode-760m-batch64",
@@ -163,7 +166,7 @@ def test_full_rows_are_named_as_the_documentation_does():
 
 
 def job(name, work, **fields):
-    return models.Job((name,), fields.pop("side", "ours"), ("only",), work, **fields)
+    return plans.Job((name,), fields.pop("side", "ours"), ("only",), work, **fields)
 
 
 def test_every_row_is_measured_before_any_has_a_second_way_and_time_is_shared_by_weight():
@@ -180,7 +183,7 @@ def test_every_row_is_measured_before_any_has_a_second_way_and_time_is_shared_by
     jobs = [job("slow", work("slow"), first=False, limit=5.0), job("more", work("more"), first=False),
             job("a", work("a")), job("b", work("b"), weight=3.0)]  # fmt: skip
     results = {}
-    assert [x.rows[0] for x in models.done(jobs, 100.0, results)] == order == ["a", "b", "more", "slow"]
+    assert [x.rows[0] for x in beside_peers.done(jobs, 100.0, results)] == order == ["a", "b", "more", "slow"]
     assert shares["a"] == pytest.approx(25.0, rel=0.05)
     assert shares["b"] == pytest.approx(100.0, rel=0.05)
     assert all(found["only"]["value"] == 1.0 for found in results.values())
@@ -198,24 +201,24 @@ def test_what_fails_or_takes_too_long_is_told_and_stops_nothing():
 
     jobs = [job("fails", fails), job("hangs", hangs, limit=0.05), job("works", lambda share: {"only": {"value": 2.0}})]
     results = {}
-    assert len(list(models.done(jobs, 100.0, results))) == 3
+    assert len(list(beside_peers.done(jobs, 100.0, results))) == 3
     assert results["fails", "ours"] == {"only": {"failed": "RuntimeError: no room"}}
     assert results["hangs", "ours"] == {"only": {"failed": "given up after 0 s"}}
     assert results["works", "ours"] == {"only": {"value": 2.0}}
     # of what the whole budget cut short, nothing is known
     results = {}
-    assert list(models.done([job("hangs", hangs)], 0.05, results))
+    assert list(beside_peers.done([job("hangs", hangs)], 0.05, results))
     assert results["hangs", "ours"] == {"only": {"skipped": OUT_OF_TIME}}
-    row = models.Row("fails", "views", "ms", "nothing", higher=False)
-    found = models.row_of(row, {("fails", "ours"): {"only": {"failed": "no room"}}}, None)
+    row = plans.Row("fails", "views", "ms", "nothing", higher=False)
+    found = beside_peers.row_of(row, {("fails", "ours"): {"only": {"failed": "no room"}}}, None)
     assert (found["ours"], found["ratio"], found["skipped"]) == (None, None, OUT_OF_TIME)
 
 
 def test_utilization_is_that_of_the_better_way():
-    row = models.Row("a", "small", "tokens/s", "b", flops=2.0)
+    row = plans.Row("a", "small", "tokens/s", "b", flops=2.0)
     ways = {("a", "ours"): {"graphs": {"value": 30.0, "peak_bytes": 7}, "eager": {"value": 10.0, "peak_bytes": 5}},
             ("a", "peer"): {"eager": {"value": 15.0}}}  # fmt: skip
-    found = models.row_of(row, ways, 100.0)
+    found = beside_peers.row_of(row, ways, 100.0)
     assert (found["mfu"], found["ratio"], found["peak_bytes"]) == (0.6, 2.0, 7)
     assert (found["graphs_on"], found["graphs_off"], found["ours_by"]) == (30.0, 10.0, "graphs")
 
@@ -235,8 +238,8 @@ def test_llama_decodes_the_tokens_that_it_would_give_without_a_cache(llama):
     for _ in range(4):
         expected = torch.cat([expected, llama(expected, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     for room in (None, 16):
-        cache, logits = generation.read_llama(llama, ids, room)
-        one_more, token = generation.llama_tokens(llama, cache, logits, ids.shape[1], room)
+        cache, logits = decoding.read_llama(llama, ids, room)
+        one_more, token = decoding.llama_tokens(llama, cache, logits, ids.shape[1], room)
         found = [token.clone()]
         for _ in range(3):
             one_more()
@@ -259,8 +262,10 @@ def test_llama_is_causal_without_a_mask_and_of_the_same_size(llama):
 
 
 def test_steps_of_a_peer_learn_alike_with_and_without_graphs(quick):
-    case = graphs.language("a", "tiny", "rung6", 32, 1, 256)
-    found = softmax.training(softmax.language(case, LactConfig(**PRESETS["tiny"])), CPU, 0.0, ways=("eager", "graphs"))
-    again = softmax.training(softmax.language(case, LactConfig(**PRESETS["tiny"])), CPU, 0.0, ways=("graphs",))
+    case = cuda_graphs.language("a", "tiny", "rung6", 32, 1, 256)
+    found = softmax_peers.training(
+        softmax_peers.language(case, LactConfig(**PRESETS["tiny"])), CPU, 0.0, ways=("eager", "graphs")
+    )
+    again = softmax_peers.training(softmax_peers.language(case, LactConfig(**PRESETS["tiny"])), CPU, 0.0, ways=("graphs",))
     assert found["eager"]["loss"] == pytest.approx(again["graphs"]["loss"], rel=1e-4)
     assert found["graphs"]["loss"] < found["eager"]["loss"]

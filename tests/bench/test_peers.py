@@ -9,12 +9,13 @@ from typer.testing import CliRunner
 
 from fla_stand_in import StandIn
 from kvbind import NewtonSchulz, systems
-from kvbind.bench import peers
 from kvbind.bench.app import app
-from kvbind.bench.ceilings import Ceilings
-from kvbind.bench.goals import SIZE
-from kvbind.bench.leaves import LAYOUTS, draw_leaves, in_precision, laid_out, run
-from kvbind.bench.operands import Size
+from kvbind.bench.harness.ceilings import Ceilings
+from kvbind.bench.harness.named_operands import LAYOUTS, draw_leaves, in_precision, laid_out, run
+from kvbind.bench.harness.operands import Size
+from kvbind.bench.kernels import peers
+from kvbind.bench.kernels.goals import SIZE
+from kvbind.bench.tables.peers import peer_grids
 from kvbind.forms import fla
 from kvbind.inner.systems import RUNGS
 
@@ -195,7 +196,7 @@ def test_tables_set_ours_beside_the_peers_and_show_what_is_missing():
         "goal": None,
     }
     host = whole | {"name": "host-rung6", "ours_host_us": 61.4, "peer_host_us": 80.0}
-    grids = peers.peer_grids({"rows": [row | peers.ratios(row) for row in (whole, partial, host)]})
+    grids = peer_grids({"rows": [row | peers.ratios(row) for row in (whole, partial, host)]})
     table, small = grids
     cells = dict(zip(table.header, table.rows[0], strict=True))
     assert cells["x plain"] == cells["x graph"] == "2.00"

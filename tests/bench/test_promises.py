@@ -4,8 +4,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvbind.bench import promises
 from kvbind.bench.app import app
+from kvbind.bench.verify import promises
 
 CPU = torch.device("cpu")
 CASES = {promise.name: promise for promise in promises.promises()}

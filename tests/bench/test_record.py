@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbind.bench import app
-from kvbind.bench.record import OUT_OF_TIME, answered, growing
+from kvbind.bench import output
+from kvbind.bench.harness.record import OUT_OF_TIME, answered, growing
 
 ROWS = st.lists(st.sampled_from([{"seconds": 1}, {"skipped": "out of memory"}, {"skipped": OUT_OF_TIME}]), max_size=6)
 
@@ -36,6 +36,6 @@ def test_what_was_measured_before_an_interruption_is_on_disk(tmp_path, capsys):
 
     path = tmp_path / "results" / "record.json"
     with pytest.raises(KeyboardInterrupt):
-        app._watch(growing({}, 4, rows()), path, every=2)
+        output.write_growing(growing({}, 4, rows()), path, every=2)
     assert json.loads(path.read_text()) == {"planned": 4, "complete": False, "rows": [{"n": 0}, {"n": 1}, {"n": 2}]}
     assert capsys.readouterr().out == "2 of 4\n"

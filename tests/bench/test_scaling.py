@@ -7,12 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from kvbind import cli
-from kvbind.bench import scaling
 from kvbind.bench.app import app
-from kvbind.bench.overlap import covered, kernels, shares
-from kvbind.bench.scaling import Settings, cases, equality, finished, measured
-from kvbind.bench.scaling_tables import of_linear, scaling_grids
-from kvbind.bench.scaling_worker import OUT_OF_MEMORY, Case
+from kvbind.bench.tables.scaling import of_linear, scaling_grids
+from kvbind.bench.training import scaling
+from kvbind.bench.training.overlap import covered, kernels, shares
+from kvbind.bench.training.scaling import Settings, cases, equality, finished, measured
+from kvbind.bench.training.scaling_worker import OUT_OF_MEMORY, Case
 from kvbind.inner.systems import ladder
 from kvbind.layers.window_attention import halo_of
 from kvbind.models import PRESETS, LactConfig

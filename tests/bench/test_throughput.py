@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from kvbind import NoParallelFormError, systems
-from kvbind.bench import timing
-from kvbind.bench.forms import tokens_per_second
-from kvbind.bench.operands import Size
+from kvbind.bench.harness import timing
+from kvbind.bench.harness.operands import Size
+from kvbind.bench.kernels.forms import tokens_per_second
 
 SHAPE = Size(batch=2, tokens=32, heads=2, width=8)
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import torch
 from typer.testing import CliRunner
 
 from kvbind.bench.app import app
-from kvbind.bench.views import FullAttentionNvs
+from kvbind.bench.models.views import FullAttentionNvs
 from kvbind.models.lact_nvs import LactNvsConfig
 from kvbind.tasks.views.procedural import Cameras, make_cameras
 
@@ -54,7 +54,7 @@ def test_bench_views_measures_both_models_at_every_number_of_views(tmp_path):
 
 
 def test_a_model_that_does_not_fit_is_not_tried_on_more_views(monkeypatch):
-    from kvbind.bench import views as bench
+    from kvbind.bench.models import views as bench
 
     def read(self, image, *cameras):
         if image.shape[1] >= 4:
@@ -88,7 +88,7 @@ def test_unknown_presets_sizes_and_numbers_are_refused(arguments, message):
 
 
 def test_what_was_measured_before_an_interruption_is_written(monkeypatch, tmp_path):
-    from kvbind.bench import views as bench
+    from kvbind.bench.models import views as bench
 
     def measure(row, *_):
         if row.views > 2:

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from kvbind.bench import vision
 from kvbind.bench.app import app
-from kvbind.bench.vision import Row, bench_vision, compare, crossing, fitting_batch
+from kvbind.bench.models import vision
+from kvbind.bench.models.vision import Row, bench_vision, compare, crossing, fitting_batch
 
 CPU = torch.device("cpu")
 SMALL = ["vision", "--model", "vittt_tiny", "--sizes", "32,48", "--batch", "2", "--seconds", "0", "--device", "cpu"]

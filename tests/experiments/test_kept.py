@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbind import systems
-from kvbind.bench.operands import Size
+from kvbind.bench.harness.operands import Size
 from kvbind.experiments import kept, speed
 from kvbind.experiments.kept import Kept
 from kvbind.experiments.provenance import machine, versions

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvbind.bench import generation
+from kvbind.bench.models import decoding
 from kvbind.experiments import systems
 from kvbind.experiments.page import find_parts
 from kvbind.experiments.plan import configuration
@@ -36,7 +36,7 @@ def book(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(systems, "TOKENS", {"smoke": 2})
-    monkeypatch.setattr(generation, "QUEUED", 2)
+    monkeypatch.setattr(decoding, "QUEUED", 2)
 
 
 def test_all_models_have_the_parameters_of_the_first():

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 import kvbind
 from fla_stand_in import StandIn
 from kvbind import Linear, systems
-from kvbind.bench.leaves import arguments, draw_leaves, in_precision, weights_of
-from kvbind.bench.operands import Size
+from kvbind.bench.harness.named_operands import arguments, draw_leaves, in_precision, weights_of
+from kvbind.bench.harness.operands import Size
 from kvbind.forms import fla, fused
 from kvbind.forms.state import State
 from kvbind.forms.validation import check_operands

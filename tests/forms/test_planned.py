@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 import kvbind
 from kvbind import MLP, InnerLoop, Linear, NewtonSchulz, SwiGLU, ttt
-from kvbind.bench.switch import operators_of
+from kvbind.bench.harness.kernel_switch import operators_of
 from kvbind.forms import planned
 from kvbind.kernels.bound import Bound
 from kvbind.kernels.common import has_triton, interpreted

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbind.bench.accuracy import scan_errors
+from kvbind.bench.verify.accuracy import scan_errors
 from kvbind.forms.scan import decay_matrix, linear_scan, product_of, products_after
 from strategies import error
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvbind
-from kvbind.bench.switch import operators_of
+from kvbind.bench.harness.kernel_switch import operators_of
 from kvbind.forms import delta
 from kvbind.kernels.affine import affine_chunks
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kvbind.bench.switch import operators_of
+from kvbind.bench.harness.kernel_switch import operators_of
 from kvbind.kernels.depthwise import token_conv
 from kvbind.kernels.interpreter import repair
 from kvbind.kernels.silu_unit import silu_unit

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 from kvbind import GLU, MLP, InnerLoop, Linear, NewtonSchulz, SwiGLU, ttt
-from kvbind.bench.switch import operators_of
+from kvbind.bench.harness.kernel_switch import operators_of
 from kvbind.inner.systems import vittt
 from kvbind.kernels.common import has_triton, interpreted
 

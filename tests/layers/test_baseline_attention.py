@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbind.bench.views import FullAttentionNvs
+from kvbind.bench.models.views import FullAttentionNvs
 from kvbind.layers.attention import FullAttention, WindowAttention, grid_positions
 from kvbind.layers.layout import Layout
 from kvbind.layers.rotary import rotary_tables, rotate

@@ -10,7 +10,7 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed: make test-serv
 import torch  # noqa: E402
 from served import BLOCK, CHUNK, SERVED, VOCAB, forced, prompt, saved, tokenizer  # noqa: E402
 
-from kvbind.bench.serving import Load, answer  # noqa: E402
+from kvbind.bench.models.serving import Load, answer  # noqa: E402
 from kvbind.serving.sizes import RequestSize  # noqa: E402
 
 SIZE = 70

@@ -27,7 +27,7 @@ import repositories
 import torch
 from loops import Source
 
-from kvbind.bench.record import growing, provenance, save
+from kvbind.bench.harness.record import growing, provenance, save
 
 PACKAGES = ("fla-core", "titans-pytorch", "assoc-scan", "tensordict", "einops", "triton")
 SEED = 3

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvbind.bench.timing import now
+from kvbind.bench.harness.timing import now
 from kvbind.experiments import figures
 from kvbind.experiments.findings import Findings, Measure, Request, write_findings
 from kvbind.experiments.kept import Kept

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvbind.bench.events import duration
-from kvbind.bench.timing import median_seconds
+from kvbind.bench.harness.device_time import duration
+from kvbind.bench.harness.timing import median_seconds
 from kvbind.experiments import figures
 from kvbind.experiments.figures import picture
 from kvbind.experiments.findings import Findings, Request, Verdict, write_findings

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from kvbind.bench.forms import tokens_per_second
-from kvbind.bench.operands import Size
+from kvbind.bench.harness.operands import Size
+from kvbind.bench.kernels.forms import tokens_per_second
 from kvbind.experiments.kept import Kept
 from kvbind.experiments.runs import Run
 from kvbind.forms.analysis import explain

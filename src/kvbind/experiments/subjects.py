@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kvbind.bench.operands import Size
+from kvbind.bench.harness.operands import Size
 from kvbind.experiments import paper
 from kvbind.experiments.speed import InnerLoopSpeed, Speed, TrainingSpeed
 from kvbind.inner.value import nearest

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kvbind.bench.generation import Load, timed_tokens
+from kvbind.bench.models.decoding import Load, timed_tokens
 from kvbind.experiments import figures
 from kvbind.experiments.figure3 import SERIES, Along, judge
 from kvbind.experiments.findings import Findings, Request, write_findings

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from kvbind import GLU, DepthwiseConv, InnerLoop, LinearAttention, explain, linearize, systems
-from kvbind.bench.accuracy import relative_error
-from kvbind.bench.leaves import NARROW, arguments, draw_leaves, in_precision, run, weights_of
-from kvbind.bench.operands import Size
+from kvbind.bench.harness.named_operands import NARROW, arguments, draw_leaves, in_precision, run, weights_of
+from kvbind.bench.harness.operands import Size
+from kvbind.bench.verify.accuracy import relative_error
 from kvbind.experiments import figures
 from kvbind.experiments.figures import picture
 from kvbind.experiments.findings import Findings, Request, Verdict, write_findings

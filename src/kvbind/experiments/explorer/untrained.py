@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvbind import InnerLoop, systems
-from kvbind.bench.leaves import NARROW, Leaves, arguments, draw_leaves, weights_of
-from kvbind.bench.operands import Size
+from kvbind.bench.harness.named_operands import NARROW, Leaves, arguments, draw_leaves, weights_of
+from kvbind.bench.harness.operands import Size
 from kvbind.experiments.calls import Call
 from kvbind.experiments.explorer import examples
 from kvbind.experiments.explorer.looks import look_at, spec_data

@@ -1,0 +1,1 @@
+"""How anything is measured: operands, time and memory, processes, kernels on and off, limits of a device, records."""

@@ -1,0 +1,65 @@
+"""What benchmarks print and write: tables on the terminal, records in files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from kvbind.screen import GAP, Screen, column_groups
+
+if TYPE_CHECKING:
+    from kvbind.bench.tables.grid import Grid
+
+console = Screen()
+
+
+def write_growing(records: Iterable[dict[str, Any]], out: Path | None, every: int = 0) -> dict[str, Any]:
+    """Write a record as it grows, say how far it is each time after `every` rows (0 for never), and give it whole."""
+    from kvbind.bench.harness.record import save
+
+    record: dict[str, Any] = {}
+    for record in records:
+        save(out, record)
+        done = len(record["rows"])
+        if every and done and (done % every == 0 or done == record["planned"]):
+            console.print(f"{done} of {record['planned']}")
+    return record
+
+
+def show_grid(grid: Grid) -> None:
+    """Show a table of a record."""
+    show_table(grid.title, grid.header, grid.rows, left=grid.left, note=grid.note)
+
+
+def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 0, note: str = "") -> None:
+    """Show a table, of whose columns the first `left` are words and the others numbers."""
+    rows = list(rows)
+    groups = column_groups(header, rows, console.width - GAP, left)
+    for group in groups:
+        table = Table(
+            title=title if group is groups[0] else None, caption=note if group is groups[-1] else None,
+            caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
+        )  # fmt: skip
+        for i in group:
+            table.add_column(header[i], justify="left" if i < left else "right", no_wrap=0 < i < left)
+        for row in rows:
+            table.add_row(*(row[i] for i in group))
+        console.print(table)
+
+
+def write_results(out: Path | None, device: Any, results: dict[str, Any], packages: tuple[str, ...] = ()) -> None:
+    """Write results with machine, versions and command; of `packages`, too, which version is installed."""
+    from kvbind.bench.harness.record import provenance, save
+
+    save(out, provenance(device, packages) | results)
+    say_written(out)
+
+
+def say_written(out: Path | None) -> None:
+    """Where results are, if anywhere."""
+    if out is not None:
+        console.print(f"written to {out}")

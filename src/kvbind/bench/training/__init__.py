@@ -1,0 +1,1 @@
+"""Training steps: recurrent and parallel, as CUDA graphs, under `torch.compile`, and on several GPUs."""

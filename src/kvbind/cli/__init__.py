@@ -1,0 +1,131 @@
+"""The command `kvbind`.
+
+Commands import what they need when they run, so that `kvbind --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from kvbind.bench.app import app as bench
+from kvbind.cli import commands, output
+from kvbind.commands import add_commands
+from kvbind.screen import LogLines, Screen
+
+
+class Commands(typer.Typer):
+    """Commands in whose paths `~` stands for the user's home, which no shell puts there in `--out=~/run`."""
+
+    def command(self, *names: Any, **options: Any) -> Any:
+        """As typer's."""
+        enter = super().command(*names, **options)
+
+        def entered(function: Callable[..., None]) -> Callable[..., None]:
+            @functools.wraps(function)
+            def run(*values: Any, **named: Any) -> None:
+                function(*map(at_home, values), **{name: at_home(x) for name, x in named.items()})
+
+            enter(run)
+            return function
+
+        return entered
+
+
+def at_home(value: Any) -> Any:
+    """A path, or paths in a list, with the user's home for `~`; anything else as it is."""
+    if isinstance(value, list):
+        return [at_home(x) for x in value]
+    return value.expanduser() if isinstance(value, Path) else value
+
+
+app = Commands(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.add_typer(bench, name="bench")
+
+USAGE: type[Exception] = typer.BadParameter.__mro__[1]
+"""What typer raises for a command line that is none, which has no public name of its own."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command, and leave with its exit code; a user's mistake ends it with one line on stderr and code 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    lines = logging.getLogger("kvbind")
+    if not lines.handlers:
+        lines.addHandler(LogLines())
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal without a letter gets its number, not an error
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):  # what is written first will say what is wrong with it
+                stream.reconfigure(errors="backslashreplace")
+    traceback = "--traceback" in words
+    try:
+        code = app([word for word in words if word != "--traceback"], prog_name="kvbind", standalone_mode=False)
+    except USAGE as error:
+        fail_usage(error)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        if traceback:
+            raise
+        fail(error, 2)
+    except RuntimeError as error:
+        if traceback or type(error).__name__ not in ("TrainingStoppedError", "OutOfMemoryError", "WorkerKilledError"):
+            raise
+        fail(error, 1)
+    else:
+        # commands return nothing, and what ends them early its code
+        sys.exit(code or 0)
+
+
+def fail_usage(error: Any) -> NoReturn:
+    """Say in one line what is wrong with the command line, and leave. Without any word, the help is there already."""
+    said = " ".join(error.format_message().replace("Value error, ", "").split())
+    if said and type(error).__name__ != "NoArgsIsHelpError":
+        stderr = Screen(stderr=True)
+        stderr.print("error: ", style="bold red", end="")
+        command = "kvbind" if error.ctx is None else error.ctx.command_path
+        stderr.print(f"{said[0].lower()}{said[1:].rstrip('.')} ({command} --help says what it takes)", soft_wrap=True)
+    sys.exit(error.exit_code)
+
+
+def fail(error: Exception, code: int) -> NoReturn:
+    """Say what went wrong in one line, and leave."""
+    stderr = Screen(stderr=True)
+    stderr.print("error: ", style="bold red", end="")
+    stderr.print(str(error), soft_wrap=True)
+    stderr.print("(--traceback shows where)", style="dim")
+    sys.exit(code)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        from kvbind import __version__
+
+        output.console().print(f"kvbind {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Errors are one line; [bold]--traceback[/] anywhere on the command line shows where they came from.")
+def kvbind(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Test-time training with key-value binding, run as the linear attention it is (arXiv 2602.21204)."""
+
+
+add_commands(app, commands, commands.ORDER)

@@ -1,0 +1,76 @@
+"""What commands print alike: metrics, tables, and what to type next."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvbind.screen import Screen
+
+NEXT = {
+    "language": 'kvbind generate {run} --prompt "The "',
+    "images": "kvbind show {run} --out attention.png",
+    "views": "kvbind render {run}",
+}
+"""What to look at a trained model with, by its task."""
+
+
+def console() -> Console:
+    """Where commands write what they were asked for."""
+    return Screen()
+
+
+@contextlib.contextmanager
+def continuable() -> Iterator[None]:
+    """Ctrl-C ends a long run with a word on how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        said = str(interrupt) or "interrupted; the same command goes on from the last checkpoint"
+        Screen(stderr=True).print(f"\n{said}{', without --fresh' if '--fresh' in sys.argv else ''}", soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def say_next(screen: Console, task: str, run: Path) -> None:
+    """The next commands to type, a line each."""
+    quoted = shlex.quote(str(run))
+    shown = [NEXT[task].format(run=quoted)] if task in NEXT else []
+    say(screen, [*shown, f"kvbind eval {quoted}"])
+
+
+def say(screen: Console, commands: Sequence[str]) -> None:
+    """Commands to type next, a line each."""
+    for i, command in enumerate(commands):
+        screen.print(f"{'' if i else 'next:':<5} {command}", soft_wrap=True)
+
+
+def show_metrics(screen: Console, metrics: dict[str, Any]) -> None:
+    """Held-out metrics: numbers one per line, then series."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in metrics.items():
+        if not isinstance(value, list):
+            table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+    screen.print(table)
+    for name, value in metrics.items():
+        if isinstance(value, list):
+            every = max(len(value) // 8, 1)
+            screen.print(f"{name.replace('_', ' ')}: " + "  ".join(f"{place}: {x:.3f}" for place, x in value[::every]))
+
+
+def show_tables(screen: Console, results: dict[str, Any]) -> None:
+    """The tables of a report."""
+    for one in results["tables"]:
+        table = Table(title=one["heading"], title_justify="left", box=None, header_style="dim", pad_edge=False)
+        for i, name in enumerate(one["header"]):
+            table.add_column(name, justify="right" if i else "left")
+        for row in one["rows"]:
+            table.add_row(*row)
+        screen.print(table)
