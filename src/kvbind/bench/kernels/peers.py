@@ -2,8 +2,9 @@
 
 The peer of a rung that has a parallel form is that form in ordinary PyTorch under `torch.compile`: chunks by reshaping, two
 batched products, `cumsum` (momentum by `cumprod`), Newton-Schulz as batched products in bfloat16. That of rungs 0 and 1 is
-the released style of operator: a loop over chunks whose update is compiled. The peer of token visibility is the operator of
-flash-linear-attention that computes the same, where it is installed; ours is then measured without it.
+the released style of operator: a loop over chunks whose update is compiled. That of mini-batches under squared error is the
+loop over them in PyTorch. The peer of token visibility is the operator of flash-linear-attention that computes the same,
+where it is installed; ours is then measured without it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from kvbind.bench.harness.ceilings import Ceilings, forward_work, measure_ceilings, training_work
 from kvbind.bench.harness.device_time import duration, first_line
 from kvbind.bench.harness.fla_tuning import compiling_configurations
-from kvbind.bench.harness.kernel_switch import FLA, switched
+from kvbind.bench.harness.kernel_switch import FLA, switched, without_kernels
 from kvbind.bench.harness.named_operands import NARROW, Leaves, draw_leaves, in_precision, laid_out, run
 from kvbind.bench.harness.operands import Size
 from kvbind.bench.harness.record import growing, provenance
@@ -32,7 +33,6 @@ from kvbind.bench.kernels.goals import SIZE, goal_of
 from kvbind.bench.kernels.measure import passes
 from kvbind.forms import fla
 from kvbind.forms.analysis import parallel_obstacles
-from kvbind.inner.networks import Linear
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import lact_llm, ladder, named
 
@@ -46,6 +46,10 @@ TOKEN_SIZES = {
     "kda": (Size(1, 32768, 16, 128),),
 }
 """The systems under token visibility, and at which sizes."""
+
+MINI_BATCH_SIZE = Size(1, 4096, 12, 64)
+MINI_BATCHES = ("ttt_linear", "ttt_mlp", "titans")
+"""Systems whose gradients are those of mini-batches, beside the loop over these that defines them."""
 
 Read = Callable[[Leaves], Tensor]
 
@@ -163,6 +167,12 @@ def fla_peer(leaves: Leaves, spec: InnerLoop) -> Tensor:
     return output
 
 
+def mini_batch_peer(leaves: Leaves, spec: InnerLoop) -> Tensor:
+    """The loop over mini-batches in PyTorch, as the released TTT layers run it where their kernel does not."""
+    with without_kernels():
+        return run(spec, leaves, "recurrent")[0]
+
+
 def peer_leaves(leaves: Leaves, spec: InnerLoop) -> Leaves:
     """Leaves as the peer takes them: flash-linear-attention's layers make the logarithm of a gate."""
     if not by_token(spec) or "retention" not in leaves:
@@ -173,13 +183,15 @@ def peer_leaves(leaves: Leaves, spec: InnerLoop) -> Leaves:
 
 def by_token(spec: InnerLoop) -> bool:
     """Whether the peer of an inner loop is an operator of flash-linear-attention."""
-    return isinstance(spec.network, Linear) and spec.visibility == "token"
+    return isinstance(fla.operator_of(spec), fla.Operator)
 
 
 def peer_of(spec: InnerLoop) -> Read:
     """What a user would run instead of `ttt`; compiled at its first call."""
     if by_token(spec):
         return partial(fla_peer, spec=spec)
+    if spec.loss == "squared":
+        return partial(mini_batch_peer, spec=spec)
     torch.compiler.reset()
     if not parallel_obstacles(spec):
         return torch.compile(partial(parallel_peer, spec=spec))
@@ -192,7 +204,7 @@ class Row:
 
     Attributes:
         name: "rung6", "rung6-tokens" with the operands in that layout, "host-rung6", "linear_attention-12x128".
-        rung: of the ladder, or a system of `TOKEN_SIZES`.
+        rung: of the ladder, or a system of `TOKEN_SIZES` or `MINI_BATCHES`.
         size: of the call.
         chunk: tokens in a chunk.
         layout: of `kvbind.bench.harness.named_operands.LAYOUTS`.
@@ -209,7 +221,8 @@ class Row:
     @property
     def spec(self) -> InnerLoop:
         """The inner loop."""
-        return named(self.rung) if self.rung in TOKEN_SIZES else ladder(lact_llm(self.chunk))[self.rung]
+        rungs = ladder(lact_llm(self.chunk))
+        return rungs[self.rung] if self.rung in rungs else named(self.rung)
 
 
 def plan(rungs: Sequence[str], size: Size = SIZE, chunk: int = 2048) -> list[Row]:
@@ -220,7 +233,8 @@ def plan(rungs: Sequence[str], size: Size = SIZE, chunk: int = 2048) -> list[Row
     rows += [Row(f"host-{name}", name, HOST_SIZE, chunk, host=True) for name in reversed(parallel)]
     if size == SIZE:
         each = [(name, at) for name, sizes in TOKEN_SIZES.items() for at in sizes]
-        rows += [Row(f"{name}-{at.heads}x{at.width}", name, at, 1, "tokens") for name, at in each]
+        each += [(name, MINI_BATCH_SIZE) for name in MINI_BATCHES]
+        rows += [Row(f"{name}-{at.heads}x{at.width}", name, at, named(name).chunk or 1, "tokens") for name, at in each]
     return rows
 
 

@@ -224,6 +224,7 @@ def cases(scale: Scale) -> list[Case | Piece]:
     for name, spec in (("gated", gated_delta), ("gates by channel", by_channel)):
         add(f"delta rule, {name}, head by head", spec, token, both=False, layout="heads")
         add(f"delta rule, {name}, width {s.odd}", spec, replace(token, width=s.odd), both=False)
+        add(f"delta rule, {name}, width {2 * token.width}", spec, replace(token, width=2 * token.width), both=False)
         add(f"delta rule, {name}, values half as wide", spec, token, both=False, value_width=s.narrow)
         add(f"delta rule, {name}, state through three calls", spec, token, both=False, splits=(2, s.short // 2))
     add("linear attention, retention by channel", systems.gla(), token, both=False)

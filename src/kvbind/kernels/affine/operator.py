@@ -54,12 +54,12 @@ def blocks_of(kernel: str, dtype: torch.dtype, key: int, value: int) -> Blocks:
         value: width of values.
     """
     bk, bv, warps, stages = {
-        "scale": (32, 16, 4, 1),
+        "scale": (16, 16, 4, 1),
         "solve": (128, 16, 4, 1),
-        "prepare": (128, 128, 4, 1),
-        "states": (128, 16, 4, 3 if key <= 128 else 1),
+        "prepare": (64, 64, 4, 1),
+        "states": (128, 16, 8, 4) if key <= 128 else (128, 16, 4, 1),
         "outputs": (128, 128, 4, 1),
-        "state_gradients": (128, 128, 4, 1),
+        "state_gradients": (64, 128, 4, 2),
         "value_gradients": (64, 64, 4, 2),
         "pair_gradients": (64, 64, 8, 2),
         "key_gradients": (64, 64, 4, 2),
@@ -69,7 +69,7 @@ def blocks_of(kernel: str, dtype: torch.dtype, key: int, value: int) -> Blocks:
         # products are three of TF32, from tiles of twice the bytes
         bk, bv, stages = 32, min(bv, 32), 1
         if kernel == "states":
-            bk, bv = (32 if key <= 128 else 64), 16
+            bk, bv, warps = (32 if key <= 128 else 64), 16, 4
     return Blocks(min(bk, max(power_of_2(key), 16)), min(bv, max(power_of_2(value), 16)), warps, stages)
 
 
