@@ -12,8 +12,8 @@ from kvbind import systems
 from kvbind.bench.harness.operands import Size
 from kvbind.experiments import kept, speed
 from kvbind.experiments.kept import Kept
-from kvbind.experiments.provenance import machine, versions
 from kvbind.experiments.speed import InnerLoopSpeed
+from kvbind.provenance import machine, versions
 from kvbind.train.config import config_hash
 
 CPU = torch.device("cpu")

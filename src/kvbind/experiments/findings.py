@@ -14,8 +14,8 @@ from rich.console import Console
 from kvbind.experiments import page, report
 from kvbind.experiments.page.findings import findings_part
 from kvbind.experiments.page.parts import STATES
-from kvbind.experiments.provenance import command, machine, versions
 from kvbind.inner.value import check_positive_int
+from kvbind.provenance import command, machine, versions
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvbind.experiments import report
-from kvbind.experiments.provenance import machine, versions
+from kvbind.provenance import machine, versions
 from kvbind.train.config import config_hash
 from kvbind.train.files import read_json
 

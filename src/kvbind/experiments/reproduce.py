@@ -10,7 +10,6 @@ from typing import Any
 from kvbind.experiments.findings import Request
 from kvbind.experiments.plan import Plan, UnfinishedError, plan_runs, report_folder
 from kvbind.experiments.projection import measure_rows
-from kvbind.experiments.provenance import command, machine, versions
 from kvbind.experiments.runs import Run
 from kvbind.experiments.speed import Speeds
 from kvbind.experiments.subjects import ALL, SUBJECTS, Subject, named_subject
@@ -19,6 +18,7 @@ from kvbind.experiments.table_text import describe, terminal_tables
 from kvbind.experiments.table_verdicts import judge
 from kvbind.experiments.tables import BASELINES, NO_FAST_WEIGHTS, Outcome, Row, Table, as_data, row_labels
 from kvbind.experiments.workers import Job
+from kvbind.provenance import command, machine, versions
 from kvbind.train.config import to_plain, to_yaml
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbind.experiments.provenance import machine, versions
 from kvbind.files import read_tensors, shortened
 from kvbind.models import saving
 from kvbind.models.saving import without_bars
+from kvbind.provenance import machine, versions
 from kvbind.tasks import open_task_module
 from kvbind.tasks.contents import RECORD, accepted, check_unchanged
 from kvbind.train import latest_checkpoint, train

@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.console import Console
 
-from kvbind.experiments.provenance import command
 from kvbind.hardware import accelerator
 from kvbind.models import LactConfig
 from kvbind.plan.calibration import Calibration, load_calibration, read_points, rung_name, save_calibration
@@ -20,6 +19,7 @@ from kvbind.plan.costs import Job
 from kvbind.plan.planner import Plan, plan
 from kvbind.plan.planner import overrides as edits_of
 from kvbind.plan.report import Budget, as_data, show
+from kvbind.provenance import command
 from kvbind.tasks import language
 from kvbind.train.config import read_config
 from kvbind.train.files import write_text

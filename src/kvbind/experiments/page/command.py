@@ -8,7 +8,7 @@ from pathlib import Path
 from kvbind.experiments.explorer.untrained import untrained_models
 from kvbind.experiments.page import find_parts, write_page
 from kvbind.experiments.page.server import open_server
-from kvbind.experiments.provenance import versions
+from kvbind.provenance import versions
 
 __all__ = ["make_report", "open_server"]
 
