@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 
-from kvbind.experiments import capacity
-from kvbind.experiments.capacity import MIXERS, Point, bytes_of, configured, gain, judge, panels, sized, taken
-from kvbind.experiments.page import find_parts
-from kvbind.experiments.plan import UnfinishedError
+from kvbind.experiments.report.page import find_parts
+from kvbind.experiments.studies import capacity
+from kvbind.experiments.studies.capacity import MIXERS, Point, bytes_of, configured, gain, judge, panels, sized, taken
+from kvbind.experiments.training.plans import UnfinishedError
 from kvbind.inner.systems import PROJECTIONS, SYSTEMS
 from kvbind.tasks import recall
 
@@ -169,7 +169,7 @@ def test_the_same_command_trains_nothing_again_and_a_longer_one_goes_on(made, mo
         raise AssertionError("trained again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kvbind.experiments.runs.train", refuse)
+        patch.setattr("kvbind.experiments.training.runs.train", refuse)
         again = capacity.reproduce(workers=1, minutes=0.0, **options)
     assert again["curves"] == results["curves"]
     # of a mixer for which there is no time nothing is said but that

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbind.experiments.paper import Published
-from kvbind.experiments.runs import Run
 from kvbind.experiments.subjects import SUBJECTS
-from kvbind.experiments.table1 import TABLE as TABLE1
-from kvbind.experiments.table2 import TABLE as TABLE2
-from kvbind.experiments.table_verdicts import beyond, judge, speeds_up, worsening
-from kvbind.experiments.tables import Row, unfinished
+from kvbind.experiments.subjects.published import Published
+from kvbind.experiments.tables.table import Row, unfinished
+from kvbind.experiments.tables.table1 import TABLE as TABLE1
+from kvbind.experiments.tables.table2 import TABLE as TABLE2
+from kvbind.experiments.tables.verdicts import beyond, judge, speeds_up, worsening
+from kvbind.experiments.training.runs import Run
 
 LANGUAGE, IMAGES, VIEWS = (SUBJECTS[name] for name in ("language", "images", "views"))
 

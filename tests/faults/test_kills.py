@@ -12,9 +12,9 @@ import pytest
 
 from distributed.launching import environment, torchrun
 from faults import small
-from kvbind.experiments import workers
-from kvbind.experiments.plan import configuration
-from kvbind.experiments.workers import Job, Worker, WorkerKilledError, train_all
+from kvbind.experiments.training import workers
+from kvbind.experiments.training.plans import configuration
+from kvbind.experiments.training.workers import Job, Worker, WorkerKilledError, train_all
 from kvbind.train import latest_checkpoint
 
 HERE = Path(__file__).parent

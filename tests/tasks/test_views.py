@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from kvbind import Linear, systems
-from kvbind.experiments.runs import load_model, open_run, run_name, train_run
+from kvbind.experiments.training.runs import load_model, open_run, run_name, train_run
 from kvbind.inner import InnerLoop
 from kvbind.models.lact_nvs import LactNvs, LactNvsConfig
 from kvbind.tasks import open_task_module, views

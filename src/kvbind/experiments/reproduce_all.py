@@ -18,13 +18,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvbind.experiments import EXPERIMENTS, figure1, figure4, open_experiment, report, table2, theorems
-from kvbind.experiments.findings import Request
-from kvbind.experiments.page.command import make_report
-from kvbind.experiments.plan import Plan, plan_runs, report_folder
-from kvbind.experiments.runs import Fingerprints, Run
+from kvbind.experiments import EXPERIMENTS, open_experiment, theorems
+from kvbind.experiments.figures import figure1, figure4
+from kvbind.experiments.report.command import make_report
+from kvbind.experiments.request import Request
+from kvbind.experiments.results.files import write_json
 from kvbind.experiments.subjects import ALL, SUBJECTS, named_subject
-from kvbind.experiments.workers import VISIBLE, Job, train_all, visible_gpus
+from kvbind.experiments.tables import table2
+from kvbind.experiments.training.plans import Plan, plan_runs, report_folder
+from kvbind.experiments.training.runs import Fingerprints, Run
+from kvbind.experiments.training.workers import VISIBLE, Job, train_all, visible_gpus
 from kvbind.train.files import read_json
 
 THEOREMS = "theorems"
@@ -72,7 +75,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     """Train what every experiment needs, then write every report, and a list of all verdicts.
 
     Args:
-        options: the fields of `kvbind.experiments.findings.Request`. `out` holds a folder for each report, and `trained/`;
+        options: the fields of `kvbind.experiments.request.Request`. `out` holds a folder for each report, and `trained/`;
             without it they are where each experiment puts its own. The task "all" is each of them.
 
     Returns:
@@ -282,7 +285,7 @@ def write_list(out: Path, reports: Sequence[Report], unfinished: Mapping[str, st
         "reports": listed,
         "unfinished": dict(unfinished),
     }
-    report.write_json(out / "all.json", results)
+    write_json(out / "all.json", results)
     return results
 
 

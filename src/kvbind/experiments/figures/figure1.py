@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from kvbind import inner_loss
-from kvbind.experiments import figures
-from kvbind.experiments.calls import Call, changed, seen_calls
-from kvbind.experiments.figures import picture
-from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
-from kvbind.experiments.kept import Kept
-from kvbind.experiments.shared import train_rows
+from kvbind.experiments import plotting
+from kvbind.experiments.layer_calls import Call, changed, seen_calls
+from kvbind.experiments.plotting import picture
+from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.request import Request
+from kvbind.experiments.results.cache import ResultCache
 from kvbind.experiments.subjects import Metric
+from kvbind.experiments.training.trained_rows import train_rows
 from kvbind.layers.vittt import VitttLayer
 from kvbind.models.carry import LAYERS
 from kvbind.train.loop import evaluate
@@ -34,7 +35,7 @@ ROW, TASKS = "rung0", ("language", "views")
 
 STEPS = range(1, 9)
 
-KEPT = "evaluated.json"
+CACHE = "evaluated.json"
 """Beside the report: what each seed's model came to."""
 
 
@@ -59,7 +60,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     """Evaluate the full system with more steps than it was trained with, and write the report.
 
     Args:
-        options: the fields of `kvbind.experiments.findings.Request`; the task is among `TASKS`.
+        options: the fields of `kvbind.experiments.request.Request`; the task is among `TASKS`.
 
     Returns:
         What `results.json` holds.
@@ -72,13 +73,13 @@ def reproduce(**options: Any) -> dict[str, Any]:
     trained = train_rows("figure1", [ROW], TASKS, request, weights=True)
     metric = trained.subject.metric
     found: list[list[AtSteps]] = []
-    kept = Kept(trained.out / KEPT, trained.device, request.fresh)
+    cache = ResultCache(trained.out / CACHE, trained.device, request.fresh)
     for seed, run in trained.runs[ROW].items():
-        own = kept.get(run.result)
+        own = cache.get(run.result)
         if own is None:
             model, task, job = trained.open(ROW, seed)
             own = [asdict(evaluated(model, task, job.config, trained.device, steps, metric.name)) for steps in STEPS]
-            kept.put(own, run.result)
+            cache.put(own, run.result)
         found.append([AtSteps(**one | {"by_layer": tuple(one["by_layer"])}) for one in own])
         request.say(f"seed {seed}: {metric.title} " + ", ".join(f"{x.metric:.{metric.digits}f}" for x in found[-1]))
     means = [mean_of(own) for own in zip(*found, strict=True)]
@@ -211,12 +212,12 @@ def draw(path: Path, found: Sequence[AtSteps], metric: Metric, trained: int = 1)
     """The inner loss and the metric, side by side; `trained` is how many steps there were in training."""
     steps = [x.steps for x in found]
     sides: Mapping[str, tuple[list[float], str]] = {
-        "Inner loss, mean over layers": ([x.inner_loss for x in found], figures.BLUE),
-        f"{metric.title[0].upper()}{metric.title[1:]}": ([x.metric for x in found], figures.ORANGE),
+        "Inner loss, mean over layers": ([x.inner_loss for x in found], plotting.BLUE),
+        f"{metric.title[0].upper()}{metric.title[1:]}": ([x.metric for x in found], plotting.ORANGE),
     }
     with picture(path, 9.2, 3.4) as fig:
         for ax, (title, (values, colour)) in zip(fig.subplots(1, 2), sides.items(), strict=True):
             ax.plot(steps, values, "o-", color=colour, linewidth=1.4, markersize=5)
             ax.set_xticks(steps)
             ax.set_xlabel(f"steps per chunk at test time ({trained} in training)")
-            ax.set_title(f"{title}: {'lower' if colour == figures.BLUE else metric.better} is better")
+            ax.set_title(f"{title}: {'lower' if colour == plotting.BLUE else metric.better} is better")

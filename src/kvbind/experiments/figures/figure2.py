@@ -18,11 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvbind.experiments import figures
-from kvbind.experiments.calls import first_calls
-from kvbind.experiments.figures import picture
-from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
-from kvbind.experiments.shared import train_rows
+from kvbind.experiments import plotting
+from kvbind.experiments.layer_calls import first_calls
+from kvbind.experiments.plotting import picture
+from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.request import Request
+from kvbind.experiments.training.trained_rows import train_rows
 from kvbind.train.step import precision
 
 ROW = "rung0"
@@ -78,7 +79,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     """Look at the layers of the full system, and write the report.
 
     Args:
-        options: the fields of `kvbind.experiments.findings.Request`; the task is "language". The first run is drawn.
+        options: the fields of `kvbind.experiments.request.Request`; the task is "language". The first run is drawn.
 
     Returns:
         What `results.json` holds.
@@ -274,7 +275,7 @@ def judge(means: Mapping[tuple[int, str], Numbers]) -> list[Verdict]:
 
 def draw(path: Path, layers: Sequence[Layer]) -> None:
     """A column per layer, a row per pair."""
-    colours = ((figures.BLUE, figures.ORANGE), (figures.GREEN, figures.RED))
+    colours = ((plotting.BLUE, plotting.ORANGE), (plotting.GREEN, plotting.RED))
     with picture(path, 2.5 * len(layers) + 1.2, 5.3) as fig:
         axes = fig.subplots(len(PAIRS), len(layers), squeeze=False)
         for row, (pair, own, names) in enumerate(zip(PAIRS, colours, PAIRS.values(), strict=True)):
@@ -288,5 +289,5 @@ def draw(path: Path, layers: Sequence[Layer]) -> None:
                 ax.grid(visible=False)
                 x = layer.numbers[pair]
                 ax.set_title(f"layer {layer.number}" if row == 0 else "")
-                ax.set_xlabel(f"probe {x.probe:.0%}, near {x.near:.0%}", fontsize=8.5, color=figures.MUTED)
+                ax.set_xlabel(f"probe {x.probe:.0%}, near {x.near:.0%}", fontsize=8.5, color=plotting.MUTED)
             axes[row, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2.5)

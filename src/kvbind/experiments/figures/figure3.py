@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from kvbind.experiments import figures
-from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
-from kvbind.experiments.kept import Kept
-from kvbind.experiments.runs import exported
-from kvbind.experiments.shared import Trained, train_rows
-from kvbind.experiments.table2 import TABLE
-from kvbind.experiments.tables import BASELINES
+from kvbind.experiments import plotting
+from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.request import Request
+from kvbind.experiments.results.cache import ResultCache
+from kvbind.experiments.tables.table import BASELINES
+from kvbind.experiments.tables.table2 import TABLE
+from kvbind.experiments.training.runs import exported
+from kvbind.experiments.training.trained_rows import Trained, train_rows
 from kvbind.train.loop import evaluate
 
 SERIES = "loss_by_position"
@@ -34,7 +35,7 @@ FURTHER = ("rung0", "rung2", "rung6", *BASELINES)
 SAMPLES = 12
 """Sequences of that evaluation."""
 
-KEPT = "further.json"
+CACHE = "further.json"
 """Beside the report: what each of those models came to."""
 
 AGREEMENT = 0.9
@@ -99,7 +100,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     """Draw every row's loss by position, and write the report.
 
     Args:
-        options: the fields of `kvbind.experiments.findings.Request`; the task is "language".
+        options: the fields of `kvbind.experiments.request.Request`; the task is "language".
 
     Returns:
         What `results.json` holds.
@@ -112,9 +113,9 @@ def reproduce(**options: Any) -> dict[str, Any]:
     rows = {name: read(trained, name) for name in trained.runs}
     numbers = {name: f"{i}  " for i, name in enumerate(TABLE.rows[: TABLE.rungs])}
     names = {name: numbers.get(name, "") + label for name, label in trained.labels.items()}
-    figures.curves(
+    plotting.curves(
         trained.out / "positions.png",
-        {names[name]: figures.pooled(along.curve, 16) for name, along in rows.items()},
+        {names[name]: plotting.pooled(along.curve, 16) for name, along in rows.items()},
         title="Held-out loss by position", x="position in the sequence", y="nats per token",
         rungs=sum(name in numbers for name in rows),
     )  # fmt: skip
@@ -127,9 +128,9 @@ def reproduce(**options: Any) -> dict[str, Any]:
     verdicts = judge(rows) + [judge_further(trained.labels[name], along, length) for name, along in further.items()]
     pictures = {"Along the sequence": ("positions.png", "held-out loss by position, every row")}
     if further:
-        figures.curves(
+        plotting.curves(
             trained.out / "further.png",
-            {names[name]: figures.pooled(along.curve, 32) for name, along in further.items()},
+            {names[name]: plotting.pooled(along.curve, 32) for name, along in further.items()},
             title=f"Held-out loss by position, trained at {length:,}", x="position in the sequence", y="nats per token",
             rungs=sum(name in numbers for name in further),
         )  # fmt: skip
@@ -177,20 +178,20 @@ def look_further(trained: Trained, request: Request, long: int) -> dict[str, Alo
         request: what was asked.
         long: tokens in a sequence.
     """
-    kept = Kept(trained.out / KEPT, trained.device, request.fresh)
+    cache = ResultCache(trained.out / CACHE, trained.device, request.fresh)
     found = {}
     for row in (name for name in FURTHER if name in trained.runs):
         own = []
         for seed, run in trained.runs[row].items():
             if not exported(run.folder):
                 continue
-            held_out = kept.get(run.result, long)
+            held_out = cache.get(run.result, long)
             if held_out is None:
                 config = trained.jobs[row][seed].config
                 sizes = {"length": long, "evaluation_samples": SAMPLES, "evaluation_batch": 1}
                 model, task, _ = trained.open(row, seed, replace(config, data=replace(config.data, **sizes)))
                 held_out = evaluate(model, task, config.train, trained.device)
-                kept.put(held_out, run.result, long)
+                cache.put(held_out, run.result, long)
             own.append(held_out)
             request.say(f"{row} seed {seed}: loss {held_out['loss']:.3f} on sequences of {long:,} tokens")
         if own:

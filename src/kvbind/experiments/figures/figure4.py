@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from kvbind.experiments import figures
-from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
-from kvbind.experiments.kept import Kept
-from kvbind.experiments.plan import Plan, UnfinishedError, configuration, plan_runs, report_folder, with_inner
-from kvbind.experiments.projection import KEPT, Steps, measure_steps
-from kvbind.experiments.runs import Fingerprints, Run
-from kvbind.experiments.workers import Job
+from kvbind.experiments import plotting
+from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.request import Request
+from kvbind.experiments.results.cache import ResultCache
+from kvbind.experiments.training.plans import Plan, UnfinishedError, configuration, plan_runs, report_folder, with_inner
+from kvbind.experiments.training.projection import CACHE, Steps, measure_steps
+from kvbind.experiments.training.runs import Fingerprints, Run
+from kvbind.experiments.training.workers import Job
 from kvbind.inner.value import check_choice
 from kvbind.tasks import open_task_module
 from kvbind.train.config import to_plain
@@ -74,7 +75,7 @@ class Course:
     def by_clock(self) -> list[tuple[float, float]]:
         """Seconds since the steps that count began, and the smoothed loss."""
         clock, points = 0.0, []
-        for (step, loss), seconds in zip(figures.smoothed(list(self.losses), SMOOTHING), self.seconds, strict=True):
+        for (step, loss), seconds in zip(plotting.smoothed(list(self.losses), SMOOTHING), self.seconds, strict=True):
             if step > self.start:
                 clock += seconds
                 points.append((clock, loss))
@@ -85,7 +86,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     """Train rung 2 in both forms, and write the report.
 
     Args:
-        options: the fields of `kvbind.experiments.findings.Request`; the task is "language", the seed 0. With `measure`, the
+        options: the fields of `kvbind.experiments.request.Request`; the task is "language", the seed 0. With `measure`, the
             steps are of generated data, and no more than that many.
 
     Returns:
@@ -141,16 +142,16 @@ def measured(request: Request) -> dict[str, Any]:
     device = pick_device(full.train.device)
     out = request.out or report_folder("figure4", TASK, request.scale)
     out.mkdir(parents=True, exist_ok=True)
-    kept, count = Kept(out / KEPT, device, request.fresh), request.measure.steps
+    cache, count = ResultCache(out / CACHE, device, request.fresh), request.measure.steps
     for form in FORMS:
         edits = [*request.overrides, f"model.ttt_form={form}"]
         config = with_inner(TASK, configuration(TASK, request.scale, 0, edits), inner)
-        known = kept.get(to_plain(config), count)
+        known = cache.get(to_plain(config), count)
         if known is None:
             if request.deadline is not None and time.monotonic() >= request.deadline:
                 raise UnfinishedError(UNFINISHED)
             known = asdict(measure_steps(TASK, config, device, count))
-            kept.put(known, to_plain(config), count)
+            cache.put(known, to_plain(config), count)
         steps = Steps(**known)
         seconds = [sum(pair) for pair in zip(steps.batch_seconds, steps.optimizer_seconds, strict=True)]
         courses[form] = Course(steps.losses[-len(seconds) :], seconds)
@@ -227,8 +228,8 @@ def judge(courses: Mapping[str, Course]) -> list[Verdict]:
 
 def draw(path: Path, courses: Mapping[str, Course]) -> None:
     """The loss by the clock, and the difference between the forms by step."""
-    colours = dict(zip(FORMS, (figures.ORANGE, figures.BLUE), strict=True))
-    with figures.picture(path, 9.2, 3.4) as fig:
+    colours = dict(zip(FORMS, (plotting.ORANGE, plotting.BLUE), strict=True))
+    with plotting.picture(path, 9.2, 3.4) as fig:
         left, right = fig.subplots(1, 2)
         for form, course in courses.items():
             left.plot(*zip(*course.by_clock(), strict=True), color=colours[form], linewidth=1.4, label=form)
@@ -236,8 +237,8 @@ def draw(path: Path, courses: Mapping[str, Course]) -> None:
         left.set_title("Training loss by the clock, smoothed")
         left.legend()
         apart = differences(courses)
-        right.axhline(0, color=figures.MUTED, linewidth=0.8)
-        right.plot(range(1, len(apart) + 1), apart, color=figures.GREEN, linewidth=1.0)
+        right.axhline(0, color=plotting.MUTED, linewidth=0.8)
+        right.plot(range(1, len(apart) + 1), apart, color=plotting.GREEN, linewidth=1.0)
         most = 1.1 * max(*map(abs, apart), SAME)
         right.set_ylim(-most, most)
         right.set_xlabel("step")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvbind.experiments.explorer.untrained import untrained_models
-from kvbind.experiments.page import find_parts, write_page
-from kvbind.experiments.page.server import open_server
+from kvbind.experiments.report.explorer.untrained import untrained_models
+from kvbind.experiments.report.page import find_parts, write_page
+from kvbind.experiments.report.server import open_server
 from kvbind.provenance import versions
 
 __all__ = ["make_report", "open_server"]

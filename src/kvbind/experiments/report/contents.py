@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from kvbind.experiments.page.charts import Chart
+from kvbind.experiments.report.charts import Chart
 from kvbind.files import check_regular
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from kvbind.experiments import EXPERIMENTS, figures
-from kvbind.experiments.page import charts
-from kvbind.experiments.page.charts import Chart
-from kvbind.experiments.page.parts import Grid, Part, Picture
+from kvbind.experiments import EXPERIMENTS, plotting
+from kvbind.experiments.report import charts
+from kvbind.experiments.report.charts import Chart
+from kvbind.experiments.report.contents import Grid, Part, Picture
 from kvbind.experiments.subjects import named_subject
-from kvbind.experiments.tables import CURVE, SMOOTHING
+from kvbind.experiments.tables.table import CURVE, SMOOTHING
 from kvbind.files import inside
 
 Results = Mapping[str, Any]
@@ -100,7 +100,7 @@ def figure3(results: Results) -> Drawn:
     rows = results["rows"]
     rungs = sum(row["name"].startswith("rung") for row in rows)
     names = [f"{i} {row['label']}" if i < rungs else row["label"] for i, row in enumerate(rows)]
-    series = {name: figures.pooled(row["loss_by_position"], 16) for name, row in zip(names, rows, strict=True)}
+    series = {name: plotting.pooled(row["loss_by_position"], 16) for name, row in zip(names, rows, strict=True)}
     tones = charts.ladder_tones(len(rows), rungs)
     x, y = "position in the sequence", "nats per token"
     return {
@@ -117,8 +117,8 @@ def figure4(results: Results) -> Drawn:
     for form, own in results["forms"].items():
         first, losses = own["first_step"], [x if math.isfinite(x) else None for x in own["losses"]]
         clock = dict(enumerate(accumulate(own["seconds"][first:]), start=first + 1))
-        smooth = figures.smoothed(losses, SMOOTHING)
-        by_clock[form] = figures.pooled([(clock[step], loss) for step, loss in smooth if step in clock], CURVE)
+        smooth = plotting.smoothed(losses, SMOOTHING)
+        by_clock[form] = plotting.pooled([(clock[step], loss) for step, loss in smooth if step in clock], CURVE)
     slow, fast = (own["losses"] for own in results["forms"].values())
     apart = [(float(step), b - a) for step, (a, b) in enumerate(zip(slow, fast, strict=True), start=1)]
     title, y = "Loss of the step: parallel less recurrent", "nats per token"
@@ -133,7 +133,7 @@ def figure4(results: Results) -> Drawn:
 
 def systems(results: Results) -> Drawn:
     """Every system's loss along the sequence."""
-    series = {str(row["label"]): figures.pooled(row["loss_by_position"], 16) for row in results["rows"]}
+    series = {str(row["label"]): plotting.pooled(row["loss_by_position"], 16) for row in results["rows"]}
     tones, x, y = charts.ladder_tones(len(series), len(series)), "position in the sequence", "nats per token"
     return {"Along the sequence": [charts.lines(series, title="Held-out loss by position", x=x, y=y, tones=tones)]}
 

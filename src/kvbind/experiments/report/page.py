@@ -21,10 +21,10 @@ from urllib.parse import quote
 import jinja2
 
 from kvbind.experiments import EXPERIMENTS
-from kvbind.experiments.page.checks import check_results, read_model
-from kvbind.experiments.page.findings import findings_part
-from kvbind.experiments.page.parts import STATES, Grid, Part, Picture
-from kvbind.experiments.page.tables import read_outcome, table_part
+from kvbind.experiments.report.checks import check_results, read_model
+from kvbind.experiments.report.contents import STATES, Grid, Part, Picture
+from kvbind.experiments.report.finding_contents import findings_part
+from kvbind.experiments.report.table_contents import read_outcome, table_part
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.files import blaming, inside
 from kvbind.train.files import read_json, restored, spelled, write_text
@@ -33,7 +33,7 @@ __all__ = ["Grid", "Part", "Picture", "find_parts", "table_part", "write_index",
 
 RESULTS, EXPLORER = "results.json", "explorer"
 
-_ASSETS = files("kvbind.experiments.page") / "assets"
+_ASSETS = files("kvbind.experiments.report") / "assets"
 
 
 def write_index(folder: Path, part: Part, links: Mapping[str, Path] | None = None) -> None:
@@ -58,7 +58,7 @@ def write_page(
     Args:
         path: where to.
         parts: what came out.
-        explorer: models to look into, as `kvbind.experiments.explorer` makes them.
+        explorer: models to look into, as `kvbind.experiments.report.explorer` makes them.
         versions: of the packages that made the page.
 
     Raises:
@@ -133,7 +133,7 @@ def rank(results: Mapping[str, Any], place: Path) -> tuple[int, int, Any, str]:
 
 def template(name: str) -> jinja2.Template:
     """A template among the assets."""
-    loader = jinja2.PackageLoader("kvbind.experiments.page", "assets")
+    loader = jinja2.PackageLoader("kvbind.experiments.report", "assets")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

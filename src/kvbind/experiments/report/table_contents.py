@@ -9,16 +9,16 @@ from typing import Any
 
 import yaml
 
-from kvbind.experiments import figures, open_experiment
-from kvbind.experiments.page import charts
-from kvbind.experiments.page.charts import Chart, Points
-from kvbind.experiments.page.parts import Grid, Part, Picture
-from kvbind.experiments.paper import Published
-from kvbind.experiments.runs import Run, flatten
+from kvbind.experiments import open_experiment, plotting
+from kvbind.experiments.report import charts
+from kvbind.experiments.report.charts import Chart, Points
+from kvbind.experiments.report.contents import Grid, Part, Picture
 from kvbind.experiments.subjects import named_subject
-from kvbind.experiments.table_figures import headings
-from kvbind.experiments.table_text import NOT_APPLICABLE, as_grid, describe, quality_columns, speed_columns
-from kvbind.experiments.tables import Outcome, Row
+from kvbind.experiments.subjects.published import Published
+from kvbind.experiments.tables.plots import headings
+from kvbind.experiments.tables.table import Outcome, Row
+from kvbind.experiments.tables.text import NOT_APPLICABLE, as_grid, describe, quality_columns, speed_columns
+from kvbind.experiments.training.runs import Run, flatten
 from kvbind.files import inside
 
 
@@ -112,7 +112,7 @@ def draw(outcome: Outcome) -> dict[str, list[Chart]]:
         for row in outcome.trained:
             run = row.runs[0].result
             if heading in lines:
-                drawn[names[row.name]] = figures.pooled(run["held_out"][lines[heading]], 16)
+                drawn[names[row.name]] = plotting.pooled(run["held_out"][lines[heading]], 16)
             elif "training_loss" in run:
                 drawn[names[row.name]] = run["training_loss"]
         if drawn:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from kvbind.experiments import report
+from kvbind.experiments.results.files import write_json
 from kvbind.provenance import machine, versions
 from kvbind.train.config import config_hash
 from kvbind.train.files import read_json
 
 
-class Kept:
+class ResultCache:
     """Plain data in a JSON file, by a hash of all that they depend on, this machine and the versions on it included.
 
     Args:
@@ -36,7 +36,7 @@ class Kept:
     def put(self, found: Any, *depends: Any) -> None:
         """Write data, with the plain data that they depend on."""
         self._found[config_hash([*depends, *self._here])] = found
-        report.write_json(self.path, self._found)
+        write_json(self.path, self._found)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvbind.experiments import figures
-from kvbind.experiments.runs import load_model, open_run
+from kvbind.experiments import plotting
+from kvbind.experiments.training.runs import load_model, open_run
 from kvbind.tasks import images
 from kvbind.tasks.images.attention import Attention, effective_attention
 from kvbind.tasks.images.augment import normalized
@@ -109,7 +109,7 @@ def draw(path: Path, pixels: Tensor, layers: Sequence[Attention], places: Sequen
     """
     columns = 1 + len(BRANCHES) * len(layers)
     shown = pixels.permute(1, 2, 0).numpy()
-    with figures.figure(path, 1.35 * columns, 1.35 * len(places) + 0.95) as fig:
+    with plotting.figure(path, 1.35 * columns, 1.35 * len(places) + 0.95) as fig:
         axes = np.atleast_2d(fig.subplots(len(places), columns, squeeze=False))
         for row, place in zip(axes, places, strict=True):
             picture(row[0], shown)
@@ -130,7 +130,7 @@ def draw(path: Path, pixels: Tensor, layers: Sequence[Attention], places: Sequen
             "How much the output at the outlined patch holds of each patch's effective value: red positive, blue negative, "
             "each panel to its own scale.\n"
             "The convolution compares the 3 x 3 patches around the query (dashed) with those around every other patch.",
-            fontsize=8.5, color=figures.MUTED,
+            fontsize=8.5, color=plotting.MUTED,
         )  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def bare(ax: Axes) -> None:
     ax.set_yticks([])
     ax.grid(visible=False)
     ax.spines[:].set_visible(True)
-    ax.spines[:].set_color(figures.GRID)
+    ax.spines[:].set_color(plotting.GRID)
 
 
 def mark(ax: Axes, patch: tuple[int, int], grid: tuple[int, int], size: tuple[int, ...], around: int = 0) -> None:
@@ -162,4 +162,4 @@ def mark(ax: Axes, patch: tuple[int, int], grid: tuple[int, int], size: tuple[in
     corner = (patch[1] - around) * width - 0.5, (patch[0] - around) * height - 0.5
     sides = (2 * around + 1) * width, (2 * around + 1) * height
     style = (0, (2, 2)) if around else "-"
-    ax.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=figures.ORANGE, linewidth=1.6, linestyle=style))
+    ax.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=plotting.ORANGE, linewidth=1.6, linestyle=style))

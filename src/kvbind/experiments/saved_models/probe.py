@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from kvbind.experiments import figure1, figure2
-from kvbind.experiments.calls import changed
-from kvbind.experiments.figure1 import AtSteps, evaluated, metric_and_losses
-from kvbind.experiments.figure2 import MOST_LAYERS, PAIRS, POINTS, held_out_sets, look
-from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
-from kvbind.experiments.runs import CONFIG, WEIGHTS
-from kvbind.experiments.saved import Saved
+from kvbind.experiments.figures import figure1, figure2
+from kvbind.experiments.figures.figure1 import AtSteps, evaluated, metric_and_losses
+from kvbind.experiments.figures.figure2 import MOST_LAYERS, PAIRS, POINTS, held_out_sets, look
+from kvbind.experiments.layer_calls import changed
+from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.request import Request
+from kvbind.experiments.saved_models.saved_model import Saved
 from kvbind.experiments.subjects import NONE, Metric, named_subject
+from kvbind.experiments.training.runs import CONFIG, WEIGHTS
 from kvbind.inner import InnerLoop
 from kvbind.inner.value import check_positive_int
 from kvbind.models.carry import layers_of

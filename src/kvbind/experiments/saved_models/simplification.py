@@ -20,13 +20,14 @@ from torch import nn
 
 from kvbind.bench.harness.device_time import duration
 from kvbind.bench.harness.timing import median_seconds
-from kvbind.experiments import figures
-from kvbind.experiments.figures import picture
-from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
-from kvbind.experiments.kept import Kept
-from kvbind.experiments.runs import Run, check_folder, check_same_config, run_name, train_run
-from kvbind.experiments.saved import Saved, open_saved
+from kvbind.experiments import plotting
+from kvbind.experiments.plotting import picture
+from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.request import Request
+from kvbind.experiments.results.cache import ResultCache
+from kvbind.experiments.saved_models.saved_model import Saved, open_saved
 from kvbind.experiments.subjects import NONE, Metric, named_subject
+from kvbind.experiments.training.runs import Run, check_folder, check_same_config, run_name, train_run
 from kvbind.inner import InnerLoop
 from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.systems import SYSTEMS
@@ -49,7 +50,7 @@ RATE = 0.3
 PARTS = 10
 """The fine-tuning is evaluated behind each of so many parts of its steps, rounded up to whole steps."""
 
-KEPT = "measured.json"
+CACHE = "measured.json"
 """In the run's folder: what the model came to before, and the speeds."""
 
 SECONDS = 4.0
@@ -88,7 +89,7 @@ def plan(
     """Say what a model becomes, and how it is fine-tuned.
 
     Args:
-        where: the model, as `kvbind.experiments.saved.open_saved` takes it.
+        where: the model, as `kvbind.experiments.saved_models.saved_model.open_saved` takes it.
         to: what its inner loop becomes: a row of the paper's tables ("rung0" to "rung6", "ascent", "key_for_query"), a named
             system, or a YAML file of one. None where edits of `model.inner` say it.
         steps: of fine-tuning.
@@ -217,8 +218,8 @@ def measure(planned: Plan, device: torch.device, request: Request) -> dict[str, 
         `measured_speeds` gives them.
     """
     planned.folder.mkdir(parents=True, exist_ok=True)
-    kept = Kept(planned.folder / KEPT, device, request.fresh)
-    known = kept.get(what_matters(planned.config))
+    cache = ResultCache(planned.folder / CACHE, device, request.fresh)
+    known = cache.get(what_matters(planned.config))
     if known is not None:
         return dict(known)
     saved, train = planned.saved, planned.config.train
@@ -232,7 +233,7 @@ def measure(planned: Plan, device: torch.device, request: Request) -> dict[str, 
         "carried": asdict(changed.start.carried),
         "speeds": measured_speeds({BEFORE: original, AFTER: model}, opened, train, device),
     }
-    kept.put(found, what_matters(planned.config))
+    cache.put(found, what_matters(planned.config))
     return found
 
 
@@ -421,15 +422,15 @@ def draw(
     """The metric by steps, and the speeds."""
     with picture(path, 9.2, 3.4) as fig:
         left, right = fig.subplots(1, 2, width_ratios=(3, 2))
-        left.axhline(before, color=figures.MUTED, linewidth=1.0, linestyle=(0, (4, 3)), label="before the edit")
-        left.plot(*zip(*points, strict=True), "o-", color=figures.BLUE, linewidth=1.4, markersize=5, label="edited")
+        left.axhline(before, color=plotting.MUTED, linewidth=1.0, linestyle=(0, (4, 3)), label="before the edit")
+        left.plot(*zip(*points, strict=True), "o-", color=plotting.BLUE, linewidth=1.4, markersize=5, label="edited")
         left.set_xlabel("steps of fine-tuning")
         left.set_title(f"{metric.title[0].upper()}{metric.title[1:]}: {metric.better} is better")
         left.legend()
         kinds = [kind for kind in speeds[BEFORE] if speeds[BEFORE][kind] and speeds[AFTER][kind]]
         right.barh(
             [SPEEDS[kind] for kind in kinds], [speeds[AFTER][kind] / speeds[BEFORE][kind] for kind in kinds],
-            color=figures.GREEN, height=0.5,
+            color=plotting.GREEN, height=0.5,
         )  # fmt: skip
-        right.axvline(1, color=figures.MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+        right.axvline(1, color=plotting.MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
         right.set_title("Speed, times that before the edit")

@@ -19,15 +19,16 @@ from typing import Any
 import torch
 import yaml
 
-from kvbind.experiments import figures
-from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
-from kvbind.experiments.page.charts import ladder_tones
-from kvbind.experiments.plan import Plan, plan_configs
-from kvbind.experiments.runs import Run
-from kvbind.experiments.states import state_bytes
-from kvbind.experiments.table_verdicts import ERRORS, beyond
-from kvbind.experiments.tables import unfinished
-from kvbind.experiments.workers import Job
+from kvbind.experiments import plotting
+from kvbind.experiments.report.charts import ladder_tones
+from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.request import Request
+from kvbind.experiments.studies.state_bytes import state_bytes
+from kvbind.experiments.tables.table import unfinished
+from kvbind.experiments.tables.verdicts import ERRORS, beyond
+from kvbind.experiments.training.plans import Plan, plan_configs
+from kvbind.experiments.training.runs import Run
+from kvbind.experiments.training.workers import Job
 from kvbind.inner.systems import RUNGS, SYSTEMS
 from kvbind.inner.value import check_choice
 from kvbind.layers.lact import check_fits_causal_layer
@@ -124,7 +125,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     """Train every mixer at every width and learning rate, and write the report.
 
     Args:
-        options: the fields of `kvbind.experiments.findings.Request`; the task is "recall", rows are those of
+        options: the fields of `kvbind.experiments.request.Request`; the task is "recall", rows are those of
             `MIXERS` that are compared.
 
     Returns:
@@ -426,8 +427,8 @@ def panels(names: Sequence[str]) -> dict[str, list[list[str]]]:
 def draw(path: Path, curves: Curves) -> None:
     """Accuracy by bytes of state, a curve for each mixer."""
     sides = panels(list(curves))
-    named = {"orange": figures.ORANGE, "purple": figures.RED}
-    with figures.picture(path, 5.6 * len(sides), 4.4) as fig:
+    named = {"orange": plotting.ORANGE, "purple": plotting.RED}
+    with plotting.picture(path, 5.6 * len(sides), 4.4) as fig:
         axes = fig.subplots(1, len(sides), sharey=True, squeeze=False)[0]
         for ax, (title, (own, compared)) in zip(axes, sides.items(), strict=True):
             tones = ladder_tones(len(own) + len(compared), len(own))
@@ -437,9 +438,9 @@ def draw(path: Path, curves: Curves) -> None:
                     [point.bytes / 1024 for point in points], [point.mean for point in points],
                     yerr=[point.error or 0.0 for point in points], label=name, marker="osD^vPX"[i % 7], markersize=4.5,
                     linestyle="--" if isinstance(tone, str) else "-", linewidth=1.3, capsize=2,
-                    color=named[tone] if isinstance(tone, str) else figures.shade(tone),
+                    color=named[tone] if isinstance(tone, str) else plotting.shade(tone),
                 )  # fmt: skip
-            figures.log_axis(ax)
+            plotting.log_axis(ax)
             ax.set_title(title)
             ax.set_xlabel("state of one row, KiB")
             ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)

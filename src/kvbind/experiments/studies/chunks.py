@@ -10,15 +10,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from kvbind.experiments import figures
-from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
-from kvbind.experiments.plan import Plan, UnfinishedError, configuration, data_edits, plan_runs, with_inner
-from kvbind.experiments.runs import Fingerprints, run_name
-from kvbind.experiments.shared import sentence
+from kvbind.experiments import plotting
+from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.request import Request
+from kvbind.experiments.studies.trends import mean_and_error
 from kvbind.experiments.subjects import Metric, named_subject
-from kvbind.experiments.table_verdicts import ERRORS, beyond
-from kvbind.experiments.trends import mean_and_error
-from kvbind.experiments.workers import Job, train_all
+from kvbind.experiments.tables.verdicts import ERRORS, beyond
+from kvbind.experiments.training.plans import Plan, UnfinishedError, configuration, data_edits, plan_runs, with_inner
+from kvbind.experiments.training.runs import Fingerprints, run_name
+from kvbind.experiments.training.trained_rows import sentence
+from kvbind.experiments.training.workers import Job, train_all
 from kvbind.inner import systems
 from kvbind.inner.value import check_choice
 from kvbind.tasks.views.config import inner_loop, model_config
@@ -73,7 +74,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     """Train every case, or read what it came to, and write the report.
 
     Args:
-        options: the fields of `kvbind.experiments.findings.Request`; the task is "views".
+        options: the fields of `kvbind.experiments.request.Request`; the task is "views".
 
     Returns:
         What `results.json` holds.
@@ -156,9 +157,9 @@ def judge(values: Values, metric: Metric) -> list[Verdict]:
 
 def draw(path: Any, values: Values, metric: Metric) -> None:
     """A line for each system, with error bars."""
-    with figures.picture(path, 6.4, 3.4) as fig:
+    with plotting.picture(path, 6.4, 3.4) as fig:
         ax = fig.subplots()
-        for system, colour in zip(SYSTEMS, (figures.ORANGE, figures.BLUE), strict=True):
+        for system, colour in zip(SYSTEMS, (plotting.ORANGE, plotting.BLUE), strict=True):
             points = [(i, *mean_and_error(list(values[system, count].values())))
                       for i, count in enumerate(CHUNKS) if (system, count) in values]  # fmt: skip
             ax.errorbar([i for i, _, _ in points], [mean for _, mean, _ in points], yerr=[e or 0.0 for _, _, e in points],

@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from kvbind.experiments import plan, trends
-from kvbind.experiments.findings import Findings, Request, write_findings
-from kvbind.experiments.runs import Run
-from kvbind.experiments.shared import Trained, train_rows
+from kvbind.experiments.report.findings import Findings, write_findings
+from kvbind.experiments.request import Request
+from kvbind.experiments.studies import trends
+from kvbind.experiments.studies.trends import Gaps
 from kvbind.experiments.subjects import FRACTIONS, SUBJECTS
-from kvbind.experiments.table2 import TABLE
-from kvbind.experiments.trends import Gaps
+from kvbind.experiments.tables.table2 import TABLE
+from kvbind.experiments.training import plans
+from kvbind.experiments.training.runs import Run
+from kvbind.experiments.training.trained_rows import Trained, train_rows
 from kvbind.train.config import step_at
 from kvbind.train.metrics import read_metrics
 
@@ -30,14 +32,14 @@ CAVEAT = (
 )
 
 
-planned_jobs = partial(plan.planned_jobs, "gaps", TABLE.rows)
+planned_jobs = partial(plans.planned_jobs, "gaps", TABLE.rows)
 
 
 def reproduce(**options: Any) -> dict[str, Any]:
     """Compare every row with the full system along its training, and write the report.
 
     Args:
-        options: the fields of `kvbind.experiments.findings.Request`.
+        options: the fields of `kvbind.experiments.request.Request`.
 
     Returns:
         What `results.json` holds.

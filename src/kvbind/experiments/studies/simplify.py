@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbind.experiments import figures
-from kvbind.experiments.figures import picture
-from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
-from kvbind.experiments.plan import UnfinishedError
-from kvbind.experiments.runs import WEIGHTS, Fingerprints, Run, run_name
-from kvbind.experiments.shared import Trained, train_rows
-from kvbind.experiments.simplified import fine_tuning
+from kvbind.experiments import plotting
+from kvbind.experiments.plotting import picture
+from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.request import Request
+from kvbind.experiments.saved_models.simplification import fine_tuning
 from kvbind.experiments.subjects import NONE, Metric
-from kvbind.experiments.tables import LABELS
-from kvbind.experiments.workers import Job, default_workers, train_all
+from kvbind.experiments.tables.table import LABELS
+from kvbind.experiments.training.plans import UnfinishedError
+from kvbind.experiments.training.runs import WEIGHTS, Fingerprints, Run, run_name
+from kvbind.experiments.training.trained_rows import Trained, train_rows
+from kvbind.experiments.training.workers import Job, default_workers, train_all
 
 FULL = "rung0"
 
@@ -65,7 +66,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     """Train, edit and fine-tune, and write the report.
 
     Args:
-        options: the fields of `kvbind.experiments.findings.Request`; the task is among `TARGETS`.
+        options: the fields of `kvbind.experiments.request.Request`; the task is among `TARGETS`.
 
     Returns:
         What `results.json` holds.
@@ -221,10 +222,10 @@ def draw(path: Path, courses: Mapping[str, Sequence[Course]], metric: Metric) ->
             for i, one in enumerate(own):
                 named = {"label": "fine-tuned"} if i == 0 else {}
                 points = sorted(one.shares.items())
-                ax.plot(*zip(*points, strict=True), "o-", color=figures.BLUE, linewidth=1.2, markersize=4, **named)
+                ax.plot(*zip(*points, strict=True), "o-", color=plotting.BLUE, linewidth=1.2, markersize=4, **named)
             for values, colour, text in (
-                ([x.scratch for x in own], figures.ORANGE, "from scratch"),
-                ([x.full for x in own], figures.MUTED, "full system"),
+                ([x.scratch for x in own], plotting.ORANGE, "from scratch"),
+                ([x.full for x in own], plotting.MUTED, "full system"),
             ):
                 ax.axhline(statistics.fmean(values), color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=text)
             ax.set_xscale("log", base=2)

@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from kvbind.experiments import trends
-from kvbind.experiments.findings import Findings, Request, write_findings
-from kvbind.experiments.plan import Plan, UnfinishedError, plan_runs
-from kvbind.experiments.runs import Fingerprints
-from kvbind.experiments.shared import seeds_of, sentence
+from kvbind.experiments.report.findings import Findings, write_findings
+from kvbind.experiments.request import Request
+from kvbind.experiments.studies import trends
+from kvbind.experiments.studies.trends import Gaps
 from kvbind.experiments.subjects import named_subject
-from kvbind.experiments.table_text import count
-from kvbind.experiments.tables import row_labels
-from kvbind.experiments.trends import Gaps
-from kvbind.experiments.workers import Job, train_all
+from kvbind.experiments.tables.table import row_labels
+from kvbind.experiments.tables.text import count
+from kvbind.experiments.training.plans import Plan, UnfinishedError, plan_runs
+from kvbind.experiments.training.runs import Fingerprints
+from kvbind.experiments.training.trained_rows import seeds_of, sentence
+from kvbind.experiments.training.workers import Job, train_all
 from kvbind.inner.value import check_choice
 from kvbind.train.config import to_plain
 
@@ -67,7 +68,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     """Train the rows at every size, or read what they came to, and write the report.
 
     Args:
-        options: the fields of `kvbind.experiments.findings.Request`; the task is "language".
+        options: the fields of `kvbind.experiments.request.Request`; the task is "language".
 
     Returns:
         What `results.json` holds.

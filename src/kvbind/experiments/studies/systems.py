@@ -16,15 +16,16 @@ from typing import Any
 import torch
 
 from kvbind.bench.models.decoding import Load, timed_tokens
-from kvbind.experiments import figures
-from kvbind.experiments.figure3 import SERIES, Along, judge
-from kvbind.experiments.findings import Findings, Request, write_findings
-from kvbind.experiments.kept import Kept
-from kvbind.experiments.plan import Plan, configuration, data_edits, plan_configs
-from kvbind.experiments.runs import Run, exported, load_model
-from kvbind.experiments.states import state_bytes
-from kvbind.experiments.tables import unfinished
-from kvbind.experiments.workers import Job
+from kvbind.experiments import plotting
+from kvbind.experiments.figures.figure3 import SERIES, Along, judge
+from kvbind.experiments.report.findings import Findings, write_findings
+from kvbind.experiments.request import Request
+from kvbind.experiments.results.cache import ResultCache
+from kvbind.experiments.studies.state_bytes import state_bytes
+from kvbind.experiments.tables.table import unfinished
+from kvbind.experiments.training.plans import Plan, configuration, data_edits, plan_configs
+from kvbind.experiments.training.runs import Run, exported, load_model
+from kvbind.experiments.training.workers import Job
 from kvbind.inner.value import check_choice
 from kvbind.models.lact.cache import CACHE
 from kvbind.tasks import language
@@ -82,7 +83,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     """Train every system, time how it trains and decodes, and write the report.
 
     Args:
-        options: the fields of `kvbind.experiments.findings.Request`; the task is "language", rows are `MIXERS`.
+        options: the fields of `kvbind.experiments.request.Request`; the task is "language", rows are `MIXERS`.
 
     Returns:
         What `results.json` holds.
@@ -165,10 +166,10 @@ def fitting(scale: str, edits: Sequence[str], target: int) -> int:
 @torch.no_grad()
 def decoded(name: str, runs: Mapping[int, Run], plan: Plan, request: Request) -> Decoding | None:
     """Time decoding of a system's first run; None where its weights are not here, and there is no earlier measurement."""
-    kept, tokens = Kept(plan.out / "decoding.json", plan.device, request.fresh), TOKENS[request.scale]
+    cache, tokens = ResultCache(plan.out / "decoding.json", plan.device, request.fresh), TOKENS[request.scale]
     seed = min(runs)
     job = plan.jobs[name, seed]
-    known = kept.get(to_plain(job.config), tokens)
+    known = cache.get(to_plain(job.config), tokens)
     if known is not None:
         return Decoding(**known)
     if not exported(job.folder):
@@ -190,7 +191,7 @@ def decoded(name: str, runs: Mapping[int, Run], plan: Plan, request: Request) ->
     load = Load(1, ids.shape[1], tokens, ids.shape[1])
     taken = timed_tokens(one_more, plan.device, load, time.perf_counter())
     found = Decoding(taken["p50_ms"], held, str(model.dtype).removeprefix("torch."))
-    kept.put(asdict(found), to_plain(job.config), tokens)
+    cache.put(asdict(found), to_plain(job.config), tokens)
     return found
 
 
@@ -220,9 +221,9 @@ def findings(
     """What came out, and the picture of it."""
     rows = {name: along(own) for name, own in runs.items()}
     labels = {name: LABELS.get(name, name) for name in rows}
-    figures.curves(
+    plotting.curves(
         plan.out / "positions.png",
-        {labels[name]: figures.pooled(own.curve, 16) for name, own in rows.items()},
+        {labels[name]: plotting.pooled(own.curve, 16) for name, own in rows.items()},
         title="Held-out loss by position", x="position in the sequence", y="nats per token", rungs=len(rows),
     )  # fmt: skip
     data, lines = [], []

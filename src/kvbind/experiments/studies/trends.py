@@ -11,10 +11,10 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from kvbind.experiments import figures
-from kvbind.experiments.findings import Verdict
+from kvbind.experiments import plotting
+from kvbind.experiments.report.findings import Verdict
 from kvbind.experiments.subjects import NONE, Metric
-from kvbind.experiments.table_verdicts import ERRORS
+from kvbind.experiments.tables.verdicts import ERRORS
 
 LEAST = 3
 """Places that a line is fitted through."""
@@ -144,12 +144,12 @@ def draw(
         x: of the horizontal axis.
     """
     shades = mpl.colormaps["viridis"]
-    with figures.picture(path, 9.2, 4.4) as fig:
+    with plotting.picture(path, 9.2, 4.4) as fig:
         ax = fig.subplots()
-        ax.axhline(0.0, color=figures.MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        ax.axhline(0.0, color=plotting.MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         for i, (label, gaps) in enumerate(rows.items()):
             points = [(place, *mean_and_error(list(own.values()))) for place, own in sorted(gaps.items()) if own]
-            beside = (figures.ORANGE, figures.RED, figures.GREEN, figures.BLUE)[(i - rungs) % 4]
+            beside = (plotting.ORANGE, plotting.RED, plotting.GREEN, plotting.BLUE)[(i - rungs) % 4]
             # side by side, so that bars do not hide each other
             shift = 1.012 ** (i - len(rows) / 2)
             ax.errorbar(

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kvbind.bench.harness.operands import Size
-from kvbind.experiments import paper
-from kvbind.experiments.speed import InnerLoopSpeed, Speed, TrainingSpeed
+from kvbind.experiments.subjects import published
+from kvbind.experiments.subjects.throughput import InnerLoopSpeed, Speed, TrainingSpeed
 from kvbind.inner.value import nearest
 from kvbind.tasks.linux import LINUX, OTHERS_NAME
 
@@ -111,7 +111,7 @@ class Subject:
 
     metric: Metric
     held_out: str
-    paper: Mapping[str, paper.Published]
+    paper: Mapping[str, published.Published]
     paper_model: str
     scales: Mapping[str, Scale]
     speed: Speed
@@ -139,7 +139,7 @@ SUBJECTS: dict[str, Subject] = {
     "language": Subject(
         metric=Metric("perplexity", "ppl", "perplexity", "lower", digits=3, change="ratio", margin=2.5),
         held_out="held-out text",
-        paper=paper.LANGUAGE,
+        paper=published.LANGUAGE,
         paper_model="760M",
         scales={
             "smoke": Scale("tiny", ("train.steps=180", "train.warmup=18", ON_THE_WAY), "minutes on two CPU cores"),
@@ -147,7 +147,7 @@ SUBJECTS: dict[str, Subject] = {
             "large": Scale("large", (ON_THE_WAY,), "61 million bytes per row, minutes each on one H200", long=32768),
             "paper": Scale("760m", (), "the paper's own size: 760M parameters, 21 billion tokens per row"),
         },
-        speed=InnerLoopSpeed(_language_size, paper.INNER_LOOP_SPEED),
+        speed=InnerLoopSpeed(_language_size, published.INNER_LOOP_SPEED),
         loss="nats per token",
         others=(Metric("bits_per_byte", "bits/byte", "bits per byte", "lower", digits=3),),
         series=(
@@ -161,7 +161,7 @@ SUBJECTS: dict[str, Subject] = {
     "images": Subject(
         metric=Metric("top1", "top-1", "top-1 accuracy (%)", "higher"),
         held_out="held-out images",
-        paper=paper.IMAGES,
+        paper=published.IMAGES,
         paper_model="ViTTT-B",
         scales={
             "smoke": Scale("digits", (ON_THE_WAY,), "minutes on two CPU cores"),
@@ -176,7 +176,7 @@ SUBJECTS: dict[str, Subject] = {
     "views": Subject(
         metric=Metric("psnr", "PSNR", "PSNR (dB)", "higher"),
         held_out="held-out views",
-        paper=paper.VIEWS,
+        paper=published.VIEWS,
         paper_model="114M",
         scales={
             "smoke": Scale("tiny", (ON_THE_WAY,), "minutes on two CPU cores"),

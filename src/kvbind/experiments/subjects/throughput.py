@@ -16,8 +16,8 @@ import torch
 
 from kvbind.bench.harness.operands import Size
 from kvbind.bench.kernels.forms import tokens_per_second
-from kvbind.experiments.kept import Kept
-from kvbind.experiments.runs import Run
+from kvbind.experiments.results.cache import ResultCache
+from kvbind.experiments.training.runs import Run
 from kvbind.forms.analysis import explain
 from kvbind.forms.api import Form
 from kvbind.inner import InnerLoop
@@ -93,8 +93,8 @@ class InnerLoopSpeed:
         inners = {name: InnerLoop.from_dict(config.model.inner) for name, config in configs.items()}
         size = self.size(next(iter(configs.values())))
         plain = {name: inner.to_dict() for name, inner in inners.items()}
-        kept = Kept(path, device, fresh)
-        speeds: Speeds | None = kept.get(plain, vars(size))
+        cache = ResultCache(path, device, fresh)
+        speeds: Speeds | None = cache.get(plain, vars(size))
         if speeds is None:
             forms: tuple[Form, ...] = ("recurrent", "parallel")
             cases = [
@@ -104,7 +104,7 @@ class InnerLoopSpeed:
             speeds = {name: dict.fromkeys(forms) for name in inners}
             for (name, form), speed in zip(cases, measured, strict=True):
                 speeds[name][form] = speed
-            kept.put(speeds, plain, vars(size))
+            cache.put(speeds, plain, vars(size))
         return speeds
 
 

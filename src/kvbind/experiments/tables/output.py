@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from kvbind.experiments import figures, report
-from kvbind.experiments.page import Grid, Part, table_part, write_index
-from kvbind.experiments.table_figures import draw_all
-from kvbind.experiments.table_text import Column, as_grid, comparison, describe, quality_columns, row_names, speed_columns
-from kvbind.experiments.tables import LABELS, Outcome, as_csv
+from kvbind.experiments import plotting
+from kvbind.experiments.report.page import Grid, Part, table_part, write_index
+from kvbind.experiments.results.files import write_csv, write_json
+from kvbind.experiments.tables.plots import draw_all
+from kvbind.experiments.tables.table import LABELS, Outcome, as_csv
+from kvbind.experiments.tables.text import Column, as_grid, comparison, describe, quality_columns, row_names, speed_columns
 from kvbind.train.files import write_text
 
 
 def write_report(out: Path, outcome: Outcome) -> None:
     """JSON, CSV, pictures, and the page."""
     results = outcome.results
-    report.write_json(out / "results.json", results)
-    report.write_csv(out / "results.csv", [as_csv(data) for data in results["rows"]])
+    write_json(out / "results.json", results)
+    write_csv(out / "results.csv", [as_csv(data) for data in results["rows"]])
     write_text(out / "config.yaml", outcome.config)
 
     header, lines = as_grid(row_names(outcome, outcome.labels), quality_columns(outcome) + speed_columns(outcome))
-    figures.table_image(out / "table.png", header, lines, title=outcome.title, note=describe(outcome))
+    plotting.table_image(out / "table.png", header, lines, title=outcome.title, note=describe(outcome))
     draw_all(out, outcome)
     write_index(out, table_part(outcome, out))
 
@@ -53,8 +54,8 @@ def write_overview(out: Path, outcomes: Mapping[str, Outcome], places: Mapping[s
         first.table.about,
         *([f"In the tasks' own words, {' and '.join(worded)}."] if worded else []),
     ])  # fmt: skip
-    report.write_json(out / "results.json", {task: outcome.results for task, outcome in outcomes.items()})
-    figures.table_image(out / "table.png", header, lines, title=title, note=about)
+    write_json(out / "results.json", {task: outcome.results for task, outcome in outcomes.items()})
+    plotting.table_image(out / "table.png", header, lines, title=title, note=about)
     command, grid = first.results["command"], Grid("Table", header, lines)
     part = Part(first.table.name, title, about, [], [grid], {}, [], command, details={}, place=out)
     write_index(out, part, {task: place / "index.html" for task, place in places.items()})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvbind.experiments import figures
-from kvbind.experiments.table_text import NOT_APPLICABLE, UNFINISHED
-from kvbind.experiments.tables import SMOOTHING, Outcome
+from kvbind.experiments import plotting
+from kvbind.experiments.tables.table import SMOOTHING, Outcome
+from kvbind.experiments.tables.text import NOT_APPLICABLE, UNFINISHED
 
 Pictures = dict[str, tuple[str, str]]
 """A file and a description by heading."""
@@ -35,15 +35,15 @@ def draw_all(out: Path, outcome: Outcome) -> None:
     names = {row.name: row.label if i is None else f"{i}  {row.label}" for i, row in outcome.numbered()}
     rungs = max(sum(row.applies for row in outcome.rows[: outcome.table.rungs]), 1)
     seed = ", seed 0" if len(outcome.results["seeds"]) > 1 else ""
-    figures.curves(
+    plotting.curves(
         out / "loss.png",
-        {names[row.name]: figures.smoothed(row.runs[0].losses(), SMOOTHING) for row in outcome.trained},
+        {names[row.name]: plotting.smoothed(row.runs[0].losses(), SMOOTHING) for row in outcome.trained},
         title=f"Training loss, smoothed{seed}", x="step", y=outcome.subject.loss, rungs=rungs,
     )  # fmt: skip
     for series in outcome.subject.series:
-        figures.curves(
+        plotting.curves(
             out / series.file,
-            {names[row.name]: figures.pooled(row.runs[0].result["held_out"][series.name], 16)
+            {names[row.name]: plotting.pooled(row.runs[0].result["held_out"][series.name], 16)
              for row in outcome.trained},
             title=f"{series.title}{seed}", x=series.x, y=series.y, rungs=rungs,
         )  # fmt: skip
@@ -57,21 +57,21 @@ def quality_figure(path: Path, outcome: Outcome) -> None:
     errors = [row.error(metric.name) or 0.0 for row in rows]
     millions = outcome.trained[0].runs[0].result["parameters"] / 1e6
     size = f"{millions:.0f}M" if millions >= 10 else f"{millions:.2g}M"
-    with figures.picture(path, 9.2, 0.36 * len(rows) + 0.9) as fig:
+    with plotting.picture(path, 9.2, 0.36 * len(rows) + 0.9) as fig:
         left, right = fig.subplots(1, 2, sharey=True)
-        figures.rung_dots(
+        plotting.rung_dots(
             left, labels, [row.published for row in rows],
-            title=f"Paper: {metric.title}, {subject.paper_model}", colour=figures.MUTED, joined=rungs,
+            title=f"Paper: {metric.title}, {subject.paper_model}", colour=plotting.MUTED, joined=rungs,
             hollow=[i for i, row in enumerate(rows) if row.paper and not row.paper.applies],
         )  # fmt: skip
-        figures.rung_dots(
+        plotting.rung_dots(
             right, labels, [row.mean(metric.name) for row in rows], title=f"Here: {metric.title}, {size}",
-            colour=figures.BLUE, joined=rungs, spread=errors if any(errors) else None,
+            colour=plotting.BLUE, joined=rungs, spread=errors if any(errors) else None,
             notes={i: UNFINISHED if row.applies else NOT_APPLICABLE for i, row in enumerate(rows) if not row.runs},
         )  # fmt: skip
         for ax in (left, right):
             if rungs:
-                ax.axhline(rungs - 0.5, color=figures.GRID, linewidth=1.0)
+                ax.axhline(rungs - 0.5, color=plotting.GRID, linewidth=1.0)
             ax.set_xlabel(f"{metric.better} is better")
 
 
@@ -82,8 +82,8 @@ def speed_figure(path: Path, outcome: Outcome) -> None:
     sides = {"Here": [{name: speed.compared(x, setting) for name, x in row.speeds.items()} for _, row in shown]}
     if any(x for _, row in shown for x in row.paper_speeds.values()):
         sides = {"Paper": [dict(row.paper_speeds) for _, row in shown], **sides}
-    colours = (figures.ORANGE, figures.BLUE) if len(speed.columns) > 1 else (figures.BLUE,)
-    with figures.picture(path, 9.2, 0.36 * len(shown) + 1.1) as fig:
+    colours = (plotting.ORANGE, plotting.BLUE) if len(speed.columns) > 1 else (plotting.BLUE,)
+    with plotting.picture(path, 9.2, 0.36 * len(shown) + 1.1) as fig:
         axes = fig.subplots(1, len(sides), sharey=True, squeeze=False)[0]
         for ax, (title, values) in zip(axes, sides.items(), strict=True):
             height = 0.68 / len(speed.columns)
@@ -97,6 +97,6 @@ def speed_figure(path: Path, outcome: Outcome) -> None:
             ax.set_title(title)
             ax.set_xlabel(speed.axis)
             if len(speed.columns) > 1:  # forms differ by orders of magnitude
-                figures.log_axis(ax)
+                plotting.log_axis(ax)
         if len(speed.columns) > 1:
             axes[-1].legend(loc="upper right")

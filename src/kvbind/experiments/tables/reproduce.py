@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from kvbind.experiments.findings import Request
-from kvbind.experiments.plan import Plan, UnfinishedError, plan_runs, report_folder
-from kvbind.experiments.projection import measure_rows
-from kvbind.experiments.runs import Run
-from kvbind.experiments.speed import Speeds
+from kvbind.experiments.request import Request
 from kvbind.experiments.subjects import ALL, SUBJECTS, Subject, named_subject
-from kvbind.experiments.table_report import write_overview, write_report
-from kvbind.experiments.table_text import describe, terminal_tables
-from kvbind.experiments.table_verdicts import judge
-from kvbind.experiments.tables import BASELINES, NO_FAST_WEIGHTS, Outcome, Row, Table, as_data, row_labels
-from kvbind.experiments.workers import Job
+from kvbind.experiments.subjects.throughput import Speeds
+from kvbind.experiments.tables.output import write_overview, write_report
+from kvbind.experiments.tables.table import BASELINES, NO_FAST_WEIGHTS, Outcome, Row, Table, as_data, row_labels
+from kvbind.experiments.tables.text import describe, terminal_tables
+from kvbind.experiments.tables.verdicts import judge
+from kvbind.experiments.training.plans import Plan, UnfinishedError, plan_runs, report_folder
+from kvbind.experiments.training.projection import measure_rows
+from kvbind.experiments.training.runs import Run
+from kvbind.experiments.training.workers import Job
 from kvbind.provenance import command, machine, versions
 from kvbind.train.config import to_plain, to_yaml
 
@@ -30,7 +30,7 @@ def reproduce_table(table: Table, **options: Any) -> dict[str, Any]:
 
     Args:
         table: which.
-        options: the fields of `kvbind.experiments.findings.Request`; the task may be "all", for each in turn and a page on
+        options: the fields of `kvbind.experiments.request.Request`; the task may be "all", for each in turn and a page on
             all together.
 
     Returns:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbind.experiments import figures
-from kvbind.experiments.paper import Published
-from kvbind.experiments.runs import Run
+from kvbind.experiments import plotting
 from kvbind.experiments.subjects import Subject
+from kvbind.experiments.subjects.published import Published
+from kvbind.experiments.training.runs import Run
 from kvbind.tasks.inner_loops import SOFTMAX, WINDOW
 
 LABELS = {
@@ -208,7 +208,7 @@ def as_data(row: Row, subject: Subject, home: Path, setting: Mapping[str, Any] |
 
 def curve(run: Run) -> list[list[float]]:
     """The training loss of a run, smoothed: step and loss, `CURVE` points at most."""
-    points = figures.pooled(figures.smoothed(run.losses(), SMOOTHING), CURVE)
+    points = plotting.pooled(plotting.smoothed(run.losses(), SMOOTHING), CURVE)
     return [[float(f"{x:.5g}") for x in point] for point in points]
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from kvbind.experiments import plan
-from kvbind.experiments.reproduce import reproduce_table
-from kvbind.experiments.tables import Table
+from kvbind.experiments.tables.reproduce import reproduce_table
+from kvbind.experiments.tables.table import Table
+from kvbind.experiments.training import plans
 
 TABLE = Table(
     name="table1",
@@ -23,4 +23,4 @@ TABLE = Table(
 )
 
 reproduce = partial(reproduce_table, TABLE)
-planned_jobs = partial(plan.planned_jobs, TABLE.name, TABLE.rows)
+planned_jobs = partial(plans.planned_jobs, TABLE.name, TABLE.rows)

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table as TerminalTable
 
 from kvbind.experiments.subjects import NONE, Metric
-from kvbind.experiments.tables import Outcome, Row
+from kvbind.experiments.tables.table import Outcome, Row
 from kvbind.screen import column_groups
 
 NOT_APPLICABLE, UNFINISHED = "does not apply", "unfinished"

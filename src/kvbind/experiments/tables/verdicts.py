@@ -11,9 +11,9 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from kvbind.experiments.findings import Verdict
+from kvbind.experiments.report.findings import Verdict
 from kvbind.experiments.subjects import Metric, Subject
-from kvbind.experiments.tables import Row, Table
+from kvbind.experiments.tables.table import Row, Table
 
 ERRORS = 2
 """Standard errors that a difference must lie away from a limit."""

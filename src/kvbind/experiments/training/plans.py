@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from kvbind.experiments.findings import Request
-from kvbind.experiments.runs import RESULT, Fingerprints, Run, run_name
+from kvbind.experiments.request import Request
 from kvbind.experiments.subjects import named_subject
-from kvbind.experiments.tables import LABELS
-from kvbind.experiments.workers import Finished, Job, default_workers, train_all
+from kvbind.experiments.tables.table import LABELS
+from kvbind.experiments.training.runs import RESULT, Fingerprints, Run, run_name
+from kvbind.experiments.training.workers import Finished, Job, default_workers, train_all
 from kvbind.inner.value import check_choice
 from kvbind.tasks import open_task_module
 from kvbind.train.config import read_config
@@ -149,7 +149,7 @@ def plan_runs(
 
     Args:
         name: of the experiment.
-        rows: names among `kvbind.experiments.tables.LABELS`.
+        rows: names among `kvbind.experiments.tables.table.LABELS`.
         request: what was asked.
         known: fingerprints of data that were read already.
         edits: of every run's configuration, before those that were asked for.

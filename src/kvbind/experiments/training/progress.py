@@ -18,8 +18,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as TerminalTable
 
-from kvbind.experiments.runs import CONFIG, RESULT
-from kvbind.experiments.workers import Job, visible_gpus
+from kvbind.experiments.training.runs import CONFIG, RESULT
+from kvbind.experiments.training.workers import Job, visible_gpus
 from kvbind.tasks.inner_loops import SOFTMAX, WINDOW
 from kvbind.train.checkpoint import checkpoints, step_of
 from kvbind.train.config import config_hash, what_matters
@@ -203,19 +203,19 @@ def plan_experiment(experiment: str, **options: Any) -> dict[str, Any]:
 
     Args:
         experiment: among `kvbind.experiments.EXPERIMENTS`, or "all".
-        options: the fields of `kvbind.experiments.findings.Request`.
+        options: the fields of `kvbind.experiments.request.Request`.
 
     Raises:
         ValueError: an experiment without training runs that are known beforehand, an unknown task or scale, or an edit that
             does not fit.
     """
-    from kvbind.experiments import everything, open_experiment
-    from kvbind.experiments.findings import Request
+    from kvbind.experiments import open_experiment, reproduce_all
+    from kvbind.experiments.request import Request
     from kvbind.experiments.subjects import ALL
 
     request = Request(**options)
     if experiment == "all":
-        jobs = everything.planned(request)
+        jobs = reproduce_all.planned(request)
     else:
         module = open_experiment(experiment)
         if not hasattr(module, "planned_jobs"):

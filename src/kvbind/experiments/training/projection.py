@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from kvbind.bench.harness.timing import now
-from kvbind.experiments import figures
-from kvbind.experiments.findings import Findings, Measure, Request, write_findings
-from kvbind.experiments.kept import Kept
-from kvbind.experiments.plan import configuration, report_folder, row_configs
+from kvbind.experiments import plotting
+from kvbind.experiments.report.findings import Findings, write_findings
+from kvbind.experiments.request import Measure, Request
+from kvbind.experiments.results.cache import ResultCache
 from kvbind.experiments.subjects import ALL, NONE, SUBJECTS, Subject, named_subject
-from kvbind.experiments.tables import row_labels
+from kvbind.experiments.tables.table import row_labels
+from kvbind.experiments.training.plans import configuration, report_folder, row_configs
 from kvbind.inner.value import check_choice
 from kvbind.precision import matmul_precision
 from kvbind.tasks import open_task_module
@@ -46,7 +47,7 @@ AT_ONCE = {"images": 128}
 SCENES = 64
 """How many procedural scenes stand in for a data set of views."""
 
-KEPT = "steps.json"
+CACHE = "steps.json"
 """Beside a report: the steps that were measured for it."""
 
 Loss = Callable[[nn.Module, int], Tensor]
@@ -225,10 +226,10 @@ def measure_rows(name: str, rows: Sequence[str], request: Request) -> dict[str, 
     out.mkdir(parents=True, exist_ok=True)
     request.say(f"{name}, {task}, scale {request.scale}: {measure.steps} steps of each row on {device}; report in {out}")
 
-    kept = Kept(out / KEPT, device, request.fresh)
+    cache = ResultCache(out / CACHE, device, request.fresh)
     configs = {row: config for row, config in row_configs(task, full).items() if row in rows}
     asked = measure.rows or tuple(rows)
-    found = {row: Steps(**x) for row, config in configs.items() if (x := kept.get(to_plain(config), measure.steps))}
+    found = {row: Steps(**x) for row, config in configs.items() if (x := cache.get(to_plain(config), measure.steps))}
     left_out = {row: "not measured yet" if row in configs else "does not apply" for row in asked if row not in found}
 
     def written(request: Request) -> dict[str, Any]:
@@ -248,7 +249,7 @@ def measure_rows(name: str, rows: Sequence[str], request: Request) -> dict[str, 
                 request.say(f"{row}: {left_out[row]}")
             else:
                 del left_out[row]
-                kept.put(asdict(found[row]), to_plain(configs[row]), measure.steps)
+                cache.put(asdict(found[row]), to_plain(configs[row]), measure.steps)
                 request.say(sentence(row, found[row], subject, measure))
                 written(replace(request, console=None))  # a row may take minutes, and the next one may be interrupted
     return written(request)
@@ -313,9 +314,9 @@ def write(
 
 def draw(path: Any, speeds: dict[str, float], subject: Subject) -> None:
     """A bar per row."""
-    with figures.picture(path, 7.2, 0.34 * len(speeds) + 1.0) as fig:
+    with plotting.picture(path, 7.2, 0.34 * len(speeds) + 1.0) as fig:
         ax = fig.subplots()
-        ax.barh(range(len(speeds)), list(speeds.values()), height=0.6, color=figures.BLUE)
+        ax.barh(range(len(speeds)), list(speeds.values()), height=0.6, color=plotting.BLUE)
         ax.set_yticks(range(len(speeds)), list(speeds))
         ax.set_ylim(len(speeds) - 0.5, -0.5)
         ax.grid(axis="y", visible=False)

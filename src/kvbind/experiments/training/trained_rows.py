@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from kvbind.experiments.findings import Request
-from kvbind.experiments.plan import UnfinishedError, plan_runs
-from kvbind.experiments.runs import WEIGHTS, Run, exported, load_model
+from kvbind.experiments.request import Request
 from kvbind.experiments.subjects import Subject, named_subject
-from kvbind.experiments.tables import row_labels, unfinished
-from kvbind.experiments.workers import Job
+from kvbind.experiments.tables.table import row_labels, unfinished
+from kvbind.experiments.training.plans import UnfinishedError, plan_runs
+from kvbind.experiments.training.runs import WEIGHTS, Run, exported, load_model
+from kvbind.experiments.training.workers import Job
 from kvbind.inner.value import check_choice
 from kvbind.tasks import open_task_module
 from kvbind.train.config import to_plain
@@ -61,7 +61,7 @@ def train_rows(name: str, rows: Sequence[str], tasks: Sequence[str], request: Re
 
     Args:
         name: of the experiment, whose folder the report goes to.
-        rows: names among `kvbind.experiments.tables.LABELS`.
+        rows: names among `kvbind.experiments.tables.table.LABELS`.
         tasks: those that the experiment is made for.
         request: what was asked.
         weights: whether the experiment looks into models, so that runs that came without their weights are left out.

@@ -4,8 +4,8 @@ A small model gains little from a second thread, and loses it again where the ma
 are independent, so a CPU trains as many at once as it has cores; and numbers then do not depend on how many those are. GPUs,
 which small models leave idle most of the time, are shared by as many as are asked for, in turn over all that are visible.
 
-A worker is `python -m kvbind.experiments.workers`: jobs come in and progress goes out as lines of JSON. One whose parent has
-died notices at its next step, when nobody reads any more, and ends.
+A worker is `python -m kvbind.experiments.training.workers`: jobs come in and progress goes out as lines of JSON. One whose
+parent has died notices at its next step, when nobody reads any more, and ends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from kvbind.experiments.runs import RESULT, InterruptedRunError, OutOfTimeError, Run, train_run
+from kvbind.experiments.training.runs import RESULT, InterruptedRunError, OutOfTimeError, Run, train_run
 from kvbind.tasks import open_task_module
 from kvbind.train import TrainingStoppedError
 from kvbind.train.bars import Watch, progress_bars
@@ -332,7 +332,7 @@ class Worker:
     def __init__(self, gpu: str | None = None) -> None:
         place = {} if gpu is None else {VISIBLE: gpu}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "kvbind.experiments.workers"],
+            [sys.executable, "-m", "kvbind.experiments.training.workers"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvbind.experiments.calls import Call, seen_calls
-from kvbind.experiments.explorer import examples
-from kvbind.experiments.explorer.examples import Example
-from kvbind.experiments.explorer.looks import look_at, spec_data
-from kvbind.experiments.findings import Findings, Request, write_findings
-from kvbind.experiments.shared import train_rows
-from kvbind.experiments.show_images import spread
+from kvbind.experiments.layer_calls import Call, seen_calls
+from kvbind.experiments.report.explorer import examples
+from kvbind.experiments.report.explorer.examples import Example
+from kvbind.experiments.report.explorer.heads import look_at, spec_data
+from kvbind.experiments.report.findings import Findings, write_findings
+from kvbind.experiments.request import Request
+from kvbind.experiments.saved_models.attention_maps import spread
 from kvbind.experiments.subjects import SUBJECTS
-from kvbind.experiments.table2 import TABLE
-from kvbind.experiments.tables import BASELINES
+from kvbind.experiments.tables.table import BASELINES
+from kvbind.experiments.tables.table2 import TABLE
+from kvbind.experiments.training.trained_rows import train_rows
 from kvbind.tasks.images.augment import normalized
 from kvbind.tasks.views.drawing import evaluation_batches
 from kvbind.tasks.views.task import predict
@@ -41,7 +42,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     """Look into the model of every row, of its first seed, and write what was seen.
 
     Args:
-        options: the fields of `kvbind.experiments.findings.Request`.
+        options: the fields of `kvbind.experiments.request.Request`.
 
     Returns:
         What `results.json` holds.

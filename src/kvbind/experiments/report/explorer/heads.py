@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvbind import DepthwiseConv, InnerLoop, explain, inner_loss, linearize
-from kvbind.experiments.calls import Call
+from kvbind.experiments.layer_calls import Call
 from kvbind.inner.gates import DECLARED, GATES
 
 Look = dict[str, Any]
