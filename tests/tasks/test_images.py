@@ -11,7 +11,9 @@ from transformers import AutoModelForImageClassification
 from kvbind import InnerLoop, Linear, systems
 from kvbind.models import vittt
 from kvbind.tasks import images, open_task_module
-from kvbind.tasks.images import PRESETS, ImagesConfig, ImagesTask, ModelConfig, inner_loops, resolve, rows
+from kvbind.tasks.images import PRESETS, ImagesConfig, ImagesTask, inner_loops, resolve, rows
+from kvbind.tasks.images.augment import normalized
+from kvbind.tasks.images.config import ModelConfig
 from kvbind.tasks.images.loading import Order, Reads, training_batches
 from kvbind.tasks.images.sources import InMemory
 from kvbind.train import latest_checkpoint, train
@@ -421,5 +423,5 @@ def test_a_pipeline_sees_held_out_images_as_evaluation_does(folders, tmp_path):
         found = {x["label"]: x["score"] for x in classify(picture)}
     scores = model(pixels).logits.softmax(-1)[0].tolist()
     assert found == pytest.approx(dict(zip(task.names, scores, strict=True)), abs=1e-5)
-    every = [images.normalized(task.held_out_image(i)[0][None], [0.5] * 3, [0.25] * 3) for i in range(11)]
+    every = [normalized(task.held_out_image(i)[0][None], [0.5] * 3, [0.25] * 3) for i in range(11)]
     assert any(torch.allclose(pixels, x, atol=1e-5) for x in every)

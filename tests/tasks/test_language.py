@@ -12,13 +12,12 @@ from kvbind.tasks.language import (
     PRESETS,
     LanguageConfig,
     LanguageTask,
-    ModelConfig,
     inner_loop,
     open_trained,
-    positions,
     resolve,
-    token_losses,
 )
+from kvbind.tasks.language.config import ModelConfig
+from kvbind.tasks.language.task import positions, token_losses
 from kvbind.tasks.tokenizers import Bytes
 from kvbind.train import train
 from kvbind.train.config import read_config, to_yaml, what_matters

@@ -29,6 +29,7 @@ from kvbind.experiments.training.workers import Job
 from kvbind.inner.value import check_choice
 from kvbind.models.lact.cache import CACHE
 from kvbind.tasks import language
+from kvbind.tasks.language.table_rows import FULL
 from kvbind.tasks.tokenizers import open_tokenizer
 from kvbind.train.config import to_plain
 from kvbind.train.metrics import read_metrics
@@ -46,7 +47,7 @@ MIXERS: dict[str, tuple[str, ...]] = {
     "ttt_linear": ("model.inner.system=ttt_linear",),
     "titans": ("model.inner.system=titans",),
     "in_place_ttt": ("model.mixer=in_place",),
-    "softmax": ("model.fields.fast_weights=false", f"model.fields.window_size={language.FULL}"),
+    "softmax": ("model.fields.fast_weights=false", f"model.fields.window_size={FULL}"),
 }
 """What is compared, and the edits that make it; the first gives the number of parameters."""
 
