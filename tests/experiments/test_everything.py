@@ -12,7 +12,7 @@ from test_tables import TOY
 from kvbind import tasks
 from kvbind.experiments import reproduce_all
 from kvbind.experiments.figures import figure4
-from kvbind.experiments.figures.figure4 import Course, judge
+from kvbind.experiments.figures.figure4 import ClockedRun, judge
 from kvbind.experiments.reproduce_all import Report, ordered, train_everything, wanted, write_beside
 from kvbind.experiments.request import Measure, Request
 from kvbind.experiments.subjects import SUBJECTS
@@ -241,7 +241,7 @@ def test_a_form_that_was_measured_is_not_measured_again_after_an_interruption(tm
 
 
 def course(seconds, losses=(2.0,) * 40):
-    return Course(losses, [seconds * (1 + 0.01 * (i % 5)) for i in range(len(losses))])
+    return ClockedRun(losses, [seconds * (1 + 0.01 * (i % 5)) for i in range(len(losses))])
 
 
 @pytest.mark.parametrize(("seconds", "holds"), [(0.5, True), (1.001, None), (2.0, False)])
@@ -259,7 +259,7 @@ def test_figure_4_knows_other_runs_from_the_same():
 
 
 def test_the_clock_starts_behind_the_steps_that_compile():
-    one = Course([2.0] * 40, [100.0] * 10 + [1.0] * 30)
+    one = ClockedRun([2.0] * 40, [100.0] * 10 + [1.0] * 30)
     assert one.start == 10
     assert [clock for clock, _ in one.by_clock()] == [float(i) for i in range(1, 31)]
 

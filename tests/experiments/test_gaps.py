@@ -13,14 +13,14 @@ from test_tables import TOY
 from kvbind import tasks
 from kvbind.experiments.request import Request
 from kvbind.experiments.studies import chunks, gaps, sizes
-from kvbind.experiments.subjects import FRACTIONS, ON_THE_WAY, SUBJECTS, Scale
+from kvbind.experiments.subjects import FRACTIONS, ON_THE_WAY, SUBJECTS, TaskScale
 from kvbind.experiments.tables import table2
 from kvbind.experiments.training import progress
 from kvbind.experiments.training.plans import UnfinishedError, configuration, plan_runs
 from kvbind.train.metrics import read_metrics
 
 STEPS = 32
-TOY_GAPS = replace(TOY, scales={"smoke": Scale("toy", (f"train.steps={STEPS}", ON_THE_WAY), "a moment")})
+TOY_GAPS = replace(TOY, scales={"smoke": TaskScale("toy", (f"train.steps={STEPS}", ON_THE_WAY), "a moment")})
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,7 +15,7 @@ from kvbind.experiments.saved_models import simplification
 from kvbind.experiments.saved_models.saved_model import open_saved
 from kvbind.experiments.saved_models.simplification import plan
 from kvbind.experiments.studies import simplify
-from kvbind.experiments.studies.simplify import Course
+from kvbind.experiments.studies.simplify import FineTuned
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.experiments.training.plans import UnfinishedError
 from kvbind.experiments.training.runs import InterruptedRunError, load_model, open_run, train_run
@@ -354,7 +354,7 @@ def test_verdicts_on_shares_follow_their_rule():
     metric = SUBJECTS["language"].metric
 
     def course(*values, scratch=10.0):
-        return Course(0, 9.0, scratch, 12.0, dict(zip(simplify.SHARES, values, strict=False)))
+        return FineTuned(0, 9.0, scratch, 12.0, dict(zip(simplify.SHARES, values, strict=False)))
 
     quick, slow, never, short = course(11, 10, 9, 9), course(11, 11, 11, 10), course(11, 11, 11, 11), course(11, 11)
     assert [x.needed(metric) for x in (quick, slow, never, short)] == [1 / 8, 1 / 2, None, None]

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from kvbind import tasks
 from kvbind.experiments import subjects
-from kvbind.experiments.subjects import NONE, ON_THE_WAY, SUBJECTS, Metric, Scale, Series, Subject
+from kvbind.experiments.subjects import NONE, ON_THE_WAY, SUBJECTS, Metric, Series, Subject, TaskScale
 from kvbind.experiments.subjects.published import INNER_LOOP_SPEED, Published
 from kvbind.experiments.subjects.throughput import TrainingSpeed
 from kvbind.experiments.tables import reproduce as module
@@ -29,7 +29,7 @@ TOY = Subject(
     paper={"rung0": Published(20.0), "rung1": Published(20.25), "rung2": Published(20.25, applies=False),
            "rung6": Published(19.0), "ascent": Published(20.5), "key_for_query": Published(19.5)},
     paper_model="9M",
-    scales={"smoke": Scale("toy", ("train.steps=3",), "a moment")},
+    scales={"smoke": TaskScale("toy", ("train.steps=3",), "a moment")},
     speed=TrainingSpeed("points"),
     loss="squared error",
     others=(Metric("error", "error", "squared error", "lower", digits=3),),

@@ -25,7 +25,7 @@ from kvbind.train.step import precision
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """A call of `ttt`.
 
     Attributes:
@@ -50,7 +50,7 @@ class Call:
 
 
 @contextmanager
-def seen_calls(model: nn.Module, see: Callable[[Call], None]) -> Iterator[None]:
+def seen_calls(model: nn.Module, see: Callable[[LayerCall], None]) -> Iterator[None]:
     """Show every call that a model's layers make, in their order, to `see`; what they compute stays the same.
 
     Raises:
@@ -94,7 +94,7 @@ def changed(model: nn.Module, conv: bool = True, **fields: Any) -> Iterator[None
             setattr(layer, name, inner)
 
 
-def first_calls(task: str, model: Any, opened: Any, config: Any, device: torch.device) -> list[list[Call]]:
+def first_calls(task: str, model: Any, opened: Any, config: Any, device: torch.device) -> list[list[LayerCall]]:
     """The calls of each layer on the first held-out batch; ViTTT's layers make two, of their heads and of the convolution.
 
     Args:
@@ -104,7 +104,7 @@ def first_calls(task: str, model: Any, opened: Any, config: Any, device: torch.d
         config: of the run.
         device: where.
     """
-    calls: list[Call] = []
+    calls: list[LayerCall] = []
     model.eval()
     with torch.no_grad(), precision(config.train, device), seen_calls(model, calls.append):
         FIRST[task](model, opened, config, device)
@@ -141,7 +141,7 @@ FIRST = {"language": _language, "images": _images, "views": _views}
 """By task, a model on the first held-out batch."""
 
 
-def calls_of(layer: nn.Module, *arguments: Any, **named: Any) -> list[Call]:
+def calls_of(layer: nn.Module, *arguments: Any, **named: Any) -> list[LayerCall]:
     """The calls that a layer makes, given what its `forward` is given."""
     if isinstance(layer, LactLayer | FastWeightLayer):
         return [of_text(layer, *arguments, **named)]
@@ -157,7 +157,7 @@ def of_text(
     tables: Tables | None = None,
     state: Any = None,
     return_state: bool = False,
-) -> Call:
+) -> LayerCall:
     """The call of a language model's layer."""
     check_from_start(state)
     return as_call(layer.call(x, layout, tables))
@@ -165,17 +165,17 @@ def of_text(
 
 def of_views(
     layer: LactNvsLayer, x: Tensor, update_tokens: slice | Tensor | None = None, state: State | None = None
-) -> Call:
+) -> LayerCall:
     """The call of a view synthesis model's layer."""
     check_from_start(state)
     return as_call(layer.call(x), update_tokens)
 
 
-def as_call(call: InnerCall, update_tokens: slice | Tensor | None = None) -> Call:
+def as_call(call: InnerCall, update_tokens: slice | Tensor | None = None) -> LayerCall:
     """A layer's call with its options by name."""
     options = {"lr": call.lr, **call.gates, "cu_seqlens": call.cu_seqlens, "update_tokens": update_tokens}
     given = {name: x for name, x in options.items() if x is not None}
-    return Call(call.inner, call.weights, call.q, call.k, call.v, given)
+    return LayerCall(call.inner, call.weights, call.q, call.k, call.v, given)
 
 
 def check_from_start(state: Any) -> None:

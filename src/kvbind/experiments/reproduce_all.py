@@ -25,9 +25,9 @@ from kvbind.experiments.request import Request
 from kvbind.experiments.results.files import write_json
 from kvbind.experiments.subjects import ALL, SUBJECTS, named_subject
 from kvbind.experiments.tables import table2
-from kvbind.experiments.training.plans import Plan, plan_runs, report_folder
+from kvbind.experiments.training.plans import RunsPlan, plan_runs, report_folder
 from kvbind.experiments.training.runs import Fingerprints, Run
-from kvbind.experiments.training.workers import VISIBLE, Job, train_all, visible_gpus
+from kvbind.experiments.training.workers import VISIBLE, TrainingJob, train_all, visible_gpus
 from kvbind.train.files import read_json
 
 THEOREMS = "theorems"
@@ -143,15 +143,15 @@ def train_everything(tasks: Sequence[str], request: Request) -> None:
     request.say(f"{len(jobs)} training runs, {workers} at once" + (f", {request.minutes:g} min" if request.minutes else ""))
     longest = max(len(job.title) for job in jobs)
 
-    def finished(job: Job, run: Run) -> None:
+    def finished(job: TrainingJob, run: Run) -> None:
         metric = named_subject(job.task).metric
         note = "finished earlier" if run.reused else f"{run.result['training_seconds']:.0f} s"
         value = run.result["held_out"][metric.name]
         request.say(f"{job.title:<{longest}} {metric.title} {value:.{metric.digits}f}, {note}")
 
-    broken: list[Job] = []
+    broken: list[TrainingJob] = []
 
-    def failed(job: Job, error: Exception) -> None:
+    def failed(job: TrainingJob, error: Exception) -> None:
         broken.append(job)
         request.say(f"{job.title:<{longest}} failed: {error}")
 
@@ -165,7 +165,7 @@ def train_everything(tasks: Sequence[str], request: Request) -> None:
         request.say(f"unfinished: {', '.join(missing)}; the same command goes on with them")
 
 
-def plans_of(tasks: Sequence[str], request: Request) -> list[Plan]:
+def plans_of(tasks: Sequence[str], request: Request) -> list[RunsPlan]:
     """The plans of the union of all experiments' runs."""
     known, plans = Fingerprints(request.trained), []
     for task in tasks:
@@ -175,16 +175,16 @@ def plans_of(tasks: Sequence[str], request: Request) -> list[Plan]:
     return plans
 
 
-def planned(request: Request) -> list[tuple[str, Job]]:
+def planned(request: Request) -> list[tuple[str, TrainingJob]]:
     """The runs that `reproduce` would take, in their order, each with the name of its row."""
     tasks = list(SUBJECTS) if request.task == ALL else [request.task]
     trained = request.trained or (request.out / "trained" if request.out else Path("runs/trained"))
     return ordered(plans_of(tasks, replace(request, trained=trained)))
 
 
-def ordered(plans: Sequence[Plan]) -> list[tuple[str, Job]]:
+def ordered(plans: Sequence[RunsPlan]) -> list[tuple[str, TrainingJob]]:
     """The jobs of all plans with the names of their rows, the most telling first, and then in the order of the plans."""
-    ranked: list[tuple[int, str, Job]] = []
+    ranked: list[tuple[int, str, TrainingJob]] = []
     for plan in plans:
         for (row, seed), job in plan.jobs.items():
             telling = job.task == "language" and row in TELLING

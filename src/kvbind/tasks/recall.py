@@ -24,7 +24,7 @@ from kvbind.layers.softmax import softmax_attention
 from kvbind.tasks import inner_loops, preset_files
 from kvbind.tasks.contents import Contents
 from kvbind.tasks.inner_loops import table_rows
-from kvbind.tasks.language.config import ModelConfig, inner_loop, model_fields, resolved
+from kvbind.tasks.language.config import LanguageModelConfig, inner_loop, model_fields, resolved
 from kvbind.train.config import TrainConfig
 from kvbind.train.ranks import WHOLE, Share
 
@@ -49,7 +49,7 @@ Batch = dict[str, Tensor]
 
 
 @dataclass
-class DataConfig:
+class RecallDataConfig:
     """The rows.
 
     Attributes:
@@ -92,8 +92,8 @@ class RecallConfig:
     """
 
     seed: int = 0
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    data: RecallDataConfig = field(default_factory=RecallDataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -176,7 +176,7 @@ def build_model(config: RecallConfig) -> LactForCausalLM:
     return model
 
 
-def draw(data: DataConfig, pairs: int, rows: int, *seed: int) -> Batch:
+def draw(data: RecallDataConfig, pairs: int, rows: int, *seed: int) -> Batch:
     """Rows with `pairs` pairs each, from a seed of several numbers."""
     generator = np.random.default_rng(seed)
 

@@ -27,7 +27,7 @@ State = dict[str, Any]
 """Where a reading goes on; plain data."""
 
 
-class Table(Protocol):
+class TextTable(Protocol):
     """Texts that are read as they come."""
 
     @property

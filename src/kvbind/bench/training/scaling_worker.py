@@ -48,7 +48,7 @@ LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True)
-class Case:
+class ScalingCase:
     """Training steps to run on some number of GPUs.
 
     Attributes:
@@ -93,7 +93,7 @@ class Training:
         device: of this process.
     """
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: ScalingCase, device: torch.device) -> None:
         self.case, self.device = case, device
         preset = PRESETS[case.preset]
         inner = ladder(preset["inner"])[case.rung]
@@ -145,7 +145,7 @@ class Training:
         return total
 
 
-def measure(case: Case, device: torch.device) -> dict[str, Any]:
+def measure(case: ScalingCase, device: torch.device) -> dict[str, Any]:
     """Run a case; the same numbers on every rank.
 
     Returns:
@@ -235,7 +235,7 @@ def main(cases: Path, out: Path) -> None:
                 write(case=number, began=time.time())
             try:
                 with alone():
-                    found = measure(Case(**fields), device)
+                    found = measure(ScalingCase(**fields), device)
             except torch.cuda.OutOfMemoryError:
                 write(case=number, skipped=OUT_OF_MEMORY)
                 # other ranks wait in a collective, which nothing but the end of this process ends

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kvbind import inner_loss
 from kvbind.experiments import plotting
-from kvbind.experiments.layer_calls import Call, changed, seen_calls
+from kvbind.experiments.layer_calls import LayerCall, changed, seen_calls
 from kvbind.experiments.plotting import picture
 from kvbind.experiments.report.findings import Findings, Verdict, write_findings
 from kvbind.experiments.request import Request
@@ -126,7 +126,7 @@ def metric_and_losses(
     each = sum(2 if isinstance(layer, VitttLayer) else 1 for layer in layers) // len(layers)
     made = 0
 
-    def see(call: Call) -> None:
+    def see(call: LayerCall) -> None:
         # every batch runs through the layers in their order
         nonlocal made
         losses.setdefault(made // each % len(layers), []).append(loss_after(call))
@@ -138,7 +138,7 @@ def metric_and_losses(
 
 
 @torch.no_grad()
-def loss_after(call: Call) -> float:
+def loss_after(call: LayerCall) -> float:
     """The inner loss of a call at the weights after each chunk's update, averaged over chunks, heads and sequences."""
     rates, total, tokens = call.options.get("lr", 1.0), 0.0, 0
     bounds = call.options.get("cu_seqlens")

@@ -21,10 +21,10 @@ from kvbind.experiments import plotting
 from kvbind.experiments.report.findings import Findings, Verdict, write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.results.cache import ResultCache
-from kvbind.experiments.training.plans import Plan, UnfinishedError, configuration, plan_runs, report_folder, with_inner
+from kvbind.experiments.training.plans import RunsPlan, UnfinishedError, configuration, plan_runs, report_folder, with_inner
 from kvbind.experiments.training.projection import CACHE, Steps, measure_steps
 from kvbind.experiments.training.runs import Fingerprints, Run
-from kvbind.experiments.training.workers import Job
+from kvbind.experiments.training.workers import TrainingJob
 from kvbind.inner.value import check_choice
 from kvbind.tasks import open_task_module
 from kvbind.train.config import to_plain
@@ -51,7 +51,7 @@ UNFINISHED = "figure4 is not finished in both forms yet; the same command goes o
 
 
 @dataclass(frozen=True)
-class Course:
+class ClockedRun:
     """A training run by the clock.
 
     Attributes:
@@ -103,7 +103,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     plan = plan_both(request)
     request.say(f"figure4, scale {request.scale}: {ROW} in both forms on {plan.device}; report in {plan.out}")
 
-    def finished(job: Job, run: Run) -> None:
+    def finished(job: TrainingJob, run: Run) -> None:
         note = "finished earlier" if run.reused else f"{run.result['training_seconds']:.0f} s"
         request.say(f"{job.title}: {note}")
 
@@ -116,7 +116,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     return write(courses, plan.out, request, to_plain(plan.config), plan.device, runs)
 
 
-def plan_both(request: Request, known: Fingerprints | None = None) -> Plan:
+def plan_both(request: Request, known: Fingerprints | None = None) -> RunsPlan:
     """The two runs, by form; they want their device to themselves, so that one worker trains both."""
     edits = EDITS.get(request.scale, ())
     one = replace(request, seeds=1)
@@ -125,18 +125,18 @@ def plan_both(request: Request, known: Fingerprints | None = None) -> Plan:
     return replace(plans[FORMS[0]], jobs=jobs, workers=1)
 
 
-def read(run: Run) -> Course:
+def read(run: Run) -> ClockedRun:
     """The steps of a finished run."""
     rows = [row for row in read_metrics(run.folder) if "seconds" in row]
     clock = [0.0, *(row["seconds"] for row in rows)]
     losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
-    return Course(losses, [after - before for before, after in pairwise(clock)])
+    return ClockedRun(losses, [after - before for before, after in pairwise(clock)])
 
 
 def measured(request: Request) -> dict[str, Any]:
     """Both forms for some steps of the exact configuration, on generated data."""
     assert request.measure is not None
-    courses: dict[str, Course] = {}
+    courses: dict[str, ClockedRun] = {}
     full = configuration(TASK, request.scale, 0, request.overrides)
     inner = open_task_module(TASK).rows(full)[ROW]
     device = pick_device(full.train.device)
@@ -154,13 +154,18 @@ def measured(request: Request) -> dict[str, Any]:
             cache.put(known, to_plain(config), count)
         steps = Steps(**known)
         seconds = [sum(pair) for pair in zip(steps.batch_seconds, steps.optimizer_seconds, strict=True)]
-        courses[form] = Course(steps.losses[-len(seconds) :], seconds)
+        courses[form] = ClockedRun(steps.losses[-len(seconds) :], seconds)
         request.say(f"{form}: {statistics.median(seconds):.3f} s per step")
     return write(courses, out, request, to_plain(full), device, {})
 
 
 def write(
-    courses: Mapping[str, Course], out: Path, request: Request, config: Any, device: torch.device, runs: Mapping[str, str]
+    courses: Mapping[str, ClockedRun],
+    out: Path,
+    request: Request,
+    config: Any,
+    device: torch.device,
+    runs: Mapping[str, str],
 ) -> dict[str, Any]:
     """The report."""
     slow, fast = (courses[form] for form in FORMS)
@@ -196,13 +201,13 @@ def write(
     return write_findings(out, replace(request, seeds=1), findings, device)
 
 
-def differences(courses: Mapping[str, Course]) -> list[float]:
+def differences(courses: Mapping[str, ClockedRun]) -> list[float]:
     """Of the losses of each step that neither form skipped, the parallel form's less the recurrent one's."""
     pairs = zip(*(courses[form].losses for form in FORMS), strict=True)
     return [fast - slow for slow, fast in pairs if math.isfinite(slow) and math.isfinite(fast)]
 
 
-def judge(courses: Mapping[str, Course]) -> list[Verdict]:
+def judge(courses: Mapping[str, ClockedRun]) -> list[Verdict]:
     """Whether the two are the same run, and which of them takes less time."""
     apart = statistics.fmean(map(abs, differences(courses)))
     (low, slow, _), (_, fast, high) = (courses[form].quartiles() for form in FORMS)
@@ -226,7 +231,7 @@ def judge(courses: Mapping[str, Course]) -> list[Verdict]:
     ]
 
 
-def draw(path: Path, courses: Mapping[str, Course]) -> None:
+def draw(path: Path, courses: Mapping[str, ClockedRun]) -> None:
     """The loss by the clock, and the difference between the forms by step."""
     colours = dict(zip(FORMS, (plotting.ORANGE, plotting.BLUE), strict=True))
     with plotting.picture(path, 9.2, 3.4) as fig:

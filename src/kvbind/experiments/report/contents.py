@@ -19,7 +19,7 @@ STATES = {True: "holds", False: "does not hold", None: "not decided at this scal
 
 
 @dataclass(frozen=True)
-class Grid:
+class PageTable:
     """A table of texts; the first column names the rows.
 
     Attributes:
@@ -66,7 +66,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Part:
+class PagePart:
     """One experiment on a page.
 
     Attributes:
@@ -86,7 +86,7 @@ class Part:
     title: str
     lead: str
     verdicts: Sequence[Mapping[str, Any]]
-    grids: Sequence[Grid]
+    grids: Sequence[PageTable]
     charts: Mapping[str, Sequence[Chart]]
     pictures: Sequence[Picture]
     command: str

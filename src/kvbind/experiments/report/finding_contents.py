@@ -15,7 +15,7 @@ import yaml
 from kvbind.experiments import EXPERIMENTS, plotting
 from kvbind.experiments.report import charts
 from kvbind.experiments.report.charts import Chart
-from kvbind.experiments.report.contents import Grid, Part, Picture
+from kvbind.experiments.report.contents import PagePart, PageTable, Picture
 from kvbind.experiments.subjects import named_subject
 from kvbind.experiments.tables.table import CURVE, SMOOTHING
 from kvbind.files import inside
@@ -29,7 +29,7 @@ Drawn = dict[str, list[Chart]]
 """Charts by the heading of the picture that they stand for."""
 
 
-def findings_part(results: Results, place: Path) -> Part:
+def findings_part(results: Results, place: Path) -> PagePart:
     """A figure or a check, whatever it is.
 
     Args:
@@ -44,12 +44,12 @@ def findings_part(results: Results, place: Path) -> Part:
     if "pictures" not in results and not drawn:
         drawings = [inside(place, png.name) for png in sorted(place.glob("*.png"))]
         pictures = [Picture(png.stem, png, f"{name}: {png.stem}") for png in drawings]
-    return Part(
+    return PagePart(
         experiment=name,
         title=results.get("title", f"{name.capitalize().replace('Figure', 'Figure ')}: {of}scale {results['scale']}"),
         lead=results.get("lead", f"{EXPERIMENTS.get(name, name).capitalize()}."),
         verdicts=results.get("verdicts", ()),
-        grids=[Grid(x["heading"], x["header"], x["rows"]) for x in results.get("tables", ())],
+        grids=[PageTable(x["heading"], x["header"], x["rows"]) for x in results.get("tables", ())],
         charts=drawn,
         pictures=[picture for picture in pictures if picture.file.is_file()],
         command=results["command"],

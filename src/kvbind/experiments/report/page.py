@@ -22,21 +22,19 @@ import jinja2
 
 from kvbind.experiments import EXPERIMENTS
 from kvbind.experiments.report.checks import check_results, read_model
-from kvbind.experiments.report.contents import STATES, Grid, Part, Picture
+from kvbind.experiments.report.contents import STATES, PagePart
 from kvbind.experiments.report.finding_contents import findings_part
 from kvbind.experiments.report.table_contents import read_outcome, table_part
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.files import blaming, inside
 from kvbind.train.files import read_json, restored, spelled, write_text
 
-__all__ = ["Grid", "Part", "Picture", "find_parts", "table_part", "write_index", "write_page"]
-
 RESULTS, EXPLORER = "results.json", "explorer"
 
 _ASSETS = files("kvbind.experiments.report") / "assets"
 
 
-def write_index(folder: Path, part: Part, links: Mapping[str, Path] | None = None) -> None:
+def write_index(folder: Path, part: PagePart, links: Mapping[str, Path] | None = None) -> None:
     """Write the plain page on one result, `index.html`, with pictures and without any script.
 
     Args:
@@ -51,7 +49,7 @@ def write_index(folder: Path, part: Part, links: Mapping[str, Path] | None = Non
 
 
 def write_page(
-    path: Path, parts: Sequence[Part], explorer: Sequence[Mapping[str, Any]], versions: Mapping[str, str]
+    path: Path, parts: Sequence[PagePart], explorer: Sequence[Mapping[str, Any]], versions: Mapping[str, str]
 ) -> None:
     """Write the interactive page on many results.
 
@@ -83,7 +81,7 @@ def write_page(
     write_text(path, page)
 
 
-def find_parts(folders: Sequence[Path]) -> tuple[list[Part], list[dict[str, Any]]]:
+def find_parts(folders: Sequence[Path]) -> tuple[list[PagePart], list[dict[str, Any]]]:
     """The results below some folders, and the models that were prepared there to be looked into.
 
     Args:

@@ -12,17 +12,17 @@ import yaml
 from kvbind.experiments import open_experiment, plotting
 from kvbind.experiments.report import charts
 from kvbind.experiments.report.charts import Chart, Points
-from kvbind.experiments.report.contents import Grid, Part, Picture
+from kvbind.experiments.report.contents import PagePart, PageTable, Picture
 from kvbind.experiments.subjects import named_subject
 from kvbind.experiments.subjects.published import Published
 from kvbind.experiments.tables.plots import headings
-from kvbind.experiments.tables.table import Outcome, Row
+from kvbind.experiments.tables.table import TableOutcome, TableRow
 from kvbind.experiments.tables.text import NOT_APPLICABLE, as_grid, describe, quality_columns, speed_columns
 from kvbind.experiments.training.runs import Run, flatten
 from kvbind.files import inside
 
 
-def read_outcome(results: Mapping[str, Any]) -> Outcome:
+def read_outcome(results: Mapping[str, Any]) -> TableOutcome:
     """A table as it was when its `results.json` was written; the folders of its runs may be gone."""
     table, subject = open_experiment(results["experiment"]).TABLE, named_subject(results["task"])
     metric, speed = subject.metric.name, subject.speed
@@ -31,7 +31,7 @@ def read_outcome(results: Mapping[str, Any]) -> Outcome:
         paper, runs = data["paper"], data["runs"]
         known = paper.get(metric) is not None
         rows.append(
-            Row(
+            TableRow(
                 name=data["name"],
                 label=data["label"],
                 paper=Published(paper[metric], not paper.get("in_brackets", False)) if known else None,
@@ -45,10 +45,10 @@ def read_outcome(results: Mapping[str, Any]) -> Outcome:
             )
         )
     config = yaml.safe_dump(results["config"], sort_keys=False)
-    return Outcome(table, subject, tuple(rows), {"throughput": results.get("throughput_shape"), **results}, config)
+    return TableOutcome(table, subject, tuple(rows), {"throughput": results.get("throughput_shape"), **results}, config)
 
 
-def table_part(outcome: Outcome, place: Path) -> Part:
+def table_part(outcome: TableOutcome, place: Path) -> PagePart:
     """A table beside the paper's, with everything that is drawn of it.
 
     Args:
@@ -58,10 +58,10 @@ def table_part(outcome: Outcome, place: Path) -> Part:
     results = outcome.results
     columns = quality_columns(outcome) + speed_columns(outcome)
     header, lines = as_grid([row.label for row in outcome.rows], columns)
-    grid = Grid("Table", header, lines, [i for i, _ in outcome.numbered()], outcome.table.rungs)
+    grid = PageTable("Table", header, lines, [i for i, _ in outcome.numbered()], outcome.table.rungs)
     pictures = [Picture(name, inside(place, file), text) for name, (file, text) in headings(outcome).items()]
     seeds = len(results["seeds"])
-    return Part(
+    return PagePart(
         experiment=outcome.table.name,
         title=outcome.title + (f", {seeds} seeds" if seeds > 1 else ""),
         lead=describe(outcome),
@@ -79,7 +79,7 @@ def table_part(outcome: Outcome, place: Path) -> Part:
     )
 
 
-def differences(outcome: Outcome) -> Iterator[str]:
+def differences(outcome: TableOutcome) -> Iterator[str]:
     """A line per row: the fields of its inner loop that are not the first row's."""
     first = flatten(outcome.rows[0].inner)
     for row in outcome.rows:
@@ -92,7 +92,7 @@ def differences(outcome: Outcome) -> Iterator[str]:
         yield f"{row.name}: {what or 'the same'}"
 
 
-def draw(outcome: Outcome) -> dict[str, list[Chart]]:
+def draw(outcome: TableOutcome) -> dict[str, list[Chart]]:
     """The charts of a table, by the headings that its pictures have."""
     subject, table = outcome.subject, outcome.table
     of = headings(outcome)
@@ -130,7 +130,7 @@ def curve_charts(series: Mapping[str, Points], title: str, x: str, y: str, rungs
     ]
 
 
-def quality_charts(outcome: Outcome) -> list[Chart]:
+def quality_charts(outcome: TableOutcome) -> list[Chart]:
     """The metric by row, the paper's and ours."""
     metric, rungs, rows = outcome.subject.metric, outcome.table.rungs, outcome.rows
     labels = [row.label if i is None else f"{row.label} {i}" for i, row in outcome.numbered()]
@@ -147,7 +147,7 @@ def quality_charts(outcome: Outcome) -> list[Chart]:
     return [paper, here]
 
 
-def speed_charts(outcome: Outcome) -> list[Chart]:
+def speed_charts(outcome: TableOutcome) -> list[Chart]:
     """Throughput by row: ours, and the paper's where it has some, both then in its unit."""
     speed, setting = outcome.subject.speed, outcome.results["throughput"]
     shown = [(i, row) for i, row in outcome.numbered() if i is not None and (row.applies or any(row.paper_speeds.values()))]

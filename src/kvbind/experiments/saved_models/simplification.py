@@ -60,7 +60,7 @@ BEFORE, AFTER = "before", "after"
 
 
 @dataclass(frozen=True)
-class Plan:
+class SimplificationPlan:
     """What is to be done.
 
     Attributes:
@@ -85,7 +85,7 @@ def plan(
     targets: str = "data",
     out: Path | None = None,
     overrides: Sequence[str] = (),
-) -> Plan:
+) -> SimplificationPlan:
     """Say what a model becomes, and how it is fine-tuned.
 
     Args:
@@ -120,7 +120,7 @@ def plan(
     if "released_parameters" in changed.model.fields:  # those that the new inner loop has no use for are left out
         changed.model.fields["released_parameters"] = False
     config = fine_tuning(saved.task, changed, saved.folder, steps, targets, others)
-    return Plan(saved, config, out or Path("runs") / f"simplify-{run_name(saved.task, config)}", name)
+    return SimplificationPlan(saved, config, out or Path("runs") / f"simplify-{run_name(saved.task, config)}", name)
 
 
 def fine_tuning(
@@ -171,7 +171,7 @@ def target(module: Any, config: Any, to: str) -> Any:
     return inner.to_dict() if branch is None else own | {branch: inner.to_dict()}
 
 
-def simplify(planned: Plan, request: Request, *, accept_changed_data: bool = False) -> dict[str, Any]:
+def simplify(planned: SimplificationPlan, request: Request, *, accept_changed_data: bool = False) -> dict[str, Any]:
     """Fine-tune a model with another inner loop, or go on with that, and write the report.
 
     Args:
@@ -208,7 +208,7 @@ def simplify(planned: Plan, request: Request, *, accept_changed_data: bool = Fal
     return report(planned, request, run, measured, device)
 
 
-def measure(planned: Plan, device: torch.device, request: Request) -> dict[str, Any]:
+def measure(planned: SimplificationPlan, device: torch.device, request: Request) -> dict[str, Any]:
     """What there is to know before any training: quality before, what becomes of the weights, and speeds.
 
     It is measured once, and kept in the run's folder.
@@ -308,7 +308,9 @@ def course(run: Run, name: str) -> list[tuple[int, float]]:
     return [(row["step"], float(row[key])) for row in read_metrics(run.folder) if key in row]
 
 
-def report(planned: Plan, request: Request, run: Run, measured: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def report(
+    planned: SimplificationPlan, request: Request, run: Run, measured: Mapping[str, Any], device: torch.device
+) -> dict[str, Any]:
     """Write what came out; `measured` is from `measure`."""
     saved, config = planned.saved, planned.config
     subject = named_subject(saved.task)

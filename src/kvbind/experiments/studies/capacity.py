@@ -26,9 +26,9 @@ from kvbind.experiments.request import Request
 from kvbind.experiments.studies.state_bytes import state_bytes
 from kvbind.experiments.tables.table import unfinished
 from kvbind.experiments.tables.verdicts import ERRORS, beyond
-from kvbind.experiments.training.plans import Plan, plan_configs
+from kvbind.experiments.training.plans import RunsPlan, plan_configs
 from kvbind.experiments.training.runs import Run
-from kvbind.experiments.training.workers import Job
+from kvbind.experiments.training.workers import TrainingJob
 from kvbind.inner.systems import RUNGS, SYSTEMS
 from kvbind.inner.value import check_choice
 from kvbind.layers.lact import check_fits_causal_layer
@@ -48,7 +48,7 @@ SOLVED = 95.0
 
 
 @dataclass(frozen=True)
-class Scale:
+class CapacityScale:
     """How large the comparison is.
 
     Attributes:
@@ -63,9 +63,9 @@ class Scale:
 
 
 SCALES = {
-    "smoke": Scale("tiny", (8, 16, 32), (1e-2, 2e-2)),
-    "small": Scale("small", (32, 64, 128), (1e-3, 3e-3, 1e-2)),
-    "large": Scale("large", (64, 128, 256), (1e-3, 3e-3)),
+    "smoke": CapacityScale("tiny", (8, 16, 32), (1e-2, 2e-2)),
+    "small": CapacityScale("small", (32, 64, 128), (1e-3, 3e-3, 1e-2)),
+    "large": CapacityScale("large", (64, 128, 256), (1e-3, 3e-3)),
 }
 
 
@@ -83,7 +83,7 @@ MIXERS = (SOFTMAX, *RUNGS, *(name for name in SYSTEMS if name != "lact_llm" and 
 
 
 @dataclass(frozen=True)
-class Point:
+class CapacityPoint:
     """A mixer at one width, at the learning rate that validation chose.
 
     Attributes:
@@ -117,7 +117,7 @@ class Point:
 Key = tuple[str, int, float, int]
 """A run: mixer, width, learning rate, seed."""
 
-Curves = Mapping[str, Sequence[Point]]
+Curves = Mapping[str, Sequence[CapacityPoint]]
 """The points of each mixer."""
 
 
@@ -139,7 +139,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     plan, jobs = plan_runs(request)
     request.say(f"capacity, scale {request.scale}: {len(jobs)} runs on {plan.device}; report in {plan.out}")
 
-    def finished(job: Job, run: Run) -> None:
+    def finished(job: TrainingJob, run: Run) -> None:
         held_out, note = (
             run.result["held_out"],
             "finished earlier" if run.reused else f"{run.result['training_seconds']:.0f} s",
@@ -163,7 +163,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     return write_findings(plan.out, request, findings(curves, plan, request, missing, seconds), plan.device)
 
 
-def plan_runs(request: Request) -> tuple[Plan, dict[Key, tuple[str, int]]]:
+def plan_runs(request: Request) -> tuple[RunsPlan, dict[Key, tuple[str, int]]]:
     """The runs, and by mixer, width, learning rate and seed which of them it is.
 
     Widths come before mixers, seeds before both, so that a comparison that ends early is one of some widths.
@@ -193,7 +193,7 @@ def plan_runs(request: Request) -> tuple[Plan, dict[Key, tuple[str, int]]]:
     return plan_configs("capacity", recall.resolve(made[mixers[0]]), configs, request), keys
 
 
-def planned_jobs(request: Request) -> list[tuple[str, Job]]:
+def planned_jobs(request: Request) -> list[tuple[str, TrainingJob]]:
     """The runs in their order, each with its mixer."""
     plan, keys = plan_runs(request)
     return [(key[0], plan.jobs[name]) for key, name in keys.items()]
@@ -248,7 +248,9 @@ def sized(config: Any, width: int, rate: float, seed: int) -> Any:
     return recall.resolve(replace(config, seed=seed, model=model, train=replace(config.train, learning_rate=rate)))
 
 
-def points_of(mixer: str, keys: Mapping[Key, tuple[str, int]], runs: Mapping[Key, Run], plan: Plan) -> Iterator[Point]:
+def points_of(
+    mixer: str, keys: Mapping[Key, tuple[str, int]], runs: Mapping[Key, Run], plan: RunsPlan
+) -> Iterator[CapacityPoint]:
     """A mixer's points by width: at each, the learning rate of the best validation accuracy over most seeds."""
     own = [key for key in keys if key[0] == mixer]
     for width in dict.fromkeys(key[1] for key in own):
@@ -266,7 +268,7 @@ def points_of(mixer: str, keys: Mapping[Key, tuple[str, int]], runs: Mapping[Key
         held_out = {seed: run.result["held_out"] for seed, run in tried[best].items()}
         by_pairs = zip(*(one["accuracy_by_pairs"] for one in held_out.values()), strict=True)
         job = plan.jobs[keys[mixer, width, best, next(iter(held_out))]]
-        yield Point(
+        yield CapacityPoint(
             width,
             bytes_of(job.config),
             best,
@@ -311,7 +313,7 @@ class Gain:
         return statistics.stdev(self.points) / len(self.points) ** 0.5 if len(self.points) > 1 else None
 
 
-def gain(own: Sequence[Point], reference: Sequence[Point]) -> Gain | None:
+def gain(own: Sequence[CapacityPoint], reference: Sequence[CapacityPoint]) -> Gain | None:
     """A mixer's gain over the reference, seed by seed; None where no two widths of one reach the bytes of the other.
 
     Between two widths accuracy is linear in the logarithm of bytes.
@@ -324,7 +326,7 @@ def gain(own: Sequence[Point], reference: Sequence[Point]) -> Gain | None:
     if not low < high or not seeds:
         return None
 
-    def level(curve: Sequence[Point], seed: int) -> float:
+    def level(curve: Sequence[CapacityPoint], seed: int) -> float:
         known = sorted((math.log2(point.bytes), point.accuracy[seed]) for point in curve)
         ends = [math.log2(low), math.log2(high)]
         places = [ends[0], *(x for x, _ in known if ends[0] < x < ends[1]), ends[1]]
@@ -383,7 +385,7 @@ def kib(size: float) -> str:
     return f"{size / 1024:.3g}"
 
 
-def findings(curves: Curves, plan: Plan, request: Request, missing: str, seconds: float) -> Findings:
+def findings(curves: Curves, plan: RunsPlan, request: Request, missing: str, seconds: float) -> Findings:
     """What came out, of runs that took so many seconds."""
     data = plan.config.data
     lines = []

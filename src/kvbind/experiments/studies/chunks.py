@@ -16,10 +16,10 @@ from kvbind.experiments.request import Request
 from kvbind.experiments.studies.trends import mean_and_error
 from kvbind.experiments.subjects import Metric, named_subject
 from kvbind.experiments.tables.verdicts import ERRORS, beyond
-from kvbind.experiments.training.plans import Plan, UnfinishedError, configuration, data_edits, plan_runs, with_inner
+from kvbind.experiments.training.plans import RunsPlan, UnfinishedError, configuration, data_edits, plan_runs, with_inner
 from kvbind.experiments.training.runs import Fingerprints, run_name
 from kvbind.experiments.training.trained_rows import sentence
-from kvbind.experiments.training.workers import Job, train_all
+from kvbind.experiments.training.workers import TrainingJob, train_all
 from kvbind.inner import systems
 from kvbind.inner.value import check_choice
 from kvbind.tasks.views.config import inner_loop, model_config
@@ -38,7 +38,7 @@ Values = dict[tuple[str, int], dict[int, float]]
 """A metric by system, number of chunks, and seed."""
 
 
-def planned(request: Request) -> tuple[Plan, dict[tuple[str, int, int], Job]]:
+def planned(request: Request) -> tuple[RunsPlan, dict[tuple[str, int, int], TrainingJob]]:
     """The full system's plan, and the runs by system, number of chunks and seed, seeds outermost.
 
     Raises:
@@ -61,11 +61,11 @@ def planned(request: Request) -> tuple[Plan, dict[tuple[str, int, int], Job]]:
                 )
                 own = with_inner(TASK, config, inner.to_dict())
                 title = f"{system}, {count} chunk(s) seed {seed}"
-                jobs[system, count, seed] = Job(TASK, own, plan.trained / run_name(TASK, own, known), title)
+                jobs[system, count, seed] = TrainingJob(TASK, own, plan.trained / run_name(TASK, own, known), title)
     return plan, jobs
 
 
-def planned_jobs(request: Request) -> list[tuple[str, Job]]:
+def planned_jobs(request: Request) -> list[tuple[str, TrainingJob]]:
     """The runs in their order, each with the name of the row that it is most like."""
     return [("rung0", job) for job in planned(request)[1].values()]
 

@@ -24,7 +24,7 @@ from kvbind.experiments.tables.table import LABELS
 from kvbind.experiments.training.plans import UnfinishedError
 from kvbind.experiments.training.runs import WEIGHTS, Fingerprints, Run, run_name
 from kvbind.experiments.training.trained_rows import Trained, train_rows
-from kvbind.experiments.training.workers import Job, default_workers, train_all
+from kvbind.experiments.training.workers import TrainingJob, default_workers, train_all
 
 FULL = "rung0"
 
@@ -39,7 +39,7 @@ SAVED = 1 / 4
 
 
 @dataclass(frozen=True)
-class Course:
+class FineTuned:
     """What fine-tuning to one inner loop came to, of one seed.
 
     Attributes:
@@ -83,7 +83,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     if jobs:
         workers = request.workers or default_workers(trained.device)
 
-        def tell(job: Job, run: Run) -> None:
+        def tell(job: TrainingJob, run: Run) -> None:
             value = run.result["held_out"][trained.subject.metric.name]
             request.say(f"{job.title}: {trained.subject.metric.title} {value:.{trained.subject.metric.digits}f}")
 
@@ -97,9 +97,9 @@ def reproduce(**options: Any) -> dict[str, Any]:
     return write(courses, trained, found, missing, request)
 
 
-def fine_tunings(trained: Trained, request: Request) -> dict[tuple[str, int, float], Job]:
+def fine_tunings(trained: Trained, request: Request) -> dict[tuple[str, int, float], TrainingJob]:
     """The runs that fine-tune: by row, seed and share, short ones first; where the row and the full system are trained."""
-    jobs: dict[tuple[str, int, float], Job] = {}
+    jobs: dict[tuple[str, int, float], TrainingJob] = {}
     known = Fingerprints()
     for share in SHARES:
         for row in (row for row in trained.jobs if row != FULL):
@@ -109,11 +109,11 @@ def fine_tunings(trained: Trained, request: Request) -> dict[tuple[str, int, flo
                 config = fine_tuning(scratch.task, scratch.config, full.folder / WEIGHTS, steps)
                 folder = full.folder.parent / run_name(scratch.task, config, known)
                 title = f"{FULL} to {row}, {share:.3g} of the steps, seed {seed}"
-                jobs[row, seed, share] = Job(scratch.task, config, folder, title, fresh=request.fresh)
+                jobs[row, seed, share] = TrainingJob(scratch.task, config, folder, title, fresh=request.fresh)
     return jobs
 
 
-def of_row(row: str, trained: Trained, found: Mapping[tuple[str, int, float], Run]) -> list[Course]:
+def of_row(row: str, trained: Trained, found: Mapping[tuple[str, int, float], Run]) -> list[FineTuned]:
     """What fine-tuning to a row came to, by seed; those of which no run is done are left out."""
     name, courses = trained.subject.metric.name, []
     for seed, scratch in trained.runs.get(row, {}).items():
@@ -121,7 +121,7 @@ def of_row(row: str, trained: Trained, found: Mapping[tuple[str, int, float], Ru
         if own:
             first = next(iter(own.values()))
             courses.append(
-                Course(
+                FineTuned(
                     seed,
                     trained.runs[FULL][seed].result["held_out"][name],
                     scratch.result["held_out"][name],
@@ -133,7 +133,7 @@ def of_row(row: str, trained: Trained, found: Mapping[tuple[str, int, float], Ru
 
 
 def write(
-    courses: Mapping[str, Sequence[Course]],
+    courses: Mapping[str, Sequence[FineTuned]],
     trained: Trained,
     found: Mapping[tuple[str, int, float], Run],
     missing: Sequence[str],
@@ -183,7 +183,7 @@ def write(
     return write_findings(trained.out, request, findings, trained.device)
 
 
-def line(own: Sequence[Course], metric: Metric) -> list[str]:
+def line(own: Sequence[FineTuned], metric: Metric) -> list[str]:
     """The cells of a row behind its name."""
 
     def mean(values: Sequence[float | None]) -> str:
@@ -198,7 +198,7 @@ def line(own: Sequence[Course], metric: Metric) -> list[str]:
     ]  # fmt: skip
 
 
-def judge(row: str, own: Sequence[Course], metric: Metric) -> Verdict:
+def judge(row: str, own: Sequence[FineTuned], metric: Metric) -> Verdict:
     """Whether fine-tuning to a row saves most of training it from scratch."""
     needed = [x.needed(metric) for x in own]
     enough = [share is not None and share <= SAVED for share in needed]
@@ -215,7 +215,7 @@ def judge(row: str, own: Sequence[Course], metric: Metric) -> Verdict:
     )
 
 
-def draw(path: Path, courses: Mapping[str, Sequence[Course]], metric: Metric) -> None:
+def draw(path: Path, courses: Mapping[str, Sequence[FineTuned]], metric: Metric) -> None:
     """A panel per row: the metric by share of the steps, beside that of the full system and of training from scratch."""
     with picture(path, 3.2 * len(courses) + 0.6, 3.4) as fig:
         for ax, (row, own) in zip(fig.subplots(1, len(courses), squeeze=False)[0], courses.items(), strict=True):

@@ -13,10 +13,10 @@ from kvbind.experiments.studies.trends import Gaps
 from kvbind.experiments.subjects import named_subject
 from kvbind.experiments.tables.table import row_labels
 from kvbind.experiments.tables.text import count
-from kvbind.experiments.training.plans import Plan, UnfinishedError, plan_runs
+from kvbind.experiments.training.plans import RunsPlan, UnfinishedError, plan_runs
 from kvbind.experiments.training.runs import Fingerprints
 from kvbind.experiments.training.trained_rows import seeds_of, sentence
-from kvbind.experiments.training.workers import Job, train_all
+from kvbind.experiments.training.workers import TrainingJob, train_all
 from kvbind.inner.value import check_choice
 from kvbind.train.config import to_plain
 
@@ -32,7 +32,7 @@ SIZES = {
 """Fields of the model, as multiples of what the scale has."""
 
 
-def planned(request: Request) -> dict[str, Plan]:
+def planned(request: Request) -> dict[str, RunsPlan]:
     """The runs of each size.
 
     Raises:
@@ -49,12 +49,12 @@ def planned(request: Request) -> dict[str, Plan]:
     return found
 
 
-def planned_jobs(request: Request) -> list[tuple[str, Job]]:
+def planned_jobs(request: Request) -> list[tuple[str, TrainingJob]]:
     """The runs of all sizes, each with the name of its row."""
     return in_order(planned(request))
 
 
-def in_order(sizes: Mapping[str, Plan]) -> list[tuple[str, Job]]:
+def in_order(sizes: Mapping[str, RunsPlan]) -> list[tuple[str, TrainingJob]]:
     """The runs of all sizes, the first seed of every size first, each with the name of its row."""
     every = [
         (seed, row, replace(job, title=f"{size}, {job.title}"))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kvbind.bench.models.decoding import Load, timed_tokens
+from kvbind.bench.models.decoding import DecodingLoad, timed_tokens
 from kvbind.experiments import plotting
 from kvbind.experiments.figures.figure3 import SERIES, Along, judge
 from kvbind.experiments.report.findings import Findings, write_findings
@@ -23,9 +23,9 @@ from kvbind.experiments.request import Request
 from kvbind.experiments.results.cache import ResultCache
 from kvbind.experiments.studies.state_bytes import state_bytes
 from kvbind.experiments.tables.table import unfinished
-from kvbind.experiments.training.plans import Plan, configuration, data_edits, plan_configs
+from kvbind.experiments.training.plans import RunsPlan, configuration, data_edits, plan_configs
 from kvbind.experiments.training.runs import Run, exported, load_model
-from kvbind.experiments.training.workers import Job
+from kvbind.experiments.training.workers import TrainingJob
 from kvbind.inner.value import check_choice
 from kvbind.models.lact.cache import CACHE
 from kvbind.tasks import language
@@ -66,7 +66,7 @@ TOKENS = {"smoke": 32, "small": 256, "large": 256}
 
 
 @dataclass(frozen=True)
-class Decoding:
+class DecodingCost:
     """What goes on from a held-out sample's length costs.
 
     Attributes:
@@ -97,7 +97,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     plan = plan_runs(request)
     request.say(f"systems, scale {request.scale}: {len(plan.jobs)} runs on {plan.device}; report in {plan.out}")
 
-    def finished(job: Job, run: Run) -> None:
+    def finished(job: TrainingJob, run: Run) -> None:
         note = "finished earlier" if run.reused else f"{run.result['training_seconds']:.0f} s"
         request.say(f"{job.title}: perplexity {run.result['held_out']['perplexity']:.3f}, {note}")
 
@@ -113,7 +113,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     return write_findings(plan.out, request, findings(runs, decoding, plan, request, missing), plan.device)
 
 
-def plan_runs(request: Request) -> Plan:
+def plan_runs(request: Request) -> RunsPlan:
     """The runs; those of the first seed, whose speed counts, have the device to themselves.
 
     Raises:
@@ -144,7 +144,7 @@ def plan_runs(request: Request) -> Plan:
     return replace(plan, jobs={key: replace(job, alone=not key[1]) for key, job in plan.jobs.items()})
 
 
-def planned_jobs(request: Request) -> list[tuple[str, Job]]:
+def planned_jobs(request: Request) -> list[tuple[str, TrainingJob]]:
     """The runs in their order, each with the name of its system."""
     return plan_runs(request).by_row()
 
@@ -165,14 +165,14 @@ def fitting(scale: str, edits: Sequence[str], target: int) -> int:
 
 
 @torch.no_grad()
-def decoded(name: str, runs: Mapping[int, Run], plan: Plan, request: Request) -> Decoding | None:
+def decoded(name: str, runs: Mapping[int, Run], plan: RunsPlan, request: Request) -> DecodingCost | None:
     """Time decoding of a system's first run; None where its weights are not here, and there is no earlier measurement."""
     cache, tokens = ResultCache(plan.out / "decoding.json", plan.device, request.fresh), TOKENS[request.scale]
     seed = min(runs)
     job = plan.jobs[name, seed]
     known = cache.get(to_plain(job.config), tokens)
     if known is not None:
-        return Decoding(**known)
+        return DecodingCost(**known)
     if not exported(job.folder):
         return None
     model = load_model(job.folder, language.Task(job.config, training=False)).to(plan.device)
@@ -189,9 +189,9 @@ def decoded(name: str, runs: Mapping[int, Run], plan: Plan, request: Request) ->
         nonlocal logits
         logits = model(logits[:, -1:].argmax(-1), **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
 
-    load = Load(1, ids.shape[1], tokens, ids.shape[1])
+    load = DecodingLoad(1, ids.shape[1], tokens, ids.shape[1])
     taken = timed_tokens(one_more, plan.device, load, time.perf_counter())
-    found = Decoding(taken["p50_ms"], held, str(model.dtype).removeprefix("torch."))
+    found = DecodingCost(taken["p50_ms"], held, str(model.dtype).removeprefix("torch."))
     cache.put(asdict(found), to_plain(job.config), tokens)
     return found
 
@@ -214,8 +214,8 @@ def along(runs: Mapping[int, Run]) -> Along:
 
 def findings(
     runs: Mapping[str, Mapping[int, Run]],
-    decoding: Mapping[str, Decoding | None],
-    plan: Plan,
+    decoding: Mapping[str, DecodingCost | None],
+    plan: RunsPlan,
     request: Request,
     missing: str,
 ) -> Findings:

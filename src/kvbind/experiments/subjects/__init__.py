@@ -74,7 +74,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Scale:
+class TaskScale:
     """How large a reproduction is.
 
     Attributes:
@@ -113,7 +113,7 @@ class Subject:
     held_out: str
     paper: Mapping[str, published.Published]
     paper_model: str
-    scales: Mapping[str, Scale]
+    scales: Mapping[str, TaskScale]
     speed: Speed
     loss: str
     others: tuple[Metric, ...] = ()
@@ -142,10 +142,10 @@ SUBJECTS: dict[str, Subject] = {
         paper=published.LANGUAGE,
         paper_model="760M",
         scales={
-            "smoke": Scale("tiny", ("train.steps=180", "train.warmup=18", ON_THE_WAY), "minutes on two CPU cores"),
-            "small": Scale("small", (ON_THE_WAY,), "minutes per row on one GPU"),
-            "large": Scale("large", (ON_THE_WAY,), "61 million bytes per row, minutes each on one H200", long=32768),
-            "paper": Scale("760m", (), "the paper's own size: 760M parameters, 21 billion tokens per row"),
+            "smoke": TaskScale("tiny", ("train.steps=180", "train.warmup=18", ON_THE_WAY), "minutes on two CPU cores"),
+            "small": TaskScale("small", (ON_THE_WAY,), "minutes per row on one GPU"),
+            "large": TaskScale("large", (ON_THE_WAY,), "61 million bytes per row, minutes each on one H200", long=32768),
+            "paper": TaskScale("760m", (), "the paper's own size: 760M parameters, 21 billion tokens per row"),
         },
         speed=InnerLoopSpeed(_language_size, published.INNER_LOOP_SPEED),
         loss="nats per token",
@@ -164,10 +164,10 @@ SUBJECTS: dict[str, Subject] = {
         paper=published.IMAGES,
         paper_model="ViTTT-B",
         scales={
-            "smoke": Scale("digits", (ON_THE_WAY,), "minutes on two CPU cores"),
-            "small": Scale("fashion", (ON_THE_WAY,), "minutes per row on one GPU"),
-            "large": Scale("fashion", ("epochs=100", "warmup_epochs=2", ON_THE_WAY), "6 million images per row"),
-            "paper": Scale("imagenet", (), "the paper's own size: ViTTT-B, 60 epochs of ImageNet-1K per row"),
+            "smoke": TaskScale("digits", (ON_THE_WAY,), "minutes on two CPU cores"),
+            "small": TaskScale("fashion", (ON_THE_WAY,), "minutes per row on one GPU"),
+            "large": TaskScale("fashion", ("epochs=100", "warmup_epochs=2", ON_THE_WAY), "6 million images per row"),
+            "paper": TaskScale("imagenet", (), "the paper's own size: ViTTT-B, 60 epochs of ImageNet-1K per row"),
         },
         speed=TrainingSpeed("images"),
         loss="cross-entropy, nats",
@@ -179,10 +179,10 @@ SUBJECTS: dict[str, Subject] = {
         paper=published.VIEWS,
         paper_model="114M",
         scales={
-            "smoke": Scale("tiny", (ON_THE_WAY,), "minutes on two CPU cores"),
-            "small": Scale("small", (ON_THE_WAY,), "minutes per row on one GPU"),
-            "large": Scale("large", (ON_THE_WAY,), "3.8 million views per row"),
-            "paper": Scale("114m", (), "the paper's own size: 12 layers of width 768, 20,000 steps per row"),
+            "smoke": TaskScale("tiny", (ON_THE_WAY,), "minutes on two CPU cores"),
+            "small": TaskScale("small", (ON_THE_WAY,), "minutes per row on one GPU"),
+            "large": TaskScale("large", (ON_THE_WAY,), "3.8 million views per row"),
+            "paper": TaskScale("114m", (), "the paper's own size: 12 layers of width 768, 20,000 steps per row"),
         },
         speed=TrainingSpeed("views"),
         loss="mean squared error",

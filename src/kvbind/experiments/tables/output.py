@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kvbind.experiments import plotting
-from kvbind.experiments.report.page import Grid, Part, table_part, write_index
+from kvbind.experiments.report.contents import PagePart, PageTable
+from kvbind.experiments.report.page import write_index
+from kvbind.experiments.report.table_contents import table_part
 from kvbind.experiments.results.files import write_csv, write_json
 from kvbind.experiments.tables.plots import draw_all
-from kvbind.experiments.tables.table import LABELS, Outcome, as_csv
+from kvbind.experiments.tables.table import LABELS, TableOutcome, as_csv
 from kvbind.experiments.tables.text import Column, as_grid, comparison, describe, quality_columns, row_names, speed_columns
 from kvbind.train.files import write_text
 
 
-def write_report(out: Path, outcome: Outcome) -> None:
+def write_report(out: Path, outcome: TableOutcome) -> None:
     """JSON, CSV, pictures, and the page."""
     results = outcome.results
     write_json(out / "results.json", results)
@@ -27,7 +29,7 @@ def write_report(out: Path, outcome: Outcome) -> None:
     write_index(out, table_part(outcome, out))
 
 
-def write_overview(out: Path, outcomes: Mapping[str, Outcome], places: Mapping[str, Path]) -> None:
+def write_overview(out: Path, outcomes: Mapping[str, TableOutcome], places: Mapping[str, Path]) -> None:
     """One page on a table of several tasks, as the paper shows it, with links to each task's own report.
 
     Args:
@@ -56,6 +58,6 @@ def write_overview(out: Path, outcomes: Mapping[str, Outcome], places: Mapping[s
     ])  # fmt: skip
     write_json(out / "results.json", {task: outcome.results for task, outcome in outcomes.items()})
     plotting.table_image(out / "table.png", header, lines, title=title, note=about)
-    command, grid = first.results["command"], Grid("Table", header, lines)
-    part = Part(first.table.name, title, about, [], [grid], {}, [], command, details={}, place=out)
+    command, grid = first.results["command"], PageTable("Table", header, lines)
+    part = PagePart(first.table.name, title, about, [], [grid], {}, [], command, details={}, place=out)
     write_index(out, part, {task: place / "index.html" for task, place in places.items()})

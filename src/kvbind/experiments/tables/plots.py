@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvbind.experiments import plotting
-from kvbind.experiments.tables.table import SMOOTHING, Outcome
+from kvbind.experiments.tables.table import SMOOTHING, TableOutcome
 from kvbind.experiments.tables.text import NOT_APPLICABLE, UNFINISHED
 
 Pictures = dict[str, tuple[str, str]]
 """A file and a description by heading."""
 
 
-def headings(outcome: Outcome) -> Pictures:
+def headings(outcome: TableOutcome) -> Pictures:
     """The figures of a table, in their order on a page."""
     what = "ladder" if outcome.table.rungs else "rows"
     found = {f"The {what}": (f"{what}.png", f"{outcome.subject.metric.title} by row, in the paper and here")}
@@ -22,7 +22,7 @@ def headings(outcome: Outcome) -> Pictures:
     return found | {series.heading: (series.file, series.title) for series in outcome.subject.series}
 
 
-def draw_all(out: Path, outcome: Outcome) -> None:
+def draw_all(out: Path, outcome: TableOutcome) -> None:
     """Draw every figure of a table.
 
     Args:
@@ -49,7 +49,7 @@ def draw_all(out: Path, outcome: Outcome) -> None:
         )  # fmt: skip
 
 
-def quality_figure(path: Path, outcome: Outcome) -> None:
+def quality_figure(path: Path, outcome: TableOutcome) -> None:
     """The metric by row, the paper's and ours side by side."""
     subject, rows = outcome.subject, outcome.rows
     metric, rungs = subject.metric, outcome.table.rungs
@@ -75,7 +75,7 @@ def quality_figure(path: Path, outcome: Outcome) -> None:
             ax.set_xlabel(f"{metric.better} is better")
 
 
-def speed_figure(path: Path, outcome: Outcome) -> None:
+def speed_figure(path: Path, outcome: TableOutcome) -> None:
     """Throughput by row, ours beside the paper's where it has some, and then in its unit."""
     speed, setting, numbered = outcome.subject.speed, outcome.results["throughput"], list(outcome.numbered())
     shown = [(i, row) for i, row in numbered if i is not None and (row.applies or any(row.paper_speeds.values()))]

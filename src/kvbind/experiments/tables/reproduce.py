@@ -11,13 +11,13 @@ from kvbind.experiments.request import Request
 from kvbind.experiments.subjects import ALL, SUBJECTS, Subject, named_subject
 from kvbind.experiments.subjects.throughput import Speeds
 from kvbind.experiments.tables.output import write_overview, write_report
-from kvbind.experiments.tables.table import BASELINES, NO_FAST_WEIGHTS, Outcome, Row, Table, as_data, row_labels
+from kvbind.experiments.tables.table import BASELINES, NO_FAST_WEIGHTS, Table, TableOutcome, TableRow, as_data, row_labels
 from kvbind.experiments.tables.text import describe, terminal_tables
 from kvbind.experiments.tables.verdicts import judge
-from kvbind.experiments.training.plans import Plan, UnfinishedError, plan_runs, report_folder
+from kvbind.experiments.training.plans import RunsPlan, UnfinishedError, plan_runs, report_folder
 from kvbind.experiments.training.projection import measure_rows
 from kvbind.experiments.training.runs import Run
-from kvbind.experiments.training.workers import Job
+from kvbind.experiments.training.workers import TrainingJob
 from kvbind.provenance import command, machine, versions
 from kvbind.train.config import to_plain, to_yaml
 
@@ -68,8 +68,8 @@ def reproduce_table(table: Table, **options: Any) -> dict[str, Any]:
 
 
 def gather_rows(
-    table: Table, subject: Subject, plan: Plan, done: Mapping[tuple[str, int], Run], fresh: bool
-) -> tuple[Row, ...]:
+    table: Table, subject: Subject, plan: RunsPlan, done: Mapping[tuple[str, int], Run], fresh: bool
+) -> tuple[TableRow, ...]:
     """All rows of the table, timed where it has throughput.
 
     Args:
@@ -89,7 +89,7 @@ def gather_rows(
         timed = {name: x for name, x in configs.items() if not (subject.speed.measured_now and name in BASELINES)}
         speeds = subject.speed.measure(timed, runs, plan.device, plan.out / "throughput.json", fresh)
     return tuple(
-        Row(
+        TableRow(
             name,
             label,
             subject.paper.get(name),
@@ -104,7 +104,7 @@ def gather_rows(
     )
 
 
-def reproduce_task(table: Table, request: Request) -> Outcome:
+def reproduce_task(table: Table, request: Request) -> TableOutcome:
     """`reproduce_table` of one task.
 
     Raises:
@@ -125,7 +125,7 @@ def reproduce_task(table: Table, request: Request) -> Outcome:
             console.print(to_yaml(plan.config), style="dim", highlight=False, markup=False, soft_wrap=True)
     longest = max(len(job.title) for job in plan.jobs.values())
 
-    def finished(job: Job, run: Run) -> None:
+    def finished(job: TrainingJob, run: Run) -> None:
         if console:
             note = "finished earlier" if run.reused else f"{run.result['training_seconds']:.0f} s"
             value = run.result["held_out"][subject.metric.name]
@@ -155,7 +155,7 @@ def reproduce_task(table: Table, request: Request) -> Outcome:
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "rows": [as_data(row, subject, plan.trained.parent, setting) for row in rows],
     }
-    outcome = Outcome(table, subject, rows, results, to_yaml(plan.config))
+    outcome = TableOutcome(table, subject, rows, results, to_yaml(plan.config))
     write_report(plan.out, outcome)
     if console:
         for part in terminal_tables(outcome, console.width):

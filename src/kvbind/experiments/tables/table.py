@@ -62,7 +62,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One row.
 
     Attributes:
@@ -121,7 +121,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TableOutcome:
     """A table that was reproduced.
 
     Attributes:
@@ -134,7 +134,7 @@ class Outcome:
 
     table: Table
     subject: Subject
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     results: Mapping[str, Any]
     config: str
 
@@ -149,7 +149,7 @@ class Outcome:
         return {row.name: row.label for row in self.rows}
 
     @property
-    def trained(self) -> list[Row]:
+    def trained(self) -> list[TableRow]:
         """The rows that apply and of which there is a finished run."""
         return [row for row in self.rows if row.runs]
 
@@ -158,13 +158,13 @@ class Outcome:
         """Runs that there was no time for, in words; empty where there are none."""
         return unfinished({row.name: ((*row.seeds, *row.missing), row.seeds) for row in self.rows})
 
-    def numbered(self) -> Iterator[tuple[int | None, Row]]:
+    def numbered(self) -> Iterator[tuple[int | None, TableRow]]:
         """The rows, each with the number of its rung."""
         for i, row in enumerate(self.rows):
             yield (i if i < self.table.rungs else None), row
 
 
-def as_data(row: Row, subject: Subject, home: Path, setting: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def as_data(row: TableRow, subject: Subject, home: Path, setting: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A row as `results.json` holds it; runs are named by their place below `home`.
 
     Where the paper has throughput, ours is there in its unit too, millions of tokens times heads per second.

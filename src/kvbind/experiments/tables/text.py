@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table as TerminalTable
 
 from kvbind.experiments.subjects import NONE, Metric
-from kvbind.experiments.tables.table import Outcome, Row
+from kvbind.experiments.tables.table import TableOutcome, TableRow
 from kvbind.screen import column_groups
 
 NOT_APPLICABLE, UNFINISHED = "does not apply", "unfinished"
@@ -26,7 +26,7 @@ class Column:
     cells: list[str]
 
 
-def quality_columns(outcome: Outcome) -> list[Column]:
+def quality_columns(outcome: TableOutcome) -> list[Column]:
     """The held-out metrics, here and in the paper."""
     label, (ours, change, paper, paper_change) = outcome.subject.metric.label, comparison(outcome)
     others = [
@@ -39,7 +39,7 @@ def quality_columns(outcome: Outcome) -> list[Column]:
     ]  # fmt: skip
 
 
-def comparison(outcome: Outcome) -> tuple[list[str], list[str], list[str], list[str]]:
+def comparison(outcome: TableOutcome) -> tuple[list[str], list[str], list[str], list[str]]:
     """The metric here, its change, the paper's, its change: a text for each row."""
     metric, rows = outcome.subject.metric, outcome.rows
     first, published = rows[0].mean(metric.name), rows[0].published
@@ -53,7 +53,7 @@ def comparison(outcome: Outcome) -> tuple[list[str], list[str], list[str], list[
     return ours, change, [str(row.paper) if row.paper else NONE for row in rows], paper_change
 
 
-def value_cell(row: Row, metric: Metric, error: bool = True) -> str:
+def value_cell(row: TableRow, metric: Metric, error: bool = True) -> str:
     """A metric's mean, with its standard error where there are several seeds, and how many where some are missing."""
     mean, spread = row.mean(metric.name), row.error(metric.name) if error else None
     if mean is None:
@@ -62,12 +62,12 @@ def value_cell(row: Row, metric: Metric, error: bool = True) -> str:
     return f"{mean:.{metric.digits}f}" + (f" ± {spread:.{metric.digits}f}" if spread is not None else "") + of
 
 
-def speed_columns(outcome: Outcome) -> list[Column]:
+def speed_columns(outcome: TableOutcome) -> list[Column]:
     """Throughput, here and beside the paper's; none of a table without."""
     return own_speed_columns(outcome) + compared_speed_columns(outcome)
 
 
-def own_speed_columns(outcome: Outcome) -> list[Column]:
+def own_speed_columns(outcome: TableOutcome) -> list[Column]:
     """Throughput here, in the task's own unit."""
     if not outcome.table.speed:
         return []
@@ -78,7 +78,7 @@ def own_speed_columns(outcome: Outcome) -> list[Column]:
     ]
 
 
-def compared_speed_columns(outcome: Outcome) -> list[Column]:
+def compared_speed_columns(outcome: TableOutcome) -> list[Column]:
     """Throughput here and in the paper, in the paper's unit; none where the paper has none."""
     speed, rows, setting = outcome.subject.speed, outcome.rows, outcome.results["throughput"]
     columns = []
@@ -96,7 +96,7 @@ def number_cell(x: float | None, per: float, pattern: str) -> str:
     return NONE if x is None else f"{x / per:{pattern}}"
 
 
-def row_names(outcome: Outcome, labels: Mapping[str, str]) -> list[str]:
+def row_names(outcome: TableOutcome, labels: Mapping[str, str]) -> list[str]:
     """A label for each row, rungs with their number and the others aligned with them."""
     blank = "   " if outcome.table.rungs else ""
     return [f"{blank if i is None else f'{i}  '}{labels[row.name]}" for i, row in outcome.numbered()]
@@ -119,7 +119,7 @@ def count(x: int) -> str:
     return f"{x:,}" if x < 100_000 else f"{x / 1e6:.2f}M" if x < 1e9 else f"{x / 1e9:.1f}B"
 
 
-def describe(outcome: Outcome) -> str:
+def describe(outcome: TableOutcome) -> str:
     """A few sentences on what was run, out of the results themselves."""
     subject, results, first = outcome.subject, outcome.results, outcome.trained[0]
     run, metric = first.runs[0].result, subject.metric
@@ -148,7 +148,7 @@ def describe(outcome: Outcome) -> str:
     return " ".join(sentences)
 
 
-def terminal_tables(outcome: Outcome, terminal: int = TERMINAL) -> Iterator[TerminalTable]:
+def terminal_tables(outcome: TableOutcome, terminal: int = TERMINAL) -> Iterator[TerminalTable]:
     """The table for a terminal: quality, then throughput, side by side where there is room, and each in parts where not.
 
     Args:

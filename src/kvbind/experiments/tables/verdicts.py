@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from kvbind.experiments.report.findings import Verdict
 from kvbind.experiments.subjects import Metric, Subject
-from kvbind.experiments.tables.table import Row, Table
+from kvbind.experiments.tables.table import Table, TableRow
 
 ERRORS = 2
 """Standard errors that a difference must lie away from a limit."""
@@ -25,7 +25,7 @@ LADDER_SPEEDUP = 4.0
 """How many times as fast the ladder's end should be as its start; in the paper's table it is 29 times."""
 
 
-def judge(table: Table, subject: Subject, rows: Sequence[Row]) -> list[Verdict]:
+def judge(table: Table, subject: Subject, rows: Sequence[TableRow]) -> list[Verdict]:
     """A verdict for every row of the paper's that changes something, on the best rung, and on forms where both were timed.
 
     Args:
@@ -42,7 +42,7 @@ def judge(table: Table, subject: Subject, rows: Sequence[Row]) -> list[Verdict]:
     return verdicts
 
 
-def worsening(row: Row, full: Row, metric: Metric) -> tuple[float, float | None, int]:
+def worsening(row: TableRow, full: TableRow, metric: Metric) -> tuple[float, float | None, int]:
     """By how much a row is worse than the full system, in the metric's own way of comparing.
 
     Runs of one seed read the same data in the same order, so that they are compared with each other.
@@ -61,7 +61,7 @@ def worsening(row: Row, full: Row, metric: Metric) -> tuple[float, float | None,
     return statistics.fmean(changes), error, len(changes)
 
 
-def costs_little(row: Row, full: Row, metric: Metric) -> Verdict:
+def costs_little(row: TableRow, full: TableRow, metric: Metric) -> Verdict:
     """Whether a row's change costs less than what would count."""
     limit = f"{metric.margin:g}{metric.unit}"
     claim = f"{row.label} costs less than {limit} of {metric.title} against the full system"
@@ -87,7 +87,7 @@ def beyond(distance: float, spread: float) -> bool | None:
     return None if abs(distance) < ERRORS * spread else distance > 0
 
 
-def last_layer_is_best(rungs: Sequence[Row], metric: Metric) -> Verdict:
+def last_layer_is_best(rungs: Sequence[TableRow], metric: Metric) -> Verdict:
     """Whether the rung that updates the last layer alone is the best one, as in the paper for every task."""
     claim = "updating the last layer alone is the best rung"
     rule = (
@@ -106,7 +106,7 @@ def last_layer_is_best(rungs: Sequence[Row], metric: Metric) -> Verdict:
     return Verdict(claim, rule, False if False in decided else None if None in decided else True, found)
 
 
-def speeds_up(rungs: Sequence[Row]) -> list[Verdict]:
+def speeds_up(rungs: Sequence[TableRow]) -> list[Verdict]:
     """Whether parallel forms are faster than recurrent ones, and the ladder's end than its start."""
     pairs = {row.name: (row.speeds.get("recurrent"), row.speeds.get("parallel")) for row in rungs}
     ratios = {name: parallel / recurrent for name, (recurrent, parallel) in pairs.items() if recurrent and parallel}

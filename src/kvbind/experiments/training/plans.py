@@ -15,7 +15,7 @@ from kvbind.experiments.request import Request
 from kvbind.experiments.subjects import named_subject
 from kvbind.experiments.tables.table import LABELS
 from kvbind.experiments.training.runs import RESULT, Fingerprints, Run, run_name
-from kvbind.experiments.training.workers import Finished, Job, default_workers, train_all
+from kvbind.experiments.training.workers import Finished, TrainingJob, default_workers, train_all
 from kvbind.inner.value import check_choice
 from kvbind.tasks import open_task_module
 from kvbind.train.config import read_config
@@ -67,7 +67,7 @@ def report_folder(name: str, task: str, scale: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunsPlan:
     """The runs of some rows, and where they and the report on them go.
 
     Attributes:
@@ -83,7 +83,7 @@ class Plan:
     device: torch.device
     out: Path
     trained: Path
-    jobs: dict[tuple[str, int], Job]
+    jobs: dict[tuple[str, int], TrainingJob]
     workers: int
 
     @property
@@ -91,7 +91,7 @@ class Plan:
         """The rows that apply to the task."""
         return list(dict.fromkeys(row for row, _ in self.jobs))
 
-    def by_row(self) -> list[tuple[str, Job]]:
+    def by_row(self) -> list[tuple[str, TrainingJob]]:
         """The runs in their order, each with the name of its row."""
         return [(row, job) for (row, _), job in self.jobs.items()]
 
@@ -125,7 +125,7 @@ class Plan:
         return done
 
 
-def planned_jobs(name: str, rows: Sequence[str], request: Request) -> list[tuple[str, Job]]:
+def planned_jobs(name: str, rows: Sequence[str], request: Request) -> list[tuple[str, TrainingJob]]:
     """The runs of some rows in their order, each with the name of its row; arguments as `plan_runs` takes them."""
     return plan_runs(name, rows, request).by_row()
 
@@ -144,7 +144,7 @@ class UnfinishedError(ValueError):
 
 def plan_runs(
     name: str, rows: Sequence[str], request: Request, known: Fingerprints | None = None, edits: Sequence[str] = ()
-) -> Plan:
+) -> RunsPlan:
     """The runs of every row that applies to a task.
 
     Args:
@@ -175,7 +175,7 @@ def plan_configs(
     configs: Mapping[tuple[str, int], Any],
     request: Request,
     known: Fingerprints | None = None,
-) -> Plan:
+) -> RunsPlan:
     """The runs of some configurations.
 
     Args:
@@ -193,6 +193,6 @@ def plan_configs(
     jobs = {}
     for (row, seed), own in configs.items():
         title = f"{numbers[row]}/{len(numbers)} {row}" + (f" seed {seed}" if request.seeds > 1 else "")
-        jobs[row, seed] = Job(task, own, trained / run_name(task, own, known), title)
+        jobs[row, seed] = TrainingJob(task, own, trained / run_name(task, own, known), title)
     workers = request.workers or default_workers(device)
-    return Plan(config, device, out or report_folder(name, task, request.scale), trained, jobs, workers)
+    return RunsPlan(config, device, out or report_folder(name, task, request.scale), trained, jobs, workers)

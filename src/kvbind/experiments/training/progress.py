@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 
 from kvbind.experiments.training.runs import CONFIG, RESULT
-from kvbind.experiments.training.workers import Job, visible_gpus
+from kvbind.experiments.training.workers import TrainingJob, visible_gpus
 from kvbind.tasks.inner_loops import SOFTMAX, WINDOW
 from kvbind.train.checkpoint import checkpoints, step_of
 from kvbind.train.config import config_hash, what_matters
@@ -53,7 +53,7 @@ class Left:
         basis: where they come from.
     """
 
-    job: Job
+    job: TrainingJob
     done: int
     seconds: float
     basis: str
@@ -64,7 +64,7 @@ class Left:
         return int(self.job.config.train.steps)
 
 
-def estimate(jobs: Mapping[Path, tuple[str, Job]]) -> list[Left]:
+def estimate(jobs: Mapping[Path, tuple[str, TrainingJob]]) -> list[Left]:
     """What is left of each run.
 
     Args:
@@ -93,12 +93,12 @@ def estimate(jobs: Mapping[Path, tuple[str, Job]]) -> list[Left]:
     return found
 
 
-def kind(job: Job) -> str:
+def kind(job: TrainingJob) -> str:
     """What runs have in common that take equal steps: everything but the seed."""
     return config_hash([job.task, {**what_matters(job.config), "seed": 0}])
 
 
-def steps_done(job: Job) -> int:
+def steps_done(job: TrainingJob) -> int:
     """Steps that a run need not take again."""
     if job.fresh:
         return 0
@@ -117,14 +117,14 @@ def seconds_per_step(folder: Path) -> float | None:
     return float((last["seconds"] - first["seconds"]) / (last["step"] - first["step"]))
 
 
-def units_of_step(job: Job) -> int:
+def units_of_step(job: TrainingJob) -> int:
     """Tokens, images or views that a step reads."""
     data = job.config.data
     each = {"language": lambda: data.length, "views": lambda: data.inputs + data.targets}.get(job.task, lambda: 1)
     return int(data.batch * each() * job.config.train.accumulate)
 
 
-def measured(job: Job, row: str) -> float | None:
+def measured(job: TrainingJob, row: str) -> float | None:
     """Tokens, images or views per second of a run of that row, from measurements on an H200; None where there are none."""
     if job.task in BESIDE:
         return BESIDE[job.task]
@@ -148,15 +148,15 @@ def measured(job: Job, row: str) -> float | None:
     return TOKENS[near] * per_token(timed, length) / per_token(own, job.config.data.length)
 
 
-def rows_of(jobs: Sequence[tuple[str, Job]]) -> dict[Path, tuple[str, Job]]:
+def rows_of(jobs: Sequence[tuple[str, TrainingJob]]) -> dict[Path, tuple[str, TrainingJob]]:
     """Runs by folder, as `estimate` takes them; those that share a folder are one."""
-    found: dict[Path, tuple[str, Job]] = {}
+    found: dict[Path, tuple[str, TrainingJob]] = {}
     for row, job in jobs:
         found.setdefault(job.folder, (row, job))
     return found
 
 
-def show(title: str, jobs: Sequence[tuple[str, Job]], console: Console | None) -> dict[str, Any]:
+def show(title: str, jobs: Sequence[tuple[str, TrainingJob]], console: Console | None) -> dict[str, Any]:
     """Say what a command would train, and how long that takes.
 
     Args:

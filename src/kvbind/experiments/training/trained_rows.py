@@ -14,7 +14,7 @@ from kvbind.experiments.subjects import Subject, named_subject
 from kvbind.experiments.tables.table import row_labels, unfinished
 from kvbind.experiments.training.plans import UnfinishedError, plan_runs
 from kvbind.experiments.training.runs import WEIGHTS, Run, exported, load_model
-from kvbind.experiments.training.workers import Job
+from kvbind.experiments.training.workers import TrainingJob
 from kvbind.inner.value import check_choice
 from kvbind.tasks import open_task_module
 from kvbind.train.config import to_plain
@@ -39,7 +39,7 @@ class Trained:
     subject: Subject
     labels: Mapping[str, str]
     runs: Mapping[str, Mapping[int, Run]]
-    jobs: Mapping[str, Mapping[int, Job]]
+    jobs: Mapping[str, Mapping[int, TrainingJob]]
     missing: str
     config: Any
     device: torch.device
@@ -49,7 +49,7 @@ class Trained:
         """Where the runs are, by row."""
         return {name: [run.folder.as_posix() for run in runs.values()] for name, runs in self.runs.items()}
 
-    def open(self, row: str, seed: int, config: Any = None) -> tuple[Any, Any, Job]:
+    def open(self, row: str, seed: int, config: Any = None) -> tuple[Any, Any, TrainingJob]:
         """A trained model on the device, its task without training data, and its job; `config` takes other held-out data."""
         job = self.jobs[row][seed]
         task = open_task_module(job.task).Task(config or job.config, training=False)
@@ -79,7 +79,7 @@ def train_rows(name: str, rows: Sequence[str], tasks: Sequence[str], request: Re
         f"report in {plan.out}"
     )
 
-    def tell(job: Job, run: Run) -> None:
+    def tell(job: TrainingJob, run: Run) -> None:
         if not run.reused:
             request.say(f"{job.title}: {run.result['training_seconds']:.0f} s")
 
@@ -91,7 +91,7 @@ def train_rows(name: str, rows: Sequence[str], tasks: Sequence[str], request: Re
             "those, or train anew with --fresh"
         )
     own_runs: dict[str, dict[int, Run]] = {}
-    own_jobs: dict[str, dict[int, Job]] = {}
+    own_jobs: dict[str, dict[int, TrainingJob]] = {}
     for (row, seed), run in ((key, run) for key, run in done.items() if key not in elsewhere):
         own_runs.setdefault(row, {})[seed] = run
         own_jobs.setdefault(row, {})[seed] = plan.jobs[row, seed]

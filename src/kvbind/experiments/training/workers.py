@@ -53,7 +53,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """A run to train.
 
     Attributes:
@@ -108,12 +108,12 @@ class WorkerKilledError(RuntimeError):
 
 
 AddBar = Callable[[str, int], Watch]
-Finished = Callable[[Job, Run], None]
-Failed = Callable[[Job, Exception], None]
+Finished = Callable[[TrainingJob, Run], None]
+Failed = Callable[[TrainingJob, Exception], None]
 
 
 def train_all(
-    jobs: Sequence[Job],
+    jobs: Sequence[TrainingJob],
     workers: int,
     console: Console | None,
     finished: Finished,
@@ -141,7 +141,7 @@ def train_all(
     """
     unique = {job.folder: job for job in jobs}
     with progress_bars(console) as add:
-        work = Work(list(unique.values()), add, finished, deadline, failed)
+        work = JobQueue(list(unique.values()), add, finished, deadline, failed)
         if workers == 1:
             one_by_one(work)
         else:
@@ -150,7 +150,7 @@ def train_all(
 
 
 @dataclass
-class Work:
+class JobQueue:
     """Jobs that are waiting, and what came of the others.
 
     Attributes:
@@ -164,14 +164,14 @@ class Work:
         alone: jobs that want a device to themselves.
     """
 
-    jobs: Sequence[Job]
+    jobs: Sequence[TrainingJob]
     add: AddBar
     finished: Finished
     deadline: float | None
     failed: Failed | None
     runs: dict[Path, Run] = field(default_factory=dict)
-    waiting: deque[Job] = field(init=False)
-    alone: deque[Job] = field(init=False)
+    waiting: deque[TrainingJob] = field(init=False)
+    alone: deque[TrainingJob] = field(init=False)
 
     def __post_init__(self) -> None:
         self.waiting = deque(job for job in self.jobs if not job.alone or job.finished)
@@ -182,7 +182,7 @@ class Work:
         """Whether the deadline has come."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
-    def take(self, train: Callable[[Job, Watch], None], queue: deque[Job]) -> None:
+    def take(self, train: Callable[[TrainingJob, Watch], None], queue: deque[TrainingJob]) -> None:
         """Take jobs from a queue, one after another, until it is empty; those finished earlier are read.
 
         Args:
@@ -223,7 +223,7 @@ class Begun:
         watch: told of every step.
     """
 
-    def __init__(self, job: Job, watch: Watch) -> None:
+    def __init__(self, job: TrainingJob, watch: Watch) -> None:
         self.job, self.watch = job, watch
 
     def __call__(self, step: int, note: str) -> None:
@@ -232,7 +232,7 @@ class Begun:
         self.watch(step, note)
 
 
-def outlive(begun: Begun, train: Callable[[Job, Watch], None]) -> None:
+def outlive(begun: Begun, train: Callable[[TrainingJob, Watch], None]) -> None:
     """Train a job to its end, by another process where one is killed."""
     for _ in range(LIVES - 1):
         try:
@@ -242,17 +242,17 @@ def outlive(begun: Begun, train: Callable[[Job, Watch], None]) -> None:
     train(begun.job, begun)
 
 
-def one_by_one(work: Work) -> None:
+def one_by_one(work: JobQueue) -> None:
     """Train in this process."""
 
-    def train(job: Job, watch: Watch) -> None:
+    def train(job: TrainingJob, watch: Watch) -> None:
         train_run(job.task, job.config, job.folder, watch, work.deadline, job.fresh)
 
     work.take(train, work.waiting)
     work.take(train, work.alone)
 
 
-def in_turns(work: Work, workers: int) -> None:
+def in_turns(work: JobQueue, workers: int) -> None:
     """Train in processes, each of which takes the next job when it has finished one.
 
     Processes are bound to GPUs in turn. Jobs that want a device to themselves go first, one after another, on the last of
@@ -266,7 +266,7 @@ def in_turns(work: Work, workers: int) -> None:
     def serve(number: int) -> None:
         worker: Worker | None = None
 
-        def train(job: Job, watch: Watch) -> None:
+        def train(job: TrainingJob, watch: Watch) -> None:
             nonlocal worker
             if worker is None or worker.process.poll() is not None:
                 worker = Worker(gpus[number % len(gpus)] if gpus else None)
@@ -339,7 +339,7 @@ class Worker:
             env=os.environ | dict.fromkeys(THREADS, "1") | place,
         )
 
-    def train(self, job: Job, watch: Watch, deadline: float | None = None) -> None:
+    def train(self, job: TrainingJob, watch: Watch, deadline: float | None = None) -> None:
         """Train a job to its end.
 
         Raises:

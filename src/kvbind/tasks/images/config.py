@@ -18,7 +18,7 @@ from kvbind.tasks.files import EXPANDED_GIB
 from kvbind.tasks.images.augment import AugmentConfig
 from kvbind.tasks.images.loading import Order
 from kvbind.tasks.images.look import look, suited_patch
-from kvbind.tasks.images.sources import DIGITS, Source, Splits, holds_idx
+from kvbind.tasks.images.sources import DIGITS, ImageSource, Splits, holds_idx
 from kvbind.tasks.inner_loops import beneath, edited
 from kvbind.tasks.start import StartConfig
 from kvbind.train.config import TrainConfig, check_seed, parse_overrides
@@ -46,7 +46,7 @@ MODEL_FIELDS = (
 
 
 @dataclass
-class ModelConfig:
+class ImagesModelConfig:
     """ViTTT; its classes and the size of its images are the data's.
 
     Attributes:
@@ -65,7 +65,7 @@ class ModelConfig:
 
 
 @dataclass
-class DataConfig:
+class ImagesDataConfig:
     """Images, and how they are read.
 
     Attributes:
@@ -140,7 +140,7 @@ class DataConfig:
             ValueError: a source that does not exist or does not hold what it should.
             ImportError: a source that needs a library which is not installed.
         """
-        source = Source(
+        source = ImageSource(
             self.source, self.held_out, self.name, self.part, self.held_out_part, self.image_column, self.label_column,
             self.expanded_gib,
         )  # fmt: skip
@@ -165,8 +165,8 @@ class ImagesConfig:
     seed: int = 0
     epochs: float = 0.0
     warmup_epochs: float = 0.0
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    model: ImagesModelConfig = field(default_factory=ImagesModelConfig)
+    data: ImagesDataConfig = field(default_factory=ImagesDataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     start: StartConfig = field(default_factory=StartConfig, metadata=LATER)
@@ -210,7 +210,7 @@ class ImagesConfig:
         return {**left, "train": train} if train or "train" in left else left
 
 
-def inner_loops(model: ModelConfig) -> dict[str, InnerLoop]:
+def inner_loops(model: ImagesModelConfig) -> dict[str, InnerLoop]:
     """The inner loops of the heads and of the convolution that a model's configuration describes, under "heads" and "conv".
 
     Raises:
@@ -222,7 +222,7 @@ def inner_loops(model: ModelConfig) -> dict[str, InnerLoop]:
     return {key: edited(start, model.inner.get(key, {}), FITS[key]) for key, start in BRANCHES.items()}
 
 
-def model_fields(model: ModelConfig) -> dict[str, Any]:
+def model_fields(model: ImagesModelConfig) -> dict[str, Any]:
     """The fields of `kvbind.models.vittt.VitttConfig` that `model.size` and `model.fields` give.
 
     Raises:
@@ -274,7 +274,7 @@ def resolve(config: ImagesConfig) -> ImagesConfig:
     return replace(config, epochs=0.0, warmup_epochs=0.0, model=model, train=train, start=config.start.resolved())
 
 
-def looked_at(data: DataConfig, opened: Splits) -> DataConfig:
+def looked_at(data: ImagesDataConfig, opened: Splits) -> ImagesDataConfig:
     """`data` with what it leaves open chosen by looking at the training images."""
     seen = look(opened.train, data.size)
     channels = data.channels or seen.channels

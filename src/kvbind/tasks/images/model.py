@@ -12,9 +12,9 @@ from kvbind.files import inside, read_fields
 from kvbind.tasks.images.config import (
     MODEL_FIELDS,
     PROCESSOR,
-    DataConfig,
     ImagesConfig,
-    ModelConfig,
+    ImagesDataConfig,
+    ImagesModelConfig,
     inner_loops,
     model_fields,
 )
@@ -46,12 +46,12 @@ def describe(model: VitttForImageClassification, folder: Path) -> ImagesConfig:
     elif config.in_chans == 1:
         data = {"mean": [], "std": []}
     return ImagesConfig(
-        model=ModelConfig(
+        model=ImagesModelConfig(
             size=size,
             inner={"heads": config.inner.to_dict(), "conv": config.inner_conv.to_dict()},
             fields={name: list(x) if isinstance(x, tuple) else x for name, x in held.items()},
         ),
-        data=DataConfig(size=config.img_size, channels=config.in_chans, **data),
+        data=ImagesDataConfig(size=config.img_size, channels=config.in_chans, **data),
     )
 
 

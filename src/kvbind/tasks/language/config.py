@@ -27,7 +27,7 @@ LEAST_LENGTH = 512
 
 
 @dataclass
-class ModelConfig:
+class LanguageModelConfig:
     """The LaCT language model; its vocabulary is the tokenizer's, unless `fields` has a larger one.
 
     Attributes:
@@ -55,7 +55,7 @@ class ModelConfig:
 
 
 @dataclass
-class DataConfig:
+class LanguageDataConfig:
     """Text, and how it is packed.
 
     Attributes:
@@ -125,8 +125,8 @@ class LanguageConfig:
     """A whole run: its seed (of weights and data order), model, data, training, and the saved model that it starts from."""
 
     seed: int = 0
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    data: LanguageDataConfig = field(default_factory=LanguageDataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     start: StartConfig = field(default_factory=StartConfig, metadata=LATER)
 
@@ -147,7 +147,7 @@ class LanguageConfig:
         return {**left, "model": {**left["model"], "fields": kept}}
 
 
-def inner_loop(model: ModelConfig) -> InnerLoop:
+def inner_loop(model: LanguageModelConfig) -> InnerLoop:
     """The inner loop that a model's configuration describes.
 
     Raises:
@@ -157,7 +157,7 @@ def inner_loop(model: ModelConfig) -> InnerLoop:
     return edited(model_fields(model)["inner"], model.inner, check_fits_causal_layer)
 
 
-def model_fields(model: ModelConfig) -> dict[str, Any]:
+def model_fields(model: LanguageModelConfig) -> dict[str, Any]:
     """The fields of `LactConfig` that `model.size` and `model.fields` give.
 
     Raises:
@@ -172,7 +172,7 @@ def model_fields(model: ModelConfig) -> dict[str, Any]:
     return {**SIZES[model.size], **model.fields, **({} if made is None else {"projections": made.to_dict()})}
 
 
-def projections(model: ModelConfig) -> Projections | None:
+def projections(model: LanguageModelConfig) -> Projections | None:
     """The projections of a model's fast weights: those of its system, edited; None in the LaCT layer.
 
     Raises:
@@ -203,7 +203,7 @@ def resolve(config: LanguageConfig) -> LanguageConfig:
     return replace(config, model=resolved(config.model), start=config.start.resolved())
 
 
-def resolved(model: ModelConfig) -> ModelConfig:
+def resolved(model: LanguageModelConfig) -> LanguageModelConfig:
     """A model's configuration with every field of its inner loop, and every field that its size gives, spelled out."""
     own = {name for name in ("inner", "vocab_size") if name not in model.fields}
     fields = {name: x for name, x in model_fields(model).items() if name not in own}

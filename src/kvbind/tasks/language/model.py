@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvbind.models.saving import open_exported
-from kvbind.tasks.language.config import LEAST_LENGTH, DataConfig, LanguageConfig, ModelConfig, inner_loop, model_fields
+from kvbind.tasks.language.config import (
+    LEAST_LENGTH,
+    LanguageConfig,
+    LanguageDataConfig,
+    LanguageModelConfig,
+    inner_loop,
+    model_fields,
+)
 from kvbind.tasks.tokenizers import Bytes, Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
@@ -73,8 +80,8 @@ def describe(model: LactForCausalLM, folder: Path) -> LanguageConfig:
     fields = {name: plain[name] for name in known if name in plain and name not in DESCRIBED_ELSEWHERE}
     length = min(config.max_position_embeddings, max(LEAST_LENGTH, 8 * (config.inner.chunk or 1)))
     return LanguageConfig(
-        model=ModelConfig(inner=config.inner.to_dict(), fields=fields, ttt_form=config.ttt_form),
-        data=DataConfig(tokenizer=tokenizer_of(folder, config.vocab_size), length=length),
+        model=LanguageModelConfig(inner=config.inner.to_dict(), fields=fields, ttt_form=config.ttt_form),
+        data=LanguageDataConfig(tokenizer=tokenizer_of(folder, config.vocab_size), length=length),
     )
 
 

@@ -21,7 +21,7 @@ from kvbind.tasks.documents import Split
 from kvbind.tasks.language.config import LanguageConfig, inner_loop
 from kvbind.tasks.language.model import build_model
 from kvbind.tasks.packing import IGNORED, Batch, Packed, evaluation_batches, load_batches
-from kvbind.tasks.sources import Source
+from kvbind.tasks.sources import TextSource
 from kvbind.tasks.start import Start, divergence
 from kvbind.tasks.tokenizers import open_tokenizer, read_chat_template
 from kvbind.train.ranks import WHOLE, Share
@@ -54,7 +54,7 @@ class LanguageTask:
         self.tokenizer = open_tokenizer(data.tokenizer)
         self.chat_template = read_chat_template(data.chat_template, self.tokenizer)
         self.start = Start.of(config.start, training)
-        source = Source(data.source, data.held_out, data.column, data.stream, data.name, data.part, data.encoding)
+        source = TextSource(data.source, data.held_out, data.column, data.stream, data.name, data.part, data.encoding)
         split: Split | None = "train"
         if data.held_out_source:
             elsewhere = replace(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvbind.experiments.layer_calls import Call, seen_calls
+from kvbind.experiments.layer_calls import LayerCall, seen_calls
 from kvbind.experiments.report.explorer import examples
 from kvbind.experiments.report.explorer.examples import Example
 from kvbind.experiments.report.explorer.heads import look_at, spec_data
@@ -88,15 +88,15 @@ def reproduce(**options: Any) -> dict[str, Any]:
     return write_findings(trained.out, request, findings, trained.device)
 
 
-def calls_of(model: nn.Module, config: Any, device: torch.device, *inputs: Any, **named: Any) -> list[Call]:
+def calls_of(model: nn.Module, config: Any, device: torch.device, *inputs: Any, **named: Any) -> list[LayerCall]:
     """The calls that a model's layers make, in their order."""
-    calls: list[Call] = []
+    calls: list[LayerCall] = []
     with torch.no_grad(), precision(config.train, device), seen_calls(model, calls.append):
         model(*inputs, **named)
     return calls
 
 
-def look_at_layers(layers: Sequence[Sequence[Call]], cells: Tensor) -> dict[str, Any]:
+def look_at_layers(layers: Sequence[Sequence[LayerCall]], cells: Tensor) -> dict[str, Any]:
     """Some layers over the depth, each with the heads of all its calls."""
     return {
         **spec_data(layers[0][0].spec),
@@ -135,7 +135,7 @@ def views(model: Any, task: Any, config: Any, device: torch.device) -> tuple[Exa
     batch = next(iter(evaluation_batches(task.held_out, config.data)))
     one = {name: x[:1].to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
     inputs, targets = (task.held_out.pixels(one[name], device) for name in ("image", "target_image"))
-    calls: list[Call] = []
+    calls: list[LayerCall] = []
     with torch.no_grad(), precision(config.train, device), seen_calls(model, calls.append):
         predict(model, inputs, one)
     panels = [(f"{kind} {i + 1}", (255 * x).round().byte()) for kind, own in (("input", inputs), ("target", targets))

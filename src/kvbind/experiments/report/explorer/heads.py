@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvbind import DepthwiseConv, InnerLoop, explain, inner_loss, linearize
-from kvbind.experiments.layer_calls import Call
+from kvbind.experiments.layer_calls import LayerCall
 from kvbind.inner.gates import DECLARED, GATES
 
 Look = dict[str, Any]
@@ -45,7 +45,7 @@ def spec_data(spec: InnerLoop) -> dict[str, str | None]:
     return {"spec": repr(spec), "obstacle": str(obstacles[0]) if obstacles else None}
 
 
-def head_of(call: Call, head: int) -> Call:
+def head_of(call: LayerCall, head: int) -> LayerCall:
     """The call of one head alone, whose matrices of all tokens fit the memory of a device."""
 
     def own(x: Any) -> Any:
@@ -64,7 +64,7 @@ def head_of(call: Call, head: int) -> Call:
 
 
 @torch.no_grad()
-def look_at(call: Call, cells: Tensor) -> list[Look]:
+def look_at(call: LayerCall, cells: Tensor) -> list[Look]:
     """Look at the heads of a call of one sequence, `HEADS` of them at most, or at a depthwise convolution as a whole.
 
     As linear attention a convolution's channels are heads of their own; they are averaged.
@@ -79,12 +79,12 @@ def look_at(call: Call, cells: Tensor) -> list[Look]:
     return [{"name": name, **mixing(part, cells), **found[i]} for i, (name, part) in enumerate(parts.items())]
 
 
-def arguments_of(call: Call) -> dict[str, Any]:
+def arguments_of(call: LayerCall) -> dict[str, Any]:
     """The keyword arguments that `linearize` and `inner_loss` take of a call's."""
     return {name: call.options[name] for name in NAMES if call.options.get(name) is not None}
 
 
-def mixing(call: Call, cells: Tensor) -> Look:
+def mixing(call: LayerCall, cells: Tensor) -> Look:
     """The linear attention of a call of one head: its matrix, and effective queries and keys of each cell's first token."""
     attention = linearize(call.spec, call.weights, call.q, call.k, call.v, **arguments_of(call))
     cells = cells.to(attention.q.device)
@@ -106,7 +106,7 @@ def mixing(call: Call, cells: Tensor) -> Look:
     }
 
 
-def losses(call: Call) -> list[Look]:
+def losses(call: LayerCall) -> list[Look]:
     """The inner loss of each head: by chunk, before and after its update, and by steps."""
     spec, options = call.spec, arguments_of(call)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvbind import InnerLoop, systems
 from kvbind.bench.harness.named_operands import NARROW, Leaves, arguments, draw_leaves, weights_of
 from kvbind.bench.harness.operands import Size
-from kvbind.experiments.layer_calls import Call
+from kvbind.experiments.layer_calls import LayerCall
 from kvbind.experiments.report.explorer import examples
 from kvbind.experiments.report.explorer.heads import look_at, spec_data
 from kvbind.experiments.tables.table import LABELS
@@ -98,13 +98,13 @@ def leaves_of(spec: InnerLoop, tokens: Tensor) -> Leaves:
     return leaves | {"v": projected()}
 
 
-def as_call(spec: InnerLoop, leaves: Leaves) -> Call:
+def as_call(spec: InnerLoop, leaves: Leaves) -> LayerCall:
     """The call that operands make."""
     options = arguments(spec, leaves)
     if spec.loss == "squared" and not spec.token_lr:
         options["lr"] = 1 / (spec.chunk or SETTING.tokens)  # with 1, steps on several unit keys at once would grow
     q, k, v = (options.pop(name) for name in NARROW)
-    return Call(spec, weights_of(leaves), q, k, v, options)
+    return LayerCall(spec, weights_of(leaves), q, k, v, options)
 
 
 def embedded(words: list[str]) -> Tensor:
