@@ -102,7 +102,7 @@ def first_calls(task: str, model: Any, opened: Any, config: Any, device: torch.d
         model: on the device; left in evaluation mode.
         opened: the task.
         config: of the run.
-        device: where.
+        device: where the model is.
     """
     calls: list[LayerCall] = []
     model.eval()

@@ -51,7 +51,7 @@ def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     """A figure in the house style, written to `path` as PNG.
 
     Args:
-        path: where to.
+        path: of the PNG.
         width: in inches.
         height: in inches.
     """
@@ -105,10 +105,10 @@ def rung_dots(
     """One dot per row, rows from top to bottom, the first row's value as a dashed line.
 
     Args:
-        ax: where to.
+        ax: the axes to draw on.
         labels: of the rows.
         values: of the rows; None for a row without.
-        title: above.
+        title: the line above the picture.
         colour: of the dots.
         spread: half-length of each row's error bar.
         digits: after the point, in the numbers beside the dots.
@@ -178,7 +178,7 @@ def curves(
     Args:
         path: PNG to write; an SVG goes beside it.
         series: points by label; all lines have the first one's places on the horizontal axis, or some of them.
-        title: above.
+        title: the line above the picture.
         x: of the horizontal axis.
         y: of the vertical axis.
         rungs: how many lines from the first are rungs of a ladder, in the order of a colour map; the others are dashed.
@@ -235,7 +235,7 @@ def table_image(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]
         path: PNG to write; an SVG goes beside it.
         header: of the columns.
         rows: of texts, one per column.
-        title: above.
+        title: the line above the picture.
         note: below, small.
     """
     head = [name.split("\n") for name in header]

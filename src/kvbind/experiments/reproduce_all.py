@@ -67,7 +67,7 @@ class Report:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """What the report is called on a terminal."""
         return f"{self.experiment}, {self.request.task}" if self.experiment != THEOREMS else self.experiment
 
 

@@ -49,7 +49,7 @@ class Setting:
     Attributes:
         batch: sequences.
         tokens: per sequence; a square, as the depthwise convolution reads a grid.
-        heads: of each.
+        heads: of each sequence.
         width: channels of queries, keys and values, per head.
         hidden: width of fast networks.
         chunk: tokens in a chunk at most; no divisor of `tokens`, so that the last one stays incomplete.
@@ -73,7 +73,7 @@ class Claim:
 
     Attributes:
         name: short.
-        says: what.
+        says: the claim, in a sentence.
         concerns: whether it says something of an inner loop.
     """
 
@@ -130,7 +130,7 @@ class Checked:
     """An inner loop that was checked.
 
     Attributes:
-        spec: which.
+        spec: the inner loop.
         float64: errors in float64.
         float32: errors in float32.
         written: the norm of what writes bring to the outputs, over that of the outputs.

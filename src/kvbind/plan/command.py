@@ -69,7 +69,7 @@ class PlannedCounts:
         plans: one per number.
         title: what is trained, and on what.
         budget: for how long.
-        calibration: from what.
+        calibration: what efficiencies were taken from.
         training: the command that trains, to which a plan's overrides are added.
     """
 
@@ -131,9 +131,9 @@ def run_plan(
     """Plan and show.
 
     Args:
-        preset: as `make_plans` takes it, like `gpus`, `overrides` and further options.
-        gpus: as there.
-        overrides: as there.
+        preset: as `make_plans` takes it, like the further options.
+        gpus: numbers of GPUs, as `make_plans` takes them.
+        overrides: edits of the preset, as `make_plans` takes them.
         console: where to show.
         calibrate: results to calibrate from first.
         write: a JSON file to write everything to.

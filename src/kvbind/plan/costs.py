@@ -241,7 +241,7 @@ def memory(job: PlannedTraining, mesh: Mesh, block_bytes: float) -> Memory:
 
     Args:
         job: what is trained.
-        mesh: on what.
+        mesh: how many GPUs along each dimension.
         block_bytes: per token and channel of the residual stream, of everything that one block keeps while its backward pass
             runs; measured.
     """
@@ -304,7 +304,7 @@ class StepTraffic:
 
     @property
     def total(self) -> float:
-        """All bytes."""
+        """The bytes of all parts together."""
         return self.gather + self.scatter + self.reduce + self.states + self.halo
 
 
@@ -316,7 +316,7 @@ def traffic(job: PlannedTraining, mesh: Mesh) -> StepTraffic:
 
     Args:
         job: what is trained.
-        mesh: on what.
+        mesh: how many GPUs along each dimension.
     """
     everything, block = job.parameters
     config, passes = job.config, job.batch // mesh.data
@@ -391,7 +391,7 @@ def seconds(job: PlannedTraining, mesh: Mesh, hardware: Accelerator, efficiency:
 
     Args:
         job: what is trained.
-        mesh: on what.
+        mesh: how many GPUs along each dimension.
         hardware: the GPUs.
         efficiency: the fraction of `hardware.flops` at which products go, recomputed ones among them.
         exposed: the fraction of the communication's time, at datasheet bandwidth, by which a step gets longer; above 1 where

@@ -110,7 +110,7 @@ def show(
         budget: tokens and price.
         calibration: where efficiencies are from.
         command: of training, to which overrides are added.
-        console: where to.
+        console: what to draw on.
     """
     options = [plan.options[0] for plan in plans] if len(plans) > 1 else list(plans[0].options[:6])
     rows = [cells(option, budget) for option in options]

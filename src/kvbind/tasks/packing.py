@@ -203,7 +203,7 @@ def load_batches(packed: Packed, separate: bool, workers: int) -> Iterator[tuple
     """Batches, read in this process (`workers=0`) or in others; the same whatever their number.
 
     Args:
-        packed: where from.
+        packed: the text, in samples.
         separate: whether documents stay apart (`cu_seqlens`), or run on into each other as one text.
         workers: how many read at most: each has streams of its own.
 

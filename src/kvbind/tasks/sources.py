@@ -140,7 +140,7 @@ class TextSource:
         Args:
             items: what stands for each document.
             own: whether each belongs to the split, by its hash.
-            split: which.
+            split: "train" or "held_out"; None for all documents.
             make: makes documents of some items.
         """
         if split is None or not items or (any(own) and not all(own)):

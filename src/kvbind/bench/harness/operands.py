@@ -88,7 +88,7 @@ class DrawnOperands:
         return replace(moved, q=moved.q.to(dtype), k=moved.k.to(dtype), v=moved.v.to(dtype))
 
     def leaves(self) -> list[Tensor]:
-        """Every tensor."""
+        """Every tensor of the call, for gradients."""
         gates = [x for x in self.gates.values() if isinstance(x, Tensor)]
         return [*self.weights.values(), self.q, self.k, self.v, *gates]
 

@@ -34,7 +34,7 @@ def row_of(row: ModelRow, results: Results, peak: float | None) -> dict[str, Any
     """A row of the record.
 
     Args:
-        row: which.
+        row: what is compared.
         results: found so far.
         peak: what the device could compute, operations per second; None where that is not known.
 

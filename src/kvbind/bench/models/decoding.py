@@ -77,7 +77,7 @@ def timed_tokens(one_more: Callable[[], object], device: torch.device, load: Dec
     Args:
         one_more: is called up to `load.tokens + QUEUED + 1` times.
         device: where it runs.
-        load: of what.
+        load: how many sequences and tokens are decoded.
         until: by `time.perf_counter`, when to stop; not before `LEAST` tokens.
 
     Returns:
@@ -115,7 +115,7 @@ def peak(device: torch.device) -> int | None:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget peaks."""
+    """Count the device's peak memory anew from here."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -240,8 +240,8 @@ def bench_systems(
         device: where to run.
         dtype: of parameters.
         loads: as `bench_decoding` takes them.
-        graphs: likewise.
-        seconds: likewise.
+        graphs: as `bench_decoding` takes them.
+        seconds: as `bench_decoding` takes them.
 
     Yields:
         Its rows, each with the name under "system" where there are names.
@@ -297,7 +297,7 @@ def llama_tokens(
     Args:
         model: in evaluation mode.
         cache: from `read_llama`.
-        logits: likewise.
+        logits: of the last token read, from `read_llama`.
         length: tokens in it.
         room: as `read_llama` took it.
     """

@@ -82,8 +82,8 @@ def training(
     """Time the training steps of a peer.
 
     Args:
-        case: of it.
-        device: where.
+        case: the peer's model, batches and loss.
+        device: where to train.
         seconds: how long to time each way.
         ways: "eager", as Python launches them, and "graphs", replays of the whole step.
         scope: what is compiled, see `compile_`.

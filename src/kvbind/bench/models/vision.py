@@ -211,9 +211,9 @@ def compare(rows: Sequence[VisionRow], model: str, peer: str) -> dict[str, Any]:
     """How many times as fast, and with what share of the memory, `model` runs beside `peer`, and where they cross.
 
     Args:
-        rows: of both.
-        model: the one.
-        peer: the other.
+        rows: of both models, at all sizes.
+        model: its name in the rows.
+        peer: the name of what it stands beside.
 
     Returns:
         For "forward" and "training": "speed", the ratio of images per second by size, "memory", that of bytes per image,

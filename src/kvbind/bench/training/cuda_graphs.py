@@ -34,7 +34,7 @@ from kvbind.sequence.boundaries import Boundaries, with_room
 from kvbind.train import TrainConfig, train
 from kvbind.train.metrics import read_metrics
 from kvbind.train.optimizer import make_optimizer
-from kvbind.train.parallel import Distributed, Layout
+from kvbind.train.parallel import Distributed, MeshLayout
 from kvbind.train.ranks import WHOLE, Share
 from kvbind.train.step import Step
 
@@ -80,7 +80,7 @@ class Random:
     """A task whose batches are random, as `kvbind.train.train` wants one.
 
     Args:
-        case: of what.
+        case: what draws the batches.
         ends: the batch at which the process is interrupted, or None.
     """
 
@@ -108,11 +108,11 @@ class Random:
         return 1.0
 
     def loss(self, model: Any, batch: Any) -> Tensor:
-        """The case's."""
+        """The loss of the case's model on a batch."""
         return self.case.loss(model, batch)
 
     def blocks(self, model: Any) -> Iterable[nn.Module]:
-        """The case's."""
+        """The repeated parts of the case's model."""
         return self.case.blocks(model)
 
     def evaluate(self, model: Any, share: Share = WHOLE) -> dict[str, Any]:
@@ -317,8 +317,8 @@ def timed(case: TrainingCase, device: torch.device, seconds: float, step: Callab
     """Take steps and say how long they took.
 
     Args:
-        case: of which.
-        device: where.
+        case: what is trained.
+        device: where the steps run.
         seconds: how long to go on, after four.
         step: takes one, and returns its loss.
 
@@ -356,7 +356,7 @@ def speed(case: TrainingCase, device: torch.device, how: str, seconds: float) ->
     give_back(device)
     with warnings_of_training() as said, matmul_precision("high"):
         model, config = build(case, device), configuration(device, how)
-        together = Distributed(model, case.blocks(model), Layout(), config, device)
+        together = Distributed(model, case.blocks(model), MeshLayout(), config, device)
         task = Random(case)
         optimizer = make_optimizer(model, config)
         step = Step(model, together, task, config, optimizer, None, task.batches(None), WHOLE, device)

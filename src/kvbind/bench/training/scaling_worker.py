@@ -35,7 +35,7 @@ from kvbind.precision import matmul_precision
 from kvbind.sequence import SequenceShard, count_bytes, sequence_parallel
 from kvbind.train.config import ParallelConfig, TrainConfig
 from kvbind.train.optimizer import make_optimizer
-from kvbind.train.parallel import Distributed, Layout, clip_
+from kvbind.train.parallel import Distributed, MeshLayout, clip_
 from kvbind.train.ranks import connected, rank
 from kvbind.train.recompute import recompute
 
@@ -89,7 +89,7 @@ class Training:
     """A model in training as a case wants it, on random tokens.
 
     Args:
-        case: what.
+        case: what is trained, and on how many GPUs.
         device: of this process.
     """
 
@@ -103,7 +103,7 @@ class Training:
         self.config: LactConfig = model.config
         parallel = ParallelConfig(strategy="fsdp", shard=case.shard, sequence=case.sequence)
         config = TrainConfig(learning_rate=LEARNING_RATE, parallel=parallel)
-        self.layout = Layout.of(parallel, device)
+        self.layout = MeshLayout.of(parallel, device)
         blocks: list[nn.Module] = list(model.model.layers)
         recompute(blocks, case.recompute)
         self.distributed = Distributed(model.train(), blocks, self.layout, config, device)

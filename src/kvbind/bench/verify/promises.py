@@ -327,7 +327,7 @@ def checkpointing_keeps_gradients(reentrant: bool, scale: ModelScale, device: to
 
 
 def recompute_keeps_gradients(what: str, scale: ModelScale, device: torch.device) -> dict[str, float]:
-    """`train.activation_checkpointing`."""
+    """`train.activation_checkpointing` changes no gradient."""
     from kvbind.train.recompute import recompute
 
     model, loss = language_job("rung2", scale, device)
@@ -370,7 +370,7 @@ def is_saved_whole(dtype: str, scale: ModelScale, device: torch.device) -> dict[
 
 
 def promises() -> list[Promise]:
-    """All cases."""
+    """All promises, in the order in which they are tried."""
     same, kept = {"loss": SAME, "gradients": SAME_GRADIENT}, {"repeats": 0.0, "outside": 0.0}
     families: dict[str, Callable[[ModelScale, torch.device], Job]] = {
         **{

@@ -165,9 +165,9 @@ def held_out_sets(
 
     Args:
         model: on the device.
-        task: that it is for.
+        task: the model's, with its held-out data.
         config: of the run.
-        device: where.
+        device: where the model is.
         name: of the task.
     """
     found = []

@@ -167,7 +167,7 @@ def write(
     device: torch.device,
     runs: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The report."""
+    """Write the report: courses of both forms, how they differ, and the verdicts."""
     slow, fast = (courses[form] for form in FORMS)
     draw(out / "forms.png", courses)
     quartiles = {form: course.quartiles() for form, course in courses.items()}

@@ -35,7 +35,7 @@ def lines(
 
     Args:
         series: points by name.
-        title: above.
+        title: the line above the chart.
         x: of the horizontal axis.
         y: of the vertical axis.
         tones: of the series.
@@ -90,7 +90,7 @@ def dots(
     Args:
         rows: their names.
         series: a number per row, or None, by name.
-        title: above.
+        title: the line above the chart.
         x: of the axis.
         tones: of the series.
         errors: half-length of each row's error bar, in the first series.
@@ -134,7 +134,7 @@ def bars(
     Args:
         rows: their names.
         series: a number per row, or None, by name.
-        title: above.
+        title: the line above the chart.
         x: of the axis.
         tones: of the series.
         log: a logarithmic axis.
@@ -147,7 +147,7 @@ def points(series: Mapping[str, Points], *, title: str, tones: Sequence[str], ab
 
     Args:
         series: places by name.
-        title: above.
+        title: the line above the chart.
         tones: of the series.
         about: what it shows.
     """

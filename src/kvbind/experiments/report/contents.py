@@ -23,7 +23,7 @@ class PageTable:
     """A table of texts; the first column names the rows.
 
     Attributes:
-        heading: above it.
+        heading: the line above it.
         header: of the columns, a line break between a name and where its numbers are from.
         rows: of texts, one per column.
         numbers: of the rows, left of their names; none where rows have no numbers.
@@ -42,8 +42,8 @@ class Picture:
     """A PNG.
 
     Attributes:
-        heading: above it.
-        file: where it is.
+        heading: the line above it.
+        file: its path.
         about: what it shows, for who cannot see it.
     """
 

@@ -54,7 +54,7 @@ def write_page(
     """Write the interactive page on many results.
 
     Args:
-        path: where to.
+        path: of the HTML file.
         parts: what came out.
         explorer: models to look into, as `kvbind.experiments.report.explorer` makes them.
         versions: of the packages that made the page.

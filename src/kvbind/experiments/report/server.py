@@ -99,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "kvbind", ""
 
     def do_GET(self) -> None:
-        """A file."""
+        """Answer with a file of the list, or with 404."""
         self.answer()
 
     def do_HEAD(self) -> None:
@@ -149,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(status, text.encode(), "text/plain; charset=utf-8", **allow)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Write nothing to the terminal for requests."""
 
 
 def host_of(header: str) -> str | None:

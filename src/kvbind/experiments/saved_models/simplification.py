@@ -250,7 +250,7 @@ def measured_speeds(
         models: by name; moved to the device.
         task: that has training data.
         config: of training, for its precision.
-        device: where.
+        device: where the models run.
         seconds: about how long.
     """
     batch, _ = next(iter(task.batches(None)))

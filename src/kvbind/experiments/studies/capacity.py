@@ -304,7 +304,7 @@ class Gain:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """The mean over seeds."""
         return statistics.fmean(self.points)
 
     @property

@@ -139,7 +139,7 @@ def write(
     missing: Sequence[str],
     request: Request,
 ) -> dict[str, Any]:
-    """The report."""
+    """Write the report: what fine-tuning came to beside training from scratch, and the verdicts."""
     metric = trained.subject.metric
     draw(trained.out / "simplify.png", courses, metric)
     header = [

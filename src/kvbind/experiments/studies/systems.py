@@ -167,10 +167,10 @@ def fitting(scale: str, edits: Sequence[str], target: int) -> int:
 @torch.no_grad()
 def decoded(name: str, runs: Mapping[int, Run], plan: RunsPlan, request: Request) -> DecodingCost | None:
     """Time decoding of a system's first run; None where its weights are not here, and there is no earlier measurement."""
-    cache, tokens = ResultCache(plan.out / "decoding.json", plan.device, request.fresh), TOKENS[request.scale]
+    costs, tokens = ResultCache(plan.out / "decoding.json", plan.device, request.fresh), TOKENS[request.scale]
     seed = min(runs)
     job = plan.jobs[name, seed]
-    known = cache.get(to_plain(job.config), tokens)
+    known = costs.get(to_plain(job.config), tokens)
     if known is not None:
         return DecodingCost(**known)
     if not exported(job.folder):
@@ -192,7 +192,7 @@ def decoded(name: str, runs: Mapping[int, Run], plan: RunsPlan, request: Request
     load = DecodingLoad(1, ids.shape[1], tokens, ids.shape[1])
     taken = timed_tokens(one_more, plan.device, load, time.perf_counter())
     found = DecodingCost(taken["p50_ms"], held, str(model.dtype).removeprefix("torch."))
-    cache.put(asdict(found), to_plain(job.config), tokens)
+    costs.put(asdict(found), to_plain(job.config), tokens)
     return found
 
 

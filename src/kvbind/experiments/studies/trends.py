@@ -76,7 +76,7 @@ def direction(trend: Trend, margin: float) -> str | None:
     """Whether a gap "closes", "grows" or "stays"; None where it is not decided.
 
     Args:
-        trend: of it.
+        trend: the gap's places and means.
         margin: a change from the first place to the last that would count.
     """
     if trend.error is None:
@@ -140,7 +140,7 @@ def draw(
         metric: that is compared.
         rungs: how many rows from the first are rungs; the others are dashed.
         places: of the ticks, with their names.
-        title: above.
+        title: the line above the picture.
         x: of the horizontal axis.
     """
     shades = mpl.colormaps["viridis"]

@@ -39,7 +39,7 @@ class InnerLoopSpeed:
         per: how many of them make 1 in a table.
         title: of such columns.
         compared_title: of those beside the paper's.
-        compared_unit: of those.
+        compared_unit: what the compared columns count.
         axis: below a figure, which has the paper's unit.
         pattern: of the numbers.
     """

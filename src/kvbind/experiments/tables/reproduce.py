@@ -29,7 +29,7 @@ def reproduce_table(table: Table, **options: Any) -> dict[str, Any]:
     interrupted. Rows of other tables that are the same training run are found where they are.
 
     Args:
-        table: which.
+        table: whose rows are trained.
         options: the fields of `kvbind.experiments.request.Request`; the task may be "all", for each in turn and a page on
             all together.
 
@@ -73,7 +73,7 @@ def gather_rows(
     """All rows of the table, timed where it has throughput.
 
     Args:
-        table: which.
+        table: whose rows are trained.
         subject: of what task.
         plan: of its runs.
         done: those that are finished, by row and seed.

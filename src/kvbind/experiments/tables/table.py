@@ -125,7 +125,7 @@ class TableOutcome:
     """A table that was reproduced.
 
     Attributes:
-        table: which.
+        table: what was reproduced.
         subject: of what task.
         rows: of the table.
         results: what `results.json` holds.

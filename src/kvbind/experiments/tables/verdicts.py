@@ -29,7 +29,7 @@ def judge(table: Table, subject: Subject, rows: Sequence[TableRow]) -> list[Verd
     """A verdict for every row of the paper's that changes something, on the best rung, and on forms where both were timed.
 
     Args:
-        table: which.
+        table: whose claims are judged.
         subject: of what task.
         rows: of the table, the full system first.
     """

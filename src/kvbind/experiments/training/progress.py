@@ -162,7 +162,7 @@ def show(title: str, jobs: Sequence[tuple[str, TrainingJob]], console: Console |
     Args:
         title: of the plan.
         jobs: its runs, in their order, each with the name of its row.
-        console: where to.
+        console: where it is printed; None for nowhere.
 
     Returns:
         The same as plain data.

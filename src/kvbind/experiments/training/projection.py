@@ -92,7 +92,7 @@ def measure_steps(task: str, config: Any, device: torch.device, steps: int) -> S
     Args:
         task: its name.
         config: of that task, as its `resolve` gives it.
-        device: where to.
+        device: where to train.
         steps: measured, after `WARM_UP` more.
     """
     most = AT_ONCE.get(task, config.data.batch)
@@ -204,7 +204,7 @@ def measure_rows(name: str, rows: Sequence[str], request: Request) -> dict[str, 
 
     Args:
         name: of the table.
-        rows: of it.
+        rows: names of the table's rows.
         request: what was asked, with its `measure`; of the task "all", each in turn.
 
     Returns:

@@ -73,7 +73,7 @@ def subdivided(vertices: Array, faces: Corners) -> tuple[Array, Corners]:
 
 
 def gem() -> TriangleMesh:
-    """An icosahedron."""
+    """An icosahedron of 20 flat faces that stands on the ground."""
     vertices, faces = icosahedron()
     return on_ground(flat(vertices, faces))
 

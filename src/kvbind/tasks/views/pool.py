@@ -21,7 +21,7 @@ class ScenePool(SceneSource):
 
     Args:
         config: their views and cameras.
-        split: which of them.
+        split: "train" or "held_out", which have scenes of their own.
         scenes: how many.
         size: height and width of the images.
     """

@@ -26,7 +26,7 @@ def text(tokens: Sequence[str], spaced: bool = False) -> tuple[Example, Tensor]:
     """A text, and the cell of each token, int64 `[T]`.
 
     Args:
-        tokens: one each.
+        tokens: the text of each token.
         spaced: a blank stands between them.
     """
     cell = -(-len(tokens) // TEXT_CELLS)
