@@ -12,10 +12,12 @@ from kvbind import systems
 from kvbind.bench.harness.operands import Size
 from kvbind.experiments.results import cache
 from kvbind.experiments.results.cache import ResultCache
+from kvbind.experiments.results.files import write_json
 from kvbind.experiments.subjects import throughput
 from kvbind.experiments.subjects.throughput import InnerLoopSpeed
 from kvbind.provenance import machine, versions
 from kvbind.train.config import config_hash
+from kvbind.train.files import read_json
 
 CPU = torch.device("cpu")
 PLAIN = st.recursive(
@@ -99,3 +101,11 @@ def test_throughput_that_an_older_file_holds_is_not_measured_again(tmp_path, mon
     for fresh in (False, False, True):
         assert speed.measure(configs, {}, CPU, path, fresh) == {"rung2": {"recurrent": 0.0, "parallel": 1.0}}
     assert asked == [2, 2]
+
+
+def test_lists_of_numbers_are_a_line_each_and_read_as_they_were(tmp_path):
+    data = {"curve": [[0, 1.5e-9], [1, -2.25]], "none": [None, 3], "texts": ["[\n 1\n]", "1"], "empty": [], "one": [7]}
+    write_json(tmp_path / "a.json", data)
+    assert read_json(tmp_path / "a.json") == data
+    lines = (tmp_path / "a.json").read_text().splitlines()
+    assert {"    [0, 1.5e-09],", '  "none": [null, 3],', '  "one": [7]'} <= set(lines)
