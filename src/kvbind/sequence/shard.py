@@ -103,11 +103,11 @@ class SequenceShard:
 
         Args:
             tokens: tokens of the whole row.
-            group: as above.
-            cu_seqlens: as above.
+            group: the ranks that share the row, as `SequenceShard` takes it.
+            cu_seqlens: where documents start and the last ends, as `SequenceShard` takes it.
             multiple: best the inner loop's `span`, its chunk where gradients are renewed at each: then no document that
                 starts at a multiple of it leaves one incomplete at the end of a slice.
-            schedule: as above.
+            schedule: how ranks exchange, as `SequenceShard` takes it.
 
         Raises:
             ValueError: a number below 1.
