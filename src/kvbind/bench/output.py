@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,22 +31,16 @@ def write_growing(records: Iterable[dict[str, Any]], out: Path | None, every: in
 
 
 def show_grid(grid: Grid) -> None:
-    """Show a table of a record."""
-    show_table(grid.title, grid.header, grid.rows, left=grid.left, note=grid.note)
-
-
-def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 0, note: str = "") -> None:
-    """Show a table, of whose columns the first `left` are words and the others numbers."""
-    rows = list(rows)
-    groups = column_groups(header, rows, console.width - GAP, left)
+    """Show a table, in parts one below another where it is too wide."""
+    groups = column_groups(grid.header, grid.rows, console.width - GAP, grid.left)
     for group in groups:
         table = Table(
-            title=title if group is groups[0] else None, caption=note if group is groups[-1] else None,
+            title=grid.title if group is groups[0] else None, caption=grid.note if group is groups[-1] else None,
             caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
         )  # fmt: skip
         for i in group:
-            table.add_column(header[i], justify="left" if i < left else "right", no_wrap=0 < i < left)
-        for row in rows:
+            table.add_column(grid.header[i], justify="left" if i < grid.left else "right", no_wrap=0 < i < grid.left)
+        for row in grid.rows:
             table.add_row(*(row[i] for i in group))
         console.print(table)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvbind.bench.options import Chunk, Device, Out, Tokens, Width, open_device, some_of
-from kvbind.bench.output import say_written, show_table, write_growing
+from kvbind.bench.output import say_written, show_grid, write_growing
 
 
 def command(
@@ -22,6 +22,7 @@ def command(
 ) -> None:
     """Time `torch.compile` of a language model's training step, with empty caches: whole, and block by block."""
     from kvbind.bench.harness.record import growing, provenance
+    from kvbind.bench.tables.forms import compile_grid
     from kvbind.bench.training.compile_time import WAYS, bench_compile
     from kvbind.inner.systems import RUNGS
 
@@ -31,13 +32,5 @@ def command(
     rows = bench_compile(chosen, config, limit=limit)
     about = provenance(place, ("triton",)) | {"config": config}
     record = write_growing(growing(about, len(WAYS) * len(chosen), rows), out)
-    times = ("first_seconds", "processor_seconds", "again_seconds", "new_length_seconds")
-    lines = [
-        (x["rung"], x["way"], x["error"], *["-"] * 5)
-        if "error" in x
-        else (x["rung"], x["way"], *(f"{x[name]:.2f}" for name in times), str(x["graphs"]), str(x["nodes"]))
-        for x in record["rows"]
-    ]
-    header = ("rung", "compiled", "first s", "processor s", "again s", "new length s", "graphs", "nodes")
-    show_table(f"a training step of {layers} layers of width {width}, T = {tokens}, {place}", header, lines, left=2)
+    show_grid(compile_grid(record))
     say_written(out)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvbind.bench.options import Batch, Chunk, Device, Heads, Out, Tokens, Width, open_device
-from kvbind.bench.output import show_table, write_results
+from kvbind.bench.output import show_grid, write_results
 
 
 def command(
@@ -26,6 +26,7 @@ def command(
 
     from kvbind.bench.harness.operands import Size
     from kvbind.bench.kernels.forms import as_data, bench_forms
+    from kvbind.bench.tables.forms import forms_grid
 
     place = open_device(device)
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -35,21 +36,7 @@ def command(
         raise typer.BadParameter(f"dtype must be float32, bfloat16 or auto; got {dtype!r}")
     size = Size(batch, tokens, heads, width)
     rows = as_data(bench_forms(size, chunk, place, kinds[dtype], seconds=seconds))
-
-    title = f"{dtype} on {place}: T = {tokens}, chunk {chunk}, {batch} x {heads} heads of width {width}"
-    note = "ktok/s of the recurrent (rec) and the parallel form (par), and par / rec; peak MiB of training"
-    header = ("rung", "fwd rec", "fwd par", "x", "train rec", "train par", "x", "MiB rec", "MiB par")
-    lines = []
-    by_form = {(row["rung"], row["form"]): row for row in rows}
-    for rung in dict.fromkeys(row["rung"] for row in rows):
-        recurrent, parallel = by_form[rung, "recurrent"], by_form.get((rung, "parallel"))
-        cells = [rung]
-        for work in ("forward", "training"):
-            cells.append(f"{recurrent[work] / 1e3:.0f}")
-            cells += [f"{parallel[work] / 1e3:.0f}", f"{parallel[f'{work}_over_recurrent']:.2f}"] if parallel else ["-", "-"]
-        cells.append(f"{recurrent['training_bytes'] / 2**20:.0f}")
-        cells.append(f"{parallel['training_bytes'] / 2**20:.0f}" if parallel else "-")
-        lines.append(cells)
-    show_table(title, header, lines, left=1, note=note)
     config = {"batch": batch, "tokens": tokens, "chunk": chunk, "heads": heads, "width": width, "dtype": dtype}
-    write_results(out, place, {"config": config, "rows": rows})
+    results = {"config": config, "rows": rows}
+    show_grid(forms_grid(results, place))
+    write_results(out, place, results)

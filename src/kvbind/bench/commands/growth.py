@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from kvbind.bench.options import Chunk, Heads, Out, Tokens, Width
-from kvbind.bench.output import show_table, write_results
+from kvbind.bench.output import show_grid, write_results
 
 
 def command(
@@ -19,24 +19,11 @@ def command(
     import torch
 
     from kvbind.bench.harness.operands import Size
+    from kvbind.bench.tables.forms import growth_grid
     from kvbind.bench.verify.growth import bench_growth
 
     rows = [asdict(row) for row in bench_growth(Size(1, tokens // chunk * chunk, heads, width), chunk)]
-    places = [2**i for i in range(tokens // chunk) if 2**i < tokens // chunk]
-    show_table(
-        f"relative distance from float64 in the n-th chunk of {chunk} tokens, {heads} heads of width {width}",
-        ("rung", "evaluation", *map(str, places), "per chunk", "seconds"),
-        [
-            (
-                x["rung"],
-                x["evaluation"],
-                *(f"{x['errors'][i]:.0e}" for i in places),
-                f"{x['per_chunk']:.2f}",
-                f"{x['seconds']:.2f}",
-            )
-            for x in rows
-        ],
-        left=2,
-    )
     config = {"tokens": tokens, "chunk": chunk, "heads": heads, "width": width}
-    write_results(out, torch.device("cpu"), {"config": config, "rows": rows})
+    results = {"config": config, "rows": rows}
+    show_grid(growth_grid(results))
+    write_results(out, torch.device("cpu"), results)

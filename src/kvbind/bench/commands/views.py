@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvbind.bench.options import Device, Out, numbers_of, open_device
-from kvbind.bench.output import say_written, show_table, write_growing
+from kvbind.bench.output import say_written, show_grid, write_growing
 
 
 def command(
@@ -25,6 +25,7 @@ def command(
     """Time reading and rendering scenes, beside the same transformer with full attention to all input views."""
     from kvbind.bench.harness.record import growing, provenance
     from kvbind.bench.models.views import bench_views
+    from kvbind.bench.tables.models import views_grid
     from kvbind.inner.value import nearest
     from kvbind.models.lact_nvs import PRESETS
 
@@ -37,17 +38,5 @@ def command(
     config = {"preset": preset, "size": size, "frames": frames, "dtype": "bfloat16" if place.type == "cuda" else "float32"}
     rows = bench_views(PRESETS[preset], numbers, (size, size), place, frames=frames, seconds=seconds)
     record = write_growing(growing(provenance(place) | {"config": config}, 2 * len(numbers), map(asdict, rows)), out)
-    lines = [
-        (
-            row["model"],
-            str(row["views"]),
-            f"{row['read_seconds']:.3f}" if row["fits"] else "does not fit",
-            f"{row['frames_per_second']:.1f}" if row["fits"] else "-",
-            *(f"{row[name] / 2**30:.2f}" if row["fits"] else "-" for name in ("read_bytes", "render_bytes")),
-            f"{row['scene_bytes'] / 2**20:.1f}" if row["fits"] else "-",
-        )
-        for row in record["rows"]
-    ]
-    header = ("model", "views", "read s", "frames/s", "read GiB", "render GiB", "scene MiB")
-    show_table(f"{preset}, {size} x {size} pixels, {place}", header, lines, left=1)
+    show_grid(views_grid(record, place))
     say_written(out)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvbind.bench.options import Device, Out, numbers_of, open_device
-from kvbind.bench.output import console, show_table, write_results
+from kvbind.bench.output import console, show_grid, write_results
 
 
 def command(
@@ -27,19 +27,15 @@ def command(
 ) -> None:
     """Time ViTTT beside a vision transformer at growing image sizes, forward and training, with their memory."""
     from kvbind.bench.models.vision import bench_vision, compare
+    from kvbind.bench.tables.models import vision_grid
 
     place = open_device(device)
     other = None if peer == "none" else peer
     sides = numbers_of(sizes, "sizes")
-    rows = bench_vision(model, other, sides, place, batch=batch, seconds=seconds, compiled=compiled)
-    lines = []
-    for row in rows:
-        speeds = [f"{x:.1f}" for x in (row.forward, row.training)]
-        memory = [f"{x / 2**20:.1f}" for x in (row.forward_bytes, row.training_bytes)]
-        lines.append((row.model, str(row.size), str(row.batch), *speeds, *memory))
-    header = ("model", "size", "batch", "forward", "training", "forward MiB", "training MiB")
-    show_table(f"images per second and memory per image, {place}", header, lines, left=1)
-    compared = compare(rows, model, other) if other else None
+    measured = bench_vision(model, other, sides, place, batch=batch, seconds=seconds, compiled=compiled)
+    rows = [asdict(row) for row in measured]
+    show_grid(vision_grid(rows, place))
+    compared = compare(measured, model, other) if other else None
     for work, found in (compared or {}).items():
         ratios = ", ".join(f"{ratio:.2f} at {size}" for size, ratio in found["speed"].items())
         where = f"; equal at about {found['crossing']:.0f} pixels" if found["crossing"] else ""
@@ -50,5 +46,5 @@ def command(
         "dtype": "bfloat16 autocast, TF32" if place.type == "cuda" else "float32",
         "compiled": compiled,
     }
-    results = {"config": config, "rows": [asdict(row) for row in rows], "compared": compared}
+    results = {"config": config, "rows": rows, "compared": compared}
     write_results(out, place, results, ("timm",))

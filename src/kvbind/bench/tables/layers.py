@@ -1,4 +1,4 @@
-"""The tables of `kvbind bench layer` and `kvbind bench step`, as texts: for a terminal and for the documentation."""
+"""The tables of `kvbind bench layer`, `attention` and `step`, as texts: for a terminal and for the documentation."""
 
 from __future__ import annotations
 
@@ -65,3 +65,21 @@ def _spent(record: Mapping[str, Any]) -> Grid:
         ]
     note = f"Of one step, summed over launches; kernels of at least {LEAST_SHARE:.0%}"
     return Grid("profile", "Time on the device", ("rung", "kernel", "launches", "ms", "share"), tuple(lines), note=note)
+
+
+def attention_grid(record: Mapping[str, Any], place: object) -> Grid:
+    """The table of `kvbind bench attention`.
+
+    Args:
+        record: with `config` and `rows`.
+        place: the device, for the title.
+    """
+    config, times = record["config"], ("first_seconds", "forward_seconds", "training_seconds")
+    return Grid(
+        "attention",
+        f"window attention: T = {config['tokens']}, {config['heads']} heads of {config['width']}, window "
+        f"{config['window']}, {place}",
+        ("kernel", "keys ahead", "first ms", "forward ms", "forward and backward ms"),
+        tuple((x["kernel"], str(x["ahead"]), *(f"{1e3 * x[name]:.2f}" for name in times)) for x in record["rows"]),
+        left=1,
+    )

@@ -1,8 +1,8 @@
-"""The tables of `kvbind bench models`."""
+"""The tables of `kvbind bench models`, `views` and `vision`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvbind.bench.tables.grid import Grid
@@ -52,3 +52,43 @@ def model_grids(record: Mapping[str, Any]) -> list[Grid]:
         note = "ms: of tokens that are each waited for; tokens/s: of tokens that are not; cache: of one sequence"
         grids.append(Grid("decoding", "Decoding, bfloat16, greedy", header, tuple(lines), note=note))
     return grids
+
+
+def views_grid(record: Mapping[str, Any], place: object) -> Grid:
+    """The table of `kvbind bench views`.
+
+    Args:
+        record: with `config` and `rows`.
+        place: the device, for the title.
+    """
+    config = record["config"]
+    lines = [
+        (
+            row["model"],
+            str(row["views"]),
+            f"{row['read_seconds']:.3f}" if row["fits"] else "does not fit",
+            f"{row['frames_per_second']:.1f}" if row["fits"] else "-",
+            *(f"{row[name] / 2**30:.2f}" if row["fits"] else "-" for name in ("read_bytes", "render_bytes")),
+            f"{row['scene_bytes'] / 2**20:.1f}" if row["fits"] else "-",
+        )
+        for row in record["rows"]
+    ]
+    header = ("model", "views", "read s", "frames/s", "read GiB", "render GiB", "scene MiB")
+    title = f"{config['preset']}, {config['size']} x {config['size']} pixels, {place}"
+    return Grid("views", title, header, tuple(lines), left=1)
+
+
+def vision_grid(rows: Sequence[Mapping[str, Any]], place: object) -> Grid:
+    """The table of `kvbind bench vision`.
+
+    Args:
+        rows: of a record.
+        place: the device, for the title.
+    """
+    lines = []
+    for row in rows:
+        speeds = [f"{row[name]:.1f}" for name in ("forward", "training")]
+        memory = [f"{row[name] / 2**20:.1f}" for name in ("forward_bytes", "training_bytes")]
+        lines.append((row["model"], str(row["size"]), str(row["batch"]), *speeds, *memory))
+    header = ("model", "size", "batch", "forward", "training", "forward MiB", "training MiB")
+    return Grid("vision", f"images per second and memory per image, {place}", header, tuple(lines), left=1)
