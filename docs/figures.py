@@ -284,7 +284,7 @@ def ladder(path: Path, name: str) -> None:
 
 def capacity(path: Path) -> None:
     """Recall by bytes of state."""
-    from kvbind.experiments.studies.capacity import CapacityPoint, draw
+    from kvbind.experiments.studies.capacity_findings import CapacityPoint, draw
 
     curves = json.loads(path.read_text())["curves"]
     draw(IMAGES / "capacity.png", {one["name"]: [CapacityPoint(**point) for point in one["points"]] for one in curves})

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from kvbind.bench.training import cuda_graphs
+from kvbind.bench.training.cases import TrainingCase
 
 
 def test_both_kinds_of_steps_are_timed_and_what_fails_is_told(monkeypatch, tmp_path, capsys):
@@ -42,7 +43,7 @@ def test_compared_losses_are_those_of_whole_runs_and_of_runs_that_changed_their_
     def build():
         return nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.1))
 
-    case = cuda_graphs.TrainingCase(
+    case = TrainingCase(
         "toy", "rows", 4, build, draw, lambda model, batch: model(batch["x"]).square().mean(), lambda _: [], 35
     )
     found = cuda_graphs.compare(case, torch.device("cpu"))

@@ -15,7 +15,7 @@ from kvbind.bench.harness import timing
 from kvbind.bench.harness.record import OUT_OF_TIME
 from kvbind.bench.models import beside_peers, decoding, plans, softmax_peers
 from kvbind.bench.tables.models import model_grids
-from kvbind.bench.training import cuda_graphs
+from kvbind.bench.training import cases, cuda_graphs
 from kvbind.models import PRESETS, LactConfig, peers, vittt
 
 CPU = torch.device("cpu")
@@ -262,7 +262,7 @@ def test_llama_is_causal_without_a_mask_and_of_the_same_size(llama):
 
 
 def test_steps_of_a_peer_learn_alike_with_and_without_graphs(quick):
-    case = cuda_graphs.language("a", "tiny", "rung6", 32, 1, 256)
+    case = cases.language("a", "tiny", "rung6", 32, 1, 256)
     found = softmax_peers.training(
         softmax_peers.language(case, LactConfig(**PRESETS["tiny"])), CPU, 0.0, ways=("eager", "graphs")
     )

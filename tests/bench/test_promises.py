@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 
 from kvbind.bench.app import app
 from kvbind.bench.verify import promises
+from kvbind.bench.verify.small_models import SMALL
 
 CPU = torch.device("cpu")
 CASES = {promise.name: promise for promise in promises.promises()}
@@ -26,7 +27,7 @@ CASES = {promise.name: promise for promise in promises.promises()}
     ],
 )
 def test_promises_of_models_are_kept_on_the_cpu(name):
-    row = promises.tried(CASES[name], promises.SMALL, CPU)
+    row = promises.tried(CASES[name], SMALL, CPU)
     assert row["problems"] == []
     assert row["passed"]
     assert row["found"]
@@ -36,7 +37,7 @@ def test_a_broken_promise_is_found():
     def wrong(scale, device):
         return {"loss": 1.0, "gradients": float("nan")}
 
-    row = promises.tried(promises.Promise("x", wrong, {"loss": 1e-4, "gradients": 1e-2}), promises.SMALL, CPU)
+    row = promises.tried(promises.Promise("x", wrong, {"loss": 1e-4, "gradients": 1e-2}), SMALL, CPU)
     assert row["problems"] == ["loss: 1.0e+00 > 1.0e-04", "gradients: nan > 1.0e-02"]
     assert not row["passed"]
 
@@ -49,7 +50,7 @@ def test_a_package_that_is_missing_and_an_error_are_problems():
         (promises.Promise("x", fails, {}), "RuntimeError: no such device"),
         (promises.Promise("x", fails, {}, needs="no_such_package"), "no_such_package is not installed"),
     ):
-        row = promises.tried(promise, promises.SMALL, CPU)
+        row = promises.tried(promise, SMALL, CPU)
         assert (row["problems"], row["passed"]) == ([said], False)
 
 

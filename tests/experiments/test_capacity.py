@@ -9,17 +9,8 @@ import yaml
 
 from kvbind.experiments.report.page import find_parts
 from kvbind.experiments.studies import capacity
-from kvbind.experiments.studies.capacity import (
-    MIXERS,
-    CapacityPoint,
-    bytes_of,
-    configured,
-    gain,
-    judge,
-    panels,
-    sized,
-    taken,
-)
+from kvbind.experiments.studies.capacity import MIXERS, bytes_of, configured, sized, taken
+from kvbind.experiments.studies.capacity_findings import CapacityPoint, gain, judge, panels
 from kvbind.experiments.training.plans import UnfinishedError
 from kvbind.inner.systems import PROJECTIONS, SYSTEMS
 from kvbind.tasks import recall

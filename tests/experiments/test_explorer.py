@@ -12,7 +12,7 @@ from kvbind.experiments.report import explorer
 from kvbind.experiments.report.explorer.examples import pictures
 from kvbind.experiments.report.explorer.heads import HEADS, weights_of
 from kvbind.experiments.report.page import find_parts
-from kvbind.experiments.training.runs import load_model, open_run
+from kvbind.experiments.training.run_folders import load_model, open_run
 from kvbind.tasks import language
 
 LANGUAGE = [

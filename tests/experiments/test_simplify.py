@@ -13,12 +13,13 @@ from kvbind.experiments.request import Request
 from kvbind.experiments.saved_models import probe as probing
 from kvbind.experiments.saved_models import simplification
 from kvbind.experiments.saved_models.saved_model import open_saved
-from kvbind.experiments.saved_models.simplification import plan
+from kvbind.experiments.saved_models.simplification_plan import plan
 from kvbind.experiments.studies import simplify
 from kvbind.experiments.studies.simplify import FineTuned
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.experiments.training.plans import UnfinishedError
-from kvbind.experiments.training.runs import InterruptedRunError, load_model, open_run, train_run
+from kvbind.experiments.training.run_folders import load_model, open_run
+from kvbind.experiments.training.runs import InterruptedRunError, train_run
 from kvbind.models.carry import carry_over, layers_of
 from kvbind.models.lact import LactForCausalLM
 from kvbind.models.lact_nvs import LactNvs

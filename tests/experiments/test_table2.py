@@ -13,7 +13,8 @@ from kvbind.experiments.tables.table import BASELINES, LABELS
 from kvbind.experiments.tables.table2 import TABLE, reproduce
 from kvbind.experiments.training import runs
 from kvbind.experiments.training.plans import configuration, with_inner
-from kvbind.experiments.training.runs import open_run, run_name, train_run
+from kvbind.experiments.training.run_folders import open_run
+from kvbind.experiments.training.runs import run_name, train_run
 from kvbind.tasks import language
 from kvbind.train import latest_checkpoint
 from kvbind.train.metrics import read_metrics

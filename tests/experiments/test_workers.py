@@ -7,17 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvbind.experiments.training import workers
+from kvbind.experiments.training import jobs, workers
+from kvbind.experiments.training.jobs import TrainingJob, WorkerKilledError, default_workers, visible_gpus
 from kvbind.experiments.training.plans import configuration
 from kvbind.experiments.training.runs import OutOfTimeError, Run, run_name, train_run
-from kvbind.experiments.training.workers import (
-    TrainingJob,
-    Worker,
-    WorkerKilledError,
-    default_workers,
-    train_all,
-    visible_gpus,
-)
+from kvbind.experiments.training.worker_process import Worker
+from kvbind.experiments.training.workers import train_all
 from kvbind.train import TrainingStoppedError, latest_checkpoint
 from kvbind.train.config import to_plain
 from kvbind.train.metrics import read_metrics
@@ -110,7 +105,7 @@ def test_a_worker_that_dies_is_noticed(job):
 def test_a_worker_ends_when_its_parent_has(job):
     mine = job("mine", "train.steps=1000000", "train.checkpoint_every=0")
     process = subprocess.Popen(
-        [sys.executable, "-m", "kvbind.experiments.training.workers"],
+        [sys.executable, "-m", "kvbind.experiments.training.worker_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -143,14 +138,14 @@ def test_a_gpu_trains_one_run_at_a_time(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert default_workers(torch.device("cuda")) == 3
     assert default_workers(torch.device("cuda:1")) == 1
-    assert 1 <= default_workers(torch.device("cpu")) <= workers.MOST_WORKERS
+    assert 1 <= default_workers(torch.device("cpu")) <= jobs.MOST_WORKERS
 
 
 def test_gpus_are_called_what_the_environment_calls_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv(workers.VISIBLE, "5, GPU-abc")
+    monkeypatch.setenv(jobs.VISIBLE, "5, GPU-abc")
     assert visible_gpus() == ["5", "GPU-abc"]
-    monkeypatch.delenv(workers.VISIBLE)
+    monkeypatch.delenv(jobs.VISIBLE)
     assert visible_gpus() == ["0", "1"]
 
 

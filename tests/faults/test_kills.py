@@ -13,8 +13,10 @@ import pytest
 from distributed.launching import environment, torchrun
 from faults import small
 from kvbind.experiments.training import workers
+from kvbind.experiments.training.jobs import TrainingJob, WorkerKilledError
 from kvbind.experiments.training.plans import configuration
-from kvbind.experiments.training.workers import TrainingJob, Worker, WorkerKilledError, train_all
+from kvbind.experiments.training.worker_process import Worker
+from kvbind.experiments.training.workers import train_all
 from kvbind.train import latest_checkpoint
 
 HERE = Path(__file__).parent

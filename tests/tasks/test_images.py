@@ -15,7 +15,7 @@ from kvbind.tasks.images import PRESETS, ImagesConfig, ImagesTask, inner_loops, 
 from kvbind.tasks.images.augment import normalized
 from kvbind.tasks.images.config import ImagesModelConfig
 from kvbind.tasks.images.loading import Order, Reads, training_batches
-from kvbind.tasks.images.sources import InMemory
+from kvbind.tasks.images.stores import InMemory
 from kvbind.train import latest_checkpoint, train
 from kvbind.train.config import read_config, to_yaml
 from kvbind.train.metrics import read_metrics

@@ -5,7 +5,8 @@ import pytest
 import torch
 from image_files import class_folders, colour_image, idx_arrays, idx_folder, parquet_folder, write_idx
 
-from kvbind.tasks.images.sources import ImageSource, idx_array
+from kvbind.tasks.images.idx import idx_array
+from kvbind.tasks.images.sources import ImageSource
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 
 from kvbind import Linear, systems
-from kvbind.experiments.training.runs import load_model, open_run, run_name, train_run
+from kvbind.experiments.training.run_folders import load_model, open_run
+from kvbind.experiments.training.runs import run_name, train_run
 from kvbind.inner import InnerLoop
 from kvbind.models.lact_nvs import LactNvs, LactNvsConfig
 from kvbind.tasks import open_task_module, views

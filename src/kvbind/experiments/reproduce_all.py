@@ -25,9 +25,10 @@ from kvbind.experiments.request import Request
 from kvbind.experiments.results.files import write_json
 from kvbind.experiments.subjects import ALL, SUBJECTS, named_subject
 from kvbind.experiments.tables import table2
+from kvbind.experiments.training.jobs import VISIBLE, TrainingJob, visible_gpus
 from kvbind.experiments.training.plans import RunsPlan, plan_runs, report_folder
 from kvbind.experiments.training.runs import Fingerprints, Run
-from kvbind.experiments.training.workers import VISIBLE, TrainingJob, train_all, visible_gpus
+from kvbind.experiments.training.workers import train_all
 from kvbind.train.files import read_json
 
 THEOREMS = "theorems"

@@ -16,7 +16,8 @@ from kvbind.bench.harness.timing import now
 from kvbind.bench.models import softmax_peers
 from kvbind.bench.models.decoding import DecodingLoad, decode, decode_llama
 from kvbind.bench.models.vision import draw, forward, vision_transformer
-from kvbind.bench.training import cuda_graphs
+from kvbind.bench.training import cases, cuda_graphs
+from kvbind.bench.training.cases import TrainingCase
 from kvbind.bench.training.cuda_graphs import give_back
 from kvbind.bench.training.steps import build
 from kvbind.inner.systems import ladder
@@ -142,15 +143,13 @@ def per_second(found: dict[str, Found]) -> dict[str, Found]:
     return {way: {"value": x["per_second"], **x} if "per_second" in x else x for way, x in found.items()}
 
 
-def ours(case: cuda_graphs.TrainingCase, device: torch.device, seconds: float, how: str, share: float) -> dict[str, Found]:
+def ours(case: TrainingCase, device: torch.device, seconds: float, how: str, share: float) -> dict[str, Found]:
     """This library's training steps: `how` is "graphs" or "eager"."""
     found = cuda_graphs.speed(case, device, {"graphs": "on", "eager": "off"}[how], min(seconds, share / 2))
     return per_second({how: found})
 
 
-def peers(
-    case: cuda_graphs.TrainingCase, device: torch.device, seconds: float, scope: str, share: float
-) -> dict[str, Found]:
+def peers(case: TrainingCase, device: torch.device, seconds: float, scope: str, share: float) -> dict[str, Found]:
     """A peer's training steps; `scope` is what is compiled."""
     found = softmax_peers.training(case, device, min(seconds, share / 4), scope=scope)
     return per_second({WAYS[scope][way]: x for way, x in found.items()})
@@ -166,7 +165,7 @@ def peer_jobs(rows: tuple[str, ...], work: Callable[[str, float], dict[str, Foun
     ]
 
 
-def our_jobs(case: cuda_graphs.TrainingCase, device: torch.device, seconds: float) -> list[Measurement]:
+def our_jobs(case: TrainingCase, device: torch.device, seconds: float) -> list[Measurement]:
     """Those of this library's training steps."""
     return [
         Measurement((case.name,), "ours", (how,), partial(ours, case, device, seconds, how), first=how == "graphs")
@@ -176,17 +175,17 @@ def our_jobs(case: cuda_graphs.TrainingCase, device: torch.device, seconds: floa
 
 def language_plan(part: str, sizes: LanguageSize, device: torch.device, seconds: float) -> Plan:
     """The language model in three rungs, and a Llama of its size."""
-    cases = [
-        cuda_graphs.language(f"{sizes.name}-{rung}", sizes.preset, rung, sizes.length, sizes.rows, sizes.vocabulary)
+    rungs = [
+        cases.language(f"{sizes.name}-{rung}", sizes.preset, rung, sizes.length, sizes.rows, sizes.vocabulary)
         for rung in RUNGS
     ]
     config = LactConfig(**{**PRESETS[sizes.preset], "vocab_size": sizes.vocabulary, "max_position_embeddings": sizes.length})
-    jobs = [job for case in cases for job in our_jobs(case, device, seconds)]
-    peer = softmax_peers.language(cases[0], config)
-    jobs += peer_jobs(tuple(case.name for case in cases), partial(peers, peer, device, seconds))
+    jobs = [job for case in rungs for job in our_jobs(case, device, seconds)]
+    peer = softmax_peers.language(rungs[0], config)
+    jobs += peer_jobs(tuple(case.name for case in rungs), partial(peers, peer, device, seconds))
     rows = [
         ModelRow(case.name, part, "tokens/s", "transformers' Llama of that size, SDPA", flops=case.flops)
-        for case in sorted(cases, key=lambda case: case.name)
+        for case in sorted(rungs, key=lambda case: case.name)
     ]
     return rows, jobs
 
@@ -218,7 +217,7 @@ def forward_speed(
 def vision_plan(sizes: ModelSizes, device: torch.device, seconds: float) -> Plan:
     """ViTTT and a vision transformer of timm's, training and forward."""
     model, batch, side, peer = sizes.vision
-    case = cuda_graphs.images(model, batch, side)
+    case = cases.images(model, batch, side)
     name = f"vittt-{model[0]}-forward"
     called = f"timm's {peer}"
     rows = [
@@ -240,7 +239,7 @@ def vision_plan(sizes: ModelSizes, device: torch.device, seconds: float) -> Plan
 
 def views_plan(sizes: ModelSizes, device: torch.device, seconds: float) -> Plan:
     """LaCT view synthesis, and the same transformer with full attention."""
-    case = cuda_graphs.views(*sizes.views)
+    case = cases.views(*sizes.views)
     layers, dim = sizes.views[:2]
     config = lact_nvs.LactNvsConfig(dim=dim, layers=layers, fast_head_dim=dim, head_dim=min(64, dim))
     row = ModelRow(case.name, "views", "views/s", "the same with full attention, SDPA", flops=case.flops)

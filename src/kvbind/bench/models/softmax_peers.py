@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from kvbind.bench.harness.device_time import first_line
 from kvbind.bench.models.views import FullAttentionNvs
 from kvbind.bench.models.vision import autocast, vision_transformer
-from kvbind.bench.training.cuda_graphs import Random, TrainingCase, build, give_back, timed, warnings_of_training
+from kvbind.bench.training.cases import Random, TrainingCase, build
+from kvbind.bench.training.cuda_graphs import give_back, timed, warnings_of_training
 from kvbind.models.lact import LactConfig
 from kvbind.models.lact_nvs import LactNvsConfig
 from kvbind.models.peers import llama

@@ -61,9 +61,9 @@ def command(
     [bold]kvbind simplify mine --to rung2 --data book.txt --targets outputs train.learning_rate=1e-4[/]
     """
     from kvbind.experiments.request import Request
-    from kvbind.experiments.saved_models.simplification import plan as plan_edit
     from kvbind.experiments.saved_models.simplification import simplify as run_edit
-    from kvbind.experiments.training.runs import WEIGHTS
+    from kvbind.experiments.saved_models.simplification_plan import plan as plan_edit
+    from kvbind.experiments.training.run_folders import WEIGHTS
 
     planned = plan_edit(model, to, steps, data=data, targets=targets, out=out, overrides=overrides or [])
     screen = output.console()

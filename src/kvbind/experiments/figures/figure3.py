@@ -20,7 +20,7 @@ from kvbind.experiments.request import Request
 from kvbind.experiments.results.cache import ResultCache
 from kvbind.experiments.tables.table import BASELINES
 from kvbind.experiments.tables.table2 import TABLE
-from kvbind.experiments.training.runs import exported
+from kvbind.experiments.training.run_folders import exported
 from kvbind.experiments.training.trained_rows import Trained, train_rows
 from kvbind.train.loop import evaluate
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvbind.experiments import plotting
-from kvbind.experiments.training.runs import load_model, open_run
+from kvbind.experiments.training.run_folders import load_model, open_run
 from kvbind.tasks import images
 from kvbind.tasks.images.attention import Attention, effective_attention
 from kvbind.tasks.images.augment import normalized

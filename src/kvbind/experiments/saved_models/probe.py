@@ -24,7 +24,7 @@ from kvbind.experiments.report.findings import Findings, Verdict, write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.saved_models.saved_model import Saved
 from kvbind.experiments.subjects import NONE, Metric, named_subject
-from kvbind.experiments.training.runs import CONFIG, WEIGHTS
+from kvbind.experiments.training.run_folders import CONFIG, WEIGHTS
 from kvbind.inner import InnerLoop
 from kvbind.inner.value import check_positive_int
 from kvbind.models.carry import layers_of

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kvbind.experiments.training.runs import CONFIG, WEIGHTS, exported, open_run
+from kvbind.experiments.training.run_folders import CONFIG, WEIGHTS, exported, open_run
 from kvbind.models.carry import layers_of
 from kvbind.models.lact import LactForCausalLM
 from kvbind.models.lact_nvs import LactNvs

@@ -16,10 +16,11 @@ from kvbind.experiments.request import Request
 from kvbind.experiments.studies.trends import mean_and_error
 from kvbind.experiments.subjects import Metric, named_subject
 from kvbind.experiments.tables.verdicts import ERRORS, beyond
+from kvbind.experiments.training.jobs import TrainingJob
 from kvbind.experiments.training.plans import RunsPlan, UnfinishedError, configuration, data_edits, plan_runs, with_inner
 from kvbind.experiments.training.runs import Fingerprints, run_name
 from kvbind.experiments.training.trained_rows import sentence
-from kvbind.experiments.training.workers import TrainingJob, train_all
+from kvbind.experiments.training.workers import train_all
 from kvbind.inner import systems
 from kvbind.inner.value import check_choice
 from kvbind.tasks.views.config import inner_loop, model_config

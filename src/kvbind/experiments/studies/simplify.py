@@ -18,13 +18,15 @@ from kvbind.experiments import plotting
 from kvbind.experiments.plotting import picture
 from kvbind.experiments.report.findings import Findings, Verdict, write_findings
 from kvbind.experiments.request import Request
-from kvbind.experiments.saved_models.simplification import fine_tuning
+from kvbind.experiments.saved_models.simplification_plan import fine_tuning
 from kvbind.experiments.subjects import NONE, Metric
 from kvbind.experiments.tables.table import LABELS
+from kvbind.experiments.training.jobs import TrainingJob, default_workers
 from kvbind.experiments.training.plans import UnfinishedError
-from kvbind.experiments.training.runs import WEIGHTS, Fingerprints, Run, run_name
+from kvbind.experiments.training.run_folders import WEIGHTS
+from kvbind.experiments.training.runs import Fingerprints, Run, run_name
 from kvbind.experiments.training.trained_rows import Trained, train_rows
-from kvbind.experiments.training.workers import TrainingJob, default_workers, train_all
+from kvbind.experiments.training.workers import train_all
 
 FULL = "rung0"
 

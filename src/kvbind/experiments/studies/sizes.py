@@ -13,10 +13,11 @@ from kvbind.experiments.studies.trends import Gaps
 from kvbind.experiments.subjects import named_subject
 from kvbind.experiments.tables.table import row_labels
 from kvbind.experiments.tables.text import count
+from kvbind.experiments.training.jobs import TrainingJob
 from kvbind.experiments.training.plans import RunsPlan, UnfinishedError, plan_runs
 from kvbind.experiments.training.runs import Fingerprints
 from kvbind.experiments.training.trained_rows import seeds_of, sentence
-from kvbind.experiments.training.workers import TrainingJob, train_all
+from kvbind.experiments.training.workers import train_all
 from kvbind.inner.value import check_choice
 from kvbind.train.config import to_plain
 

@@ -23,9 +23,10 @@ from kvbind.experiments.request import Request
 from kvbind.experiments.results.cache import ResultCache
 from kvbind.experiments.studies.state_bytes import state_bytes
 from kvbind.experiments.tables.table import unfinished
+from kvbind.experiments.training.jobs import TrainingJob
 from kvbind.experiments.training.plans import RunsPlan, configuration, data_edits, plan_configs
-from kvbind.experiments.training.runs import Run, exported, load_model
-from kvbind.experiments.training.workers import TrainingJob
+from kvbind.experiments.training.run_folders import exported, load_model
+from kvbind.experiments.training.runs import Run
 from kvbind.inner.value import check_choice
 from kvbind.models.lact.cache import CACHE
 from kvbind.tasks import language

@@ -14,10 +14,10 @@ from kvbind.experiments.tables.output import write_overview, write_report
 from kvbind.experiments.tables.table import BASELINES, NO_FAST_WEIGHTS, Table, TableOutcome, TableRow, as_data, row_labels
 from kvbind.experiments.tables.text import describe, terminal_tables
 from kvbind.experiments.tables.verdicts import judge
+from kvbind.experiments.training.jobs import TrainingJob
 from kvbind.experiments.training.plans import RunsPlan, UnfinishedError, plan_runs, report_folder
 from kvbind.experiments.training.projection import measure_rows
 from kvbind.experiments.training.runs import Run
-from kvbind.experiments.training.workers import TrainingJob
 from kvbind.provenance import command, machine, versions
 from kvbind.train.config import to_plain, to_yaml
 

@@ -14,8 +14,10 @@ import torch
 from kvbind.experiments.request import Request
 from kvbind.experiments.subjects import named_subject
 from kvbind.experiments.tables.table import LABELS
-from kvbind.experiments.training.runs import RESULT, Fingerprints, Run, run_name
-from kvbind.experiments.training.workers import Finished, TrainingJob, default_workers, train_all
+from kvbind.experiments.training.jobs import Finished, TrainingJob, default_workers
+from kvbind.experiments.training.run_folders import RESULT
+from kvbind.experiments.training.runs import Fingerprints, Run, run_name
+from kvbind.experiments.training.workers import train_all
 from kvbind.inner.value import check_choice
 from kvbind.tasks import open_task_module
 from kvbind.train.config import read_config

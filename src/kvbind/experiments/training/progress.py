@@ -18,8 +18,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as TerminalTable
 
-from kvbind.experiments.training.runs import CONFIG, RESULT
-from kvbind.experiments.training.workers import TrainingJob, visible_gpus
+from kvbind.experiments.training.jobs import TrainingJob, visible_gpus
+from kvbind.experiments.training.run_folders import CONFIG, RESULT
 from kvbind.tasks.inner_loops import SOFTMAX, WINDOW
 from kvbind.train.checkpoint import checkpoints, step_of
 from kvbind.train.config import config_hash, what_matters

@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbind.files import read_tensors, shortened
-from kvbind.models import saving
+from kvbind.experiments.training.run_folders import (
+    CONFIG,
+    RESULT,
+    WEIGHTS,
+    exported,
+    open_run,
+    result_of,
+    task_of,
+    trained_model,
+)
 from kvbind.models.saving import without_bars
 from kvbind.provenance import machine, versions
 from kvbind.tasks import open_task_module
 from kvbind.tasks.contents import RECORD, accepted, check_unchanged
-from kvbind.train import latest_checkpoint, train
+from kvbind.train import train
 from kvbind.train.bars import Watch
 from kvbind.train.checkpoint import checkpoints, put_aside
 from kvbind.train.config import config_hash, load_config, to_plain, to_yaml, what_matters
@@ -27,8 +35,6 @@ from kvbind.train.loop import EndedEarlyError, pick_device
 from kvbind.train.metrics import FILE, read_metrics
 from kvbind.train.parallel import is_sharded
 from kvbind.train.ranks import barrier, connected, rank, ranks, restarted
-
-CONFIG, RESULT, WEIGHTS = "config.yaml", "result.json", "model"
 
 STEPS = "train.steps"
 """The one key of what matters that may change, upwards, while a run stays where it is."""
@@ -224,26 +230,6 @@ def train_run(
     return Run(folder, result, reused=False)
 
 
-def result_of(folder: Path) -> dict[str, Any] | None:
-    """What the run in a folder came to when it was last finished; None where it never was.
-
-    Raises:
-        ValueError: a file that is no run's result.
-    """
-    path = folder / RESULT
-    if not path.is_file():
-        return None
-    result = read_json(path)
-    if not isinstance(result, dict) or not isinstance(result.get("steps"), int):
-        raise ValueError(f"{path} must be a run's result, with its steps; it holds {shortened(result)}")
-    return result
-
-
-def exported(folder: Path) -> bool:
-    """Whether a run has left its model."""
-    return any((folder / WEIGHTS / name).is_file() for name in (saving.WEIGHTS, saving.INDEX))
-
-
 def export(task: Any, model: Any, folder: Path) -> None:
     """Write a run's model to its folder, complete and on disk or not at all."""
     with without_bars():
@@ -357,60 +343,3 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix.rstrip("."): tree}
     return {key: value for name, sub in tree.items() for key, value in flatten(sub, f"{prefix}{name}.").items()}
-
-
-def task_of(config: Path) -> str | None:
-    """The task that a run's configuration file names in its first line; None of a file that names none."""
-    head, mark, task = config.read_text(encoding="utf-8", errors="replace").partition("\n")[0].partition("# kvbind train ")
-    return task.strip() if mark and not head else None
-
-
-def open_run(folder: Path, overrides: Sequence[str] = ()) -> tuple[str, Any]:
-    """The task's name and the configuration of a run.
-
-    Raises:
-        ValueError: a folder that holds no run.
-    """
-    path = folder / CONFIG
-    task = task_of(path) if path.is_file() else None
-    if task is None:
-        raise ValueError(f"run must be the folder of a training run, which holds {CONFIG}; got {str(folder)!r}")
-    return task, load_config(open_task_module(task).Config, path, overrides)
-
-
-def load_model(folder: Path, task: Any) -> Any:
-    """The model that a finished run has left in `model/`, on the CPU.
-
-    Raises:
-        ValueError: a run that is not finished, or a task whose model has other parameters than the run's.
-    """
-    if not exported(folder):
-        raise ValueError(
-            f"run must be finished; {str(folder)!r} has no {WEIGHTS}/ yet, which the command that trains it leaves there"
-        )
-    weights = {name: x for path in saving.weight_files(folder / WEIGHTS) for name, x in read_tensors(path)[0].items()}
-    return with_weights(task.build(), weights, folder)
-
-
-def trained_model(folder: Path, task: Any) -> Any:
-    """The model of one's own run as its newest checkpoint has it, on the CPU."""
-    saved = latest_checkpoint(folder, ("model",))
-    if saved is None:
-        raise ValueError(f"run must have a checkpoint; {str(folder)!r} has none")
-    return with_weights(task.build(), saved["model"], folder)
-
-
-def with_weights(model: Any, weights: dict[str, Any], folder: Path) -> Any:
-    """A model in evaluation mode, with the weights that a run in `folder` has left."""
-    own = model.state_dict()
-    # of tensors that are one, a file holds one
-    held = {x.data_ptr() for name, x in own.items() if name in weights}
-    shapes = {name: tuple(x.shape) for name, x in own.items() if name in weights or x.data_ptr() not in held}
-    differing = sorted(shapes.items() ^ {name: tuple(x.shape) for name, x in weights.items()}.items())
-    if differing:
-        raise ValueError(
-            f"the configuration's edits must leave the parameters that {str(folder)!r} was trained with; "
-            f"{differing[0][0]} differs"
-        )
-    model.load_state_dict(weights, strict=False)
-    return model.eval()

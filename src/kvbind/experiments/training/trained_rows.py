@@ -12,9 +12,10 @@ import torch
 from kvbind.experiments.request import Request
 from kvbind.experiments.subjects import Subject, named_subject
 from kvbind.experiments.tables.table import row_labels, unfinished
+from kvbind.experiments.training.jobs import TrainingJob
 from kvbind.experiments.training.plans import UnfinishedError, plan_runs
-from kvbind.experiments.training.runs import WEIGHTS, Run, exported, load_model
-from kvbind.experiments.training.workers import TrainingJob
+from kvbind.experiments.training.run_folders import WEIGHTS, exported, load_model
+from kvbind.experiments.training.runs import Run
 from kvbind.inner.value import check_choice
 from kvbind.tasks import open_task_module
 from kvbind.train.config import to_plain

@@ -3,20 +3,11 @@
 A small model gains little from a second thread, and loses it again where the machine has other work to do. Rows of a table
 are independent, so a CPU trains as many at once as it has cores; and numbers then do not depend on how many those are. GPUs,
 which small models leave idle most of the time, are shared by as many as are asked for, in turn over all that are visible.
-
-A worker is `python -m kvbind.experiments.training.workers`: jobs come in and progress goes out as lines of JSON. One whose
-parent has died notices at its next step, when nobody reads any more, and ends.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -24,21 +15,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 
-from kvbind.experiments.training.runs import RESULT, InterruptedRunError, OutOfTimeError, Run, train_run
-from kvbind.tasks import open_task_module
-from kvbind.train import TrainingStoppedError
+from kvbind.experiments.training.jobs import AddBar, Failed, Finished, TrainingJob, WorkerKilledError, visible_gpus
+from kvbind.experiments.training.runs import OutOfTimeError, Run, train_run
+from kvbind.experiments.training.worker_process import Worker
 from kvbind.train.bars import Watch, progress_bars
-from kvbind.train.config import from_plain, to_plain
 
 log = logging.getLogger("kvbind.experiments")
 
-MOST_WORKERS = 4
-"""A process takes some 600 MB before it does anything, so that more are started only where they are asked for."""
 
 LIVES = 3
 """How many processes may be killed over one run."""
@@ -48,68 +34,6 @@ GRACE = 45.0
 
 LEAVING = 20.0
 """Seconds for a process that is ended to finish its step and leave a checkpoint."""
-
-VISIBLE = "CUDA_VISIBLE_DEVICES"
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """A run to train.
-
-    Attributes:
-        task: its name.
-        config: of that task.
-        folder: of the run.
-        title: beside its progress bar.
-        alone: its speed is what matters, so that nothing else runs on its device meanwhile.
-        fresh: train it anew, whatever there is.
-    """
-
-    task: str
-    config: Any
-    folder: Path
-    title: str
-    alone: bool = False
-    fresh: bool = False
-
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing left to train."""
-        return not self.fresh and (self.folder / RESULT).is_file()
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that this process sees, by the names that `CUDA_VISIBLE_DEVICES` takes."""
-    named = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
-    return [named[i] if i < len(named) else str(i) for i in range(torch.cuda.device_count())]
-
-
-def default_workers(device: torch.device) -> int:
-    """How many runs to train at once: one on each GPU, on a CPU one for each usable core up to `MOST_WORKERS`."""
-    if device.type != "cpu":
-        return max(len(visible_gpus()), 1) if device.type == "cuda" and device.index is None else 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, MOST_WORKERS)
-
-
-ERRORS: dict[str, type[Exception]] = {
-    "time": OutOfTimeError,
-    "stopped": TrainingStoppedError,
-    "value": ValueError,
-    "memory": torch.OutOfMemoryError,
-    "system": OSError,
-    "import": ImportError,
-}
-"""What a run may raise that its parent should hear of, by the word for it in a message."""
-
-
-class WorkerKilledError(RuntimeError):
-    """The system, or somebody, has killed the process that trained a run."""
-
-
-AddBar = Callable[[str, int], Watch]
-Finished = Callable[[TrainingJob, Run], None]
-Failed = Callable[[TrainingJob, Exception], None]
 
 
 def train_all(
@@ -316,117 +240,3 @@ def in_turns(work: JobQueue, workers: int) -> None:
             for worker in crew:
                 worker.stop()
         threads.shutdown()
-
-
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
-"""What says how many threads, or processes that compile, a worker has: one, as there are many workers."""
-
-
-class Worker:
-    """A process that trains one job after another.
-
-    Args:
-        gpu: the one GPU that it sees, by its name in `CUDA_VISIBLE_DEVICES`; None for what this process sees.
-    """
-
-    def __init__(self, gpu: str | None = None) -> None:
-        place = {} if gpu is None else {VISIBLE: gpu}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "kvbind.experiments.training.workers"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | dict.fromkeys(THREADS, "1") | place,
-        )
-
-    def train(self, job: TrainingJob, watch: Watch, deadline: float | None = None) -> None:
-        """Train a job to its end.
-
-        Raises:
-            OutOfTimeError: the deadline, by `time.monotonic`, came first.
-            TrainingStoppedError, ValueError, torch.OutOfMemoryError: as the run did.
-            OSError, ImportError: likewise.
-            WorkerKilledError: a signal has ended the process.
-            RuntimeError: the process failed otherwise.
-        """
-        left = None if deadline is None else deadline - time.monotonic()
-        order = {"task": job.task, "config": to_plain(job.config), "folder": str(job.folder), "seconds": left,
-                 "fresh": job.fresh}  # fmt: skip
-        with contextlib.suppress(BrokenPipeError):
-            self._in.write(json.dumps(order) + "\n")
-            self._in.flush()
-        for line in self._out:
-            message = json.loads(line)
-            if "step" in message:
-                watch(message["step"], message["note"])
-            elif "error" in message:
-                raise ERRORS[message["kind"]](message["error"])
-            else:
-                return
-        code = self.process.wait()
-        who = f"the process that trained {job.title} ({self.process.pid})"
-        if code < 0:
-            raise WorkerKilledError(f"{who} was killed by {signal.Signals(-code).name}")
-        raise RuntimeError(f"{who} ended with code {code}")
-
-    def end(self) -> None:
-        """Ask the process to end, with a checkpoint where it is at one's steps."""
-        self.process.terminate()
-
-    def wait(self, until: float) -> None:
-        """Wait for the process to end, but no longer than until a time by `time.monotonic`."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(max(until - time.monotonic(), 0))
-
-    def stop(self) -> None:
-        """End the process, whatever it does."""
-        self.process.kill()
-        self.process.wait()
-
-    @property
-    def _in(self) -> Any:
-        return self.process.stdin
-
-    @property
-    def _out(self) -> Any:
-        return self.process.stdout
-
-
-def main() -> None:
-    """Train the jobs that come in on stdin."""
-    # stdout carries messages alone; whatever else is printed goes where errors go
-    channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
-    torch.set_num_threads(1)
-
-    def send(**message: Any) -> None:
-        channel.write(json.dumps(message) + "\n")
-
-    def watch(step: int, note: str) -> None:
-        send(step=step, note=note)
-
-    with contextlib.suppress(BrokenPipeError):
-        for line in sys.stdin:
-            job = json.loads(line)
-            config = from_plain(open_task_module(job["task"]).Config, job["config"])
-            if torch.cuda.is_available() and config.train.device in ("auto", "cuda"):
-                config.train.device = "cuda:0"
-            left = job.get("seconds")
-            deadline = None if left is None else time.monotonic() + left
-            try:
-                train_run(job["task"], config, Path(job["folder"]), watch, deadline, job.get("fresh", False))
-            except InterruptedRunError as error:  # by the parent, which ends this process
-                send(error=str(error), kind="time")
-                return
-            except tuple(ERRORS.values()) as error:
-                kind = next(name for name, known in ERRORS.items() if isinstance(error, known))
-                send(error=str(error), kind=kind)
-            else:
-                send(done=True)
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()  # others share the device, and the next run may want less of it
-
-
-if __name__ == "__main__":
-    main()

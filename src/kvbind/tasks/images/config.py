@@ -16,9 +16,11 @@ from kvbind.layers.vittt import check_fits_conv, check_fits_heads
 from kvbind.tasks import preset_files
 from kvbind.tasks.files import EXPANDED_GIB
 from kvbind.tasks.images.augment import AugmentConfig
+from kvbind.tasks.images.idx import holds_idx
 from kvbind.tasks.images.loading import Order
 from kvbind.tasks.images.look import look, suited_patch
-from kvbind.tasks.images.sources import DIGITS, ImageSource, Splits, holds_idx
+from kvbind.tasks.images.sources import DIGITS, ImageSource
+from kvbind.tasks.images.stores import Splits
 from kvbind.tasks.inner_loops import beneath, edited
 from kvbind.tasks.start import StartConfig
 from kvbind.train.config import TrainConfig, check_seed, parse_overrides

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from kvbind.tasks.images.augment import Among
-from kvbind.tasks.images.sources import InMemory, Readable
+from kvbind.tasks.images.stores import InMemory, Readable
 from kvbind.tasks.reading import read_with
 from kvbind.train.ranks import WHOLE, Share
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbind.tasks.images.augment import centred
-from kvbind.tasks.images.sources import Images, InMemory
+from kvbind.tasks.images.stores import Images, InMemory
 
 LOOKED_AT = 64
 """Images, spread over all."""

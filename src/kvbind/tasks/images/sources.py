@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from kvbind.tasks.contents import Contents
 from kvbind.tasks.files import (
@@ -23,15 +19,14 @@ from kvbind.tasks.files import (
     files_below,
     files_named,
     folders_in,
-    inside,
     is_named,
-    read_bytes,
 )
-from kvbind.tasks.pictures import open_picture
+from kvbind.tasks.images.idx import holds_idx, idx_splits
+from kvbind.tasks.images.stores import ImageFiles, ImageRows, InMemory, Some, Splits
 from kvbind.tasks.tables import parquet_schema
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 HUB, DIGITS = "hub:", "digits"
 
@@ -42,160 +37,9 @@ HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
 TABLES = ((".", "*.parquet"), ("data", "*.parquet"), (".", "*.arrow"))
 """Where a folder of tables has them: folders below it, and the files there."""
 
-IDX_FILES = {"train": "train", "held_out": "t10k"}
-"""The first word of the IDX files of each split, as MNIST and Fashion-MNIST name them."""
 
 SPLIT_SEED = 0
 """Of the choice of what is held out, where a source has no split of its own: the same for every run."""
-
-
-class Readable(Protocol):
-    """Images that are read one by one."""
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """The class of each, `[N]`."""
-        ...
-
-    def read(self, index: int) -> Image:
-        """One image, in its own size, as 8-bit RGB.
-
-        Raises:
-            ValueError: it cannot be read as one; the message names it.
-        """
-        ...
-
-    def fingerprint(self) -> str:
-        """What differs where the images do."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class InMemory:
-    """Images of one size, held as tensors.
-
-    Attributes:
-        images: uint8 `[N, C, H, W]`.
-        classes: int64 `[N]`.
-    """
-
-    images: Tensor
-    classes: Tensor
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """The class of each, `[N]`."""
-        return self.classes.numpy()
-
-    def select(self, rows: NDArray[np.int64]) -> InMemory:
-        """Some of them."""
-        return InMemory(self.images[rows], self.classes[rows])
-
-    def fingerprint(self) -> str:
-        """A hash of every pixel and label."""
-        return digest([self.images.numpy().tobytes(), self.labels.tobytes()])
-
-
-@dataclass(frozen=True, eq=False)
-class ImageFiles:
-    """Image files.
-
-    Attributes:
-        root: the folder that their names start from.
-        names: of the files.
-        labels: the class of each, `[N]`.
-        expanded_gib: the most GiB that an image may take.
-    """
-
-    root: Path
-    names: tuple[str, ...]
-    labels: NDArray[np.int64]
-    expanded_gib: float = EXPANDED_GIB
-
-    def read(self, index: int) -> Image:
-        return open_picture(self.root / self.names[index], upright=True, expanded_gib=self.expanded_gib)
-
-    def select(self, rows: NDArray[np.int64]) -> ImageFiles:
-        """Some of them."""
-        return replace(self, names=tuple(self.names[row] for row in rows), labels=self.labels[rows])
-
-    def fingerprint(self) -> str:
-        """A hash of every name and label; files are not opened."""
-        return digest([*(name.encode() for name in self.names), self.labels.tobytes()])
-
-
-@dataclass(frozen=True, eq=False)
-class ImageRows:
-    """Rows of a table that the `datasets` library opened.
-
-    Attributes:
-        table: the table.
-        column: that of the images.
-        labels: the class of each row, `[N]`.
-        what: the table's name.
-        folder: of a local table, the one that image files which it names must lie in.
-        expanded_gib: the most GiB that an image may take.
-    """
-
-    table: Any
-    column: str
-    labels: NDArray[np.int64]
-    what: str
-    folder: Path | None = None
-    expanded_gib: float = EXPANDED_GIB
-
-    def read(self, index: int) -> Image:
-        stored, what = self.table[index][self.column], f"row {index + 1} of {self.what}"
-        if stored is None:
-            raise ValueError(f"data.image_column must hold images; {self.column!r} of {what} holds null")
-        file: Path | io.BytesIO
-        if stored["bytes"] is not None:
-            file = io.BytesIO(stored["bytes"])
-        else:
-            file = inside(self.folder, stored["path"], what) if self.folder else Path(stored["path"])
-        return open_picture(file, what, upright=True, expanded_gib=self.expanded_gib)
-
-    def select(self, rows: NDArray[np.int64]) -> ImageRows:
-        """Some of them."""
-        return replace(self, table=self.table.select(rows), labels=self.labels[rows])
-
-    def fingerprint(self) -> str:
-        """The table's name and a hash of the labels; images are not opened."""
-        return f"{self.what} {digest([self.labels.tobytes()])}"
-
-
-Images = InMemory | ImageFiles | ImageRows
-Some = TypeVar("Some", InMemory, ImageFiles, ImageRows)
-
-
-@dataclass(frozen=True)
-class Splits:
-    """A source, opened.
-
-    Attributes:
-        train: images to train on.
-        held_out: images to evaluate on.
-        names: of the classes.
-        contents: what they are read from.
-
-    Raises:
-        ValueError: a label that is no class.
-    """
-
-    train: Images
-    held_out: Images
-    names: tuple[str, ...]
-    contents: Contents = field(default_factory=Contents)
-
-    def __post_init__(self) -> None:
-        # on a GPU such a label would end the process long after, and without saying why
-        for part, images in (("training", self.train), ("held-out", self.held_out)):
-            low, high = int(images.labels.min(initial=0)), int(images.labels.max(initial=0))
-            if low < 0 or high >= len(self.names):
-                raise ValueError(
-                    f"data.source must hold labels from 0 to {len(self.names) - 1}, the classes of training; its {part} "
-                    f"images have labels from {low} to {high}"
-                )
 
 
 @dataclass(frozen=True)
@@ -348,11 +192,6 @@ class ImageSource:
         return ImageRows(pictures, self.image_column, labels, self.where, folder, self.expanded_gib)
 
 
-def holds_idx(folder: Path) -> bool:
-    """Whether a folder is one of IDX files, such as MNIST's."""
-    return folder.is_dir() and bool(files_named(folder, "*-images*ubyte*"))
-
-
 def digits() -> InMemory:
     """Scikit-learn's handwritten digits, `[1797, 1, 8, 8]`; their 17 grey levels spread over 0 to 255.
 
@@ -369,61 +208,6 @@ def digits() -> InMemory:
     found = load_digits()
     images = torch.from_numpy((found.images * (255 / 16)).round().astype(np.uint8))
     return InMemory(images[:, None], torch.from_numpy(found.target.astype(np.int64)))
-
-
-def idx_splits(folder: Path, where: str, expanded_gib: float = EXPANDED_GIB) -> Splits:
-    """The images and labels of a folder of IDX files, plain or compressed by gzip.
-
-    Args:
-        folder: the folder.
-        where: what to call it.
-        expanded_gib: the most GiB that a compressed file may expand to.
-
-    Raises:
-        ValueError: a file that is missing, is none, or is too large.
-    """
-    parts: dict[str, InMemory] = {}
-    files: dict[str, Path] = {}
-    for split, word in IDX_FILES.items():
-        paths = [one_file(folder, f"{word}-{kind}*ubyte*") for kind in ("images", "labels")]
-        files |= {f"{where.rstrip('/')}/{path.name}": path for path in paths}
-        images, labels = (idx_array(path, expanded_gib) for path in paths)
-        if images.ndim != 3 or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"IDX files must hold images [N, height, width] and as many labels; {folder / word}-* hold arrays of shapes "
-                f"{list(images.shape)} and {list(labels.shape)}"
-            )
-        parts[split] = InMemory(torch.from_numpy(images)[:, None], torch.from_numpy(labels.astype(np.int64)))
-    names = tuple(map(str, range(int(parts["train"].labels.max()) + 1)))
-    return Splits(parts["train"], parts["held_out"], names, Contents(files))
-
-
-def one_file(folder: Path, pattern: str) -> Path:
-    """The first file of a folder whose name fits.
-
-    Raises:
-        ValueError: none does.
-    """
-    found = files_named(folder, pattern)
-    if not found:
-        raise ValueError(f"data.source {str(folder)!r} must hold a file {pattern}; it has none")
-    return found[0]
-
-
-def idx_array(path: Path, expanded_gib: float = EXPANDED_GIB) -> NDArray[np.uint8]:
-    """The array of unsigned bytes that an IDX file holds: two zeros, type 8, rank, sizes (big-endian int32), bytes.
-
-    Raises:
-        ValueError: a file of another kind, one cut short, or a compressed one that is broken or too large.
-    """
-    content = read_bytes(path, expanded_gib)
-    if content[:3] != b"\x00\x00\x08" or len(content) < 4 + 4 * content[3]:
-        raise ValueError(f"{path} must be an IDX file of unsigned bytes; it starts with {content[:4].hex()!r}")
-    start = 4 + 4 * content[3]
-    shape = np.frombuffer(content, dtype=">i4", count=content[3], offset=4)
-    if len(content) - start != shape.prod(dtype=np.int64):
-        raise ValueError(f"{path} must hold {' x '.join(map(str, shape))} bytes; it holds {len(content) - start}")
-    return np.frombuffer(bytearray(content), dtype=np.uint8, offset=start).reshape(shape)
 
 
 def files_in(folder: Path, names: tuple[str, ...]) -> ImageFiles:
@@ -449,12 +233,3 @@ def files_in(folder: Path, names: tuple[str, ...]) -> ImageFiles:
             f"data.source must hold images ({', '.join(PICTURE_SUFFIXES)}); {folder} has none in its class folders"
         )
     return ImageFiles(folder, tuple(files), np.asarray(labels, dtype=np.int64))
-
-
-def digest(parts: Iterable[bytes]) -> str:
-    """Sixteen hexadecimal digits that differ where the parts do."""
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(len(part).to_bytes(8, "big"))
-        total.update(part)
-    return total.hexdigest()[:16]

@@ -22,7 +22,7 @@ from kvbind.tasks.images.config import (
 )
 from kvbind.tasks.images.loading import Batch, Order, Reads, evaluation_batches, training_batches
 from kvbind.tasks.images.model import build_model
-from kvbind.tasks.images.sources import Images, InMemory, Readable
+from kvbind.tasks.images.stores import Images, InMemory, Readable
 from kvbind.tasks.start import Start, divergence
 from kvbind.train.ranks import WHOLE, Share
 
