@@ -104,3 +104,8 @@ def test_no_two_modules_import_each_other():
 
     circles = [name for name in graph if in_rooms(name) and name in reached(name)]
     assert not circles, f"each imports itself through others: {', '.join(circles)}"
+
+
+def test_no_two_modules_of_experiments_have_one_name():
+    leaves = [name.rpartition(".")[2] for name in modules() if name.startswith("kvbind.experiments.")]
+    assert sorted(leaves) == sorted(set(leaves))

@@ -76,10 +76,10 @@ def test_the_command_writes_a_record_and_fails_with_a_case(tmp_path, monkeypatch
 
 
 def test_promises_in_several_processes_give_the_same_rows_in_order():
-    one, two = (list(promises.kept_promises(CPU, small=True, only="saved", workers=workers))[-1] for workers in (1, 2))
+    one, two = (list(promises.verified_promises(CPU, small=True, only="saved", workers=workers))[-1] for workers in (1, 2))
     assert [row["case"] for row in two["rows"]] == [row["case"] for row in one["rows"]]
     assert two["complete"]
     assert all(row["passed"] for row in two["rows"])
-    late = list(promises.kept_promises(CPU, small=True, only="saved", workers=2, budget=0.0))[-1]
+    late = list(promises.verified_promises(CPU, small=True, only="saved", workers=2, budget=0.0))[-1]
     assert not late["complete"]
     assert {row["skipped"] for row in late["rows"]} == {"no time left"}

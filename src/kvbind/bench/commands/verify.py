@@ -28,11 +28,13 @@ def command(
     """
     from kvbind.bench.tables.verify import promises_grid, summary_grid, verify_grid
     from kvbind.bench.verify.operators import DTYPES, verified
-    from kvbind.bench.verify.promises import kept_promises
+    from kvbind.bench.verify.promises import verified_promises
 
     place = open_device(device)
     if some_of(what, ("operators", "models"), "what") == ("models",):
-        record = write_growing(kept_promises(place, small=small, only=only, budget=budget, workers=workers), out, every=5)
+        record = write_growing(
+            verified_promises(place, small=small, only=only, budget=budget, workers=workers), out, every=5
+        )
         show_grid(promises_grid(record))
         say_written(out)
         if not all(row["passed"] for row in record["rows"]):

@@ -42,7 +42,7 @@ class TimedStep:
         tokens_per_second: median over the measured steps, the optimizer's included.
         peak_bytes: the most memory held at once, parameters and optimizer included; None on a CPU.
         loss: after the measured steps, on the same random tokens.
-        profile: of one more step, `kvbind.bench.kernels.profiles.summary`; None where none was asked for.
+        profile: of one more step, `kvbind.bench.harness.profiler.summary`; None where none was asked for.
     """
 
     rung: str

@@ -339,7 +339,7 @@ def _tried_by_name(name: str, small: bool, device: str) -> dict[str, Any]:
     return tried(promise, SMALL if small else FULL, torch.device(device))
 
 
-def kept_promises(
+def verified_promises(
     device: torch.device, *, small: bool = False, only: str = "", budget: float = 540.0, workers: int = 1
 ) -> Iterator[dict[str, Any]]:
     """Try every promise that can be tried on a device; the record as it is `growing`.

@@ -18,7 +18,7 @@ from kvbind.tasks.files import EXPANDED_GIB
 from kvbind.tasks.images.augment import AugmentConfig
 from kvbind.tasks.images.idx import holds_idx
 from kvbind.tasks.images.loading import Order
-from kvbind.tasks.images.look import look, suited_patch
+from kvbind.tasks.images.pixel_statistics import pixel_statistics, suited_patch
 from kvbind.tasks.images.sources import DIGITS, ImageSource
 from kvbind.tasks.images.stores import Splits
 from kvbind.tasks.inner_loops import beneath, edited
@@ -255,7 +255,7 @@ def resolve(config: ImagesConfig) -> ImagesConfig:
     data, opened = config.data, None
     if data.looks:
         opened = data.open()
-        data = looked_at(data, opened)
+        data = with_pixel_statistics(data, opened)
         config = replace(config, data=data)
     if config.model.fields.get("patch_size") == 0:
         fields = {**config.model.fields, "patch_size": suited_patch(data.size)}
@@ -276,9 +276,9 @@ def resolve(config: ImagesConfig) -> ImagesConfig:
     return replace(config, epochs=0.0, warmup_epochs=0.0, model=model, train=train, start=config.start.resolved())
 
 
-def looked_at(data: ImagesDataConfig, opened: Splits) -> ImagesDataConfig:
+def with_pixel_statistics(data: ImagesDataConfig, opened: Splits) -> ImagesDataConfig:
     """`data` with what it leaves open chosen by looking at the training images."""
-    seen = look(opened.train, data.size)
+    seen = pixel_statistics(opened.train, data.size)
     channels = data.channels or seen.channels
     return replace(
         data,
