@@ -20,7 +20,7 @@ CLOSE = "the numbers decide neither way"
 
 
 @dataclass(frozen=True)
-class Claim:
+class JudgedClaim:
     """What results say of a claim, from the largest scale at which it is decided.
 
     Attributes:
@@ -56,7 +56,7 @@ class Section:
     name: str
     title: str
     parts: Sequence[PagePart]
-    claims: Sequence[Claim]
+    claims: Sequence[JudgedClaim]
 
     @property
     def counts(self) -> dict[bool | None, int]:
@@ -64,7 +64,7 @@ class Section:
         return {holds: sum(claim.holds is holds for claim in self.claims) for holds in STATES}
 
     @property
-    def decided(self) -> list[tuple[str, list[Claim]]]:
+    def decided(self) -> list[tuple[str, list[JudgedClaim]]]:
         """Claims that are decided, those of one rule together."""
         known = [claim for claim in self.claims if claim.holds is not None]
         return [
@@ -72,7 +72,7 @@ class Section:
         ]
 
     @property
-    def open(self) -> list[tuple[str, list[Claim]]]:
+    def open(self) -> list[tuple[str, list[JudgedClaim]]]:
         """Claims that are not decided, by the reason."""
         unknown = [claim for claim in self.claims if claim.holds is None]
         reasons = dict.fromkeys(claim.reason for claim in unknown)
@@ -116,7 +116,7 @@ def common_title(part: PagePart) -> str:
     return re.sub(rf",? scale {re.escape(part.scale)}(, \d+ seeds)?", "", part.title).rstrip(": ")
 
 
-def claims_of(parts: Sequence[PagePart]) -> list[Claim]:
+def claims_of(parts: Sequence[PagePart]) -> list[JudgedClaim]:
     """Each claim of some parts once, in the order in which they first appear."""
     found: dict[str, list[tuple[PagePart, Mapping[str, Any]]]] = {}
     for part in parts:
@@ -125,14 +125,14 @@ def claims_of(parts: Sequence[PagePart]) -> list[Claim]:
     return [one_claim(claim, own) for claim, own in found.items()]
 
 
-def one_claim(claim: str, found: Sequence[tuple[PagePart, Mapping[str, Any]]]) -> Claim:
+def one_claim(claim: str, found: Sequence[tuple[PagePart, Mapping[str, Any]]]) -> JudgedClaim:
     """A claim and its verdicts, of the largest scale first.
 
     The largest scale speaks, decided or not, unless it has a single seed and the rule asks for several.
     """
     part, verdict = next((one for one in found if why_open(one[1]) != ONE_SEED), found[0])
     others = [(own.at, STATES[one["holds"]]) for own, one in found if one["holds"] != verdict["holds"] and not why_open(one)]
-    return Claim(
+    return JudgedClaim(
         claim, plain(str(verdict["rule"])), verdict["holds"], str(verdict["found"]), part.at, others, why_open(verdict)
     )
 
