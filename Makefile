@@ -59,7 +59,7 @@ test-oldest: $(OLDEST)/.lock  ## the same with the oldest; with TORCH=2.11.0, th
 
 # seconds since 1970 that stand in the archives: the last commit's, or a fixed number outside of a repository
 package: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --pretty=%ct 2>/dev/null || echo 1580601600)
-package:  ## wheel and sdist in dist/, built twice and compared, checked, installed alone, and the README's twenty lines run
+package:  ## wheel and sdist in dist/, built twice and compared, checked, installed alone, and the README's ten lines run
 	$(PYTHON) -m venv --clear $(PACKAGE)
 	$(PACKAGE)/bin/$(INSTALL) --constraint constraints.txt $(BUILD) $(TWINE)
 	rm -rf dist $(PACKAGE)/again

@@ -1,6 +1,7 @@
 """Hooks of the documentation site: the repository's own pages as part of it, and equations as MathML, without scripts."""
 
 import html
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
+
+# kernels of notebooks inherit it: pages need no progress bars, so that their lack is no news for readers
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
 PROJECT = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",

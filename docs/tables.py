@@ -3,7 +3,8 @@
 A table stands between `<!-- table: results/bench/FILE.json KEY -->` and `<!-- end -->`; it is made from that file alone. One
 of `kvbind plan` stands between `<!-- plan: OPTIONS -->` and `<!-- end -->`; it is made from the library's formulas and its
 calibration. The sizes of served requests stand behind `<!-- sizes: MEMORY GiB -->`, which systems are served behind
-`<!-- served -->`, and the presets of a family behind `<!-- presets: language|images|views -->`, likewise.
+`<!-- served -->`, the presets of a family behind `<!-- presets: language|images|views -->`, and the README's table of speed
+behind `<!-- speed -->`, likewise.
 """
 
 import json
@@ -25,6 +26,7 @@ from kvbind.bench.tables.scaling import scaling_grids
 from kvbind.bench.tables.serving import served_grid, serving_grid, size_grid
 from kvbind.bench.tables.verify import summary_grid, verify_grid
 from kvbind.experiments.report.contents import STATES
+from kvbind.experiments.report.rules import plain as plain_rule
 from kvbind.experiments.report.table_contents import read_outcome
 from kvbind.experiments.tables.text import as_grid, describe, quality_columns, row_names, speed_columns
 
@@ -35,6 +37,7 @@ PLAN = re.compile(r"(<!-- plan: ([^\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SIZES = re.compile(r"(<!-- sizes: ([0-9]+) GiB -->\n).*?(<!-- end -->)", re.DOTALL)
 PRESETS_OF = re.compile(r"(<!-- presets: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SERVED = re.compile(r"(<!-- served -->\n).*?(<!-- end -->)", re.DOTALL)
+SPEED = re.compile(r"(<!-- speed -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -201,8 +204,8 @@ def verdicts(found: Sequence[dict[str, Any]]) -> str:
     """Claims and what was found, and below them each rule once."""
     rules = list(dict.fromkeys(x["rule"] for x in found))
     rows = [(x["claim"], f"**{STATES[x['holds']]}**", x["found"], str(rules.index(x["rule"]) + 1)) for x in found]
-    said = "\n".join(f"{number}. {rule}." for number, rule in enumerate(rules, start=1))
-    return f"{plain(('claim', 'verdict', 'found', 'rule'), rows, left=4)}\n\nA claim holds by its rule:\n\n{said}"
+    said = "\n".join(f"{number}. {plain_rule(rule)}." for number, rule in enumerate(rules, start=1))
+    return f"{plain(('claim', 'verdict', 'found', 'rule'), rows, left=4)}\n\nA claim holds if:\n\n{said}"
 
 
 def plain(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -292,12 +295,40 @@ def presets_table(family: str, root: Path) -> str:
     return plain(["preset", "layers x width", "parameters", "training, H200", "memory"], lines, left=2)
 
 
+def speed_table(root: Path) -> str:
+    """Whole models beside a transformer, and the operator beside the released code's way, on one GPU."""
+    models, peers = (json.loads((root / f"results/bench/{name}-h200.json").read_text(encoding="utf-8")) for name in
+                     ("models", "peers"))  # fmt: skip
+    whole = {row["name"]: row for row in models["rows"]}
+    calls = {(row["name"], row["pass"]): row for row in peers["rows"]}
+    lines = []
+    for name, what in {
+        "lact-760m-rung0": "train 760M, full system",
+        "lact-760m-rung2": "train 760M, rung 2",
+        "lact-760m-rung6": "train 760M, linear attention (rung 6)",
+        "decode-760m-batch1-ms": "one more token after 32k, rung 2",
+        "decode-760m-batch64": "64 sequences after 2k tokens, rung 2",
+    }.items():
+        row = whole[name]
+        ours, peer = (
+            f"{row[x]:.2f} ms" if row["unit"] == "ms" else f"{row[x]:,.0f} {row['unit']}" for x in ("ours", "peer")
+        )
+        lines.append([what, ours, peer, "Llama of that size", f"{row['ratio']:.2f}"])
+    for name, what in {"rung0": "full system", "rung2": "rung 2"}.items():
+        row = calls[name, "training"]
+        ours, peer = (f"{row[f'{x}_plain']:.3g}M tokens/s" for x in ("ours", "peer"))
+        other = "the released code's loop, compiled" if name == "rung0" else "plain PyTorch, compiled"
+        lines.append([f"the operator with backward, {what}", ours, peer, other, f"{row['ratio_plain']:.2f}"])
+    return plain(["", "kvbind", "beside it", "what that is", "x"], lines)
+
+
 def fill(text: str, root: Path) -> str:
     """A page with every block made anew."""
     text = PLAN.sub(lambda block: f"{block[1]}{plan_table(block[2])}\n{block[3]}", text)
     text = SIZES.sub(lambda block: f"{block[1]}{markdown(size_grid(int(block[2]) << 30))}\n{block[3]}", text)
     text = PRESETS_OF.sub(lambda block: f"{block[1]}{presets_table(block[2], root)}\n{block[3]}", text)
     text = SERVED.sub(lambda block: f"{block[1]}{markdown(served_grid())}\n{block[2]}", text)
+    text = SPEED.sub(lambda block: f"{block[1]}{speed_table(root)}\n{block[2]}", text)
     return BLOCK.sub(lambda block: f"{block[1]}{table(block[2], block[3], root)}\n{block[4]}", text)
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def today() -> str:
+    """The date, by UTC, as ISO 8601 has it."""
+    return datetime.now(UTC).date().isoformat()
 
 
 def command() -> str:

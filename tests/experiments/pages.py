@@ -68,6 +68,29 @@ def models():
     ]
 
 
+def write_run(place, finished=True):
+    """A run of `kvbind train language` with a picture, without its model."""
+    place.mkdir(parents=True)
+    (place / "config.yaml").write_text("# kvbind train language\nseed: 0\n")
+    held_out = {"held_out/perplexity": 300.0, "held_out/bits_per_byte": 8.0, "held_out/loss_by_position": curve(5.0)}
+    rows = [{"step": 0, **held_out}]
+    for i in range(1, 41):
+        rows.append(
+            {"step": i, "loss": 2 + 3 / i, "learning_rate": i / 1e4, "tokens_per_second": 1e4 + i, "seconds": 2.0 * i}
+        )
+        if i % 20 == 0:
+            own = {"held_out/perplexity": 90.0 - i, "held_out/loss_by_position": curve(3.0)}
+            rows.append({"step": i, **held_out, **own})
+    (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if finished:
+        found = {"task": "language", "steps": 40, "parameters": 1_500_000, "tokens": 40960, "training_seconds": 80.4,
+                 "versions": MADE["versions"], "machine": MADE["machine"]}  # fmt: skip
+        (place / "result.json").write_text(json.dumps(found))
+    (place / "pictures").mkdir()
+    (place / "pictures" / "it.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return place
+
+
 def write_results(folder):
     """A folder with a table, a figure without its picture, and two models."""
     for name, results in {"table2-language-smoke": table2(), "deeper/figure1-language-smoke": figure1()}.items():

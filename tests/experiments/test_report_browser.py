@@ -2,12 +2,11 @@ import shutil
 from contextlib import contextmanager
 
 import pytest
-from pages import write_results
+from pages import write_results, write_run
 
 from kvbind.experiments.report.command import make_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytest.importorskip("plotly", reason="plotly is not installed")
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
@@ -15,7 +14,7 @@ BROWSER = next(
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium is installed")
 
-WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 375, "height": 812}
+WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 812}
 
 CONTRAST = """() => {
   const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
@@ -25,7 +24,7 @@ CONTRAST = """() => {
     const back = rgb(getComputedStyle(one).backgroundColor);
     return back.length < 4 || back[3] === 1 ? back : behind(one.parentElement);
   };
-  const names = ["h1", ".lead", ".claim", ".rule", ".badge", "td", "thead th", "a", ".note", "summary", "label", "button"];
+  const names = ["h1", ".lead", ".claim", ".badge", "td", "thead th", "a", ".note", "summary", "label", "dd", "pre"];
   return Object.fromEntries(names.map((name) => [name, Math.min(...[...document.querySelectorAll(name)].map((one) => {
     const [a, b] = [light(rgb(getComputedStyle(one).color)), light(behind(one))];
     return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
@@ -36,7 +35,9 @@ CONTRAST = """() => {
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    return make_report([write_results(tmp_path_factory.mktemp("runs"))])
+    folder = write_results(tmp_path_factory.mktemp("runs"))
+    write_run(folder / "mine")
+    return make_report([folder])
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +70,9 @@ def page(browser, path):
 
 
 def explore(page):
-    """Scroll to the explorer and wait until it is drawn."""
+    """Scroll to the explorer."""
     page.locator("#explorer").scroll_into_view_if_needed()
-    page.wait_for_selector("#loss .main-svg")
+    page.wait_for_selector("#loss .chart")
     return page
 
 
@@ -88,20 +89,48 @@ def changed(page, act, *names):
     return {name for name, picture in drawn(page, *names).items() if picture != before[name]}
 
 
+SEEN = """() => [...document.querySelectorAll(".chart")].map((chart) => {
+  const box = chart.getBoundingClientRect();
+  const marks = [...chart.querySelectorAll(".s path, .s circle, .s rect, .line, circle")];
+  return box.width > 100 && box.height > 60 && marks.some((one) => one.getBoundingClientRect().width > 0);
+})"""
+"""Of every chart, whether it has a size and marks in it."""
+
+
 def test_every_chart_is_drawn(page):
-    places = page.locator(".plot[data-chart]")
-    assert places.count() == 2 + 2 + 2 + 2 + 3
-    for i in range(places.count()):
-        places.nth(i).scroll_into_view_if_needed()
-        places.nth(i).locator(".main-svg").first.wait_for()
-        marks = places.nth(i).locator(".scatterlayer path, .barlayer path")
-        assert marks.count() > 0
+    for details in page.locator("details.more").all():
+        details.locator("> summary").click()
+    seen = page.evaluate(SEEN)
+    # on top 2, in the table 2 + 2 + 2 + 2, in the figure 3, of the run 5, in the explorer 3
+    assert len(seen) == 2 + 8 + 3 + 5 + 3
+    assert all(seen)
+
+
+def test_texts_of_charts_do_not_overlap_their_rows_names(page):
+    over = page.evaluate("""() => [...document.querySelectorAll(".chart")].filter((chart) => {
+      const names = [...chart.querySelectorAll(":scope > text[text-anchor=end]:not([class])")];
+      return names.some((name) => name.getBoundingClientRect().left < chart.getBoundingClientRect().left - 1);
+    }).length""")
+    assert over == 0
+
+
+def test_paper_shows_every_chart_and_no_control(browser, path, tmp_path):
+    with opened(browser, path) as page:
+        page.check('[name="theme"][value="dark"]')
+        page.emulate_media(media="print")
+        seen = page.evaluate(SEEN)
+        assert len(seen) == 21
+        assert all(seen)
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert page.locator(":is(input, select):visible").count() == 0
+        page.pdf(path=tmp_path / "page.pdf")
+        assert (tmp_path / "page.pdf").stat().st_size > 50_000
 
 
 def test_every_control_of_the_explorer_changes_the_picture(page):
     explore(page)
     everything = ("matrix", "reading", "points", "loss")
-    assert page.locator("#model option").count() == 2 + 11
+    assert page.locator("#model option").count() > 2 + 20
     assert page.locator("#model optgroup").count() == 2
     assert changed(page, lambda: page.select_option("#row", "1"), *everything) == set(everything)
     assert changed(page, lambda: page.select_option("#head", "1"), *everything) == set(everything)
@@ -130,23 +159,57 @@ def test_what_is_chosen_is_said_in_words(page):
     assert page.locator("#chosen").text_content() == "0, a grey one, row 0, column 0"
 
 
-def test_hovering_tells_a_weight_with_its_tokens_as_they_are(page):
-    explore(page)
+def cell(page, row, column):
+    """The place of a cell of the matrix, of 64 rows."""
     page.locator("#matrix").scroll_into_view_if_needed()
-    box = page.locator("#matrix .nsewdrag").bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 1.5 / 64, box["y"] + box["height"] * 40.5 / 64)
-    page.wait_for_selector("#matrix .hovertext")
-    words = page.locator("#matrix .hovertext").text_content()
+    box = page.locator("#matrix canvas").bounding_box()
+    return box["x"] + box["width"] * (column + 0.5) / 64, box["y"] + box["height"] * (row + 0.5) / 64
+
+
+def test_pointing_tells_a_weight_with_its_tokens_as_they_are(page):
+    explore(page)
+    page.mouse.move(*cell(page, 40, 1))
+    words = page.locator("#pointed").text_content()
     assert "value of 1 “</script><b>two”" in words
-    assert "output at 40" in words
+    assert "Output at 40" in words
 
 
 def test_a_click_on_the_matrix_chooses_its_row(page):
     explore(page)
-    page.locator("#matrix").scroll_into_view_if_needed()
-    box = page.locator("#matrix .nsewdrag").bounding_box()
-    page.mouse.click(box["x"] + box["width"] * 3.5 / 64, box["y"] + box["height"] * 12.5 / 64)
+    page.mouse.click(*cell(page, 12, 3))
     assert page.locator("#query").input_value() == "12"
+
+
+def test_the_choice_is_in_the_address_and_comes_back_from_it(page, browser, path):
+    explore(page)
+    page.select_option("#model", "1")
+    page.select_option("#row", "1")
+    page.select_option("#layer", "1")
+    page.check('[name="direction"][value="column"]')
+    page.locator("#query").fill("7")
+    address = page.url
+    assert "model=a+picture" in address
+    assert "token=7" in address
+    with opened(browser, path) as other:
+        other.goto("about:blank")
+        other.goto(address)
+        other.wait_for_selector("html[data-ready]")
+        chosen = [other.locator(f"#{name}").input_value() for name in ("model", "row", "layer", "head", "query")]
+        assert chosen == ["1", "1", "1", "0", "7"]
+        assert other.is_checked('[name="direction"][value="column"]')
+        other.wait_for_function("document.querySelector('#explorer').getBoundingClientRect().top < innerHeight")
+        other.evaluate("location.hash = 'model=a+text&row=rung0&layer=layer+0&head=head+1&token=3&show=row'")
+        other.wait_for_function("document.querySelector('#query').value === '3'")
+        assert other.locator("#model").input_value() == "0"
+
+
+@pytest.mark.parametrize("words", ["model=none&token=x", "model=a+text&row=&layer=9&token=99999&show=sideways", "model="])
+def test_an_address_that_names_nothing_there_is_shows_something(browser, path, words):
+    with opened(browser, path) as page:
+        page.goto("about:blank")
+        page.goto(f"{path.as_uri()}#{words}")
+        page.wait_for_selector("html[data-ready]")
+        assert page.locator("#chosen").text_content()
 
 
 def test_all_of_it_works_by_keyboard(page):
@@ -163,7 +226,7 @@ def test_all_of_it_works_by_keyboard(page):
         if name == "direction":
             break
     # the layers and heads of the first model are several, so that no control is idle
-    assert reached >= {"theme", "filter", "model", "row", "layer", "head", "query", "direction", "BUTTON", "SUMMARY", "A"}
+    assert reached >= {"theme", "filter", "model", "row", "layer", "head", "query", "direction", "INPUT", "SUMMARY", "A"}
 
     page.locator("#row").focus()
     assert changed(page, lambda: page.keyboard.press("ArrowDown"), "matrix") == {"matrix"}
@@ -177,38 +240,38 @@ def test_all_of_it_works_by_keyboard(page):
     assert outline == "solid"
 
 
-def test_a_legends_button_hides_a_line_in_all_charts_of_its_group(page):
-    group = page.locator(".group", has_text="Training").first
-    group.scroll_into_view_if_needed()
-    group.locator(".main-svg").nth(1).wait_for()
-    page.wait_for_timeout(100)
-    lines = group.locator(".scatterlayer .trace")
-    before = lines.count()
-    button = group.locator(".legend button").nth(3)
-    button.focus()
-    page.keyboard.press("Enter")
-    assert button.get_attribute("aria-pressed") == "false"
-    assert lines.count() == before - 2
-    page.keyboard.press("Enter")
-    assert lines.count() == before
+def test_a_legends_box_hides_a_line_in_all_charts_of_its_group(page):
+    group = page.locator('#table2-language .group[aria-label="Training"]')
+    page.locator("#table2-language details.more").nth(1).locator("> summary").click()
+    drawn = "(group) => [...group.querySelectorAll('.s')].filter((one) => getComputedStyle(one).display !== 'none').length"
+    before = group.evaluate(drawn)
+    box = group.locator(".legend input").nth(3)
+    box.focus()
+    page.keyboard.press("Space")
+    assert not box.is_checked()
+    assert group.evaluate(drawn) == before - 2
+    page.keyboard.press("Space")
+    assert group.evaluate(drawn) == before
 
 
 def test_a_charts_numbers_are_there_as_a_table(page):
-    group = page.locator(".group", has_text="By steps").first
+    group = page.locator('.group[aria-label="By steps"]')
     group.locator("summary").click()
-    group.locator("details table").first.wait_for()
     rows = group.locator("details table").first.locator("tbody tr")
     assert [row.inner_text().split() for row in rows.all()] == [["1", "-1"], ["2", "-2"], ["3", "-3"], ["4", "-4"]]
 
 
 def test_claims_are_filtered_by_verdict(page):
-    shown = page.locator("#claims li:visible")
+    shown = page.locator(".claims > li:visible")
     assert shown.count() == 3
     page.check('[name="filter"][value="no"]')
     assert [one.inner_text().split("\n")[0] for one in shown.all()] == ["does not hold"]
-    assert page.locator("#claims .part:visible").count() == 1
-    page.check('[name="filter"][value="all"]')
+    assert page.locator(".section:visible").count() == 1
+    assert page.locator(":is(.evidence, .chart):visible").count() == 0
+    page.check('[name="filter"][value="claims"]')
     assert shown.count() == 3
+    page.check('[name="filter"][value="all"]')
+    assert page.locator("#explorer").is_visible()
 
 
 def test_texts_can_be_read_in_both_themes(page):
@@ -224,13 +287,10 @@ def test_texts_can_be_read_in_both_themes(page):
 
 def test_the_theme_is_chosen_by_hand_and_kept(page):
     explore(page)
-    ink = 'document.querySelector("#loss .xtick text").style.fill'
+    ink = 'getComputedStyle(document.querySelector("#loss text")).fill'
     light = page.evaluate(ink)
-    assert changed(page, lambda: page.check('[name="theme"][value="dark"]'), "matrix", "points", "loss") == {
-        "matrix",
-        "points",
-        "loss",
-    }
+    parts = ("matrix", "points", "loss", "reading")
+    assert changed(page, lambda: page.check('[name="theme"][value="dark"]'), *parts) == set(parts)
     assert page.evaluate(ink) != light
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 24, 27)"
     page.reload()
@@ -243,7 +303,7 @@ def test_a_phone_shows_everything_without_scrolling_sideways(browser, path):
     with opened(browser, path, PHONE, has_touch=True, is_mobile=True) as page:
         explore(page)
         assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
-        table = page.locator(".wide").first
+        table = page.locator("#tables .wide").first
         assert table.evaluate("(one) => one.scrollWidth > one.clientWidth"), "a wide table scrolls inside itself"
         assert min(page.locator("#controls select").nth(i).bounding_box()["height"] for i in range(4)) >= 44
         sizes = page.evaluate(
@@ -262,10 +322,15 @@ def test_motion_is_left_out_where_it_is_not_wanted(page):
         assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == behaviour
 
 
-def test_claims_and_tables_need_no_script(browser, path):
+def test_all_but_the_explorer_needs_no_script(browser, path):
     context = browser.new_context(java_script_enabled=False, viewport=WIDE)
     page = context.new_page()
     page.goto(path.as_uri())
-    assert page.locator("#claims li:visible").count() == 3
-    assert page.locator("#tables tbody tr:visible").count() == 9
+    assert page.locator(".claims > li:visible").count() == 3
+    assert page.locator("#tables .wide").first.locator("tbody tr:visible").count() == 9
+    # folded groups aside
+    assert page.locator(".chart:visible").count() == 2 + 2 + 3 + 2
+    assert page.locator("#explorer noscript").is_visible()
+    page.check('[name="filter"][value="yes"]')
+    assert page.locator(".claims > li:visible").count() == 1
     context.close()

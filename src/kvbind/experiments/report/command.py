@@ -1,4 +1,4 @@
-"""`kvbind report`: one page on everything that was reproduced."""
+"""`kvbind report`: one page on everything that was reproduced or trained."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ NAME = "report.html"
 
 
 def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page on the results below some folders.
+    """Write the page on the results and runs below some folders.
 
     Args:
-        folders: with results of `kvbind reproduce`.
+        folders: with results of `kvbind reproduce`, or runs of `kvbind train`.
         out: the page; default `report.html` in the first folder.
 
     Returns:
         Where it is.
 
     Raises:
-        ValueError: a folder that is none, no result in any of them, or one that is damaged or leads out of its folder.
-        ImportError: plotly is not installed.
+        ValueError: a folder that is none, neither a result nor a run in any of them, or one that is damaged or leads out
+            of its folder.
     """
     parts, models = find_parts(folders)
     if not parts and not models:
-        raise ValueError(f"folders must hold results of kvbind reproduce; found none below {', '.join(map(str, folders))}")
+        raise ValueError(
+            "folders must hold results of kvbind reproduce or runs of kvbind train; found none below "
+            f"{', '.join(map(str, folders))}"
+        )
     path = (out or folders[0] / NAME).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_page(path, parts, [*models, *untrained_models()], versions())

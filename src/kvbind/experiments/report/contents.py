@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +79,14 @@ class PagePart:
         command: that made it.
         details: texts that open on demand, by title.
         place: its folder.
+        task: of the paper's three, or empty.
+        scale: as `kvbind reproduce` names it, or empty.
+        seeds: how many.
+        table: the table whose steps were measured, where it is not one itself; else empty.
+        device: that did the work, or empty.
+        made: versions that made it, by package.
+        date: of the result, where it holds one.
+        samples: texts that a model wrote, by heading.
     """
 
     experiment: str
@@ -92,17 +99,35 @@ class PagePart:
     command: str
     details: Mapping[str, str]
     place: Path
+    task: str = ""
+    scale: str = ""
+    seeds: int = 1
+    table: str = ""
+    device: str = ""
+    made: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""
+    samples: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def by_rule(self) -> list[tuple[str, list[Mapping[str, Any]]]]:
-        """The verdicts, those together that follow each other and have one rule."""
-        return [(rule, list(own)) for rule, own in groupby(self.verdicts, lambda verdict: str(verdict["rule"]))]
+    def at(self) -> str:
+        """Its scale and seeds."""
+        what = "measured steps" if self.table else f"{self.seeds} seed{'' if self.seeds == 1 else 's'}"
+        return f"scale {self.scale}, {what}" if self.scale else what
 
     @property
     def undrawn(self) -> list[Picture]:
         """The pictures that no chart stands for."""
         return [picture for picture in self.pictures if picture.heading not in self.charts]
 
-    def state(self, verdict: Mapping[str, Any]) -> str:
-        """What a page says of a verdict."""
-        return STATES[verdict["holds"]]
+
+def facts(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a part that every `results.json` holds in the same place."""
+    seeds, machine, made = (results.get(name) for name in ("seeds", "machine", "versions"))
+    return {
+        "task": str(results.get("task") or ""),
+        "scale": str(results["scale"]),
+        "seeds": len(seeds) if isinstance(seeds, list) else 1,
+        "device": str(machine.get("device") or "") if isinstance(machine, Mapping) else "",
+        "made": {str(name): str(x) for name, x in made.items()} if isinstance(made, Mapping) else {},
+        "date": str(results.get("date") or ""),
+    }

@@ -15,7 +15,7 @@ import yaml
 from kvbind.experiments import EXPERIMENTS, plotting
 from kvbind.experiments.report import charts
 from kvbind.experiments.report.charts import Chart
-from kvbind.experiments.report.contents import PagePart, PageTable, Picture
+from kvbind.experiments.report.contents import PagePart, PageTable, Picture, facts
 from kvbind.experiments.subjects import named_subject
 from kvbind.experiments.tables.table import CURVE, SMOOTHING
 from kvbind.files import inside
@@ -58,6 +58,8 @@ def findings_part(results: Results, place: Path) -> PagePart:
             "versions and machine": json.dumps([results["versions"], results["machine"]], indent=2),
         },
         place=place,
+        table=str(results["table"]) if name == "steps" else "",
+        **facts(results),
     )
 
 

@@ -15,7 +15,7 @@ from kvbind.experiments.report.contents import STATES
 from kvbind.experiments.report.finding_contents import findings_part
 from kvbind.experiments.request import Request
 from kvbind.experiments.results.files import write_json
-from kvbind.provenance import command, machine, versions
+from kvbind.provenance import command, machine, today, versions
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def write_findings(out: Path, request: Request, findings: Findings, device: torc
         "scale": request.scale,
         "seeds": list(range(request.seeds)),
         "command": command(),
+        "date": today(),
         "wall_seconds": round(time.monotonic() - request.started, 1),
         "versions": versions(),
         "machine": machine(device),

@@ -1,17 +1,16 @@
-"""Pages on what experiments found: a plain one beside each result, and that of `kvbind report`, with interactive charts.
+"""Pages on what experiments found: one beside each result, and that of `kvbind report` on all of them, with an explorer.
 
-Both are single files that need no network. Experiments are read from their `results.json`, so that a page can be made
-wherever these are.
+Both are single files that need no network; only the explorer has a script. Experiments are read from their `results.json`
+and runs from their metrics, so that a page can be made wherever these are.
 """
 
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from os.path import relpath
 from pathlib import Path
@@ -21,9 +20,12 @@ from urllib.parse import quote
 import jinja2
 
 from kvbind.experiments import EXPERIMENTS
+from kvbind.experiments.report import svg
 from kvbind.experiments.report.checks import check_results, read_model
-from kvbind.experiments.report.contents import STATES, PagePart
+from kvbind.experiments.report.contents import PagePart
 from kvbind.experiments.report.finding_contents import findings_part
+from kvbind.experiments.report.runs import RUN, find_runs, run_part
+from kvbind.experiments.report.sections import Section, sections_of
 from kvbind.experiments.report.table_contents import read_outcome, table_part
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.files import blaming, inside
@@ -31,11 +33,21 @@ from kvbind.train.files import read_json, restored, spelled, write_text
 
 RESULTS, EXPLORER = "results.json", "explorer"
 
+LADDER = "The ladder"
+"""Heading of the chart that stands on top of a page too."""
+
+WORDS = {True: "holds", False: "does not hold", None: "not decided"}
+KINDS = {True: "yes", False: "no", None: "open"}
+"""Of a verdict: what a page says, and how its style sheet calls that."""
+
+UNKNOWN = "unknown"
+"""The version of a package that had none."""
+
 _ASSETS = files("kvbind.experiments.report") / "assets"
 
 
 def write_index(folder: Path, part: PagePart, links: Mapping[str, Path] | None = None) -> None:
-    """Write the plain page on one result, `index.html`, with pictures and without any script.
+    """Write the page on one result, `index.html`, without any script.
 
     Args:
         folder: of the result.
@@ -43,42 +55,66 @@ def write_index(folder: Path, part: PagePart, links: Mapping[str, Path] | None =
         links: further pages, by name.
     """
     places = {name: href(path, folder) for name, path in (links or {}).items()}
+    section = sections_of([part])[0]
     write_text(
-        folder / "index.html", template("index.html").render(part=part, links=places, css=asset("page.css"), policy=policy())
+        folder / "index.html",
+        template("index.html").render(part=part, section=section, links=places, css=style(), policy=policy()),
     )
 
 
 def write_page(
     path: Path, parts: Sequence[PagePart], explorer: Sequence[Mapping[str, Any]], versions: Mapping[str, str]
 ) -> None:
-    """Write the interactive page on many results.
+    """Write the page on many results.
 
     Args:
         path: of the HTML file.
         parts: what came out.
         explorer: models to look into, as `kvbind.experiments.report.explorer` makes them.
         versions: of the packages that made the page.
-
-    Raises:
-        ImportError: plotly is not installed.
     """
-    drawn = {f"{i}-{name}-{j}": chart for i, part in enumerate(parts)
-             for name, found in part.charts.items() for j, chart in enumerate(found)}  # fmt: skip
-    script, library = asset("page.js"), plotly()
-    states = [part.state(verdict) for part in parts for verdict in part.verdicts]
+    script, sections = asset("page.js"), sections_of(parts)
     page = template("page.html").render(
-        parts=list(enumerate(parts)),
-        counts={state: states.count(state) for state in STATES.values()},
-        links={i: href(part.place / RESULTS, path.parent) for i, part in enumerate(parts)},
-        places={i: shown(relpath(part.place / RESULTS, path.parent)) for i, part in enumerate(parts)},
-        data=as_script({"charts": drawn, "explorer": list(explorer)}),
-        css=asset("page.css"),
+        sections={
+            "Tables": [own for own in sections if own.name.startswith("table")],
+            "Figures and checks": [own for own in sections if not own.name.startswith(("table", RUN))],
+            "Training runs": [own for own in sections if own.name.startswith(RUN)],
+        },
+        summary=summary(sections),
+        links={part.place: href(part.place / (RESULTS if part.experiment != RUN else ""), path.parent) for part in parts},
+        places={part.place: shown(relpath(part.place, path.parent)) for part in parts},
+        run=RUN,
+        data=as_script({"explorer": list(explorer)}),
+        css=style(),
         script=script,
-        library=packed(library),
-        policy=policy(script, library),
+        policy=policy(script),
         versions=versions,
     )
     write_text(path, page)
+
+
+def summary(sections: Sequence[Section]) -> dict[str, Any]:
+    """What stands on top of a page: how many claims hold, on what and when, and the ladder at its largest scale."""
+    parts = [part for section in sections for part in section.parts]
+    counts = {word: sum(own.counts[holds] for own in sections) for holds, word in WORDS.items()}
+    dates = sorted(part.date for part in parts if part.date)
+    ladder = next((part for section in sections for part in section.parts if LADDER in part.charts), None)
+    return {
+        "counts": counts,
+        "claims": sum(counts.values()),
+        "sections": sum(section.name.startswith(RUN) is False for section in sections),
+        "runs": sum(section.name.startswith(RUN) for section in sections),
+        "devices": list(dict.fromkeys(part.device for part in parts if part.device)),
+        "versions": {name: known(part.made.get(name, UNKNOWN) for part in parts) for name in ("kvbind", "torch")},
+        "dates": dates[:1] + dates[-1:] if len(set(dates)) > 1 else dates[:1],
+        "ladder": ladder,
+        "heading": LADDER,
+    }  # fmt: skip
+
+
+def known(versions: Iterable[str]) -> list[str]:
+    """Versions in their order, each once, without those that nobody knows."""
+    return sorted({version for version in versions if version != UNKNOWN})
 
 
 def find_parts(folders: Sequence[Path]) -> tuple[list[PagePart], list[dict[str, Any]]]:
@@ -91,6 +127,7 @@ def find_parts(folders: Sequence[Path]) -> tuple[list[PagePart], list[dict[str, 
         ValueError: a folder that is none, a file that is no result, or one that names files outside its folder.
     """
     found = {place: results for folder in folders for place, results in find_results(folder)}
+    runs = dict.fromkeys(place for folder in folders for place in find_runs(folder))
     ordered = sorted(found, key=lambda place: rank(found[place], place))
     parts, models = [], []
     for place in ordered:
@@ -102,6 +139,9 @@ def find_parts(folders: Sequence[Path]) -> tuple[list[PagePart], list[dict[str, 
             name = results["experiment"]
             table = "rows" in results and name.startswith("table") and name in EXPERIMENTS
             parts.append(table_part(read_outcome(results), place) if table else findings_part(results, place))
+    for place in runs:
+        with blaming(place, "what kvbind train writes"):
+            parts.append(run_part(place))
     return parts, models
 
 
@@ -135,13 +175,21 @@ def template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["kind"] = dict(zip(STATES.values(), ("yes", "no", "open"), strict=True)).get
+    environment.filters["kind"] = KINDS.get
+    environment.filters |= {"word": WORDS.get, "as_numbers": svg.numbers}
+    environment.globals |= {"draw": svg.draw, "order_of": svg.order_of, "legend": svg.legend}
     return environment.get_template(name)
 
 
 def asset(name: str) -> str:
     """A style sheet or script, as it stands in a page."""
     return (_ASSETS / name).read_text(encoding="utf-8")
+
+
+def style() -> str:
+    """The style sheet, with a rule for each series that a legend may hide."""
+    hidden = (f".group:has(.legend input[value='{i}']:not(:checked)) .s{i}" for i in range(svg.SERIES))
+    return f"{asset('page.css')}{','.join(hidden)} {{ display: none }}\n"
 
 
 def as_script(data: Any) -> str:
@@ -168,22 +216,3 @@ def policy(*scripts: str) -> str:
         f"default-src 'none'; script-src {run}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; "
         "form-action 'none'"
     )
-
-
-def packed(library: str) -> str:
-    """A script, compressed, in base64: a third of its size, and no sign in it that HTML could take for its own."""
-    return base64.b64encode(gzip.compress(library.encode(), mtime=0)).decode()
-
-
-def plotly() -> str:
-    """Plotly's script.
-
-    Raises:
-        ImportError: plotly is not installed.
-    """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ImportError("kvbind report needs plotly: pip install plotly") from error
-    library: str = get_plotlyjs()
-    return library

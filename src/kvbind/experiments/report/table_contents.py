@@ -12,7 +12,7 @@ import yaml
 from kvbind.experiments import open_experiment, plotting
 from kvbind.experiments.report import charts
 from kvbind.experiments.report.charts import Chart, Points
-from kvbind.experiments.report.contents import PagePart, PageTable, Picture
+from kvbind.experiments.report.contents import PagePart, PageTable, Picture, facts
 from kvbind.experiments.subjects import named_subject
 from kvbind.experiments.subjects.published import Published
 from kvbind.experiments.tables.plots import headings
@@ -76,6 +76,7 @@ def table_part(outcome: TableOutcome, place: Path) -> PagePart:
             "inner loops: what differs from the first row's": "\n".join(differences(outcome)),
         },
         place=place,
+        **facts(results),
     )
 
 
@@ -106,6 +107,7 @@ def draw(outcome: TableOutcome) -> dict[str, list[Chart]]:
     shown = {"Training": ("Training loss, smoothed", "step", subject.loss)}
     shown |= {series.heading: (series.title, series.x, series.y) for series in subject.series}
     lines = {series.heading: series.name for series in subject.series}
+    losses = {data["name"]: data["runs"][0].get("training_loss") for data in outcome.results["rows"] if data["runs"]}
     for heading in rest:
         title, x, y = shown[heading]
         drawn: dict[str, Points] = {}
@@ -113,8 +115,8 @@ def draw(outcome: TableOutcome) -> dict[str, list[Chart]]:
             run = row.runs[0].result
             if heading in lines:
                 drawn[names[row.name]] = plotting.pooled(run["held_out"][lines[heading]], 16)
-            elif "training_loss" in run:
-                drawn[names[row.name]] = run["training_loss"]
+            elif losses.get(row.name):
+                drawn[names[row.name]] = losses[row.name]
         if drawn:
             found[heading] = curve_charts(drawn, f"{title}{seed}", x, y, rungs)
     return found

@@ -18,7 +18,7 @@ from kvbind.experiments.training.jobs import TrainingJob
 from kvbind.experiments.training.plans import RunsPlan, UnfinishedError, plan_runs, report_folder
 from kvbind.experiments.training.projection import measure_rows
 from kvbind.experiments.training.runs import Run
-from kvbind.provenance import command, machine, versions
+from kvbind.provenance import command, machine, today, versions
 from kvbind.train.config import to_plain, to_yaml
 
 
@@ -145,6 +145,7 @@ def reproduce_task(table: Table, request: Request) -> TableOutcome:
         "scale": scale,
         "seeds": list(range(request.seeds)),
         "command": command(),
+        "date": today(),
         "wall_seconds": round(time.monotonic() - started, 1),
         "training_seconds": round(sum(run.result["training_seconds"] for run in done.values()), 1),
         "versions": versions(),
