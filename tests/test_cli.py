@@ -1,5 +1,10 @@
+import ast
+import importlib
+import inspect
 import json
 import os
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +12,12 @@ from pathlib import Path
 import pytest
 
 import kvbind
+import kvbind.bench.commands
+import kvbind.cli.commands
 import kvbind.models.lact_nvs
 from kvbind.cli import main
 from kvbind.cli.commands.reproduce import sources
+from kvbind.experiments import EXPERIMENTS
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.tasks import TASKS, open_task_module
 
@@ -191,7 +199,7 @@ def test_without_a_word_there_is_help(run, words):
         ),
         (["train", "language", "seed=99999999999999999999"], "seed must have at most 63 bits; got 99999999999999999999"),
         (["train", "language", "train=3"], "configuration key 'train' must be a mapping, of keys steps, "),
-        (["plan", "--budget", "nan"], "budget must be above 0 tokens; got nan"),
+        (["plan", "--budget", "nan"], "budget must be above 0 and at most 1.13e+15 tokens; got nan"),
         (["plan", "--json", "."], "--json must be a file to write; '.' is a folder"),
         (["report", "--out", "."], "--out must be a file to write; '.' is a folder"),
         (["generate", "nowhere", "--seed", "99999999999999999999"], "seed must have at most 64 bits"),
@@ -468,3 +476,29 @@ def test_steps_of_paper_scale_are_measured_and_nothing_is_trained(run, tmp_path)
     assert results["measure"]["price"] == 4
     assert "days on 64" in out
     assert not list(tmp_path.rglob("result.json"))
+
+
+COMMANDS = [
+    importlib.import_module(f"{package.__name__}.{found.name}")
+    for package in (kvbind.cli.commands, kvbind.bench.commands)
+    for found in pkgutil.iter_modules(package.__path__)
+]
+
+
+@pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__.removeprefix("kvbind."))
+def test_no_option_is_taken_and_ignored(module):
+    command = next(node for node in ast.parse(inspect.getsource(module)).body if getattr(node, "name", "") == "command")
+    used = {node.id for body in command.body for node in ast.walk(body) if isinstance(node, ast.Name)}
+    assert {argument.arg for argument in command.args.args} <= used
+
+
+def test_help_names_every_experiment_once_and_breaks_no_paragraph_in_the_middle(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    code, out, _ = run("reproduce", "--help")
+    assert code == 0
+    words = " ".join(out.replace("│", " ").split())
+    named = words.split("Which: ")[1].split(" or all.")[0]
+    for name in EXPERIMENTS:
+        assert len(re.findall(rf"(?:^|, ){name}(?= \(|,)", named)) == 1, name
+    assert len(re.findall(r"\([^)]*\)", named)) == len(set(re.findall(r"\([^)]*\)", named)))
+    assert "trains all seven rungs of the ladder and two controls" in out

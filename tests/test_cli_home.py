@@ -278,6 +278,30 @@ def test_own_photos_are_looked_at(run, home, grey):
     assert "show takes a run alone" in errors
 
 
+@pytest.mark.parametrize("name", ["x.txt", "x", "held/x.png", "file/x.png"])
+def test_a_picture_that_cannot_be_written_is_refused_before_any_work(run, home, monkeypatch, name):
+    monkeypatch.setattr("kvbind.experiments.show_images.open_run", lambda _: pytest.fail("opened the run"))
+    (home / "file").write_text("")
+    (home / "held").mkdir()
+    # whoever runs this may be allowed everything
+    monkeypatch.setattr("os.access", lambda path, _: Path(path).name != "held")
+    code, _, errors = run("show", "mine", "--out", name)
+    assert code == 2
+    message = {"held/x.png": f"'{home}/held' may not be written to", "file/x.png": f"'{home}/file' is no folder"}
+    assert message.get(name, f"out must end on .png, .svg, .pdf; got '{name}'") in errors
+
+
+def test_benchmarks_look_at_where_they_write_first_and_know_the_home(run, home, monkeypatch):
+    code, _, errors = run("bench", "growth", "--out", str(home))
+    assert code == 2
+    assert f"--out must be a file to write; '{home}' is a folder" in errors
+    monkeypatch.setenv("HOME", str(home / "me"))
+    small = ["--tokens", "16", "--chunk", "8", "--width", "4", "--heads", "1", "--seconds", "0", "--device", "cpu"]
+    assert run("bench", "forms", *small, "--out=~/found.json")[0] == 0
+    assert json.loads((home / "me/found.json").read_text())["rows"]
+    assert not (home / "~").exists()
+
+
 SMALL_PHOTOS = ["model.fields.embed_dim=12", "model.fields.num_heads=2", "model.fields.depth=1", "train.device=cpu"]
 
 

@@ -21,7 +21,7 @@ def command(
             "steps at test time), figure2 (queries beside keys), figure3 (loss by position), figure4 (the forms by the "
             "clock), gaps (each row's gap to the full system along training), sizes (the same by size), chunks "
             "(views in several updates), capacity (recall by bytes of state), systems (language models side by side), "
-            "(views in several updates), simplify (how much of training from scratch fine-tuning a simplified model saves), "
+            "simplify (how much of training from scratch fine-tuning a simplified model saves), "
             "explorer (models to look into), or all."
         ),
     ],
