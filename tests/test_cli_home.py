@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -300,6 +301,39 @@ def test_benchmarks_look_at_where_they_write_first_and_know_the_home(run, home, 
     assert run("bench", "forms", *small, "--out=~/found.json")[0] == 0
     assert json.loads((home / "me/found.json").read_text())["rows"]
     assert not (home / "~").exists()
+
+
+def test_names_of_files_need_not_be_utf8_and_others_must(run, home):
+    photos(home / "own")
+    for name in ("own/cat/0.png", "texts/a.txt"):
+        path = home / name
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            path.write_text("it was the best of times, it was the worst of times. " * 60)
+        os.rename(path, os.fsencode(path.with_suffix("")) + b"\xe4" + path.suffix.encode())
+    assert run("train", "images", "--data", "own", "--out", "mine", "train.steps=1", *SMALL_PHOTOS)[0] == 0
+    assert run("eval", "mine")[0] == 0
+    assert run("train", "language", "--data", "texts", "--out", "its", *SMALL)[0] == 0
+    code, _, errors = run("train", "language", "--data", "texts", "--out", os.fsdecode(b"m\xe4"), *SMALL)
+    assert code == 2
+    assert "names on the command line must be UTF-8; got 'm\\udce4'" in errors
+    os.rename(home / "own/cat", os.fsencode(home) + b"/own/cat\xff")
+    code, _, errors = run("train", "images", "--data", "own", "--out", "other", *SMALL_PHOTOS)
+    assert code == 2
+    assert r"a class must have a name that can be shown, in UTF-8; 'own' has 'cat\udcff'" in errors
+
+
+@pytest.mark.parametrize("fault", ["'newt' has none", "there is 'cat' alone"])
+def test_classes_without_pictures_or_without_another_are_refused(run, home, fault):
+    photos(home / "own")
+    if "newt" in fault:
+        (home / "own" / "newt").mkdir()
+    else:
+        shutil.rmtree(home / "own" / "dog")
+    code, _, errors = run("train", "images", "--data", "own", "--out", "mine", *SMALL_PHOTOS)
+    assert code == 2
+    assert "data.source must hold two class folders or more, each with pictures" in errors
+    assert fault in errors
 
 
 SMALL_PHOTOS = ["model.fields.embed_dim=12", "model.fields.num_heads=2", "model.fields.depth=1", "train.device=cpu"]

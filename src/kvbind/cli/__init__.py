@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 stream.reconfigure(errors="backslashreplace")
     traceback = "--traceback" in words
     try:
+        check_utf8(words)
         code = app([word for word in words if word != "--traceback"], prog_name="kvbind", standalone_mode=False)
     except USAGE as error:
         fail_usage(error)
@@ -60,6 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         # commands return nothing, and what ends them early its code
         sys.exit(code or 0)
+
+
+def check_utf8(words: Sequence[str]) -> None:
+    """Raise `ValueError` for a word that is not UTF-8, as YAML, JSON and files of weights have no such names."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"names on the command line must be UTF-8; got {word!r}") from None
 
 
 def fail_usage(error: Any) -> NoReturn:

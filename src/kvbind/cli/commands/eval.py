@@ -29,7 +29,8 @@ def command(
 ) -> None:
     """Evaluate a run on its held-out data, or on others.
 
-    Language: perplexity, bits per byte, loss by position. Images: top-1 and top-5 accuracy. Views: PSNR and SSIM. Recall: accuracy.
+    Language: perplexity, bits per byte, loss by position. Images: top-1 and top-5 accuracy. Views: PSNR and SSIM. Recall:
+    accuracy.
 
     For example: [bold]kvbind eval runs/mine --data book.txt data.length=4096[/]
     """

@@ -25,6 +25,7 @@ from kvbind.tasks.files import (
     folders_in,
     inside,
     is_named,
+    name_bytes,
     read_bytes,
 )
 from kvbind.tasks.pictures import open_picture
@@ -121,7 +122,7 @@ class ImageFiles:
 
     def fingerprint(self) -> str:
         """A hash of every name and label; files are not opened."""
-        return digest([*(name.encode() for name in self.names), self.labels.tobytes()])
+        return digest([*(name_bytes(name) for name in self.names), self.labels.tobytes()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,7 +290,17 @@ class ImageSource:
                 "data.source must hold IDX files, parquet files, or a folder of images per class, in train/ and val/ or on "
                 f"their own; {str(path)!r} holds none"
             )
+        for name in names:
+            if not name.isprintable():
+                raise ValueError(f"a class must have a name that can be shown, in UTF-8; {str(home)!r} has {name!r}")
         found = replace(files_in(home, names), expanded_gib=self.expanded_gib)
+        without = [name for label, name in enumerate(names) if not (found.labels == label).any()]
+        if without or len(names) < 2:
+            fault = f"{without[0]!r} has none" if without else f"there is {names[0]!r} alone"
+            raise ValueError(
+                f"data.source must hold two class folders or more, each with pictures ({', '.join(PICTURE_SUFFIXES)}); in "
+                f"{str(home)!r} {fault}"
+            )
         evaluated = replace(files_in(held_out, names), expanded_gib=self.expanded_gib) if train and held_out else None
         files = [part.root / name for part in (found, evaluated) if part for name in part.names]
         contents = self._contents(path, (file.relative_to(path).as_posix() for file in files))
