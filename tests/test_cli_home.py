@@ -219,6 +219,24 @@ def test_explain_says_which_sizes_are_assumed(run):
     assert "assumed" not in run("explain", "lact_llm", "--heads", "2", "--tokens", "64", "--key-width", "8")[1]
 
 
+def test_a_terminal_without_a_size_is_one_of_eighty_columns(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")
+    found = run("explain", "gla", "--tokens", "64")[1]
+    monkeypatch.setenv("COLUMNS", "80")
+    assert found == run("explain", "gla", "--tokens", "64")[1] != ""
+
+
+def test_an_interrupt_before_anything_is_written_is_said(run, book, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for name, words in (("kvbind.train.config.read_config", book), ("kvbind.forms.analysis.explain", ["explain", "gla"])):
+        monkeypatch.setattr(name, interrupted)
+        code, out, errors = run(*words)
+        assert (code, out, errors.split()) == (130, "", ["interrupted"])
+    assert not Path("mine").exists()
+
+
 @pytest.mark.parametrize("columns", [60, 80])
 def test_tables_fit_narrow_terminals(run, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -316,7 +334,7 @@ def test_names_of_files_need_not_be_utf8_and_others_must(run, home):
     assert run("train", "language", "--data", "texts", "--out", "its", *SMALL)[0] == 0
     code, _, errors = run("train", "language", "--data", "texts", "--out", os.fsdecode(b"m\xe4"), *SMALL)
     assert code == 2
-    assert "names on the command line must be UTF-8; got 'm\\udce4'" in errors
+    assert "words on the command line must be UTF-8, in a locale that reads it; got 'm\\udce4'" in errors
     os.rename(home / "own/cat", os.fsencode(home) + b"/own/cat\xff")
     code, _, errors = run("train", "images", "--data", "own", "--out", "other", *SMALL_PHOTOS)
     assert code == 2

@@ -14,6 +14,8 @@ from typing import Any
 
 import typer
 
+from kvbind.screen import Screen
+
 
 def add_commands(app: typer.Typer, package: ModuleType, order: Sequence[str] = ()) -> None:
     """Add every module of a package as a command of its name, with dashes for underscores.
@@ -32,7 +34,7 @@ def add_commands(app: typer.Typer, package: ModuleType, order: Sequence[str] = (
         module = importlib.import_module(f"{package.__name__}.{name}")
         settings = getattr(module, "SETTINGS", None)
         add = app.command(name.replace("_", "-"), help=help_of(module.command), context_settings=settings)
-        add(with_paths_at_home(module.command))
+        add(as_run(module.command))
 
 
 def help_of(command: Callable[..., None]) -> str:
@@ -40,12 +42,16 @@ def help_of(command: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in (inspect.getdoc(command) or "").split("\n\n"))
 
 
-def with_paths_at_home(command: Callable[..., None]) -> Callable[..., None]:
-    """`command`, given `at_home` of every argument."""
+def as_run(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, given `at_home` of every argument; a Ctrl-C that it says nothing about ends it with a word."""
 
     @functools.wraps(command)
     def run(*values: Any, **named: Any) -> None:
-        command(*map(at_home, values), **{name: at_home(x) for name, x in named.items()})
+        try:
+            command(*map(at_home, values), **{name: at_home(x) for name, x in named.items()})
+        except KeyboardInterrupt:
+            Screen(stderr=True).print("\ninterrupted")
+            raise typer.Exit(130) from None
 
     return run
 

@@ -69,7 +69,7 @@ def check_utf8(words: Sequence[str]) -> None:
         try:
             word.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"names on the command line must be UTF-8; got {word!r}") from None
+            raise ValueError(f"words on the command line must be UTF-8, in a locale that reads it; got {word!r}") from None
 
 
 def fail_usage(error: Any) -> NoReturn:
