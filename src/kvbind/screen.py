@@ -56,7 +56,8 @@ class Screen(Console):
     def __init__(self, **options: Any) -> None:
         # a width of none, as some terminals without a size say, would show nothing
         environment = {name: value for name, value in os.environ.items() if (name, value) != ("COLUMNS", "0")}
-        super().__init__(**({"highlight": False, "markup": False, "emoji": False, "_environ": environment} | options))
+        plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "_environ": environment}
+        super().__init__(**(plain | options))
 
     def render_str(self, text: str, **options: Any) -> Text:
         """A text as it is shown; tables ask for their cells' too."""
