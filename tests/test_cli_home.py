@@ -299,7 +299,7 @@ def test_own_photos_are_looked_at(run, home, grey):
 
 @pytest.mark.parametrize("name", ["x.txt", "x", "held/x.png", "file/x.png"])
 def test_a_picture_that_cannot_be_written_is_refused_before_any_work(run, home, monkeypatch, name):
-    monkeypatch.setattr("kvbind.experiments.show_images.open_run", lambda _: pytest.fail("opened the run"))
+    monkeypatch.setattr("kvbind.experiments.saved_models.attention_maps.open_run", lambda _: pytest.fail("opened the run"))
     (home / "file").write_text("")
     (home / "held").mkdir()
     # whoever runs this may be allowed everything
