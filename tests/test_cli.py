@@ -199,6 +199,8 @@ def test_without_a_word_there_is_help(run, words):
         ),
         (["train", "language", "seed=99999999999999999999"], "seed must have at most 63 bits; got 99999999999999999999"),
         (["train", "language", "train=3"], "configuration key 'train' must be a mapping, of keys steps, "),
+        (["reproduce", "table2", "--price", "inf"], "invalid value for '--price'"),
+        (["reproduce", "table2", "--efficiency", "0"], "invalid value for '--efficiency'"),
         (["plan", "--budget", "nan"], "budget must be above 0 and at most 1.13e+15 tokens; got nan"),
         (["plan", "--json", "."], "--json must be a file to write; '.' is a folder"),
         (["report", "--out", "."], "--out must be a file to write; '.' is a folder"),

@@ -96,9 +96,9 @@ def command(
     plan: Annotated[
         bool, typer.Option("--plan", help="Train nothing: list the runs, how far each is, and how long the rest takes.")
     ] = False,
-    price: Annotated[float, typer.Option(help="Of a GPU for an hour, for projections.", min=0.0)] = 2.5,
+    price: Annotated[float, typer.Option(help="Of a GPU for an hour, for projections.", min=0.0, max=1e6)] = 2.5,
     efficiency: Annotated[
-        float, typer.Option(help="Of several GPUs over as many times one, for projections; assumed.", min=0.0)
+        float, typer.Option(help="Of several GPUs over as many times one, for projections; assumed.", min=0.01, max=1.0)
     ] = 0.9,
     verbose: Verbose = False,
     overrides: Overrides = None,
