@@ -1,5 +1,10 @@
+import ast
+import importlib
+import inspect
 import json
 import os
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +12,12 @@ from pathlib import Path
 import pytest
 
 import kvbind
+import kvbind.bench.commands
+import kvbind.cli.commands
 import kvbind.models.lact_nvs
 from kvbind.cli import main
 from kvbind.cli.commands.reproduce import sources
+from kvbind.experiments import EXPERIMENTS
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.tasks import TASKS, open_task_module
 
@@ -191,7 +199,9 @@ def test_without_a_word_there_is_help(run, words):
         ),
         (["train", "language", "seed=99999999999999999999"], "seed must have at most 63 bits; got 99999999999999999999"),
         (["train", "language", "train=3"], "configuration key 'train' must be a mapping, of keys steps, "),
-        (["plan", "--budget", "nan"], "budget must be above 0 tokens; got nan"),
+        (["reproduce", "table2", "--price", "inf"], "invalid value for '--price'"),
+        (["reproduce", "table2", "--efficiency", "0"], "invalid value for '--efficiency'"),
+        (["plan", "--budget", "nan"], "budget must be above 0 and at most 1.13e+15 tokens; got nan"),
         (["plan", "--json", "."], "--json must be a file to write; '.' is a folder"),
         (["report", "--out", "."], "--out must be a file to write; '.' is a folder"),
         (["generate", "nowhere", "--seed", "99999999999999999999"], "seed must have at most 64 bits"),
@@ -308,6 +318,7 @@ def test_a_folder_with_a_run_of_another_task_is_left_alone(run, trained):
 
 
 TINY = {
+    "recall": ["data.batch=2", "data.evaluation_samples=2", "data.evaluation_batch=2"],
     "images": ["model.fields.embed_dim=12", "model.fields.num_heads=2", "model.fields.depth=1"],
     "views": ["data.procedural.scenes=2", "data.procedural.views=8", "data.evaluation_scenes=1", "data.batch=1"],
 }
@@ -319,9 +330,9 @@ def test_other_tasks_train_from_their_smallest_preset_and_show_their_own_metrics
         pytest.importorskip("sklearn")
     code, out, errors = run("train", task, *TINY[task], "train.steps=1", "train.warmup=1", "train.device=cpu")
     assert (code, errors) == (0, "")
-    folder = next((tmp_path / "runs").glob(f"{task}-{SUBJECTS[task].scales['smoke'].preset}-*"))
+    folder = next((tmp_path / "runs").glob(f"{task}-{open_task_module(task).SMALLEST}-*"))
     held_out = json.loads((folder / "result.json").read_text())["held_out"]
-    assert next(iter(held_out)) == SUBJECTS[task].metric.name
+    assert next(iter(held_out)) == (SUBJECTS[task].metric.name if task in SUBJECTS else "accuracy")
     code, again, _ = run("eval", task, str(folder))
     assert code == 0
     for name, value in held_out.items():
@@ -329,6 +340,9 @@ def test_other_tasks_train_from_their_smallest_preset_and_show_their_own_metrics
             assert f"{name.replace('_', ' ')}" in again
             assert f"{value:.4f}" in again
     assert again.strip() in out
+    if task == "recall":
+        for command, *words in (["probe"], ["simplify", "--to", "rung2"]):
+            assert "model must be of a run of language, images, views" in run(command, str(folder), *words)[2]
 
 
 def test_a_released_checkpoint_of_another_family_converts(run, tmp_path):
@@ -468,3 +482,29 @@ def test_steps_of_paper_scale_are_measured_and_nothing_is_trained(run, tmp_path)
     assert results["measure"]["price"] == 4
     assert "days on 64" in out
     assert not list(tmp_path.rglob("result.json"))
+
+
+COMMANDS = [
+    importlib.import_module(f"{package.__name__}.{found.name}")
+    for package in (kvbind.cli.commands, kvbind.bench.commands)
+    for found in pkgutil.iter_modules(package.__path__)
+]
+
+
+@pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__.removeprefix("kvbind."))
+def test_no_option_is_taken_and_ignored(module):
+    command = next(node for node in ast.parse(inspect.getsource(module)).body if getattr(node, "name", "") == "command")
+    used = {node.id for body in command.body for node in ast.walk(body) if isinstance(node, ast.Name)}
+    assert {argument.arg for argument in command.args.args} <= used
+
+
+def test_help_names_every_experiment_once_and_breaks_no_paragraph_in_the_middle(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    code, out, _ = run("reproduce", "--help")
+    assert code == 0
+    words = " ".join(out.replace("│", " ").split())
+    named = words.split("Which: ")[1].split(" or all.")[0]
+    for name in EXPERIMENTS:
+        assert len(re.findall(rf"(?:^|, ){name}(?= \(|,)", named)) == 1, name
+    assert len(re.findall(r"\([^)]*\)", named)) == len(set(re.findall(r"\([^)]*\)", named)))
+    assert "trains all seven rungs of the ladder and two controls" in out

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -218,6 +219,24 @@ def test_explain_says_which_sizes_are_assumed(run):
     assert "assumed" not in run("explain", "lact_llm", "--heads", "2", "--tokens", "64", "--key-width", "8")[1]
 
 
+def test_a_terminal_without_a_size_is_one_of_eighty_columns(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")
+    found = run("explain", "gla", "--tokens", "64")[1]
+    monkeypatch.setenv("COLUMNS", "80")
+    assert found == run("explain", "gla", "--tokens", "64")[1] != ""
+
+
+def test_an_interrupt_before_anything_is_written_is_said(run, book, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for name, words in (("kvbind.train.config.read_config", book), ("kvbind.forms.analysis.explain", ["explain", "gla"])):
+        monkeypatch.setattr(name, interrupted)
+        code, out, errors = run(*words)
+        assert (code, out, errors.split()) == (130, "", ["interrupted"])
+    assert not Path("mine").exists()
+
+
 @pytest.mark.parametrize("columns", [60, 80])
 def test_tables_fit_narrow_terminals(run, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -276,6 +295,63 @@ def test_own_photos_are_looked_at(run, home, grey):
     code, _, errors = run("show", "mine", "extra=1", "--out", "picture.png")
     assert code == 2
     assert "show takes a run alone" in errors
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x", "held/x.png", "file/x.png"])
+def test_a_picture_that_cannot_be_written_is_refused_before_any_work(run, home, monkeypatch, name):
+    monkeypatch.setattr("kvbind.experiments.saved_models.attention_maps.open_run", lambda _: pytest.fail("opened the run"))
+    (home / "file").write_text("")
+    (home / "held").mkdir()
+    # whoever runs this may be allowed everything
+    monkeypatch.setattr("os.access", lambda path, _: Path(path).name != "held")
+    code, _, errors = run("show", "mine", "--out", name)
+    assert code == 2
+    message = {"held/x.png": f"'{home}/held' may not be written to", "file/x.png": f"'{home}/file' is no folder"}
+    assert message.get(name, f"out must end on .png, .svg, .pdf; got '{name}'") in errors
+
+
+def test_benchmarks_look_at_where_they_write_first_and_know_the_home(run, home, monkeypatch):
+    code, _, errors = run("bench", "growth", "--out", str(home))
+    assert code == 2
+    assert f"--out must be a file to write; '{home}' is a folder" in errors
+    monkeypatch.setenv("HOME", str(home / "me"))
+    small = ["--tokens", "16", "--chunk", "8", "--width", "4", "--heads", "1", "--seconds", "0", "--device", "cpu"]
+    assert run("bench", "forms", *small, "--out=~/found.json")[0] == 0
+    assert json.loads((home / "me/found.json").read_text())["rows"]
+    assert not (home / "~").exists()
+
+
+def test_names_of_files_need_not_be_utf8_and_others_must(run, home):
+    photos(home / "own")
+    for name in ("own/cat/0.png", "texts/a.txt"):
+        path = home / name
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            path.write_text("it was the best of times, it was the worst of times. " * 60)
+        os.rename(path, os.fsencode(path.with_suffix("")) + b"\xe4" + path.suffix.encode())
+    assert run("train", "images", "--data", "own", "--out", "mine", "train.steps=1", *SMALL_PHOTOS)[0] == 0
+    assert run("eval", "mine")[0] == 0
+    assert run("train", "language", "--data", "texts", "--out", "its", *SMALL)[0] == 0
+    code, _, errors = run("train", "language", "--data", "texts", "--out", os.fsdecode(b"m\xe4"), *SMALL)
+    assert code == 2
+    assert "words on the command line must be UTF-8, in a locale that reads it; got 'm\\udce4'" in errors
+    os.rename(home / "own/cat", os.fsencode(home) + b"/own/cat\xff")
+    code, _, errors = run("train", "images", "--data", "own", "--out", "other", *SMALL_PHOTOS)
+    assert code == 2
+    assert r"a class must have a name that can be shown, in UTF-8; 'own' has 'cat\udcff'" in errors
+
+
+@pytest.mark.parametrize("fault", ["'newt' has none", "there is 'cat' alone"])
+def test_classes_without_pictures_or_without_another_are_refused(run, home, fault):
+    photos(home / "own")
+    if "newt" in fault:
+        (home / "own" / "newt").mkdir()
+    else:
+        shutil.rmtree(home / "own" / "dog")
+    code, _, errors = run("train", "images", "--data", "own", "--out", "mine", *SMALL_PHOTOS)
+    assert code == 2
+    assert "data.source must hold two class folders or more, each with pictures" in errors
+    assert fault in errors
 
 
 SMALL_PHOTOS = ["model.fields.embed_dim=12", "model.fields.num_heads=2", "model.fields.depth=1", "train.device=cpu"]

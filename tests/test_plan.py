@@ -342,9 +342,16 @@ def test_on_a_narrow_terminal_numbers_stay_whole_and_decided_edits_are_said_once
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path, capsys):
     for words, message in (
-        (["--gpus", "8,x"], "gpus must be whole numbers of at least 1 with commas between them; got '8,x'"),
+        (["--gpus", "8,x"], "gpus must be whole numbers from 1 to 1,048,576 with commas between them; got '8,x'"),
+        (["--gpus", "8,10000000000"], "gpus must be whole numbers from 1 to 1,048,576"),
+        (["--gpus", "1" * 5000], "gpus must be whole numbers from 1 to 1,048,576"),
+        (["--tokens", "1" + "0" * 30], "tokens times batch must be at most 1,125,899,906,842,624 in a step; got 1000"),
+        (["--batch", "1" + "0" * 30], "tokens times batch must be at most"),
+        (["data.length=1000000000000000000"], "tokens times batch must be at most"),
+        (["--budget", "1e300"], "budget must be above 0 and at most 1.13e+15 tokens; got 1e+300"),
+        (["--price", "inf"], "price must be from 0 to 1,000,000 for an hour of one GPU; got inf"),
         (["--recompute", "blocks"], "recompute must be one of 'block', 'offload', 'selective', 'none'; got 'blocks'"),
-        (["--budget", "0"], "budget must be above 0 tokens; got 0"),
+        (["--budget", "0"], "budget must be above 0 and at most 1.13e+15 tokens; got 0"),
         (["--preset", "761m"], "preset must be one of"),
     ):
         with pytest.raises(SystemExit):

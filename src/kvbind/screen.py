@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -53,7 +54,10 @@ class Screen(Console):
     """A console for which square brackets and colons are text, and control characters are shown."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**({"highlight": False, "markup": False, "emoji": False} | options))
+        # a width of none, as some terminals without a size say, would show nothing
+        environment = {name: value for name, value in os.environ.items() if (name, value) != ("COLUMNS", "0")}
+        plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "_environ": environment}
+        super().__init__(**(plain | options))
 
     def render_str(self, text: str, **options: Any) -> Text:
         """A text as it is shown; tables ask for their cells' too."""

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import subprocess
 
@@ -41,6 +42,9 @@ def test_a_disk_that_is_full_at_any_write_ends_the_run_in_a_line_and_harms_nothi
         calls += 8
     monkeypatch.undo()
     assert len(said) > 3
+    lines = [line for line in said if "could not be written" in line]
+    assert lines
+    assert all(re.search(r"the run goes on from (step-\d{8}|its start, as there is none before)$", line) for line in lines)
     assert all("No space left on device" in line and str(run) in line and "\n" not in line for line in said)
     assert small.left(run) == whole
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -145,6 +146,9 @@ def test_the_image_processor_takes_arrays_and_refuses_what_it_cannot_know():
     assert processor(image, return_tensors="pt", size={"height": 16, "width": 16})["pixel_values"].shape == (1, 3, 16, 16)
     with pytest.raises(ValueError, match="uint8 arrays"):
         processor(array / 255.0)
+    for shape in ([10, 10, 2], [0, 0, 3]):
+        with pytest.raises(ValueError, match=f"got shape {re.escape(str(shape))}"):
+            processor([np.zeros(shape, np.uint8)])
     with pytest.raises(TypeError, match="got do_resize"):
         processor(image, do_resize=False)
     refused = {

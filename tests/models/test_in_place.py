@@ -745,6 +745,8 @@ def test_calls_that_do_not_fit_are_refused():
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
+    with pytest.raises(ValueError, match=r"input_ids must be \[B, T\]; got shape \[4\]"):
+        model(ids[0])
     with pytest.raises(ValueError, match="attention_mask must be"):
         model(ids, attention_mask=torch.ones(2, 1, 4, 4))
     cache = model(ids, use_cache=True)[CACHE]

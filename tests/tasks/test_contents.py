@@ -130,10 +130,10 @@ def test_text_is_told_by_its_files_in_both_splits(folder, tmp_path):
 
 
 def test_images_are_told_by_their_files_in_both_splits(tmp_path):
-    pictures = class_folders(tmp_path / "x", {"train": {"red": 2}, "val": {"red": 1}})
+    pictures = class_folders(tmp_path / "x", {"train": {"blue": 1, "red": 2}, "val": {"red": 1}})
     small = ("augment.randaugment=0", "data.images=0", "data.size=8", "data.batch=1", "epochs=0", "warmup_epochs=0")
     found = opened("images", "imagenet", f"data.source={pictures}", *small).contents()
-    names = ("train/red/000.png", "train/red/001.PNG", "val/red/000.png")
+    names = ("train/blue/000.png", "train/red/000.png", "train/red/001.PNG", "val/red/000.png")
     assert found.files == {f"{pictures}/{name}": pictures / name for name in names}
     arrays = idx_folder(tmp_path / "idx")
     found = opened("images", "digits", f"data.source={arrays}", "data.batch=4").contents()

@@ -45,12 +45,13 @@ def test_hidden_files_are_read_by_no_source(tmp_path):
     tables = write(tmp_path / "tables", ["._a.jsonl", ".b/a.jsonl", "._c.parquet"], b"\0\5\x16\7")
     write(tables, ["a.jsonl"], json.dumps({"text": "seen"}).encode())
     assert list(Text(str(tables)).open(None).once()) == ["seen"]
-    pictures = class_folders(tmp_path / "pictures", {"train": {"red": 1}, "val": {"red": 1}})
+    pictures = class_folders(tmp_path / "pictures", {"train": {"red": 1, "blue": 1}, "val": {"red": 1}})
     write(
         pictures, ["train/red/._000.png", "train/red/.thumbs/0.png", "train/.old/0.png", "val/__MACOSX/0.png"], b"\0\5\x16\7"
     )
     opened = Images(str(pictures)).open()
-    assert (opened.names, opened.train.names, opened.held_out.names) == (("red",), ("red/000.png",), ("red/000.png",))
+    assert (opened.names, opened.held_out.names) == (("blue", "red"), ("red/000.png",))
+    assert opened.train.names == ("blue/000.png", "red/000.png")
     arrays = idx_folder(tmp_path / "idx")
     write(arrays, ["._train-images-idx3-ubyte.gz", "._train-labels-idx1-ubyte.gz"])
     assert len(Images(str(arrays)).open().train.labels) == 64

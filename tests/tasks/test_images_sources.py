@@ -75,7 +75,9 @@ def test_class_folders_without_a_split_are_divided_class_by_class(tmp_path):
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"train": {"red": 1}, "val": {"blue": 1}}, "blue must be a class that training has: red"),
+        ({"train": {"red": 1, "green": 1}, "val": {"blue": 1}}, "blue must be a class that training has: green, red"),
+        ({"train": {"red": 2}, "val": {"red": 1}}, r"two class folders or more, .*x/train' there is 'red' alone"),
+        ({"": {"red": 2, "blue": 2, "green": 0}}, r"two class folders or more, .*'green' has none"),
         ({"train": {"red": 0}}, r"must hold images \(.bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp\)"),
         ({"val": {"red": 1, "blue": 1}}, r"data\.source must hold the folder train/ beside val/"),
         ({}, "must hold IDX files, parquet files, or a folder of images per class"),
@@ -167,7 +169,7 @@ def test_fingerprints_differ_where_images_or_classes_do(tmp_path):
     one = ImageSource(str(idx_folder(tmp_path / "a"))).open()
     same = ImageSource(str(idx_folder(tmp_path / "b", compress=False))).open()
     assert one.train.fingerprint() == same.train.fingerprint() != one.held_out.fingerprint()
-    more = class_folders(tmp_path / "c", {"train": {"red": 2}, "val": {"red": 1}})
+    more = class_folders(tmp_path / "c", {"train": {"red": 2, "blue": 1}, "val": {"red": 1}})
     before = ImageSource(str(more)).open()
     (more / "train" / "red" / "001.PNG").unlink()
     assert ImageSource(str(more)).open().train.fingerprint() != before.train.fingerprint()

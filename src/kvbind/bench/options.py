@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from kvbind.commands import at_home, check_file
+
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens per sequence.")]
 
 Chunk = Annotated[int, typer.Option(min=1, help="Tokens in a chunk.")]
@@ -20,7 +22,18 @@ Batch = Annotated[int, typer.Option(min=1, help="Sequences.")]
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")]
 
-Out = Annotated[Path | None, typer.Option(help="A JSON file to write results, machine, versions and command to.")]
+
+def can_be_written(out: Path | None) -> Path | None:
+    """A file to write to, with the user's home for `~`; an error where it cannot be written."""
+    found = at_home(out)
+    check_file("--out", found)
+    return found
+
+
+Out = Annotated[
+    Path | None,
+    typer.Option(help="A JSON file to write results, machine, versions and command to.", callback=can_be_written),
+]
 
 
 def numbers_of(text: str, option: str) -> list[int]:

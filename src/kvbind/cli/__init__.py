@@ -6,12 +6,10 @@ Commands import what they need when they run, so that `kvbind --help` answers at
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -21,33 +19,7 @@ from kvbind.cli import commands, output
 from kvbind.commands import add_commands
 from kvbind.screen import LogLines, Screen
 
-
-class Commands(typer.Typer):
-    """Commands in whose paths `~` stands for the user's home, which no shell puts there in `--out=~/run`."""
-
-    def command(self, *names: Any, **options: Any) -> Any:
-        """As typer's own, with paths made whole before the command sees them."""
-        enter = super().command(*names, **options)
-
-        def entered(function: Callable[..., None]) -> Callable[..., None]:
-            @functools.wraps(function)
-            def run(*values: Any, **named: Any) -> None:
-                function(*map(at_home, values), **{name: at_home(x) for name, x in named.items()})
-
-            enter(run)
-            return function
-
-        return entered
-
-
-def at_home(value: Any) -> Any:
-    """A path, or paths in a list, with the user's home for `~`; anything else as it is."""
-    if isinstance(value, list):
-        return [at_home(x) for x in value]
-    return value.expanduser() if isinstance(value, Path) else value
-
-
-app = Commands(
+app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -74,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 stream.reconfigure(errors="backslashreplace")
     traceback = "--traceback" in words
     try:
+        check_utf8(words)
         code = app([word for word in words if word != "--traceback"], prog_name="kvbind", standalone_mode=False)
     except USAGE as error:
         fail_usage(error)
@@ -88,6 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         # commands return nothing, and what ends them early its code
         sys.exit(code or 0)
+
+
+def check_utf8(words: Sequence[str]) -> None:
+    """Raise `ValueError` for a word that is not UTF-8, as YAML, JSON and files of weights have no such names."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"words on the command line must be UTF-8, in a locale that reads it; got {word!r}") from None
 
 
 def fail_usage(error: Any) -> NoReturn:

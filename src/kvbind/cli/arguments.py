@@ -39,12 +39,6 @@ def with_data(overrides: list[str] | None, key: str, data: str | None) -> list[s
     return [*(overrides or []), *([] if data is None else [f"data.{key}={json.dumps(data)}"])]
 
 
-def check_file(option: str, path: Path | None) -> None:
-    """Raise `ValueError` where a file cannot be written as a folder is there, before anything else takes its time."""
-    if path is not None and path.is_dir():
-        raise ValueError(f"{option} must be a file to write; {str(path)!r} is a folder")
-
-
 def run_and_rest(words: Sequence[str]) -> tuple[str | None, Path, list[str]]:
     """What `[TASK] RUN [KEY=VALUE]...` says: the task, where it is named before the run, the run's folder, and the rest.
 

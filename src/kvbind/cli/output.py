@@ -34,7 +34,7 @@ def continuable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        said = str(interrupt) or "interrupted; the same command goes on from the last checkpoint"
+        said = str(interrupt) or "interrupted; the same command goes on from the last checkpoint, if there is one"
         Screen(stderr=True).print(f"\n{said}{', without --fresh' if '--fresh' in sys.argv else ''}", soft_wrap=True)
         raise typer.Exit(130) from None
 

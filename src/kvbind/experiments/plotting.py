@@ -48,7 +48,7 @@ _STYLE: Any = {
 
 @contextmanager
 def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure in the house style, written to `path` as PNG.
+    """A figure in the house style, written to `path` in the format that its name ends on.
 
     Args:
         path: of the PNG.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from kvbind.files import shortened
 from kvbind.hardware import accelerator
 from kvbind.models import LactConfig
 from kvbind.plan.calibration import Calibration, load_calibration, read_points, rung_name, save_calibration
@@ -23,6 +23,11 @@ from kvbind.provenance import command
 from kvbind.tasks import language
 from kvbind.train.config import read_config
 from kvbind.train.files import write_text
+
+MOST_GPUS = 2**20
+MOST_TOKENS = 2**50
+"""Of a step, and of all training: a thousand million million, beyond which figures have no meaning."""
+MOST_PRICE = 1e6
 
 
 def job_of(
@@ -40,19 +45,24 @@ def job_of(
         recompute: as `PlannedTraining` takes it.
 
     Raises:
-        ValueError, TypeError: a configuration that does not fit.
+        ValueError, TypeError: a configuration that does not fit, or more tokens in a step than `MOST_TOKENS`.
     """
     config = read_config(language.LanguageConfig, language.PRESETS, preset, overrides)
     inner = language.inner_loop(config.model)
     fields = language.model_fields(config.model) | {"inner": inner, "ttt_form": config.model.ttt_form}
     per_step = config.data.length * config.data.batch * config.train.accumulate
     length = tokens or config.data.length
+    sequences = batch or max(1, per_step // length)
+    if length * sequences > MOST_TOKENS:
+        raise ValueError(
+            f"tokens times batch must be at most {MOST_TOKENS:,} in a step; got {length} in each of {sequences} sequences"
+        )
     size = config.model.size if not config.model.fields else ""
     gather = 2 if getattr(config.train, "gather", "float32") == "bfloat16" else 4
     job = PlannedTraining(
         LactConfig(**fields),
         length,
-        batch or max(1, per_step // length),
+        sequences,
         recompute=recompute,
         gather_bytes=gather,
         preset=size,
@@ -98,20 +108,26 @@ def make_plans(
         ValueError, TypeError: an option that does not fit; the message names it.
     """
     calibration = load_calibration()
-    if not all(part.strip().isdecimal() and int(part) for part in gpus.split(",")):
-        raise ValueError(f"gpus must be whole numbers of at least 1 with commas between them; got {gpus!r}")
+    counts = [part.strip() for part in gpus.split(",")]
+    # a text of thousands of digits is no number to Python
+    if not all(part.isdecimal() and len(part) < 20 and 1 <= int(part) <= MOST_GPUS for part in counts):
+        raise ValueError(
+            f"gpus must be whole numbers from 1 to {MOST_GPUS:,} with commas between them; got {shortened(gpus)}"
+        )
     device = accelerator(hardware)
     job, planned = job_of(preset, overrides, tokens, batch, recompute)
     spent = Budget(planned if budget is None else budget, price)
-    if not 0 < spent.tokens < math.inf:
-        raise ValueError(f"budget must be above 0 tokens; got {spent.tokens}")
+    if not 0 < spent.tokens <= MOST_TOKENS:
+        raise ValueError(f"budget must be above 0 and at most {MOST_TOKENS:.3g} tokens; got {spent.tokens}")
+    if price is not None and not 0 <= price <= MOST_PRICE:
+        raise ValueError(f"price must be from 0 to {MOST_PRICE:,.0f} for an hour of one GPU; got {price}")
     everything, _ = job.parameters
     rung = f", {job.rung.replace('rung', 'rung ')}" if job.rung else ""
     title = (
         f"{preset}{rung}, {job.form} form: {everything / 1e6:,.0f}M parameters, {job.length:,} tokens, {device.title}, "
         f"{spent.tokens / 1e9:.3g} billion tokens in all"
     )
-    plans = [plan(job, int(count), hardware, device, calibration) for count in gpus.split(",")]
+    plans = [plan(job, int(count), hardware, device, calibration) for count in counts]
     decided = {edit.partition("=")[0] for one in plans for edit in edits_of(one.options[0])}
     kept = [edit for edit in overrides if edit.partition("=")[0] not in decided]
     training = " ".join([f"kvbind train language --preset {preset}", *kept])

@@ -1,9 +1,9 @@
 """What models are trained on: each task joins data, model, loss and metric.
 
 A task's module offers `Config` (a dataclass with fields `seed`, `model`, `data` and `train`), `resolve` (which spells its
-defaults out), `Task`, `PRESETS`, `rows` (what `model.inner` is in each row of the paper's tables that applies to it), and
-`baselines` (edits of `model.fields` for models without fast weights), and `describe` (the configuration of a run whose model
-is a saved one); `open_task_module` finds it by name.
+defaults out), `Task`, `PRESETS`, `SMALLEST` (the preset that is taken where none is named), `rows` (what `model.inner` is in
+each row of the paper's tables that applies to it), `baselines` (edits of `model.fields` for models without fast weights) and
+`describe` (the configuration of a run whose model is a saved one); `open_task_module` finds it by name.
 """
 
 from __future__ import annotations

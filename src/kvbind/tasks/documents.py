@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from kvbind.tasks.contents import Contents
-from kvbind.tasks.files import read_text
+from kvbind.tasks.files import digest, name_bytes, read_text
 from kvbind.tasks.tables import JsonLines, TextTable
 
 Split = Literal["train", "held_out"]
@@ -28,7 +28,7 @@ def is_held_out(name: str, fraction: float) -> bool:
 
 
 def _hashed(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(name_bytes(name)).digest()[:8], "big")
 
 
 def belongs(name: str, split: Split | None, fraction: float) -> bool:
@@ -299,12 +299,3 @@ class TextStream(Documents):
 def encoded(encoding: str) -> dict[str, str]:
     """What tells text files apart from the same ones in another encoding."""
     return {} if encoding == "utf-8" else {"data.encoding": encoding}
-
-
-def digest(parts: Iterable[str]) -> str:
-    """Sixteen hexadecimal digits that differ where the texts do."""
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(part.encode())
-        total.update(b"\0")
-    return total.hexdigest()[:16]

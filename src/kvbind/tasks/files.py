@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -99,6 +100,20 @@ def other_files(root: Path) -> str:
 def files_named(folder: Path, pattern: str) -> list[Path]:
     """The files right in a folder whose names fit a pattern such as "*.torch", sorted."""
     return sorted(path for path in folder.iterdir() if fnmatch(path.name, pattern) and not hidden(path.name))
+
+
+def name_bytes(name: str) -> bytes:
+    """The bytes of a file's name, which on Linux need not be UTF-8."""
+    return name.encode(errors="surrogateescape")
+
+
+def digest(parts: Iterable[str]) -> str:
+    """Sixteen hexadecimal digits that differ where the texts, names of files among them, do."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(name_bytes(part))
+        total.update(b"\0")
+    return total.hexdigest()[:16]
 
 
 def folders_in(folder: Path) -> list[str]:

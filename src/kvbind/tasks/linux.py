@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from kvbind.tasks.contents import Contents
-from kvbind.tasks.documents import Indexed, digest
-from kvbind.tasks.files import archive_files, files_below, read_text
+from kvbind.tasks.documents import Indexed
+from kvbind.tasks.files import archive_files, digest, files_below, read_text
 
 LINUX, OTHERS_NAME = "linux", "linux-others"
 """The sources by name."""

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 PRESETS = preset_files("recall")
 """The shipped configurations, by name."""
 
+SMALLEST = "tiny"
+"""The one that is taken where none is named."""
+
 MIXERS = ("fast", "softmax")
 """What `model.mixer` can be here."""
 

@@ -169,8 +169,10 @@ class Saver:
 
 
 def unwritten(path: Path, cause: BaseException) -> str:
-    """Says that a checkpoint could not be written."""
-    return f"checkpoint {path} could not be written: {cause}; the run goes on from the one before"
+    """Says that a checkpoint could not be written, and from where the run goes on."""
+    before = [other for other in complete(path.parent) if other != path]
+    where = f"from {before[-1].name}" if before else "from its start, as there is none before"
+    return f"checkpoint {path} could not be written: {cause}; the run goes on {where}"
 
 
 def unfinished(path: Path) -> Path:

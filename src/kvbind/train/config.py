@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, TupleConfig
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from kvbind.files import read_yaml, shortened, yaml_lines
@@ -246,7 +246,7 @@ def load_yaml(path: Path) -> DictConfig:
 def parse_overrides(overrides: Sequence[str]) -> DictConfig:
     """`key=value` edits as a nested configuration; values are read as YAML."""
     for override in overrides:
-        if "=" not in override or override.startswith("="):
+        if "=" not in override or not all(override.partition("=")[0].split(".")):
             raise ValueError(f"an override must be key=value, such as train.steps=100; got {override!r}")
     try:
         return OmegaConf.from_dotlist(list(overrides))
@@ -266,9 +266,10 @@ def merge(base: Any, *changes: DictConfig) -> Any:
             raise ConfigKeyValueError(
                 str(error.full_key), f"no configuration key is named {error.full_key!r}{known}"
             ) from error
-        except OmegaConfBaseException as error:
-            # a section that is given one value has no key here
-            where = ", ".join(map(str, change)) if error.full_key is None else error.full_key
+        except (OmegaConfBaseException, TypeError) as error:
+            # the library may name a section around what does not fit, or no key at all
+            found, named = failing_key(base, change), str(getattr(error, "full_key", None) or "")
+            where = named if not found or named.startswith(f"{found}[") else found
             old = OmegaConf.select(base, where)
             got = OmegaConf.select(change, where)
             if OmegaConf.is_dict(old) and not OmegaConf.is_dict(got):
@@ -276,10 +277,31 @@ def merge(base: Any, *changes: DictConfig) -> Any:
                 message = f"configuration key {where!r} must be a mapping, of keys {keys}; got {got!r}"
                 raise ConfigKeyValueError(str(where), message) from error
             if OmegaConf.is_config(old) and not OmegaConf.is_dict(old):
-                message = f"configuration key {where!r} must be a list, such as {[*old]}; got {got!r}"
+                count = f" of {len(old)}" if isinstance(old, TupleConfig) else ""
+                message = f"configuration key {where!r} must be a list{count}, such as {[*old]}; got {got!r}"
                 raise ConfigKeyValueError(str(where), message) from error
             raise ConfigKeyValueError(str(where), f"configuration key {where!r}: {str(error).splitlines()[0]}") from error
     return base
+
+
+def failing_key(base: Any, change: DictConfig) -> str:
+    """The dotted key whose part of `change` does not fit `base`, as deep as one can be named."""
+    path: list[str] = []
+    old, part = base, change
+    while isinstance(old, DictConfig) and isinstance(part, DictConfig):
+        for key in part:
+            nested: Any = part[key]
+            for name in (key, *reversed(path)):
+                nested = {name: nested}
+            try:
+                OmegaConf.merge(base, nested)
+            except (OmegaConfBaseException, TypeError):
+                path.append(str(key))
+                old, part = old.get(key), part[key]
+                break
+        else:
+            break
+    return ".".join(path)
 
 
 def refuse_interpolations(config: Any, prefix: str = "") -> None:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from kvbind.cli import output
-from kvbind.cli.arguments import TASK_NAMES, Data, check_file, check_task, run_and_rest, with_data
+from kvbind.cli.arguments import TASK_NAMES, Data, check_task, run_and_rest, with_data
+from kvbind.commands import check_file
 
 
 def command(
@@ -28,7 +29,8 @@ def command(
 ) -> None:
     """Evaluate a run on its held-out data, or on others.
 
-    Language: perplexity, bits per byte, loss by position. Images: top-1 and top-5 accuracy. Views: PSNR and SSIM.
+    Language: perplexity, bits per byte, loss by position. Images: top-1 and top-5 accuracy. Views: PSNR and SSIM. Recall:
+    accuracy.
 
     For example: [bold]kvbind eval runs/mine --data book.txt data.length=4096[/]
     """

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from kvbind.cli import output
-from kvbind.cli.arguments import Overrides, check_file
+from kvbind.cli.arguments import Overrides
+from kvbind.commands import check_file
 from kvbind.tasks import preset_files
 
 
@@ -32,9 +33,6 @@ def command(
     budget: Annotated[
         float | None, typer.Option(help="Tokens to train on, such as 15e9; default the configuration's.", show_default=False)
     ] = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Train nothing: list the runs, how far each is, and how long the rest takes.")
-    ] = False,
     price: Annotated[float | None, typer.Option(min=0.0, help="Of an hour of one GPU.", show_default=False)] = None,
     calibrate: Annotated[
         list[Path] | None,

@@ -39,8 +39,7 @@ def command(
     """Try on a trained model what a memory of keys and values could not bear: the paper's four probes, at test time.
 
     More steps of the inner loop, its gradient the other way, keys in the place of queries; and whether queries lie among
-    the keys, and outputs among the values. Nothing is trained. Any saved model of the three families: language, view
-    synthesis, ViTTT.
+    the keys, and outputs among the values. Nothing is trained. Any saved model of language, images or views.
 
     For example: [bold]kvbind probe runs/mine[/], or of a converted release
     [bold]kvbind probe mine --data book.txt data.evaluation_samples=16[/]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvbind.cli import output
-from kvbind.cli.arguments import check_file
+from kvbind.commands import check_file
 
 
 def command(

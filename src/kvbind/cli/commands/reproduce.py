@@ -21,7 +21,7 @@ def command(
             "steps at test time), figure2 (queries beside keys), figure3 (loss by position), figure4 (the forms by the "
             "clock), gaps (each row's gap to the full system along training), sizes (the same by size), chunks "
             "(views in several updates), capacity (recall by bytes of state), systems (language models side by side), "
-            "(views in several updates), simplify (how much of training from scratch fine-tuning a simplified model saves), "
+            "simplify (how much of training from scratch fine-tuning a simplified model saves), "
             "explorer (models to look into), or all."
         ),
     ],
@@ -96,9 +96,9 @@ def command(
     plan: Annotated[
         bool, typer.Option("--plan", help="Train nothing: list the runs, how far each is, and how long the rest takes.")
     ] = False,
-    price: Annotated[float, typer.Option(help="Of a GPU for an hour, for projections.", min=0.0)] = 2.5,
+    price: Annotated[float, typer.Option(help="Of a GPU for an hour, for projections.", min=0.0, max=1e6)] = 2.5,
     efficiency: Annotated[
-        float, typer.Option(help="Of several GPUs over as many times one, for projections; assumed.", min=0.0)
+        float, typer.Option(help="Of several GPUs over as many times one, for projections; assumed.", min=0.01, max=1.0)
     ] = 0.9,
     verbose: Verbose = False,
     overrides: Overrides = None,

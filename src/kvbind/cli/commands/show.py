@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from kvbind.cli import output
-from kvbind.cli.arguments import check_file, run_and_rest
+from kvbind.cli.arguments import run_and_rest
+from kvbind.commands import check_file
 
 
 def command(
@@ -20,7 +21,7 @@ def command(
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="PNG to write.")],
+    out: Annotated[Path, typer.Option(help="Picture to write: .png, .svg or .pdf.")],
     image: Annotated[int, typer.Option(help="Number of the held-out image.", min=0)] = 0,
     at: Annotated[
         list[str] | None,

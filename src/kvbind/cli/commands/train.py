@@ -60,7 +60,6 @@ def command(
 
     On several GPUs: [bold]torchrun --nproc-per-node 8 -m kvbind train language --preset 760m[/]
     """
-    from kvbind.experiments.subjects import named_subject
     from kvbind.experiments.training.run_folders import CONFIG, WEIGHTS, open_run
     from kvbind.experiments.training.runs import begun_before, run_name, train_run
     from kvbind.tasks import open_task_module
@@ -74,7 +73,7 @@ def command(
     edits = with_data(overrides, "source", data)
     module = open_task_module(task)
     suited = getattr(module, "suited_preset", lambda edits: None)
-    preset = preset or suited(edits) or named_subject(task).scales["smoke"].preset
+    preset = preset or suited(edits) or module.SMALLEST
     config = read_config(module.Config, module.PRESETS, preset, edits)
     as_before = getattr(module, "as_before", None)
     if as_before is not None and out is not None and not fresh and (out / CONFIG).is_file():

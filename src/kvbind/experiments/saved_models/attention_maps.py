@@ -27,6 +27,9 @@ PLACES = ((0.25, 0.5), (0.5, 0.5), (0.75, 0.5))
 
 MOST_LAYERS = 4
 
+FORMATS = (".png", ".svg", ".pdf")
+"""What a picture may be written as, by how its name ends."""
+
 
 def show(
     run: Path,
@@ -43,7 +46,7 @@ def show(
 
     Args:
         run: folder of a training run of the task "images".
-        out: PNG to write.
+        out: picture to write, of one of `FORMATS`.
         image: number of the held-out image.
         places: of the queries, as fractions of the image's height and width.
         layers: to draw, from 0; up to `MOST_LAYERS`, spread over the depth, where none is named.
@@ -53,8 +56,11 @@ def show(
         column of each query's patch in the first drawn layer.
 
     Raises:
-        ValueError: a run of another task or without a checkpoint, or an image, place or layer that does not exist.
+        ValueError: a name that ends on no format, a run of another task or without a checkpoint, or an image, place or layer
+            that does not exist.
     """
+    if out.suffix.lower() not in FORMATS:
+        raise ValueError(f"out must end on {', '.join(FORMATS)}; got {str(out)!r}")
     named, config = open_run(run)
     if named != "images":
         raise ValueError(f"run must be one of task 'images'; {str(run)!r} is one of {named!r}")
@@ -101,7 +107,7 @@ def draw(path: Path, pixels: Tensor, layers: Sequence[Attention], places: Sequen
     """One row per query: the image with the query's patch, then each layer's two branches.
 
     Args:
-        path: PNG to write.
+        path: picture to write.
         pixels: uint8 `[C, H, W]`.
         layers: their attention.
         places: of the queries.

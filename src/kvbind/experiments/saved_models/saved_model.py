@@ -96,7 +96,14 @@ def open_saved(where: Path, data: str | None = None, overrides: Sequence[str] = 
         raise ValueError(f"model must have fast weights; {str(folder)!r} holds one without")
     task = TASK_OF[type(model)]
     module = open_task_module(task)
-    config = open_run(home)[1] if run else module.describe(model, folder)
+    if run:
+        trained_on, config = open_run(home)
+        if trained_on != task:
+            raise ValueError(
+                f"model must be of a run of {', '.join(TASK_OF.values())}; {str(home)!r} is one of {trained_on!r}"
+            )
+    else:
+        config = module.describe(model, folder)
     # what it once started from is in its weights
     config.start = StartConfig()
     chosen = any(edit.startswith(("data.source=", "data.held_out_source=")) for edit in overrides)

@@ -18,7 +18,7 @@ from kvbind.layers.pending import Plan, documents_of, plan_of
 from kvbind.models.in_place.cache import InPlaceCache
 from kvbind.models.in_place.config import REFUSED, InPlaceConfig
 from kvbind.models.lact.cache import CACHE, CACHE_NAMES, given_cache
-from kvbind.models.lact.inputs import check_padding_side
+from kvbind.models.lact.inputs import check_padding_side, check_tokens
 from kvbind.models.options import check_options, known_by_name
 from kvbind.models.recompute import is_recomputed, is_reentrant
 from kvbind.models.saving import FromFolder
@@ -236,10 +236,7 @@ class InPlaceForCausalLM(FromFolder, PreTrainedModel, GenerationMixin):
         """
         # no named argument: a `generate` that knows it as past_key_values would pass it on without counting its tokens
         cache = given_cache(past_key_values, kwargs.pop("cache", None), InPlaceCache)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        assert given is not None
+        given = check_tokens(input_ids, inputs_embeds)
         plan = self._plan((given.shape[0], given.shape[1]), attention_mask, position_ids, cache, kwargs)
         recomputed = torch.is_grad_enabled() and any(map(is_recomputed, _layers_of(self.base)))
         if use_cache is None:

@@ -161,6 +161,27 @@ def _positions(shape: tuple[int, int], position_ids: Tensor | None) -> Tensor | 
     return position_ids.expand(batch, length)
 
 
+def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """What a model was given of its two kinds of input.
+
+    Args:
+        input_ids: `[B, T]`, or None.
+        inputs_embeds: `[B, T, d]`, or None.
+
+    Raises:
+        ValueError: both, neither, or another shape.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+    name, given, shape = (
+        ("input_ids", input_ids, "[B, T]") if inputs_embeds is None else ("inputs_embeds", inputs_embeds, "[B, T, d]")
+    )
+    assert given is not None
+    if given.ndim != shape.count(",") + 1:
+        raise ValueError(f"{name} must be {shape}; got shape {list(given.shape)}")
+    return given
+
+
 def check_padding_side(mask: Tensor | None) -> None:
     """Refuse prompts that end in padding, behind which no token can follow.
 

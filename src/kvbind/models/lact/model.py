@@ -31,7 +31,7 @@ from kvbind.layers.slots import Slots, Step
 from kvbind.models.lact.cache import CACHE, CACHE_NAMES, LactCache, MixerState, given_cache
 from kvbind.models.lact.config import REFUSED, LactConfig
 from kvbind.models.lact.decoding import decode
-from kvbind.models.lact.inputs import Arrangement, arrange, check_padding_side
+from kvbind.models.lact.inputs import Arrangement, arrange, check_padding_side, check_tokens
 from kvbind.models.lact.loss import IGNORE, cross_entropy, linear_cross_entropy, next_token_labels
 from kvbind.models.options import check_options, known_by_name
 from kvbind.models.recompute import check_recomputing, is_recomputed, is_reentrant
@@ -263,8 +263,7 @@ class LactModel(LactPreTrainedModel):
             TypeError: the cache is no LactCache.
         """
         config = self.config
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        check_tokens(input_ids, inputs_embeds)
         if output_attentions is None:
             output_attentions = config.output_attentions
         if output_attentions:

@@ -122,8 +122,11 @@ def _picture(image: Any) -> Image.Image:
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8:
         raise ValueError(f"images must be PIL images, or uint8 arrays of pixels from 0 to 255; got {pixels.dtype}")
+    shape = list(pixels.shape)
     if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4):
         pixels = pixels.transpose(1, 2, 0)
-    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4)):
-        raise ValueError(f"images must be [H, W], or have 1, 3 or 4 channels first or last; got shape {list(pixels.shape)}")
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4)) or not pixels.size:
+        raise ValueError(
+            f"images must be [H, W] of a pixel or more, or have 1, 3 or 4 channels first or last; got shape {shape}"
+        )
     return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels)

@@ -34,6 +34,9 @@ PROCESSOR = "preprocessor_config.json"
 PRESETS = preset_files("images")
 """The shipped configurations, by name."""
 
+SMALLEST = "digits"
+"""The one that is taken where none is named."""
+
 BRANCHES = {"heads": vittt("glu"), "conv": vittt("conv")}
 """The inner loops of ViTTT's two branches, by the keys of `model.inner`."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,6 @@ from kvbind.tasks.images.idx import holds_idx, idx_splits
 from kvbind.tasks.images.stores import ImageFiles, ImageRows, InMemory, Some, Splits
 from kvbind.tasks.tables import parquet_schema
 
-if TYPE_CHECKING:
-    pass
-
 HUB, DIGITS = "hub:", "digits"
 
 TRAIN_FOLDERS = ("train",)
@@ -36,7 +33,6 @@ HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
 
 TABLES = ((".", "*.parquet"), ("data", "*.parquet"), (".", "*.arrow"))
 """Where a folder of tables has them: folders below it, and the files there."""
-
 
 SPLIT_SEED = 0
 """Of the choice of what is held out, where a source has no split of its own: the same for every run."""
@@ -133,7 +129,17 @@ class ImageSource:
                 "data.source must hold IDX files, parquet files, or a folder of images per class, in train/ and val/ or on "
                 f"their own; {str(path)!r} holds none"
             )
+        for name in names:
+            if not name.isprintable():
+                raise ValueError(f"a class must have a name that can be shown, in UTF-8; {str(home)!r} has {name!r}")
         found = replace(files_in(home, names), expanded_gib=self.expanded_gib)
+        without = [name for label, name in enumerate(names) if not (found.labels == label).any()]
+        if without or len(names) < 2:
+            fault = f"{without[0]!r} has none" if without else f"there is {names[0]!r} alone"
+            raise ValueError(
+                f"data.source must hold two class folders or more, each with pictures ({', '.join(PICTURE_SUFFIXES)}); in "
+                f"{str(home)!r} {fault}"
+            )
         evaluated = replace(files_in(held_out, names), expanded_gib=self.expanded_gib) if train and held_out else None
         files = [part.root / name for part in (found, evaluated) if part for name in part.names]
         contents = self._contents(path, (file.relative_to(path).as_posix() for file in files))

@@ -14,10 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvbind.tasks.contents import Contents
-from kvbind.tasks.files import (
-    EXPANDED_GIB,
-    inside,
-)
+from kvbind.tasks.files import EXPANDED_GIB, inside, name_bytes
 from kvbind.tasks.pictures import open_picture
 
 if TYPE_CHECKING:
@@ -96,7 +93,7 @@ class ImageFiles:
 
     def fingerprint(self) -> str:
         """A hash of every name and label; files are not opened."""
-        return digest([*(name.encode() for name in self.names), self.labels.tobytes()])
+        return digest([*(name_bytes(name) for name in self.names), self.labels.tobytes()])
 
 
 @dataclass(frozen=True, eq=False)

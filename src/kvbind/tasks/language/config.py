@@ -19,6 +19,9 @@ from kvbind.train.config import TrainConfig, check_seed
 PRESETS = preset_files("language")
 """The shipped configurations, by name."""
 
+SMALLEST = "tiny"
+"""The one that is taken where none is named."""
+
 MIXERS = ("fast", "in_place")
 """What `model.mixer` can be in this task."""
 

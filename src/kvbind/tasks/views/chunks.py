@@ -21,9 +21,9 @@ from torch import Tensor
 from kvbind.models.lact_nvs.cameras import NORMALIZED_FOCAL, invert_pose
 from kvbind.tasks.contents import Contents
 from kvbind.tasks.documents import split_of
-from kvbind.tasks.files import EXPANDED_GIB, files_named, inside, load_json
+from kvbind.tasks.files import EXPANDED_GIB, digest, files_named, inside, load_json
 from kvbind.tasks.views.pictures import open_picture, resize_and_crop
-from kvbind.tasks.views.scenes import SceneSource, SceneViews, Split, check_cameras, digest
+from kvbind.tasks.views.scenes import SceneSource, SceneViews, Split, check_cameras
 
 INDEX = "index.json"
 FOLDERS: dict[Split, str] = {"train": "train", "held_out": "test"}

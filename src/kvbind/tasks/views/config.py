@@ -21,6 +21,9 @@ from kvbind.train.config import TrainConfig, check_seed
 PRESETS = preset_files("views")
 """The shipped configurations, by name."""
 
+SMALLEST = "tiny"
+"""The one that is taken where none is named."""
+
 PROCEDURAL = "procedural"
 NORMALIZATIONS = ("mean", "none")
 LEAST_SIDE = 6

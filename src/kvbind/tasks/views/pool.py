@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from kvbind.tasks.contents import Contents
+from kvbind.tasks.files import digest
 from kvbind.tasks.views.config import PROCEDURAL, ProceduralConfig
 from kvbind.tasks.views.procedural import VERSION, Cameras, make_cameras, make_scenes
 from kvbind.tasks.views.raycast import render
-from kvbind.tasks.views.scenes import SceneSource, SceneViews, Split, digest
+from kvbind.tasks.views.scenes import SceneSource, SceneViews, Split
 
 
 class ScenePool(SceneSource):

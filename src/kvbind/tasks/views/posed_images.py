@@ -12,9 +12,9 @@ import torch
 from kvbind.models.lact_nvs.cameras import invert_pose
 from kvbind.tasks.contents import Contents
 from kvbind.tasks.documents import split_of
-from kvbind.tasks.files import EXPANDED_GIB, SCENE_SUFFIXES, files_below, inside, load_json
+from kvbind.tasks.files import EXPANDED_GIB, SCENE_SUFFIXES, digest, files_below, inside, load_json
 from kvbind.tasks.views.pictures import open_picture, resize_and_crop
-from kvbind.tasks.views.scenes import SceneSource, SceneViews, Split, check_cameras, digest
+from kvbind.tasks.views.scenes import SceneSource, SceneViews, Split, check_cameras
 
 INTRINSICS = ("fx", "fy", "cx", "cy")
 

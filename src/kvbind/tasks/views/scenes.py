@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import abc
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 import torch
@@ -91,12 +90,3 @@ def check_cameras(scene: str, pose: str, poses: Tensor, fxfycxcy: Tensor) -> Non
         check_intrinsics("fxfycxcy", fxfycxcy)
     except ValueError as error:
         raise ValueError(f"{scene}: {error}") from None
-
-
-def digest(parts: Iterable[str]) -> str:
-    """Sixteen hexadecimal digits that differ where the parts do."""
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(part.encode())
-        total.update(b"\0")
-    return total.hexdigest()[:16]
