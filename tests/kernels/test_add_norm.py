@@ -12,9 +12,9 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbind.kernels import add_norm as module
-from kvbind.kernels.add_norm import add_norm, covers
-from kvbind.kernels.interpreter import repair
+from kvbind.kernels.common.interpreter import repair
+from kvbind.kernels.elementwise import add_norm as module
+from kvbind.kernels.elementwise.add_norm import add_norm, covers
 from kvbind.layers.norm import ResidualNorm, add_layer_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvbind
-from kvbind.kernels import causal
-from kvbind.kernels.causal import causal_linear_attention, segment_table
+from kvbind.kernels.causal import operator as causal
+from kvbind.kernels.causal.operator import causal_linear_attention
+from kvbind.kernels.causal.segments import segment_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("q", "k", "v", "rates", "decay", "initial_state")

@@ -21,7 +21,7 @@ def shared_memory(dtype):
     import torch
     from compiling import compiling
 
-    from kvbind.kernels.causal import causal_linear_attention
+    from kvbind.kernels.causal.operator import causal_linear_attention
 
     capability, width, _ = SHARED[dtype]
     q, k, v = (torch.zeros(1, 128, 8, width, dtype=getattr(torch, dtype), requires_grad=True) for _ in range(3))

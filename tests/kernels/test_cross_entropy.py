@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("kernels need a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-import kvbind.kernels.cross_entropy_kernels as kernels
-from kvbind.kernels.cross_entropy import cross_entropy_, twin
+import kvbind.kernels.elementwise.cross_entropy_kernels as kernels
+from kvbind.kernels.elementwise.cross_entropy import cross_entropy_, twin
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORED = -7

@@ -17,8 +17,8 @@ from kvbind.forms.tokens import Tokens
 from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels import full_conv as module
-from kvbind.kernels.full_conv import covers, full_conv
+from kvbind.kernels.full_conv import operator as module
+from kvbind.kernels.full_conv.operator import covers, full_conv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

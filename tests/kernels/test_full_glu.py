@@ -15,8 +15,8 @@ from kvbind.forms.tokens import Tokens
 from kvbind.inner.networks import GLU, Linear
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels import full_glu as module
-from kvbind.kernels.full_glu import covers, full_glu
+from kvbind.kernels.full_glu import launch
+from kvbind.kernels.full_glu.operator import covers, full_glu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GLU_FULL = {"gated": True, "update_gate": True, "clip": True, "sign": 1.0, "squared": False}
@@ -124,7 +124,7 @@ def test_rates_by_token_agree_and_have_gradients(case):
 @pytest.mark.parametrize("case", ["vittt", "linear squared"])
 def test_parts_of_a_long_sequence_add_up(monkeypatch, case):
     # 21 tokens in 3 parts of 7
-    monkeypatch.setattr(module, "PART", 7)
+    monkeypatch.setattr(launch, "PART", 7)
     flags = settings(case)
     gated = flags.pop("gated")
     compare(operands(dtype=torch.float32, gated=gated, rated=True), flags)

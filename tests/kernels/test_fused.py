@@ -7,7 +7,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from kvbind import GLU, MLP, InnerLoop, Linear, NewtonSchulz, SwiGLU, ttt
 from kvbind.bench.harness.kernel_switch import operators_of
 from kvbind.inner.systems import vittt
-from kvbind.kernels.common import has_triton, interpreted
+from kvbind.kernels.common.devices import has_triton, interpreted
 
 pytestmark = pytest.mark.skipif(
     not has_triton() or not (interpreted() or torch.cuda.is_available()), reason="needs Triton's interpreter or a GPU"

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbind.kernels import gated_output_kernels
-from kvbind.kernels.gated_output import MAX_WIDTH, gated_output, takes, twin
+from kvbind.kernels.elementwise import gated_output_kernels
+from kvbind.kernels.elementwise.gated_output import MAX_WIDTH, gated_output, takes, twin
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5

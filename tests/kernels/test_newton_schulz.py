@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from kvbind import NewtonSchulz
 from kvbind.inner import LANGUAGE_COEFFICIENTS, VIEWS_COEFFICIENTS
-from kvbind.kernels import newton_schulz_products as products
-from kvbind.kernels.newton_schulz import newton_schulz, newton_schulz_backward, newton_schulz_forward
+from kvbind.kernels.newton_schulz import tiled as products
+from kvbind.kernels.newton_schulz.operator import newton_schulz, newton_schulz_backward, newton_schulz_forward
 from strategies import error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,7 +8,7 @@ import torch
 from kvbind import GLU, InnerLoop, Linear, NewtonSchulz, SwiGLU, ttt
 from kvbind.forms import fused
 from kvbind.forms.packed import packed
-from kvbind.kernels.common import has_triton, interpreted
+from kvbind.kernels.common.devices import has_triton, interpreted
 from kvbind.sequence.boundaries import Boundaries, with_room
 from kvbind.train.graphs import Replays
 from strategies import error, leaves, operands

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbind.kernels import swiglu_kernels
-from kvbind.kernels.swiglu import swiglu, takes, twin
+from kvbind.kernels.elementwise import swiglu_kernels
+from kvbind.kernels.elementwise.swiglu import swiglu, takes, twin
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvbind.kernels.common import has_triton, interpreted, multiprocessors
+from kvbind.kernels.common.devices import has_triton, interpreted, multiprocessors
 
 pytestmark = pytest.mark.skipif(
     not has_triton() or not (interpreted() or torch.cuda.is_available()), reason="needs Triton's interpreter or a GPU"
 )
 if has_triton():
-    from kvbind.kernels import tma_products as products
-    from kvbind.kernels.bound import Block, stream_of
-    from kvbind.kernels.scans import bound_scan
-    from kvbind.kernels.tma_products import Rows, Theta
+    from kvbind.kernels.chunked.prefix_sums import bound_scan
+    from kvbind.kernels.equal_chunks import tma_products as products
+    from kvbind.kernels.equal_chunks.tma_products import Rows, Theta
+    from kvbind.kernels.launching.bound_kernel import Block, stream_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STREAM = stream_of(0 if DEVICE == "cuda" else -1)

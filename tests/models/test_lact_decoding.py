@@ -15,8 +15,8 @@ from lact_small import LADDER, cache_of, small_model, tokens
 import kvbind
 from kvbind import layers
 from kvbind.forms import waiting
-from kvbind.kernels import graphs
-from kvbind.kernels.common import runs_on
+from kvbind.kernels.common.devices import runs_on
+from kvbind.kernels.launching import cuda_graphs
 from kvbind.models import LactCache
 from kvbind.models.lact import decoding
 from kvbind.models.lact.cache import CACHE
@@ -35,7 +35,7 @@ def replays(monkeypatch):
     def switch(on=True):
         monkeypatch.setattr(decoding, "can_capture", lambda device: on)
 
-    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
     switch()
     return switch
 
@@ -270,7 +270,7 @@ def test_a_cache_can_be_read_without_being_advanced(replays):
 
 def test_later_calls_reuse_what_the_first_has_made(replays, monkeypatch):
     made = []
-    monkeypatch.setattr(graphs, "capture", lambda work, *rest: made.append(1) or capture(work, *rest))
+    monkeypatch.setattr(cuda_graphs, "capture", lambda work, *rest: made.append(1) or capture(work, *rest))
     model = small_model().double()
     ids, mask = prompts()
     generate(model, ids, attention_mask=mask)
@@ -382,7 +382,7 @@ def test_a_capture_that_fails_loses_nothing(replays, monkeypatch, caplog):
     model = small_model().double()
     ids, mask = prompts()
     expected = generate(model, ids, attention_mask=mask, use_cache=False).sequences
-    monkeypatch.setattr(graphs, "capture", refuse)
+    monkeypatch.setattr(cuda_graphs, "capture", refuse)
     with caplog.at_level(logging.INFO, "kvbind"):
         got = generate(model, ids, attention_mask=mask)
     assert torch.equal(got.sequences, expected)

@@ -25,7 +25,7 @@ from kvbind.inner.losses import loss_value
 from kvbind.inner.rule import set_off
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice
-from kvbind.kernels import direct
+from kvbind.kernels.common.tracing import is_eager
 from kvbind.sequence.shard import SequenceShard
 
 Form = Literal["auto", "recurrent", "parallel", "dual"]
@@ -107,7 +107,7 @@ def ttt(
         ),
         None,
     )  # fmt: skip
-    if state is None and cu_seqlens is None and update_tokens is None and sequence is None and direct.is_eager():
+    if state is None and cu_seqlens is None and update_tokens is None and sequence is None and is_eager():
         # a call like an earlier one needs no checks: all that they look at is in the key
         key = planned.key_of(spec, weights, q, k, v, lr, gates, form)
         kind = planned.known(key)

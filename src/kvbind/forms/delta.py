@@ -20,7 +20,8 @@ from kvbind.inner.fields import Retention
 from kvbind.inner.networks import Linear
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels.common import DTYPES, runs_on
+from kvbind.kernels.common.devices import runs_on
+from kvbind.kernels.common.operands import DTYPES
 
 Engine = Callable[[InnerLoop, Operands], tuple[Tensor, State]]
 
@@ -111,7 +112,7 @@ def affine_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
     Returns:
         Outputs `[B, H, T, Dv]`, and the state after this call.
     """
-    from kvbind.kernels.affine import affine_chunks
+    from kvbind.kernels.affine.operator import affine_chunks
 
     q, tokens, each = call.q.transpose(1, 2), call.tokens, spec.writes
     if each > 1:

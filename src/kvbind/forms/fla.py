@@ -34,7 +34,7 @@ from kvbind.forms.validation import Operands
 from kvbind.inner.fields import Retention
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels.common import capability, runs_on
+from kvbind.kernels.common.devices import capability, runs_on
 
 log = logging.getLogger(__name__)
 

@@ -28,12 +28,13 @@ from kvbind.inner.networks import GLU, MLP, DepthwiseConv, Linear, Network, SwiG
 from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels.common import DTYPES, runs_on
+from kvbind.kernels.common.devices import runs_on
+from kvbind.kernels.common.operands import DTYPES
 from kvbind.sequence.shard import SequenceShard
 
 if TYPE_CHECKING:
-    from kvbind.kernels.across import Across
-    from kvbind.kernels.spans import Layout
+    from kvbind.kernels.chunked.rank_exchange import RankExchange
+    from kvbind.kernels.chunked.span_tables import SpanTables
     from kvbind.sequence.boundaries import Chunks
 
 Engine = Callable[[InnerLoop, Operands], tuple[Tensor, State]]
@@ -174,7 +175,7 @@ def glu_fits(spec: InnerLoop, call: Operands) -> bool:
         return False
     if not bare(spec) or spec.orthogonalize is not None or (spec.loss == "squared" and not isinstance(network, GLU)):
         return False
-    from kvbind.kernels.full_glu import covers
+    from kvbind.kernels.full_glu.operator import covers
 
     return covers(tokens.k.shape[-1], tokens.v.shape[-1], call.q.dtype)
 
@@ -185,7 +186,7 @@ def conv_fits(spec: InnerLoop, call: Operands) -> bool:
         return False
     if not bare(spec) or spec.loss != "dot":
         return False
-    from kvbind.kernels.full_conv import covers
+    from kvbind.kernels.full_conv.operator import covers
 
     return covers(call.q.shape[-1], call.q.dtype)
 
@@ -200,7 +201,7 @@ def recurrent_fits(spec: InnerLoop, call: Operands) -> bool:
         return False
     if call.q.shape[0] * call.q.shape[1] > MOST_RECURRENT:
         return False
-    from kvbind.kernels.recurrent import covers
+    from kvbind.kernels.recurrent.operator import covers
 
     return covers(call.q.dtype, call.q.shape[-1], *call.state.tensors["weights.out"].shape[-2:])
 
@@ -288,13 +289,13 @@ def chunked_shard(spec: InnerLoop, call: Operands, joined: Tokens, kept: int, sh
     return _chunked(spec, call, joined, (kept,) + (0,) * (len(call.cu_seqlens) - 2), shard)
 
 
-def _across(shard: SequenceShard, writers: tuple[int, ...], chunk: int, own: bool, packed: bool) -> Across:
+def _across(shard: SequenceShard, writers: tuple[int, ...], chunk: int, own: bool, packed: bool) -> RankExchange:
     """Where a slice's first and last sequences go on, of `writers` tokens each; `own` as `chunked_layout` takes it."""
-    from kvbind.kernels.across import Across
+    from kvbind.kernels.chunked.rank_exchange import RankExchange
 
     here, count = shard.here, 1 if packed else len(writers)
     starts = list(itertools.accumulate((-(-n // chunk) if own else n // chunk for n in writers), initial=0))
-    return Across(
+    return RankExchange(
         group=shard.group_name,
         rank=shard.rank,
         size=shard.size,
@@ -311,7 +312,7 @@ def _chunked(
     spec: InnerLoop, call: Operands, joined: Tokens, kept: tuple[int, ...], shard: SequenceShard | None = None
 ) -> tuple[Tensor, State]:
     """What `chunked_form` says, of tokens behind those that each sequence has had pending."""
-    from kvbind.kernels.spans import chunk_means, chunked_layout
+    from kvbind.kernels.chunked.span_tables import chunk_means, chunked_layout
 
     q, state, bounds = call.q, call.state, call.cu_seqlens
     lengths = (q.shape[2],) * q.shape[0] if bounds is None else tuple(b - a for a, b in itertools.pairwise(bounds))
@@ -335,7 +336,7 @@ def chunked_documents(spec: InnerLoop, call: Operands, chunks: Chunks) -> Tensor
     Returns:
         Outputs `[1, H, T, Dv]`.
     """
-    from kvbind.kernels.spans import packed_layout
+    from kvbind.kernels.chunked.span_tables import packed_layout
 
     programs, state = _programs(call.q, call.state), call.state
     layout = chunks.boundaries.once(("layout", chunks.size, programs), lambda: packed_layout(chunks, programs))
@@ -352,7 +353,7 @@ def chunked_documents(spec: InnerLoop, call: Operands, chunks: Chunks) -> Tensor
 
 def _programs(q: Tensor, state: State) -> int:
     """How many programs one span of queries keeps busy."""
-    from kvbind.kernels.spans import TILE
+    from kvbind.kernels.chunked.span_tables import TILE
 
     out = state.tensors["weights.out"]
     return q.shape[1] * -(-out.shape[-2] // TILE) * -(-out.shape[-1] // TILE)
@@ -364,9 +365,9 @@ def _launched(
     tokens: Tokens,
     fast: FastWeights,
     theta: Tensor | None,
-    layout: Layout,
+    layout: SpanTables,
     means: Callable[[Tensor], Tensor],
-    across: Across | None = None,
+    across: RankExchange | None = None,
 ) -> tuple[Tensor, FastWeights]:
     """The kernels on a layout's tables.
 
@@ -383,7 +384,7 @@ def _launched(
     Returns:
         Outputs `[B, H, T, Dv]`, and the weights after each sequence's last complete chunk.
     """
-    from kvbind.kernels.chunked import chunked
+    from kvbind.kernels.chunked.operator import chunked
 
     network, orthogonalize = spec.network, spec.orthogonalize
 
@@ -414,7 +415,7 @@ def causal_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
     Returns:
         Outputs `[B, H, T, Dv]`, and the state after this call.
     """
-    from kvbind.kernels.causal import causal_linear_attention
+    from kvbind.kernels.causal.operator import causal_linear_attention
 
     chunk = spec.chunk or 1
     q, tokens, state, bounds = call.q, call.tokens, call.state, call.cu_seqlens
@@ -454,7 +455,7 @@ def glu_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
     Returns:
         Outputs `[B, H, T, Dv]`, and the state after this call.
     """
-    from kvbind.kernels.full_glu import full_glu
+    from kvbind.kernels.full_glu.operator import full_glu
 
     tokens, weights = call.tokens, call.state.weights
     both = "gate" in spec.updated
@@ -477,7 +478,7 @@ def conv_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
     Returns:
         Outputs `[B, H, T, D]`, and the state after this call.
     """
-    from kvbind.kernels.full_conv import full_conv
+    from kvbind.kernels.full_conv.operator import full_conv
 
     assert isinstance(spec.network, DepthwiseConv)
     tokens = call.tokens
@@ -551,7 +552,7 @@ def full_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
 
 def sweep(spec: InnerLoop, q: Tensor, tokens: Tokens, fast: FastWeights, chunk: int) -> tuple[Tensor, FastWeights]:
     """Whole chunks of the recurrent form on kernels; queries `[B, H, T, Dk]` of as many tokens, or of fewer."""
-    from kvbind.kernels.recurrent import recurrent_swiglu
+    from kvbind.kernels.recurrent.operator import recurrent_swiglu
 
     missing = len(tokens) - q.shape[2]
     padded = torch.cat((q, q.new_zeros(*q.shape[:2], missing, q.shape[3])), dim=2) if missing else q
@@ -582,8 +583,8 @@ def sweep(spec: InnerLoop, q: Tensor, tokens: Tokens, fast: FastWeights, chunk: 
 
 def read(network: Network, fast: FastWeights, q: Tensor) -> Tensor:
     """The fast network at queries `[B, H, T, Dk]` on kernels, `[B, H, T, Dv]`."""
-    from kvbind.kernels.chunked import chunked
-    from kvbind.kernels.spans import chunked_layout
+    from kvbind.kernels.chunked.operator import chunked
+    from kvbind.kernels.chunked.span_tables import chunked_layout
 
     theta, shared = theta_of(network, fast)
     batch, heads, length, _ = q.shape

@@ -16,7 +16,7 @@ from kvbind.forms.validation import Operands
 from kvbind.inner.networks import LayerNormHead, Linear
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels.common import runs_on
+from kvbind.kernels.common.devices import runs_on
 
 
 def fits(spec: InnerLoop, call: Operands) -> bool:
@@ -32,7 +32,7 @@ def fits(spec: InnerLoop, call: Operands) -> bool:
         return False
     if call.state.pending_lengths[0] + len(tokens) < size:
         return False
-    from kvbind.kernels.mini_batches import covers
+    from kvbind.kernels.mini_batches.operator import covers
 
     return covers(q.dtype, size, k.shape[-1], v.shape[-1])
 
@@ -58,7 +58,7 @@ def run(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
 
 def _whole(spec: InnerLoop, size: int, q: Tensor, tokens: Tokens, fast: FastWeights) -> tuple[Tensor, FastWeights]:
     """Outputs of whole spans of `size` tokens, and the fast weights behind them."""
-    from kvbind.kernels.mini_batches import mini_batches
+    from kvbind.kernels.mini_batches.operator import mini_batches
 
     step = tokens.gates["step_rate"] if spec.step_rate else 1.0
 

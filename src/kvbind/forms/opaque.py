@@ -24,8 +24,8 @@ from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import Operands
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels.common import runs_on
-from kvbind.kernels.direct import is_exported, is_for_onnx
+from kvbind.kernels.common.devices import runs_on
+from kvbind.kernels.common.tracing import is_exported, is_for_onnx
 
 STATE = "state."
 """Before the names of tensors that are of the state."""

@@ -23,8 +23,8 @@ from kvbind.inner.gates import decays
 from kvbind.inner.networks import GLU
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels import direct
-from kvbind.kernels.common import runs_on
+from kvbind.kernels.common import tracing
+from kvbind.kernels.common.devices import runs_on
 
 MOST = 256
 """Kinds of calls that are remembered; more come about where every call has a length of its own."""
@@ -62,8 +62,8 @@ class Planned:
     """
 
     def __init__(self, spec: InnerLoop, call: Operands, lr: LearningRate, weights: Mapping[str, Tensor]) -> None:
-        from kvbind.kernels.equal_chunks import Plan, Shapes
-        from kvbind.kernels.tma_products import Rows, Theta
+        from kvbind.kernels.equal_chunks.operator import CallShapes, LaunchPlan
+        from kvbind.kernels.equal_chunks.tma_products import Rows, Theta
 
         assert spec.chunk is not None
         q, k, v = (x.transpose(1, 2) for x in (call.q, call.tokens.k, call.tokens.v))
@@ -84,8 +84,8 @@ class Planned:
             theta = Theta(len(self.theta), sets, first.shape[-1], fused.activation_of(spec.network))
         strides = (start.stride(0), start.stride(1)) if start.dim() == 4 else (0, start.stride(0))
         muon, (momentum, decay) = spec.orthogonalize, decays(spec.gates)
-        self.plan = Plan(
-            Shapes(
+        self.plan = LaunchPlan(
+            CallShapes(
                 Rows.of(q), Rows.of(k), Rows.of(v), spec.chunk, spec.visibility != "past", spec.sign, theta, strides,
                 None if rates is None else rates.stride(), momentum is not None, decay is not None,
                 tuple((a, b, c) for a, b, c in muon.coefficients) if muon else (), muon.dtype if muon else torch.bfloat16,
@@ -165,7 +165,7 @@ def key_of(
     try:
         for x in (q, k, v, *weights.values(), *gates.values(), *rates):
             if isinstance(x, Tensor):
-                if type(x) not in direct.PLAIN:
+                if type(x) not in tracing.PLAIN:
                     return None
                 # float32 operands besides the tokens are taken by address, which must be aligned
                 key += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
@@ -221,7 +221,7 @@ def can_plan(spec: InnerLoop, call: Operands, lr: LearningRate, weights: Mapping
         return False
     if len({weights[name].shape for name in spec.network.theta}) > 1:
         return False
-    from kvbind.kernels.tma_products import DEPTH, fits
+    from kvbind.kernels.equal_chunks.tma_products import DEPTH, fits
 
     start = weights["out"]
     return (

@@ -17,7 +17,7 @@ from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import nearest, values_checked
-from kvbind.kernels.direct import has_values
+from kvbind.kernels.common.tracing import has_values
 from kvbind.sequence.shard import SequenceShard
 
 LearningRate = float | Tensor | Mapping[str, float | Tensor]

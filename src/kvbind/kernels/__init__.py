@@ -5,9 +5,9 @@ Triton, but for those that choose between a kernel and PyTorch themselves (`gate
 to `torch.compile`, with fake and autograd registrations, and tested against a PyTorch twin.
 """
 
-from kvbind.kernels.common import has_triton, interpreted
+from kvbind.kernels.common.devices import has_triton, interpreted
 
 if interpreted() and has_triton():
-    from kvbind.kernels.interpreter import repair
+    from kvbind.kernels.common.interpreter import repair
 
     repair()

@@ -22,7 +22,7 @@ from kvbind.inner.gates import GATES, Gate
 from kvbind.inner.networks import DepthwiseConv, SwiGLU
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
-from kvbind.kernels.gated_output import add_gated, gated_output
+from kvbind.kernels.elementwise.gated_output import add_gated, gated_output
 from kvbind.layers.full import InnerCall, check_built
 from kvbind.layers.kept_keys import KeptKeys, keep_keys
 from kvbind.layers.layout import Layout

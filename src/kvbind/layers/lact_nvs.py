@@ -15,7 +15,7 @@ from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import lact_nvs
 from kvbind.inner.value import check_positive_int
-from kvbind.kernels.common import runs_on
+from kvbind.kernels.common.devices import runs_on
 from kvbind.layers.full import InnerCall, check_built, check_sees_everything
 from kvbind.layers.lact import NORM_EPS, parameter_name, with_released_parameters
 from kvbind.layers.norm import RMSNorm
@@ -183,7 +183,7 @@ def unit_operands(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
         Queries, keys and values `[B, T, H, d / H]`, in the projection's dtype.
     """
     if runs_on(qkv.device):
-        from kvbind.kernels.silu_unit import covers, silu_unit
+        from kvbind.kernels.elementwise.silu_unit import covers, silu_unit
 
         if covers(qkv, heads):
             return silu_unit(qkv, heads, NORM_EPS)

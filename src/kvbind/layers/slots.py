@@ -22,8 +22,8 @@ from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.waiting import Waiting, changed, completed
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels.common import runs_on
-from kvbind.kernels.direct import is_eager
+from kvbind.kernels.common.devices import runs_on
+from kvbind.kernels.common.tracing import is_eager
 from kvbind.layers.kept_keys import KeptKeys
 from kvbind.layers.softmax import softmax_attention
 
@@ -134,7 +134,7 @@ class Slots:
         self.keys.scatter_(2, slot, k.transpose(1, 2))
         self.values.scatter_(2, slot, v.transpose(1, 2))
         if runs_on(q.device) and is_eager():
-            from kvbind.kernels.decode_attention import covers, decode_attention
+            from kvbind.kernels.elementwise.decode_attention import covers, decode_attention
 
             if covers(q[:, 0], self.keys, self.values):
                 return decode_attention(q[:, 0], self.keys, self.values, step.first, step.count)[:, None]

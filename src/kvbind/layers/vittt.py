@@ -12,7 +12,7 @@ from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import vittt
 from kvbind.inner.value import check_positive_int
-from kvbind.kernels.direct import is_exported
+from kvbind.kernels.common.tracing import is_exported
 from kvbind.layers.full import InnerCall, check_built, check_sees_everything
 from kvbind.layers.operands import split_heads, wide
 

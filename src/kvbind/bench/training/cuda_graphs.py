@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from kvbind.bench.harness.record import OUT_OF_TIME, growing, provenance, save
 from kvbind.bench.harness.timing import now
 from kvbind.inner.systems import ladder
-from kvbind.kernels import graphs as inner_graphs
+from kvbind.kernels.launching import cuda_graphs as inner_graphs
 from kvbind.models import PRESETS, LactCache, LactConfig, LactForCausalLM, lact_nvs, vittt
 from kvbind.models.flops import lact_flops, lact_nvs_flops, vittt_flops
 from kvbind.precision import matmul_precision

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvbind.kernels.causal_segments import initial_state, leave
-from kvbind.kernels.common import Launcher
+from kvbind.kernels.causal.segments import initial_state, leave
+from kvbind.kernels.launching.launcher import Launcher
 
 
 @triton.jit

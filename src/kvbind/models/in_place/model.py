@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvbind.forms.validation import check_cu_seqlens
-from kvbind.kernels.direct import is_mapped
+from kvbind.kernels.common.tracing import is_mapped
 from kvbind.layers.in_place import Call, InPlaceMLP
 from kvbind.layers.pending import Plan, documents_of, plan_of
 from kvbind.models.in_place.cache import InPlaceCache

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kvbind.forms.autocast import autocasts
-from kvbind.kernels import graphs
-from kvbind.kernels.direct import is_eager
+from kvbind.kernels.common.tracing import is_eager
+from kvbind.kernels.launching import cuda_graphs
 from kvbind.layers.attention import WindowAttention
 from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.lact import LactLayer, LactState
@@ -160,7 +160,7 @@ class Rows:
             assert self.logits is not None
             logits = self.logits
             # what the graph writes logits to is the graph's
-            self.graphs["token"] = graphs.capture(work, self.device, self.stream, self.pool)
+            self.graphs["token"] = cuda_graphs.capture(work, self.device, self.stream, self.pool)
         else:
             self.graphs["token"]()
             assert self.logits is not None
@@ -191,7 +191,7 @@ class Rows:
                 slots.complete(rows)
 
         try:
-            self.graphs[name] = graphs.capture(work, self.device, self.stream, self.pool)
+            self.graphs[name] = cuda_graphs.capture(work, self.device, self.stream, self.pool)
         except RuntimeError as error:
             log.info("chunks are not completed by a CUDA graph: %s", error)
             self.graphs[name] = work
@@ -424,7 +424,7 @@ def decode(
         attention_mask: as the model takes it.
         position_ids: likewise.
     """
-    if cache.refused is not None or not is_eager() or not graphs.switched_on():
+    if cache.refused is not None or not is_eager() or not cuda_graphs.switched_on():
         return None
     decoder = decoder_of(model)
     if torch.is_grad_enabled():

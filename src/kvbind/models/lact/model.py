@@ -18,8 +18,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels.direct import is_exported
-from kvbind.kernels.swiglu import swiglu
+from kvbind.kernels.common.tracing import is_exported
+from kvbind.kernels.elementwise.swiglu import swiglu
 from kvbind.layers.attention import WindowAttention
 from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.lact import LactLayer

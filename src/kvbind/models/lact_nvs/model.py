@@ -18,7 +18,7 @@ from kvbind.files import inside, read_fields, read_tensors
 from kvbind.forms.state import State
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_positive_int
-from kvbind.kernels.direct import has_values
+from kvbind.kernels.common.tracing import has_values
 from kvbind.layers.attention import FullAttention
 from kvbind.layers.lact_nvs import LactNvsLayer
 from kvbind.layers.norm import RMSNorm, add_layer_norm
