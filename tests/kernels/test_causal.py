@@ -119,11 +119,11 @@ def test_narrow_operands_lose_no_more_than_the_recurrence_in_their_dtype(dtype):
     operands = draw(80, 32, 16, dtype=dtype)
     exact = results(recurrence, operands, {}, torch.float64)
     found = results(causal_linear_attention, operands, {})
-    twin = results(recurrence, operands, {}, dtype)
+    by_pytorch = results(recurrence, operands, {}, dtype)
     assert found["output"].dtype == found["q"].dtype == dtype
     assert found["state"].dtype == found["rates"].dtype == torch.float32
     for name, x in found.items():
-        assert error(x, exact[name]) < min(1e-2, 2 * error(twin[name], exact[name])), name
+        assert error(x, exact[name]) < min(1e-2, 2 * error(by_pytorch[name], exact[name])), name
 
 
 def test_operands_may_be_views():

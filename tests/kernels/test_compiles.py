@@ -73,7 +73,8 @@ def compile_equal_chunks_for(capability):
     from compiling import compiling
 
     from kvbind import NewtonSchulz
-    from kvbind.kernels.equal_chunks.operator import CallShapes, LaunchPlan
+    from kvbind.kernels.equal_chunks.call_shapes import CallShapes
+    from kvbind.kernels.equal_chunks.operator import LaunchPlan
     from kvbind.kernels.equal_chunks.tma_products import Rows, Theta
 
     def zeros(*shape, dtype=torch.float32):

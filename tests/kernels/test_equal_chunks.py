@@ -18,7 +18,9 @@ pytestmark = pytest.mark.skipif(
 )
 if has_triton():
     from kvbind.kernels.equal_chunks import operator as equal_chunks
-    from kvbind.kernels.equal_chunks.operator import CallShapes, LaunchPlan, LibraryWrite
+    from kvbind.kernels.equal_chunks.call_shapes import CallShapes
+    from kvbind.kernels.equal_chunks.library_write import LibraryWrite
+    from kvbind.kernels.equal_chunks.operator import LaunchPlan
     from kvbind.kernels.equal_chunks.tma_products import Rows, Theta
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -45,7 +45,7 @@ def group(o, prefix):
     return {name.removeprefix(prefix): x for name, x in o.items() if name.startswith(prefix)}
 
 
-def twin(spec, o):
+def by_pytorch(spec, o):
     """Outputs, weights and momentum by the definition."""
     gates = {name: o[name] for name in ("momentum", "retention") if name in o}
     y, state = kvbind.ttt(spec, group(o, "weights."), o["q"], o["k"], o["v"], lr=group(o, "lr."), form="recurrent", **gates)
@@ -96,7 +96,7 @@ def errors(found, reference):
 
 def in_float64(spec, o):
     exact = spec.replace(orthogonalize=spec.orthogonalize and spec.orthogonalize.replace(dtype=torch.float64))
-    return with_gradients(twin, exact, {name: x.double() for name, x in o.items()})
+    return with_gradients(by_pytorch, exact, {name: x.double() for name, x in o.items()})
 
 
 LACT = InnerLoop(network=SwiGLU(), chunk=20, momentum=True, orthogonalize=EXACT, normalize=True)
@@ -122,7 +122,7 @@ def test_outputs_end_and_gradients_are_those_of_the_definition(name):
     o = operands(spec, batch, 2, heads, seed=list(SPECS).index(name))
     exact = in_float64(spec, o)
     # Newton-Schulz magnifies rounding, the definition's as ours
-    own = errors(with_gradients(twin, spec, o), exact)
+    own = errors(with_gradients(by_pytorch, spec, o), exact)
     for what, error in errors(with_gradients(fused, spec, o), exact).items():
         assert error < max(1e-5, 5 * own[what]), what
 
@@ -132,7 +132,7 @@ def test_bfloat16_errs_by_its_rounding(name):
     spec = SPECS[name].replace(orthogonalize=SPECS[name].orthogonalize and NewtonSchulz())
     o = operands(spec, chunks=2, dtype=torch.bfloat16, seed=5)
     exact = in_float64(spec, o)
-    own = errors(with_gradients(twin, spec, o), exact)
+    own = errors(with_gradients(by_pytorch, spec, o), exact)
     for what, error in errors(with_gradients(fused, spec, o), exact).items():
         assert error < max(1.5e-2, 2 * own[what]), what
 

@@ -114,7 +114,8 @@ def warm_up_for_hopper():
 
     from kvbind.kernels.chunked import prefix_sums
     from kvbind.kernels.equal_chunks import tma_products
-    from kvbind.kernels.equal_chunks.operator import CallShapes, LaunchPlan
+    from kvbind.kernels.equal_chunks.call_shapes import CallShapes
+    from kvbind.kernels.equal_chunks.operator import LaunchPlan
     from kvbind.kernels.equal_chunks.tma_products import Rows
     from kvbind.kernels.newton_schulz import one_program
     from kvbind.kernels.newton_schulz.operator import newton_schulz

@@ -62,7 +62,8 @@ class Planned:
     """
 
     def __init__(self, spec: InnerLoop, call: Operands, lr: LearningRate, weights: Mapping[str, Tensor]) -> None:
-        from kvbind.kernels.equal_chunks.operator import CallShapes, LaunchPlan
+        from kvbind.kernels.equal_chunks.call_shapes import CallShapes
+        from kvbind.kernels.equal_chunks.operator import LaunchPlan
         from kvbind.kernels.equal_chunks.tma_products import Rows, Theta
 
         assert spec.chunk is not None

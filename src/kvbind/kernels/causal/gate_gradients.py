@@ -9,7 +9,7 @@ write is before the tile and the read behind it:
     inside, behind   P(t+1..) sum_i L(i+1..t-1) e_i      e_i = r_i v_i D^T k_i
     inside, inside   sum_i L(i+1..t-1) sum_j r_i (q_j k_i) (dO_j v_i) L(t+1..j)
 
-The sweeps for q and k find `<S, D>`, `c` and `e`. Every product of gates is of those that are meant, none is a quotient, and
+The passes for q and k find `<S, D>`, `c` and `e`. Every product of gates is of those that are meant, none is a quotient, and
 no sums are subtracted: the gradient of a gate of 0 is as exact as any.
 """
 

@@ -1,9 +1,9 @@
 """Token-causal linear attention, `o_t = q_t (S_0 + sum_{i <= t} r_i k_i^T v_i)`, optionally with decay gates.
 
-The forward pass reads keys and values for the segments' writes, scans those, and sweeps over the tokens once
-(`kvbind.kernels.causal.segment_pass`); where sequences and heads alone fill the card, the sweep is all there is. The
-backward pass is three sweeps more. Kept for it: the operands and one state per segment; with gates, the backward pass makes
-a state per tile while it runs.
+The forward pass reads keys and values for the segments' writes, scans those (`segment_states`), and goes through the tokens
+once (`segment_pass`); where sequences and heads alone fill the device, that is all there is. The backward pass goes through
+them three times more. Saved for it: the operands and one state per segment; with gates, the backward pass makes a state per
+tile while it runs.
 """
 
 from __future__ import annotations
@@ -29,6 +29,67 @@ SPLITTING = 1.5
 """How much longer a sequence takes when its segments' writes are computed first: keys and values are read twice."""
 
 
+def causal_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor | None = None,
+    decay: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    *,
+    chunk: int = 1,
+    mode: str = "token",
+    cu_seqlens: Tensor | None = None,
+    sign: float = 1.0,
+    return_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Linear attention in which each token reads what earlier tokens wrote.
+
+    With the state `S_t = a_t S_{t-1} + sign r_t k_t^T v_t`, outputs under `mode="token"` are `o_t = q_t S_t`. The other
+    modes, without gates, move in chunks of `chunk` tokens from each sequence's start: a token reads the writes of all
+    chunks before its own ("past"), or of its own chunk too, later tokens included ("chunk"). Products are of operands in q's
+    dtype, sums and states are float32. Differentiable, once, in every tensor and through the final state. Gates under
+    float32's least normal number count as 0, whose gradient is as exact as any.
+
+    An output depends on what it sees alone: keys, values, rates or gates that are not finite leave every earlier output and
+    its gradients as they are, and make those that see them NaN.
+
+    Args:
+        q: queries, `[B, T, H, Dk]`, float32, bfloat16 or float16.
+        k: keys, `[B, T, H, Dk]`, in any floating dtype.
+        v: values, `[B, T, H, Dv]`, in any floating dtype.
+        rates: `r`, `[B, T, H]`, computed with in float32; None for 1.
+        decay: `a`, in [0, 1], the same; None for 1. For `mode="token"` alone.
+        initial_state: `S_0`, float32 `[B, H, Dk, Dv]`, or `[n, H, Dk, Dv]` for n packed sequences; None for zeros.
+        chunk: tokens of a chunk, at most 64, for the modes that have chunks.
+        mode: "token", "past" or "chunk".
+        cu_seqlens: int32 or int64 `[n + 1]`, boundaries of sequences packed into one row (B = 1), from 0 to T. The host does
+            not read its values, so that nothing waits for the device.
+        sign: 1.0 or -1.0.
+        return_state: whether the final state is wanted.
+
+    Returns:
+        Outputs `[B, T, H, Dv]` in q's dtype, and the state after all tokens of each sequence, float32 `[B or n, H, Dk, Dv]`
+        (None without `return_state`).
+
+    Raises:
+        TypeError: a dtype or type that is not supported.
+        ValueError: a shape or option that does not fit.
+    """
+    _check(q, k, v, rates, decay, initial_state, chunk, mode, cu_seqlens, sign)
+    if mode == "token":
+        chunk = 1
+
+    def float32(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(torch.float32)
+
+    out, final, _ = dispatcher.call(
+        _forward, q, k.to(q.dtype), v.to(q.dtype), float32(rates), float32(decay), float32(initial_state),
+        None if cu_seqlens is None else cu_seqlens.to(q.device), chunk, mode == "past", int(sign), return_state,
+    )  # fmt: skip
+    return out, final if return_state else None
+
+
 @lru_cache
 def _segments_each(programs: int, slots: int) -> int:
     """Into how many segments to cut work of `programs` programs, of which `slots` run at once."""
@@ -41,7 +102,7 @@ def _segments_each(programs: int, slots: int) -> int:
 
 
 def segment_length(q: Tensor, v: Tensor, step: int) -> int:
-    """Tokens of a segment: a multiple of `step`, so that few segments cover the card evenly.
+    """Tokens of a segment: a multiple of `step`, so that few segments cover the device evenly.
 
     Args:
         q: `[B, T, H, Dk]`.
@@ -143,7 +204,7 @@ def _backward(
         d_states = segment_states(segments, q, d_out, d_final, rates=None, gates=gates, sign=1, reverse=True)
     heads, widths = q.shape[2], (v.shape[3], q.shape[3])
     d_initial = q.new_empty((segments.sequences if needs_initial_state else 0, *starts.shape[1:]), dtype=torch.float32)
-    kept = None if gates is None else q.new_empty((segments.tiles(q.shape[1]), heads, *widths))
+    tile_states = None if gates is None else q.new_empty((segments.tiles(q.shape[1]), heads, *widths))
     wrongs = _unmarked(segments, q)
 
     def go(read: Tensor, key: Tensor, value: Tensor, states: Tensor | None, **options):
@@ -153,9 +214,9 @@ def _backward(
         )  # fmt: skip
 
     gated = gates is not None
-    dq, read_dots, _ = go(d_out, v, k, initial_states, transposed=True, primal=q if gated else None, kept=kept)
+    dq, read_dots, _ = go(d_out, v, k, initial_states, transposed=True, primal=q if gated else None, tile_states=tile_states)
     dk, write_dots, anchors = go(
-        v, d_out, q, d_states, transposed=True, reverse=True, primal=k if gated else None, kept=kept
+        v, d_out, q, d_states, transposed=True, reverse=True, primal=k if gated else None, tile_states=tile_states
     )  # fmt: skip
     dv, rate_dots, _ = go(
         k, q, d_out, d_states, reverse=True,
@@ -211,67 +272,6 @@ def _differentiate(ctx, d_out, d_final, _):
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
-
-
-def causal_linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rates: Tensor | None = None,
-    decay: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    *,
-    chunk: int = 1,
-    mode: str = "token",
-    cu_seqlens: Tensor | None = None,
-    sign: float = 1.0,
-    return_state: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """Linear attention in which each token reads what earlier tokens wrote.
-
-    With the state `S_t = a_t S_{t-1} + sign r_t k_t^T v_t`, outputs under `mode="token"` are `o_t = q_t S_t`. The other
-    modes, without gates, move in chunks of `chunk` tokens from each sequence's start: a token reads the writes of all
-    chunks before its own ("past"), or of its own chunk too, later tokens included ("chunk"). Products are of operands in q's
-    dtype, sums and states are float32. Differentiable, once, in every tensor and through the final state. Gates under
-    float32's least normal number count as 0, whose gradient is as exact as any.
-
-    An output depends on what it sees alone: keys, values, rates or gates that are not finite leave every earlier output and
-    its gradients as they are, and make those that see them NaN.
-
-    Args:
-        q: queries, `[B, T, H, Dk]`, float32, bfloat16 or float16.
-        k: keys, `[B, T, H, Dk]`, in any floating dtype.
-        v: values, `[B, T, H, Dv]`, in any floating dtype.
-        rates: `r`, `[B, T, H]`, computed with in float32; None for 1.
-        decay: `a`, in [0, 1], the same; None for 1. For `mode="token"` alone.
-        initial_state: `S_0`, float32 `[B, H, Dk, Dv]`, or `[n, H, Dk, Dv]` for n packed sequences; None for zeros.
-        chunk: tokens of a chunk, at most 64, for the modes that have chunks.
-        mode: "token", "past" or "chunk".
-        cu_seqlens: int32 or int64 `[n + 1]`, boundaries of sequences packed into one row (B = 1), from 0 to T. The host does
-            not look at its values, so that nothing waits for the device.
-        sign: 1.0 or -1.0.
-        return_state: whether the final state is wanted.
-
-    Returns:
-        Outputs `[B, T, H, Dv]` in q's dtype, and the state after all tokens of each sequence, float32 `[B or n, H, Dk, Dv]`
-        (None without `return_state`).
-
-    Raises:
-        TypeError: a dtype or type that is not supported.
-        ValueError: a shape or option that does not fit.
-    """
-    _check(q, k, v, rates, decay, initial_state, chunk, mode, cu_seqlens, sign)
-    if mode == "token":
-        chunk = 1
-
-    def float32(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(torch.float32)
-
-    out, final, _ = dispatcher.call(
-        _forward, q, k.to(q.dtype), v.to(q.dtype), float32(rates), float32(decay), float32(initial_state),
-        None if cu_seqlens is None else cu_seqlens.to(q.device), chunk, mode == "past", int(sign), return_state,
-    )  # fmt: skip
-    return out, final if return_state else None
 
 
 def _check(

@@ -1,10 +1,10 @@
-"""Kernels of token-causal linear attention: one sweep over the tokens of a segment, in either direction.
+"""Kernels of token-causal linear attention: one pass over the tokens of a segment, in either direction.
 
-Sequences are cut into *segments*, as many as fill the card. A sweep walks through a segment tile by tile with the state in
+Sequences are cut into *segments*, as many as fill the device. A pass goes through a segment tile by tile with the state in
 registers: it reads the state, attends to the tile's own tokens, and adds their writes. Outputs and the gradients of queries,
-keys and values are four sweeps that differ in operands and direction:
+keys and values are four passes that differ in operands and direction:
 
-| sweep | reads with | keys | values | state | direction |
+| pass | reads with | keys | values | state | direction |
 |---|---|---|---|---|---|
 | outputs | q | k | v | S | forward |
 | gradient of q | dO | v | k | S^T | forward |
@@ -12,13 +12,13 @@ keys and values are four sweeps that differ in operands and direction:
 | gradient of v | k | q | dO | D | reverse |
 
 with `D` the gradient of the loss with respect to the state. States between segments come from the segments' writes, summed
-by a scan. Where gates are differentiated, the sweep for q also leaves the state before each tile, in the operands' dtype.
+by a scan. Where gates are differentiated, the pass for q also stores the state before each tile, in the operands' dtype.
 
-Gates multiply, inside a tile as powers of two of differences of summed logarithms (`_logarithms`). Their gradients
+Gates multiply, inside a tile as powers of two of differences of summed logarithms (`segments.logarithms`). Their gradients
 (`kvbind.kernels.causal.gate_gradients`) multiply too: nothing is divided by a gate.
 
 What is not finite reaches only what sees it. A product by zero would hand a NaN from a later token to an earlier one of its
-tile, so a segment whose state ends with one is walked once more, with such tokens taken out by selection.
+tile, so a segment whose state ends with one is gone through once more, with such tokens taken out by selection.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from kvbind.kernels.causal.segments import (
     Segments,
     finite,
     initial_state,
-    leave,
     logarithms,
     product_precision,
     read_rows,
@@ -43,6 +42,7 @@ from kvbind.kernels.causal.segments import (
     rows_wrong,
     segment,
     state_places,
+    store_state,
     token_strides,
 )
 from kvbind.kernels.common.devices import on_device_of
@@ -50,14 +50,14 @@ from kvbind.kernels.common.operands import cdiv
 
 
 @triton.jit
-def _inner_product(kept, base, state, inner, columns, DK: tl.constexpr, DV: tl.constexpr):
+def _inner_product(tile_states, base, state, inner, columns, DK: tl.constexpr, DV: tl.constexpr):
     """The inner product of two blocks of states."""
     places, inside = state_places(inner, columns, DK, DV, False)
-    return tl.sum(tl.sum(state * tl.load(kept + base + places, mask=inside, other=0.0).to(tl.float32), 1), 0)
+    return tl.sum(tl.sum(state * tl.load(tile_states + base + places, mask=inside, other=0.0).to(tl.float32), 1), 0)
 
 
 @triton.jit
-def _leave_dots(
+def _store_dots(
     dots, places, acc, primal, token, primal_token, at, columns, rows, DV: tl.constexpr, BV: tl.constexpr
 ):  # fmt: skip
     """Store the inner products of a result's rows with those of what it is the gradient of."""
@@ -79,8 +79,8 @@ def _wrong_state(s0, s1, s2, s3, NK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens", "length", "each", "all_tokens", "tiles_each"])
-def _sweep_kernel(
-    read, key, value, primal, out, dots, rates, gates, states, end, kept, anchors, wrongs, table,
+def _pass_kernel(
+    read, key, value, primal, out, dots, rates, gates, states, end, tile_states, anchors, wrongs, table,
     tokens, length, each, all_tokens, tiles_each, heads,
     read_row, read_token, read_head, key_row, key_token, key_head,
     value_row, value_token, value_head, primal_row, primal_token, primal_head,
@@ -90,8 +90,8 @@ def _sweep_kernel(
 ):  # fmt: skip
     """One segment, head and block of value columns; the state's rows are `NK` blocks of `BK`, all in registers.
 
-    With `CAREFUL`, segments in which something is not finite, once more. Forward sweeps take tokens out whose key, value,
-    rate or gate is not finite, and mark what sees them; reverse sweeps take out what is not finite and, whole, tokens whose
+    With `CAREFUL`, segments in which something is not finite, once more. Forward passes take tokens out whose key, value,
+    rate or gate is not finite, and mark what sees them; reverse passes take out what is not finite and, whole, tokens whose
     outputs have no gradient.
     """
     NV: tl.constexpr = (DV + BV - 1) // BV
@@ -145,26 +145,26 @@ def _sweep_kernel(
         rows = at < tl.minimum(STEP, stop - token)
         places = ((row * tokens + token) + at) * heads + head
         read_tile, key_tile = read + token * read_token, key + token * key_token
-        if kept is not None:
+        if tile_states is not None:
             # tiles of packed sequences may begin in the same 64 tokens
             tile = ((sequence * tiles_each + token // TILE) * heads + head) * (DK * DV)
             if REVERSE:
-                product = _inner_product(kept, tile, s0, inner, columns, DK, DV)
+                product = _inner_product(tile_states, tile, s0, inner, columns, DK, DV)
                 if NK > 1:
-                    product += _inner_product(kept, tile, s1, BK + inner, columns, DK, DV)
+                    product += _inner_product(tile_states, tile, s1, BK + inner, columns, DK, DV)
                 if NK > 2:
-                    product += _inner_product(kept, tile, s2, 2 * BK + inner, columns, DK, DV)
+                    product += _inner_product(tile_states, tile, s2, 2 * BK + inner, columns, DK, DV)
                 if NK > 3:
-                    product += _inner_product(kept, tile, s3, 3 * BK + inner, columns, DK, DV)
+                    product += _inner_product(tile_states, tile, s3, 3 * BK + inner, columns, DK, DV)
                 tl.store(anchors + ((sequence * tiles_each + token // TILE) * heads + head) * NV + block, product)
             else:
-                leave(kept, tile, s0.to(dtype), inner, columns, DK, DV)
+                store_state(tile_states, tile, s0.to(dtype), inner, columns, DK, DV)
                 if NK > 1:
-                    leave(kept, tile, s1.to(dtype), BK + inner, columns, DK, DV)
+                    store_state(tile_states, tile, s1.to(dtype), BK + inner, columns, DK, DV)
                 if NK > 2:
-                    leave(kept, tile, s2.to(dtype), 2 * BK + inner, columns, DK, DV)
+                    store_state(tile_states, tile, s2.to(dtype), 2 * BK + inner, columns, DK, DV)
                 if NK > 3:
-                    leave(kept, tile, s3.to(dtype), 3 * BK + inner, columns, DK, DV)
+                    store_state(tile_states, tile, s3.to(dtype), 3 * BK + inner, columns, DK, DV)
 
         x = read_rows(read_tile, read_places, rows, inner, DK, BK)
         y0 = read_rows(key_tile, key_places, rows, inner, DK, BK)
@@ -228,11 +228,11 @@ def _sweep_kernel(
                 y3 = read_rows(key_tile + 3 * BK, key_places, left, 3 * BK + inner, DK, BK)
             scores = tl.where(dropped[None, :] > 0, 0.0, scores)
 
-        if dots is not None and kept is not None:
+        if dots is not None and tile_states is not None:
             dot_places = block * (all_tokens.to(tl.int64) * heads) + places
-            _leave_dots(dots, dot_places, acc, primal, token, primal_token, at, columns, rows, DV, BV)
+            _store_dots(dots, dot_places, acc, primal, token, primal_token, at, columns, rows, DV, BV)
 
-        # forward sweeps weight what writes, reverse sweeps what is read: the rate and the sign belong to the key's token
+        # forward passes weight what writes, reverse passes what is read: the rate and the sign belong to the key's token
         rate *= SIGN
         weight = rate
         if gates is not None:
@@ -265,9 +265,9 @@ def _sweep_kernel(
             acc = tl.where(poisoned[:, None] > 0, float("nan"), acc)
         if REVERSE and SIGN < 0:
             acc = -acc
-        if dots is not None and kept is None:
+        if dots is not None and tile_states is None:
             dot_places = block * (all_tokens.to(tl.int64) * heads) + places
-            _leave_dots(dots, dot_places, acc, primal, token, primal_token, at, columns, rows, DV, BV)
+            _store_dots(dots, dot_places, acc, primal, token, primal_token, at, columns, rows, DV, BV)
         if REVERSE and rates is not None:
             acc *= (rate * SIGN)[:, None]
         stored = rows[:, None] if DV % BV == 0 else rows[:, None] & (columns < DV)[None, :]
@@ -301,18 +301,18 @@ def _sweep_kernel(
                 spoilt = tl.where(tainted > 0, float("nan"), 0.0)
                 s0, s1, s2, s3 = s0 + spoilt, s1 + spoilt, s2 + spoilt, s3 + spoilt
             base = (sequence.to(tl.int64) * heads + head) * (DK * DV)
-            leave(end, base, s0, inner, columns, DK, DV)
+            store_state(end, base, s0, inner, columns, DK, DV)
             if NK > 1:
-                leave(end, base, s1, BK + inner, columns, DK, DV)
+                store_state(end, base, s1, BK + inner, columns, DK, DV)
             if NK > 2:
-                leave(end, base, s2, 2 * BK + inner, columns, DK, DV)
+                store_state(end, base, s2, 2 * BK + inner, columns, DK, DV)
             if NK > 3:
-                leave(end, base, s3, 3 * BK + inner, columns, DK, DV)
+                store_state(end, base, s3, 3 * BK + inner, columns, DK, DV)
 
 
 @dataclass(frozen=True)
 class PassBlocks:
-    """How a sweep over operands of given widths is cut.
+    """How a pass over operands of given widths is cut.
 
     Attributes:
         rows: rows of the state in one of its blocks, `BK`.
@@ -332,7 +332,7 @@ class PassBlocks:
 
 
 def pass_blocks(dtype: torch.dtype, read_width: int, value_width: int) -> PassBlocks:
-    """The blocks for a sweep."""
+    """The blocks for a pass."""
     fits = ((n * b, -b, n) for b in (16, 32, 64, 128) for n in (1, 2, 3, 4) if n * b >= read_width)
     rows, negative, row_blocks = min(fits)
     # 64 rows of a tile are one warp group; with two, both would multiply the same rows
@@ -365,47 +365,51 @@ def segment_pass(
     transposed: bool = False,
     end: Tensor | None = None,
     primal: Tensor | None = None,
-    kept: Tensor | None = None,
+    tile_states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """One sweep over all segments.
+    """One pass over all segments.
 
     Args:
         segments: how sequences are cut.
         read: what reads, `[B, T, H, DK]`.
         key: what it is matched with, `[B, T, H, DK]`.
         value: what it gets, `[B, T, H, DV]`.
-        states: float32 `[segments, H, DK, DV]` in which each segment's sweep starts, None for zeros.
+        states: float32 `[segments, H, DK, DV]` in which each segment's pass starts, None for zeros.
         rates: weights of the keys' tokens, float32 `[B, T, H]`, contiguous, or None.
         gates: decay of each token, the same.
         chunk: tokens that share their visibility.
         strict: a chunk does not see itself.
         sign: 1 or -1, of every write.
-        wrongs: int32 `[segments, H]`, zeros at first: where sweeps mark segments in which something is not finite, for
-            themselves and those that follow. Such segments are swept once more.
-        reverse: sweep from the last token to the first; the rates then belong to what reads.
+        wrongs: int32 `[segments, H]`, zeros at first: where passes mark segments in which something is not finite, for
+            themselves and those that follow. Such segments are gone through once more.
+        reverse: go from the last token to the first; the rates then belong to what reads.
         transposed: states are stored as `[DV, DK]`.
-        end: where to put the state after each sequence's sweep, `[sequences, H, DK, DV]`.
+        end: where to put the state after each sequence's pass, `[sequences, H, DK, DV]`.
         primal: what the result is the gradient of, `[B, T, H, DV]`; asks for the inner products of the two.
-        kept: the state before each tile, `[tiles, H, DK, DV]`: a forward sweep puts them there, a reverse sweep finds their
-            inner products with its own. The inner products with `primal` are then of what is read from the state alone.
+        tile_states: the state before each tile, `[tiles, H, DK, DV]`: a forward pass puts them there, a reverse pass finds
+            their inner products with its own. The inner products with `primal` are then of what is read from the state
+            alone.
 
     Returns:
         The result `[B, T, H, DV]`; its inner products with `primal` before rates, `[blocks, B, T, H]`, each of which sums
-        over some columns; and those with `kept`, `[tiles, H, blocks]`.
+        over some columns; and those with `tile_states`, `[tiles, H, blocks]`.
     """
     batch, tokens, heads, width = value.shape
     blocks = pass_blocks(read.dtype, read.shape[-1], width)
     parts = cdiv(width, blocks.columns)
     out = torch.empty_like(value, memory_format=torch.contiguous_format)
     dots = None if primal is None else value.new_empty((parts, batch, tokens, heads), dtype=torch.float32)
-    anchors = None if kept is None or not reverse else value.new_empty((len(kept), heads, parts), dtype=torch.float32)
+    anchors = None
+    if tile_states is not None and reverse:
+        anchors = value.new_empty((len(tile_states), heads, parts), dtype=torch.float32)
     grid = (segments.count * heads * parts,)
     if grid[0]:
         given = value if primal is None else primal
         with on_device_of(read):
             for careful in (False, True):
-                _sweep_kernel[grid](
-                    read, key, value, given, out, dots, rates, gates, states, end, kept, anchors, wrongs, segments.table,
+                _pass_kernel[grid](
+                    read, key, value, given, out, dots, rates, gates, states, end, tile_states, anchors, wrongs,
+                    segments.table,
                     tokens, segments.length, segments.each, batch * tokens, segments.tiles_each(tokens), heads,
                     *token_strides(read), *token_strides(key), *token_strides(value), *token_strides(given),
                     DK=read.shape[-1], DV=width, TILE=TILE, STEP=TILE // chunk * chunk, CHUNK=chunk, STRICT=strict,

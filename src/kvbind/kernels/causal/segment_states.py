@@ -10,12 +10,12 @@ from torch import Tensor
 from kvbind.kernels.causal.segments import (
     TILE,
     Segments,
-    leave,
     logarithms,
     product_precision,
     read_rows,
     rows_silent,
     segment,
+    store_state,
     token_strides,
     without,
 )
@@ -32,7 +32,7 @@ def _write_kernel(
     DK: tl.constexpr, DV: tl.constexpr, TILE: tl.constexpr, REVERSE: tl.constexpr, SIGN: tl.constexpr,
     PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """What a segment adds to the state behind it (before it in a reverse sweep), and the product of its gates."""
+    """What a segment adds to the state behind it (before it in a reverse pass), and the product of its gates."""
     NK: tl.constexpr = (DK + BK - 1) // BK
     NV: tl.constexpr = (DV + BV - 1) // BV
     program = tl.program_id(0)
@@ -41,7 +41,7 @@ def _write_kernel(
     head = ((program // (NV * NK)) % heads).to(tl.int64)
     index = program // (NV * NK * heads)
     row, sequence, start, stop, ends = segment(index, table, tokens, length, each, REVERSE)
-    # nobody reads what the sweep's last segment, or one that does not exist, would write
+    # nobody reads what the pass's last segment, or one that does not exist, would write
     if ends or sequence < 0:
         stop = start
 
@@ -81,7 +81,7 @@ def _write_kernel(
             z = (z.to(tl.float32) * weight[:, None]).to(z.dtype)
         acc = tl.dot(tl.trans(y), z, acc, input_precision=PRECISION)
     place = index.to(tl.int64) * heads + head
-    leave(writes, place * (DK * DV), acc, inner, columns, DK, DV)
+    store_state(writes, place * (DK * DV), acc, inner, columns, DK, DV)
     if gates is not None:  # noqa: SIM102
         if block_k + block_v == 0:
             tl.store(keeps + place, kept)
@@ -91,7 +91,7 @@ def _write_kernel(
 def _scan_kernel(
     writes, keeps, initial, offsets, each, heads, SIZE: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Turn the segments' writes into the states in which sweeps start, in place."""
+    """Turn the segments' writes into the states in which passes start, in place."""
     BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     element = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
@@ -148,17 +148,17 @@ def segment_states(
     sign: int,
     reverse: bool = False,
 ) -> Tensor:
-    """The states in which the sweeps of all segments start.
+    """The states in which the passes over all segments start.
 
     Args:
         segments: how sequences are cut.
         key: `[B, T, H, DK]`.
         value: `[B, T, H, DV]`.
-        initial: the state in which each sequence's sweep starts, float32 `[sequences, H, DK, DV]`, or None for zeros.
+        initial: the state in which each sequence's pass starts, float32 `[sequences, H, DK, DV]`, or None for zeros.
         rates: weights of tokens, float32 `[B, T, H]`, contiguous, or None.
         gates: decay of each token, the same.
         sign: 1 or -1, of every write.
-        reverse: sweep from the last token to the first.
+        reverse: go from the last token to the first.
 
     Returns:
         float32 `[segments, H, DK, DV]`.

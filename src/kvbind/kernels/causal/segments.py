@@ -1,4 +1,4 @@
-"""What the kernels of `kvbind.kernels.causal` share: how sequences are cut, how a tile is read, where segments start."""
+"""What the kernels of this folder share: how sequences are cut into segments, and how a tile and a state are read."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Segments:
 
 @triton.jit
 def segment(index, table, tokens, length, each, REVERSE: tl.constexpr):
-    """Row of the batch, sequence, first token, token after the last, and whether a sequence's sweep ends in this segment."""
+    """Row of the batch, sequence, first token, token after the last, and whether a sequence's pass ends in this segment."""
     if table is None:
         sequence = index // each
         place = index % each
@@ -152,8 +152,8 @@ def initial_state(states, base, inner, columns, DK: tl.constexpr, DV: tl.constex
 
 
 @triton.jit
-def leave(end, base, state, inner, columns, DK: tl.constexpr, DV: tl.constexpr):
-    """Store a block of the state in which a sweep ends."""
+def store_state(end, base, state, inner, columns, DK: tl.constexpr, DV: tl.constexpr):
+    """Store a block of the state in which a pass ends."""
     places, inside = state_places(inner, columns, DK, DV, False)
     tl.store(end + base + places, state, mask=inside)
 

@@ -10,7 +10,7 @@ Forward, with static features `Phi` and chunks `c`:
 Backward, from `dO`: `dS_c = Phi(Q_c)^T dO_c`; from the last chunk to the first `dS_{c-1} += a_c dS_c`,
 `da_c = <S_{c-1}, dS_c>`, `dNS_c = sign dS_c`, then `dD_{c-1} += m_c dD_c`, `dm_c = <D_{c-1}, dD_c>`, `dG_c = dD_c`; and
 `dPhi(K) = diag(lr) V dG^T`, `dV = diag(lr) Phi(K) dG`, `dlr = <Phi(K), V dG^T>`. Features are computed anew and never
-stored; kept are the states in the operands' dtype, the momentum buffers (float32, where there is momentum) and
+stored; saved are the states in the operands' dtype, the momentum buffers (float32, where there is momentum) and
 Newton-Schulz's iterates.
 
 Over ranks (`kvbind.kernels.chunked.rank_exchange`), each scan is preceded by an exchange of where ranks end from nothing,
@@ -32,7 +32,68 @@ from kvbind.kernels.chunked.span_tables import SpanTables
 from kvbind.kernels.common.operands import last_contiguous
 from kvbind.kernels.launching import dispatcher
 from kvbind.kernels.launching.warm_up import warmed_up
-from kvbind.kernels.newton_schulz.operator import kept_shapes, newton_schulz_backward, newton_schulz_forward
+from kvbind.kernels.newton_schulz.operator import newton_schulz_backward, newton_schulz_forward, saved_shapes
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SpanTables,
+    state: Tensor,
+    *,
+    theta: Tensor | None = None,
+    activation: str = "identity",
+    rates: Tensor | None = None,
+    momentum: Tensor | None = None,
+    velocity: Tensor | None = None,
+    decay: Tensor | None = None,
+    coefficients: Sequence[Sequence[float]] = (),
+    orthogonal_dtype: torch.dtype = torch.bfloat16,
+    sign: float = 1.0,
+    across: RankExchange | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run an inner loop whose writes add up, over the chunks of a layout.
+
+    Products take operands in q's dtype (bfloat16, float16 or float32) and accumulate in float32; gates, scans and states are
+    float32, and a state is rounded to q's dtype where a product reads it. Differentiable in every tensor.
+
+    Args:
+        q: queries `[query rows, heads, D]`, the last axis contiguous.
+        k: keys `[writing rows, heads, D]`, likewise.
+        v: values `[writing rows, heads, Dv]`, likewise; q, k, v have one dtype.
+        layout: which rows belong together.
+        state: the last layer to start from, float32 `[S, heads, F, Dv]`, matrices contiguous.
+        theta: the other matrices, float32 `[1 or 2, S or 1, heads, D, F]`: `act(x theta_0)`, times `x theta_1` where there
+            is one; None for features that are the keys themselves.
+        activation: a name that `kvbind.kernels.common.activations` knows.
+        rates: learning rates, float32 `[writing rows, heads]`; None for 1.
+        momentum: chunk means of the gates, float32 `[chunks, heads]`, with `velocity`.
+        velocity: the momentum buffer to start from, float32 `[S, heads, F, Dv]`.
+        decay: chunk means of the gates, float32 `[chunks, heads]`.
+        coefficients: Newton-Schulz's; empty for no orthogonalization.
+        orthogonal_dtype: the precision of its products.
+        sign: 1 for descent, -1 for ascent.
+        across: how the first and last sequences go on over ranks; `velocity` is then zero.
+
+    Returns:
+        Outputs `[query rows, heads, Dv]` in q's dtype, and the state and the momentum buffer after each sequence's last
+        complete chunk, float32 `[S, heads, F, Dv]` (the latter empty without momentum).
+    """
+    idle = layout.idle if layout.idle is not None else layout.chunk_lengths.new_empty(0)
+    tables = [
+        layout.reads, layout.read_pieces, layout.row_pieces, layout.writes, layout.chunk_pieces, layout.whole_chunks,
+        layout.sequences, layout.query_runs, layout.key_runs, idle,
+    ]  # fmt: skip
+    tensors = (q, k, v, theta, rates, momentum, velocity, decay, state)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    output, end_state, end_velocity, *_ = dispatcher.call(
+        _chunked, q, k, v, theta, rates, momentum, velocity, decay, state, tables,
+        [layout.longest_read, layout.longest_write, layout.rows], activation,
+        [x for row in coefficients for x in row], orthogonal_dtype, sign, keep, "" if across is None else across.group,
+        [] if across is None else across.numbers(),
+    )  # fmt: skip
+    return output, end_state, end_velocity
 
 
 @torch.library.custom_op("kvbind::chunked", mutates_args=())
@@ -126,7 +187,7 @@ def _(
     stored, across = keep and momentum is not None, RankExchange.of(group, numbers)
     iterates, squares = (0,), (0,)
     if coefficients:
-        iterates, squares = kept_shapes((chunks, heads, *matrix), len(coefficients) // 3, orthogonal_dtype, keep)
+        iterates, squares = saved_shapes((chunks, heads, *matrix), len(coefficients) // 3, orthogonal_dtype, keep)
     return (
         q.new_empty(*q.shape[:2], v.shape[2]),
         state.new_empty(count, heads, *matrix),
@@ -281,11 +342,11 @@ def _(
 
 def _setup(ctx, inputs, output) -> None:
     q, k, v, theta, rates, momentum, velocity, decay, _, tables, sizes, *flags = inputs
-    kept = output[3:]
-    # or autograd would fill gradients of all that is kept with zeros
+    saved = output[3:]
+    # or autograd would fill gradients of all that is saved with zeros
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*kept)
-    ctx.save_for_backward(q, k, v, theta, rates, momentum, velocity, decay, *kept, *tables)
+    ctx.mark_non_differentiable(*saved)
+    ctx.save_for_backward(q, k, v, theta, rates, momentum, velocity, decay, *saved, *tables)
     ctx.sizes, ctx.flags = sizes, flags
 
 
@@ -322,64 +383,3 @@ def _backward(ctx, d_output, d_end_state, d_end_velocity, *_):
 
 
 torch.library.register_autograd("kvbind::chunked", _backward, setup_context=_setup)
-
-
-def chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: SpanTables,
-    state: Tensor,
-    *,
-    theta: Tensor | None = None,
-    activation: str = "identity",
-    rates: Tensor | None = None,
-    momentum: Tensor | None = None,
-    velocity: Tensor | None = None,
-    decay: Tensor | None = None,
-    coefficients: Sequence[Sequence[float]] = (),
-    orthogonal_dtype: torch.dtype = torch.bfloat16,
-    sign: float = 1.0,
-    across: RankExchange | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run an inner loop whose writes add up, over the chunks of a layout.
-
-    Products take operands in q's dtype (bfloat16, float16 or float32) and accumulate in float32; gates, scans and states are
-    float32, and a state is rounded to q's dtype where a product reads it. Differentiable in every tensor.
-
-    Args:
-        q: queries `[query rows, heads, D]`, the last axis contiguous.
-        k: keys `[writing rows, heads, D]`, likewise.
-        v: values `[writing rows, heads, Dv]`, likewise; q, k, v have one dtype.
-        layout: which rows belong together.
-        state: the last layer to start from, float32 `[S, heads, F, Dv]`, matrices contiguous.
-        theta: the other matrices, float32 `[1 or 2, S or 1, heads, D, F]`: `act(x theta_0)`, times `x theta_1` where there
-            is one; None for features that are the keys themselves.
-        activation: a name that `kvbind.kernels.common.activations` knows.
-        rates: learning rates, float32 `[writing rows, heads]`; None for 1.
-        momentum: chunk means of the gates, float32 `[chunks, heads]`, with `velocity`.
-        velocity: the momentum buffer to start from, float32 `[S, heads, F, Dv]`.
-        decay: chunk means of the gates, float32 `[chunks, heads]`.
-        coefficients: Newton-Schulz's; empty for no orthogonalization.
-        orthogonal_dtype: the precision of its products.
-        sign: 1 for descent, -1 for ascent.
-        across: how the first and last sequences go on over ranks; `velocity` is then zero.
-
-    Returns:
-        Outputs `[query rows, heads, Dv]` in q's dtype, and the state and the momentum buffer after each sequence's last
-        complete chunk, float32 `[S, heads, F, Dv]` (the latter empty without momentum).
-    """
-    idle = layout.idle if layout.idle is not None else layout.chunk_lengths.new_empty(0)
-    tables = [
-        layout.reads, layout.read_pieces, layout.row_pieces, layout.writes, layout.chunk_pieces, layout.whole_chunks,
-        layout.sequences, layout.query_runs, layout.key_runs, idle,
-    ]  # fmt: skip
-    tensors = (q, k, v, theta, rates, momentum, velocity, decay, state)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    output, end_state, end_velocity, *_ = dispatcher.call(
-        _chunked, q, k, v, theta, rates, momentum, velocity, decay, state, tables,
-        [layout.longest_read, layout.longest_write, layout.rows], activation,
-        [x for row in coefficients for x in row], orthogonal_dtype, sign, keep, "" if across is None else across.group,
-        [] if across is None else across.numbers(),
-    )  # fmt: skip
-    return output, end_state, end_velocity

@@ -88,7 +88,7 @@ def cut(start: int, length: int, parts: int) -> list[tuple[int, int]]:
 
 def chunked_layout(
     queries: tuple[int, ...],
-    kept: tuple[int, ...],
+    pending: tuple[int, ...],
     writers: tuple[int, ...],
     chunk: int,
     own: bool,
@@ -100,7 +100,7 @@ def chunked_layout(
 
     Args:
         queries: query rows of each sequence.
-        kept: writing rows that each sequence has before the first query's.
+        pending: writing rows that each sequence has before the first query's.
         writers: all writing rows of each sequence, those included.
         chunk: tokens in a chunk.
         own: queries see their own chunk's write, also of a chunk that is incomplete.
@@ -114,7 +114,7 @@ def chunked_layout(
         return tuple(operator.index(n) for n in lengths)
 
     sizes = operator.index(chunk), own, shared, operator.index(programs)
-    return _constant_layout(known(queries), known(kept), known(writers), *sizes, device)
+    return _constant_layout(known(queries), known(pending), known(writers), *sizes, device)
 
 
 @torch.compiler.assume_constant_result
@@ -127,7 +127,7 @@ def _constant_layout(*key: Any) -> SpanTables:
 @torch.inference_mode(False)
 def _chunked_layout(
     queries: tuple[int, ...],
-    kept: tuple[int, ...],
+    pending: tuple[int, ...],
     writers: tuple[int, ...],
     chunk: int,
     own: bool,
@@ -147,7 +147,7 @@ def _chunked_layout(
     writing: list[int] = []
     idle: list[int] = []
     query_start = key_start = row = 0
-    for s, (asked, old, there) in enumerate(zip(queries, kept, writers, strict=True)):
+    for s, (asked, old, there) in enumerate(zip(queries, pending, writers, strict=True)):
         theta = 0 if shared else s
         complete, rest = divmod(there, chunk)
         count = complete + (1 if own and rest else 0)

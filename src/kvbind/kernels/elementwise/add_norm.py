@@ -27,6 +27,34 @@ PROGRAMS = 528
 """Programs of a backward pass at the most: four for a multiprocessor."""
 
 
+def add_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    bias: Tensor | None = None,
+    centred: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`x + delta`, and its RMS norm or layer norm times `weight`; see `covers`.
+
+    Args:
+        x: `[..., D]`.
+        delta: `[..., D]`, or None for x alone.
+        weight: `[D]`.
+        eps: added to the mean square, or to the variance.
+        dtype: of the norm.
+        bias: `[D]`, added to the norm; None for none.
+        centred: subtract the mean over channels first, which makes it layer norm.
+
+    Returns:
+        The sum, in the wider dtype of x and delta (x itself without delta), and the norm.
+    """
+    y, h = dispatcher.call(_add_norm, x, delta, weight, bias, eps, dtype, centred)
+    return x if delta is None else y, h
+
+
 def covers(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `add_norm` takes these."""
     if not x.numel() or x.shape[-1] > WIDEST or weight.dtype not in DTYPES:
@@ -188,31 +216,3 @@ def _gradient(ctx: Any, dy: Tensor | None, dh: Tensor) -> tuple[Tensor | None, .
 
 
 _add_norm.register_autograd(_gradient, setup_context=_setup)
-
-
-def add_norm(
-    x: Tensor,
-    delta: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-    *,
-    bias: Tensor | None = None,
-    centred: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`x + delta`, and its RMS norm or layer norm times `weight`; see `covers`.
-
-    Args:
-        x: `[..., D]`.
-        delta: `[..., D]`, or None for x alone.
-        weight: `[D]`.
-        eps: added to the mean square, or to the variance.
-        dtype: of the norm.
-        bias: `[D]`, added to the norm; None for none.
-        centred: subtract the mean over channels first, which makes it layer norm.
-
-    Returns:
-        The sum, in the wider dtype of x and delta (x itself without delta), and the norm.
-    """
-    y, h = dispatcher.call(_add_norm, x, delta, weight, bias, eps, dtype, centred)
-    return x if delta is None else y, h

@@ -19,7 +19,29 @@ from kvbind.kernels.common.devices import runs_on
 from kvbind.kernels.common.operands import DTYPES
 
 
-def twin(logits: Tensor, labels: Tensor, ignored: int, gradient: bool) -> Tensor:
+def cross_entropy_(logits: Tensor, labels: Tensor, ignored: int, gradient: bool) -> Tensor:
+    """The loss of each row of `logits`; where `gradient`, its gradient is written in their place.
+
+    Args:
+        logits: `[N, vocab]`, contiguous.
+        labels: `[N]`, int64. On the kernel a row whose label is neither in the vocabulary nor `ignored` has the loss NaN.
+        ignored: the label of rows that have no loss.
+        gradient: whether it is wanted.
+
+    Returns:
+        `[N]`, float32 or wider.
+
+    Raises:
+        ValueError: `logits` are not contiguous.
+    """
+    if not logits.is_contiguous():
+        raise ValueError(f"logits must be contiguous; got strides {logits.stride()} of shape {tuple(logits.shape)}")
+    on_kernel = runs_on(logits.device) and logits.dtype in DTYPES
+    losses: Tensor = (_cross_entropy if on_kernel else reference)(logits, labels, ignored, gradient)
+    return losses
+
+
+def reference(logits: Tensor, labels: Tensor, ignored: int, gradient: bool) -> Tensor:
     """The definition in PyTorch, for any dtypes; changes `logits` like `cross_entropy_`."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     counted = labels != ignored
@@ -45,25 +67,3 @@ def _cross_entropy(logits: Tensor, labels: Tensor, ignored: int, gradient: bool)
 @_cross_entropy.register_fake
 def _(logits, labels, ignored, gradient):
     return torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-
-
-def cross_entropy_(logits: Tensor, labels: Tensor, ignored: int, gradient: bool) -> Tensor:
-    """The loss of each row of `logits`; where `gradient`, its gradient is written in their place.
-
-    Args:
-        logits: `[N, vocab]`, contiguous.
-        labels: `[N]`, int64. On the kernel a row whose label is neither in the vocabulary nor `ignored` has the loss NaN.
-        ignored: the label of rows that have no loss.
-        gradient: whether it is wanted.
-
-    Returns:
-        `[N]`, float32 or wider.
-
-    Raises:
-        ValueError: `logits` are not contiguous.
-    """
-    if not logits.is_contiguous():
-        raise ValueError(f"logits must be contiguous; got strides {logits.stride()} of shape {tuple(logits.shape)}")
-    on_kernel = runs_on(logits.device) and logits.dtype in DTYPES
-    losses: Tensor = (_cross_entropy if on_kernel else twin)(logits, labels, ignored, gradient)
-    return losses

@@ -31,6 +31,35 @@ WIDEST = 256
 """The widest head."""
 
 
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, first: Tensor, count: Tensor) -> Tensor:
+    """Attention of one query of each sequence and head; see `covers`.
+
+    Args:
+        q: `[B, H, D]`.
+        keys: `[B, H, S, D]`: a ring, whose place after the last is its first.
+        values: likewise.
+        first: int32 `[B]`: where the earliest key that is seen lies.
+        count: int32 `[B]`: how many from there on are seen, 1 to S.
+
+    Returns:
+        `[B, H, D]` in q's dtype, contiguous.
+    """
+    batch, heads, width = q.shape
+    room = keys.shape[2]
+    splits = cdiv(room, SPLIT)
+    sums = torch.empty(batch, heads, splits, width, dtype=torch.float32, device=q.device)
+    stats = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=q.device)
+    out = torch.empty(batch, heads, width, dtype=q.dtype, device=q.device)
+    block = power_of_2(width)
+    with on_device_of(q):
+        _split[(splits, heads, batch)](
+            q, keys, values, first, count, sums, stats, width**-0.5, room, *q.stride()[:2], *keys.stride()[:3],
+            *values.stride()[:3], D=width, BD=block, BN=SPLIT, num_warps=4 if block <= 64 else 8,
+        )  # fmt: skip
+        _join[batch * heads,](sums, stats, out, splits, D=width, BD=block, BS=JOINED, num_warps=2)
+    return out
+
+
 def covers(q: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether `decode_attention` takes these."""
     same = q.dtype in DTYPES and q.dtype == keys.dtype == values.dtype
@@ -90,32 +119,3 @@ def _join(sums, stats, out, splits, D: tl.constexpr, BD: tl.constexpr, BS: tl.co
         found = found * before + tl.sum(more * weight[:, None], axis=0)
         largest = now
     tl.store(out + at * D + channel, (found / total).to(out.dtype.element_ty), mask=inside)
-
-
-def decode_attention(q: Tensor, keys: Tensor, values: Tensor, first: Tensor, count: Tensor) -> Tensor:
-    """Attention of one query of each sequence and head; see `covers`.
-
-    Args:
-        q: `[B, H, D]`.
-        keys: `[B, H, S, D]`: a ring, whose place after the last is its first.
-        values: likewise.
-        first: int32 `[B]`: where the earliest key that is seen lies.
-        count: int32 `[B]`: how many from there on are seen, 1 to S.
-
-    Returns:
-        `[B, H, D]` in q's dtype, contiguous.
-    """
-    batch, heads, width = q.shape
-    room = keys.shape[2]
-    splits = cdiv(room, SPLIT)
-    sums = torch.empty(batch, heads, splits, width, dtype=torch.float32, device=q.device)
-    stats = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=q.device)
-    out = torch.empty(batch, heads, width, dtype=q.dtype, device=q.device)
-    block = power_of_2(width)
-    with on_device_of(q):
-        _split[(splits, heads, batch)](
-            q, keys, values, first, count, sums, stats, width**-0.5, room, *q.stride()[:2], *keys.stride()[:3],
-            *values.stride()[:3], D=width, BD=block, BN=SPLIT, num_warps=4 if block <= 64 else 8,
-        )  # fmt: skip
-        _join[batch * heads,](sums, stats, out, splits, D=width, BD=block, BS=JOINED, num_warps=2)
-    return out

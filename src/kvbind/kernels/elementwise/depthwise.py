@@ -34,6 +34,23 @@ from kvbind.kernels.launching import dispatcher
 from kvbind.kernels.launching.launcher import Launcher
 
 
+def token_conv(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], *, add: bool = False) -> Tensor:
+    """A depthwise 3x3 convolution of tokens, with zeros outside the grid; see `covers`.
+
+    Args:
+        x: tokens `[B, T, C]`, the rows of the grid one after another.
+        weight: `[C, 1, 3, 3]`, as of `nn.Conv2d`.
+        bias: `[C]`, or None.
+        grid: height and width, `T = height * width`.
+        add: add x to the result.
+
+    Returns:
+        `[B, T, C]` in x's dtype.
+    """
+    output: Tensor = dispatcher.call(_token_conv, x, weight, bias, *grid, add)
+    return output
+
+
 def covers(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int]) -> bool:
     """Whether `token_conv` takes these."""
     known = all(tensor.dtype in DTYPES for tensor in (x, weight, *(() if bias is None else (bias,))))
@@ -205,20 +222,3 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _token_conv.register_autograd(_gradient, setup_context=_setup)
-
-
-def token_conv(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], *, add: bool = False) -> Tensor:
-    """A depthwise 3x3 convolution of tokens, with zeros outside the grid; see `covers`.
-
-    Args:
-        x: tokens `[B, T, C]`, the rows of the grid one after another.
-        weight: `[C, 1, 3, 3]`, as of `nn.Conv2d`.
-        bias: `[C]`, or None.
-        grid: height and width, `T = height * width`.
-        add: add x to the result.
-
-    Returns:
-        `[B, T, C]` in x's dtype.
-    """
-    output: Tensor = dispatcher.call(_token_conv, x, weight, bias, *grid, add)
-    return output

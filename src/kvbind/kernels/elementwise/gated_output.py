@@ -30,7 +30,27 @@ MAX_WIDTH = 8192
 """The widest head."""
 
 
-def twin(fast: Tensor, weight: Tensor, gate: Tensor | None, mixed: Tensor, eps: float) -> Tensor:
+def gated_output(fast: Tensor, weight: Tensor, gate: Tensor | None, mixed: Tensor, eps: float) -> Tensor:
+    """`mixed + (rms_norm(fast) * weight * silu(gate)).flatten(2)`, on kernels where `takes` says so, else by `reference`.
+
+    Args:
+        fast: `[B, T, H, D]`, normalized over D. On the kernels any strides will do; channels that are not side by side are
+            copied first, here and in `mixed`.
+        weight: of the norm, `[D]`.
+        gate: logits `[B, T, H]`, or None for no factor.
+        mixed: `[B, T, H * D]`.
+        eps: added to the mean square.
+
+    Returns:
+        `[B, T, H * D]` in the dtype of `mixed`, or that to which the reference promotes; contiguous from the kernels, and
+        differentiable once.
+    """
+    args = fast, weight, gate, mixed, eps
+    output: Tensor = dispatcher.call(_gated_output, *args) if takes(*args[:4]) else reference(*args)
+    return output
+
+
+def reference(fast: Tensor, weight: Tensor, gate: Tensor | None, mixed: Tensor, eps: float) -> Tensor:
     """The definition in PyTorch, for any dtypes."""
     return add_gated(F.rms_norm(fast.to(weight.dtype), weight.shape, weight, eps).to(fast.dtype), gate, mixed)
 
@@ -108,23 +128,3 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _gated_output.register_autograd(_backward, setup_context=_save)
-
-
-def gated_output(fast: Tensor, weight: Tensor, gate: Tensor | None, mixed: Tensor, eps: float) -> Tensor:
-    """`mixed + (rms_norm(fast) * weight * silu(gate)).flatten(2)`, on the kernels where `takes` says so, else by `twin`.
-
-    Args:
-        fast: `[B, T, H, D]`, normalized over D. On the kernels any strides will do; channels that are not side by side are
-            copied first, here and in `mixed`.
-        weight: of the norm, `[D]`.
-        gate: logits `[B, T, H]`, or None for no factor.
-        mixed: `[B, T, H * D]`.
-        eps: added to the mean square.
-
-    Returns:
-        `[B, T, H * D]` in the dtype of `mixed`, or that to which the twin promotes; contiguous from the kernels, and
-        differentiable once.
-    """
-    args = fast, weight, gate, mixed, eps
-    output: Tensor = dispatcher.call(_gated_output, *args) if takes(*args[:4]) else twin(*args)
-    return output

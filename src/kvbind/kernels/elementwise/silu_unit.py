@@ -28,6 +28,21 @@ WIDEST = 8192
 """The most channels of a head: what a program holds at once."""
 
 
+def silu_unit(qkv: Tensor, heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """SiLU of a projection, and queries and keys of it brought to L2 norm 1 per head; see `covers`.
+
+    Args:
+        qkv: `[B, T, 3 H D]`, queries, keys and values one after another.
+        heads: H.
+        eps: added to norms.
+
+    Returns:
+        Queries, keys and values, `[B, T, H, D]` in qkv's dtype.
+    """
+    found: tuple[Tensor, Tensor, Tensor] = dispatcher.call(_silu_unit, qkv, heads, eps)
+    return found
+
+
 def covers(qkv: Tensor, heads: int) -> bool:
     """Whether `silu_unit` takes these."""
     return qkv.dtype in DTYPES and qkv.dim() == 3 and qkv.numel() > 0 and qkv.shape[-1] // (3 * heads) <= WIDEST
@@ -126,18 +141,3 @@ def _gradient(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _silu_unit.register_autograd(_gradient, setup_context=_setup)
-
-
-def silu_unit(qkv: Tensor, heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """SiLU of a projection, and queries and keys of it brought to L2 norm 1 per head; see `covers`.
-
-    Args:
-        qkv: `[B, T, 3 H D]`, queries, keys and values one after another.
-        heads: H.
-        eps: added to norms.
-
-    Returns:
-        Queries, keys and values, `[B, T, H, D]` in qkv's dtype.
-    """
-    found: tuple[Tensor, Tensor, Tensor] = dispatcher.call(_silu_unit, qkv, heads, eps)
-    return found

@@ -3,7 +3,7 @@
     dgate = dy up s (1 + gate (1 - s))        dup = dy gate s        s = sigmoid(gate)
 
 One launch each way, bound by memory: forward reads two tensors and writes one, backward reads three and writes two, and only
-the operands are kept in between. All arithmetic is in float32, with one rounding at the end.
+the operands are saved in between. All arithmetic is in float32, with one rounding at the end.
 
 This module needs no Triton before the first call that takes the kernels.
 """
@@ -21,7 +21,22 @@ from kvbind.kernels.common.operands import DTYPES
 from kvbind.kernels.launching import dispatcher
 
 
-def twin(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, on the kernels where `takes` says so and by `reference` elsewhere.
+
+    Args:
+        gate: `[..., W]`. On the kernels rows may be strided; where they are not evenly spaced, or channels not side by side,
+            they are copied.
+        up: likewise.
+
+    Returns:
+        `[..., W]` in the operands' dtype; contiguous from the kernels, and differentiable once.
+    """
+    output: Tensor = dispatcher.call(_swiglu, gate, up) if takes(gate, up) else reference(gate, up)
+    return output
+
+
+def reference(gate: Tensor, up: Tensor) -> Tensor:
     """The definition in PyTorch, for any dtypes."""
     return F.silu(gate) * up
 
@@ -73,18 +88,3 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _swiglu.register_autograd(_gradients, setup_context=_save)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`, on the kernels where `takes` says so and by `twin` elsewhere.
-
-    Args:
-        gate: `[..., W]`. On the kernels rows may be strided; where they are not evenly spaced, or channels not side by side,
-            they are copied.
-        up: likewise.
-
-    Returns:
-        `[..., W]` in the operands' dtype; contiguous from the kernels, and differentiable once.
-    """
-    output: Tensor = dispatcher.call(_swiglu, gate, up) if takes(gate, up) else twin(gate, up)
-    return output

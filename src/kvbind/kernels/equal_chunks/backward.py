@@ -85,12 +85,12 @@ class BackwardLaunches:
         d_end: Tensor | None,
         d_end_velocity: Tensor | None,
         inputs: Sequence[Any],
-        kept: Sequence[Any],
+        saved: Sequence[Any],
     ) -> list[Any]:
         """Gradients of q, k, v, rates, momentum and decay means, the start, and theta side by side."""
         s, unused = plan.shapes, plan.like
         q, k, v, rates, momentum, decay = inputs
-        cast, states, velocities, iterates, squares = kept
+        cast, states, velocities, iterates, squares = saved
         zero = unused if plan.no_velocity is None else plan.no_velocity
         rate = unused if rates is None else rates
         both = None if cast is None else torch.cat(cast.unbind(0), dim=-1)

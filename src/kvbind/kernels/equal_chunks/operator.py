@@ -7,9 +7,8 @@ earlier one allocates its results and launches; nothing is derived again. Produc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,77 +21,18 @@ from kvbind.kernels.chunked.prefix_sums import bound_scan
 from kvbind.kernels.common.devices import on_device_of
 from kvbind.kernels.common.operands import ready, zeros
 from kvbind.kernels.equal_chunks import tma_products as products
-from kvbind.kernels.equal_chunks.tma_products import Rows, Theta
+from kvbind.kernels.equal_chunks.call_shapes import CallShapes
+from kvbind.kernels.equal_chunks.library_write import LibraryWrite
+from kvbind.kernels.equal_chunks.tma_products import Rows
 from kvbind.kernels.launching import dispatcher
 from kvbind.kernels.launching.bound_kernel import BoundKernel, stream_of
 from kvbind.kernels.launching.warm_up import can_warm_up, compiling_ahead
 from kvbind.kernels.newton_schulz.operator import newton_schulz_forward
 
-
-@dataclass(frozen=True)
-class CallShapes:
-    """What one call's launches depend on; its tensors come later.
-
-    Attributes:
-        q: queries.
-        k: keys, of as many tokens.
-        v: values.
-        chunk: tokens in a chunk, a multiple of `DEPTH`. The last chunk may be incomplete, unless `own`; it does not write.
-        own: queries see their own chunk's write.
-        sign: 1 for descent, -1 for ascent.
-        theta: the matrices before the last, or None for features that are the keys themselves.
-        start: strides of sequence and head of the state to start from, `[B, H, F, Dv]`.
-        rates: strides of the rates, float32 `[B, T, H]`; None for 1.
-        momentum: there are momentum gates; the buffer starts from zeros.
-        decay: there are decay gates.
-        coefficients: Newton-Schulz's; empty for no orthogonalization.
-        precision: of its products.
-    """
-
-    q: Rows
-    k: Rows
-    v: Rows
-    chunk: int
-    own: bool
-    sign: float
-    theta: Theta | None
-    start: tuple[int, int]
-    rates: tuple[int, ...] | None
-    momentum: bool
-    decay: bool
-    coefficients: tuple[tuple[float, float, float], ...]
-    precision: torch.dtype
-
-
 if TYPE_CHECKING:
     from kvbind.kernels.equal_chunks.backward import BackwardLaunches
 
 _met: set[tuple[Any, ...]] = set()
-
-
-class LibraryWrite:
-    """`tma_products.write` as one product of the vendor's library, for chunks that lie one after another, head by head.
-
-    Args:
-        x: the left factor.
-        g: the right one.
-        chunk: tokens in a chunk; a sequence has a whole number of them.
-    """
-
-    def __init__(self, x: Rows, g: Rows, chunk: int) -> None:
-        count = math.prod(x.shape[:3]) // chunk
-        self.left = (count, x.shape[3], chunk), (chunk * x.shape[3], 1, x.shape[3])
-        self.right = (count, chunk, g.shape[3]), (chunk * g.shape[3], g.shape[3], 1)
-        self.shape = count, x.shape[3], g.shape[3]
-
-    @staticmethod
-    def fits(like: Tensor, *tokens: Rows) -> bool:
-        """Whether the library is there for tensors like one, and tokens lie head by head, without gaps."""
-        return like.is_cuda and all(x.strides == x.by_head(x.shape[3]).strides for x in tokens)
-
-    def __call__(self, stream: int, x: Any, g: Any, y: Any) -> None:
-        """Write to y, float32, sequences outermost, then heads; the stream is the current one."""
-        torch.bmm(x.as_strided(*self.left), g.as_strided(*self.right), out_dtype=torch.float32, out=y.view(self.shape))
 
 
 class LaunchPlan:
@@ -181,7 +121,7 @@ class LaunchPlan:
         theta: Sequence[Tensor],
         keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None]]:
-        """Outputs `[B, T, H, Dv]`, the state and the momentum buffer after the last complete chunk, and what is kept.
+        """Outputs `[B, T, H, Dv]`, the state and the momentum buffer after the last complete chunk, and what is saved.
 
         Args:
             stream: of the device.
@@ -243,8 +183,8 @@ class LaunchPlan:
             self.query_features(stream, q, cast, seen, unused)
         output = self.tokens(self.value_width)
         self.read(stream, seen, states, output, unused, unused, unused)
-        kept = [cast, states, velocities, iterates, squares] if keep else []
-        return output, end, end_velocity, kept
+        saved = [cast, states, velocities, iterates, squares] if keep else []
+        return output, end, end_velocity, saved
 
     def means(self, gate: Tensor | None) -> Tensor | None:
         """A gate `[B, T, H]` averaged over each complete chunk, `[chunks, H]`."""
@@ -306,10 +246,10 @@ class LaunchPlan:
         """`forward` of gates `[B, T, H]` on the current stream; keeps the gates' means too where it keeps anything."""
         with dispatcher.marked("equal_chunks"):
             m, r = self.means(momentum), self.means(decay)
-            output, end, moved, kept = self.begun(
+            output, end, moved, saved = self.begun(
                 "forward", self.forward, stream_of(self.index), q, k, v, rates, m, r, start, theta, keep
             )
-        return output, end, moved, [m, r, *kept]
+        return output, end, moved, [m, r, *saved]
 
     def begun(self, part: str, body: Callable[..., Any], *args: Any) -> Any:
         """What `body` returns; before the first call of a kind all that it launches is compiled, in threads.
@@ -340,7 +280,7 @@ class LaunchPlan:
 
     @cached_property
     def forgetful_scan(self) -> BoundKernel:
-        """Momentum and states in one, of which nothing is kept."""
+        """Momentum and states in one, of which nothing is saved."""
         s = self.shapes
         return bound_scan(
             self.batch, self.heads, self.size, sign=s.sign, keep=False, momentum=s.momentum, velocity=(0, 0),
@@ -361,8 +301,8 @@ class _Planned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: LaunchPlan, *tensors: Any) -> tuple[Tensor, ...]:
         q, k, v, rates, momentum, decay, start, *theta = tensors
-        output, end, velocity, kept = plan.evaluated(q, k, v, rates, momentum, decay, start, theta, True)
-        ctx.save_for_backward(q, k, v, rates, *kept)
+        output, end, velocity, saved = plan.evaluated(q, k, v, rates, momentum, decay, start, theta, True)
+        ctx.save_for_backward(q, k, v, rates, *saved)
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.shapes = plan, [None if x is None else x.shape for x in tensors]
         return (output, end) if velocity is None else (output, end, velocity)

@@ -28,6 +28,55 @@ MAX_WIDTH = 1024
 """The widest head."""
 
 
+def full_conv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel: Tensor,
+    rate: float | Tensor,
+    *,
+    grid: tuple[int, int],
+    clip: bool,
+    sign: float,
+) -> tuple[Tensor, Tensor]:
+    """Update depthwise 3x3 kernels once from all keys and values, and read them with all queries.
+
+    Differentiable in every tensor, also through the new kernels. The loss is the dot product.
+
+    Args:
+        q: queries `[B, T, H, D]`, the rows of the grid one after another; float16, bfloat16 or float32.
+        k: keys `[B, T, H, D]`, likewise, in a dtype of their own.
+        v: values `[B, T, H, D]`, likewise.
+        kernel: float32 `[C, 3, 3]` or `[B, C, 3, 3]` with `C = H * D`, or `[B, H, D, 3, 3]`.
+        rate: learning rate, a number or float32 `[B, T, H]`, zero for tokens that do not write.
+        grid: height and width, `T = height * width`.
+        clip: divide the update of each channel by its norm plus one.
+        sign: 1 for descent, -1 for ascent.
+
+    Returns:
+        Outputs `[B, T, H, D]` in q's dtype, and the new kernels, float32 `[B, H, D, 3, 3]`.
+
+    Raises:
+        ValueError: a width or dtypes that `covers` refuses, or a grid that T tokens do not fill.
+    """
+    dtypes = (q.dtype, k.dtype, v.dtype)
+    if not covers(q.shape[3], *dtypes):
+        raise ValueError(
+            f"q, k and v must have heads of at most {MAX_WIDTH} channels in float16, bfloat16 or float32; got width "
+            f"{q.shape[3]} in {', '.join(map(str, dtypes))}"
+        )
+    batch, places, heads, width = q.shape
+    if not places or grid[0] * grid[1] != places:
+        raise ValueError(f"grid must have as many places as there are tokens, {places}; got {grid[0]} x {grid[1]}")
+    if kernel.dim() < 5:
+        kernel = kernel.unflatten(-3, (heads, width))
+    kernel = kernel.expand(batch, heads, width, 3, 3)
+    rated = isinstance(rate, Tensor)
+    scale = 1.0 if rated else float(rate)
+    o, new, _ = _full_conv(q, k, v, kernel, rate if rated else None, scale, *grid, clip, float(sign))
+    return o, new
+
+
 def covers(width: int, *dtypes: torch.dtype) -> bool:
     """Whether `full_conv` takes heads of this width and queries, keys and values of these dtypes."""
     return 0 < width <= MAX_WIDTH and all(dtype in DTYPES for dtype in dtypes)
@@ -161,60 +210,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, do: Tensor | None, dnew: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, kernel, rate, *kept = ctx.saved_tensors
+    q, k, v, kernel, rate, *saved = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(q)
-    dq, dk, dv, dkernel, drate = _full_conv_backward(do, dnew, q, k, v, kernel, rate, *kept, *ctx.numbers)
+    dq, dk, dv, dkernel, drate = _full_conv_backward(do, dnew, q, k, v, kernel, rate, *saved, *ctx.numbers)
     return dq, dk, dv, dkernel, None if rate is None else drate.sum(-1), *(None for _ in ctx.numbers)
 
 
 _full_conv.register_autograd(_backward, setup_context=_save)
-
-
-def full_conv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kernel: Tensor,
-    rate: float | Tensor,
-    *,
-    grid: tuple[int, int],
-    clip: bool,
-    sign: float,
-) -> tuple[Tensor, Tensor]:
-    """Update depthwise 3x3 kernels once from all keys and values, and read them with all queries.
-
-    Differentiable in every tensor, also through the new kernels. The loss is the dot product.
-
-    Args:
-        q: queries `[B, T, H, D]`, the rows of the grid one after another; float16, bfloat16 or float32.
-        k: keys `[B, T, H, D]`, likewise, in a dtype of their own.
-        v: values `[B, T, H, D]`, likewise.
-        kernel: float32 `[C, 3, 3]` or `[B, C, 3, 3]` with `C = H * D`, or `[B, H, D, 3, 3]`.
-        rate: learning rate, a number or float32 `[B, T, H]`, zero for tokens that do not write.
-        grid: height and width, `T = height * width`.
-        clip: divide the update of each channel by its norm plus one.
-        sign: 1 for descent, -1 for ascent.
-
-    Returns:
-        Outputs `[B, T, H, D]` in q's dtype, and the new kernels, float32 `[B, H, D, 3, 3]`.
-
-    Raises:
-        ValueError: a width or dtypes that `covers` refuses, or a grid that T tokens do not fill.
-    """
-    dtypes = (q.dtype, k.dtype, v.dtype)
-    if not covers(q.shape[3], *dtypes):
-        raise ValueError(
-            f"q, k and v must have heads of at most {MAX_WIDTH} channels in float16, bfloat16 or float32; got width "
-            f"{q.shape[3]} in {', '.join(map(str, dtypes))}"
-        )
-    batch, places, heads, width = q.shape
-    if not places or grid[0] * grid[1] != places:
-        raise ValueError(f"grid must have as many places as there are tokens, {places}; got {grid[0]} x {grid[1]}")
-    if kernel.dim() < 5:
-        kernel = kernel.unflatten(-3, (heads, width))
-    kernel = kernel.expand(batch, heads, width, 3, 3)
-    rated = isinstance(rate, Tensor)
-    scale = 1.0 if rated else float(rate)
-    o, new, _ = _full_conv(q, k, v, kernel, rate if rated else None, scale, *grid, clip, float(sign))
-    return o, new

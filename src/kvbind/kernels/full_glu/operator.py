@@ -36,6 +36,61 @@ MAX_WIDTH = 64
 """The widest head, in keys and in values: the matrices of wider ones do not fit into registers."""
 
 
+def full_glu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    rate_out: float | Tensor,
+    rate_gate: float | Tensor,
+    *,
+    update_gate: bool,
+    clip: bool,
+    sign: float,
+    squared: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Update a gated linear unit once from all keys and values, and read it with all queries.
+
+    Differentiable in every tensor, also through the new weights.
+
+    Args:
+        q: queries `[B, Tq, H, Dk]`, float16, bfloat16 or float32.
+        k: keys `[B, Tk, H, Dk]`, likewise, in a dtype of their own.
+        v: values `[B, Tk, H, Dv]`, likewise.
+        weight: the last layer, float32 `[H, Dk, Dv]` or `[B, H, Dk, Dv]`.
+        gate: the gate, likewise; None for one linear layer.
+        rate_out: the last layer's learning rate, a number or float32 `[B, Tk, H]`, zero for tokens that do not write.
+        rate_gate: the gate's, likewise; only read where the gate is updated.
+        update_gate: the gate is updated too; it has to be there.
+        clip: divide each column of an update by its norm plus one.
+        sign: 1 for descent, -1 for ascent.
+        squared: the squared error, whose `g` is `v - f(k)`; else the dot product, whose `g` is `v`.
+
+    Returns:
+        Outputs `[B, Tq, H, Dv]` in q's dtype, the new weight and the new gate, float32 `[B, H, Dk, Dv]` (a view of `gate`
+        where that is not updated, None where there is none).
+
+    Raises:
+        ValueError: widths or dtypes that `covers` refuses, or `update_gate` without a gate.
+    """
+    dtypes = (q.dtype, k.dtype, v.dtype)
+    if not covers(q.shape[3], v.shape[3], *dtypes):
+        raise ValueError(
+            f"q, k and v must have heads of at most {MAX_WIDTH} channels in float16, bfloat16 or float32; got widths "
+            f"{q.shape[3]} and {v.shape[3]} in {', '.join(map(str, dtypes))}"
+        )
+    if update_gate and gate is None:
+        raise ValueError("update_gate must be False where gate is None")
+    shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    weight = weight.expand(shape)
+    gate = None if gate is None else gate.expand(shape)
+    rates = [rate if isinstance(rate, Tensor) else None for rate in (rate_out, rate_gate if update_gate else 0.0)]
+    scales = [1.0 if isinstance(rate, Tensor) else float(rate) for rate in (rate_out, rate_gate)]
+    o, new, newg, _ = _full_glu(q, k, v, weight, gate, *rates, *scales, update_gate, clip, float(sign), squared)
+    return o, new, newg if update_gate else gate
+
+
 def covers(key_width: int, value_width: int, *dtypes: torch.dtype) -> bool:
     """Whether `full_glu` takes heads of these widths and queries, keys and values of these dtypes."""
     return 0 < key_width <= MAX_WIDTH and 0 < value_width <= MAX_WIDTH and all(dtype in DTYPES for dtype in dtypes)
@@ -185,14 +240,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(
     ctx: Any, do: Tensor | None, dnew: Tensor | None, dnewg: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    q, k, v, weight, gate, rate_out, rate_gate, *kept = ctx.saved_tensors
-    if not kept[1].numel():
+    q, k, v, weight, gate, rate_out, rate_gate, *saved = ctx.saved_tensors
+    if not saved[1].numel():
         # no gate was updated
         dnewg = None
     if do is None:
         do = q.new_zeros(*q.shape[:3], v.shape[3])
     dq, dk, dv, dmatrices, drate_out, drate_gate = _full_glu_backward(
-        do, dnew, dnewg, q, k, v, weight, gate, rate_out, rate_gate, *kept, *ctx.numbers
+        do, dnew, dnewg, q, k, v, weight, gate, rate_out, rate_gate, *saved, *ctx.numbers
     )
     return (
         dq,
@@ -207,58 +262,3 @@ def _backward(
 
 
 _full_glu.register_autograd(_backward, setup_context=_save)
-
-
-def full_glu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    gate: Tensor | None,
-    rate_out: float | Tensor,
-    rate_gate: float | Tensor,
-    *,
-    update_gate: bool,
-    clip: bool,
-    sign: float,
-    squared: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Update a gated linear unit once from all keys and values, and read it with all queries.
-
-    Differentiable in every tensor, also through the new weights.
-
-    Args:
-        q: queries `[B, Tq, H, Dk]`, float16, bfloat16 or float32.
-        k: keys `[B, Tk, H, Dk]`, likewise, in a dtype of their own.
-        v: values `[B, Tk, H, Dv]`, likewise.
-        weight: the last layer, float32 `[H, Dk, Dv]` or `[B, H, Dk, Dv]`.
-        gate: the gate, likewise; None for one linear layer.
-        rate_out: the last layer's learning rate, a number or float32 `[B, Tk, H]`, zero for tokens that do not write.
-        rate_gate: the gate's, likewise; only read where the gate is updated.
-        update_gate: the gate is updated too; it has to be there.
-        clip: divide each column of an update by its norm plus one.
-        sign: 1 for descent, -1 for ascent.
-        squared: the squared error, whose `g` is `v - f(k)`; else the dot product, whose `g` is `v`.
-
-    Returns:
-        Outputs `[B, Tq, H, Dv]` in q's dtype, the new weight and the new gate, float32 `[B, H, Dk, Dv]` (a view of `gate`
-        where that is not updated, None where there is none).
-
-    Raises:
-        ValueError: widths or dtypes that `covers` refuses, or `update_gate` without a gate.
-    """
-    dtypes = (q.dtype, k.dtype, v.dtype)
-    if not covers(q.shape[3], v.shape[3], *dtypes):
-        raise ValueError(
-            f"q, k and v must have heads of at most {MAX_WIDTH} channels in float16, bfloat16 or float32; got widths "
-            f"{q.shape[3]} and {v.shape[3]} in {', '.join(map(str, dtypes))}"
-        )
-    if update_gate and gate is None:
-        raise ValueError("update_gate must be False where gate is None")
-    shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-    weight = weight.expand(shape)
-    gate = None if gate is None else gate.expand(shape)
-    rates = [rate if isinstance(rate, Tensor) else None for rate in (rate_out, rate_gate if update_gate else 0.0)]
-    scales = [1.0 if isinstance(rate, Tensor) else float(rate) for rate in (rate_out, rate_gate)]
-    o, new, newg, _ = _full_glu(q, k, v, weight, gate, *rates, *scales, update_gate, clip, float(sign), squared)
-    return o, new, newg if update_gate else gate

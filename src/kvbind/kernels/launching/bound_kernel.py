@@ -1,7 +1,7 @@
 """Kernels bound to everything but their tensors, so that launching one again costs the host microseconds.
 
 A call whose shapes, strides and dtypes were met before launches the same kernels on the same grids with the same numbers;
-nothing but addresses differs. What is looked up and derived for a launch is therefore kept with it.
+nothing but addresses differs. What is looked up and derived for a launch is therefore stored with it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 from kvbind.kernels.launching.warm_up import warming_up
 
 CAPACITY = 8
-"""Steps kept with their buffers and graphs; the one unused for longest goes first."""
+"""Steps stored with their buffers and graphs; the one unused for longest goes first."""
 
 REMEMBERED = 64
 """Keys remembered as seen once."""
@@ -98,7 +98,7 @@ def repeated(key: Hashable, device: torch.device, make: Callable[[], S]) -> Iter
 
 
 def _find(key: Hashable, make: Callable[[], S]) -> _Captured[S] | None:
-    """What is kept for a key, made now if the key was seen before; None the first time."""
+    """What is stored for a key, made now if the key was seen before; None the first time."""
     with _lock:
         if key in _captured:
             _captured.move_to_end(key)

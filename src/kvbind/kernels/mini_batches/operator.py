@@ -24,6 +24,68 @@ MOST_WIDTH = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 32}
 """The widest head whose state and its gradient are held in registers, where products of float32 have operands too."""
 
 
+def mini_batches(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    rates: Tensor,
+    *,
+    size: int,
+    bias: Tensor | None = None,
+    bias_rates: Tensor | None = None,
+    read_rate: Tensor | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    eps: float = 1e-6,
+    squared: bool = True,
+    in_loss: bool = True,
+    in_read: bool = True,
+    residual: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run whole mini-batches of one layer, gradients taken at each one's starting weights.
+
+    Args:
+        q: what is read, `[B, T, H, Dk]`; bfloat16, float16 or float32.
+        k: keys `[B, T, H, Dk]` in q's dtype.
+        v: values `[B, T, H, Dv]` in q's dtype.
+        weights: starting matrix, float32 `[B, H, Dk, Dv]`.
+        rates: learning rates, float32 `[B, T, H]`, negative for ascent.
+        size: tokens of a mini-batch, of which T is a multiple.
+        bias: starting bias, float32 `[B, H, Dv]`, or None.
+        bias_rates: its own learning rates, or None for `rates`.
+        read_rate: the share c of its mini-batch's writes that a token sees, float32 `[B, T, H]`, or None for 1.
+        gamma: gain of the head, float32 `[B, H, Dv]`, or None for no head.
+        beta: its shift, likewise.
+        eps: added to the head's variance.
+        squared: the loss is the squared error and not the dot product.
+        in_loss: the head is in the loss.
+        in_read: outputs pass the head.
+        residual: the head adds the layer's input, for which Dk = Dv.
+
+    Returns:
+        Outputs `[B, T, H, Dv]` in q's dtype, and matrix and bias after the last mini-batch.
+
+    Raises:
+        ValueError: T is no positive multiple of `size`, or sizes or dtypes are not such as `covers` says.
+    """
+    if not covers(q.dtype, size, q.shape[-1], v.shape[-1]) or len({x.dtype for x in (q, k, v)}) > 1:
+        raise ValueError(
+            f"q, k and v must be of one dtype, a power of two wide from 16 to that one's {MOST_WIDTH}, and size from 2 "
+            f"to {MOST_TOKENS}; got {q.dtype} {list(q.shape)}, {v.dtype} {list(v.shape)} and {size}"
+        )
+    if not q.shape[1] or q.shape[1] % size:
+        raise ValueError(f"q must have a positive multiple of size={size} tokens; got {q.shape[1]}")
+    head = gamma is not None
+    operands = (q, k, v, weights, bias, gamma, beta, rates, bias_rates, read_rate)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+    out, end, bias_end, *_ = dispatcher.call(
+        _forward, *(None if x is None else x.contiguous() for x in operands), size, float(eps), squared, in_loss and head,
+        in_read and head, residual and head, keep,
+    )  # fmt: skip
+    return out, end, None if bias is None else bias_end
+
+
 def covers(dtype: torch.dtype, size: int, key_width: int, value_width: int) -> bool:
     """Whether `mini_batches` takes operands of `dtype` and of these widths, in mini-batches of `size` tokens."""
     most = MOST_WIDTH.get(dtype, 0)
@@ -175,65 +237,3 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
-
-
-def mini_batches(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: Tensor,
-    rates: Tensor,
-    *,
-    size: int,
-    bias: Tensor | None = None,
-    bias_rates: Tensor | None = None,
-    read_rate: Tensor | None = None,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-    eps: float = 1e-6,
-    squared: bool = True,
-    in_loss: bool = True,
-    in_read: bool = True,
-    residual: bool = True,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run whole mini-batches of one layer, gradients taken at each one's starting weights.
-
-    Args:
-        q: what is read, `[B, T, H, Dk]`; bfloat16, float16 or float32.
-        k: keys `[B, T, H, Dk]` in q's dtype.
-        v: values `[B, T, H, Dv]` in q's dtype.
-        weights: starting matrix, float32 `[B, H, Dk, Dv]`.
-        rates: learning rates, float32 `[B, T, H]`, negative for ascent.
-        size: tokens of a mini-batch, of which T is a multiple.
-        bias: starting bias, float32 `[B, H, Dv]`, or None.
-        bias_rates: its own learning rates, or None for `rates`.
-        read_rate: the share c of its mini-batch's writes that a token sees, float32 `[B, T, H]`, or None for 1.
-        gamma: gain of the head, float32 `[B, H, Dv]`, or None for no head.
-        beta: its shift, likewise.
-        eps: added to the head's variance.
-        squared: the loss is the squared error and not the dot product.
-        in_loss: the head is in the loss.
-        in_read: outputs pass the head.
-        residual: the head adds the layer's input, for which Dk = Dv.
-
-    Returns:
-        Outputs `[B, T, H, Dv]` in q's dtype, and matrix and bias after the last mini-batch.
-
-    Raises:
-        ValueError: T is no positive multiple of `size`, or sizes or dtypes are not such as `covers` says.
-    """
-    if not covers(q.dtype, size, q.shape[-1], v.shape[-1]) or len({x.dtype for x in (q, k, v)}) > 1:
-        raise ValueError(
-            f"q, k and v must be of one dtype, a power of two wide from 16 to that one's {MOST_WIDTH}, and size from 2 "
-            f"to {MOST_TOKENS}; got {q.dtype} {list(q.shape)}, {v.dtype} {list(v.shape)} and {size}"
-        )
-    if not q.shape[1] or q.shape[1] % size:
-        raise ValueError(f"q must have a positive multiple of size={size} tokens; got {q.shape[1]}")
-    head = gamma is not None
-    operands = (q, k, v, weights, bias, gamma, beta, rates, bias_rates, read_rate)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
-    out, end, bias_end, *_ = dispatcher.call(
-        _forward, *(None if x is None else x.contiguous() for x in operands), size, float(eps), squared, in_loss and head,
-        in_read and head, residual and head, keep,
-    )  # fmt: skip
-    return out, end, None if bias is None else bias_end

@@ -27,7 +27,7 @@ def fits_one_program(rows: int, columns: int, dtype: torch.dtype) -> bool:
 @Launcher
 @triton.jit(do_not_specialize=["n"])
 def whole_forward(
-    x, out, kept, squares, n, stride_batch, stride_row, stride_column,
+    x, out, saved, squares, n, stride_batch, stride_row, stride_column,
     COEFFICIENTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, OUT_ROW: tl.constexpr, OUT_COLUMN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -40,13 +40,13 @@ def whole_forward(
     x += batch * stride_batch + rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
     value = tl.load(x, mask=inside, other=0.0).to(tl.float32)
     square = tl.sum(tl.sum(value * value, 1), 0)
-    if kept is not None:
+    if saved is not None:
         tl.store(squares + batch, square)
     value *= 1.0 / (tl.sqrt(square) + EPSILON)
     for i in range(0, len(COEFFICIENTS) // 3):
         low = value.to(TYPE)
-        if kept is not None:
-            tl.store(kept + (i * n + batch) * (M * N) + rows[:, None] * N + columns[None, :], low, mask=inside)
+        if saved is not None:
+            tl.store(saved + (i * n + batch) * (M * N) + rows[:, None] * N + columns[None, :], low, mask=inside)
         gram = tl.dot(low, tl.trans(low), input_precision=PRECISION).to(TYPE)
         poly = tl.dot(gram, gram, input_precision=PRECISION) * coefficient(COEFFICIENTS, i, 2)
         poly += coefficient(COEFFICIENTS, i, 1) * gram.to(tl.float32)
@@ -59,7 +59,7 @@ def whole_forward(
 @Launcher
 @triton.jit(do_not_specialize=["n"])
 def whole_backward(
-    kept, squares, grad, out, n, stride_batch, stride_row, stride_column,
+    saved, squares, grad, out, n, stride_batch, stride_row, stride_column,
     COEFFICIENTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, OUT_ROW: tl.constexpr, OUT_COLUMN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +75,7 @@ def whole_backward(
     for back in range(0, ITERATIONS):
         i = ITERATIONS - 1 - back
         low = value.to(TYPE)
-        x = tl.load(kept + (i * n + batch) * (M * N) + at, mask=inside, other=0.0)
+        x = tl.load(saved + (i * n + batch) * (M * N) + at, mask=inside, other=0.0)
         b = coefficient(COEFFICIENTS, i, 1)
         c = coefficient(COEFFICIENTS, i, 2)
         gram = tl.dot(x, tl.trans(x), input_precision=PRECISION).to(TYPE)
@@ -90,7 +90,7 @@ def whole_backward(
         poly = (c * tl.dot(gram, gram, input_precision=PRECISION) + b * gram.to(tl.float32)).to(TYPE)
         value = tl.dot(poly, low, value, input_precision=PRECISION)
     scale, norm = inverse_norm(squares + batch, 1)
-    x = tl.load(kept + batch * (M * N) + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(saved + batch * (M * N) + at, mask=inside, other=0.0).to(tl.float32)
     along = tl.where(norm > 0, tl.sum(tl.sum(value * x, 1), 0) / tl.where(norm > 0, norm, 1.0), 0.0)
     value = scale * value - along * x
     out += batch * (M * N)

@@ -1,4 +1,4 @@
-r"""Newton-Schulz orthogonalization of batches of matrices; the twin of `kvbind.inner.orthogonalize.NewtonSchulz`.
+r"""Newton-Schulz orthogonalization of batches of matrices.
 
 Every matrix is held wide, `m` rows by `k >= m` columns. One iteration with coefficients `(a, b, c)`, and its gradient from
 `D = dL/dX'`, are
@@ -6,7 +6,7 @@ Every matrix is held wide, `m` rows by `k >= m` columns. One iteration with coef
     A = X X^T,   B = b A + c A A,   X' = a X + B X
     E = D X^T + X D^T,   F = b E + c (E A + A E),   dL/dX = a D + B D + F X
 
-X before each iteration is all that is kept for the gradient.
+X before each iteration is all that is saved for the gradient.
 
 Matrices that fit one program (`fits_one_program`) run all their iterations there. Larger ones are worked on tile by tile,
 by `kvbind.kernels.newton_schulz.tiled`. All sums run in a fixed order: results repeat bit by bit.
@@ -25,6 +25,36 @@ from kvbind.kernels.common.devices import on_device_of
 from kvbind.kernels.newton_schulz import tiled as products
 from kvbind.kernels.newton_schulz.one_program import LOW, fits_one_program, whole_backward, whole_forward, whole_options
 from kvbind.kernels.newton_schulz.tiled import pieces
+
+
+def newton_schulz(
+    x: Tensor,
+    coefficients: Sequence[Sequence[float]],
+    dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Map every matrix of a batch towards its nearest semi-orthogonal one (Muon; arXiv 2505.23884 for its use here).
+
+    `X = x / (||x||_F + 1e-7)`, then for each `(a, b, c)`: `A = X X^T`, `X <- a X + (b A + c A A) X`. A matrix with more
+    rows than columns is read and written transposed.
+
+    Args:
+        x: `[..., M, N]`, float32, bfloat16 or float16, of any strides.
+        coefficients: one `(a, b, c)` per iteration.
+        dtype: precision of the operands of all products, and to which X is rounded before each of them; sums are in float32.
+            In float32, products obey `torch.set_float32_matmul_precision`. The last X is not rounded to it.
+        out_dtype: dtype of the result; default that of `x`.
+
+    Returns:
+        `[..., M, N]`, contiguous; differentiable once.
+
+    Raises:
+        TypeError: a dtype other than bfloat16, float16 and float32.
+        ValueError: `x` is no matrix, or `coefficients` are no triples.
+    """
+    _check(x, coefficients, dtype, out_dtype)
+    keep = torch.is_grad_enabled() and x.requires_grad
+    return _newton_schulz(x, _flat(coefficients), dtype, out_dtype or x.dtype, keep)[0]
 
 
 def _wide(x: Tensor) -> tuple[Tensor, bool]:
@@ -77,26 +107,26 @@ def newton_schulz_forward(
     wide, tall = _wide(x)
     n, m, k = wide.shape
     out = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
-    kept = torch.empty(_kept_shape(wide.shape, len(coefficients), keep), dtype=dtype, device=x.device)
+    saved = torch.empty(_saved_shape(wide.shape, len(coefficients), keep), dtype=dtype, device=x.device)
     squares = torch.empty(_squares_shape(wide.shape, dtype, keep), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
-        return out, (kept, squares)
+        return out, (saved, squares)
     row, column = _strides(tall, m, k)
     with on_device_of(x):
         if fits_one_program(m, k, dtype):
             whole_forward[(n,)](
-                wide, out, kept if keep else None, squares if keep else None, n, *wide.stride(),
+                wide, out, saved if keep else None, squares if keep else None, n, *wide.stride(),
                 COEFFICIENTS=_flat(coefficients), M=m, N=k, OUT_ROW=row, OUT_COLUMN=column, **whole_options(m, k, dtype),
             )  # fmt: skip
-            return out, (kept, squares)
+            return out, (saved, squares)
         sums = squares if keep else squares.new_empty(n, pieces(m, k))
-        states = kept if keep else kept.new_empty(min(2, len(coefficients)), n, m, k)
+        states = saved if keep else saved.new_empty(min(2, len(coefficients)), n, m, k)
         products.forward(wide, out, (row, column), states, sums, _flat(coefficients))
-    return out, (kept, squares)
+    return out, (saved, squares)
 
 
 def newton_schulz_backward(
-    kept: Sequence[Tensor],
+    saved: Sequence[Tensor],
     grad: Tensor,
     coefficients: Sequence[Sequence[float]],
     dtype: torch.dtype,
@@ -104,10 +134,11 @@ def newton_schulz_backward(
 ) -> Tensor:
     """The gradient of `newton_schulz_forward` with respect to `x`.
 
-    At `x = 0` the norm counts as constant, as in the twin: the result is then the finite gradient of `x / 1e-7`.
+    At `x = 0` the norm counts as constant, as in the reference implementation: the result is then the finite gradient of `x
+    / 1e-7`.
 
     Args:
-        kept: the second value that `newton_schulz_forward` returned with `keep=True`.
+        saved: the second value that `newton_schulz_forward` returned with `keep=True`.
         grad: gradient of the result, `[..., M, N]`, of any floating-point dtype of 32 bits or fewer and any strides.
         coefficients: as in the forward call.
         dtype: as in the forward call.
@@ -116,7 +147,7 @@ def newton_schulz_backward(
     Returns:
         `[..., M, N]`, contiguous.
     """
-    states, squares = kept
+    states, squares = saved
     wide, tall = _wide(grad)
     n, m, k = wide.shape
     out = torch.empty(grad.shape, dtype=out_dtype or grad.dtype, device=grad.device)
@@ -142,7 +173,7 @@ def _triples(values: Sequence[float]) -> list[tuple[float, ...]]:
     return [tuple(values[i : i + 3]) for i in range(0, len(values), 3)]
 
 
-def _kept_shape(wide: Sequence[int], iterations: int, keep: bool) -> tuple[int, ...]:
+def _saved_shape(wide: Sequence[int], iterations: int, keep: bool) -> tuple[int, ...]:
     return (iterations, *wide) if keep else (0,)
 
 
@@ -154,21 +185,21 @@ def _squares_shape(wide: Sequence[int], dtype: torch.dtype, keep: bool) -> tuple
     return (wide[0], 1 if fits_one_program(m, k, dtype) else pieces(m, k))
 
 
-def kept_shapes(
+def saved_shapes(
     shape: Sequence[int], iterations: int, dtype: torch.dtype, keep: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of what `newton_schulz_forward` keeps of matrices `[..., M, N]`."""
     rows, columns = sorted(shape[-2:])
     wide = (math.prod(shape[:-2]), rows, columns)
-    return _kept_shape(wide, iterations, keep), _squares_shape(wide, dtype, keep)
+    return _saved_shape(wide, iterations, keep), _squares_shape(wide, dtype, keep)
 
 
 @torch.library.custom_op("kvbind::newton_schulz", mutates_args=())
 def _newton_schulz(
     x: Tensor, coefficients: Sequence[float], dtype: torch.dtype, out_dtype: torch.dtype, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out, kept = newton_schulz_forward(x, _triples(coefficients), dtype, keep, out_dtype)
-    return out, *kept
+    out, saved = newton_schulz_forward(x, _triples(coefficients), dtype, keep, out_dtype)
+    return out, *saved
 
 
 @_newton_schulz.register_fake
@@ -178,7 +209,7 @@ def _(
     wide, _ = _wide(x)
     return (
         x.new_empty(x.shape, dtype=out_dtype),
-        x.new_empty(_kept_shape(wide.shape, len(coefficients) // 3, keep), dtype=dtype),
+        x.new_empty(_saved_shape(wide.shape, len(coefficients) // 3, keep), dtype=dtype),
         x.new_empty(_squares_shape(wide.shape, dtype, keep), dtype=torch.float32),
     )
 
@@ -214,33 +245,3 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
 
 
 _newton_schulz.register_autograd(_backward, setup_context=_setup_context)
-
-
-def newton_schulz(
-    x: Tensor,
-    coefficients: Sequence[Sequence[float]],
-    dtype: torch.dtype = torch.bfloat16,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Map every matrix of a batch towards its nearest semi-orthogonal one (Muon; arXiv 2505.23884 for its use here).
-
-    `X = x / (||x||_F + 1e-7)`, then for each `(a, b, c)`: `A = X X^T`, `X <- a X + (b A + c A A) X`. A matrix with more
-    rows than columns is read and written transposed.
-
-    Args:
-        x: `[..., M, N]`, float32, bfloat16 or float16, of any strides.
-        coefficients: one `(a, b, c)` per iteration.
-        dtype: precision of the operands of all products, and to which X is rounded before each of them; sums are in float32.
-            In float32, products obey `torch.set_float32_matmul_precision`. The last X is not rounded to it.
-        out_dtype: dtype of the result; default that of `x`.
-
-    Returns:
-        `[..., M, N]`, contiguous; differentiable once.
-
-    Raises:
-        TypeError: a dtype other than bfloat16, float16 and float32.
-        ValueError: `x` is no matrix, or `coefficients` are no triples.
-    """
-    _check(x, coefficients, dtype, out_dtype)
-    keep = torch.is_grad_enabled() and x.requires_grad
-    return _newton_schulz(x, _flat(coefficients), dtype, out_dtype or x.dtype, keep)[0]

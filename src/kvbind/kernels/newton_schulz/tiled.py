@@ -32,7 +32,7 @@ from kvbind.kernels.common.operands import cdiv, dot_precision, power_of_2
 from kvbind.kernels.launching.launcher import Launcher
 
 EPSILON = tl.constexpr(1e-7)
-"""What is added to the norm, as in the twin."""
+"""What is added to the norm, as in the reference implementation."""
 
 PIECE = (64, 128)
 """Rows and columns, at most, of the pieces in which a matrix is cast and its squares are summed."""

@@ -1,8 +1,8 @@
 """Two products that know chunks: over a chunk's tokens, and of a chunk's tokens with its own matrices.
 
 Tokens are `[B, T, H, D]` views with any strides and a contiguous last axis; T is a whole number of chunks. Matrices are
-`[..., chunks, B*H, in * out]` views with a contiguous last axis: slices of a bank
-(`kvbind.kernels.recurrent.packed_weights`).
+`[..., chunks, B*H, in * out]` views with a contiguous last axis: slices of packed weights
+(`packed_weights`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FULL_PRECISION = Tile(64, 32, 32, 4, 2)
 """For float32, whose operands take twice the room and whose products are unrolled."""
 
 FILLS = 96
-"""Programs from which large tiles keep a card busy; below, smaller ones do better."""
+"""Programs from which large tiles keep a device busy; below, smaller ones do better."""
 
 
 def tile_for(dtype: torch.dtype, programs: int, rows: int) -> Tile:

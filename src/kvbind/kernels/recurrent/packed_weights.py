@@ -1,4 +1,4 @@
-"""A bank: all the matrices that an update rule changes, of one sequence and head, in one row of memory."""
+"""Packed weights: all the matrices that an update rule changes, of one sequence and head, in one row of memory."""
 
 from __future__ import annotations
 

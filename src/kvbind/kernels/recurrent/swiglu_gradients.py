@@ -262,7 +262,8 @@ def second_factors(
     Args:
         k: `[B, C, H, Dk]`.
         v: `[B, C, H, Dv]`.
-        weights: W_gate with W_up, `[B*H, 2 * Dk * Dh]`, and W_down, `[B*H, Dh * Dv]`: two slices of one bank, in k's dtype.
+        weights: W_gate with W_up, `[B*H, 2 * Dk * Dh]`, and W_down, `[B*H, Dh * Dv]`: two slices of one packing, in k's
+            dtype.
         grads: the gradients of the write, laid out as the weights.
         rates: float32 `[3, B, C, H]`, of any strides.
         out: where to write A_gate, A_up, du, dp, h_r and E, `[6, B*H, C, Dh]`, contiguous.

@@ -17,7 +17,7 @@ SEGMENT_ROWS = 1 << 16
 SEGMENT_ELEMENTS = 1 << 24
 """Elements of the weights that they read, at most."""
 
-Kept = tuple[Tensor, Tensor]
+Saved = tuple[Tensor, Tensor]
 """What Newton-Schulz keeps for its gradient."""
 
 
@@ -27,7 +27,7 @@ class ChunkRule:
 
     Attributes:
         chunk: tokens in a chunk.
-        bank: the layout of the updated matrices.
+        packing: the layout of the updated matrices.
         swiglu: features are SwiGLU's, not the keys themselves.
         sign: what updates are multiplied by.
         own_chunk: tokens read the weights after their chunk, not before it.
@@ -36,7 +36,7 @@ class ChunkRule:
     """
 
     chunk: int
-    bank: PackedWeights
+    packing: PackedWeights
     swiglu: bool
     sign: float
     own_chunk: bool
@@ -57,24 +57,26 @@ class ChunkRule:
         """`[chunks, B*H, P]` orthogonalized, or as it is."""
         if not self.coefficients:
             return x
-        return _joined([newton_schulz_forward(part, self.triples, self.precision, False)[0] for part in self.bank.groups(x)])
+        return _joined(
+            [newton_schulz_forward(part, self.triples, self.precision, False)[0] for part in self.packing.groups(x)]
+        )
 
-    def kept(self, x: Tensor) -> list[Kept]:
+    def saved(self, x: Tensor) -> list[Saved]:
         """What the gradient of `orthogonalize` needs, for each group of matrices of one shape."""
         if not self.coefficients:
             return []
-        return [newton_schulz_forward(part, self.triples, self.precision, True)[1] for part in self.bank.groups(x)]
+        return [newton_schulz_forward(part, self.triples, self.precision, True)[1] for part in self.packing.groups(x)]
 
-    def orthogonalize_backward(self, kept: Sequence[Kept], grad: Tensor) -> Tensor:
+    def orthogonalize_backward(self, saved: Sequence[Saved], grad: Tensor) -> Tensor:
         """The gradient of `orthogonalize`, float32."""
         if not self.coefficients:
             return grad
-        groups = zip(kept, self.bank.groups(grad), strict=True)
+        groups = zip(saved, self.packing.groups(grad), strict=True)
         return _joined([newton_schulz_backward(x, d, self.triples, self.precision, torch.float32) for x, d in groups])
 
     def segment(self, heads: int) -> int:
         """How many chunks of so many sequences and heads are worked on at once."""
-        return max(1, min(SEGMENT_ROWS // (self.chunk * heads), SEGMENT_ELEMENTS // (self.bank.size * heads)))
+        return max(1, min(SEGMENT_ROWS // (self.chunk * heads), SEGMENT_ELEMENTS // (self.packing.size * heads)))
 
     def segments(self, chunks: int, heads: int) -> list[tuple[int, int]]:
         """Ranges of chunks that are worked on at once."""
@@ -82,10 +84,10 @@ class ChunkRule:
         return [(start, min(start + step, chunks)) for start in range(0, chunks, step)]
 
 
-def chunk_of(kept: Sequence[Kept], place: int, count: int) -> list[Kept]:
-    """One chunk's part of what `ChunkRule.kept` gave for `count` chunks."""
+def chunk_of(saved: Sequence[Saved], place: int, count: int) -> list[Saved]:
+    """One chunk's part of what `ChunkRule.saved` gave for `count` chunks."""
     parts = []
-    for states, squares in kept:
+    for states, squares in saved:
         each = len(squares) // count
         here = slice(place * each, (place + 1) * each)
         parts.append((states[:, here], squares[here]))

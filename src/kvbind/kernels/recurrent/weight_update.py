@@ -11,7 +11,7 @@ and back, with `D = dL/dW_{c+1}`, `Y = W_{c+1} / n` and sums over the input axis
 
 Momentum: `V_c = G_c + m_c V_{c-1}`, and back `dG_c = dV_c`, `dm_c = <dV_c, V_{c-1}>`, `dV_{c-1} += m_c dV_c`.
 
-Everything is summed in float32. Weights lie in banks (`kvbind.kernels.recurrent.packed_weights`). A launch takes any number
+Everything is summed in float32. Weights lie as `packed_weights` says. A launch takes any number
 of chunks, one after another, where what each of them adds is known beforehand. Kernels here change accumulators in place.
 """
 
@@ -28,7 +28,7 @@ from kvbind.kernels.launching.launcher import Launcher
 from kvbind.kernels.recurrent.packed_weights import PackedWeights
 
 EPSILON = tl.constexpr(1e-5)
-"""What is added to a channel's norm, as in the twin."""
+"""What is added to a channel's norm, as in the reference implementation."""
 
 COLUMNS = 16
 """Output channels in a program; each holds them whole."""
@@ -40,7 +40,7 @@ BLOCK = 1024
 @triton.jit
 def _channels(KEY: tl.constexpr, HIDDEN: tl.constexpr, VALUE: tl.constexpr, THETA: tl.constexpr, IN: tl.constexpr,
               BN: tl.constexpr):  # fmt: skip
-    """Places in a bank of this program's channels and which exist; places of their norms and which exist."""
+    """Places in packed weights of this program's channels and which exist; places of their norms and which exist."""
     each: tl.constexpr = THETA * ((HIDDEN + BN - 1) // BN)
     block = tl.program_id(0)
     is_last = block >= 2 * each
@@ -86,7 +86,7 @@ def _apply_kernel(
 
 
 def apply(
-    bank: PackedWeights,
+    packing: PackedWeights,
     weights: Tensor,
     updates: Tensor,
     states: Tensor,
@@ -98,9 +98,9 @@ def apply(
     """Enter the updates of some chunks into the weights, one after another.
 
     Args:
-        bank: the layout.
+        packing: the layout.
         weights: float32 `[B*H, P]`, changed in place.
-        updates: `[chunks, B*H, P]`, a slice of whole banks.
+        updates: `[chunks, B*H, P]`, a slice of packed weights.
         states: where to write the weights after each chunk, `[chunks, B*H, P]`.
         sign: what updates are multiplied by.
         decay: float32 `[chunks, B*H]`, contiguous.
@@ -109,10 +109,10 @@ def apply(
     """
     count, z = updates.shape[:2]
     with on_device_of(weights):
-        _apply_kernel[(bank.blocks(COLUMNS), z)](
+        _apply_kernel[(packing.blocks(COLUMNS), z)](
             weights, updates, states, *(weights if x is None else x for x in (decay, norms, found)), count, z, sign,
-            updates.stride(0), states.stride(0), **bank.widths, SIZE=bank.size, CHANNELS=bank.channels,
-            NORMALIZE=norms is not None, DECAY=decay is not None, IN=bank.longest, BN=COLUMNS, num_warps=8,
+            updates.stride(0), states.stride(0), **packing.widths, SIZE=packing.size, CHANNELS=packing.channels,
+            NORMALIZE=norms is not None, DECAY=decay is not None, IN=packing.longest, BN=COLUMNS, num_warps=8,
         )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def _apply_backward_kernel(
 
 
 def apply_backward(
-    bank: PackedWeights,
+    packing: PackedWeights,
     grad: Tensor,
     carry: Tensor,
     states: Tensor,
@@ -177,7 +177,7 @@ def apply_backward(
     """The gradient of `apply`, from the last of some chunks to the first.
 
     Args:
-        bank: the layout.
+        packing: the layout.
         grad: gradient of the weights after them, float32 `[B*H, P]`.
         carry: where to write that of the weights before them; may be `grad`.
         states: weights before each chunk and after the last, `[chunks + 1, B*H, P]`.
@@ -194,15 +194,15 @@ def apply_backward(
         The gradient of `decay`, or None.
     """
     count, z = d_updates.shape[:2]
-    blocks = bank.blocks(COLUMNS)
+    blocks = packing.blocks(COLUMNS)
     d_decay = None if decay is None else torch.empty(count, z, blocks, device=grad.device)
     optional = (grad if x is None else x for x in (decay, norms, found))
     with on_device_of(grad):
         _apply_backward_kernel[(blocks, z)](
-            grad, carry, states, reads, *optional, d_updates, *(grad if x is None else x for x in (d_decay, d_norms)),
-            count, z, blocks, sign, states.stride(0), reads.stride(0), d_updates.stride(0), **bank.widths, SIZE=bank.size,
-            CHANNELS=bank.channels, NORMALIZE=norms is not None, DECAY=decay is not None, READ_AFTER=read_after,
-            IN=bank.longest, BN=COLUMNS, num_warps=8,
+            grad, carry, states, reads, *optional, d_updates, *(grad if x is None else x for x in (d_decay, d_norms)), count,
+            z, blocks, sign, states.stride(0), reads.stride(0), d_updates.stride(0), **packing.widths, SIZE=packing.size,
+            CHANNELS=packing.channels, NORMALIZE=norms is not None, DECAY=decay is not None, READ_AFTER=read_after,
+            IN=packing.longest, BN=COLUMNS, num_warps=8,
         )  # fmt: skip
     return None if d_decay is None else d_decay.sum(-1)
 

@@ -58,7 +58,7 @@ class Workspace:
     """Sizes of a call, and room for tensors of them."""
 
     def __init__(self, rule: ChunkRule, q: Tensor) -> None:
-        self.rule, self.bank, self.device, self.low = rule, rule.bank, q.device, q.dtype
+        self.rule, self.packing, self.device, self.low = rule, rule.packing, q.device, q.dtype
         self.batch, self.tokens, self.heads, _ = q.shape
         self.z, self.chunks = self.batch * self.heads, self.tokens // rule.chunk
 
@@ -66,15 +66,15 @@ class Workspace:
         """What a chunk's work depends on."""
         return (self.rule, self.batch, self.heads, self.low, torch.get_float32_matmul_precision(), *more)
 
-    def room(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or torch.float32, device=self.device)
 
     def rows(self, tokens: int, width: int) -> Tensor:
-        return self.room(self.batch, tokens, self.heads, width, dtype=self.low)
+        return self.empty(self.batch, tokens, self.heads, width, dtype=self.low)
 
     def hidden(self, count: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Room for `count` factors of so many tokens, and the same by token."""
-        x = self.room(count, self.z, tokens, self.bank.hidden, dtype=self.low)
+        x = self.empty(count, self.z, tokens, self.packing.hidden, dtype=self.low)
         return x, _by_token(x, self.batch)
 
     def span(self, x: Tensor, start: int, stop: int, axis: int = 1) -> Tensor:
