@@ -14,7 +14,7 @@ from lact_small import LADDER, cache_of, small_model, tokens
 
 import kvbind
 from kvbind import layers
-from kvbind.forms import waiting
+from kvbind.forms import pending
 from kvbind.kernels.common.devices import runs_on
 from kvbind.kernels.launching import cuda_graphs
 from kvbind.models import LactCache
@@ -123,8 +123,8 @@ def test_calls_read_and_update_by_the_operators_of_replays(kernels, lengths, ste
 
         return run
 
-    for name, modules in {"read": (waiting, layers.lact), "completed": (waiting, layers.slots)}.items():
-        changed = watched(name, getattr(waiting, name))
+    for name, modules in {"read": (pending, layers.lact), "completed": (pending, layers.slots)}.items():
+        changed = watched(name, getattr(pending, name))
         for module in modules:
             monkeypatch.setattr(module, name, changed)
 

@@ -10,10 +10,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from kvbind.forms import fused, opaque, planned
-from kvbind.forms.analysis import NoParallelFormError, best_form, explain, parallel_in_spans, parallel_obstacles
+from kvbind.forms import dispatch, opaque, planned
+from kvbind.forms.analysis import NoParallelFormError, explain
 from kvbind.forms.autocast import without_autocast
 from kvbind.forms.finite import guarded
+from kvbind.forms.obstacles import best_form, parallel_in_spans, parallel_obstacles
 from kvbind.forms.parallel import masks_in_parallel, parallel
 from kvbind.forms.recurrent import Chunk, chunks, closed, recurrent, seen_weights, write
 from kvbind.forms.sharded import sharded
@@ -159,11 +160,11 @@ def chosen_form(spec: InnerLoop, form: Form, tokens: int) -> Literal["recurrent"
 def _evaluate(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, State]:
     """Run a call whose sequences all have equally many pending tokens, on a kernel where one fits.
 
-    Packed sequences of different lengths come here only where `fused.takes_packed` says so.
+    Packed sequences of different lengths come here only where `dispatch.takes_packed` says so.
     """
     asked = form
     form, idle = chosen_form(spec, form, call.state.pending_lengths[0] + call.q.shape[2]), idles(spec, call)
-    kernels = None if idle else fused.engine(spec, call, form)
+    kernels = None if idle else dispatch.engine(spec, call, form)
     if kernels is not None:
         return kernels(spec, call)
     run = recurrent
@@ -179,7 +180,7 @@ def run(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, State]:
     """Run a call, sequences of equal length and equally many pending tokens together."""
     lengths, total = call.state.pending_lengths, call.q.shape[2]
     together = call.cu_seqlens is None or (
-        not idles(spec, call) and fused.takes_packed(spec, call, chosen_form(spec, form, total))
+        not idles(spec, call) and dispatch.takes_packed(spec, call, chosen_form(spec, form, total))
     )
     if len(set(lengths)) == 1 and together:
         return _evaluate(spec, call, form)

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbind.forms.affine import AffineRule, AffineState, Columns, Gates, affine
+from kvbind.forms.affine import affine
+from kvbind.forms.affine_operands import AffineRule, AffineState, Columns, Gates
 from kvbind.forms.recurrent import prefix_gates
-from kvbind.forms.scan import Gate
+from kvbind.forms.scan import ScanGate
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.gates import DECLARED, decays
@@ -213,8 +214,8 @@ def gates_of(spec: InnerLoop, chunk: int, tokens: Tokens) -> Gates:
                 partials[name] = torch.where(writes, partials[name], DECLARED[name].neutral)
     (momentum, decay), (partial_momentum, partial_decay) = decays(found), decays(partials)
     return Gates(
-        None if decay is None else Gate(decay),
-        None if momentum is None else Gate(momentum),
+        None if decay is None else ScanGate(decay),
+        None if momentum is None else ScanGate(momentum),
         found.get("step_rate"),
         partial_decay,
         partial_momentum,

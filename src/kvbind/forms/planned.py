@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from kvbind.forms import fused
+from kvbind.forms import dispatch
+from kvbind.forms.kernel_calls.operands import activation_of, contiguous_matrices
 from kvbind.forms.state import Deferred, State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import LearningRate, Operands
@@ -77,12 +78,12 @@ class Planned:
         theta = None
         # the others are cast where they are joined
         start = weights["out"]
-        self.dense = start.dtype == torch.float32 and fused.dense(start) is start and start.data_ptr() % 16 == 0
+        self.dense = start.dtype == torch.float32 and contiguous_matrices(start) is start and start.data_ptr() % 16 == 0
         start = self._start(weights)
         if self.theta:
             first = weights[self.theta[0]]
             sets = first.shape[0] if first.dim() == 4 else 1
-            theta = Theta(len(self.theta), sets, first.shape[-1], fused.activation_of(spec.network))
+            theta = Theta(len(self.theta), sets, first.shape[-1], activation_of(spec.network))
         strides = (start.stride(0), start.stride(1)) if start.dim() == 4 else (0, start.stride(0))
         muon, (momentum, decay) = spec.orthogonalize, decays(spec.gates)
         self.plan = LaunchPlan(
@@ -209,11 +210,11 @@ def _kept(known: dict[Key, T], key: Key, new: T) -> T:
 def can_plan(spec: InnerLoop, call: Operands, lr: LearningRate, weights: Mapping[str, Tensor], form: str) -> bool:
     """Whether a call runs in the parallel form on whole chunks of equal length, by products that take its operands."""
     q, k, v = (x.transpose(1, 2) for x in (call.q, call.tokens.k, call.tokens.v))
-    if spec.chunk is None or q.shape[1] < spec.chunk or not runs_on(q.device) or not fused.operands_fit(call):
+    if spec.chunk is None or q.shape[1] < spec.chunk or not runs_on(q.device) or not dispatch.fits_matrix_units(call):
         return False
-    if form == "recurrent" or (form == "auto" and q.shape[1] == spec.chunk) or not fused.wide_enough(call):
+    if form == "recurrent" or (form == "auto" and q.shape[1] == spec.chunk):
         return False
-    if spec.visibility not in ("past", "chunk") or not fused.chunked_fits(spec) or isinstance(spec.network, GLU):
+    if spec.visibility not in ("past", "chunk") or not dispatch.is_chunked(spec) or isinstance(spec.network, GLU):
         return False
     if spec.visibility == "chunk" and q.shape[1] % spec.chunk:
         return False

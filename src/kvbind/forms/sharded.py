@@ -18,24 +18,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvbind.forms import fused
+from kvbind.forms import dispatch
 from kvbind.forms.analysis import sequence_schedule
+from kvbind.forms.kernel_calls.chunked import run_chunked_slice
 from kvbind.forms.parallel import runs_blockwise, segment
 from kvbind.forms.scan import product_of, products_after
 from kvbind.forms.state import State
 from kvbind.forms.summary import block_summary, stacked, unstacked
 from kvbind.forms.tokens import Tokens
-from kvbind.forms.validation import Operands
+from kvbind.forms.validation import Engine, Operands
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 from kvbind.sequence.exchanges import Exchanges
 from kvbind.sequence.shard import SequenceShard
 
-Run = Callable[[InnerLoop, Operands], tuple[Tensor, State]]
-"""Evaluates a call whose sequences lie on this rank alone."""
 
-
-def sharded(spec: InnerLoop, call: Operands, shard: SequenceShard, form: str, run: Run) -> tuple[Tensor, State]:
+def sharded(spec: InnerLoop, call: Operands, shard: SequenceShard, form: str, run: Engine) -> tuple[Tensor, State]:
     """Run this rank's slice of a row.
 
     Args:
@@ -43,7 +41,7 @@ def sharded(spec: InnerLoop, call: Operands, shard: SequenceShard, form: str, ru
         call: its tokens; one starting state for each of the slice's documents (or rows).
         shard: how the row is cut.
         form: the form that `ttt` was asked for; "recurrent" has the schedule "ring".
-        run: what evaluates calls, in that form.
+        run: evaluates a call whose sequences lie on this rank alone, in that form.
 
     Returns:
         Outputs `[B, H, T, Dv]`, and the state of each document of the slice after its last token here.
@@ -97,7 +95,7 @@ def _in_order(state: State) -> list[Tensor]:
     return [state.tensors[name] for name in sorted(state.tensors)]
 
 
-def _ring(spec: InnerLoop, call: Operands, exchanges: Exchanges, run: Run) -> tuple[Tensor, State]:
+def _ring(spec: InnerLoop, call: Operands, exchanges: Exchanges, run: Engine) -> tuple[Tensor, State]:
     shard, place = exchanges.shard, exchanges.shard.here
     assert spec.chunk is not None
     first, others = _split(call, call.tokens, 0)
@@ -116,7 +114,7 @@ def _ring(spec: InnerLoop, call: Operands, exchanges: Exchanges, run: Run) -> tu
     return _together((output, state), later)
 
 
-def _scan(spec: InnerLoop, call: Operands, exchanges: Exchanges, run: Run) -> tuple[Tensor, State]:
+def _scan(spec: InnerLoop, call: Operands, exchanges: Exchanges, run: Engine) -> tuple[Tensor, State]:
     shard, place = exchanges.shard, exchanges.shard.here
     assert spec.span is not None
     # a state stops where gradients are renewed; where a token writes several times, that is behind every token
@@ -126,8 +124,8 @@ def _scan(spec: InnerLoop, call: Operands, exchanges: Exchanges, run: Run) -> tu
     tokens = Tokens.of(extended)
     tokens = replace(tokens, rates=dict(call.tokens.rates) | tokens.rates)
 
-    if fused.chunked_across(spec, call):
-        return fused.chunked_shard(spec, call, tokens, kept, shard)
+    if dispatch.chunked_takes_slice(spec, call):
+        return run_chunked_slice(spec, call, tokens, kept, shard)
     if runs_blockwise(spec):
         return _blockwise(spec, call, tokens, kept, exchanges, run)
     assert spec.chunk is not None
@@ -179,7 +177,7 @@ class _Across:
 
 
 def _blockwise(
-    spec: InnerLoop, call: Operands, tokens: Tokens, kept: int, exchanges: Exchanges, run: Run
+    spec: InnerLoop, call: Operands, tokens: Tokens, kept: int, exchanges: Exchanges, run: Engine
 ) -> tuple[Tensor, State]:
     """Where writes add up: what the last document's complete spans do to its state, then the ordinary forms."""
     place = exchanges.shard.here

@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
-from kvbind.forms.affine import Columns
+from kvbind.forms.affine_operands import Columns
 from kvbind.forms.blockwise import behind_pending, gates_of, numbers_of, rule_of, slid, stopped
 from kvbind.forms.dual import DualState, Layers, dual
 from kvbind.forms.state import State

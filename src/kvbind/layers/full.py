@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kvbind.forms.api import ttt
-from kvbind.forms.linearize import LinearAttention, linearize
+from kvbind.forms.linear_attention import LinearAttention
+from kvbind.forms.linearize import linearize
 from kvbind.forms.state import State
 from kvbind.forms.validation import LearningRate
 from kvbind.inner.spec import InnerLoop

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from kvbind.forms.api import FORMS, Form, ttt
 from kvbind.forms.autocast import without_autocast
 from kvbind.forms.packed import packed
+from kvbind.forms.pending import PendingState, read
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
-from kvbind.forms.waiting import Waiting, read
 from kvbind.inner.gates import GATES, Gate
 from kvbind.inner.networks import DepthwiseConv, SwiGLU
 from kvbind.inner.spec import InnerLoop
@@ -94,7 +94,7 @@ class LactState:
         seen: how many tokens each sequence has had.
     """
 
-    waiting: Waiting
+    waiting: PendingState
     kept: KeptKeys
     seen: tuple[int, ...]
 
@@ -110,7 +110,7 @@ class LactState:
     def select(self, index: Tensor) -> LactState:
         """The sequences at `index` (int64 `[n]`), in that order, as often as they are named."""
         rows, where = index.tolist(), index.to(self.kept.keys.device)
-        return LactState(Waiting.of(self.fast[index]), self.kept.select(rows, where), tuple(self.seen[i] for i in rows))
+        return LactState(PendingState.of(self.fast[index]), self.kept.select(rows, where), tuple(self.seen[i] for i in rows))
 
 
 pytree.register_pytree_node(
@@ -123,7 +123,7 @@ pytree.register_pytree_node(
 
 def _state_of(parts: Iterable[Any], seen: tuple[int, ...]) -> LactState:
     fast, kept = parts
-    return LactState(Waiting.of(fast), kept, seen)
+    return LactState(PendingState.of(fast), kept, seen)
 
 
 class LactLayer(nn.Module):
@@ -490,7 +490,7 @@ class LactLayer(nn.Module):
 
     def _fast_weights(
         self, q: Tensor, made: dict[str, Tensor], layout: Layout, state: LactState | None, return_state: bool
-    ) -> tuple[Tensor, Waiting | None]:
+    ) -> tuple[Tensor, PendingState | None]:
         """Run the inner loop: outputs `[B, T, H, D]`, and its state where that is wanted; `made` as `Writing` takes it."""
         inner, writing = self._inner, self.writing
         answer = None
@@ -515,7 +515,7 @@ class LactLayer(nn.Module):
                 inner, weights, q, tokens.k, tokens.v, lr=tokens.rates, **tokens.gates, state=before,
                 cu_seqlens=documents, form=self.form, sequence=shard,
             )  # fmt: skip
-            return output if answer is None else answer, Waiting.of(after) if return_state else None
+            return output if answer is None else answer, PendingState.of(after) if return_state else None
 
         real = torch.arange(q.shape[1], device=q.device) < torch.tensor(layout.lengths, device=q.device)[:, None]
         bounds = [0]
@@ -528,7 +528,7 @@ class LactLayer(nn.Module):
         )  # fmt: skip
         output = joined.new_zeros(*q.shape[:2], *joined.shape[2:])
         output[real] = joined[0]
-        return output, Waiting.of(after)
+        return output, PendingState.of(after)
 
     def extra_repr(self) -> str:
         """What `print` shows beside the modules."""

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvbind.forms.pending import PendingState, changed, completed
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
-from kvbind.forms.waiting import Waiting, changed, completed
 from kvbind.inner.spec import InnerLoop
 from kvbind.kernels.common.devices import runs_on
 from kvbind.kernels.common.tracing import is_eager
@@ -101,7 +101,7 @@ class Slots:
                 found = x.transpose(1, 2).take_along_dim(where, dim=2)
                 ring.copy_(found.masked_fill_(~there[:, None, :, None], 0))
 
-    def state(self, seen: Sequence[int]) -> tuple[Waiting, KeptKeys]:
+    def state(self, seen: Sequence[int]) -> tuple[PendingState, KeptKeys]:
         """What rows that have had `seen` tokens left, in tensors of their own."""
         lengths = tuple(n % self.chunk for n in seen)
         tensors = {name: x.clone() for name, x in self.fast.items()}
@@ -121,7 +121,7 @@ class Slots:
             return found.masked_fill_(~there, 0)
 
         kept = KeptKeys(latest(self.keys), latest(self.values), tuple(min(n, room) for n in seen))
-        return Waiting.of(State(self.spec, tensors, lengths)), kept
+        return PendingState.of(State(self.spec, tensors, lengths)), kept
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Have at rows `target` (int64 `[n]`) what rows `source` hold now."""

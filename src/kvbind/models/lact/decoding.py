@@ -4,7 +4,7 @@ A token of a decoding step is some thirty launches in every layer, which take th
 Here all of them are one replay: of the step function `token`, plain PyTorch and kernels on tensors that stay where they are
 (`kvbind.layers.slots`). Where a chunk of some rows ends, a second graph updates their fast weights: one for all rows, where
 all are due, and one for a single row that is replayed for each, where prompts had different lengths. Calls update by the
-same rule, layer by layer, with the same operators (`kvbind.forms.waiting`), so that tokens do not depend on who runs them.
+same rule, layer by layer, with the same operators (`kvbind.forms.pending`), so that tokens do not depend on who runs them.
 
 Who owns what:
 

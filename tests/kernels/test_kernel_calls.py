@@ -1,11 +1,16 @@
 """Inner loops on kernels give what the recurrent form gives in float64: outputs, states and every gradient."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 
+import kvbind.kernels
 from kvbind import GLU, MLP, InnerLoop, Linear, NewtonSchulz, SwiGLU, ttt
 from kvbind.bench.harness.kernel_switch import operators_of
+from kvbind.forms import dispatch
 from kvbind.inner.systems import vittt
 from kvbind.kernels.common.devices import has_triton, interpreted
 
@@ -272,12 +277,12 @@ def test_sums_of_outputs_and_of_tokens_have_gradients_without_memory_of_their_ow
 
 def test_kernels_are_really_taken(monkeypatch):
     """What the tests above compare with the recurrent form is the kernels' work."""
-    from kvbind.forms import fused
-
     taken = []
-    for name in ("chunked_form", "causal_form", "glu_form", "conv_form", "recurrent_form"):
-        run_form = getattr(fused, name)
-        monkeypatch.setattr(fused, name, lambda spec, call, f=run_form, n=name: taken.append(n) or f(spec, call))
+
+    def noted(row):
+        return replace(row, run=lambda spec, call: taken.append(row.folder) or row.run(spec, call))
+
+    monkeypatch.setattr(dispatch, "KERNELS", tuple(map(noted, dispatch.KERNELS)))
     token = InnerLoop(network=Linear(), chunk=1, visibility="token")
     for spec, tokens in ((RUNGS["rung6"], 70), (token, 40), (vittt(), 16), (vittt("conv"), 16), (LACT, 64)):
         operands = draw(spec, 1, tokens, 1, 16, 16, 16, torch.float32)
@@ -285,7 +290,12 @@ def test_kernels_are_really_taken(monkeypatch):
         monkeypatch.setenv("KVBIND_KERNELS", "0")
         run(spec, operands, "auto")
         monkeypatch.setenv("KVBIND_KERNELS", "force")
-    assert taken == ["chunked_form", "causal_form", "glu_form", "conv_form", "recurrent_form"]
+    assert taken == ["chunked", "causal", "full_glu", "full_conv", "recurrent"]
+
+
+def test_every_row_names_a_folder_of_kernels_with_an_operator():
+    folders = Path(kvbind.kernels.__file__).parent
+    assert all((folders / row.folder / "operator.py").exists() for row in dispatch.KERNELS)
 
 
 class Squared(SwiGLU):

@@ -13,38 +13,19 @@ from kvbind.forms.spanwise import in_spans
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import Operands
-from kvbind.inner.networks import LayerNormHead, Linear
+from kvbind.inner.networks import LayerNormHead
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels.common.devices import runs_on
 
 
-def fits(spec: InnerLoop, call: Operands) -> bool:
-    """Whether a call that runs inside spans, of which no token is masked, is one of `kvbind.kernels.mini_batches`."""
-    network, head = spec.network, spec.network.output_head
-    if type(network) is not Linear or spec.chunk != 1 or spec.visibility != "token" or not isinstance(spec.refresh, int):
-        return False
-    if spec.momentum or spec.retention or spec.erase or spec.window_size > 1 or (head is not None and head.fast):
-        return False
-    tokens, size = call.tokens, spec.refresh
-    q, k, v = call.q, tokens.k, tokens.v
-    if not runs_on(q.device) or len({q.dtype, k.dtype, v.dtype}) > 1 or call.state.dtype != torch.float32:
-        return False
-    if call.state.pending_lengths[0] + len(tokens) < size:
-        return False
-    from kvbind.kernels.mini_batches.operator import covers
-
-    return covers(q.dtype, size, k.shape[-1], v.shape[-1])
-
-
-def run(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
+def run_mini_batches(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
     """What `kvbind.forms.spanwise.in_spans` returns, for a call that `fits`, outputs in q's dtype."""
     assert isinstance(spec.refresh, int)
     state, pending = call.state, call.state.pending()
-    kept = 0 if pending is None else len(pending)
+    earlier = 0 if pending is None else len(pending)
     joined = call.tokens if pending is None else pending.append(call.tokens)
     # pending tokens were read in an earlier call: zeros keep their places, and what they read is dropped
-    q = F.pad(call.q, (0, 0, kept, 0))
+    q = F.pad(call.q, (0, 0, earlier, 0))
     total = len(joined)
     whole = total // spec.refresh * spec.refresh
     output, fast = _whole(spec, spec.refresh, q[:, :, :whole], joined.span(0, whole), state.fast)
@@ -53,7 +34,7 @@ def run(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
         begun = State.of(spec, fast, None, 0)
         rest, after = guarded(in_spans, spec, q[:, :, whole:].to(state.dtype), joined.span(whole, total), begun)
         output = torch.cat((output, rest.to(output.dtype)), dim=2)
-    return output[:, :, kept:], after
+    return output[:, :, earlier:], after
 
 
 def _whole(spec: InnerLoop, size: int, q: Tensor, tokens: Tokens, fast: FastWeights) -> tuple[Tensor, FastWeights]:

@@ -4,8 +4,8 @@
 tokens, as in generation, copying and what surrounds it cost more than reading. Here such tokens are kept as they came, and
 go to their places many at once; what their writing takes beyond that is also computed then.
 
-What single tokens read, and the updates of the chunks that they complete, are `read` and `completed` on tensors in one
-piece, of all rows or of one: the same operators on operands of the same shapes and strides whether calls run them or a
+What single tokens read, and the updates of the chunks that they complete, are `read` and `completed` on tensors in
+one piece, of all rows or of one: the same operators on operands of the same shapes and strides whether calls run them or a
 captured step does (`kvbind.layers.slots`). Products of other layouts, or of other numbers of matrices, may round otherwise.
 """
 
@@ -19,8 +19,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvbind.forms import fused
+from kvbind.forms import dispatch
 from kvbind.forms.autocast import without_autocast
+from kvbind.forms.kernel_calls.recurrent import recurrent_chunks, run_recurrent
 from kvbind.forms.recurrent import chunk_update
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
@@ -34,7 +35,7 @@ MOST = 64
 """Tokens of a sequence that wait; further ones send all to their places."""
 
 
-class Maker(Protocol):
+class TokenMaker(Protocol):
     """What makes writers of what a call made, each token's of its own alone."""
 
     def tokens(self, made: Made) -> Tokens:
@@ -47,7 +48,7 @@ class Maker(Protocol):
 
 
 @dataclass(frozen=True)
-class Waiting:
+class PendingState:
     """A state, and tokens that came after it and complete no chunk.
 
     Attributes:
@@ -62,12 +63,12 @@ class Waiting:
     weights: Mapping[str, Tensor]
     later: tuple[Made, ...] = ()
     count: int = 0
-    make: Maker | None = None
+    make: TokenMaker | None = None
 
     @staticmethod
-    def of(state: State) -> Waiting:
+    def of(state: State) -> PendingState:
         """No tokens behind a state."""
-        return Waiting(state, state.weights)
+        return PendingState(state, state.weights)
 
     def settled(self) -> State:
         """The state with all tokens in their places, as `ttt` would have returned it."""
@@ -76,7 +77,7 @@ class Waiting:
         joined = {name: torch.cat([made[name] for made in self.later], dim=1) for name in self.later[0]}
         return self.state.append(self.make.tokens(joined).map(lambda x: x.transpose(1, 2)))
 
-    def read(self, spec: InnerLoop, q: Tensor, made: Made, make: Maker) -> tuple[Tensor, Waiting] | None:
+    def read(self, spec: InnerLoop, q: Tensor, made: Made, make: TokenMaker) -> tuple[Tensor, PendingState] | None:
         """Outputs at some queries, and what is then waiting: what `ttt` says where only the last update is seen.
 
         Args:
@@ -90,7 +91,7 @@ class Waiting:
             there are none, which is for `ttt`.
         """
         if self.make is not None and not self.make.same_as(make):
-            return Waiting.of(self.settled()).read(spec, q, made, make)
+            return PendingState.of(self.settled()).read(spec, q, made, make)
         state, count = self.state, self.count + q.shape[1]
         if (
             spec.visibility != "past"
@@ -104,10 +105,10 @@ class Waiting:
             return None
         held = self._in_one_piece()
         output = read(spec, held.weights, q, made["k"])
-        after = Waiting(held.state, held.weights, (*self.later, made), count, make)
-        return output, after if count < MOST else Waiting.of(after.settled())
+        after = PendingState(held.state, held.weights, (*self.later, made), count, make)
+        return output, after if count < MOST else PendingState.of(after.settled())
 
-    def complete(self, spec: InnerLoop, q: Tensor, made: Made, make: Maker) -> tuple[Tensor, Waiting] | None:
+    def complete(self, spec: InnerLoop, q: Tensor, made: Made, make: TokenMaker) -> tuple[Tensor, PendingState] | None:
         """Outputs of one token of each sequence, which completes a chunk of some of them, and the state after it.
 
         Sequences are updated all at once where all of them have had equally many tokens of their chunk, and else one by
@@ -120,15 +121,15 @@ class Waiting:
             make: likewise.
 
         Returns:
-            As `read`, outputs computed as those of tokens that complete no chunk; None where there are several tokens, where
-            they see more than the last update, or where an update is more than `completed`: that is for `ttt`.
+            As `read`, outputs computed as those of tokens that complete no chunk; None where there are several
+            tokens, where they see more than the last update, or where an update is more than `completed`: that is for `ttt`.
         """
         known = spec.visibility == "past" and not spec.extensions and self.state.spec.same_as(spec)
         if not known or q.shape[1] != 1 or q.shape[0] != self.state.batch or torch.compiler.is_compiling():
             return None
         if (spec.room and not self.state.has_room) or "pending.mask" in self.state.tensors:
             return None
-        held = Waiting.of(self.settled())._in_one_piece()
+        held = PendingState.of(self.settled())._in_one_piece()
         state, lengths = held.state, held.state.pending_lengths
         output = read(spec, held.weights, q, made["k"])
         new = make.tokens(made).map(lambda x: x.transpose(1, 2)).spread().tensors()
@@ -148,9 +149,9 @@ class Waiting:
             for name, x in filled.items() if spec.room else ():
                 found.setdefault(f"pending.{name}", []).append(x)
         tensors |= {name: (rows[0] if len(rows) == 1 else torch.cat(rows)).contiguous() for name, rows in found.items()}
-        return output, Waiting.of(State(spec, tensors, tuple((n + 1) % (spec.room + 1) for n in lengths)))
+        return output, PendingState.of(State(spec, tensors, tuple((n + 1) % (spec.room + 1) for n in lengths)))
 
-    def _in_one_piece(self) -> Waiting:
+    def _in_one_piece(self) -> PendingState:
         """This with fast weights that are each contiguous; they may come transposed, or one for all sequences."""
         held = self.state.tensors
         scattered = {name: x for name, x in held.items() if not (name.startswith("pending.") or x.is_contiguous())}
@@ -210,6 +211,6 @@ def completed(spec: InnerLoop, fast: FastWeights, tokens: Tokens) -> FastWeights
     """
     with without_autocast(tokens.k.device.type):
         call = Operands(tokens.k, tokens, State.of(spec, fast, None, 0), None)
-        if fused.engine(spec, call, "recurrent") is fused.recurrent_form:
-            return fused.sweep(spec, tokens.k[:, :, :0], tokens, fast, len(tokens))[1]
+        if dispatch.engine(spec, call, "recurrent") is run_recurrent:
+            return recurrent_chunks(spec, tokens.k[:, :, :0], tokens, fast, len(tokens))[1]
         return chunk_update(spec, fast, tokens, fast.weights)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import kvbind
 from kvbind import systems
+from kvbind.forms.pending import MOST, PendingState
 from kvbind.forms.tokens import Tokens
-from kvbind.forms.waiting import MOST, Waiting
 from strategies import error, memory, operands
 
 LADDER = systems.ladder(systems.lact_llm(chunk=16))
@@ -67,7 +67,7 @@ def test_tokens_read_and_left_waiting_are_those_of_ttt(name, data):
     room = 15 - max(n % 16 for n in lengths)
     sizes = data.draw(st.lists(st.integers(1, 3), max_size=room // 3 + 1).filter(lambda found: sum(found) <= room))
     before = started(spec, lengths, o)
-    held, at, outputs = Waiting.of(before), 28, []
+    held, at, outputs = PendingState.of(before), 28, []
     for size in sizes:
         part = o.span(at, at + size)
         found = held.read(spec, part.q, made(part), WRITER)
@@ -93,7 +93,7 @@ def test_a_token_that_completes_chunks_leaves_what_ttt_leaves(name, others, wait
     o = operands(spec, tokens=40)
     lengths = [15, *others, 15, 15][: o.q.shape[0]]
     before = started(spec, [max(1, n - waits) for n in lengths], o).map(lambda x: x.detach().requires_grad_())
-    held = Waiting.of(before)
+    held = PendingState.of(before)
     for at in range(28, 28 + waits):
         part = o.span(at, at + 1)
         found = held.read(spec, part.q, made(part), WRITER)
@@ -122,20 +122,20 @@ def test_a_token_that_completes_chunks_leaves_what_ttt_leaves(name, others, wait
 def test_what_complete_cannot_do_is_left_to_ttt():
     spec = LADDER["rung1"].replace(chunk=4)
     o = operands(spec, tokens=8)
-    held = Waiting.of(started(spec, [3] * o.q.shape[0], o))
+    held = PendingState.of(started(spec, [3] * o.q.shape[0], o))
     one, two = o.span(3, 4), o.span(3, 5)
     assert held.complete(spec, one.q, made(one), WRITER)[1].settled().pending_lengths == (0,) * o.q.shape[0]
     assert held.complete(spec, two.q, made(two), WRITER) is None
     assert held.complete(spec.replace(direction="ascent"), one.q, made(one), WRITER) is None
     assert held.complete(spec, one.q[:1], made(one), WRITER) is None
     windowed = spec.replace(window=2)
-    assert Waiting.of(replace(held.state, spec=windowed)).complete(windowed, one.q, made(one), WRITER) is None
+    assert PendingState.of(replace(held.state, spec=windowed)).complete(windowed, one.q, made(one), WRITER) is None
 
 
 def test_what_completes_a_chunk_or_sees_more_than_the_last_update_is_left_to_ttt():
     spec = LADDER["rung0"]
     o = operands(spec, tokens=40)
-    held = Waiting.of(started(spec, [14] * o.q.shape[0], o))
+    held = PendingState.of(started(spec, [14] * o.q.shape[0], o))
     none, one, two = (o.span(30, 30 + n) for n in range(3))
     assert held.read(spec, two.q, made(two), WRITER) is None
     assert held.read(spec, none.q, made(none), WRITER) is None
@@ -144,17 +144,17 @@ def test_what_completes_a_chunk_or_sees_more_than_the_last_update_is_left_to_ttt
     assert found[1].read(spec, one.q, made(one), WRITER) is None
     assert held.read(spec.replace(direction="ascent"), one.q, made(one), WRITER) is None
     shown = spec.replace(visibility="chunk")
-    other = Waiting.of(replace(held.state, spec=shown))
+    other = PendingState.of(replace(held.state, spec=shown))
     assert other.read(shown, one.q, made(one), WRITER) is None
     _, fresh = kvbind.ttt(spec, o.weights, *(x[:, :0] for x in (o.q, o.k, o.v)), **o.span(0, 0).options)
     bare = kvbind.State(spec, {n: x for n, x in fresh.tensors.items() if "pending" not in n}, fresh.pending_lengths)
-    assert Waiting.of(bare).read(spec, one.q, made(one), WRITER) is None
+    assert PendingState.of(bare).read(spec, one.q, made(one), WRITER) is None
 
 
 def test_no_more_than_some_tokens_wait_and_a_state_may_be_read_on_twice():
     spec = LADDER["rung6"].replace(chunk=4 * MOST)
     o = operands(spec, tokens=2 * MOST + 1)
-    start = Waiting.of(started(spec, [1] * o.q.shape[0], o))
+    start = PendingState.of(started(spec, [1] * o.q.shape[0], o))
     held = start
     for at in range(1, 2 * MOST + 1):
         part = o.span(at, at + 1)
@@ -168,10 +168,10 @@ def test_no_more_than_some_tokens_wait_and_a_state_may_be_read_on_twice():
 def test_tokens_of_another_maker_go_to_their_places_before_others_are_read():
     spec = SPECS["rung2"]
     o = operands(spec, tokens=20)
-    held = Waiting.of(started(spec, [2] * o.q.shape[0], o))
+    held = PendingState.of(started(spec, [2] * o.q.shape[0], o))
     first, second = o.span(2, 3), o.span(3, 4)
     held = held.read(spec, first.q, made(first), WRITER)[1]
-    expected = Waiting.of(held.settled()).read(spec, second.q, made(second), WRITER)
+    expected = PendingState.of(held.settled()).read(spec, second.q, made(second), WRITER)
     found = held.read(spec, second.q, made(second), Writer())
     assert torch.equal(found[0], expected[0])
     assert (found[1].count, len(found[1].later)) == (1, 1)
