@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kvbind.kernels.common.devices import runs_on
-from kvbind.layers.plain import WEIGHTS, is_plain
+from kvbind.layers.plain_modules import WEIGHTS, is_plain
 
 Grid = tuple[int, int]
 """Height and width in tokens."""

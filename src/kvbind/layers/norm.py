@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from kvbind.forms.autocast import autocasts
 from kvbind.kernels.common.devices import runs_on
-from kvbind.layers.plain import WEIGHTS, is_plain
+from kvbind.layers.plain_modules import WEIGHTS, is_plain
+
+NORM_EPS = 1e-5
+"""Of the norms inside LaCT's layers: queries, keys, output, and the L2 norm of fast queries and keys."""
 
 NARROWEST = 256
 """Channels from which a norm of another dtype than its weight's goes to a kernel."""

@@ -6,7 +6,8 @@ here each row has its place, and a token changes what lies there:
 - keys and values of the window lie in a ring: that of the token at position p at p modulo the window, over the one that has
   just left it. Nothing moves when a token comes.
 - a chunk's tokens lie at their place in the chunk, as many as it has: also the last, which `LactState` never holds.
-- where a row stands is a number on the device (`Step`); no shape, and nothing the host decides, depends on it. A chunk's
+- where a row stands is a number on the device (`DecodeStep`); no shape, and nothing the host decides, depends on it. A
+chunk's
   update is work of its own (`Slots.complete`), for rows that the host, which can count, knows to be due.
 """
 
@@ -24,12 +25,12 @@ from kvbind.forms.tokens import Tokens
 from kvbind.inner.spec import InnerLoop
 from kvbind.kernels.common.devices import runs_on
 from kvbind.kernels.common.tracing import is_eager
-from kvbind.layers.kept_keys import KeptKeys
 from kvbind.layers.softmax import softmax_attention
+from kvbind.layers.window_cache import WindowCache
 
 
 @dataclass(frozen=True)
-class Step:
+class DecodeStep:
     """Where the token that each row is about to have goes; made on the device, once for all layers.
 
     Attributes:
@@ -47,12 +48,12 @@ class Step:
     count: Tensor
 
     @staticmethod
-    def of(seen: Tensor, window: int, chunk: int) -> Step:
+    def of(seen: Tensor, window: int, chunk: int) -> DecodeStep:
         """The places of tokens behind `seen` others, int64 `[B]`."""
         positions = seen[:, None]
         count = (seen + 1).clamp(max=window)
         first = (seen + 1 - count).remainder(window)
-        return Step(positions, positions.remainder(window), positions.remainder(chunk), first.int(), count.int())
+        return DecodeStep(positions, positions.remainder(window), positions.remainder(chunk), first.int(), count.int())
 
 
 class Slots:
@@ -66,7 +67,7 @@ class Slots:
         tokens: tokens like those that write, `[B, H, T, ...]`.
     """
 
-    def __init__(self, spec: InnerLoop, window: int, fast: Mapping[str, Tensor], kept: KeptKeys, tokens: Tokens) -> None:
+    def __init__(self, spec: InnerLoop, window: int, fast: Mapping[str, Tensor], kept: WindowCache, tokens: Tokens) -> None:
         assert spec.chunk is not None
         self.spec, self.window, self.chunk = spec, window, spec.chunk
         batch, _, heads, width = kept.keys.shape
@@ -78,7 +79,7 @@ class Slots:
         }
         self.weights = {name.removeprefix("weights."): x for name, x in self.fast.items() if name.startswith("weights.")}
 
-    def load(self, state: State, kept: KeptKeys, seen: Sequence[int]) -> None:
+    def load(self, state: State, kept: WindowCache, seen: Sequence[int]) -> None:
         """Put rows here.
 
         Args:
@@ -101,7 +102,7 @@ class Slots:
                 found = x.transpose(1, 2).take_along_dim(where, dim=2)
                 ring.copy_(found.masked_fill_(~there[:, None, :, None], 0))
 
-    def state(self, seen: Sequence[int]) -> tuple[PendingState, KeptKeys]:
+    def state(self, seen: Sequence[int]) -> tuple[PendingState, WindowCache]:
         """What rows that have had `seen` tokens left, in tensors of their own."""
         lengths = tuple(n % self.chunk for n in seen)
         tensors = {name: x.clone() for name, x in self.fast.items()}
@@ -120,7 +121,7 @@ class Slots:
             found = ring.take_along_dim(where, dim=2).transpose(1, 2).contiguous()
             return found.masked_fill_(~there, 0)
 
-        kept = KeptKeys(latest(self.keys), latest(self.values), tuple(min(n, room) for n in seen))
+        kept = WindowCache(latest(self.keys), latest(self.values), tuple(min(n, room) for n in seen))
         return PendingState.of(State(self.spec, tensors, lengths)), kept
 
     def move(self, source: Tensor, target: Tensor) -> None:
@@ -128,7 +129,7 @@ class Slots:
         for x in (self.keys, self.values, *self.fast.values(), *self.pending.values()):
             x.index_copy_(0, target, x.index_select(0, source))
 
-    def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, step: DecodeStep, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Take one token's key and value into the ring, and attend to what it sees; all `[B, 1, H, D]`."""
         slot = step.slot[:, None, :, None].expand(-1, self.keys.shape[1], 1, self.keys.shape[3])
         self.keys.scatter_(2, slot, k.transpose(1, 2))
@@ -142,7 +143,7 @@ class Slots:
         seen = (age < step.count[:, None])[:, None, None, :]
         return softmax_attention(q.transpose(1, 2), self.keys, self.values, seen).transpose(1, 2)
 
-    def put(self, step: Step, tokens: Tokens) -> None:
+    def put(self, step: DecodeStep, tokens: Tokens) -> None:
         """Take in one token of each row as a writer, `[B, H, 1, ...]`."""
         for name, x in tokens.spread().tensors().items():
             place = step.place[:, None].reshape(-1, 1, 1, *(1,) * (x.dim() - 3)).expand(x.shape)

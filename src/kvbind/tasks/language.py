@@ -19,7 +19,7 @@ from kvbind.inner import InnerLoop
 from kvbind.inner.projections import Projections
 from kvbind.inner.systems import PROJECTIONS
 from kvbind.inner.value import LATER, check_choice, nearest
-from kvbind.layers.lact import check_fits_causal_layer
+from kvbind.layers.fitting import check_fits_causal_layer
 from kvbind.models.presets import PRESETS as SIZES
 from kvbind.models.saving import open_exported
 from kvbind.sequence import SequenceShard, sequence_parallel

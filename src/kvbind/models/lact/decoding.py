@@ -39,9 +39,9 @@ from kvbind.kernels.launching import cuda_graphs
 from kvbind.layers.attention import WindowAttention
 from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.lact import LactLayer, LactState
-from kvbind.layers.plain import WEIGHTS
+from kvbind.layers.plain_modules import WEIGHTS
 from kvbind.layers.rotary import rotary_tables
-from kvbind.layers.slots import Slots, Step
+from kvbind.layers.slots import DecodeStep, Slots
 
 if TYPE_CHECKING:
     from kvbind.models.lact.cache import MixerState
@@ -68,7 +68,7 @@ def token(model: Any, ids: Tensor, seen: Tensor, layers: Sequence[Slots]) -> Ten
         Logits of what comes next, `[B, 1, vocab]`.
     """
     config, body = model.config, model.model
-    place = Step.of(seen, layers[0].window, layers[0].chunk)
+    place = DecodeStep.of(seen, layers[0].window, layers[0].chunk)
     tables = rotary_tables(place.positions, config.hidden_size // config.num_attn_heads, config.rope_theta)
     x = body.embeddings(ids)
     for block, slots in zip(body.layers, layers, strict=True):
@@ -385,13 +385,13 @@ def fits(model: Any, states: Sequence[MixerState]) -> bool:
     for block, state in zip(model.model.layers, states, strict=True):
         if not isinstance(state, LactState):
             return False
-        layer, fast, keys = block.attn, state.waiting.state, state.kept.keys
+        layer, fast, keys = block.attn, state.pending.state, state.kept.keys
         chunk = layer.inner.chunk
         if not fast.spec.same_as(layer.inner) or keys.dtype != dtype or keys.device != model.device:
             return False
         if keys.shape[1] != layer.window_size - 1 or state.seen != states[0].seen:
             return False
-        pending = tuple(n + state.waiting.count for n in fast.pending_lengths)
+        pending = tuple(n + state.pending.count for n in fast.pending_lengths)
         if pending != tuple(n % chunk for n in state.seen) or (chunk > 1 and not fast.has_room):
             return False
         if any(x.dtype != fast.dtype for name, x in fast.tensors.items() if not name.startswith("pending.")):

@@ -25,9 +25,9 @@ from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.lact import LactLayer
 from kvbind.layers.layout import Layout
 from kvbind.layers.norm import ResidualNorm, RMSNorm
-from kvbind.layers.plain import is_a_product
+from kvbind.layers.plain_modules import is_a_product
 from kvbind.layers.rotary import Tables, rotary_tables
-from kvbind.layers.slots import Slots, Step
+from kvbind.layers.slots import DecodeStep, Slots
 from kvbind.models.lact.cache import CACHE, CACHE_NAMES, LactCache, MixerState, given_cache
 from kvbind.models.lact.config import REFUSED, LactConfig
 from kvbind.models.lact.decoding import decode
@@ -143,7 +143,7 @@ class LactBlock(GradientCheckpointingLayer):
         x, normed = self.mlp_norm(x, mixed)
         return x + self.mlp(normed), after
 
-    def step(self, x: Tensor, tables: Tables, place: Step, slots: Slots) -> Tensor:
+    def step(self, x: Tensor, tables: Tables, place: DecodeStep, slots: Slots) -> Tensor:
         """As `LactLayer.step`, on the residual stream `[B, 1, d]`."""
         assert isinstance(self.attn, LactLayer)
         x, normed = self.attn_norm(x)

@@ -23,7 +23,7 @@ from kvbind.layers.attention import FullAttention
 from kvbind.layers.lact_nvs import LactNvsLayer
 from kvbind.layers.norm import RMSNorm, add_layer_norm
 from kvbind.layers.operands import split_heads
-from kvbind.layers.plain import input_dtype, matrix_of, own_weights
+from kvbind.layers.plain_modules import input_dtype, matrix_of, own_weights
 from kvbind.layers.softmax import softmax_attention
 from kvbind.models.families import configured, load_into
 from kvbind.models.lact_nvs.cameras import check_intrinsics, check_poses, ray_maps

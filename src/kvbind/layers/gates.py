@@ -73,7 +73,7 @@ def draw(parameter: nn.Parameter, values: Callable[[], Tensor]) -> None:
             parameter.copy_(values())
 
 
-class Maker(nn.Module):
+class GateMaker(nn.Module):
     """Makes something of tokens.
 
     Args:
@@ -109,7 +109,7 @@ class Maker(nn.Module):
         return repr(self.making)
 
 
-class OfProjection(Maker):
+class OfProjection(GateMaker):
     """What makes of a projection."""
 
     def __init__(self, making: Projected, sizes: Sizes) -> None:
@@ -208,7 +208,7 @@ class SoftplusMaker(OfProjection):
         return F.softplus(self.logits(x) + start + math.log(-math.expm1(-start)))
 
 
-class ConstantMaker(Maker):
+class ConstantMaker(GateMaker):
     """`Constant`."""
 
     making: Constant
@@ -217,7 +217,7 @@ class ConstantMaker(Maker):
         return self.split(wide(x.new_empty(0)).new_full((*x.shape[:2], self.sizes.outputs), self.making.value))
 
 
-class PerHeadMaker(Maker):
+class PerHeadMaker(GateMaker):
     """`PerHead`."""
 
     making: PerHead
@@ -230,7 +230,7 @@ class PerHeadMaker(Maker):
         return gates.expand(*x.shape[:2], *gates.shape)
 
 
-class LearnedMaker(Maker):
+class LearnedMaker(GateMaker):
     """`Learned`."""
 
     making: Learned
@@ -249,7 +249,7 @@ class LearnedMaker(Maker):
         return share.expand(*x.shape[:2], *share.shape)
 
 
-class PlaceMaker(Maker):
+class PlaceMaker(GateMaker):
     """`Place`: one for all heads."""
 
     def __init__(self, making: Place, sizes: Sizes) -> None:
@@ -266,7 +266,7 @@ class PlaceMaker(Maker):
         return each[..., None].expand(*x.shape[:2], self.sizes.heads)
 
 
-MAKERS: dict[type[Making], Callable[..., Maker]] = {
+MAKERS: dict[type[Making], Callable[..., GateMaker]] = {
     Sigmoid: SigmoidMaker,
     Decay: DecayMaker,
     Bounded: BoundedMaker,
@@ -279,7 +279,7 @@ MAKERS: dict[type[Making], Callable[..., Maker]] = {
 """What makes each; a `Step` is made by the `DecayMaker` of the weights."""
 
 
-def maker_of(making: Making, sizes: Sizes) -> Maker:
+def maker_of(making: Making, sizes: Sizes) -> GateMaker:
     """The module for a making."""
     if isinstance(making, Step):
         raise ValueError("a Step is made by the decay that it is the step of")

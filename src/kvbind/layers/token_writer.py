@@ -14,7 +14,7 @@ from kvbind.layers.operands import split_heads, wide
 
 
 @dataclass(frozen=True)
-class Writing:
+class TokenWriter:
     """The last steps, elementwise and without parameters, so that they may be left for many tokens at once.
 
     Attributes:
@@ -68,7 +68,7 @@ class Writing:
 
     def same_as(self, other: object) -> bool:
         """Whether `other` is equal; a compiler for which numbers may vary compares fields, but no values of several."""
-        if not isinstance(other, Writing):
+        if not isinstance(other, TokenWriter):
             return False
         mine, theirs = ((x.learned, x.updated, x.called, x.followers) for x in (self, other))
         names = mine == theirs

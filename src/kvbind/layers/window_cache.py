@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True)
-class KeptKeys:
+class WindowCache:
     """Keys and values of some sequences; a pytree of the two.
 
     Attributes:
@@ -28,23 +28,23 @@ class KeptKeys:
         """These keys and values, and those of the tokens behind them `[B, T, H, D]`."""
         return torch.cat((self.keys, k), dim=1), torch.cat((self.values, v), dim=1)
 
-    def select(self, rows: list[int], where: Tensor) -> KeptKeys:
+    def select(self, rows: list[int], where: Tensor) -> WindowCache:
         """The sequences at `rows`, which `where` has as a tensor."""
         keys, values = self.keys.index_select(0, where), self.values.index_select(0, where)
-        return KeptKeys(keys, values, tuple(self.held[i] for i in rows))
+        return WindowCache(keys, values, tuple(self.held[i] for i in rows))
 
 
 pytree.register_pytree_node(
-    KeptKeys,
+    WindowCache,
     lambda kept: ([kept.keys, kept.values], kept.held),
-    lambda leaves, held: KeptKeys(*leaves, held),  # type: ignore[call-arg]
+    lambda leaves, held: WindowCache(*leaves, held),  # type: ignore[call-arg]
     serialized_type_name="kvbind.KeptKeys",
 )
 
 
-def keep_keys(
-    kept: KeptKeys | None, k: Tensor, v: Tensor, window: int, length: int, lengths: tuple[int, ...] | None
-) -> KeptKeys:
+def window_cache_after(
+    kept: WindowCache | None, k: Tensor, v: Tensor, window: int, length: int, lengths: tuple[int, ...] | None
+) -> WindowCache:
     """The last `window - 1` keys and values of each row, as later tokens will see them.
 
     Places before a row's first are of no meaning.
@@ -72,8 +72,8 @@ def keep_keys(
             x = x[:, stop - size + missing : stop]
             return F.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x if decoding else x.clone()
 
-        return KeptKeys(latest(k), latest(v), now)
+        return WindowCache(latest(k), latest(v), now)
     stops = torch.tensor([ahead + n for n in lengths], device=k.device)
     places = (stops[:, None] - size + torch.arange(size, device=k.device)).clamp(min=0)
     rows = torch.arange(batch, device=k.device)[:, None]
-    return KeptKeys(k[rows, places], v[rows, places], now)
+    return WindowCache(k[rows, places], v[rows, places], now)

@@ -1,7 +1,8 @@
 """Whole chunks out of rows that stop anywhere: which tokens of a call complete one, and which wait for more.
 
 Rows of a batch may have had different numbers of tokens, and a call may bring padding among them, so that their chunks end
-in different columns. A `Plan` says once for all layers where every token goes; a `Pending` keeps those that wait.
+in different columns. A `ChunkPlan` says once for all layers where every token goes; a `PendingColumns` keeps those that
+wait.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MOST_PIECES = 64
 
 
 @dataclass(frozen=True)
-class Pending:
+class PendingColumns:
     """Tokens that wait for their chunk to be complete, at the right of as many columns as the row with most of them has.
 
     Attributes:
@@ -28,10 +29,10 @@ class Pending:
 
     pieces: tuple[tuple[Tensor, ...], ...] = ()
 
-    def append(self, new: tuple[Tensor, ...]) -> Pending:
+    def append(self, new: tuple[Tensor, ...]) -> PendingColumns:
         """With columns behind those there are."""
         pieces = (*self.pieces, new)
-        return Pending(pieces) if len(pieces) < MOST_PIECES else Pending((Pending(pieces).joined(),))
+        return PendingColumns(pieces) if len(pieces) < MOST_PIECES else PendingColumns((PendingColumns(pieces).joined(),))
 
     def joined(self) -> tuple[Tensor, ...]:
         """All columns, of each thing kept in one tensor."""
@@ -39,15 +40,15 @@ class Pending:
             return self.pieces[0]
         return tuple(torch.cat(parts, dim=1) for parts in zip(*self.pieces, strict=True))
 
-    def select(self, index: Tensor) -> Pending:
+    def select(self, index: Tensor) -> PendingColumns:
         """The rows at `index`, in that order."""
         if not self.pieces:
             return self
-        return Pending((tuple(x.index_select(0, index.to(x.device)) for x in self.joined()),))
+        return PendingColumns((tuple(x.index_select(0, index.to(x.device)) for x in self.joined()),))
 
 
 @dataclass(frozen=True)
-class Plan:
+class ChunkPlan:
     """Where the tokens of a call sit: in rows behind pending ones, or in documents packed into rows.
 
     "Joined" columns are those of the pending tokens and the call's behind them, P + T.
@@ -79,7 +80,7 @@ class Plan:
         return tuple(n % self.chunk for n in self.totals)
 
     @property
-    def waiting(self) -> int:
+    def pending_columns(self) -> int:
         """P, the columns of pending tokens."""
         return max(self.before, default=0)
 
@@ -98,7 +99,7 @@ class Plan:
         """Which joined columns hold tokens, bool `[B, P + T]`."""
         device = None if self.real is None else self.real.device
         before = torch.tensor(self.before, device=device)[:, None]
-        held = torch.arange(self.waiting, device=device) >= self.waiting - before
+        held = torch.arange(self.pending_columns, device=device) >= self.pending_columns - before
         new = torch.ones(len(self.before), self.columns, dtype=torch.bool, device=device) if self.real is None else self.real
         return torch.cat((held, new), dim=1)
 
@@ -138,7 +139,7 @@ def plan_of(
     *,
     real: Tensor | None = None,
     documents: tuple[int, ...] | None = None,
-) -> Plan:
+) -> ChunkPlan:
     """The plan of a call.
 
     Args:
@@ -153,4 +154,4 @@ def plan_of(
     if real is not None and bool(real.all()):
         real = None
     lengths = (columns,) * batch if real is None else tuple(real.sum(1).tolist())
-    return Plan(chunk, before, lengths, columns, real, documents)
+    return ChunkPlan(chunk, before, lengths, columns, real, documents)
