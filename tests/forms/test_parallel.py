@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import kvbind
 from kvbind import InnerLoop, Linear, NewtonSchulz, SwiGLU
-from kvbind.forms import affine_blocks, api, blockwise, parallel, spanwise
+from kvbind.forms import affine_blocks, blockwise, evaluate, parallel, spanwise
 from kvbind.forms.tokens import Tokens
 from strategies import affine_specs, error, leaves, memory, operands, parallel_specs, shaped_specs, small_sizes, span_specs
 
@@ -184,7 +184,7 @@ def test_mini_batches_run_by_the_dual_form(system, monkeypatch):
         ran.append(1)
         return spanwise.in_spans(*arguments)
 
-    monkeypatch.setattr(api, "in_spans", noted)
+    monkeypatch.setattr(evaluate, "in_spans", noted)
     y, _ = kvbind.ttt(spec, o.weights, o.q, o.k, o.v, **o.options)
     assert ran
     z, _ = run(spec, o, "recurrent")
@@ -256,7 +256,7 @@ def test_gradcheck(name):
 
 
 def test_auto_takes_the_parallel_form_where_there_is_one_and_more_than_one_chunk():
-    from kvbind.forms.api import chosen_form
+    from kvbind.forms.evaluate import chosen_form
 
     rungs = kvbind.systems.ladder(kvbind.systems.lact_llm(chunk=4))
     assert [chosen_form(spec, "auto", 8) for spec in rungs.values()] == ["recurrent"] * 2 + ["parallel"] * 5

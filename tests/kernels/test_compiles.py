@@ -75,7 +75,7 @@ def compile_equal_chunks_for(capability):
     from kvbind import NewtonSchulz
     from kvbind.kernels.equal_chunks.call_shapes import CallShapes
     from kvbind.kernels.equal_chunks.operator import LaunchPlan
-    from kvbind.kernels.equal_chunks.tma_products import Rows, Theta
+    from kvbind.kernels.equal_chunks.tma_products import Theta, TokenRows
 
     def zeros(*shape, dtype=torch.float32):
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
@@ -90,7 +90,7 @@ def compile_equal_chunks_for(capability):
         q, k, v = (zeros(1, TOKENS, 1, WIDTH, dtype=low) for _ in range(3))
         gate, start = zeros(1, TOKENS, 1), zeros(1, WIDTH, WIDTH)
         matrices = [] if theta is None else [zeros(1, WIDTH, WIDTH) for _ in range(theta.factors)]
-        rows = [Rows.of(x) for x in (q, k, v)]
+        rows = [TokenRows.of(x) for x in (q, k, v)]
         shapes = CallShapes(
             *rows, chunk, False, 1.0, theta, (0, WIDTH**2), gate.stride() if rated else None, momentum, momentum,
             coefficients, low,

@@ -21,7 +21,7 @@ if has_triton():
     from kvbind.kernels.equal_chunks.call_shapes import CallShapes
     from kvbind.kernels.equal_chunks.library_write import LibraryWrite
     from kvbind.kernels.equal_chunks.operator import LaunchPlan
-    from kvbind.kernels.equal_chunks.tma_products import Rows, Theta
+    from kvbind.kernels.equal_chunks.tma_products import Theta, TokenRows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHUNK = 64
@@ -98,7 +98,7 @@ def draw(*, length, by_head, gates, theta, batch=2, heads=1, width=16):
 
 
 def plan_of(given, *, own=False, coefficients=()):
-    rows = [Rows.of(given[name]) for name in ("q", "k", "v")]
+    rows = [TokenRows.of(given[name]) for name in ("q", "k", "v")]
     theta = Theta(1, 1, 64, "silu") if "gate" in given else None
     rates = given["rates"].stride() if "rates" in given else None
     start = given["start"].stride(0)
@@ -174,10 +174,10 @@ def test_writes_are_our_own_where_the_library_would_copy():
 
 
 def test_the_library_is_asked_on_gpus_alone():
-    rows = Rows.of(torch.empty(2, 3, 70, 16).transpose(1, 2))
+    rows = TokenRows.of(torch.empty(2, 3, 70, 16).transpose(1, 2))
     assert LibraryWrite.fits(SimpleNamespace(is_cuda=True), rows)
     assert not LibraryWrite.fits(SimpleNamespace(is_cuda=False), rows)
-    assert not LibraryWrite.fits(SimpleNamespace(is_cuda=True), rows, Rows.of(torch.empty(2, 70, 3, 16)))
+    assert not LibraryWrite.fits(SimpleNamespace(is_cuda=True), rows, TokenRows.of(torch.empty(2, 70, 3, 16)))
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -116,7 +116,7 @@ def warm_up_for_hopper():
     from kvbind.kernels.equal_chunks import tma_products
     from kvbind.kernels.equal_chunks.call_shapes import CallShapes
     from kvbind.kernels.equal_chunks.operator import LaunchPlan
-    from kvbind.kernels.equal_chunks.tma_products import Rows
+    from kvbind.kernels.equal_chunks.tma_products import TokenRows
     from kvbind.kernels.newton_schulz import one_program
     from kvbind.kernels.newton_schulz.operator import newton_schulz
 
@@ -128,7 +128,7 @@ def warm_up_for_hopper():
     with warm_up.compiling_ahead():
         newton_schulz(x, ((3.0, -3.0, 1.0),)).sum().backward()
         q = torch.zeros(1, 64, 1, 16, dtype=torch.bfloat16)
-        rows, start = Rows.of(q), torch.zeros(1, 16, 16, requires_grad=True)
+        rows, start = TokenRows.of(q), torch.zeros(1, 16, 16, requires_grad=True)
         shapes = CallShapes(rows, rows, rows, 64, False, 1.0, None, (0, 256), None, False, False, (), torch.bfloat16)
         LaunchPlan(shapes, q).run(q, q, q, None, None, None, start, ())[0].sum().backward()
         inside = warm_up.warming_up()

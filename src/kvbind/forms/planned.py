@@ -65,7 +65,7 @@ class Planned:
     def __init__(self, spec: InnerLoop, call: Operands, lr: LearningRate, weights: Mapping[str, Tensor]) -> None:
         from kvbind.kernels.equal_chunks.call_shapes import CallShapes
         from kvbind.kernels.equal_chunks.operator import LaunchPlan
-        from kvbind.kernels.equal_chunks.tma_products import Rows, Theta
+        from kvbind.kernels.equal_chunks.tma_products import Theta, TokenRows
 
         assert spec.chunk is not None
         q, k, v = (x.transpose(1, 2) for x in (call.q, call.tokens.k, call.tokens.v))
@@ -88,7 +88,8 @@ class Planned:
         muon, (momentum, decay) = spec.orthogonalize, decays(spec.gates)
         self.plan = LaunchPlan(
             CallShapes(
-                Rows.of(q), Rows.of(k), Rows.of(v), spec.chunk, spec.visibility != "past", spec.sign, theta, strides,
+                TokenRows.of(q), TokenRows.of(k), TokenRows.of(v),
+                spec.chunk, spec.visibility != "past", spec.sign, theta, strides,
                 None if rates is None else rates.stride(), momentum is not None, decay is not None,
                 tuple((a, b, c) for a, b, c in muon.coefficients) if muon else (), muon.dtype if muon else torch.bfloat16,
             ),

@@ -20,8 +20,8 @@ from kvbind.inner.projections import Projections
 from kvbind.inner.systems import PROJECTIONS
 from kvbind.inner.value import LATER, check_choice, nearest
 from kvbind.layers.fitting import check_fits_causal_layer
+from kvbind.models.opening import open_exported
 from kvbind.models.presets import PRESETS as SIZES
-from kvbind.models.saving import open_exported
 from kvbind.sequence import SequenceShard, sequence_parallel
 from kvbind.sequence.boundaries import Boundaries, with_room
 from kvbind.tasks import inner_loops, preset_files

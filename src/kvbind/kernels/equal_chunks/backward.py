@@ -11,7 +11,7 @@ from torch import Tensor
 from kvbind.kernels.chunked.prefix_sums import blocks_of, bound_scan_backward
 from kvbind.kernels.common.operands import cdiv, ready, zeros
 from kvbind.kernels.equal_chunks import tma_products as products
-from kvbind.kernels.equal_chunks.tma_products import Rows
+from kvbind.kernels.equal_chunks.tma_products import TokenRows
 from kvbind.kernels.launching.bound_kernel import BoundKernel
 from kvbind.kernels.newton_schulz.operator import newton_schulz_backward
 
@@ -56,8 +56,8 @@ class BackwardLaunches:
             joined = s.q.like(theta.factors * plan.hidden)
             # one set of matrices for all sequences is met as one long sequence
             batch, length = (1, plan.batch * plan.length) if theta.sets == 1 else (plan.batch, plan.length)
-            flat = Rows((batch, length, *joined.shape[2:]), (length * joined.strides[1], *joined.strides[1:]))
-            keys_flat = Rows((batch, length, *keys.shape[2:]), (length * keys.strides[1], *keys.strides[1:]))
+            flat = TokenRows((batch, length, *joined.shape[2:]), (length * joined.strides[1], *joined.strides[1:]))
+            keys_flat = TokenRows((batch, length, *keys.shape[2:]), (length * keys.strides[1], *keys.strides[1:]))
             self.to_keys = products.product(flat, keys_flat, products.DEPTH * 4, 1, like, transposed=True)
             run = cdiv(cdiv(plan.length, RUNS), products.DEPTH) * products.DEPTH
             self.runs = cdiv(plan.length, run)

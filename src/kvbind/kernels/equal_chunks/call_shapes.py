@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvbind.kernels.equal_chunks.tma_products import Rows, Theta
+from kvbind.kernels.equal_chunks.tma_products import Theta, TokenRows
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class CallShapes:
         precision: of its products.
     """
 
-    q: Rows
-    k: Rows
-    v: Rows
+    q: TokenRows
+    k: TokenRows
+    v: TokenRows
     chunk: int
     own: bool
     sign: float

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbind.kernels.equal_chunks.tma_products import Rows
+from kvbind.kernels.equal_chunks.tma_products import TokenRows
 
 
 class LibraryWrite:
@@ -20,14 +20,14 @@ class LibraryWrite:
         chunk: tokens in a chunk; a sequence has a whole number of them.
     """
 
-    def __init__(self, x: Rows, g: Rows, chunk: int) -> None:
+    def __init__(self, x: TokenRows, g: TokenRows, chunk: int) -> None:
         count = math.prod(x.shape[:3]) // chunk
         self.left = (count, x.shape[3], chunk), (chunk * x.shape[3], 1, x.shape[3])
         self.right = (count, chunk, g.shape[3]), (chunk * g.shape[3], g.shape[3], 1)
         self.shape = count, x.shape[3], g.shape[3]
 
     @staticmethod
-    def fits(like: Tensor, *tokens: Rows) -> bool:
+    def fits(like: Tensor, *tokens: TokenRows) -> bool:
         """Whether the library is there for tensors like one, and tokens lie head by head, without gaps."""
         return like.is_cuda and all(x.strides == x.by_head(x.shape[3]).strides for x in tokens)
 

@@ -23,7 +23,7 @@ from kvbind.kernels.common.operands import ready, zeros
 from kvbind.kernels.equal_chunks import tma_products as products
 from kvbind.kernels.equal_chunks.call_shapes import CallShapes
 from kvbind.kernels.equal_chunks.library_write import LibraryWrite
-from kvbind.kernels.equal_chunks.tma_products import Rows
+from kvbind.kernels.equal_chunks.tma_products import TokenRows
 from kvbind.kernels.launching import dispatcher
 from kvbind.kernels.launching.bound_kernel import BoundKernel, stream_of
 from kvbind.kernels.launching.warm_up import can_warm_up, compiling_ahead
@@ -275,7 +275,9 @@ class LaunchPlan:
         if found == (s.q.strides, s.k.strides, s.v.strides, s.rates):
             return self
         if found not in self.others:
-            self.others[found] = LaunchPlan(replace(s, q=Rows.of(q), k=Rows.of(k), v=Rows.of(v), rates=found[3]), self.like)
+            self.others[found] = LaunchPlan(
+                replace(s, q=TokenRows.of(q), k=TokenRows.of(k), v=TokenRows.of(v), rates=found[3]), self.like
+            )
         return self.others[found]
 
     @cached_property

@@ -35,7 +35,7 @@ DEPTH = 64
 """Channels, or tokens, of one step of a product; chunks and hidden widths are multiples of it."""
 
 
-class Rows(NamedTuple):
+class TokenRows(NamedTuple):
     """Tokens `[B, T, H, D]` without their numbers.
 
     Attributes:
@@ -47,24 +47,24 @@ class Rows(NamedTuple):
     strides: Sequence[int]
 
     @staticmethod
-    def of(x: Tensor) -> Rows:
+    def of(x: Tensor) -> TokenRows:
         """Those of a tensor."""
-        return Rows(tuple(x.shape), x.stride())
+        return TokenRows(tuple(x.shape), x.stride())
 
-    def like(self, width: int) -> Rows:
+    def like(self, width: int) -> TokenRows:
         """As many contiguous tokens of another width."""
         batch, length, heads, _ = self.shape
-        return Rows((batch, length, heads, width), (length * heads * width, heads * width, width, 1))
+        return TokenRows((batch, length, heads, width), (length * heads * width, heads * width, width, 1))
 
-    def by_head(self, width: int) -> Rows:
+    def by_head(self, width: int) -> TokenRows:
         """As many tokens of another width, without gaps, head by head."""
         batch, length, heads, _ = self.shape
-        return Rows((batch, length, heads, width), (length * heads * width, width, length * width, 1))
+        return TokenRows((batch, length, heads, width), (length * heads * width, width, length * width, 1))
 
-    def first(self, length: int) -> Rows:
+    def first(self, length: int) -> TokenRows:
         """The first tokens of each sequence, where they lie."""
         batch, _, heads, width = self.shape
-        return Rows((batch, length, heads, width), self.strides)
+        return TokenRows((batch, length, heads, width), self.strides)
 
     def empty(self, like: Tensor) -> Tensor:
         """Room for such tokens, of a tensor's dtype and device."""
@@ -164,8 +164,8 @@ def _product_kernel(
 
 
 def product(
-    x: Rows,
-    y: Rows,
+    x: TokenRows,
+    y: TokenRows,
     chunk: int,
     states: int,
     device: Tensor,
@@ -173,7 +173,7 @@ def product(
     own: bool = False,
     transposed: bool = False,
     rates: Sequence[int] | None = None,
-    against: Rows | None = None,
+    against: TokenRows | None = None,
 ) -> BoundKernel:
     """Tokens times their chunk's matrix.
 
@@ -236,7 +236,7 @@ def _write_kernel(
         y.store([z, m * BM, n * BN + BN // 2], tl.reshape(high, (1, BM, BN // 2)))
 
 
-def write(x: Rows, g: Rows, chunk: int, parts: int, device: Tensor) -> BoundKernel:
+def write(x: TokenRows, g: TokenRows, chunk: int, parts: int, device: Tensor) -> BoundKernel:
     """The sum over each chunk's tokens of `x^T g`.
 
     The launch takes x `[B, T, H, M]`, g `[B, T, H, N]` and where to write y, float32 `[B * parts, H, M, N]`.
@@ -302,7 +302,7 @@ class Theta(NamedTuple):
 
 
 def features(
-    x: Rows, theta: Theta, device: Tensor, rates: Sequence[int] | None = None, out: Rows | None = None
+    x: TokenRows, theta: Theta, device: Tensor, rates: Sequence[int] | None = None, out: TokenRows | None = None
 ) -> BoundKernel:
     """`rates * act(x W) * (x W_up)`, or without the second factor.
 
@@ -366,7 +366,7 @@ def _features_backward_kernel(
         _put(du, d * slope(u, ACTIVATION), b, h, row, n * BN, BM, BN)
 
 
-def features_backward(x: Rows, theta: Theta, device: Tensor, rates: Sequence[int] | None = None) -> BoundKernel:
+def features_backward(x: TokenRows, theta: Theta, device: Tensor, rates: Sequence[int] | None = None) -> BoundKernel:
     """The gradient of `features`, which are computed anew.
 
     The launch takes x `[B, T, H, D]`; the matrices; the gradient of the features before rates, `[B, T, H, F]`; where to
@@ -412,7 +412,7 @@ def _rated_kernel(
     tl.store(y + (b * y_b + t * y_t + h * y_h)[:, None] + columns[None, :], value.to(y.dtype.element_ty), mask=inside)
 
 
-def rated(x: Rows, rates: Sequence[int], out: Rows) -> BoundKernel:
+def rated(x: TokenRows, rates: Sequence[int], out: TokenRows) -> BoundKernel:
     """`rates * x`. The launch takes x `[B, T, H, D]`, rates, float32 `[B, T, H]`, and where to write y `[B, T, H, D]`.
 
     Args:

@@ -262,19 +262,28 @@ def hooked(model: nn.Module) -> str | None:
     return None
 
 
+_kinds: list[type] = []
+"""The classes whose forwards a captured step stands for, as `stands_for` notes them."""
+
+
+def stands_for(causal_model: type, model: type, block: type) -> None:
+    """Say which classes a captured step computes as: a model that derives from one, with a forward of its own, is not."""
+    _kinds[:] = causal_model, model, block
+
+
 def obstacle(model: Any) -> str | None:
     """Why a model's steps cannot be captured; None where they may be."""
-    from kvbind.models.lact.model import LactBlock, LactForCausalLM, LactModel
+    causal_model, inner_model, block_kind = _kinds
 
     def derived(module: Any, kind: type) -> bool:
         return not isinstance(module, kind) or type(module).forward is not kind.forward  # type: ignore[attr-defined]
 
-    if derived(model, LactForCausalLM) or derived(model.model, LactModel):
+    if derived(model, causal_model) or derived(model.model, inner_model):
         return "the model has a forward of its own"
     for block in model.model.layers:
         if isinstance(block.attn, FastWeightLayer | WindowAttention):
             return f"layers are {type(block.attn).__name__}s, of which no graph is made"
-        if derived(block, LactBlock) or derived(block.attn, LactLayer):
+        if derived(block, block_kind) or derived(block.attn, LactLayer):
             return "a block has a forward of its own"
     found = hooked(model)
     if found is not None:

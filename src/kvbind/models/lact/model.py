@@ -30,7 +30,7 @@ from kvbind.layers.rotary import Tables, rotary_tables
 from kvbind.layers.slots import DecodeStep, Slots
 from kvbind.models.lact.cache import CACHE, CACHE_NAMES, LactCache, MixerState, given_cache
 from kvbind.models.lact.config import REFUSED, LactConfig
-from kvbind.models.lact.decoding import decode
+from kvbind.models.lact.decoding import decode, stands_for
 from kvbind.models.lact.inputs import Arrangement, arrange, check_padding_side
 from kvbind.models.lact.loss import IGNORE, cross_entropy, linear_cross_entropy, next_token_labels
 from kvbind.models.options import check_options, known_by_name
@@ -530,3 +530,6 @@ def _collated_bounds(
         if name not in _COLLATED | _OF_GENERATION and value is not None:
             raise TypeError(f"LactForCausalLM.forward takes no argument {name!r}")
     return extra.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
+
+
+stands_for(LactForCausalLM, LactModel, LactBlock)

@@ -1,4 +1,4 @@
-"""The two ViTTT models, plain and hierarchical, as image classifiers in the manner of timm."""
+"""What both ViTTT models share: an image classifier in the manner of timm, around layers that subclasses build."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import abc
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kvbind.inner.spec import InnerLoop
-from kvbind.inner.value import check_bool, check_choice, check_positive_int
-from kvbind.layers.attention import grid_positions
-from kvbind.layers.grid import Grid, to_image, to_tokens
-from kvbind.layers.vittt import INIT_STD, VitttLayer
+from kvbind.inner.value import check_choice, check_positive_int
+from kvbind.layers.grid import Grid, to_image
+from kvbind.layers.vittt import VitttLayer
+from kvbind.models.ablations import images_ablation
 from kvbind.models.recompute import check_recomputing
-from kvbind.models.vittt.blocks import VitttBlock, init_weights
-from kvbind.models.vittt.stages import Stage, TokenBatchNorm, downsampling, stem
+from kvbind.models.vittt.blocks import init_weights
+from kvbind.models.vittt.released_fields import read_released_config
 
 
 class ImageModel(nn.Module, abc.ABC):
@@ -31,6 +30,7 @@ class ImageModel(nn.Module, abc.ABC):
         global_pool: "avg" for the mean over tokens, or "" for none, which classifies every token.
     """
 
+    hierarchical: ClassVar[bool] = False
     norm: nn.Module
     head: nn.Module
     pretrained_cfg: dict[str, Any]
@@ -160,11 +160,11 @@ class ImageModel(nn.Module, abc.ABC):
         Raises:
             ValueError: a size that the patches do not tile, or another size of patches.
         """
-        if patch_size is not None and _pair("patch_size", patch_size) != self.patch:
+        if patch_size is not None and height_and_width("patch_size", patch_size) != self.patch:
             raise ValueError(f"patch_size must be {self.patch[0]} x {self.patch[1]}, the model's own; got {patch_size}")
         if img_size is None:
             return
-        size = _pair("img_size", img_size)
+        size = height_and_width("img_size", img_size)
         self._check_tiles(size)
         for known in {id(fields): fields for fields in (self.pretrained_cfg, self.default_cfg)}.values():
             known["input_size"] = (self.in_chans, *size)
@@ -353,267 +353,15 @@ class ImageModel(nn.Module, abc.ABC):
         Raises:
             ValueError: as there; or a configuration of the other model.
         """
-        from kvbind.models.vittt.released import from_released_config
-
-        model = from_released_config(fields)
-        if not isinstance(model, cls):
-            raise ValueError(f"fields must be of a {cls.__name__}; they are of a {type(model).__name__}")
+        hierarchical, arguments = read_released_config(fields)
+        inner, inner_conv = images_ablation(fields.get("ttt_loss_type", "dot_product"))
+        if hierarchical != cls.hierarchical:
+            kind = "hierarchical" if hierarchical else "plain"
+            raise ValueError(f"fields must be of a {cls.__name__}; they are of the {kind} model")
+        model = cls(**arguments)
+        # after building, as released checkpoints hold every matrix, also those that their ablation does not use
+        model.inner, model.inner_conv = inner, inner_conv
         return model
-
-
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches, projected: `[B, C, H, W]` to an image of tokens `[B, d, H / p, W / p]`.
-
-    Args:
-        patch: height and width of a patch, in pixels.
-        in_chans: channels of the images.
-        dim: width d.
-    """
-
-    def __init__(self, patch: tuple[int, int], in_chans: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, patch, patch)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Project the patches.
-
-        Raises:
-            ValueError: a side that is no multiple of the patch's.
-        """
-        for name, side, patch in zip(("height", "width"), image.shape[-2:], self.proj.kernel_size, strict=True):
-            if side % patch or not side:
-                raise ValueError(f"image's {name} must be a multiple of the patch's, {patch}; got {side}")
-        output: Tensor = self.proj(image)
-        return output
-
-
-class Vittt(ImageModel):
-    """Plain ViTTT: a vision transformer whose attention is two fast networks (arXiv 2512.01643).
-
-    Images of any size, square or not, that the patches tile. Nothing in it knows positions but its convolutions, so one
-    model runs at every size. Parameters have the released names (specification, section 6).
-
-    Args:
-        embed_dim: width d.
-        depth: blocks.
-        num_heads: heads of the fast weights in each.
-        patch_size: height and width of a patch in pixels, or one number for both.
-        num_classes: classes; 0 for no head.
-        in_chans: channels of the images.
-        inner: inner loop of the heads; by default `kvbind.systems.vittt()`.
-        inner_conv: inner loop of the convolution; by default `kvbind.systems.vittt("conv")`.
-        mlp_ratio: hidden width of the MLPs over d.
-        qkv_bias: a bias in the `qkv` projections.
-        drop_rate: dropout in the MLPs.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        global_pool: "avg", or "" for none.
-        initializer_range: standard deviation of linear layers and fast weights at the start.
-        fast_weights: False for a plain vision transformer of these sizes, as a baseline: softmax attention, and fixed
-            positions on the grid in place of the convolutions (arXiv 2205.01580).
-
-    Raises:
-        ValueError: numbers that do not fit together, or an inner loop that the layers cannot run.
-        TypeError: `inner` or `inner_conv` is no InnerLoop.
-    """
-
-    def __init__(
-        self,
-        embed_dim: int = 192,
-        depth: int = 12,
-        num_heads: int = 6,
-        patch_size: int | Sequence[int] = 16,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        inner: InnerLoop | None = None,
-        inner_conv: InnerLoop | None = None,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        global_pool: str = "avg",
-        initializer_range: float = INIT_STD,
-        fast_weights: bool = True,
-    ) -> None:
-        super().__init__(embed_dim, num_classes, in_chans, global_pool, initializer_range)
-        check_positive_int("depth", depth)
-        check_bool("fast_weights", fast_weights)
-        if not fast_weights and embed_dim % 4:
-            raise ValueError(f"embed_dim must be a multiple of 4 with fast_weights=False; got {embed_dim}")
-        self.embed_dim, self.fast_weights = embed_dim, fast_weights
-        self.patch_embed = PatchEmbed(_pair("patch_size", patch_size), in_chans, embed_dim)
-        self.blocks = nn.ModuleList(
-            VitttBlock(
-                embed_dim,
-                num_heads,
-                inner,
-                inner_conv,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                drop_rate=drop_rate,
-                drop_path=rate,
-                norm_eps=1e-6,
-                mlp_convolution=False,
-                fast_weights=fast_weights,
-            )
-            for rate in _drop_path_rates(drop_path_rate, depth)
-        )
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self._finish()
-
-    @property
-    def depth(self) -> int:
-        return len(self.blocks)
-
-    @property
-    def patch(self) -> tuple[int, int]:
-        height, width = self.patch_embed.proj.kernel_size
-        return height, width
-
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        reduction = max(self.patch)
-        return [{"num_chs": self.embed_dim, "reduction": reduction, "module": f"blocks.{i}"} for i in range(self.depth)]
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return {"stem": r"^patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
-
-    def _cut(self, count: int) -> None:
-        self.blocks = self.blocks[:count]
-
-    def _check_tiles(self, size: tuple[int, int]) -> None:
-        for name, side, patch in zip(("height", "width"), size, self.patch, strict=True):
-            if side % patch:
-                raise ValueError(f"img_size's {name} must be a multiple of the patch's, {patch}; got {side}")
-
-    def embed(self, image: Tensor) -> tuple[Tensor, Grid]:
-        self._check_image(image)
-        patches = self.patch_embed(image)
-        tokens, grid = to_tokens(patches), tuple(patches.shape[-2:])
-        if not self.fast_weights:
-            tokens = tokens + grid_positions(grid, self.embed_dim, tokens.device).to(tokens.dtype)
-        return tokens, grid
-
-    def layers_of(self, x: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Grid]]:
-        for block in self.blocks:
-            x = self._run(block, x, grid)
-            yield x, grid
-
-
-class HierarchicalVittt(ImageModel):
-    """Hierarchical ViTTT: a convolutional stem and four stages, each at half the resolution of the one before.
-
-    Its blocks have rotary positions on the grid, computed for whatever size comes, and a convolution in the MLP. Images of
-    any size; the stem takes 4x4 pixels to a token, and sides round up. Parameters have the released names.
-
-    Source: arXiv 2512.01643.
-
-    Args:
-        dim: width of each stage, a multiple of 4.
-        depths: blocks of each stage.
-        num_heads: heads of each stage's fast weights.
-        num_classes: classes; 0 for no head.
-        in_chans: channels of the images.
-        inner: inner loop of the heads; by default `kvbind.systems.vittt()`.
-        inner_conv: inner loop of the convolution; by default `kvbind.systems.vittt("conv")`.
-        mlp_ratio: hidden width of the MLPs over the stage's.
-        qkv_bias: a bias in the `qkv` projections.
-        drop_rate: dropout in the MLPs and behind the stem.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        global_pool: "avg", or "" for none.
-        initializer_range: standard deviation of linear layers and fast weights at the start.
-
-    Raises:
-        ValueError: numbers that do not fit together, or an inner loop that the layers cannot run.
-        TypeError: `inner` or `inner_conv` is no InnerLoop.
-    """
-
-    def __init__(
-        self,
-        dim: Sequence[int] = (64, 128, 320, 512),
-        depths: Sequence[int] = (1, 3, 9, 4),
-        num_heads: Sequence[int] = (2, 4, 10, 16),
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        inner: InnerLoop | None = None,
-        inner_conv: InnerLoop | None = None,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.1,
-        global_pool: str = "avg",
-        initializer_range: float = INIT_STD,
-    ) -> None:
-        if not len(dim) == len(depths) == len(num_heads) or not len(dim):
-            raise ValueError(
-                f"dim, depths and num_heads must have one entry per stage; got {list(dim)}, {list(depths)} and "
-                f"{list(num_heads)}"
-            )
-        super().__init__(dim[-1], num_classes, in_chans, global_pool, initializer_range)
-        for name, values in (("dim", dim), ("depths", depths)):
-            for value in values:
-                check_positive_int(f"{name}'s entries", value)
-        for width in dim:
-            if width % 4:
-                raise ValueError(f"dim's entries must be multiples of 4, for rotary positions; got {list(dim)}")
-        self.dim = tuple(dim)
-        self.patch_embed = stem(in_chans, dim[0])
-        self.pos_drop = nn.Dropout(drop_rate)
-        rates = iter(_drop_path_rates(drop_path_rate, sum(depths)))
-        self.layers = nn.ModuleList()
-        for i, (width, depth, heads) in enumerate(zip(dim, depths, num_heads, strict=True)):
-            blocks = nn.ModuleList(
-                VitttBlock(
-                    width,
-                    heads,
-                    inner,
-                    inner_conv,
-                    mlp_ratio=mlp_ratio,
-                    qkv_bias=qkv_bias,
-                    drop_rate=drop_rate,
-                    drop_path=next(rates),
-                    norm_eps=1e-5,
-                    mlp_convolution=True,
-                )
-                for _ in range(depth)
-            )
-            self.layers.append(Stage(blocks, downsampling(width, dim[i + 1]) if i + 1 < len(dim) else None))
-        self.norm = TokenBatchNorm(dim[-1])
-        self._finish()
-
-    @property
-    def depth(self) -> int:
-        return len(self.layers)
-
-    @property
-    def patch(self) -> tuple[int, int]:
-        return 4, 4
-
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        widths = enumerate(self.dim[: self.depth])
-        return [{"num_chs": width, "reduction": 4 * 2**i, "module": f"layers.{i}"} for i, width in widths]
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        blocks = [(r"^layers\.(\d+)\.downsample", (0,)), (r"^layers\.(\d+)\.blocks\.(\d+)", None)]
-        stages = [(r"^layers\.(\d+)", None)]
-        return {"stem": r"^patch_embed", "blocks": [*(stages if coarse else blocks), (r"^norm", (99999,))]}
-
-    def _cut(self, count: int) -> None:
-        self.layers = self.layers[:count]
-        # nothing follows
-        setattr(self.layers[-1], "downsample", None)  # noqa: B010  torch types attributes of modules as tensors
-
-    def embed(self, image: Tensor) -> tuple[Tensor, Grid]:
-        self._check_image(image)
-        tokens = self.patch_embed(image)
-        return self.pos_drop(to_tokens(tokens)), tuple(tokens.shape[-2:])
-
-    def layers_of(self, x: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Grid]]:
-        for stage in self.layers:
-            mixed, image = stage(x, grid, self._run)
-            yield mixed, grid
-            if image is not None:
-                x, grid = to_tokens(image), tuple(image.shape[-2:])
 
 
 def _without_owner(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -630,7 +378,7 @@ def _checked_classes(num_classes: int) -> int:
     return num_classes
 
 
-def _pair(argument: str, value: int | Sequence[int]) -> tuple[int, int]:
+def height_and_width(argument: str, value: int | Sequence[int]) -> tuple[int, int]:
     """Height and width of one number or two."""
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2:
@@ -638,8 +386,3 @@ def _pair(argument: str, value: int | Sequence[int]) -> tuple[int, int]:
     for side in pair:
         check_positive_int(argument, side)
     return pair
-
-
-def _drop_path_rates(last: float, depth: int) -> list[float]:
-    rates: list[float] = torch.linspace(0, last, depth, device="cpu").tolist()
-    return rates
