@@ -21,7 +21,7 @@ from kvbind.forms.scan import ScanGate
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.gates import DECLARED, decays
-from kvbind.inner.networks import gated
+from kvbind.inner.network import gated
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 

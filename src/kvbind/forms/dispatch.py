@@ -23,7 +23,8 @@ from kvbind.forms.kernel_calls.recurrent import run_full_recurrent, run_recurren
 from kvbind.forms.obstacles import parallel_obstacles
 from kvbind.forms.parallel import SHORT_CHUNK
 from kvbind.forms.validation import Engine, Operands
-from kvbind.inner.networks import GLU, MLP, DepthwiseConv, Linear, Network, SwiGLU
+from kvbind.inner.network import Network
+from kvbind.inner.networks import GLU, MLP, DepthwiseConv, Linear, SwiGLU
 from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.spec import InnerLoop
 from kvbind.kernels.common.devices import runs_on

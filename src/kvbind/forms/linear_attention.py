@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvbind.forms.scan import decay_matrix
-from kvbind.inner.networks import gated
+from kvbind.inner.network import gated
 from kvbind.inner.orthogonalize import NewtonSchulz
 
 

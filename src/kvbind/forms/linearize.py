@@ -30,7 +30,8 @@ from kvbind.forms.tokens import Tokens, as_factor
 from kvbind.forms.validation import LearningRate, check_operands
 from kvbind.inner.gates import given_gates
 from kvbind.inner.losses import descent_direction
-from kvbind.inner.networks import DepthwiseConv, Network, gated
+from kvbind.inner.network import Network, gated
+from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.rule import (
     FastWeights,
     apply_update,

@@ -28,7 +28,7 @@ from kvbind.forms.recurrent import write
 from kvbind.forms.tokens import Tokens, as_factor
 from kvbind.forms.validation import LearningRate, Operands, check_operands
 from kvbind.inner.gates import decays, given_gates
-from kvbind.inner.networks import gated
+from kvbind.inner.network import gated
 from kvbind.inner.rule import FastWeights, rescale, shape_update
 from kvbind.inner.spec import InnerLoop
 from kvbind.sequence.boundaries import Boundaries, Chunks

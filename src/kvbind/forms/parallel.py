@@ -23,7 +23,7 @@ from kvbind.forms.scan import linear_scan
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.gates import decays
-from kvbind.inner.networks import gated
+from kvbind.inner.network import gated
 from kvbind.inner.rule import FastWeights, rescale, shape_update
 from kvbind.inner.spec import InnerLoop
 

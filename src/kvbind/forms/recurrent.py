@@ -11,7 +11,7 @@ from torch import Tensor
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens, as_factor
 from kvbind.inner.gates import DECLARED
-from kvbind.inner.networks import Rates, Weights
+from kvbind.inner.network import Rates, Weights
 from kvbind.inner.rule import FastWeights, apply_update, decayed, gradient, seen_share, set_off
 from kvbind.inner.spec import InnerLoop
 

@@ -9,7 +9,7 @@ from kvbind.forms.kernel_calls.operands import glu_operands, rate_column, state_
 from kvbind.forms.state import State
 from kvbind.forms.validation import Operands
 from kvbind.inner.gates import decays
-from kvbind.inner.networks import gated
+from kvbind.inner.network import gated
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 

@@ -23,7 +23,7 @@ from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import Operands
 from kvbind.inner.gates import decays
-from kvbind.inner.networks import Network, gated
+from kvbind.inner.network import Network, gated
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 from kvbind.sequence.shard import SequenceShard

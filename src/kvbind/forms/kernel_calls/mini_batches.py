@@ -13,7 +13,7 @@ from kvbind.forms.spanwise import in_spans
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import Operands
-from kvbind.inner.networks import LayerNormHead
+from kvbind.inner.head import LayerNormHead
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
-from kvbind.inner.networks import GLU, MLP, Network, SwiGLU, gated
+from kvbind.inner.network import Network, gated
+from kvbind.inner.networks import GLU, MLP, SwiGLU
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 

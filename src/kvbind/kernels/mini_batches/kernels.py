@@ -8,7 +8,7 @@ A program walks through its mini-batches with the state, a matrix and maybe a bi
 
 where the loss is `-<f(k), v>` or `1/2 ||f(k) - v||^2`, `f` is `z` or layer normalization of it with a gain and a shift, with
 or without `k` added, and r, r_b, c are numbers for each token. Gradients are closed-form, as those of
-`kvbind.inner.networks.LayerNormHead`.
+`kvbind.inner.head.LayerNormHead`.
 
 The backward pass goes from the last mini-batch to the first. Kept for it are the operands and the state before every so many
 mini-batches, a *stretch*; a stretch is walked through forward once more, then backward. Products take operands in the dtype
