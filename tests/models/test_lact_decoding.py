@@ -55,14 +55,14 @@ def generate(model, ids, **options):
 def assert_same(mine, other, tolerance=1e-10):
     assert (mine.seen, mine.columns, len(mine)) == (other.seen, other.columns, len(other))
     for one, two in zip(mine.states, other.states, strict=True):
-        assert (one.seen, one.kept.held) == (two.seen, two.kept.held)
+        assert (one.seen, one.cache.held) == (two.seen, two.cache.held)
         assert one.fast.pending_lengths == two.fast.pending_lengths
         assert one.fast.tensors.keys() == two.fast.tensors.keys()
         for name, x in one.fast.tensors.items():
             torch.testing.assert_close(x, two.fast.tensors[name], rtol=0, atol=tolerance, msg=name)
-        for i, held in enumerate(one.kept.held):
-            where = slice(one.kept.keys.shape[1] - held, None)
-            for x, y in ((one.kept.keys, two.kept.keys), (one.kept.values, two.kept.values)):
+        for i, held in enumerate(one.cache.held):
+            where = slice(one.cache.keys.shape[1] - held, None)
+            for x, y in ((one.cache.keys, two.cache.keys), (one.cache.values, two.cache.values)):
                 torch.testing.assert_close(x[i, where], y[i, where], rtol=0, atol=tolerance)
 
 

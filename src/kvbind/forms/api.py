@@ -106,7 +106,7 @@ def ttt(
         None,
     )  # fmt: skip
     if state is None and cu_seqlens is None and update_tokens is None and sequence is None and is_eager():
-        # a call like an earlier one needs no checks: all that they look at is in the key
+        # a call like an earlier one needs no checks: all that checks read is in the key
         key = planned.key_of(spec, weights, q, k, v, lr, gates, form)
         kind = planned.known(key)
         if kind is not None and kind.planned is not None and weights is not None and q.is_cuda:

@@ -49,12 +49,12 @@ def behind_pending(
         state: where the sequences stopped.
     """
     pending = state.pending()
-    kept = 0 if pending is None else len(pending)
+    earlier = 0 if pending is None else len(pending)
     joined = tokens if pending is None else pending.append(tokens)
     # pending tokens were read in an earlier call: zeros keep their places, and what they read is dropped
-    q = F.pad(q, (0, 0, kept // spec.writes, 0))
+    q = F.pad(q, (0, 0, earlier // spec.writes, 0))
     output, fast, done = run(q, joined, state.fast)
-    output = output[:, :, kept // spec.writes :]
+    output = output[:, :, earlier // spec.writes :]
     if state.has_room and not done:
         return output, state.append(tokens)
     rest = joined.span(done, len(joined))

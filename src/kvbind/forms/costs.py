@@ -55,7 +55,7 @@ class Cost:
         write: of all its writes, in one head, without orthogonalization.
         blocks: what the parallel form computes in place of both, per token and head, where it runs in blocks of tokens.
         decode_bytes_per_token: what one more token of one sequence must move in decoding: its operands, every weight once,
-            what its share of an update writes, momentum and other copies read and written, and tokens that wait.
+            what its share of an update writes, momentum and other copies read and written, and pending tokens.
     """
 
     flops_per_token: float
@@ -175,7 +175,7 @@ def cost(spec: InnerLoop, shapes: Shapes) -> Cost:
     earlier, per_write = spec.window_size - 1, spec.writes * (1 if spec.sums_updates else spec.window_size)
     pending += 0 if spec.sums_updates else earlier * chunk * 4 * (width + len(spec.updated) + spec.erase * shapes.key_width)
     kept = spec.momentum + (spec.normalize == "read") + 2 * (spec.anchor is not None) + spec.sums_updates * earlier
-    # a token that completes an update moves all of it; others wait to be part of one, written once and read once
+    # a token that completes an update moves all of it; others are pending until one does, written once and read once
     updates = spec.writes / (spec.chunk or shapes.tokens)
     waits = (
         2 * token * (spec.room > 0) + (0 if spec.sums_updates else earlier) * 4 * (width + len(spec.updated)) * spec.writes

@@ -354,7 +354,7 @@ class LinearAttention:
         polynomial, which `weights` includes and this does not.
 
         Args:
-            channel: the value channel to look at; None for the mean over channels.
+            channel: the value channel; None for the mean over channels.
 
         Raises:
             ValueError: writes of which rows of the state keep different shares, or windows, step or read rates: `weights`
@@ -375,7 +375,7 @@ class LinearAttention:
         Newton-Schulz enters as the polynomial that it is, in the state's precision, whatever `dtype` it runs in.
 
         Args:
-            channel: the value channel to look at; None for the mean over channels, which is every channel's where
+            channel: the value channel; None for the mean over channels, which is every channel's where
                 nothing acts on channels one by one.
         """
         if not self._is_simple:
@@ -398,7 +398,7 @@ class LinearAttention:
         These are `weights` with the writes of a token summed; with one step per chunk a token writes once.
 
         Args:
-            channel: the value channel to look at; None for the mean over channels.
+            channel: the value channel; None for the mean over channels.
         """
         weights = self.weights(channel)
         mixing = weights.new_zeros(*weights.shape[:3], len(self.seen_updates))

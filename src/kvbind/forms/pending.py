@@ -1,8 +1,8 @@
-"""Between updates: tokens that complete no chunk are read, and wait beside a state instead of being copied into it.
+"""Between updates: tokens that complete no chunk are read, and stay pending beside a state instead of being copied into it.
 
 `ttt` returns a state that has every pending token in its place, a copy of all places for each call. Where calls bring single
-tokens, as in generation, copying and what surrounds it cost more than reading. Here such tokens are kept as they came, and
-go to their places many at once; what their writing takes beyond that is also computed then.
+tokens, as in generation, copying and what surrounds it cost more than reading. Here such tokens stay as they came, and go to
+their places many at once; what their writing takes beyond that is also computed then.
 
 What single tokens read, and the updates of the chunks that they complete, are `read` and `completed` on tensors in
 one piece, of all rows or of one: the same operators on operands of the same shapes and strides whether calls run them or a
@@ -32,7 +32,7 @@ from kvbind.inner.spec import InnerLoop
 Made = Mapping[str, Tensor]
 
 MOST = 64
-"""Tokens of a sequence that wait; further ones send all to their places."""
+"""Tokens of a sequence that stay as they came; further ones send all to their places."""
 
 
 class TokenMaker(Protocol):
@@ -78,7 +78,7 @@ class PendingState:
         return self.state.append(self.make.tokens(joined).map(lambda x: x.transpose(1, 2)))
 
     def read(self, spec: InnerLoop, q: Tensor, made: Made, make: TokenMaker) -> tuple[Tensor, PendingState] | None:
-        """Outputs at some queries, and what is then waiting: what `ttt` says where only the last update is seen.
+        """Outputs at some queries, and what is then pending: what `ttt` says where only the last update is seen.
 
         Args:
             spec: the inner loop.

@@ -59,18 +59,18 @@ def sharded(spec: InnerLoop, call: Operands, shard: SequenceShard, form: str, ru
     return exchanges.tie(output), state
 
 
-def _split(call: Operands, tokens: Tokens, kept: int) -> tuple[Operands, Operands | None]:
+def _split(call: Operands, tokens: Tokens, earlier: int) -> tuple[Operands, Operands | None]:
     """The first document (or all rows, where they are not packed), and the others.
 
     Args:
         call: the slice.
-        tokens: its tokens behind `kept` others of the first document.
-        kept: as said.
+        tokens: its tokens behind `earlier` others of the first document.
+        earlier: how many.
     """
     if call.cu_seqlens is None or len(call.cu_seqlens) == 2:
         return Operands(call.q, tokens, call.state, None), None
     stop = call.cu_seqlens[1]
-    edge = kept + call.state.spec.writes * stop
+    edge = earlier + call.state.spec.writes * stop
     first = Operands(call.q[:, :, :stop], tokens.span(0, edge), call.state[:1], None)
     bounds = tuple(b - stop for b in call.cu_seqlens[1:])
     others = Operands(call.q[:, :, stop:], tokens.span(edge, len(tokens)), call.state[1:], bounds)
@@ -119,20 +119,20 @@ def _scan(spec: InnerLoop, call: Operands, exchanges: Exchanges, run: Engine) ->
     assert spec.span is not None
     # a state stops where gradients are renewed; where a token writes several times, that is behind every token
     wanted = shard.pending(spec.span)
-    kept, given = wanted[shard.rank], call.tokens.tensors()
+    earlier, given = wanted[shard.rank], call.tokens.tensors()
     extended = dict(zip(given, exchanges.extended(list(given.values()), wanted, axis=2), strict=True))
     tokens = Tokens.of(extended)
     tokens = replace(tokens, rates=dict(call.tokens.rates) | tokens.rates)
 
     if dispatch.chunked_takes_slice(spec, call):
-        return run_chunked_slice(spec, call, tokens, kept, shard)
+        return run_chunked_slice(spec, call, tokens, earlier, shard)
     if runs_blockwise(spec):
-        return _blockwise(spec, call, tokens, kept, exchanges, run)
+        return _blockwise(spec, call, tokens, earlier, exchanges, run)
     assert spec.chunk is not None
-    first, others = _split(call, tokens, kept)
+    first, others = _split(call, tokens, earlier)
     later = None if others is None else run(spec, others)
     carry = _Across(exchanges, None if later is None else later[1][-1:].fast, place.before >= spec.chunk)
-    q, pending, own = first.q.to(call.state.dtype), tokens.span(0, kept), first.tokens.span(kept, len(first.tokens))
+    q, pending, own = first.q.to(call.state.dtype), tokens.span(0, earlier), first.tokens.span(earlier, len(first.tokens))
     output, fast, rest = segment(spec, spec.chunk, q, own, first.state.fast, pending, carry)
     return _together((output, State.of(spec, fast, rest, len(rest))), later)
 
@@ -177,14 +177,14 @@ class _Across:
 
 
 def _blockwise(
-    spec: InnerLoop, call: Operands, tokens: Tokens, kept: int, exchanges: Exchanges, run: Engine
+    spec: InnerLoop, call: Operands, tokens: Tokens, earlier: int, exchanges: Exchanges, run: Engine
 ) -> tuple[Tensor, State]:
     """Where writes add up: what the last document's complete spans do to its state, then the ordinary forms."""
     place = exchanges.shard.here
     assert spec.span is not None
     opened = place.bounds[-2]
     alone = len(place.bounds) == 2
-    last = tokens if alone else tokens.span(kept + spec.writes * opened, len(tokens))
+    last = tokens if alone else tokens.span(earlier + spec.writes * opened, len(tokens))
     fast = (call.state if call.cu_seqlens is None else call.state[-1:]).fast
     end, reach = block_summary(spec, last.span(0, len(last) // spec.span * spec.span), fast)
     start = stacked(spec, fast)
@@ -194,6 +194,6 @@ def _blockwise(
     state = call.state
     if place.before:
         first = state if call.cu_seqlens is None else state[:1]
-        goes_on = State.of(spec, unstacked(spec, incoming, first.fast), tokens.span(0, kept), kept)
+        goes_on = State.of(spec, unstacked(spec, incoming, first.fast), tokens.span(0, earlier), earlier)
         state = goes_on if state.batch == goes_on.batch else State.cat([goes_on, _roomy(spec, state[1:], tokens)])
     return run(spec, replace(call, state=state))

@@ -31,26 +31,26 @@ class AttentionState:
     """Where some sequences stopped in one layer: the keys and values that later tokens may see. A pytree of them.
 
     Attributes:
-        kept: the last `window - 1` keys and values.
+        cache: the last `window - 1` keys and values.
         seen: how many tokens each sequence has had.
     """
 
-    kept: WindowCache
+    cache: WindowCache
     seen: tuple[int, ...]
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
-        return [self.kept.keys, self.kept.values]
+        return [self.cache.keys, self.cache.values]
 
     def select(self, index: Tensor) -> AttentionState:
         """The sequences at `index` (int64 `[n]`), in that order, as often as they are named."""
         rows = index.tolist()
-        return AttentionState(self.kept.select(rows, index.to(self.kept.keys.device)), tuple(self.seen[i] for i in rows))
+        return AttentionState(self.cache.select(rows, index.to(self.cache.keys.device)), tuple(self.seen[i] for i in rows))
 
 
 pytree.register_pytree_node(
     AttentionState,
-    lambda state: ([state.kept], state.seen),
+    lambda state: ([state.cache], state.seen),
     lambda parts, seen: AttentionState(*parts, seen),  # type: ignore[call-arg]
     serialized_type_name="kvbind.AttentionState",
 )
@@ -121,15 +121,15 @@ class WindowAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (split_heads(part, self.heads) for part in (q, k, v))
         q, k = (rotate(part, tables).to(v.dtype) for part in (q, k))
-        kept = None if state is None else state.kept
-        if kept is not None:
-            k, v = kept.extend(k, v)
-        ahead, held = k.shape[1] - length, None if kept is None else kept.held
+        cache = None if state is None else state.cache
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        ahead, held = k.shape[1] - length, None if cache is None else cache.held
         mixed = window_attention(q, k, v, self.window_size, cu_seqlens=layout.cu_seqlens, ahead=ahead, held=held)
         output = self.o_proj(mixed.flatten(2))
         if not return_state:
             return output, None
-        after = window_cache_after(kept, k, v, self.window_size, length, layout.lengths)
+        after = window_cache_after(cache, k, v, self.window_size, length, layout.lengths)
         return output, AttentionState(after, layout.after(seen or (0,) * batch, length))
 
     def extra_repr(self) -> str:

@@ -1,8 +1,8 @@
-"""Whole chunks out of rows that stop anywhere: which tokens of a call complete one, and which wait for more.
+"""Whole chunks out of rows that stop anywhere: which tokens of a call complete one, and which stay pending.
 
 Rows of a batch may have had different numbers of tokens, and a call may bring padding among them, so that their chunks end
-in different columns. A `ChunkPlan` says once for all layers where every token goes; a `PendingColumns` keeps those that
-wait.
+in different columns. A `ChunkPlan` says once for all layers where every token goes; a `PendingColumns` holds those that are
+pending.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 MOST_PIECES = 64
-"""Calls whose tokens wait as they came; then all are copied into one tensor."""
+"""Calls whose tokens are held as they came; then all are copied into one tensor."""
 
 
 @dataclass(frozen=True)
 class PendingColumns:
-    """Tokens that wait for their chunk to be complete, at the right of as many columns as the row with most of them has.
+    """Tokens of incomplete chunks, at the right of as many columns as the row with most of them has.
 
     Attributes:
-        pieces: per call, tensors `[B, n, ...]`, one for each thing kept of a token.
+        pieces: per call, tensors `[B, n, ...]`, one for each thing held of a token.
     """
 
     pieces: tuple[tuple[Tensor, ...], ...] = ()
@@ -35,7 +35,7 @@ class PendingColumns:
         return PendingColumns(pieces) if len(pieces) < MOST_PIECES else PendingColumns((PendingColumns(pieces).joined(),))
 
     def joined(self) -> tuple[Tensor, ...]:
-        """All columns, of each thing kept in one tensor."""
+        """All columns, of each thing held in one tensor."""
         if len(self.pieces) == 1:
             return self.pieces[0]
         return tuple(torch.cat(parts, dim=1) for parts in zip(*self.pieces, strict=True))
@@ -104,7 +104,7 @@ class ChunkPlan:
         return torch.cat((held, new), dim=1)
 
     @cached_property
-    def kept(self) -> Tensor:
+    def left_over(self) -> Tensor:
         """For each row the joined columns whose last ones are pending afterwards, int64 `[B, max(rest)]`."""
         later = self.valid.flip(1).cumsum(1).flip(1)
         keep = self.valid & (later <= torch.tensor(self.rest, device=later.device)[:, None])

@@ -112,19 +112,19 @@ class Tails:
     Attributes:
         before: of earlier calls `[B, count, C]`; None at the start of sequences, where it counts as 0.
         lengths: as `last_of` takes them.
-        kept: filled with the same for the next call; None where there is none.
+        latest: filled with the same for the next call; None where there is none.
     """
 
     before: Mapping[str, Tensor] | None = None
     lengths: tuple[int, ...] | None = None
-    kept: dict[str, Tensor] | None = None
+    latest: dict[str, Tensor] | None = None
 
     def behind(self, name: str, x: Tensor, count: int) -> Tensor:
         """`x` `[B, T, C]` behind the `count` tokens before it: `[B, count + T, C]`."""
         ahead = x.new_zeros(x.shape[0], count, x.shape[2]) if self.before is None else self.before[name].to(x.dtype)
         seen = torch.cat((ahead, x), dim=1)
-        if self.kept is not None:
-            self.kept[name] = last_of(seen, count, self.lengths)
+        if self.latest is not None:
+            self.latest[name] = last_of(seen, count, self.lengths)
         return seen
 
     def own(self, y: Tensor, count: int) -> Tensor:

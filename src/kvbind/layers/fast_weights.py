@@ -352,7 +352,7 @@ class FastWeightLayer(nn.Module):
         output: Tensor = self.o_proj(self._join(fast, made))
         if after is None:
             return output, None
-        return output, FastWeightState(after, tails.kept or {}, layout.after(seen or (0,) * batch, length))
+        return output, FastWeightState(after, tails.latest or {}, layout.after(seen or (0,) * batch, length))
 
     def _run(self, made: Made, layout: Layout, before: State | None, return_state: bool) -> tuple[Tensor, State | None]:
         """Run the inner loop: outputs `[B, T, H, Dv]`, and its state where that is wanted."""

@@ -393,7 +393,7 @@ def _left_over(pending: PendingColumns, plan: ChunkPlan) -> PendingColumns:
     if plan.alike:
         # a copy, so that what is done with is not kept in memory
         return PendingColumns((tuple(x[:, x.shape[1] - plan.rest[0] :].clone() for x in joined),))
-    return PendingColumns((tuple(x.take_along_dim(plan.kept.to(x.device)[..., None], dim=1) for x in joined),))
+    return PendingColumns((tuple(x.take_along_dim(plan.left_over.to(x.device)[..., None], dim=1) for x in joined),))
 
 
 def _linear(mlp: nn.Module, name: str) -> nn.Linear:

@@ -21,7 +21,7 @@ from kvbind.sequence.boundaries import Boundaries
 
 
 class InnerCall(NamedTuple):
-    """The arguments with which a layer calls `kvbind.ttt`, to run or to look at.
+    """The arguments with which a layer calls `kvbind.ttt`, to run or to analyse.
 
     Attributes:
         inner: the inner loop.

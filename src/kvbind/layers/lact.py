@@ -44,12 +44,12 @@ class LactState:
 
     Attributes:
         pending: fast weights and pending chunk, of which the latest tokens may not be in their places yet.
-        kept: the last `window - 1` keys and values.
+        cache: the last `window - 1` keys and values.
         seen: how many tokens each sequence has had.
     """
 
     pending: PendingState
-    kept: WindowCache
+    cache: WindowCache
     seen: tuple[int, ...]
 
     @property
@@ -59,39 +59,41 @@ class LactState:
 
     def tensors(self) -> list[Tensor]:
         """All that it holds, in their places."""
-        return [*self.fast.tensors.values(), self.kept.keys, self.kept.values]
+        return [*self.fast.tensors.values(), self.cache.keys, self.cache.values]
 
     def select(self, index: Tensor) -> LactState:
         """The sequences at `index` (int64 `[n]`), in that order, as often as they are named."""
-        rows, where = index.tolist(), index.to(self.kept.keys.device)
-        return LactState(PendingState.of(self.fast[index]), self.kept.select(rows, where), tuple(self.seen[i] for i in rows))
+        rows, where = index.tolist(), index.to(self.cache.keys.device)
+        return LactState(
+            PendingState.of(self.fast[index]), self.cache.select(rows, where), tuple(self.seen[i] for i in rows)
+        )
 
 
 pytree.register_pytree_node(
     LactState,
-    lambda state: ([state.fast, state.kept], state.seen),
+    lambda state: ([state.fast, state.cache], state.seen),
     lambda parts, seen: _state_of(parts, seen),
     serialized_type_name="kvbind.LactState",
 )
 
 
 def _state_of(parts: Iterable[Any], seen: tuple[int, ...]) -> LactState:
-    fast, kept = parts
-    return LactState(PendingState.of(fast), kept, seen)
+    fast, cache = parts
+    return LactState(PendingState.of(fast), cache, seen)
 
 
 class LactLayer(nn.Module):
-    """Window attention plus fast weights on one set of queries, keys and values (MATH section 5; arXiv 2505.23884).
+    """Window attention plus fast weights on one set of queries, keys and values (specification, section 5; 2505.23884).
 
     `q, k, v = qkv(x)`. Attention takes them with rotary positions. The fast weights take q and k with a scale and offset
     per channel, silu, L2 norm per fast head and rotary positions, and v with silu; their output is RMS-normed per head,
     times `silu(ttt_scale_proj(x))`, and joins the attention's before `o_proj`. Rates, gates and scale read `x`, which the
     block has normalized.
 
-    Parameters have the released names and layouts (MATH section 6), so that released checkpoints load. What an inner
-    loop has no use for is not built: `lr_proj` needs `inner.token_lr`, and `G_proj` a gate G among `inner.gates`. In
-    place of a `G_proj` any module may stand that makes a gate `[B, T, heads]` of `x`: one that is fixed, or has
-    parameters of its own.
+    Parameters have the released names and layouts (specification, section 6), so that released checkpoints load. What an
+    inner loop has no use for is not built: `lr_proj` needs `inner.token_lr`, and `G_proj` a gate G among `inner.gates`. In
+    place of a `G_proj` any module may stand that makes a gate `[B, T, heads]` of `x`: one that is fixed, or has parameters
+    of its own.
 
     Args:
         hidden_size: width d of the residual stream.
@@ -357,16 +359,16 @@ class LactLayer(nn.Module):
         q, k, v = self._project(x)
         q, k, fast_q, fast_k = make_operands(q, k, v, self.qk_scale, self.qk_offset, tables, self.paths)
         written, v = v, split_heads(v, self.num_attn_heads)
-        kept, seen_k, seen_v = None if state is None else state.kept, k, v
-        if kept is not None:
-            seen_k, seen_v = kept.extend(k, v)
+        cache, seen_k, seen_v = None if state is None else state.cache, k, v
+        if cache is not None:
+            seen_k, seen_v = cache.extend(k, v)
         if layout.sequence is not None and layout.sequence.connected:
             exchanges = Exchanges(layout.sequence, (q, k, v, fast_k))
             wanted = layout.sequence.reaching(halo_of(self.window_size))
             seen_k, seen_v = exchanges.extended((k, v), wanted, axis=1)
             # backward, what the fast weights exchange comes first on every rank
             fast_k = exchanges.tie(fast_k)
-        ahead, held = seen_k.shape[1] - length, None if kept is None else kept.held
+        ahead, held = seen_k.shape[1] - length, None if cache is None else cache.held
         mixed = window_attention(
             q, seen_k, seen_v, self.window_size, cu_seqlens=layout.cu_seqlens, ahead=ahead, held=held
         ).flatten(2)
@@ -378,18 +380,18 @@ class LactLayer(nn.Module):
 
         if pending is None:
             return output, None
-        after = window_cache_after(kept, seen_k, seen_v, self.window_size, length, layout.lengths)
+        after = window_cache_after(cache, seen_k, seen_v, self.window_size, length, layout.lengths)
         return output, LactState(pending, after, layout.after(seen or (0,) * batch, length))
 
     def slots(self, state: LactState) -> Slots:
         """Room for rows like those of a state, for `step`; nothing in it yet."""
-        settled, kept = state.fast, state.kept
+        settled, cache = state.fast, state.cache
         held = {name: x for name, x in settled.tensors.items() if not name.startswith("pending.")}
         heads, widths = self.num_lact_heads, (self.fast_width, self.fast_width)
-        k, v = (kept.keys.new_empty(1, heads, 1, width) for width in widths)
+        k, v = (cache.keys.new_empty(1, heads, 1, width) for width in widths)
         wide = k.new_empty(1, heads, 1, dtype=torch.promote_types(k.dtype, torch.float32))
         like = Tokens(k, v, dict.fromkeys(self._inner.updated, wide), dict.fromkeys(self._inner.gates, wide))
-        return Slots(self._inner, self.window_size, held, kept, like)
+        return Slots(self._inner, self.window_size, held, cache, like)
 
     def step(self, x: Tensor, tables: Tables, place: DecodeStep, slots: Slots) -> Tensor:
         """Mix one more token of each row, and take it in where the rows are: `forward` without a shape that depends on them.

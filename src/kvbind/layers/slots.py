@@ -63,15 +63,15 @@ class Slots:
         spec: the inner loop.
         window: how many tokens a token sees, itself among them.
         fast: by dotted name, tensors like those of a `State` that are no pending tokens; `[B, ...]`.
-        kept: keys and values like those of the rows, `[B, S, H, D]`.
+        cache: keys and values like those of the rows, `[B, S, H, D]`.
         tokens: tokens like those that write, `[B, H, T, ...]`.
     """
 
-    def __init__(self, spec: InnerLoop, window: int, fast: Mapping[str, Tensor], kept: WindowCache, tokens: Tokens) -> None:
+    def __init__(self, spec: InnerLoop, window: int, fast: Mapping[str, Tensor], cache: WindowCache, tokens: Tokens) -> None:
         assert spec.chunk is not None
         self.spec, self.window, self.chunk = spec, window, spec.chunk
-        batch, _, heads, width = kept.keys.shape
-        self.keys = kept.keys.new_zeros(batch, heads, window, width)
+        batch, _, heads, width = cache.keys.shape
+        self.keys = cache.keys.new_zeros(batch, heads, window, width)
         self.values = torch.zeros_like(self.keys)
         self.fast = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in fast.items()}
         self.pending = {
@@ -79,12 +79,12 @@ class Slots:
         }
         self.weights = {name.removeprefix("weights."): x for name, x in self.fast.items() if name.startswith("weights.")}
 
-    def load(self, state: State, kept: WindowCache, seen: Sequence[int]) -> None:
+    def load(self, state: State, cache: WindowCache, seen: Sequence[int]) -> None:
         """Put rows here.
 
         Args:
             state: their fast weights and pending tokens.
-            kept: the last keys and values that they had.
+            cache: the last keys and values that they had.
             seen: how many tokens each has had.
         """
         for name, x in self.fast.items():
@@ -92,13 +92,13 @@ class Slots:
         for name, x in self.pending.items():
             if state.has_room:
                 x[:, :, : self.chunk - 1].copy_(state.tensors[f"pending.{name}"])
-        room = kept.keys.shape[1]
+        room = cache.keys.shape[1]
         if room:
             after, places = torch.tensor(seen, device=self.keys.device)[:, None], self._places()
             age = (after - 1 - places).remainder(self.window)
             there = (age < room) & (age < after)
             where = (room - 1 - age).clamp(min=0)[:, None, :, None]
-            for ring, x in ((self.keys, kept.keys), (self.values, kept.values)):
+            for ring, x in ((self.keys, cache.keys), (self.values, cache.values)):
                 found = x.transpose(1, 2).take_along_dim(where, dim=2)
                 ring.copy_(found.masked_fill_(~there[:, None, :, None], 0))
 
@@ -121,8 +121,8 @@ class Slots:
             found = ring.take_along_dim(where, dim=2).transpose(1, 2).contiguous()
             return found.masked_fill_(~there, 0)
 
-        kept = WindowCache(latest(self.keys), latest(self.values), tuple(min(n, room) for n in seen))
-        return PendingState.of(State(self.spec, tensors, lengths)), kept
+        cache = WindowCache(latest(self.keys), latest(self.values), tuple(min(n, room) for n in seen))
+        return PendingState.of(State(self.spec, tensors, lengths)), cache
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Have at rows `target` (int64 `[n]`) what rows `source` hold now."""

@@ -36,21 +36,21 @@ class WindowCache:
 
 pytree.register_pytree_node(
     WindowCache,
-    lambda kept: ([kept.keys, kept.values], kept.held),
+    lambda cache: ([cache.keys, cache.values], cache.held),
     lambda leaves, held: WindowCache(*leaves, held),  # type: ignore[call-arg]
     serialized_type_name="kvbind.KeptKeys",
 )
 
 
 def window_cache_after(
-    kept: WindowCache | None, k: Tensor, v: Tensor, window: int, length: int, lengths: tuple[int, ...] | None
+    cache: WindowCache | None, k: Tensor, v: Tensor, window: int, length: int, lengths: tuple[int, ...] | None
 ) -> WindowCache:
     """The last `window - 1` keys and values of each row, as later tokens will see them.
 
     Places before a row's first are of no meaning.
 
     Args:
-        kept: what earlier calls kept.
+        cache: of earlier calls, or None.
         k: those keys and this call's `[B, S + T, H, D]`.
         v: their values.
         window: how many tokens a token sees, itself among them.
@@ -61,12 +61,12 @@ def window_cache_after(
     lengths = lengths or (length,) * batch
     # always room for all of them, so that every decoding step has the same shapes
     size = window - 1
-    now = tuple(min(old + new, size) for old, new in zip(kept.held if kept else (0,) * batch, lengths, strict=True))
+    now = tuple(min(old + new, size) for old, new in zip(cache.held if cache else (0,) * batch, lengths, strict=True))
     if min(lengths) == max(lengths):
         stop = ahead + lengths[0]
         missing = max(size - stop, 0)
-        # a view would keep every key of a long prompt alive; behind what was kept, one token is one key more
-        decoding = kept is not None and k.shape[1] <= window
+        # a view would keep every key of a long prompt alive; behind what is stored, one token is one key more
+        decoding = cache is not None and k.shape[1] <= window
 
         def latest(x: Tensor) -> Tensor:
             x = x[:, stop - size + missing : stop]

@@ -103,11 +103,11 @@ class SequenceShard:
 
         Args:
             tokens: tokens of the whole row.
-            group: as above.
-            cu_seqlens: as above.
+            group: the process group, or None for all processes.
+            cu_seqlens: boundaries of the documents packed into the row; None for one document.
             multiple: best the inner loop's `span`, its chunk where gradients are renewed at each: then no document that
                 starts at a multiple of it leaves one incomplete at the end of a slice.
-            schedule: as above.
+            schedule: how fast weights are run, "auto", "scan" or "ring".
 
         Raises:
             ValueError: a number below 1.

@@ -141,7 +141,7 @@ def gate_gradients(
         write_dots: `e` without rates and sign, the same.
         anchors: `<S, D>`, float32 `[tiles, H, parts]`.
         rates: float32 `[B, T, H]`, contiguous, or None.
-        gates: the same.
+        gates: float32 `[B, T, H]`, contiguous.
         sign: 1 or -1, of every write.
 
     Returns:

@@ -188,7 +188,7 @@ def product(
         chunk: tokens in a chunk, a multiple of `DEPTH`.
         states: matrices of each sequence; chunk c takes number c, or c + 1 if `own`, and those past the last the last.
         device: a tensor on the device.
-        own: as said.
+        own: chunk c takes the matrix behind it.
         transposed: multiply by the transposes.
         rates: strides of the rates, or None.
         against: z, or None.

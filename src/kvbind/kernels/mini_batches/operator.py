@@ -115,7 +115,7 @@ def _constants(
 
 
 def _stretches(count: int) -> tuple[int, int]:
-    """Mini-batches of a stretch, and how many stretches there are: about as many of both, so that least is kept."""
+    """Mini-batches of a stretch, and how many stretches there are: about as many of both, so that least is saved."""
     each = max(1, math.isqrt(count))
     return each, cdiv(count, each)
 

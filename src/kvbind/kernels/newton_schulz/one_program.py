@@ -32,7 +32,7 @@ def whole_forward(
     BM: tl.constexpr, BN: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All iterations of one matrix."""
-    # kept [iterations, n, M, N] and squares [n] are written unless None
+    # saved [iterations, n, M, N] and squares [n] are written unless None
     batch = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, BM)
     columns = tl.arange(0, BN)

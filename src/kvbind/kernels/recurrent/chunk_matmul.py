@@ -205,8 +205,8 @@ def rows(x: Tensor, matrices: Tensor, out: Tensor, chunk: int, *, transposed: bo
 
     Args:
         x: `[S, B, T, H, K]`.
-        matrices: `[banks, chunks, B*H, S / banks, K * N]`; sources run through a bank, then go on with the next. Chunks may
-            have stride 0.
+        matrices: `[P, chunks, B*H, S / P, K * N]`; sources run through the first of P packed weights, then the next. Chunks
+            may have stride 0.
         out: where to write, `[B, T, H, N]`.
         chunk: tokens in a chunk.
         transposed: matrices are stored `[N, K]`.

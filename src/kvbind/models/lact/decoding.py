@@ -120,7 +120,7 @@ class Rows:
                 assert isinstance(state, LactState)
                 if i == len(self.layers):
                     self.layers.append(block.attn.slots(state))
-                self.layers[i].load(state.fast, state.kept, self.seen)
+                self.layers[i].load(state.fast, state.cache, self.seen)
                 states[i] = state = None
         except Exception:
             for i, slots in enumerate(self.layers):
@@ -394,7 +394,7 @@ def fits(model: Any, states: Sequence[MixerState]) -> bool:
     for block, state in zip(model.model.layers, states, strict=True):
         if not isinstance(state, LactState):
             return False
-        layer, fast, keys = block.attn, state.pending.state, state.kept.keys
+        layer, fast, keys = block.attn, state.pending.state, state.cache.keys
         chunk = layer.inner.chunk
         if not fast.spec.same_as(layer.inner) or keys.dtype != dtype or keys.device != model.device:
             return False
