@@ -24,7 +24,8 @@ schedules = st.fixed_dictionaries(
 
 def scheduled(schedule):
     """Make blocks and the bound between schedules small enough for short sequences to need several."""
-    return mock.patch.multiple(affine_blocks, BLOCK=schedule["block"]), mock.patch.multiple(parallel, SHORT_CHUNK=schedule["short"])
+    blocks = mock.patch.multiple(affine_blocks, BLOCK=schedule["block"])
+    return blocks, mock.patch.multiple(parallel, SHORT_CHUNK=schedule["short"])
 
 
 def run(spec, o, form, cut=0):
