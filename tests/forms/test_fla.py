@@ -100,7 +100,7 @@ def call_of(spec, leaves, state=None, cu_seqlens=None):
 def on_operator(spec, leaves, **options):
     call = call_of(spec, leaves, **options)
     assert fla.obstacle(spec, call) is None
-    output, state = fla.fla_form(spec, call)
+    output, state = fla.run_fla(spec, call)
     return output.transpose(1, 2), state
 
 
@@ -195,7 +195,7 @@ def test_what_is_not_finite_reaches_what_sees_it_alone(where, packed, standin):
         # the second sequence of those packed; values are looked at before a call on a CPU, states are not
         call = call_of(spec, leaves, cu_seqlens=bounds)
         call.state.tensors["weights.out"][sequences // 2, 0, 0, 0] = torch.inf
-        output, state = fla.fla_form(spec, call)
+        output, state = fla.run_fla(spec, call)
         output = output.transpose(1, 2)
     else:
         wrong[where][0, 6, 0] = torch.nan

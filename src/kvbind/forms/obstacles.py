@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from kvbind.inner.fields import Retention
@@ -90,7 +90,9 @@ def best_form(spec: InnerLoop) -> Literal["recurrent", "parallel", "dual"]:
     return "dual" if parallel_in_spans(spec) else "recurrent"
 
 
-_BESIDE = "beside orthogonalize, clip or normalize, for which all writes are shaped at once, it has no parallel form yet"
+_UNKNOWN = "it has no parallel form yet"
+
+_BESIDE = f"beside orthogonalize, clip or normalize, for which all writes are shaped at once, {_UNKNOWN}"
 
 _SHAPED = ("step_rate", "retention", "window", "network.head")
 """What goes beside orthogonalization, clipping and normalization of reads where writes do not read the state."""
@@ -99,18 +101,18 @@ _REASONS: dict[str, str] = {
     **dict.fromkeys(
         ("erase", "writes", "read_rate", "step_rate", "retention", "refresh", "window", "network.bias"), _BESIDE
     ),
-    "chunk": "nothing is read before the last write; it has no parallel form yet",
+    "chunk": f"nothing is read before the last write; {_UNKNOWN}",
     "anchor": "the pull towards the anchor is a product with an importance that the state itself has made",
     "network.head": "the slope of its normalization reads the state",
 }
 
 
+_EDITS: dict[str, Any] = {field.name: field.default for field in fields(InnerLoop)} | {"retention": True}
+"""What each field would have to be instead."""
+
+
 def extension_obstacles(spec: InnerLoop) -> list[Obstacle]:
     """What of `spec.extensions`, and of a network that applies itself, keeps it from a parallel form."""
-    edits: dict[str, Any] = {
-        "erase": False, "writes": 1, "read_rate": False, "step_rate": False, "retention": True, "refresh": None, "window": 1,
-        "chunk": None, "anchor": None,
-    }  # fmt: skip
     found = []
     network = spec.network
     if not network.applies_itself:
@@ -119,7 +121,7 @@ def extension_obstacles(spec: InnerLoop) -> list[Obstacle]:
     adds_up = spec.orthogonalize is None and not spec.clip and not spec.normalize
     alike = spec.loss == "dot" and spec.normalize is not True
     for name, value in spec.extensions.items():
-        reason = _REASONS[name]
+        reason = _REASONS.get(name, _UNKNOWN)
         if name == "network.head" and value.where == "read":
             reason = _BESIDE
         if reason == _BESIDE and (adds_up or (alike and name in _SHAPED)):
@@ -129,8 +131,8 @@ def extension_obstacles(spec: InnerLoop) -> list[Obstacle]:
             found.append(Obstacle(name, value, reason, {"network": network.replace(**plain)}))
         elif name == "chunk":
             # what is of several writes goes with them
-            others = {other: edits[other] for other in ("refresh", "window") if getattr(spec, other) != edits[other]}
-            found.append(Obstacle(name, value, reason, {name: edits[name], **others}))
+            others = {other: _EDITS[other] for other in ("refresh", "window") if getattr(spec, other) != _EDITS[other]}
+            found.append(Obstacle(name, value, reason, {name: _EDITS[name], **others}))
         else:
-            found.append(Obstacle(name, value, reason, {name: edits[name]}))
+            found.append(Obstacle(name, value, reason, {name: _EDITS[name]}))
     return found
