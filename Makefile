@@ -38,10 +38,11 @@ VERSION_TESTS := tests/models tests/tasks tests/train/test_config.py tests/train
 table2: $(RUN)/.lock  ## train the ladder on real text and write its report to runs/
 	$(RUN)/bin/kvbind reproduce table2 --task language --scale smoke
 
-test: $(TEST)/.lock  ## lint, types and tests
+test: $(TEST)/.lock  ## lint, types, floors and tests
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/mypy
+	$(TEST)/bin/lint-imports
 	$(PYTEST) $(TEST)/bin/pytest $(PARALLEL)
 
 test-nightly: $(TEST)/.lock  ## ten thousand drawn inner loops: forms and calls agree, the future stays ahead

@@ -12,7 +12,7 @@ from matplotlib.ticker import FormatStrFormatter, FuncFormatter, LogLocator
 import kvbind
 from kvbind import InnerLoop, Linear
 from kvbind.bench.tables.decoding import decoding_rows
-from kvbind.experiments.figures import BLUE, GREEN, ORANGE, RED, figure
+from kvbind.experiments.plotting import BLUE, GREEN, ORANGE, RED, figure
 from kvbind.hardware import ACCELERATORS
 
 DOCS = Path(__file__).parent
@@ -276,18 +276,18 @@ def views(path: Path) -> None:
 
 def ladder(path: Path, name: str) -> None:
     """A table's quality by row, the paper's and ours."""
-    from kvbind.experiments.page.tables import read_outcome
-    from kvbind.experiments.table_figures import quality_figure
+    from kvbind.experiments.report.table_contents import read_outcome
+    from kvbind.experiments.tables.plots import quality_figure
 
     quality_figure(IMAGES / name, read_outcome(json.loads(path.read_text())))
 
 
 def capacity(path: Path) -> None:
     """Recall by bytes of state."""
-    from kvbind.experiments.capacity import Point, draw
+    from kvbind.experiments.studies.capacity import CapacityPoint, draw
 
     curves = json.loads(path.read_text())["curves"]
-    draw(IMAGES / "capacity.png", {one["name"]: [Point(**point) for point in one["points"]] for one in curves})
+    draw(IMAGES / "capacity.png", {one["name"]: [CapacityPoint(**point) for point in one["points"]] for one in curves})
 
 
 def scaling(path: Path) -> None:

@@ -23,17 +23,11 @@ EQUATION = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the root's pages, and the pictures that pages show of `results/`."""
+    """Add the root's pages."""
     for name, target in PROJECT.items():
         if target not in files.src_uris:
             text = linked((ROOT / name).read_text(encoding="utf-8"), ROOT, files)
             files.append(File.generated(config, target, content=text))
-    for page in list(files.documentation_pages()):
-        if page.generated_by is None and page.src_uri.endswith(".md"):
-            for _, _, path, _ in LINK.findall(Path(str(page.abs_src_path)).read_text(encoding="utf-8")):
-                if path.startswith("../results/") and path.removeprefix("../") not in files.src_uris:
-                    picture = path.removeprefix("../")
-                    files.append(File.generated(config, picture, abs_src_path=str(ROOT / picture)))
     return files
 
 

@@ -414,7 +414,7 @@ def test_training_that_stops_says_why_without_a_traceback(run, book, monkeypatch
 
 
 def test_an_interruption_says_how_to_go_on(run, book, monkeypatch):
-    from kvbind.experiments import runs
+    from kvbind.experiments.training import runs
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

@@ -11,7 +11,7 @@ from PIL import Image
 
 import kvbind
 from kvbind.cli.arguments import run_and_rest
-from kvbind.experiments.runs import open_run
+from kvbind.experiments.training.runs import open_run
 from kvbind.screen import Screen
 from kvbind.train import latest_checkpoint
 from kvbind.train.config import to_plain

@@ -10,9 +10,17 @@ from rich.console import Console
 from kvbind import cli, systems
 from kvbind.hardware import ACCELERATORS, accelerator, peak_flops, recognized
 from kvbind.models import PRESETS, LactConfig, LactForCausalLM
-from kvbind.plan.calibration import SHIPPED, Calibration, Point, calibrate, load_calibration, read_points, save_calibration
+from kvbind.plan.calibration import (
+    SHIPPED,
+    Calibration,
+    MeasuredPoint,
+    calibrate,
+    load_calibration,
+    read_points,
+    save_calibration,
+)
 from kvbind.plan.command import job_of, run_plan
-from kvbind.plan.costs import Job, Mesh, bandwidth, host_bytes, memory, seconds, traffic
+from kvbind.plan.costs import Mesh, PlannedTraining, bandwidth, host_bytes, memory, seconds, traffic
 from kvbind.plan.planner import RESERVE, meshes, overrides, plan
 from kvbind.tasks import language
 from kvbind.train.config import read_config
@@ -40,7 +48,7 @@ def test_a_job_is_what_the_configuration_trains(job):
 
 
 def test_parameters_are_the_models(job):
-    small = Job(LactConfig(**PRESETS["tiny"]), 64)
+    small = PlannedTraining(LactConfig(**PRESETS["tiny"]), 64)
     model = LactForCausalLM(small.config)
     everything = sum(p.numel() for p in model.parameters())
     assert small.parameters == (everything, sum(p.numel() for p in model.model.layers[1].parameters()))
@@ -106,7 +114,7 @@ def test_the_recurrent_form_gains_memory_but_no_time_for_fast_weights_along_a_se
 
 def named_job(name, length=1 << 15):
     fields = {**PRESETS["125m"], "inner": systems.named(name), "projections": name}
-    return Job(LactConfig(**fields), length, 8)
+    return PlannedTraining(LactConfig(**fields), length, 8)
 
 
 def test_the_delta_rule_runs_in_blocks_of_tokens():
@@ -212,7 +220,7 @@ def made_points(efficiency, exposed, block_bytes):
     """Points as the formulas with these coefficients give them."""
     points = []
     for mesh, length in (((1, 1, 1), 32768), ((1, 4, 1), 32768), ((1, 1, 4), 131072), ((1, 1, 8), 262144)):
-        found = Point("made.json", "h200", "760m", "rung2", "parallel", length, mesh[1], "block", 4, mesh, 1.0, 1)
+        found = MeasuredPoint("made.json", "h200", "760m", "rung2", "parallel", length, mesh[1], "block", 4, mesh, 1.0, 1)
         took = seconds(found.job, found.on, ACCELERATORS["h200"], efficiency, exposed).total
         held = round(memory(found.job, found.on, block_bytes).total)
         points.append(replace(found, tokens_per_second=found.job.tokens_per_step / took, peak_bytes=held))

@@ -42,7 +42,7 @@ def test_compared_losses_are_those_of_whole_runs_and_of_runs_that_changed_their_
     def build():
         return nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.1))
 
-    case = cuda_graphs.Case(
+    case = cuda_graphs.TrainingCase(
         "toy", "rows", 4, build, draw, lambda model, batch: model(batch["x"]).square().mean(), lambda _: [], 35
     )
     found = cuda_graphs.compare(case, torch.device("cpu"))

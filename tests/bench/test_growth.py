@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from kvbind import systems
 from kvbind.bench.app import app
-from kvbind.bench.harness.operands import Operands, Size
+from kvbind.bench.harness.operands import DrawnOperands, Size
 from kvbind.bench.training import compile_time
 from kvbind.bench.verify.accuracy import with_precision
 from kvbind.bench.verify.growth import bench_growth, factor, wide_updates
@@ -31,7 +31,7 @@ def test_the_full_system_magnifies_a_change_whatever_its_size_and_rung_2_does_no
 @pytest.mark.parametrize("rung", ["rung0", "rung2"])
 def test_wide_updates_are_the_recurrent_form(rung):
     spec = with_precision(systems.ladder(systems.lact_llm(16))[rung], torch.float64)
-    o = Operands.draw(spec, Size(1, 48, 2, 16))
+    o = DrawnOperands.draw(spec, Size(1, 48, 2, 16))
     expected = o.run(spec, "recurrent")
     assert (wide_updates(spec, o, 16).double() - expected).norm() < 1e-5 * expected.norm()
 

@@ -19,10 +19,10 @@ from kvbind.bench.harness.kernel_switch import VARIABLE, operators_of, without_k
 from kvbind.bench.harness.named_operands import draw_leaves, in_precision, run
 from kvbind.bench.harness.operands import Size
 from kvbind.bench.kernels import measure, own_processes, profiles, speed
-from kvbind.bench.kernels.cases import WHATS, Case, Settings, plan
+from kvbind.bench.kernels.cases import WHATS, SpeedCase, SpeedSettings, plan
 from kvbind.bench.kernels.goals import CHUNK, GOALS, SIZE, TOKEN_PEERS, goal_of
 from kvbind.bench.kernels.speed import bench_kernels, with_rates
-from kvbind.bench.layers.operators import Piece
+from kvbind.bench.layers.operators import LayerOperator
 from kvbind.bench.tables.kernels import speed_grids
 from kvbind.bench.tables.verify import summary_grid, verify_grid
 from kvbind.bench.verify import operators
@@ -32,13 +32,13 @@ from kvbind.kernels.common.devices import has_triton, interpreted
 
 CPU = torch.device("cpu")
 H100 = Ceilings(matmul_flops=700e12, matmul_size=8192, dtype="bfloat16", copy_bytes=3.0e12)
-TINY = Settings(Size(1, 32, 1, 12), 8, "float32", ("rung0", "rung2"))
+TINY = SpeedSettings(Size(1, 32, 1, 12), 8, "float32", ("rung0", "rung2"))
 SMALL_CASES = {case.name: case for case in verify_cases(SMALL)}
 
 
 def tiny(name="rung2", by="kvbind", form="parallel", **fields):
     fields = {"batch": 1, "tokens": 32, "heads": 1, "width": 8, "chunk": 8, "dtype": "float32"} | fields
-    return Case("targets", name, by, form, **fields)
+    return SpeedCase("targets", name, by, form, **fields)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_training_moves_every_operand_in_and_its_gradient_out():
 
 
 def test_the_plan_measures_every_goal_at_the_call_it_was_set_for():
-    cases = plan(WHATS, Settings(SIZE, CHUNK, "bfloat16"))
+    cases = plan(WHATS, SpeedSettings(SIZE, CHUNK, "bfloat16"))
     with_goal = {
         (case.name, case.form, case.heads, case.width)
         for case in cases
@@ -118,7 +118,7 @@ def test_goals_hold_at_their_own_call_alone():
 
 
 def test_rates_follow_from_times():
-    case = Case("targets", "rung2", "kvbind", "parallel", 1, 32768, 4, 384, 2048, "bfloat16")
+    case = SpeedCase("targets", "rung2", "kvbind", "parallel", 1, 32768, 4, 384, 2048, "bfloat16")
     timed = {"seconds": 1e-3, "graph_seconds": 5e-4, "peak_bytes": 0}
     row = with_rates(asdict(case) | {"forward": timed, "operators": ()}, H100)["forward"]
     assert row["mtok_per_s"] == pytest.approx(32.768)
@@ -342,7 +342,7 @@ def test_kernels_of_pytorch_have_short_names():
 
 def test_tables_show_what_the_record_says(documentation, tmp_path):
     timed = {"seconds": 1e-3, "graph_seconds": None, "not_capturable": "RuntimeError: a stream", "peak_bytes": 2**30}
-    case = Case("targets", "rung2", "kvbind", "parallel", 1, 32768, 4, 384, 2048, "bfloat16")
+    case = SpeedCase("targets", "rung2", "kvbind", "parallel", 1, 32768, 4, 384, 2048, "bfloat16")
     done = with_rates(
         asdict(case) | {"forward": timed, "training": timed, "operators": ["chunked"], "operand_bytes": 2**29}, H100
     )
@@ -432,7 +432,7 @@ def test_a_profile_sums_launches_by_kernel_and_shows_those_that_take_longest(doc
 
 
 def test_every_rung_is_profiled_once_in_its_fastest_form():
-    cases = profiles.to_profile(Settings(SIZE, CHUNK, "bfloat16"))
+    cases = profiles.to_profile(SpeedSettings(SIZE, CHUNK, "bfloat16"))
     assert {case.name: case.form for case in cases} == {"rung0": "recurrent", "rung1": "recurrent"} | {
         f"rung{i}": "parallel" for i in range(2, 7)
     }
@@ -458,7 +458,7 @@ CHECKED = [
 
 INTERPRETED = has_triton() and interpreted()
 
-PIECES = [name for name, case in SMALL_CASES.items() if isinstance(case, Piece)]
+PIECES = [name for name, case in SMALL_CASES.items() if isinstance(case, LayerOperator)]
 
 
 @pytest.mark.parametrize("dtype", operators.DTYPES)
@@ -559,7 +559,7 @@ def test_cases_cover_every_rung_visibility_network_and_way_to_call():
     for scale in (FULL, SMALL):
         listed = verify_cases(scale)
         assert len({case.name for case in listed}) == len(listed)
-        pieces = [case for case in listed if isinstance(case, Piece)]
+        pieces = [case for case in listed if isinstance(case, LayerOperator)]
         assert {name for piece in pieces for name in piece.shapes} >= {"q", "fast", "gate", "delta", "stream"}
         cases = [case for case in listed if case not in pieces]
         assert {case.spec.visibility for case in cases} == {"past", "chunk", "token", "full"}

@@ -166,7 +166,7 @@ def test_full_rows_are_named_as_the_documentation_does():
 
 
 def job(name, work, **fields):
-    return plans.Job((name,), fields.pop("side", "ours"), ("only",), work, **fields)
+    return plans.Measurement((name,), fields.pop("side", "ours"), ("only",), work, **fields)
 
 
 def test_every_row_is_measured_before_any_has_a_second_way_and_time_is_shared_by_weight():
@@ -209,13 +209,13 @@ def test_what_fails_or_takes_too_long_is_told_and_stops_nothing():
     results = {}
     assert list(beside_peers.done([job("hangs", hangs)], 0.05, results))
     assert results["hangs", "ours"] == {"only": {"skipped": OUT_OF_TIME}}
-    row = plans.Row("fails", "views", "ms", "nothing", higher=False)
+    row = plans.ModelRow("fails", "views", "ms", "nothing", higher=False)
     found = beside_peers.row_of(row, {("fails", "ours"): {"only": {"failed": "no room"}}}, None)
     assert (found["ours"], found["ratio"], found["skipped"]) == (None, None, OUT_OF_TIME)
 
 
 def test_utilization_is_that_of_the_better_way():
-    row = plans.Row("a", "small", "tokens/s", "b", flops=2.0)
+    row = plans.ModelRow("a", "small", "tokens/s", "b", flops=2.0)
     ways = {("a", "ours"): {"graphs": {"value": 30.0, "peak_bytes": 7}, "eager": {"value": 10.0, "peak_bytes": 5}},
             ("a", "peer"): {"eager": {"value": 15.0}}}  # fmt: skip
     found = beside_peers.row_of(row, ways, 100.0)
@@ -224,7 +224,7 @@ def test_utilization_is_that_of_the_better_way():
 
 
 def test_work_is_ended_and_clocks_are_put_back():
-    with pytest.raises(timing.TookTooLongError), timing.at_most(0.05):
+    with pytest.raises(timing.DeadlineError), timing.at_most(0.05):
         time.sleep(30)
     with timing.at_most(0.05):
         pass

@@ -117,7 +117,7 @@ def test_layouts_hold_the_same_numbers():
 def test_a_row_compares_rates_errors_and_what_calls_cost_the_host(host, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f: f)
     monkeypatch.setattr(peers, "host_seconds", lambda work, device: 1e-6 * (work() is not None))
-    row = peers.Row("rung6", "rung6", SMALL, 8, host=host)
+    row = peers.PeerRow("rung6", "rung6", SMALL, 8, host=host)
     forward, training = peers.compare(row, CEILINGS, CPU, seconds=0.0)
     assert (forward["pass"], training["pass"]) == ("forward", "training")
     assert forward["difference"] < 2e-2
@@ -133,7 +133,7 @@ def test_a_peer_that_fails_is_named_and_stops_nothing(monkeypatch):
         raise RuntimeError("not installed")
 
     monkeypatch.setattr(peers, "peer_of", lambda spec: broken)
-    found = list(peers.compare(peers.Row("rung6", "rung6", SMALL, 8), CEILINGS, CPU, seconds=0.0))
+    found = list(peers.compare(peers.PeerRow("rung6", "rung6", SMALL, 8), CEILINGS, CPU, seconds=0.0))
     assert [row["peer_error"] for row in found] == ["RuntimeError: not installed"] * 2
     assert all(row["ours_plain"] and row["ratio_plain"] is None for row in found)
 
@@ -152,7 +152,7 @@ def installed(monkeypatch):
 
 @pytest.mark.parametrize("name", peers.TOKEN_SIZES)
 def test_token_rows_have_the_operator_as_their_peer_and_run_without_it_themselves(name, installed):
-    row = peers.Row(f"{name}-2x16", name, SMALL, 1, "tokens")
+    row = peers.PeerRow(f"{name}-2x16", name, SMALL, 1, "tokens")
     forward, training = peers.compare(row, CEILINGS, CPU, seconds=0.0)
     assert forward["difference"] < 1e-2
     for found in (forward, training):
@@ -177,7 +177,7 @@ def test_gradients_of_the_peer_are_those_of_ttt(installed):
 
 def test_a_token_row_says_why_it_has_no_peer(monkeypatch):
     monkeypatch.setattr(fla, "installed", lambda: "0.5.1")
-    (forward, _) = peers.compare(peers.Row("kda-2x16", "kda", SMALL, 1, "tokens"), CEILINGS, CPU, seconds=0.0)
+    (forward, _) = peers.compare(peers.PeerRow("kda-2x16", "kda", SMALL, 1, "tokens"), CEILINGS, CPU, seconds=0.0)
     assert forward["peer_error"].startswith("ImportError: fla-core must be at least 0.6.0 and below 0.7")
     assert forward["ours_plain"]
 

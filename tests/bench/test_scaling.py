@@ -11,15 +11,15 @@ from kvbind.bench.app import app
 from kvbind.bench.tables.scaling import of_linear, scaling_grids
 from kvbind.bench.training import scaling
 from kvbind.bench.training.overlap import covered, kernels, shares
-from kvbind.bench.training.scaling import Settings, cases, equality, finished, measured
-from kvbind.bench.training.scaling_worker import OUT_OF_MEMORY, Case
+from kvbind.bench.training.scaling import ScalingSettings, cases, equality, finished, measured
+from kvbind.bench.training.scaling_worker import OUT_OF_MEMORY, ScalingCase
 from kvbind.inner.systems import ladder
 from kvbind.layers.window_attention import halo_of
 from kvbind.models import PRESETS, LactConfig
 from kvbind.plan.calibration import calibrate, read_points
-from kvbind.plan.costs import Job, Mesh, traffic
+from kvbind.plan.costs import Mesh, PlannedTraining, traffic
 
-SMALL = Settings(
+SMALL = ScalingSettings(
     preset="tiny",
     fsdp_length=256,
     lengths=(256, 128),
@@ -87,7 +87,7 @@ def test_the_command_measures_two_processes_beside_one(tmp_path, capsys, monkeyp
     scanned = speeds[-1]["sequence_bytes"]["received_per_layer"]["scan"]
     assert scanned == pytest.approx(3 * 2 * 4 * 2 * 64 * 64, rel=0.01)
     config = LactConfig(**{**PRESETS["tiny"], "inner": ladder(PRESETS["tiny"]["inner"])["rung2"]})
-    planned = traffic(Job(config, 128), Mesh(1, 1, 2))
+    planned = traffic(PlannedTraining(config, 128), Mesh(1, 1, 2))
     assert scanned == pytest.approx(planned.states / config.num_hidden_layers, rel=0.01)
     # keys and values in float32, of the rank that has a halo: twice forward
     halo = speeds[-1]["sequence_bytes"]["received_per_layer"]["halo"]
@@ -111,7 +111,7 @@ def outcomes(monkeypatch, *runs):
 
 
 def test_what_needs_more_memory_than_what_ran_out_of_it_is_not_tried(monkeypatch):
-    planned = [Case("sequence", 2, 1, 2, "tiny", "rung2", "parallel", n, 1) for n in (128, 256, 512)]
+    planned = [ScalingCase("sequence", 2, 1, 2, "tiny", "rung2", "parallel", n, 1) for n in (128, 256, 512)]
     planned.append(replace(planned[0], what="fsdp", shard=2, sequence=1, batch=2))
     asked = outcomes(monkeypatch, [{"seconds": 1}, {"skipped": OUT_OF_MEMORY}], [{"seconds": 2}])
     rows = list(measured(planned, "cpu", budget=60, limit=60))
@@ -125,13 +125,13 @@ def test_what_needs_more_memory_than_what_ran_out_of_it_is_not_tried(monkeypatch
 
 
 def test_other_cases_go_on_after_one_that_failed(monkeypatch):
-    planned = [Case("fsdp", n, n, 1, "tiny", "rung2", "parallel", 128, n) for n in (1, 2)]
+    planned = [ScalingCase("fsdp", n, n, 1, "tiny", "rung2", "parallel", 128, n) for n in (1, 2)]
     outcomes(monkeypatch, [{"skipped": "failed: ValueError: no"}], [{"seconds": 1}])
     assert [row.get("skipped") for row in measured(planned, "cpu", budget=60, limit=60)] == ["failed: ValueError: no", None]
 
 
 def test_what_cannot_fit_is_not_tried(monkeypatch):
-    planned = [Case("sequence", 1, 1, 1, "760m", "rung2", "parallel", n, 1) for n in (32768, 1 << 20)]
+    planned = [ScalingCase("sequence", 1, 1, 1, "760m", "rung2", "parallel", n, 1) for n in (32768, 1 << 20)]
     asked = outcomes(monkeypatch, [{"seconds": 1}])
     rows = list(measured(planned, "cuda", budget=60, limit=60, memory_bytes=80e9))
     assert {row["length"]: row.get("skipped") for row in rows} == {32768: None, 1 << 20: "needs more memory, by kvbind plan"}
@@ -139,7 +139,7 @@ def test_what_cannot_fit_is_not_tried(monkeypatch):
 
 
 def test_what_had_no_time_or_failed_is_measured_again_and_nothing_else():
-    planned = [Case("fsdp", n, n, 1, "tiny", "rung2", "parallel", 128, n) for n in (1, 2, 4, 8)]
+    planned = [ScalingCase("fsdp", n, n, 1, "tiny", "rung2", "parallel", 128, n) for n in (1, 2, 4, 8)]
     outcomes = (
         {"seconds": 1},
         {"skipped": "no time left"},
@@ -195,7 +195,7 @@ def processes(monkeypatch, tmp_path, body):
     """
     script.write_text(textwrap.dedent(head) + textwrap.dedent(body))
     monkeypatch.setattr(scaling, "_command", lambda gpus, described, lines: [sys.executable, str(script), described, lines])
-    return [Case("sequence", 1, 1, 1, "tiny", "rung2", "parallel", n, 1) for n in (128, 256)]
+    return [ScalingCase("sequence", 1, 1, 1, "tiny", "rung2", "parallel", n, 1) for n in (128, 256)]
 
 
 def test_rows_come_as_processes_write_them_and_errors_are_quoted(monkeypatch, tmp_path):
@@ -239,7 +239,7 @@ def test_kernels_are_told_from_collectives_and_from_mere_annotations():
 
 
 def row(what, gpus, length, speed, **fields):
-    case = Case(what, gpus, 1, gpus, "760m", "rung2", "parallel", length, 1)
+    case = ScalingCase(what, gpus, 1, gpus, "760m", "rung2", "parallel", length, 1)
     measured = {"tokens_per_second": speed, "peak_bytes": 1 << 30, "flops_per_second_per_gpu": 1e14}
     return case.row() | measured | fields
 
@@ -251,15 +251,15 @@ def made_record():
         row("sequence", 2, 131072, 1.9e5),
         row("sequence", 4, 1 << 20, 4e5),
         row("sequence", 8, 1 << 20, 7.6e5, communication={"busy": 0.1, "exposed": 0.02}),
-        Case("sequence", 1, 1, 1, "760m", "rung2", "parallel", 1 << 20, 1).row() | {"skipped": OUT_OF_MEMORY},
+        ScalingCase("sequence", 1, 1, 1, "760m", "rung2", "parallel", 1 << 20, 1).row() | {"skipped": OUT_OF_MEMORY},
     ]
     losses = [{"losses": [2.0, 1.0]}, {"losses": [2.002, 1.0]}]
     for n, found in zip((1, 2), losses, strict=True):
-        rows.append(Case("equality", n, n, 1, "125m", "rung2", "parallel", 32768, 2, steps=2).row() | found)
+        rows.append(ScalingCase("equality", n, n, 1, "125m", "rung2", "parallel", 32768, 2, steps=2).row() | found)
     from dataclasses import asdict
 
     return {
-        "machine": {"device": "NVIDIA H200"}, "config": asdict(Settings()) | {"gpus": [1, 2]}, "rows": rows,
+        "machine": {"device": "NVIDIA H200"}, "config": asdict(ScalingSettings()) | {"gpus": [1, 2]}, "rows": rows,
         "equality": equality(rows), "planned": 7, "complete": True, "command": "kvbind bench scaling", "versions": {},
     }  # fmt: skip
 
@@ -300,7 +300,7 @@ def test_offloaded_inputs_that_the_machine_cannot_hold_are_not_tried(monkeypatch
         monkeypatch.setattr(scaling, "host_memory", lambda: host)
         return not scaling.too_large(case, 141e9)
 
-    million = cases(("sequence",), (2,), replace(Settings(), lengths=(1 << 20,), recompute="offload"))[0]
+    million = cases(("sequence",), (2,), replace(ScalingSettings(), lengths=(1 << 20,), recompute="offload"))[0]
     pinned = 4 * 24 * 1536 * (1 << 20)  # on both GPUs together
     assert tried(million, 1.3 * pinned)
     assert not tried(million, 1.2 * pinned)

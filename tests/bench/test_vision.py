@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from kvbind.bench.app import app
 from kvbind.bench.models import vision
-from kvbind.bench.models.vision import Row, bench_vision, compare, crossing, fitting_batch
+from kvbind.bench.models.vision import VisionRow, bench_vision, compare, crossing, fitting_batch
 
 CPU = torch.device("cpu")
 SMALL = ["vision", "--model", "vittt_tiny", "--sizes", "32,48", "--batch", "2", "--seconds", "0", "--device", "cpu"]
@@ -118,8 +118,8 @@ def test_the_crossing_is_where_the_ratio_is_one():
 
 
 def test_comparisons_are_of_the_same_size():
-    rows = [Row("a", 100, 1, 1, 2.0, 1.0, 10, 20), Row("b", 100, 1, 1, 4.0, 2.0, 40, 40),
-            Row("a", 400, 1, 1, 2.0, 1.0, 10, 20), Row("b", 400, 1, 1, 1.0, 4.0, 5, 10)]  # fmt: skip
+    rows = [VisionRow("a", 100, 1, 1, 2.0, 1.0, 10, 20), VisionRow("b", 100, 1, 1, 4.0, 2.0, 40, 40),
+            VisionRow("a", 400, 1, 1, 2.0, 1.0, 10, 20), VisionRow("b", 400, 1, 1, 1.0, 4.0, 5, 10)]  # fmt: skip
     found = compare(rows, "a", "b")
     assert found["forward"]["speed"] == {100: 0.5, 400: 2.0}
     assert found["forward"]["crossing"] == pytest.approx(200)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from kvbind import SequenceShard, count_bytes, sequence_parallel, shard_batch, ttt
 from kvbind.models import LactForCausalLM
 from kvbind.train.config import ParallelConfig
-from kvbind.train.parallel import Layout
+from kvbind.train.parallel import MeshLayout
 from strategies import operands
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
@@ -192,7 +192,7 @@ def layouts(group):
     """By the number of ranks that share a sequence: which, in a group in which nothing else travels."""
     found = []
     for sequence in (1, 2, 4):
-        layout = Layout.of(ParallelConfig(sequence=sequence), torch.device("cpu"))
+        layout = MeshLayout.of(ParallelConfig(sequence=sequence), torch.device("cpu"))
         of_weights = {layout.weights.get_group(name).group_name for name in ("replicate", "shard")}
         assert layout.group is None or layout.group.group_name not in of_weights | {dist.group.WORLD.group_name}
         found.append(None if layout.group is None else dist.get_process_group_ranks(layout.group))

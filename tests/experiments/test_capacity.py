@@ -7,10 +7,20 @@ import pytest
 import torch
 import yaml
 
-from kvbind.experiments import capacity
-from kvbind.experiments.capacity import MIXERS, Point, bytes_of, configured, gain, judge, panels, sized, taken
-from kvbind.experiments.page import find_parts
-from kvbind.experiments.plan import UnfinishedError
+from kvbind.experiments.report.page import find_parts
+from kvbind.experiments.studies import capacity
+from kvbind.experiments.studies.capacity import (
+    MIXERS,
+    CapacityPoint,
+    bytes_of,
+    configured,
+    gain,
+    judge,
+    panels,
+    sized,
+    taken,
+)
+from kvbind.experiments.training.plans import UnfinishedError
 from kvbind.inner.systems import PROJECTIONS, SYSTEMS
 from kvbind.tasks import recall
 
@@ -22,7 +32,7 @@ TOY = [
 
 def curve(*points, seeds=1, spread=0.0):
     return [
-        Point(8, size, 1e-2, {seed: accuracy + spread * (-1) ** seed * index for seed in range(seeds)}, [])
+        CapacityPoint(8, size, 1e-2, {seed: accuracy + spread * (-1) ** seed * index for seed in range(seeds)}, [])
         for index, (size, accuracy) in enumerate(points)
     ]
 
@@ -44,7 +54,7 @@ def test_states_of_no_common_size_or_seed_have_no_gain():
     reference = curve((2**10, 0), (2**12, 40))
     assert gain(curve((2**12, 1), (2**13, 1)), reference) is None
     assert gain(curve((2**11, 1)), reference) is None
-    late = [Point(8, size, 1e-2, {7: 1.0}, []) for size in (2**10, 2**12)]
+    late = [CapacityPoint(8, size, 1e-2, {7: 1.0}, []) for size in (2**10, 2**12)]
     assert gain(late, reference) is None
 
 
@@ -169,7 +179,7 @@ def test_the_same_command_trains_nothing_again_and_a_longer_one_goes_on(made, mo
         raise AssertionError("trained again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kvbind.experiments.runs.train", refuse)
+        patch.setattr("kvbind.experiments.training.runs.train", refuse)
         again = capacity.reproduce(workers=1, minutes=0.0, **options)
     assert again["curves"] == results["curves"]
     # of a mixer for which there is no time nothing is said but that

@@ -10,12 +10,14 @@ from rich.console import Console
 from test_tables import TOY
 
 from kvbind import tasks
-from kvbind.experiments import everything, figure4, table2
-from kvbind.experiments.everything import Report, ordered, train_everything, wanted, write_beside
-from kvbind.experiments.figure4 import Course, judge
-from kvbind.experiments.findings import Measure, Request
-from kvbind.experiments.plan import UnfinishedError, plan_runs
+from kvbind.experiments import reproduce_all
+from kvbind.experiments.figures import figure4
+from kvbind.experiments.figures.figure4 import ClockedRun, judge
+from kvbind.experiments.reproduce_all import Report, ordered, train_everything, wanted, write_beside
+from kvbind.experiments.request import Measure, Request
 from kvbind.experiments.subjects import SUBJECTS
+from kvbind.experiments.tables import table2
+from kvbind.experiments.training.plans import UnfinishedError, plan_runs
 
 SMALL = [
     "model.fields.hidden_size=16", "model.fields.num_hidden_layers=1", "model.fields.num_attn_heads=2",
@@ -32,15 +34,15 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setitem(toy_task.PRESETS, "toy", preset)
     monkeypatch.setitem(tasks.TASKS, "toy", "toy_task")
     monkeypatch.setitem(SUBJECTS, "toy", TOY)
-    monkeypatch.setattr(everything, "EXPERIMENTS", {"table1": "", "table2": ""})
+    monkeypatch.setattr(reproduce_all, "EXPERIMENTS", {"table1": "", "table2": ""})
     # the page on all reports, which looks into untrained models for seconds, is tested with kvbind report
-    monkeypatch.setattr(everything, "make_report", lambda folders, out: f"{out} on {len(folders)} reports")
+    monkeypatch.setattr(reproduce_all, "make_report", lambda folders, out: f"{out} on {len(folders)} reports")
     monkeypatch.chdir(tmp_path)
 
 
 def run(**options):
     console = Console(record=True, width=100, force_terminal=False)
-    results = everything.reproduce(**{"task": "toy", "workers": 1, "console": console} | options)
+    results = reproduce_all.reproduce(**{"task": "toy", "workers": 1, "console": console} | options)
     return results, " ".join(console.export_text().split())
 
 
@@ -79,7 +81,7 @@ def test_rows_that_there_was_no_time_for_are_said_and_a_later_call_finishes_them
         return whole(self)
 
     monkeypatch.setattr(toy_task.Task, "build", build)
-    monkeypatch.setattr(everything, "EXPERIMENTS", {"table2": ""})
+    monkeypatch.setattr(reproduce_all, "EXPERIMENTS", {"table2": ""})
     _, shown = run(out=tmp_path / "all")
     assert "toy rung6 seed 0 failed: out of luck" in shown
     table = json.loads((tmp_path / "all" / "table2-toy" / "results.json").read_text())
@@ -104,13 +106,13 @@ def test_the_first_seed_of_every_row_comes_first_and_then_the_telling_rows(tmp_p
     titles = [job.title for _, job in ordered(plans)]
     assert len(titles) == 3 * (11 + 6)
     assert {title.rpartition(" ")[2] for title in titles[:17]} == {"0"}
-    assert set(titles[17:29]) == {f"language {row} seed {seed}" for row in everything.TELLING for seed in (1, 2)}
+    assert set(titles[17:29]) == {f"language {row} seed {seed}" for row in reproduce_all.TELLING for seed in (1, 2)}
     assert {title.rpartition(" ")[2] for title in titles[29:40]} == {"1"}
 
 
 def test_every_experiment_has_its_tasks(monkeypatch):
     names = {"table1": "", "table2": "", "theorems": "", "figure1": "", "figure2": "", "figure4": ""}
-    monkeypatch.setattr(everything, "EXPERIMENTS", names)
+    monkeypatch.setattr(reproduce_all, "EXPERIMENTS", names)
     every = list(wanted(["language", "images", "views"], Request()))
     assert every == [
         ("table1", "language"), ("table1", "images"), ("table1", "views"),
@@ -123,8 +125,8 @@ def test_every_experiment_has_its_tasks(monkeypatch):
 
 def test_quick_reports_are_written_first_and_the_list_after_each(tmp_path, monkeypatch):
     names = ("table1", "table2", "theorems", "figure1", "figure2", "figure3", "figure4", "explorer")
-    monkeypatch.setattr(everything, "EXPERIMENTS", dict.fromkeys(names, ""))
-    monkeypatch.setattr(everything, "train_everything", lambda tasks, request: None)
+    monkeypatch.setattr(reproduce_all, "EXPERIMENTS", dict.fromkeys(names, ""))
+    monkeypatch.setattr(reproduce_all, "train_everything", lambda tasks, request: None)
     seen = []
 
     def write_here(one, request):
@@ -138,9 +140,9 @@ def test_quick_reports_are_written_first_and_the_list_after_each(tmp_path, monke
         (one.folder / "results.json").write_text(json.dumps({"task": one.request.task}))
         return None
 
-    monkeypatch.setattr(everything, "write_here", write_here)
+    monkeypatch.setattr(reproduce_all, "write_here", write_here)
     with pytest.raises(KeyboardInterrupt):
-        everything.reproduce(task="language", out=tmp_path, workers=1)
+        reproduce_all.reproduce(task="language", out=tmp_path, workers=1)
     titles = [title.partition(",")[0] for title, _, _ in seen]
     assert titles == ["table2", "table1", "figure3", "figure4", "explorer", "figure2", "theorems", "figure1"]
     listed, unfinished = seen[-1][1:]
@@ -149,7 +151,7 @@ def test_quick_reports_are_written_first_and_the_list_after_each(tmp_path, monke
 
 
 def test_reports_that_are_written_at_once_are_listed_as_they_come(tmp_path, monkeypatch):
-    monkeypatch.setattr(everything, "visible_gpus", lambda: ["4", "7"])
+    monkeypatch.setattr(reproduce_all, "visible_gpus", lambda: ["4", "7"])
     listed, places = threading.Event(), {}
 
     def write_beside(one, gpu):
@@ -158,11 +160,11 @@ def test_reports_that_are_written_at_once_are_listed_as_they_come(tmp_path, monk
             listed.wait(60)
         return f"{one.title}: done", None
 
-    monkeypatch.setattr(everything, "write_beside", write_beside)
-    monkeypatch.setattr(everything.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(reproduce_all, "write_beside", write_beside)
+    monkeypatch.setattr(reproduce_all.os, "cpu_count", lambda: 64)
     request = Request(task="toy")
     reports = [Report(name, request, tmp_path) for name in ("table1", "table2")]
-    found = everything.write_reports(reports, request)
+    found = reproduce_all.write_reports(reports, request)
     first, _ = next(found)
     listed.set()
     assert first.experiment == "table2"
@@ -176,9 +178,9 @@ def test_reports_that_measure_share_the_time_there_is(tmp_path, monkeypatch):
     class Experiment:
         reproduce = staticmethod(lambda **options: asked.append(Request(**options)))
 
-    monkeypatch.setattr(everything, "open_experiment", lambda name: Experiment)
+    monkeypatch.setattr(reproduce_all, "open_experiment", lambda name: Experiment)
     request = Request(task="toy", minutes=60.0, measure=Measure(), workers=1)
-    for one, why in everything.write_reports([Report(name, request, tmp_path) for name in ("table1", "table2")], request):
+    for one, why in reproduce_all.write_reports([Report(name, request, tmp_path) for name in ("table1", "table2")], request):
         assert why is None
         assert asked[-1].deadline == pytest.approx(request.deadline, abs=1e-6)
         assert one.request is request
@@ -239,7 +241,7 @@ def test_a_form_that_was_measured_is_not_measured_again_after_an_interruption(tm
 
 
 def course(seconds, losses=(2.0,) * 40):
-    return Course(losses, [seconds * (1 + 0.01 * (i % 5)) for i in range(len(losses))])
+    return ClockedRun(losses, [seconds * (1 + 0.01 * (i % 5)) for i in range(len(losses))])
 
 
 @pytest.mark.parametrize(("seconds", "holds"), [(0.5, True), (1.001, None), (2.0, False)])
@@ -257,7 +259,7 @@ def test_figure_4_knows_other_runs_from_the_same():
 
 
 def test_the_clock_starts_behind_the_steps_that_compile():
-    one = Course([2.0] * 40, [100.0] * 10 + [1.0] * 30)
+    one = ClockedRun([2.0] * 40, [100.0] * 10 + [1.0] * 30)
     assert one.start == 10
     assert [clock for clock, _ in one.by_clock()] == [float(i) for i in range(1, 31)]
 
@@ -271,6 +273,6 @@ def test_runs_that_fail_are_tried_again_with_fewer_at_once(monkeypatch):
             failed(jobs[0], RuntimeError("too many"))
         return []
 
-    monkeypatch.setattr(everything, "train_all", train_all)
+    monkeypatch.setattr(reproduce_all, "train_all", train_all)
     run(workers=4, minutes=0.0)
     assert asked == [(6, 4), (1, 2)]

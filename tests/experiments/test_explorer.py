@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from kvbind import linearize
-from kvbind.experiments import explorer
-from kvbind.experiments.calls import seen_calls
-from kvbind.experiments.explorer.examples import pictures
-from kvbind.experiments.explorer.looks import HEADS, weights_of
-from kvbind.experiments.page import find_parts
-from kvbind.experiments.runs import load_model, open_run
+from kvbind.experiments.layer_calls import seen_calls
+from kvbind.experiments.report import explorer
+from kvbind.experiments.report.explorer.examples import pictures
+from kvbind.experiments.report.explorer.heads import HEADS, weights_of
+from kvbind.experiments.report.page import find_parts
+from kvbind.experiments.training.runs import load_model, open_run
 from kvbind.tasks import language
 
 LANGUAGE = [

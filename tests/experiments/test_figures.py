@@ -1,6 +1,6 @@
 import pytest
 
-from kvbind.experiments.figures import pooled, smoothed
+from kvbind.experiments.plotting import pooled, smoothed
 
 
 def test_smoothing_starts_without_bias_and_leaves_gaps_out():

@@ -12,13 +12,14 @@ import torch
 from rich.console import Console
 
 from kvbind import inner_loss, systems
-from kvbind.experiments import figure1, figure2, figure3, table1
-from kvbind.experiments.calls import seen_calls
-from kvbind.experiments.figure1 import AtSteps, loss_after
-from kvbind.experiments.figure2 import Numbers, energy_distance, measure
-from kvbind.experiments.figure3 import Along
-from kvbind.experiments.plan import UnfinishedError
+from kvbind.experiments.figures import figure1, figure2, figure3
+from kvbind.experiments.figures.figure1 import AtSteps, loss_after
+from kvbind.experiments.figures.figure2 import Numbers, energy_distance, measure
+from kvbind.experiments.figures.figure3 import Along
+from kvbind.experiments.layer_calls import seen_calls
 from kvbind.experiments.subjects import SUBJECTS
+from kvbind.experiments.tables import table1
+from kvbind.experiments.training.plans import UnfinishedError
 from kvbind.layers import lact
 from kvbind.layers.layout import Layout
 

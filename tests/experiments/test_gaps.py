@@ -11,14 +11,16 @@ from test_figures_1_to_3 import SMALL, VIEWS
 from test_tables import TOY
 
 from kvbind import tasks
-from kvbind.experiments import budget, chunks, gaps, sizes, table2
-from kvbind.experiments.findings import Request
-from kvbind.experiments.plan import UnfinishedError, configuration, plan_runs
-from kvbind.experiments.subjects import FRACTIONS, ON_THE_WAY, SUBJECTS, Scale
+from kvbind.experiments.request import Request
+from kvbind.experiments.studies import chunks, gaps, sizes
+from kvbind.experiments.subjects import FRACTIONS, ON_THE_WAY, SUBJECTS, TaskScale
+from kvbind.experiments.tables import table2
+from kvbind.experiments.training import progress
+from kvbind.experiments.training.plans import UnfinishedError, configuration, plan_runs
 from kvbind.train.metrics import read_metrics
 
 STEPS = 32
-TOY_GAPS = replace(TOY, scales={"smoke": Scale("toy", (f"train.steps={STEPS}", ON_THE_WAY), "a moment")})
+TOY_GAPS = replace(TOY, scales={"smoke": TaskScale("toy", (f"train.steps={STEPS}", ON_THE_WAY), "a moment")})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,7 +98,7 @@ def test_a_plan_says_what_is_left_by_the_time_of_runs_like_it(tmp_path, monkeypa
     asked = {"task": "toy", "out": tmp_path, "workers": 1, "seeds": 2}
     table2.reproduce(**asked, rows=("rung0", "rung1"))
     console = Console(record=True, width=120, force_terminal=False)
-    found = budget.plan_experiment("table2", **asked, console=console)
+    found = progress.plan_experiment("table2", **asked, console=console)
     shown = console.export_text()
     left = {x["run"]: x for x in found["runs"]}
     assert [x["steps_done"] for name, x in left.items() if " rung0 " in name or " rung1 " in name] == [STEPS] * 4
@@ -104,14 +106,14 @@ def test_a_plan_says_what_is_left_by_the_time_of_runs_like_it(tmp_path, monkeypa
     assert "unknown" in shown
     assert "nothing is known" in shown
     (tmp_path / "trained").joinpath(left["1/6 rung0 seed 1"]["folder"].rpartition("/")[2], "result.json").unlink()
-    again = budget.plan_experiment("table2", **asked)
+    again = progress.plan_experiment("table2", **asked)
     assert again["seconds"] == pytest.approx(found["seconds"], abs=1e-6)  # its last checkpoint is behind its last step
     for path in (tmp_path / "trained").glob("*/checkpoints"):
         path.rename(path.with_name("elsewhere"))
-    again = {x["run"]: x for x in budget.plan_experiment("table2", **asked)["runs"]}
+    again = {x["run"]: x for x in progress.plan_experiment("table2", **asked)["runs"]}
     own = again["1/6 rung0 seed 1"]
     assert own["steps_done"] == 0
-    assert own["basis"] == budget.HERE
+    assert own["basis"] == progress.HERE
     assert 0 < own["seconds"] < 60
 
 
@@ -132,25 +134,25 @@ def test_a_plan_of_the_language_model_goes_by_measured_speeds_at_equal_flops(tmp
     (tmp_path / "book.txt").write_text("it was the best of times, it was the worst of times. " * 3000)
     request = Request(scale="small", data=str(tmp_path / "book.txt"), trained=tmp_path / "t",
                       overrides=["data.held_out_source=null"])  # fmt: skip
-    found = budget.estimate(budget.rows_of(table2.planned_jobs(request)))
+    found = progress.estimate(progress.rows_of(table2.planned_jobs(request)))
     seconds = {left.job.title.split()[1]: left.seconds for left in found}
-    assert all(left.basis == budget.MEASURED for left in found)
+    assert all(left.basis == progress.MEASURED for left in found)
     # 9.83 million tokens at 325k to 1.2M tokens/s, of a model that is somewhat larger than the one that was timed
-    assert 1.0 < seconds["rung0"] / (400 * 3 * 8192 / budget.TOKENS["rung0"]) < 2.5
-    assert 1.0 < seconds["rung6"] / (400 * 3 * 8192 / budget.TOKENS["rung6"]) < 2.5
+    assert 1.0 < seconds["rung0"] / (400 * 3 * 8192 / progress.TOKENS["rung0"]) < 2.5
+    assert 1.0 < seconds["rung6"] / (400 * 3 * 8192 / progress.TOKENS["rung6"]) < 2.5
     assert seconds["rung0"] > seconds["rung2"] > seconds["rung6"]
     assert seconds["softmax"] > seconds["window"]
 
 
 def test_plans_are_refused_where_there_is_nothing_to_plan():
     with pytest.raises(ValueError, match="plan must be of an experiment on trained rows; theorems has none"):
-        budget.plan_experiment("theorems")
+        progress.plan_experiment("theorems")
     with pytest.raises(ValueError, match="task must be one task"):
-        budget.plan_experiment("table2", task="all")
+        progress.plan_experiment("table2", task="all")
 
 
 def test_the_kernel_comes_with_its_own_held_out_text(tmp_path, monkeypatch):
-    from kvbind.experiments.plan import data_edits
+    from kvbind.experiments.training.plans import data_edits
 
     assert data_edits("language", "linux") == ['data.source="linux"', 'data.held_out_source="linux-others"']
     assert data_edits("language", "book.txt") == ['data.source="book.txt"']

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 import pytest
 from pages import write_results
 
-from kvbind.experiments.page.command import make_report
+from kvbind.experiments.report.command import make_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytest.importorskip("plotly", reason="plotly is not installed")

@@ -16,18 +16,18 @@ from typer.testing import CliRunner
 
 from kvbind import DepthwiseConv, inner_loss, linearize, systems
 from kvbind.cli import app, main
-from kvbind.experiments.explorer import examples, untrained
-from kvbind.experiments.explorer.looks import (
+from kvbind.experiments.report.command import make_report, open_server
+from kvbind.experiments.report.explorer import examples, untrained
+from kvbind.experiments.report.explorer.heads import (
     gathered,
     look_at,
     principal,
     quantized,
     weights_of,
 )
-from kvbind.experiments.explorer.untrained import as_call, embedded, leaves_of
-from kvbind.experiments.page import as_script, find_parts
-from kvbind.experiments.page.command import make_report, open_server
-from kvbind.experiments.page.findings import DRAW
+from kvbind.experiments.report.explorer.untrained import as_call, embedded, leaves_of
+from kvbind.experiments.report.finding_contents import DRAW
+from kvbind.experiments.report.page import as_script, find_parts
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@ import torch
 from PIL import Image
 
 from kvbind.cli import main
-from kvbind.experiments.runs import train_run
-from kvbind.experiments.show_images import read_place, show, spread
+from kvbind.experiments.saved_models.attention_maps import read_place, show, spread
+from kvbind.experiments.training.runs import train_run
 from kvbind.models import vittt
 from kvbind.tasks import images
 from kvbind.tasks.images.attention import effective_attention

@@ -9,15 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbind.experiments import probe as probing
-from kvbind.experiments import simplified, simplify
-from kvbind.experiments.findings import Request
-from kvbind.experiments.plan import UnfinishedError
-from kvbind.experiments.runs import InterruptedRunError, load_model, open_run, train_run
-from kvbind.experiments.saved import open_saved
-from kvbind.experiments.simplified import plan
-from kvbind.experiments.simplify import Course
+from kvbind.experiments.request import Request
+from kvbind.experiments.saved_models import probe as probing
+from kvbind.experiments.saved_models import simplification
+from kvbind.experiments.saved_models.saved_model import open_saved
+from kvbind.experiments.saved_models.simplification import plan
+from kvbind.experiments.studies import simplify
+from kvbind.experiments.studies.simplify import FineTuned
 from kvbind.experiments.subjects import SUBJECTS
+from kvbind.experiments.training.plans import UnfinishedError
+from kvbind.experiments.training.runs import InterruptedRunError, load_model, open_run, train_run
 from kvbind.models.carry import carry_over, layers_of
 from kvbind.models.lact import LactForCausalLM
 from kvbind.models.lact_nvs import LactNvs
@@ -68,7 +69,7 @@ def place(tmp_path_factory):
 def at_place(place, monkeypatch):
     monkeypatch.chdir(place)
     # speeds are measured, and no number of them is looked at
-    monkeypatch.setattr(simplified, "SECONDS", 0.0)
+    monkeypatch.setattr(simplification, "SECONDS", 0.0)
 
 
 def built(task, row=None, seed=1):
@@ -148,7 +149,7 @@ def test_weights_of_other_models_are_not_carried(place):
 ])  # fmt: skip
 def test_a_simplified_model_opens_like_any_other(task, to, targets, place, tmp_path):
     planned = plan(place / task, to, 4, targets=targets, out=tmp_path / "new")
-    results = simplified.simplify(planned, Request(task=task, scale="own"))
+    results = simplification.simplify(planned, Request(task=task, scale="own"))
     metric = SUBJECTS[task].metric.name
     run = json.loads((place / task / "result.json").read_text())
     assert results["before"][metric] == pytest.approx(run["held_out"][metric], rel=1e-6)
@@ -175,8 +176,8 @@ def carried_by_hand(task, to, place):
 
 
 def test_an_interrupted_run_goes_on_exactly(place, tmp_path, monkeypatch):
-    whole = simplified.simplify(plan(place / "language", "rung2", 4, out=tmp_path / "whole"), Request(scale="own"))
-    straight = simplified.train_run
+    whole = simplification.simplify(plan(place / "language", "rung2", 4, out=tmp_path / "whole"), Request(scale="own"))
+    straight = simplification.train_run
 
     def interrupted(task, config, folder, watch, **options):
         def counted(step, note):
@@ -186,15 +187,15 @@ def test_an_interrupted_run_goes_on_exactly(place, tmp_path, monkeypatch):
 
         return straight(task, config, folder, counted, **options)
 
-    monkeypatch.setattr(simplified, "train_run", interrupted)
+    monkeypatch.setattr(simplification, "train_run", interrupted)
     edits = ["train.checkpoint_every=2"]
     planned = plan(place / "language", "rung2", 4, out=tmp_path / "cut", overrides=edits)
     with pytest.raises((KeyboardInterrupt, InterruptedRunError)):
-        simplified.simplify(planned, Request(scale="own"))
-    monkeypatch.setattr(simplified, "train_run", straight)
-    monkeypatch.setattr(simplified, "measured_speeds", None)  # what was measured is kept
+        simplification.simplify(planned, Request(scale="own"))
+    monkeypatch.setattr(simplification, "train_run", straight)
+    monkeypatch.setattr(simplification, "measured_speeds", None)  # what was measured is kept
     again = plan(place / "language", "rung2", 4, out=tmp_path / "cut", overrides=edits)
-    assert simplified.simplify(again, Request(scale="own"))["courses"] == whole["courses"]
+    assert simplification.simplify(again, Request(scale="own"))["courses"] == whole["courses"]
 
 
 def test_targets_are_the_outputs_of_the_model_that_is_started_from(place):
@@ -262,7 +263,7 @@ def test_a_start_is_told_apart_by_its_weights_and_leaves_other_runs_where_they_a
 def test_a_target_that_is_none_is_named(task, to, edits, message, tmp_path, place):
     def tried():
         planned = plan(Path(task), to, 2, out=tmp_path / "x", overrides=edits)
-        simplified.simplify(planned, Request(scale="own"))
+        simplification.simplify(planned, Request(scale="own"))
 
     with pytest.raises(ValueError, match=message):
         tried()
@@ -307,7 +308,7 @@ def test_a_vocabulary_may_be_larger_than_the_tokenizers(place):
 
 @pytest.mark.parametrize("task", SMALL)
 def test_probes_leave_the_model_as_it_was_and_find_what_evaluation_finds(task, place, tmp_path, monkeypatch):
-    monkeypatch.setattr("kvbind.experiments.figure2.tsne", lambda points: points[:, :2])
+    monkeypatch.setattr("kvbind.experiments.figures.figure2.tsne", lambda points: points[:, :2])
     saved = open_saved(place / task)
     before = {name: x.clone() for name, x in saved.model.state_dict().items()}
     loops = [layer.inner for layer in layers_of(saved.model).values()]
@@ -353,7 +354,7 @@ def test_verdicts_on_shares_follow_their_rule():
     metric = SUBJECTS["language"].metric
 
     def course(*values, scratch=10.0):
-        return Course(0, 9.0, scratch, 12.0, dict(zip(simplify.SHARES, values, strict=False)))
+        return FineTuned(0, 9.0, scratch, 12.0, dict(zip(simplify.SHARES, values, strict=False)))
 
     quick, slow, never, short = course(11, 10, 9, 9), course(11, 11, 11, 10), course(11, 11, 11, 11), course(11, 11)
     assert [x.needed(metric) for x in (quick, slow, never, short)] == [1 / 8, 1 / 2, None, None]

@@ -8,11 +8,11 @@ import torch
 from transformers import DynamicCache
 
 from kvbind.bench.models import decoding
-from kvbind.experiments import systems
-from kvbind.experiments.page import find_parts
-from kvbind.experiments.plan import configuration
-from kvbind.experiments.states import state_bytes
-from kvbind.experiments.systems import MIXERS, fitting, parameters
+from kvbind.experiments.report.page import find_parts
+from kvbind.experiments.studies import systems
+from kvbind.experiments.studies.state_bytes import state_bytes
+from kvbind.experiments.studies.systems import MIXERS, fitting, parameters
+from kvbind.experiments.training.plans import configuration
 from kvbind.inner.systems import in_place_ttt
 from kvbind.models import LactConfig
 from kvbind.models.lact.cache import CACHE
@@ -102,7 +102,7 @@ def test_the_command_trains_times_and_compares_and_goes_on(book, tmp_path, monke
     def refuse(*args, **named):
         raise AssertionError("done again")
 
-    monkeypatch.setattr("kvbind.experiments.runs.train", refuse)
+    monkeypatch.setattr("kvbind.experiments.training.runs.train", refuse)
     monkeypatch.setattr(systems, "load_model", refuse)
     again = systems.reproduce(**options)
     assert again["rows"] == json.loads(json.dumps(results["rows"]))

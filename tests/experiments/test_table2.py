@@ -6,14 +6,14 @@ import pytest
 from rich.console import Console
 
 from kvbind import InnerLoop, explain, systems
-from kvbind.experiments import runs, speed
-from kvbind.experiments.page.tables import read_outcome, speed_charts
-from kvbind.experiments.paper import LANGUAGE
-from kvbind.experiments.plan import configuration, with_inner
-from kvbind.experiments.runs import open_run, run_name, train_run
-from kvbind.experiments.subjects import SUBJECTS
-from kvbind.experiments.table2 import TABLE, reproduce
-from kvbind.experiments.tables import BASELINES, LABELS
+from kvbind.experiments.report.table_contents import read_outcome, speed_charts
+from kvbind.experiments.subjects import SUBJECTS, throughput
+from kvbind.experiments.subjects.published import LANGUAGE
+from kvbind.experiments.tables.table import BASELINES, LABELS
+from kvbind.experiments.tables.table2 import TABLE, reproduce
+from kvbind.experiments.training import runs
+from kvbind.experiments.training.plans import configuration, with_inner
+from kvbind.experiments.training.runs import open_run, run_name, train_run
 from kvbind.tasks import language
 from kvbind.train import latest_checkpoint
 from kvbind.train.metrics import read_metrics
@@ -30,8 +30,8 @@ SMALL = [
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    whole = speed.tokens_per_second
-    monkeypatch.setattr(speed, "tokens_per_second", lambda *args: whole(*args, rounds=1))
+    whole = throughput.tokens_per_second
+    monkeypatch.setattr(throughput, "tokens_per_second", lambda *args: whole(*args, rounds=1))
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def made(book, tmp_path_factory):
     out = tmp_path_factory.mktemp("made")
     console = Console(record=True, width=200, force_terminal=False)
     with pytest.MonkeyPatch.context() as patch:
-        whole = speed.tokens_per_second
-        patch.setattr(speed, "tokens_per_second", lambda *args: whole(*args, rounds=1))
+        whole = throughput.tokens_per_second
+        patch.setattr(throughput, "tokens_per_second", lambda *args: whole(*args, rounds=1))
         results = small(out, book, console=console, seeds=2)
     return out, results, console.export_text()
 
@@ -155,7 +155,7 @@ def test_the_page_needs_no_other_file(made):
 def test_a_second_call_trains_and_measures_nothing(made, book, monkeypatch):
     out, results, _ = made
     monkeypatch.setattr(runs, "train", None)
-    monkeypatch.setattr(speed, "tokens_per_second", None)
+    monkeypatch.setattr(throughput, "tokens_per_second", None)
     again = small(out, book, seeds=2)
     assert again["rows"] == results["rows"]
 

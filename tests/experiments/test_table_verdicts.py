@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbind.experiments.paper import Published
-from kvbind.experiments.runs import Run
 from kvbind.experiments.subjects import SUBJECTS
-from kvbind.experiments.table1 import TABLE as TABLE1
-from kvbind.experiments.table2 import TABLE as TABLE2
-from kvbind.experiments.table_verdicts import beyond, judge, speeds_up, worsening
-from kvbind.experiments.tables import Row, unfinished
+from kvbind.experiments.subjects.published import Published
+from kvbind.experiments.tables.table import TableRow, unfinished
+from kvbind.experiments.tables.table1 import TABLE as TABLE1
+from kvbind.experiments.tables.table2 import TABLE as TABLE2
+from kvbind.experiments.tables.verdicts import beyond, judge, speeds_up, worsening
+from kvbind.experiments.training.runs import Run
 
 LANGUAGE, IMAGES, VIEWS = (SUBJECTS[name] for name in ("language", "images", "views"))
 
@@ -20,7 +20,9 @@ LANGUAGE, IMAGES, VIEWS = (SUBJECTS[name] for name in ("language", "images", "vi
 def row(name, subject, values, speeds=None, applies=True):
     runs = tuple(Run(Path(name), {"held_out": {subject.metric.name: x}}, reused=True) for x in values)
     inner = {"kind": name} if applies else None
-    return Row(name, name, subject.paper.get(name, Published(1.0)), inner, runs, speeds or {}, {}, tuple(range(len(runs))))
+    return TableRow(
+        name, name, subject.paper.get(name, Published(1.0)), inner, runs, speeds or {}, {}, tuple(range(len(runs)))
+    )
 
 
 def verdicts(subject, full, ascent, key=(1.0,)):

@@ -12,13 +12,15 @@ import toy_task
 from rich.console import Console
 
 from kvbind import tasks
-from kvbind.experiments import reproduce as module
-from kvbind.experiments import runs, subjects, table1, table2
-from kvbind.experiments.paper import INNER_LOOP_SPEED, Published
-from kvbind.experiments.plan import configuration, with_inner
-from kvbind.experiments.speed import TrainingSpeed
-from kvbind.experiments.subjects import NONE, ON_THE_WAY, SUBJECTS, Metric, Scale, Series, Subject
-from kvbind.experiments.tables import BASELINES, LABELS
+from kvbind.experiments import subjects
+from kvbind.experiments.subjects import NONE, ON_THE_WAY, SUBJECTS, Metric, Series, Subject, TaskScale
+from kvbind.experiments.subjects.published import INNER_LOOP_SPEED, Published
+from kvbind.experiments.subjects.throughput import TrainingSpeed
+from kvbind.experiments.tables import reproduce as module
+from kvbind.experiments.tables import table1, table2
+from kvbind.experiments.tables.table import BASELINES, LABELS
+from kvbind.experiments.training import runs
+from kvbind.experiments.training.plans import configuration, with_inner
 from kvbind.tasks import open_task_module
 
 TOY = Subject(
@@ -27,7 +29,7 @@ TOY = Subject(
     paper={"rung0": Published(20.0), "rung1": Published(20.25), "rung2": Published(20.25, applies=False),
            "rung6": Published(19.0), "ascent": Published(20.5), "key_for_query": Published(19.5)},
     paper_model="9M",
-    scales={"smoke": Scale("toy", ("train.steps=3",), "a moment")},
+    scales={"smoke": TaskScale("toy", ("train.steps=3",), "a moment")},
     speed=TrainingSpeed("points"),
     loss="squared error",
     others=(Metric("error", "error", "squared error", "lower", digits=3),),

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvbind.experiments.studies.trends import Trend, cells, direction, fit, judge, worse_by
 from kvbind.experiments.subjects import NONE, Metric
-from kvbind.experiments.trends import Trend, cells, direction, fit, judge, worse_by
 
 PPL = Metric("perplexity", "ppl", "perplexity", "lower", change="ratio", margin=2.5)
 PSNR = Metric("psnr", "PSNR", "PSNR (dB)", "higher", margin=0.25)

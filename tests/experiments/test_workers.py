@@ -7,10 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvbind.experiments import workers
-from kvbind.experiments.plan import configuration
-from kvbind.experiments.runs import OutOfTimeError, Run, run_name, train_run
-from kvbind.experiments.workers import Job, Worker, WorkerKilledError, default_workers, train_all, visible_gpus
+from kvbind.experiments.training import workers
+from kvbind.experiments.training.plans import configuration
+from kvbind.experiments.training.runs import OutOfTimeError, Run, run_name, train_run
+from kvbind.experiments.training.workers import (
+    TrainingJob,
+    Worker,
+    WorkerKilledError,
+    default_workers,
+    train_all,
+    visible_gpus,
+)
 from kvbind.train import TrainingStoppedError, latest_checkpoint
 from kvbind.train.config import to_plain
 from kvbind.train.metrics import read_metrics
@@ -31,7 +38,7 @@ def job(tmp_path):
         config = configuration(
             "language", "smoke", 0, [*SMALL, f"data.source={tmp_path / 'book.txt'}", "train.steps=4", *edits]
         )
-        return Job("language", config, tmp_path / name / run_name("language", config), name)
+        return TrainingJob("language", config, tmp_path / name / run_name("language", config), name)
 
     return make
 
@@ -103,7 +110,7 @@ def test_a_worker_that_dies_is_noticed(job):
 def test_a_worker_ends_when_its_parent_has(job):
     mine = job("mine", "train.steps=1000000", "train.checkpoint_every=0")
     process = subprocess.Popen(
-        [sys.executable, "-m", "kvbind.experiments.workers"],
+        [sys.executable, "-m", "kvbind.experiments.training.workers"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvbind import tasks
-from kvbind.experiments.runs import train_run
+from kvbind.experiments.training.runs import train_run
 from kvbind.tasks.contents import Contents
 from kvbind.train import TrainConfig
 from kvbind.train.metrics import read_metrics

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from faults import small
-from kvbind.experiments.runs import only_one
+from kvbind.experiments.training.runs import only_one
 from kvbind.train import latest_checkpoint
 
 

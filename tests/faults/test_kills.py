@@ -12,9 +12,9 @@ import pytest
 
 from distributed.launching import environment, torchrun
 from faults import small
-from kvbind.experiments import workers
-from kvbind.experiments.plan import configuration
-from kvbind.experiments.workers import Job, Worker, WorkerKilledError, train_all
+from kvbind.experiments.training import workers
+from kvbind.experiments.training.plans import configuration
+from kvbind.experiments.training.workers import TrainingJob, Worker, WorkerKilledError, train_all
 from kvbind.train import latest_checkpoint
 
 HERE = Path(__file__).parent
@@ -115,7 +115,7 @@ def test_a_row_whose_workers_are_always_killed_fails_alone(tmp_path, monkeypatch
 
     monkeypatch.setattr(workers, "Worker", Doomed)
     failed = []
-    job = Job("small", small.config(), tmp_path / "x", "x", fresh=True)
+    job = TrainingJob("small", small.config(), tmp_path / "x", "x", fresh=True)
     found = train_all([job], 2, None, lambda job, run: None, failed=lambda job, error: failed.append((job, error)))
     ((given_up, error),) = failed
     assert found == [None]
@@ -132,4 +132,4 @@ def job_on(book, folder):
         "model.inner.chunk=8", "data.length=32", "data.batch=2", "data.window=8", "data.evaluation_samples=2",
         "train.warmup=1", "train.device=cpu", "train.checkpoint_every=1", "train.steps=6", f"data.source={book}",
     ]  # fmt: skip
-    return Job("language", configuration("language", "smoke", 0, edits), folder, folder.name)
+    return TrainingJob("language", configuration("language", "smoke", 0, edits), folder, folder.name)

@@ -15,8 +15,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from experiments.pages import figure1, table2
-from kvbind.experiments.page import command, find_parts
-from kvbind.experiments.page.command import make_report, open_server
+from kvbind.experiments.report import command
+from kvbind.experiments.report.command import make_report, open_server
+from kvbind.experiments.report.page import find_parts
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -17,9 +17,9 @@ from kvbind.models.peers import in_place_llama, llama
 from kvbind.models.vittt import VitttConfig, VitttForImageClassification
 from kvbind.models.vittt.released import INNER_LOOPS as IMAGE_LOOPS
 from kvbind.tasks.flops import flops_per_unit
-from kvbind.tasks.images import DataConfig as ImageData
-from kvbind.tasks.language import DataConfig as LanguageData
-from kvbind.tasks.views.config import DataConfig as ViewData
+from kvbind.tasks.images.config import ImagesDataConfig as ImageData
+from kvbind.tasks.language.config import LanguageDataConfig as LanguageData
+from kvbind.tasks.views.config import ViewsDataConfig as ViewData
 from published import SYSTEMS
 
 LENGTH, CHUNK = 64, 8

@@ -10,7 +10,7 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed: make test-serv
 import torch  # noqa: E402
 from served import BLOCK, CHUNK, SERVED, VOCAB, forced, prompt, saved, tokenizer  # noqa: E402
 
-from kvbind.bench.models.serving import Load, answer  # noqa: E402
+from kvbind.bench.models.serving import RequestLoad, answer  # noqa: E402
 from kvbind.serving.sizes import RequestSize  # noqa: E402
 
 SIZE = 70
@@ -327,7 +327,7 @@ def test_what_cannot_be_served_is_one_clear_error(folder, model, options, messag
 
 
 def test_the_benchmark_counts_what_it_asked_for(folder, model):
-    load = Load(requests=6, prompt=100, answer=9, rate=50.0, running=3, step=64)
+    load = RequestLoad(requests=6, prompt=100, answer=9, rate=50.0, running=3, step=64)
     begin = time.perf_counter()
     found = answer(folder, load, 256, "float32")
     assert 0 < found["seconds"] < time.perf_counter() - begin

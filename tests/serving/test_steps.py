@@ -16,7 +16,7 @@ from kvbind.layers.lact import check_fits_lact_layer
 from kvbind.layers.layout import Layout
 from kvbind.models.lact.model import LactBlock
 from kvbind.serving.states import Pages, Pool, StateLayout
-from kvbind.serving.steps import Decoding, Pieces, PieceTails, Plan, Preparation, Step, advance
+from kvbind.serving.steps import Decoding, Pieces, PieceTails, Preparation, ServedStep, StepPlan, advance
 from models.lact_small import LADDER, exact, small_config
 
 CHUNK, PAGE = 5, 4
@@ -136,8 +136,8 @@ class Engine:
                 places = torch.tensor(seen) % (self.layout.places or 1)
                 found = Decoding(slots, places).advance(pages, self.pool, q, tokens)
             else:
-                plan = Plan.of(self.layout, bounds, seen, cpu)
-                found = advance(Step(plan, slots, pages), self.pool, q, tokens)
+                plan = StepPlan.of(self.layout, bounds, seen, cpu)
+                found = advance(ServedStep(plan, slots, pages), self.pool, q, tokens)
             found = self.finished(found)
         for sequence in given:
             self.forget_pages(sequence)
@@ -245,7 +245,7 @@ def test_matrices_that_are_not_updated_take_no_room():
 def test_a_chunk_that_a_step_ends_is_settled_by_the_next():
     with torch.device("meta"):
         layout = StateLayout.of(layer_of("rung0"))
-    plan = Plan.of(layout, [0, 1, 3], [CHUNK - 1, CHUNK], torch.device("cpu"))
+    plan = StepPlan.of(layout, [0, 1, 3], [CHUNK - 1, CHUNK], torch.device("cpu"))
     assert plan.fresh is None
     assert plan.later is None
     assert [(length, part.rows.tolist()) for length, part in plan.reads] == [(1, [0]), (2, [1])]

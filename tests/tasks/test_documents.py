@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from kvbind.tasks import sources
 from kvbind.tasks.contents import Contents
-from kvbind.tasks.documents import Files, Lines, Rows, Stream, Texts, is_held_out, split_of
-from kvbind.tasks.sources import Source
+from kvbind.tasks.documents import Lines, ParquetRows, TextFiles, Texts, TextStream, is_held_out, split_of
+from kvbind.tasks.sources import TextSource
 from kvbind.tasks.tables import Streamed
 
 
 def open_documents(where, split, **options):
-    return Source(str(where), **options).open(split)
+    return TextSource(str(where), **options).open(split)
 
 
 WORDS = [f"document number {i} says {'x' * i}" for i in range(40)]
@@ -49,8 +49,8 @@ def test_an_installed_package_is_a_source_of_its_own_files():
 
 def test_the_standard_library_is_split_into_disjoint_files_without_tests_or_installed_packages():
     train, held_out = (open_documents("stdlib", split) for split in ("train", "held_out"))
-    assert isinstance(train, Files)
-    assert isinstance(held_out, Files)
+    assert isinstance(train, TextFiles)
+    assert isinstance(held_out, TextFiles)
     assert train.root == Path(sysconfig.get_path("stdlib"))
     assert not set(train.names) & set(held_out.names)
     assert {"argparse.py", "json/decoder.py"} <= {*train.names, *held_out.names}
@@ -142,7 +142,7 @@ def test_a_column_that_is_not_there_is_named(tmp_path):
 def stream(tmp_path, split="train", shards=1):
     datasets, _ = tables(tmp_path)
     table = datasets.Dataset.from_dict({"text": WORDS}).to_iterable_dataset(num_shards=shards)
-    return Stream(Streamed(table, "text", "hub:words"), split, 0.3, "hub:words", Contents())
+    return TextStream(Streamed(table, "text", "hub:words"), split, 0.3, "hub:words", Contents())
 
 
 @pytest.mark.parametrize("kind", ["memory", "jsonl", "parquet"])
@@ -163,8 +163,8 @@ def test_a_stream_resumes_behind_any_document_in_another_epoch_too(tmp_path, kin
 
 def test_tables_are_streamed_on_demand_alone(tmp_path):
     _, files = tables(tmp_path)
-    for path, kind in zip(files, (Lines, Rows), strict=True):
-        assert isinstance(open_documents(path, "train", stream=True), Stream)
+    for path, kind in zip(files, (Lines, ParquetRows), strict=True):
+        assert isinstance(open_documents(path, "train", stream=True), TextStream)
         assert isinstance(open_documents(path, "train"), kind)
         with pytest.raises(ValueError, match=r"data\.column must be a column of"):
             open_documents(path, "train", stream=True, column="body")
@@ -260,7 +260,7 @@ def test_documents_too_few_to_be_divided_are_cut(tmp_path, kind):
             (tmp_path / name).write_text(text)
     # or this tests nothing
     assert len({is_held_out(name, fraction) for name in (texts if kind == "jsonl" else names)}) == 1
-    source = Source(str(tmp_path), fraction)
+    source = TextSource(str(tmp_path), fraction)
     train, held_out, whole = (source.open(split) for split in ("train", "held_out", None))
     assert list(train.once()) == ["a" * 70, "c" * 7]
     assert list(held_out.once()) == ["b" * 30, "d" * 3]

@@ -10,9 +10,9 @@ import pytest
 from image_files import class_folders, colour_image, idx_folder
 
 from kvbind.tasks.files import files_below, files_named, folders_in, hidden, inside, load_json, read_bytes, read_text
-from kvbind.tasks.images.sources import Source as Images
+from kvbind.tasks.images.sources import ImageSource as Images
 from kvbind.tasks.images.sources import idx_array
-from kvbind.tasks.sources import Source as Text
+from kvbind.tasks.sources import TextSource as Text
 
 UNSEEN = (".a.txt", "._a.txt", ".git/a.txt", "b/.ipynb_checkpoints/a-checkpoint.txt", "__MACOSX/a.txt", "a.txt~", "~$a.txt",
           "#a.txt#", "a.txt.swp", "a.txt.bak", "~b/a.txt")  # fmt: skip

@@ -11,7 +11,9 @@ from transformers import AutoModelForImageClassification
 from kvbind import InnerLoop, Linear, systems
 from kvbind.models import vittt
 from kvbind.tasks import images, open_task_module
-from kvbind.tasks.images import PRESETS, ImagesConfig, ImagesTask, ModelConfig, inner_loops, resolve, rows
+from kvbind.tasks.images import PRESETS, ImagesConfig, ImagesTask, inner_loops, resolve, rows
+from kvbind.tasks.images.augment import normalized
+from kvbind.tasks.images.config import ImagesModelConfig
 from kvbind.tasks.images.loading import Order, Reads, training_batches
 from kvbind.tasks.images.sources import InMemory
 from kvbind.train import latest_checkpoint, train
@@ -120,32 +122,32 @@ def test_rows_are_the_papers():
     found = rows(config)
     assert list(found) == list(names)
     for name, released in names.items():
-        loops = inner_loops(ModelConfig(inner=found[name]))
+        loops = inner_loops(ImagesModelConfig(inner=found[name]))
         assert (loops["heads"], loops["conv"]) == vittt.INNER_LOOPS[released], name
     # one linear layer; the heads lose their clipping, the convolution keeps it
-    assert inner_loops(ModelConfig(inner=found["rung3"]))["heads"].network == Linear()
-    last = inner_loops(ModelConfig(inner=found["rung6"]))
+    assert inner_loops(ImagesModelConfig(inner=found["rung3"]))["heads"].network == Linear()
+    last = inner_loops(ImagesModelConfig(inner=found["rung6"]))
     assert (last["heads"].clip, last["conv"].clip) == (False, True)
 
 
 def test_rows_start_from_the_configured_inner_loops(idx):
     config = small(idx, "model.inner.heads.loss=squared", "model.inner.conv.loss=squared", "model.inner.heads.steps=2")
     for name, row in rows(config).items():
-        loops = inner_loops(ModelConfig(inner=row))
+        loops = inner_loops(ImagesModelConfig(inner=row))
         assert (loops["heads"].loss, loops["heads"].steps, loops["conv"].loss) == ("squared", 2, "squared"), name
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (ModelConfig(size="vittt_basee"), r"model\.size must be one of .*did you mean 'vittt_base'"),
-        (ModelConfig(fields={"dept": 3}), r"model\.fields' keys must be one of .*did you mean 'depth'"),
+        (ImagesModelConfig(size="vittt_basee"), r"model\.size must be one of .*did you mean 'vittt_base'"),
+        (ImagesModelConfig(fields={"dept": 3}), r"model\.fields' keys must be one of .*did you mean 'depth'"),
         (
-            ModelConfig("h_vittt_tiny", fields={"patch_size": 8}),
+            ImagesModelConfig("h_vittt_tiny", fields={"patch_size": 8}),
             r"must not hold 'patch_size' with model\.size='h_vittt_tiny'",
         ),
-        (ModelConfig(inner={"head": {}}), r"model\.inner's keys must be one of 'heads', 'conv'; got 'head'"),
-        (ModelConfig(inner={"heads": {"updat": "last"}}), "did you mean 'update'"),
+        (ImagesModelConfig(inner={"head": {}}), r"model\.inner's keys must be one of 'heads', 'conv'; got 'head'"),
+        (ImagesModelConfig(inner={"heads": {"updat": "last"}}), "did you mean 'update'"),
     ],
 )
 def test_a_wrong_model_is_named(model, message):
@@ -421,5 +423,5 @@ def test_a_pipeline_sees_held_out_images_as_evaluation_does(folders, tmp_path):
         found = {x["label"]: x["score"] for x in classify(picture)}
     scores = model(pixels).logits.softmax(-1)[0].tolist()
     assert found == pytest.approx(dict(zip(task.names, scores, strict=True)), abs=1e-5)
-    every = [images.normalized(task.held_out_image(i)[0][None], [0.5] * 3, [0.25] * 3) for i in range(11)]
+    every = [normalized(task.held_out_image(i)[0][None], [0.5] * 3, [0.25] * 3) for i in range(11)]
     assert any(torch.allclose(pixels, x, atol=1e-5) for x in every)

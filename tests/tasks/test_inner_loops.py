@@ -8,6 +8,7 @@ import torch
 from kvbind import Anchor, InnerLoop, Linear, NewtonSchulz, systems
 from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.lact import LactLayer
+from kvbind.models import PRESETS as LANGUAGE_SIZES
 from kvbind.models.lact_nvs import LactNvs
 from kvbind.tasks import TASKS, images, language, open_task_module
 from kvbind.tasks.inner_loops import beneath, edited
@@ -69,7 +70,7 @@ def test_every_system_runs_from_every_preset_as_itself_or_says_why_not(task, pre
     if named.orthogonalize is not None:
         named = named.replace(orthogonalize=named.orthogonalize.replace(dtype=found.orthogonalize.dtype))
     if name == "lact_llm":
-        named = named.replace(chunk=language.SIZES[config.model.size]["inner"].chunk)
+        named = named.replace(chunk=LANGUAGE_SIZES[config.model.size]["inner"].chunk)
     assert found == named
 
 

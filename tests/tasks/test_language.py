@@ -12,13 +12,12 @@ from kvbind.tasks.language import (
     PRESETS,
     LanguageConfig,
     LanguageTask,
-    ModelConfig,
     inner_loop,
     open_trained,
-    positions,
     resolve,
-    token_losses,
 )
+from kvbind.tasks.language.config import LanguageModelConfig
+from kvbind.tasks.language.task import positions, token_losses
 from kvbind.tasks.tokenizers import Bytes
 from kvbind.train import train
 from kvbind.train.config import read_config, to_yaml, what_matters
@@ -64,18 +63,21 @@ def test_the_inner_loop_is_a_named_system_with_edits():
     expected = systems.lact_llm(chunk=64).replace(
         update="last", network=Linear(), orthogonalize=NewtonSchulz(dtype=torch.float32)
     )
-    assert inner_loop(ModelConfig(size="tiny", inner=edits)) == expected
-    assert inner_loop(ModelConfig(inner={"system": "delta_net", "chunk": 4})) == systems.delta_net(chunk=4)
-    assert inner_loop(ModelConfig(inner=expected.to_dict())) == expected
+    assert inner_loop(LanguageModelConfig(size="tiny", inner=edits)) == expected
+    assert inner_loop(LanguageModelConfig(inner={"system": "delta_net", "chunk": 4})) == systems.delta_net(chunk=4)
+    assert inner_loop(LanguageModelConfig(inner=expected.to_dict())) == expected
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (ModelConfig(size="tinny"), r"model\.size must be one of .*\(did you mean 'tiny'\?\)"),
-        (ModelConfig(inner={"system": "lact_lm"}), r"did you mean 'lact_llm'"),
-        (ModelConfig(inner={"updat": "last"}), r"did you mean 'update'"),
-        (ModelConfig(fields={"ttt_form": "auto"}), r"model\.fields must not hold 'ttt_form', which model\.ttt_form gives"),
+        (LanguageModelConfig(size="tinny"), r"model\.size must be one of .*\(did you mean 'tiny'\?\)"),
+        (LanguageModelConfig(inner={"system": "lact_lm"}), r"did you mean 'lact_llm'"),
+        (LanguageModelConfig(inner={"updat": "last"}), r"did you mean 'update'"),
+        (
+            LanguageModelConfig(fields={"ttt_form": "auto"}),
+            r"model\.fields must not hold 'ttt_form', which model\.ttt_form gives",
+        ),
     ],
 )
 def test_a_wrong_model_is_named(model, message):
@@ -85,7 +87,7 @@ def test_a_wrong_model_is_named(model, message):
 
 def test_a_system_comes_with_its_layer_until_told_otherwise():
     def made(inner, fields=None):
-        return resolve(LanguageConfig(model=ModelConfig(inner=inner, fields=fields or {}))).model.fields
+        return resolve(LanguageConfig(model=LanguageModelConfig(inner=inner, fields=fields or {}))).model.fields
 
     own = systems.PROJECTIONS["delta_net"]
     assert made({"system": "delta_net"})["projections"] == own.to_dict()
@@ -94,7 +96,7 @@ def test_a_system_comes_with_its_layer_until_told_otherwise():
     assert made({"system": "delta_net"}, {"projections": "kda"})["projections"] == systems.PROJECTIONS["kda"].to_dict()
     assert "projections" not in made({"system": "lact_llm"})
     assert "projections" not in made({})
-    resolved = resolve(LanguageConfig(model=ModelConfig(inner={"system": "delta_net"})))
+    resolved = resolve(LanguageConfig(model=LanguageModelConfig(inner={"system": "delta_net"})))
     assert resolve(resolved) == resolved
     for fields, message in (
         ({"projections": "delta_nett"}, r"did you mean 'delta_net'"),

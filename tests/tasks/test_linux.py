@@ -7,7 +7,7 @@ import pytest
 
 from kvbind.tasks import linux
 from kvbind.tasks.language import Config, Task
-from kvbind.tasks.sources import Source
+from kvbind.tasks.sources import TextSource
 from kvbind.train.config import load_config
 
 TREE = {
@@ -43,7 +43,7 @@ def place(tmp_path, monkeypatch):
 
 
 def texts(where="linux", split=None):
-    found = Source(where).open(split)
+    found = TextSource(where).open(split)
     return dict(zip(found.folders, found.once(), strict=True))
 
 
@@ -68,11 +68,11 @@ def test_folders_are_split_by_a_hash_of_their_paths_and_subsystems_apart_are_in_
 
 def test_unpacked_it_is_the_same_text_under_the_same_name(place, monkeypatch):
     tarball = write_tarball(place / "linux-source-6.1.tar.xz")
-    packed, found = Source("linux").open("train"), texts()
+    packed, found = TextSource("linux").open("train"), texts()
     with tarfile.open(tarball) as archive:
         archive.extractall(place, filter="data")
     assert linux.found() == place / "linux-source-6.1"
-    unpacked = Source("linux").open("train")
+    unpacked = TextSource("linux").open("train")
     assert texts() == found
     assert unpacked.fingerprint() == packed.fingerprint()
     assert unpacked.contents() == packed.contents()
@@ -93,13 +93,13 @@ def test_where_it_is_missing_the_error_says_how_to_install_it(place, monkeypatch
         with pytest.raises(
             ValueError, match=r"linux-source-\*\.tar\.xz here: apt-get install linux-source \(or set KVBIND_L"
         ):
-            Source(name).open(None)
+            TextSource(name).open(None)
     monkeypatch.setenv(linux.VARIABLE, str(place / "nothing"))
     with pytest.raises(ValueError, match=r"KVBIND_LINUX must name a tarball or folder that exists; got '.*nothing'"):
-        Source("linux").open(None)
+        TextSource("linux").open(None)
     monkeypatch.setenv(linux.VARIABLE, str(place))
     with pytest.raises(ValueError, match=r"KVBIND_LINUX must name the Linux kernel's source; .* holds no such C files"):
-        Source("linux").open(None)
+        TextSource("linux").open(None)
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage"])
@@ -108,7 +108,7 @@ def test_a_broken_tarball_is_named(place, damage):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"no archive at all" * 100)
     with pytest.raises(ValueError, match=r"linux-source-6\.1\.tar\.xz must be a whole tar archive; "):
-        Source("linux").open(None)
+        TextSource("linux").open(None)
 
 
 def test_an_archive_beyond_its_limit_is_refused(place, monkeypatch):

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbind.tasks.documents import Texts
-from kvbind.tasks.packing import IGNORED, Packed, Place, Stream, collate, cut, evaluation_batches, load_batches
-from kvbind.tasks.sources import Source
+from kvbind.tasks.packing import IGNORED, Packed, WindowStart, WindowStream, collate, cut, evaluation_batches, load_batches
+from kvbind.tasks.sources import TextSource
 from kvbind.tasks.tokenizers import Bytes
 from kvbind.train.ranks import WHOLE, Share, united
 
@@ -31,8 +31,8 @@ def ids(batches):
 
 
 def test_a_window_holds_consecutive_text_and_the_next_goes_on_where_it_stopped():
-    stream = Stream(packed(window=9), 0, Place())
-    here, texts = Place(), []
+    stream = WindowStream(packed(window=9), 0, WindowStart())
+    here, texts = WindowStart(), []
     for _ in range(5):
         samples, here = stream.fill(here)
         assert len(samples) == 9
@@ -163,8 +163,8 @@ def test_joined_documents_are_plain_rows():
 
 def test_a_document_longer_than_a_window_is_read_to_its_end():
     long = "".join(chr(97 + i % 26) for i in range(1000))
-    stream = Stream(packed([long], window=3), 0, Place())
-    here, seen = Place(), ""
+    stream = WindowStream(packed([long], window=3), 0, WindowStart())
+    here, seen = WindowStart(), ""
     for _ in range(13):
         samples, here = stream.fill(here)
         seen += "".join(Bytes().decode(sample.ids.tolist()) for sample in samples)
@@ -210,7 +210,7 @@ def streamed(request, tmp_path, monkeypatch):
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         else:
             datasets.Dataset.from_dict({"text": texts}).to_parquet(path)
-    documents = Source(str(tmp_path), held_out=1e-9, stream=True).open("train")
+    documents = TextSource(str(tmp_path), held_out=1e-9, stream=True).open("train")
 
     def batches(count, streams, workers=0, position=None, share=WHOLE):
         reading = Packed(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kvbind.tasks import recall
-from kvbind.tasks.recall import PRESETS, DataConfig, RecallConfig, RecallTask, SoftmaxMixer, draw
+from kvbind.tasks.recall import PRESETS, RecallConfig, RecallDataConfig, RecallTask, SoftmaxMixer, draw
 from kvbind.train import train
 from kvbind.train.config import read_config, to_yaml
 from kvbind.train.ranks import Share
@@ -43,7 +43,7 @@ class Lookup(nn.Module):
 @given(st.data(), st.integers(4, 60), st.integers(16, 90), st.integers(0, 99))
 def test_every_key_comes_once_more_behind_all_pairs_and_is_answered_by_its_value(data, length, vocabulary, seed):
     pairs = data.draw(st.integers(1, min(length // 4, vocabulary // 2 - 1)))
-    config = DataConfig(vocabulary=vocabulary, length=length, pairs=[pairs])
+    config = RecallDataConfig(vocabulary=vocabulary, length=length, pairs=[pairs])
     batch, again, other = (draw(config, pairs, 3, 1, number) for number in (seed, seed, seed + 1))
     ids, places, answers = batch["input_ids"], batch["places"], batch["answers"]
     keys, values = ids[:, : 2 * pairs].unflatten(1, (pairs, 2)).unbind(-1)
@@ -63,7 +63,7 @@ def test_every_key_comes_once_more_behind_all_pairs_and_is_answered_by_its_value
 
 def test_places_follow_the_power_law():
     pairs, rows = 1, 20000
-    config = DataConfig(vocabulary=8, length=18, pairs=[pairs], power=0.5)
+    config = RecallDataConfig(vocabulary=8, length=18, pairs=[pairs], power=0.5)
     slots = (draw(config, pairs, rows, 7)["places"].flatten() - 2 * pairs) // 2
     weights = torch.arange(1, 9, dtype=torch.float64) ** (0.5 - 1)
     expected = weights / weights.sum()

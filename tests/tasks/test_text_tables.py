@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from kvbind.tasks.sources import Source
+from kvbind.tasks.sources import TextSource
 from kvbind.tasks.tables import JsonLines, block
 
 
@@ -16,7 +16,7 @@ def datasets_cache(tmp_path, monkeypatch):
 
 
 def texts(where, stream, **options):
-    return list(Source(str(where), stream=stream, **options).open(None).once())
+    return list(TextSource(str(where), stream=stream, **options).open(None).once())
 
 
 def jsonl(path, *rows):
@@ -141,7 +141,7 @@ def test_tables_without_any_text_say_so(tmp_path, stream, content):
     if stream and "text" in content:
         return  # known when the split is asked for, as a stream is not gone through beforehand
     with pytest.raises(ValueError, match=r"data\.source .* holds no text"):
-        Source(str(tmp_path), stream=stream).open("train")
+        TextSource(str(tmp_path), stream=stream).open("train")
 
 
 def test_a_reading_that_goes_on_in_an_edited_file_starts_with_a_whole_line(tmp_path):

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import nn
 
 from kvbind import Linear, systems
-from kvbind.experiments.runs import load_model, open_run, run_name, train_run
+from kvbind.experiments.training.runs import load_model, open_run, run_name, train_run
 from kvbind.inner import InnerLoop
 from kvbind.models.lact_nvs import LactNvs, LactNvsConfig
 from kvbind.tasks import open_task_module, views
 from kvbind.tasks.views import pool
-from kvbind.tasks.views.config import LossConfig, ModelConfig, ProceduralConfig
+from kvbind.tasks.views.config import LossConfig, ProceduralConfig, ViewsModelConfig
 from kvbind.tasks.views.metrics import nearest_inputs, psnr, ssim
 from kvbind.tasks.views.render import first_scenes, turntable, write_pictures
 from kvbind.tasks.views.task import predict
@@ -91,11 +91,11 @@ def test_every_row_is_a_model_that_trains(row, tmp_path):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (ModelConfig(size="tinny"), r"model\.size must be one of .*\(did you mean 'tiny'\?\)"),
-        (ModelConfig(inner={"updat": "last"}), r"did you mean 'update'"),
-        (ModelConfig(inner={"momentum": True}), "momentum"),
-        (ModelConfig(fields={"dims": 3}), r"did you mean 'dim'"),
-        (ModelConfig(fields={"inner": {}}), r"model\.fields must not hold 'inner', which model\.inner gives"),
+        (ViewsModelConfig(size="tinny"), r"model\.size must be one of .*\(did you mean 'tiny'\?\)"),
+        (ViewsModelConfig(inner={"updat": "last"}), r"did you mean 'update'"),
+        (ViewsModelConfig(inner={"momentum": True}), "momentum"),
+        (ViewsModelConfig(fields={"dims": 3}), r"did you mean 'dim'"),
+        (ViewsModelConfig(fields={"inner": {}}), r"model\.fields must not hold 'inner', which model\.inner gives"),
     ],
 )
 def test_a_wrong_model_is_named(model, message):

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from kvbind.models.lact_nvs import invert_pose, project
-from kvbind.tasks.views.chunks import Chunks, load_chunk
-from kvbind.tasks.views.config import DataConfig
+from kvbind.tasks.views.chunks import ViewChunks, load_chunk
+from kvbind.tasks.views.config import ViewsDataConfig
 from kvbind.tasks.views.drawing import Batches, draw_views, evaluation_batches, load_batches, scene_order
 from kvbind.tasks.views.orbit import look_at
 from kvbind.tasks.views.pictures import open_picture, resize_and_crop
@@ -73,7 +73,7 @@ def write_chunks(folder, scenes, views=6, first=0):
 
 
 def small(**fields):
-    return DataConfig(**({"size": (8, 8), "inputs": 2, "targets": 3, "batch": 2, "held_out": 0.4} | fields))
+    return ViewsDataConfig(**({"size": (8, 8), "inputs": 2, "targets": 3, "batch": 2, "held_out": 0.4} | fields))
 
 
 def test_resizing_and_cropping_keep_what_pixels_show():
@@ -352,7 +352,7 @@ def test_hidden_scenes_and_chunks_are_none(tmp_path):
     assert open_training(small(source=str(tmp_path), held_out_source="procedural")).files == ("s0/scene.json",)
     (tmp_path / "index.json").write_text("[]")
     (tmp_path / "._a.torch").write_bytes(b"\0\5\x16\7")
-    assert not Chunks.recognizes(tmp_path)
+    assert not ViewChunks.recognizes(tmp_path)
 
 
 def test_chunks_that_were_compressed_or_hold_something_else_are_refused(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kvbind.train import train
-from kvbind.train.offload import HostMemory, Kept
+from kvbind.train.offload import HostMemory, OffloadedTensor
 from kvbind.train.recompute import recompute
 from train.toy import Toy, config, make_model
 
@@ -85,13 +85,13 @@ def test_a_training_run_is_the_same_to_the_last_bit(tmp_path):
 
 def test_at_most_two_tensors_are_on_the_device_at_a_time(monkeypatch):
     """Counted at every moment that one is kept or fetched, forward and backward."""
-    alive: list[weakref.ref[Kept]] = []
+    alive: list[weakref.ref[OffloadedTensor]] = []
     most = {"kept": 0, "fetched": 0}
 
     class Counted(HostMemory):
         def keep(self, x):
             kept = super().keep(x)
-            if isinstance(kept, Kept):
+            if isinstance(kept, OffloadedTensor):
                 alive.append(weakref.ref(kept))
             self.count("kept")
             return kept
@@ -99,7 +99,7 @@ def test_at_most_two_tensors_are_on_the_device_at_a_time(monkeypatch):
         def fetch(self, kept):
             x = super().fetch(kept)
             # the one that is handed out is in use, and no longer counted as kept
-            self.count("fetched", isinstance(kept, Kept))
+            self.count("fetched", isinstance(kept, OffloadedTensor))
             return x
 
         def count(self, when, more=0):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvbind.train import ranks
 from kvbind.train.config import ParallelConfig
-from kvbind.train.parallel import Layout
+from kvbind.train.parallel import MeshLayout
 from kvbind.train.ranks import Share, agreed_word, united
 
 
@@ -77,7 +77,7 @@ def test_plain_data_of_several_processes_are_united_key_by_key():
 def test_a_layout_that_does_not_fit_is_refused(fields, message, monkeypatch):
     monkeypatch.setattr("kvbind.train.parallel.ranks", lambda: 8)
     with pytest.raises(ValueError, match=message):
-        Layout.of(ParallelConfig(**fields), torch.device("cpu"))
+        MeshLayout.of(ParallelConfig(**fields), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class Commands(typer.Typer):
     """Commands in whose paths `~` stands for the user's home, which no shell puts there in `--out=~/run`."""
 
     def command(self, *names: Any, **options: Any) -> Any:
-        """As typer's."""
+        """As typer's own, with paths made whole before the command sees them."""
         enter = super().command(*names, **options)
 
         def entered(function: Callable[..., None]) -> Callable[..., None]:

@@ -1,8 +1,10 @@
-"""One module per table and figure of the paper."""
+"""One module per table and figure of the paper, and per study beyond it."""
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
+from pathlib import Path
 from types import ModuleType
 
 EXPERIMENTS = {
@@ -21,9 +23,12 @@ EXPERIMENTS = {
     "simplify": "a trained full system with a simpler inner loop, fine-tuned: how much of training from scratch that saves",
     "explorer": "every row's layers on a held-out input, prepared for the explorer of kvbind report",
 }
-"""What `kvbind reproduce` knows, and what each shows; the module has the same name and a function `reproduce`."""
+"""What `kvbind reproduce` knows, and what each shows; a module below has the same name, and a function `reproduce`."""
 
 
 def open_experiment(name: str) -> ModuleType:
-    """The module of an experiment among `EXPERIMENTS`."""
-    return importlib.import_module(f"kvbind.experiments.{name}")
+    """The module of an experiment among `EXPERIMENTS`, in whichever folder it is."""
+    here = Path(__file__).parent
+    folders = {"": here, **{f"{folder.name}.": folder for folder in here.iterdir()}}
+    (place,) = (place for place, x in folders.items() if name in {module.name for module in pkgutil.iter_modules([str(x)])})
+    return importlib.import_module(f"{__name__}.{place}{name}")

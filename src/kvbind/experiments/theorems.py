@@ -21,9 +21,10 @@ from kvbind import GLU, DepthwiseConv, InnerLoop, LinearAttention, explain, line
 from kvbind.bench.harness.named_operands import NARROW, arguments, draw_leaves, in_precision, run, weights_of
 from kvbind.bench.harness.operands import Size
 from kvbind.bench.verify.accuracy import relative_error
-from kvbind.experiments import figures
-from kvbind.experiments.figures import picture
-from kvbind.experiments.findings import Findings, Request, Verdict, write_findings
+from kvbind.experiments import plotting
+from kvbind.experiments.plotting import picture
+from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.request import Request
 from kvbind.experiments.subjects import NONE
 from kvbind.inner.gates import decays
 from kvbind.inner.value import check_choice
@@ -48,7 +49,7 @@ class Setting:
     Attributes:
         batch: sequences.
         tokens: per sequence; a square, as the depthwise convolution reads a grid.
-        heads: of each.
+        heads: of each sequence.
         width: channels of queries, keys and values, per head.
         hidden: width of fast networks.
         chunk: tokens in a chunk at most; no divisor of `tokens`, so that the last one stays incomplete.
@@ -72,7 +73,7 @@ class Claim:
 
     Attributes:
         name: short.
-        says: what.
+        says: the claim, in a sentence.
         concerns: whether it says something of an inner loop.
     """
 
@@ -129,7 +130,7 @@ class Checked:
     """An inner loop that was checked.
 
     Attributes:
-        spec: which.
+        spec: the inner loop.
         float64: errors in float64.
         float32: errors in float32.
         written: the norm of what writes bring to the outputs, over that of the outputs.
@@ -202,7 +203,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     """Check every theorem on every inner loop, and write the report.
 
     Args:
-        options: the fields of `kvbind.experiments.findings.Request`; the operands are random, the same for every task.
+        options: the fields of `kvbind.experiments.request.Request`; the operands are random, the same for every task.
 
     Returns:
         What `results.json` holds.
@@ -308,20 +309,20 @@ def draw_operators(path: Path, shown: Mapping[str, Checked]) -> None:
             ax.set_yticks([])
             ax.grid(visible=False)
             ax.spines[:].set_visible(True)
-            ax.spines[:].set_color(figures.GRID)
+            ax.spines[:].set_color(plotting.GRID)
         for ax in axes[len(shown) :]:
             ax.set_axis_off()
         fig.supxlabel(
             "Row t: how much the output at token t holds of each token's effective value; red positive, blue negative, each "
             "panel to its own scale.",
-            fontsize=8.5, color=figures.MUTED,
+            fontsize=8.5, color=plotting.MUTED,
         )  # fmt: skip
 
 
 def draw_errors(path: Path, checked: Mapping[str, list[Checked]]) -> None:
     """A line of dots per inner loop on a logarithmic axis: each way of evaluating it, in each precision."""
     names = list(checked)
-    kinds = {"state": figures.BLUE, "matrix": figures.ORANGE, "parallel": figures.GREEN}
+    kinds = {"state": plotting.BLUE, "matrix": plotting.ORANGE, "parallel": plotting.GREEN}
     with picture(path, 8.6, 0.21 * len(names) + 1.2) as fig:
         ax = fig.subplots()
         for kind, colour in kinds.items():
@@ -336,7 +337,7 @@ def draw_errors(path: Path, checked: Mapping[str, list[Checked]]) -> None:
                     markerfacecolor=face, label=f"{kind}, {precision}",
                 )  # fmt: skip
         for limit in (LIMIT, FLOAT32_LIMIT):
-            ax.axvline(limit, color=figures.MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+            ax.axvline(limit, color=plotting.MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         ax.set_xscale("log")
         places = [10.0**i for i in range(-16, 0, 2)]
         ax.set_xticks([EQUAL, *places], ["equal", *(f"{x:.0e}" for x in places)])

@@ -6,7 +6,6 @@ several, gradients renewed at each, gates per head or per key channel, before th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,12 +18,8 @@ from kvbind.inner.spec import InnerLoop
 from kvbind.kernels.common.devices import runs_on
 from kvbind.kernels.common.operands import DTYPES
 
-WIDTHS, SHOWN_WIDTHS = range(16, 257), range(16, 129)
-"""Of keys and values: those that `kvbind.kernels.affine` takes, and those of which it was shown on a GPU that what the
-compiler makes of it is right. Compilers for Hopper have got such kernels wrong; `KVBIND_KERNELS=force` takes the others."""
-
-SHOWN_DTYPES = (torch.bfloat16,)
-"""The same of dtypes, of those that kernels take."""
+WIDTHS = range(16, 257)
+"""Of keys and values: those that `kvbind.kernels.affine` takes."""
 
 
 def unlike_recurrence(spec: InnerLoop, visibilities: Sequence[str], extensions: Sequence[str]) -> str | None:
@@ -63,12 +58,8 @@ def call_obstacle(call: Operands) -> str | None:
         return f"kernels do not run on {q.device}, or not now"
     if q.dtype not in DTYPES or {tokens.k.dtype, tokens.v.dtype} != {q.dtype} or call.state.dtype != torch.float32:
         return f"q, k and v must have one dtype that kernels take; got {q.dtype}, {tokens.k.dtype}, {tokens.v.dtype}"
-    forced = os.environ.get("KVBIND_KERNELS") == "force"
-    if not forced and q.dtype not in SHOWN_DTYPES:
-        return f"on GPUs it was shown to be right in bfloat16 alone; got {q.dtype} (KVBIND_KERNELS=force takes it)"
-    widths = WIDTHS if forced else SHOWN_WIDTHS
-    if q.shape[-1] not in widths or tokens.v.shape[-1] not in widths:
-        most = f"{widths.start} to {widths.stop - 1}"
+    if q.shape[-1] not in WIDTHS or tokens.v.shape[-1] not in WIDTHS:
+        most = f"{WIDTHS.start} to {WIDTHS.stop - 1}"
         return f"keys and values must have {most} channels; got {q.shape[-1]} and {tokens.v.shape[-1]}"
     if not q.numel():
         return "there must be tokens; got none"

@@ -108,8 +108,10 @@ OPERATORS = (
     Operator("simple_gla", "chunk_simple_gla", "dot", "head", hopper="none"),
     Operator("gla", "chunk_gla", "dot", "key"),
     Operator("delta_rule", "chunk_delta_rule", "squared", widest=256),
-    Operator("gated_delta_rule", "chunk_gated_delta_rule", "squared", "head", widest=256, hopper="tilelang"),
-    Operator("kda", "chunk_kda", "squared", "key", widest=256),
+    Operator(
+        "gated_delta_rule", "chunk_gated_delta_rule", "squared", "head", widest=256, hopper="tilelang", faster=("forward",)
+    ),
+    Operator("kda", "chunk_kda", "squared", "key", widest=256, faster=("forward",)),
 )
 
 

@@ -19,7 +19,7 @@ from kvbind.hardware import ACCELERATORS, recognized
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import ladder
 from kvbind.models import PRESETS, LactConfig
-from kvbind.plan.costs import Job, Mesh, memory, seconds
+from kvbind.plan.costs import Mesh, PlannedTraining, memory, seconds
 from kvbind.train.files import write_text
 
 SHIPPED = Path(__file__).parent / "calibration.json"
@@ -29,7 +29,7 @@ BLOCK_BYTES = 1.0
 
 
 @dataclass(frozen=True)
-class Point:
+class MeasuredPoint:
     """One measured training step.
 
     Attributes:
@@ -40,8 +40,8 @@ class Point:
         form: "parallel" or "recurrent".
         length: tokens in a sequence.
         batch: sequences in a step.
-        recompute: as in `Job`.
-        gather_bytes: as in `Job`.
+        recompute: as in `PlannedTraining`.
+        gather_bytes: as in `PlannedTraining`.
         mesh: replicate, shard and sequence.
         tokens_per_second: of all GPUs.
         peak_bytes: of the fullest GPU; None where it was not measured.
@@ -66,10 +66,10 @@ class Point:
         return Mesh(*self.mesh)
 
     @cached_property
-    def job(self) -> Job:
+    def job(self) -> PlannedTraining:
         """What was trained."""
         config = LactConfig(**{**PRESETS[self.preset], "inner": rung_of(self.preset, self.rung), "ttt_form": self.form})
-        return Job(
+        return PlannedTraining(
             config,
             self.length,
             self.batch,
@@ -115,7 +115,7 @@ class Calibration:
     efficiency: dict[str, float]
     block_bytes: float
     exposed: float | None
-    points: tuple[Point, ...]
+    points: tuple[MeasuredPoint, ...]
 
     def efficiency_for(self, hardware: str, rung: str, form: str) -> tuple[float, str]:
         """The efficiency to use, and the key it was measured under: of the nearest point there is.
@@ -134,7 +134,7 @@ class Calibration:
         chosen = min(self.efficiency, key=distance)
         return self.efficiency[chosen], chosen
 
-    def predicted(self, point: Point) -> tuple[float, float]:
+    def predicted(self, point: MeasuredPoint) -> tuple[float, float]:
         """Tokens per second and peak bytes that the formulas give for a measured point."""
         job, mesh = point.job, point.on
         efficiency, _ = self.efficiency_for(point.hardware, point.rung, point.form)
@@ -176,7 +176,7 @@ class Calibration:
         return text
 
 
-def read_points(path: Path) -> list[Point]:
+def read_points(path: Path) -> list[MeasuredPoint]:
     """The measured points of a file of results, of `kvbind bench step` or `kvbind bench scaling`.
 
     Raises:
@@ -187,7 +187,7 @@ def read_points(path: Path) -> list[Point]:
         return _points(path.name, record)
 
 
-def _points(name: str, record: Any) -> list[Point]:
+def _points(name: str, record: Any) -> list[MeasuredPoint]:
     hardware = recognized(record["machine"]["device"]) if isinstance(record, dict) and "machine" in record else None
     if hardware is None or "rows" not in record:
         raise ValueError(f"there are no rows, or not of one of {', '.join(ACCELERATORS)}")
@@ -205,7 +205,7 @@ def _points(name: str, record: Any) -> list[Point]:
                 "recompute": "block",
             }  # fmt: skip
         points.append(
-            Point(
+            MeasuredPoint(
                 name,
                 hardware,
                 row.get("preset", config.get("preset")),
@@ -219,7 +219,7 @@ def _points(name: str, record: Any) -> list[Point]:
     return points
 
 
-def calibrate(points: Sequence[Point]) -> Calibration:
+def calibrate(points: Sequence[MeasuredPoint]) -> Calibration:
     """Fit the coefficients to measured points.
 
     An efficiency is the median over the points of one GPU (of the fewest GPUs, where there is none), the bytes of a block
@@ -243,7 +243,7 @@ def calibrate(points: Sequence[Point]) -> Calibration:
     return Calibration(efficiency, block, exposed, tuple(points))
 
 
-def _efficiency(point: Point) -> float:
+def _efficiency(point: MeasuredPoint) -> float:
     """What `seconds` needs as efficiency to give the measured time, communication counted in full."""
     job, hardware = point.job, ACCELERATORS[point.hardware]
     at_one = seconds(job, point.on, hardware, 1.0, 1.0)
@@ -251,14 +251,14 @@ def _efficiency(point: Point) -> float:
     return at_one.compute / max(measured - (at_one.total - at_one.compute), at_one.compute)
 
 
-def _block_bytes(point: Point) -> float:
+def _block_bytes(point: MeasuredPoint) -> float:
     """What `memory` needs as bytes of a block to give the measured peak."""
     job, mesh = point.job, point.on
     none, one = (memory(job, mesh, value).total for value in (0.0, BLOCK_BYTES))
     return max(float(point.peak_bytes or 0) - none, 0.0) / (one - none) * BLOCK_BYTES
 
 
-def _exposed(points: Iterable[Point], efficiency: dict[str, float]) -> float:
+def _exposed(points: Iterable[MeasuredPoint], efficiency: dict[str, float]) -> float:
     """The least-squares fit of the share of communication by which steps on several GPUs were longer, relative errors."""
     above = below = 0.0
     for point in points:
@@ -289,5 +289,5 @@ def load_calibration(path: Path = SHIPPED) -> Calibration:
     points = []
     for fields in plain["points"]:
         fields.pop("errors", None)
-        points.append(Point(**{**fields, "mesh": tuple(fields["mesh"])}))
+        points.append(MeasuredPoint(**{**fields, "mesh": tuple(fields["mesh"])}))
     return Calibration(plain["efficiency"], plain["block_bytes"], plain["exposed"], tuple(points))

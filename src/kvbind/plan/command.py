@@ -11,21 +11,23 @@ from typing import Any
 
 from rich.console import Console
 
-from kvbind.experiments.provenance import command
 from kvbind.hardware import accelerator
 from kvbind.models import LactConfig
 from kvbind.plan.calibration import Calibration, load_calibration, read_points, rung_name, save_calibration
 from kvbind.plan.calibration import calibrate as fit
-from kvbind.plan.costs import Job
-from kvbind.plan.planner import Plan, plan
+from kvbind.plan.costs import PlannedTraining
+from kvbind.plan.planner import MeshPlan, plan
 from kvbind.plan.planner import overrides as edits_of
 from kvbind.plan.report import Budget, as_data, show
+from kvbind.provenance import command
 from kvbind.tasks import language
 from kvbind.train.config import read_config
 from kvbind.train.files import write_text
 
 
-def job_of(preset: str, overrides: Sequence[str], tokens: int | None, batch: int | None, recompute: str) -> tuple[Job, int]:
+def job_of(
+    preset: str, overrides: Sequence[str], tokens: int | None, batch: int | None, recompute: str
+) -> tuple[PlannedTraining, int]:
     """What a configuration of the language task trains, and the tokens of all its steps.
 
     The vocabulary is that of the model's size: to know the tokenizer's, it would have to be opened.
@@ -35,7 +37,7 @@ def job_of(preset: str, overrides: Sequence[str], tokens: int | None, batch: int
         overrides: `key=value` edits of it.
         tokens: in a sequence, in place of the configuration's.
         batch: sequences in a step; default as many as keep a step's tokens what they are, and at least one.
-        recompute: as `Job` takes it.
+        recompute: as `PlannedTraining` takes it.
 
     Raises:
         ValueError, TypeError: a configuration that does not fit.
@@ -47,7 +49,7 @@ def job_of(preset: str, overrides: Sequence[str], tokens: int | None, batch: int
     length = tokens or config.data.length
     size = config.model.size if not config.model.fields else ""
     gather = 2 if getattr(config.train, "gather", "float32") == "bfloat16" else 4
-    job = Job(
+    job = PlannedTraining(
         LactConfig(**fields),
         length,
         batch or max(1, per_step // length),
@@ -60,18 +62,18 @@ def job_of(preset: str, overrides: Sequence[str], tokens: int | None, batch: int
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedCounts:
     """Plans of one configuration for some numbers of GPUs.
 
     Attributes:
         plans: one per number.
         title: what is trained, and on what.
         budget: for how long.
-        calibration: from what.
+        calibration: what efficiencies were taken from.
         training: the command that trains, to which a plan's overrides are added.
     """
 
-    plans: list[Plan]
+    plans: list[MeshPlan]
     title: str
     budget: Budget
     calibration: Calibration
@@ -89,7 +91,7 @@ def make_plans(
     recompute: str = "block",
     budget: float | None = None,
     price: float | None = None,
-) -> Planned:
+) -> PlannedCounts:
     """Plan a configuration of the language task; see the options of `kvbind plan`.
 
     Raises:
@@ -113,7 +115,7 @@ def make_plans(
     decided = {edit.partition("=")[0] for one in plans for edit in edits_of(one.options[0])}
     kept = [edit for edit in overrides if edit.partition("=")[0] not in decided]
     training = " ".join([f"kvbind train language --preset {preset}", *kept])
-    return Planned(plans, title, spent, calibration, training)
+    return PlannedCounts(plans, title, spent, calibration, training)
 
 
 def run_plan(
@@ -129,9 +131,9 @@ def run_plan(
     """Plan and show.
 
     Args:
-        preset: as `make_plans` takes it, like `gpus`, `overrides` and further options.
-        gpus: as there.
-        overrides: as there.
+        preset: as `make_plans` takes it, like the further options.
+        gpus: numbers of GPUs, as `make_plans` takes them.
+        overrides: edits of the preset, as `make_plans` takes them.
         console: where to show.
         calibrate: results to calibrate from first.
         write: a JSON file to write everything to.

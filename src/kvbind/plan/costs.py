@@ -82,7 +82,7 @@ class Mesh:
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedTraining:
     """What is trained.
 
     Attributes:
@@ -238,12 +238,12 @@ class Memory:
         return float(sum(getattr(self, part.name) for part in fields(self)))
 
 
-def memory(job: Job, mesh: Mesh, block_bytes: float) -> Memory:
+def memory(job: PlannedTraining, mesh: Mesh, block_bytes: float) -> Memory:
     """What one GPU holds.
 
     Args:
         job: what is trained.
-        mesh: on what.
+        mesh: how many GPUs along each dimension.
         block_bytes: per token and channel of the residual stream, of everything that one block keeps while its backward pass
             runs; measured.
     """
@@ -278,14 +278,14 @@ def memory(job: Job, mesh: Mesh, block_bytes: float) -> Memory:
     )
 
 
-def host_bytes(job: Job, mesh: Mesh) -> float:
+def host_bytes(job: PlannedTraining, mesh: Mesh) -> float:
     """What one GPU keeps in its host's memory: the inputs of all blocks, or nothing."""
     config = job.config
     return 4.0 * config.num_hidden_layers * config.hidden_size * job.length / mesh.sequence * (job.recompute == "offload")
 
 
 @dataclass(frozen=True)
-class Traffic:
+class StepTraffic:
     """Bytes that one GPU receives in an optimizer step.
 
     Attributes:
@@ -306,11 +306,11 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        """All bytes."""
+        """The bytes of all parts together."""
         return self.gather + self.scatter + self.reduce + self.states + self.halo
 
 
-def traffic(job: Job, mesh: Mesh) -> Traffic:
+def traffic(job: PlannedTraining, mesh: Mesh) -> StepTraffic:
     """What one GPU receives in a step.
 
     In each of a step's passes blocks are gathered forward and backward, the rest once; gradients meet once in a step. A
@@ -318,7 +318,7 @@ def traffic(job: Job, mesh: Mesh) -> Traffic:
 
     Args:
         job: what is trained.
-        mesh: on what.
+        mesh: how many GPUs along each dimension.
     """
     everything, block = job.parameters
     config, passes = job.config, job.batch // mesh.data
@@ -332,7 +332,7 @@ def traffic(job: Job, mesh: Mesh) -> Traffic:
         # sequences begin and end with whole chunks on every rank, so that no pending tokens travel
         halo = 2 * 2.0 * config.hidden_size * (config.reach - 1)
     times = config.num_hidden_layers * passes * (3 if job.recompute in REPEATED else 2)
-    return Traffic(
+    return StepTraffic(
         gather=passes * job.gather_bytes * gathered * others,
         scatter=4 * everything * others,
         reduce=2 * 4 * everything / mesh.weights * (mesh.replicate - 1) / mesh.replicate,
@@ -386,14 +386,14 @@ class Seconds:
         return self.compute + self.optimizer + self.weights + self.sequence
 
 
-def seconds(job: Job, mesh: Mesh, hardware: Accelerator, efficiency: float, exposed: float) -> Seconds:
+def seconds(job: PlannedTraining, mesh: Mesh, hardware: Accelerator, efficiency: float, exposed: float) -> Seconds:
     """How long a step takes.
 
     Block inputs that are kept in host memory are taken to travel behind computing.
 
     Args:
         job: what is trained.
-        mesh: on what.
+        mesh: how many GPUs along each dimension.
         hardware: the GPUs.
         efficiency: the fraction of `hardware.flops` at which products go, recomputed ones among them.
         exposed: the fraction of the communication's time, at datasheet bandwidth, by which a step gets longer; above 1 where

@@ -9,7 +9,7 @@ from typing import Any
 from kvbind.forms.obstacles import parallel_obstacles
 from kvbind.hardware import Accelerator
 from kvbind.plan.calibration import Calibration
-from kvbind.plan.costs import Job, Memory, Mesh, Seconds, Traffic, host_bytes, memory, seconds, traffic
+from kvbind.plan.costs import Memory, Mesh, PlannedTraining, Seconds, StepTraffic, host_bytes, memory, seconds, traffic
 
 RESERVE = 0.1
 """The part of a GPU's memory that is left for the driver, for communication, and for what the allocator cannot use."""
@@ -29,10 +29,10 @@ class Option:
         fits: whether memory is enough.
     """
 
-    job: Job
+    job: PlannedTraining
     mesh: Mesh
     memory: Memory
-    traffic: Traffic
+    traffic: StepTraffic
     seconds: Seconds
     mfu: float
     fits: bool
@@ -69,7 +69,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MeshPlan:
     """What was found for a number of GPUs.
 
     Attributes:
@@ -87,7 +87,7 @@ class Plan:
     warnings: tuple[str, ...]
 
 
-def plan(job: Job, gpus: int, name: str, hardware: Accelerator, calibration: Calibration) -> Plan:
+def plan(job: PlannedTraining, gpus: int, name: str, hardware: Accelerator, calibration: Calibration) -> MeshPlan:
     """Plan the training of `job`.
 
     Args:
@@ -113,7 +113,7 @@ def plan(job: Job, gpus: int, name: str, hardware: Accelerator, calibration: Cal
         options.append(Option(own, mesh, held, traffic(own, mesh), took, mfu, held.total <= (1 - RESERVE) * hardware.memory))
     # what asks for more sequences than were wanted comes behind what does not
     options.sort(key=lambda o: (not o.fits, o.job.batch > job.batch, -o.tokens_per_second, o.mesh.sequence))
-    return Plan(
+    return MeshPlan(
         tuple(options), hardware, efficiency, measured_as, _warnings(job, options[0], name, calibration, measured_as)
     )
 
@@ -143,7 +143,7 @@ def overrides(option: Option) -> list[str]:
     return edits
 
 
-def _warnings(job: Job, best: Option, name: str, calibration: Calibration, measured_as: str) -> tuple[str, ...]:
+def _warnings(job: PlannedTraining, best: Option, name: str, calibration: Calibration, measured_as: str) -> tuple[str, ...]:
     found = []
     if not best.fits:
         found.append(

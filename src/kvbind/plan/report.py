@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvbind.plan.calibration import Calibration
-from kvbind.plan.planner import RESERVE, Option, Plan, overrides
+from kvbind.plan.planner import RESERVE, MeshPlan, Option, overrides
 from kvbind.screen import GAP, column_groups
 
 GIB = 2**30
@@ -99,7 +99,9 @@ def parts_cells(option: Option, budget: Budget) -> tuple[str, ...]:
     )
 
 
-def show(plans: list[Plan], title: str, budget: Budget, calibration: Calibration, command: str, console: Console) -> None:
+def show(
+    plans: list[MeshPlan], title: str, budget: Budget, calibration: Calibration, command: str, console: Console
+) -> None:
     """Draw plans: of one number of GPUs its options, of several the best of each; then the best in detail.
 
     Args:
@@ -108,7 +110,7 @@ def show(plans: list[Plan], title: str, budget: Budget, calibration: Calibration
         budget: tokens and price.
         calibration: where efficiencies are from.
         command: of training, to which overrides are added.
-        console: where to.
+        console: what to draw on.
     """
     options = [plan.options[0] for plan in plans] if len(plans) > 1 else list(plans[0].options[:6])
     rows = [cells(option, budget) for option in options]
@@ -140,7 +142,7 @@ def _counted(gpus: int) -> str:
     return "1 GPU" if gpus == 1 else f"{gpus} GPUs"
 
 
-def _detail(plan: Plan, console: Console) -> None:
+def _detail(plan: MeshPlan, console: Console) -> None:
     """Where the best option's memory, time and traffic go."""
     best = plan.options[0]
     held = ", ".join(f"{part.name} {getattr(best.memory, part.name) / GIB:.2f}" for part in fields(best.memory))
@@ -157,7 +159,7 @@ def _detail(plan: Plan, console: Console) -> None:
         )
 
 
-def launch(plan: Plan, command: str) -> str:
+def launch(plan: MeshPlan, command: str) -> str:
     """The command line that trains as the best option of a plan says."""
     best, node = plan.options[0], plan.hardware.node
     words = f"{command} {' '.join(overrides(best))}"
@@ -171,7 +173,7 @@ def launch(plan: Plan, command: str) -> str:
     return f"torchrun --nnodes {nodes} --nproc-per-node {-(-gpus // nodes)} {rendezvous} -m {words}"
 
 
-def as_data(plans: list[Plan], budget: Budget, calibration: Calibration) -> dict[str, Any]:
+def as_data(plans: list[MeshPlan], budget: Budget, calibration: Calibration) -> dict[str, Any]:
     """Plans as plain data."""
     return {
         "budget": {"tokens": budget.tokens, "price": budget.price},

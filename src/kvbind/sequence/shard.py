@@ -103,11 +103,11 @@ class SequenceShard:
 
         Args:
             tokens: tokens of the whole row.
-            group: the process group, or None for all processes.
-            cu_seqlens: boundaries of the documents packed into the row; None for one document.
+            group: the ranks that share the row, as `SequenceShard` takes it.
+            cu_seqlens: where documents start and the last ends, as `SequenceShard` takes it.
             multiple: best the inner loop's `span`, its chunk where gradients are renewed at each: then no document that
                 starts at a multiple of it leaves one incomplete at the end of a slice.
-            schedule: how fast weights are run, "auto", "scan" or "ring".
+            schedule: how ranks exchange, as `SequenceShard` takes it.
 
         Raises:
             ValueError: a number below 1.

@@ -5,12 +5,6 @@ vLLM finds `register` by this package's entry point, in each of its processes. N
 
 from __future__ import annotations
 
-ARCHITECTURE = "LactForCausalLM"
-"""What config.json calls the model."""
-
-SLOTS = "kvbind_slots"
-"""Of vLLM's additional configuration, how many requests at once the pool is asked to have room for."""
-
 
 def register() -> None:
     """Make the model known to vLLM; as often as it is called."""

@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
 from kvbind.serving.checks import state_layout
 from kvbind.serving.states import StateLayout
-from kvbind.serving.steps import Decoding, Pieces, Plan, Preparation
+from kvbind.serving.steps import Decoding, Pieces, Preparation, StepPlan
 
 
 @dataclass
@@ -36,7 +36,7 @@ class FastWeightsMetadata:
         pieces: where the step's pieces are, for layers that read the tokens before them.
     """
 
-    work: Plan | Decoding
+    work: StepPlan | Decoding
     slots: Tensor
     tokens: int
     before: Preparation | None
@@ -66,11 +66,11 @@ class FastWeightsBuilder(AttentionMetadataBuilder[FastWeightsMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> FastWeightsMetadata:
-        """See vLLM."""
+        """What a step's layers read of it, as vLLM asks for it before each step."""
         return self._built(common_attn_metadata, capture=False)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FastWeightsMetadata:
-        """See vLLM."""
+        """The same while a CUDA graph of the step is captured."""
         return self._built(common_attn_metadata, capture=True)
 
     def _built(self, common: CommonAttentionMetadata, capture: bool) -> FastWeightsMetadata:
@@ -86,7 +86,7 @@ class FastWeightsBuilder(AttentionMetadataBuilder[FastWeightsMetadata]):
             self.vllm_config.cache_config.mamba_cache_mode,
         )[: common.num_reqs, 0].long()
 
-        work: Plan | Decoding
+        work: StepPlan | Decoding
         before, count = None, common.num_reqs
         if common.max_query_len == 1 and Decoding.is_for(self.layout) and count <= len(self.slots):
             # rows that pad the step have slot 0, which no sequence has
@@ -98,7 +98,7 @@ class FastWeightsBuilder(AttentionMetadataBuilder[FastWeightsMetadata]):
                 real = [x for x, (a, b) in zip(seen, pairwise(bounds), strict=True) if b > a]
                 before = Preparation.of(self.layout, real, self.device)
         else:
-            work, count = Plan.of(self.layout, bounds, seen, self.device), bounds[-1]
+            work, count = StepPlan.of(self.layout, bounds, seen, self.device), bounds[-1]
             pieces = Pieces.of(bounds, seen, self.device)
         found = FastWeightsMetadata(work, slots, count, before, pieces)
         for name in self.layer_names:
@@ -121,7 +121,7 @@ class FastWeightsBackend(AttentionBackend):
 
     @staticmethod
     def get_builder_cls() -> type[FastWeightsBuilder]:
-        """The builder."""
+        """What makes the metadata of a step."""
         return FastWeightsBuilder
 
     @staticmethod
@@ -154,7 +154,7 @@ class PendingBuilder(AttentionMetadataBuilder[PendingMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> PendingMetadata:
-        """See vLLM."""
+        """The metadata of a step, with the pages of its sequences."""
         found = PendingMetadata(common_attn_metadata.block_table_tensor, common_attn_metadata.slot_mapping)
         layers = self.vllm_config.compilation_config.static_forward_context
         for name in self.layer_names:
@@ -172,7 +172,7 @@ class PendingBackend(AttentionBackend):
 
     @staticmethod
     def get_builder_cls() -> type[PendingBuilder]:
-        """The builder."""
+        """What makes the metadata of a step."""
         return PendingBuilder
 
     @staticmethod
@@ -182,7 +182,7 @@ class PendingBackend(AttentionBackend):
 
     @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
-        """Any."""
+        """Any dtype is held: these pages are never computed with."""
         return True
 
 
@@ -221,5 +221,5 @@ class PendingCache(nn.Module, AttentionLayerBase):
         )
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        """Ours."""
+        """What vLLM asks for the pages' layout."""
         return PendingBackend

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from kvbind.files import inside, read_fields
 from kvbind.models.saving import CONFIG, check_model_folder
-from kvbind.serving import ARCHITECTURE, SLOTS
+from kvbind.serving.names import ARCHITECTURE, SLOTS
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from kvbind.serving.checks import state_layout
 from kvbind.serving.plugin import BACKEND
 from kvbind.serving.ranks import OF_MLP, divide_fast_weights, divide_lact, take_part
 from kvbind.serving.states import Pages, Pool
-from kvbind.serving.steps import Decoding, PieceTails, Step, advance, packed
+from kvbind.serving.steps import Decoding, PieceTails, ServedStep, advance, packed
 
 
 class InPool(MambaBase):
@@ -97,7 +97,7 @@ class InPool(MambaBase):
             pages = self.pages(every[pending_name(self.prefix)])
         if isinstance(own.work, Decoding):
             return own.work.advance(pages, self.pool, q, tokens, self.form)
-        return advance(Step(own.work, own.slots, pages), self.pool, q, tokens, self.form)
+        return advance(ServedStep(own.work, own.slots, pages), self.pool, q, tokens, self.form)
 
     def offer(self, own: FastWeightsMetadata | None, pending: PendingMetadata | None) -> None:
         """Take what is planned for the next step; when all of it is there, do what comes before that step."""
@@ -209,7 +209,7 @@ class ServedFastWeightLayer(FastWeightLayer, InPool):
         divide_fast_weights(self)
 
     def forward(self, x: Tensor, layout: Layout, tables: Tables) -> Tensor:  # type: ignore[override]
-        """As `ServedLactLayer.forward`."""
+        """The block's outputs, as `ServedLactLayer.forward` takes and gives them."""
         own = self.metadata()
         count = x.shape[1] if own is None else own.tokens
         tails: Tails | PieceTails = Tails() if own is None else PieceTails(own.pieces, own.slots, self.pool)

@@ -82,7 +82,7 @@ class ServedLactForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPre
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        """float32."""
+        """States are in float32, whatever the model is in."""
         return (torch.float32,)
 
     @classmethod

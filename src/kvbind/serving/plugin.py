@@ -11,8 +11,8 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, regis
 
 # registers the configuration with transformers, from which vLLM reads it
 from kvbind.models.lact import LactConfig, LactForCausalLM
-from kvbind.serving import ARCHITECTURE, SLOTS
 from kvbind.serving.checks import check_servable
+from kvbind.serving.names import ARCHITECTURE, SLOTS
 from kvbind.serving.sizes import RequestSize, check_slots
 
 BACKEND = "KVBIND_FAST_WEIGHTS"

@@ -72,7 +72,7 @@ def check_slots(slots: int, size: RequestSize, memory: int) -> None:
 
     Args:
         slots: how many.
-        size: of one.
+        size: what one request takes.
         memory: bytes of the pool.
 
     Raises:

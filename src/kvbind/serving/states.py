@@ -304,7 +304,7 @@ class Pool:
         return _cut(self.rows[slots], *self.layout.tail_columns[name])
 
     def put_tail(self, name: str, slots: Tensor, tail: Tensor) -> None:
-        """Keep it."""
+        """Keep what convolutions read of the last tokens, as `tail` gives it."""
         self.rows[:, self.layout.tail_columns[name][0]][slots] = tail.flatten(1).to(self.rows.dtype)
 
 

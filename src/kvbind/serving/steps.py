@@ -27,7 +27,7 @@ Piece = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Part:
+class PackedPart:
     """Pieces of some of a step's sequences, packed.
 
     Attributes:
@@ -47,7 +47,7 @@ class Part:
     places: Tensor
 
     @staticmethod
-    def of(pieces: Sequence[Piece], chunk: int, device: torch.device) -> Part | None:
+    def of(pieces: Sequence[Piece], chunk: int, device: torch.device) -> PackedPart | None:
         """From pieces; None of none."""
         if not pieces:
             return None
@@ -60,7 +60,7 @@ class Part:
         starts = [position - held for (_, _, position, _), held in zip(pieces, pending, strict=True)]
         numbers = [[row for row, *_ in pieces], tokens, starts, places]
         rows, where, begins, at = (torch.tensor(x).to(device, non_blocking=True) for x in numbers)
-        return Part(rows, where, tuple(bounds), begins, pending, at)
+        return PackedPart(rows, where, tuple(bounds), begins, pending, at)
 
     def of_all(self, tokens: Tokens, length: int) -> Tokens:
         """The part's own of what a step's `length` tokens bring, `[1, length, H, ...]` or a row for each write of one."""
@@ -73,7 +73,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """What one step does with the states of its sequences, in this order.
 
     Attributes:
@@ -83,13 +83,13 @@ class Plan:
         reads: pieces that bring no chunk to an end before their last token, by their length.
     """
 
-    due: Part | None
-    fresh: Part | None
-    later: Part | None
-    reads: tuple[tuple[int, Part], ...]
+    due: PackedPart | None
+    fresh: PackedPart | None
+    later: PackedPart | None
+    reads: tuple[tuple[int, PackedPart], ...]
 
     @staticmethod
-    def of(layout: StateLayout, bounds: Sequence[int], seen: Sequence[int], device: torch.device) -> Plan:
+    def of(layout: StateLayout, bounds: Sequence[int], seen: Sequence[int], device: torch.device) -> StepPlan:
         """Plan a step.
 
         Args:
@@ -116,11 +116,11 @@ class Plan:
                     reads[1].append((row, first + length, position + length, 1))
             (later if position else fresh).append((row, first, position, length))
 
-        def part(pieces: Sequence[Piece]) -> Part | None:
-            return Part.of(pieces, chunk, device)
+        def part(pieces: Sequence[Piece]) -> PackedPart | None:
+            return PackedPart.of(pieces, chunk, device)
 
         grouped = ((length, part(pieces)) for length, pieces in sorted(reads.items()))
-        return Plan(part(due), part(fresh), part(later), tuple((n, x) for n, x in grouped if x is not None))
+        return StepPlan(part(due), part(fresh), part(later), tuple((n, x) for n, x in grouped if x is not None))
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Pieces:
 
     @staticmethod
     def of(bounds: Sequence[int], seen: Sequence[int], device: torch.device) -> Pieces:
-        """From numbers, as `Plan.of` takes them."""
+        """From numbers, as `StepPlan.of` takes them."""
         numbers = bounds, [row for row, (a, b) in enumerate(pairwise(bounds)) for _ in range(a, b)], [not x for x in seen]
         edges, rows, begun = (torch.tensor(x).to(device, non_blocking=True) for x in numbers)
         return Pieces(edges, rows, begun)
@@ -182,7 +182,7 @@ class PieceTails:
 
 
 @dataclass(frozen=True)
-class Step:
+class ServedStep:
     """A plan, and where the step's states and pages are.
 
     Attributes:
@@ -191,12 +191,12 @@ class Step:
         pages: pending keys and values; None where no pages hold any.
     """
 
-    plan: Plan
+    plan: StepPlan
     slots: Tensor
     pages: Pages | None
 
 
-def advance(step: Step, pool: Pool, q: Tensor, tokens: Tokens, form: Form = "auto") -> Tensor:
+def advance(step: ServedStep, pool: Pool, q: Tensor, tokens: Tokens, form: Form = "auto") -> Tensor:
     """Outputs of a step's tokens `[1, T, H, Dv]`; states and pages are left where the step stops.
 
     Args:
@@ -272,11 +272,11 @@ class Preparation:
     """What a `Decoding` step takes for granted: chunks are brought to an end, and sequences have a state.
 
     Attributes:
-        due: as in `Plan`.
+        due: as in `StepPlan`.
         begun: sequences whose first token this is, int64 `[n]`.
     """
 
-    due: Part | None
+    due: PackedPart | None
     begun: Tensor | None
 
     @staticmethod
@@ -286,18 +286,18 @@ class Preparation:
         ends = [(row, row, x - 1, 1) for row, x in enumerate(seen) if layout.deferred and x and x % chunk == 0]
         begun = [row for row, x in enumerate(seen) if not x]
         return Preparation(
-            Part.of(ends, chunk, device), torch.tensor(begun).to(device, non_blocking=True) if begun else None
+            PackedPart.of(ends, chunk, device), torch.tensor(begun).to(device, non_blocking=True) if begun else None
         )
 
     def run(self, slots: Tensor, pages: Pages | None, pool: Pool) -> None:
-        """Do it; arguments as `Step` has them."""
+        """Do it; arguments as `ServedStep` has them."""
         if self.due is not None:
             settle(self.due, slots, pages, pool)
         if self.begun is not None:
             pool.begin(slots[self.begun])
 
 
-def settle(part: Part, slots: Tensor, pages: Pages | None, pool: Pool) -> None:
+def settle(part: PackedPart, slots: Tensor, pages: Pages | None, pool: Pool) -> None:
     """Bring to an end the chunks whose update is due."""
     own, chunk = slots[part.rows], pool.layout.places
     # kernels take operands in one piece

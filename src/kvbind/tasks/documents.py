@@ -16,7 +16,7 @@ import numpy as np
 
 from kvbind.tasks.contents import Contents
 from kvbind.tasks.files import read_text
-from kvbind.tasks.tables import JsonLines, Table
+from kvbind.tasks.tables import JsonLines, TextTable
 
 Split = Literal["train", "held_out"]
 Position = dict[str, Any]
@@ -110,7 +110,7 @@ class Indexed(Documents):
             epoch, start = epoch + 1, 0
 
 
-class Files(Indexed):
+class TextFiles(Indexed):
     """Text files under a folder, each a document; the split of each goes by its path below the folder.
 
     Args:
@@ -195,7 +195,7 @@ class Lines(Indexed):
         return self.origin
 
 
-class Rows(Indexed):
+class ParquetRows(Indexed):
     """Rows of local parquet files, read through the `datasets` library.
 
     Args:
@@ -250,7 +250,7 @@ class Parts(Indexed):
         return self.whole.contents()
 
 
-class Stream(Documents):
+class TextStream(Documents):
     """A table too large to hold, read as it comes; the split of each document goes by its text.
 
     The order is the table's own: what shuffles is the window of samples that the reader keeps.
@@ -263,7 +263,7 @@ class Stream(Documents):
         origin: what it is read from.
     """
 
-    def __init__(self, table: Table, split: Split | None, fraction: float, what: str, origin: Contents) -> None:
+    def __init__(self, table: TextTable, split: Split | None, fraction: float, what: str, origin: Contents) -> None:
         self.table, self.split, self.fraction, self.what, self.origin = table, split, fraction, what, origin
 
     def _keeps(self, text: str) -> bool:

@@ -78,7 +78,7 @@ def collate(samples: list[Sample], separate: bool) -> Batch:
 
 
 @dataclass(frozen=True)
-class Place:
+class WindowStart:
     """Where a stream is read: the documents behind which a window of samples starts.
 
     Attributes:
@@ -131,7 +131,7 @@ class Packed(IterableDataset[tuple[list[tuple[int, Sample]], dict[str, Any]]]):
                 f"data.streams must stay as it was when the run was interrupted, {position['streams']}; got {streams}"
             )
         self.first = position["samples"] if position else 0
-        self.places = {int(s): Place(*place) for s, place in position["places"].items()} if position else {}
+        self.places = {int(s): WindowStart(*place) for s, place in position["places"].items()} if position else {}
 
     @property
     def own(self) -> list[int]:
@@ -150,13 +150,13 @@ class Packed(IterableDataset[tuple[list[tuple[int, Sample]], dict[str, Any]]]):
         """For each batch, those of its samples that this worker reads, by number, and where its streams are."""
         worker = get_worker_info()
         mine = self.own[worker.id :: worker.num_workers] if worker else self.own
-        streams = {s: Stream(self, s, self.places.get(s, Place())) for s in mine}
+        streams = {s: WindowStream(self, s, self.places.get(s, WindowStart())) for s in mine}
         for numbers in self.numbers():
             read = [(q, streams[q % self.streams].sample(q // self.streams)) for q in numbers if q % self.streams in streams]
             yield read, {str(s): list(astuple(stream.place)) for s, stream in streams.items()}
 
 
-class Stream:
+class WindowStream:
     """One reading of the text, window by window.
 
     Args:
@@ -165,7 +165,7 @@ class Stream:
         place: where a window starts.
     """
 
-    def __init__(self, packed: Packed, number: int, place: Place) -> None:
+    def __init__(self, packed: Packed, number: int, place: WindowStart) -> None:
         self.packed, self.number, self.place = packed, number, place
         self.samples: list[Sample] = []
         self.following = place
@@ -180,7 +180,7 @@ class Stream:
             self.samples = [self.samples[i] for i in order]
         return self.samples[index - self.place.window * size]
 
-    def fill(self, here: Place) -> tuple[list[Sample], Place]:
+    def fill(self, here: WindowStart) -> tuple[list[Sample], WindowStart]:
         """The samples of the window at `here`, in the text's order, and where the next window starts."""
         packed = self.packed
         wanted = packed.window * packed.length
@@ -196,14 +196,14 @@ class Stream:
             before, offset = behind, 0
             if not wanted:
                 break
-        return cut(pieces, packed.length), Place(here.window + 1, before, offset)
+        return cut(pieces, packed.length), WindowStart(here.window + 1, before, offset)
 
 
 def load_batches(packed: Packed, separate: bool, workers: int) -> Iterator[tuple[Batch, Position]]:
     """Batches, read in this process (`workers=0`) or in others; the same whatever their number.
 
     Args:
-        packed: where from.
+        packed: the text, in samples.
         separate: whether documents stay apart (`cu_seqlens`), or run on into each other as one text.
         workers: how many read at most: each has streams of its own.
 

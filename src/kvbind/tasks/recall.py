@@ -21,10 +21,10 @@ from kvbind.inner.value import check_choice
 from kvbind.layers.convolution import ShortConvolution
 from kvbind.layers.operands import split_heads
 from kvbind.layers.softmax import softmax_attention
-from kvbind.tasks import inner_loops, language, preset_files
+from kvbind.tasks import inner_loops, preset_files
 from kvbind.tasks.contents import Contents
 from kvbind.tasks.inner_loops import table_rows
-from kvbind.tasks.language import ModelConfig, inner_loop, model_fields
+from kvbind.tasks.language.config import LanguageModelConfig, inner_loop, model_fields, resolved
 from kvbind.train.config import TrainConfig
 from kvbind.train.ranks import WHOLE, Share
 
@@ -49,7 +49,7 @@ Batch = dict[str, Tensor]
 
 
 @dataclass
-class DataConfig:
+class RecallDataConfig:
     """The rows.
 
     Attributes:
@@ -92,8 +92,8 @@ class RecallConfig:
     """
 
     seed: int = 0
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    data: RecallDataConfig = field(default_factory=RecallDataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -109,7 +109,7 @@ class RecallConfig:
 
 def resolve(config: RecallConfig) -> RecallConfig:
     """`config` with every field of its inner loop, and every field that its size gives, spelled out."""
-    return replace(config, model=language.resolved(config.model))
+    return replace(config, model=resolved(config.model))
 
 
 def rows(config: RecallConfig) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def build_model(config: RecallConfig) -> LactForCausalLM:
     return model
 
 
-def draw(data: DataConfig, pairs: int, rows: int, *seed: int) -> Batch:
+def draw(data: RecallDataConfig, pairs: int, rows: int, *seed: int) -> Batch:
     """Rows with `pairs` pairs each, from a seed of several numbers."""
     generator = np.random.default_rng(seed)
 

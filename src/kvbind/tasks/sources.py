@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvbind.tasks.contents import Contents
-from kvbind.tasks.documents import Documents, Files, Indexed, Lines, Parts, Rows, Split, Stream, Texts, belongs, encoded
+from kvbind.tasks.documents import (
+    Documents,
+    Indexed,
+    Lines,
+    ParquetRows,
+    Parts,
+    Split,
+    TextFiles,
+    Texts,
+    TextStream,
+    belongs,
+    encoded,
+)
 from kvbind.tasks.files import (
     JSONL_SUFFIXES,
     PYTHON_SUFFIXES,
@@ -35,7 +47,7 @@ _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycach
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """Text, and how to read it.
 
     Documents are held out by a hash of each file's path below the folder, or of each row's text. Where that would leave a
@@ -103,22 +115,22 @@ class Source:
                 f"or '{HUB}NAME' for a data set on the Hugging Face hub; got {self.where!r}, which does not exist"
             )
         # of a stream one row, of whatever split: a split's first may be far
-        if next(iter(found.table.texts() if isinstance(found, Stream) else found.once()), None) is None:
+        if next(iter(found.table.texts() if isinstance(found, TextStream) else found.once()), None) is None:
             python = self.where == "stdlib" or self.where.startswith(PACKAGE)
             kinds = "Python source" if python else f"text ({', '.join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))})"
             others = "" if python or not path.is_dir() else other_files(path)
             raise ValueError(f"{self.argument} {self.where!r} holds no {kinds}{others}")
         return found
 
-    def _hub(self, split: Split | None) -> Stream:
+    def _hub(self, split: Split | None) -> TextStream:
         library, name = self._library(), self.where.removeprefix(HUB)
         table = library.load_dataset(name, self.name, split=self.part, streaming=True)
         revision = Contents(others={self.where: str(library.load_dataset_builder(name, self.name).hash)})
-        return Stream(Streamed(table, self.column, self.where), split, self.held_out, self.where, revision)
+        return TextStream(Streamed(table, self.column, self.where), split, self.held_out, self.where, revision)
 
     def _python(self, root: Path, split: Split | None, skips: Callable[[str], bool] | None = None) -> Indexed:
         names = [name for name in files_below(root, PYTHON_SUFFIXES, skips) if (root / name).stat().st_size]
-        return self._named(names, split, lambda own: Files(root, own, self.where, errors="replace"))
+        return self._named(names, split, lambda own: TextFiles(root, own, self.where, errors="replace"))
 
     def _divided(
         self, items: Sequence[Item], own: Sequence[bool], split: Split | None, make: Callable[[Sequence[Item]], Indexed]
@@ -128,7 +140,7 @@ class Source:
         Args:
             items: what stands for each document.
             own: whether each belongs to the split, by its hash.
-            split: which.
+            split: "train" or "held_out"; None for all documents.
             make: makes documents of some items.
         """
         if split is None or not items or (any(own) and not all(own)):
@@ -141,7 +153,7 @@ class Source:
 
     def _texts(self, root: Path, split: Split | None) -> Indexed:
         names = [name for name in files_below(root, TEXT_SUFFIXES) if (root / name).stat().st_size]
-        found = self._named(names, split, lambda own: Files(root, own, self.where, self.encoding))
+        found = self._named(names, split, lambda own: TextFiles(root, own, self.where, self.encoding))
         check_texts(found.contents().files.values(), self.encoding)
         return found
 
@@ -160,7 +172,7 @@ class Source:
             contents = Contents(files, encoded(self.encoding))
             table = JsonLines(paths, self.column, self.encoding)
             if self.stream:
-                return Stream(table, split, self.held_out, self.where, contents)
+                return TextStream(table, split, self.held_out, self.where, contents)
             places: list[tuple[int, int, int]] = []
             own = []
             for number, path in enumerate(paths):
@@ -176,7 +188,7 @@ class Source:
             "parquet", data_files=names, columns=[self.column], split="train", streaming=self.stream
         )
         if self.stream:
-            return Stream(Streamed(parquet, self.column, self.where, paths), split, self.held_out, self.where, contents)
+            return TextStream(Streamed(parquet, self.column, self.where, paths), split, self.held_out, self.where, contents)
         rows: list[int] = []
         own = []
         for i, text in enumerate(parquet[self.column]):
@@ -185,7 +197,7 @@ class Source:
             if checked_text(text, self.column, f"{self.where}, row {i + 1}"):
                 rows.append(i)
                 own.append(belongs(text, split, self.held_out))
-        return self._divided(rows, own, split, lambda some: Rows(parquet, self.column, some, self.where, contents))
+        return self._divided(rows, own, split, lambda some: ParquetRows(parquet, self.column, some, self.where, contents))
 
     def _library(self) -> Any:
         try:

@@ -128,7 +128,7 @@ def divergence(logits: Tensor, wanted: Tensor, counted: Tensor | None = None, ro
 
     Args:
         logits: `[..., classes]`, any dtype.
-        wanted: likewise.
+        wanted: logits of the same shape, of the predictions that are wanted.
         counted: bool `[...]`, which rows count; all without it.
         rows: so many are in float32 at one time in the forward pass.
     """

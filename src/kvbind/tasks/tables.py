@@ -27,7 +27,7 @@ State = dict[str, Any]
 """Where a reading goes on; plain data."""
 
 
-class Table(Protocol):
+class TextTable(Protocol):
     """Texts that are read as they come."""
 
     @property
@@ -255,7 +255,7 @@ def refuse_nulls(paths: Sequence[Path], column: str) -> None:
     """Name the first row of parquet files whose text is null, if there is one.
 
     Raises:
-        ValueError: there is.
+        ValueError: there is such a row.
     """
     from pyarrow import parquet
 

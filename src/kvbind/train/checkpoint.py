@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from kvbind.train.files import TEMPORARY, atomic_write, remove, sync_folder
 from kvbind.train.ranks import barrier, from_all, from_first, rank, ranks
-from kvbind.train.storage import COMPLETE, INDEX, Reader, Writer, facts_of, fault, mark, read_index
+from kvbind.train.storage import COMPLETE, INDEX, PieceReader, Writer, facts_of, fault, mark, read_index
 
 FOLDER = "checkpoints"
 PLAIN = "plain.pt"
@@ -259,7 +259,7 @@ def load_into(path: Path, tensors: Parts) -> None:
 def filled(path: Path, tensors: dict[str, Any], alone: bool) -> None:
     """Fill tensors; errors that the library has wrapped come as they were."""
     try:
-        load(tensors, storage_reader=Reader(path), no_dist=alone)
+        load(tensors, storage_reader=PieceReader(path), no_dist=alone)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise RuntimeError(f"{path} could not be loaded: {cause}") from cause

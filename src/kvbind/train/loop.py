@@ -46,7 +46,7 @@ from kvbind.train.config import TrainConfig, step_at
 from kvbind.train.memory import initial, keep_what_fits
 from kvbind.train.metrics import Metrics, Silence
 from kvbind.train.optimizer import learning_rate, make_optimizer
-from kvbind.train.parallel import Distributed, Layout, reshard
+from kvbind.train.parallel import Distributed, MeshLayout, reshard
 from kvbind.train.ranks import WHOLE, Share, barrier, connected, from_all, rank, ranks, united
 from kvbind.train.recompute import recompute
 from kvbind.train.step import Step, in_bfloat16, precision
@@ -157,7 +157,7 @@ def train(
         model: any module, the same on every process; moved to the device. In the end it holds the weights that were
             evaluated, in shards (DTensors) where `config.parallel` shards it.
         task: its data, loss and evaluation.
-        config: how.
+        config: steps, optimizer, precision, checkpoints and meshes.
         folder: of the run; metrics and checkpoints go there. All processes must see the same.
         watch: told of every step, and of the one that a run goes on from; `kvbind.train.bars.progress_bars` makes one that
             draws.
@@ -194,7 +194,7 @@ def _train(
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     if config.gather == "bfloat16" and not in_bfloat16(config, device):
         raise ValueError(f"train.gather must be float32 where products are; got {config.gather!r} with {config.precision!r}")
-    layout = Layout.of(config.parallel, device)
+    layout = MeshLayout.of(config.parallel, device)
     sequences = layout.sequence[1]
     cut = getattr(task, "cut", None)
     if sequences > 1 and cut is None:

@@ -113,10 +113,10 @@ class Silence:
     """Metrics of the processes that do not write any."""
 
     def write(self, step: int, **values: Any) -> None:
-        """Write nothing."""
+        """Write nothing: another process does."""
 
     def sync(self) -> None:
         """Nothing is there to be put on disk."""
 
     def close(self) -> None:
-        """Close nothing."""
+        """Nothing is open that could be closed."""

@@ -18,7 +18,7 @@ PIECE_BYTES = 1 << 28
 """Pinned memory is asked for in pieces of this size, as torch rounds what is asked for up to a power of two."""
 
 
-class Kept:
+class OffloadedTensor:
     """One tensor, in host memory and for some time on its device too.
 
     Attributes:
@@ -32,7 +32,7 @@ class Kept:
         before: the one that was kept before.
     """
 
-    def __init__(self, x: Tensor, before: Kept | None) -> None:
+    def __init__(self, x: Tensor, before: OffloadedTensor | None) -> None:
         self.here: Tensor | None = x
         self.shape, self.device = x.shape, x.device
         self.pieces: list[Tensor] = []
@@ -40,7 +40,7 @@ class Kept:
         self._before = None if before is None else weakref.ref(before)
 
     @property
-    def before(self) -> Kept | None:
+    def before(self) -> OffloadedTensor | None:
         """The one that was kept before, if that still is."""
         return None if self._before is None else self._before()
 
@@ -49,16 +49,16 @@ class HostMemory:
     """Where tensors are kept. Copies run on a stream of their own, and the stream that computes waits for them."""
 
     def __init__(self) -> None:
-        self._newest: weakref.ref[Kept] | None = None
+        self._newest: weakref.ref[OffloadedTensor] | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         # what is on its way, with what it is copied from or to, and whether it goes out
-        self._moving: tuple[Kept, Tensor, bool] | None = None
+        self._moving: tuple[OffloadedTensor, Tensor, bool] | None = None
 
     def hooks(self) -> saved_tensors_hooks:
         """A context in which autograd keeps its tensors here."""
         return saved_tensors_hooks(self.keep, self.fetch)
 
-    def keep(self, x: Tensor) -> Kept | Tensor:
+    def keep(self, x: Tensor) -> OffloadedTensor | Tensor:
         """Start to copy a tensor to the host. Nobody may change it any more."""
         if not x.numel():
             return x
@@ -69,7 +69,7 @@ class HostMemory:
             for stream in self._streams.values():
                 stream.synchronize()
         x = x.detach()
-        kept = Kept(x, before)
+        kept = OffloadedTensor(x, before)
         self._newest = weakref.ref(kept)
         flat = x.reshape(-1)
         pinned = x.device.type == "cuda"
@@ -80,7 +80,7 @@ class HostMemory:
         self._moving = kept, flat, True
         return kept
 
-    def fetch(self, kept: Kept | Tensor) -> Tensor:
+    def fetch(self, kept: OffloadedTensor | Tensor) -> Tensor:
         """The tensor on its device; starts to fetch the one that was kept before it."""
         if isinstance(kept, Tensor):
             return kept
@@ -95,7 +95,7 @@ class HostMemory:
         assert x is not None
         return x
 
-    def _begin_return(self, kept: Kept) -> None:
+    def _begin_return(self, kept: OffloadedTensor) -> None:
         self._settle()
         # allocated by the stream that computes, to which it is given back too
         flat = torch.empty(kept.shape.numel(), dtype=kept.pieces[0].dtype, device=kept.device)

@@ -26,7 +26,7 @@ LARGE = 500_000_000
 
 
 @dataclass(frozen=True)
-class Layout:
+class MeshLayout:
     """Where this process stands among the others.
 
     Attributes:
@@ -43,7 +43,7 @@ class Layout:
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def of(cls, config: ParallelConfig, device: torch.device) -> Layout:
+    def of(cls, config: ParallelConfig, device: torch.device) -> MeshLayout:
         """The layout that a configuration describes, over the processes there are.
 
         Neighbouring ranks share a sequence, neighbouring groups of those a set of shards: what talks most is closest.
@@ -91,7 +91,7 @@ class Distributed:
         model: what is trained, the same on every process; on `device` in the end, in shards where it is sharded.
         blocks: its repeated parts, each sharded on its own.
         layout: of the processes.
-        config: how.
+        config: what is sharded, and in what precision.
         device: where it computes.
         trained: whether gradients will be asked for.
 
@@ -103,7 +103,7 @@ class Distributed:
         self,
         model: nn.Module,
         blocks: Iterable[nn.Module],
-        layout: Layout,
+        layout: MeshLayout,
         config: TrainConfig,
         device: torch.device,
         trained: bool = True,
@@ -143,7 +143,7 @@ def strategy(model: nn.Module, config: ParallelConfig) -> str:
     return "fsdp" if sum(p.numel() for p in model.parameters()) >= LARGE else "ddp"
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], layout: Layout, config: TrainConfig) -> None:
+def shard(model: nn.Module, blocks: Iterable[nn.Module], layout: MeshLayout, config: TrainConfig) -> None:
     """Shard a model in place, block by block, over `layout.weights`: FSDP2, or HSDP where it is replicated too."""
     mesh = layout.weights
     if mesh is not None and mesh.size(0) == 1:

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchPart:
     """One batch of a step.
 
     Attributes:
@@ -84,7 +84,7 @@ class Step:
         model: what is trained.
         together: the same, as the processes of the run train it.
         task: what it is trained on.
-        config: how.
+        config: of the run, for precision, clipping and graphs.
         optimizer: from `make_optimizer`, with what a checkpoint holds.
         average: of the weights, or None.
         batches: from the task.
@@ -113,7 +113,7 @@ class Step:
         self.sequences = 1 if share.sequence is None else torch.distributed.get_world_size(share.sequence)
         self.guarded = GuardedStep(optimizer, config)
         self.statistics = [x for x in model.buffers() if x.is_floating_point()]
-        self.ahead: list[Part] = []
+        self.ahead: list[BatchPart] = []
         self.relieve: Callable[[], bool] = lambda: False
         self.replayed = Replayed(self) if replays_wanted(config, device) else None
 
@@ -141,11 +141,11 @@ class Step:
             torch.cuda.empty_cache()
         return True
 
-    def next_part(self) -> Part:
+    def next_part(self) -> BatchPart:
         """The next batch, read now where it was not before."""
         return self.ahead.pop(0) if self.ahead else self._read()
 
-    def first_part(self) -> Part:
+    def first_part(self) -> BatchPart:
         """The next batch, which stays the next."""
         part = self.next_part()
         self.ahead.insert(0, part)
@@ -156,17 +156,17 @@ class Step:
         while len(self.ahead) < self.accumulate:
             self.ahead.append(self._read())
 
-    def _read(self) -> Part:
+    def _read(self) -> BatchPart:
         asked = time.perf_counter()
         batch, position = next(self.batches)
         waited = time.perf_counter() - asked
-        return Part(batch, position, self.task.weight(batch), self.task.size(batch), waited)
+        return BatchPart(batch, position, self.task.weight(batch), self.task.size(batch), waited)
 
     def precision(self) -> torch.autocast:
         """The autocast context of the run's precision."""
         return precision(self.config, self.device)
 
-    def backward(self, one: Part, last: bool) -> Tensor:
+    def backward(self, one: BatchPart, last: bool) -> Tensor:
         """Add a batch's gradients, and return its part of the step's loss.
 
         Args:
@@ -300,7 +300,7 @@ class Replayed:
         return reason is None
 
     def release(self) -> bool:
-        """As `Step.release`."""
+        """Give up captured steps, as `Step.release` does; whether there were any."""
         works = [self.work] if self.alone else [self.work, self.rest]
         released = [work.release() for work in works]
         return any(released)

@@ -43,7 +43,7 @@ class BrokenCheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class Place:
+class PiecePlace:
     """Where a piece of a tensor is.
 
     Attributes:
@@ -67,7 +67,7 @@ class Piece:
 
     offsets: torch.Size
     shape: torch.Size
-    place: Place
+    place: PiecePlace
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Writer(StorageWriter):
                 start += content.nbytes
             os.fsync(file.fileno())
         found = digest.hexdigest()
-        done.set_result([WriteResult(i, size, Place(name, at, size, found, start)) for i, at, size in written])
+        done.set_result([WriteResult(i, size, PiecePlace(name, at, size, found, start)) for i, at, size in written])
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -151,7 +151,7 @@ class Writer(StorageWriter):
         return True
 
 
-class Reader(StorageReader):
+class PieceReader(StorageReader):
     """Reads the pieces that this process needs.
 
     Args:
@@ -241,7 +241,7 @@ def read_index(folder: Path) -> dict[str, Stored]:
                 inside = all(min(o, n) >= 0 and o + n <= m for o, n, m in zip(offsets, sizes, shape, strict=True))
                 if not inside or not 0 <= start <= files[file]["bytes"] - size:
                     raise ValueError(f"{name!r} has a piece that is not in it")
-                pieces.append(Piece(torch.Size(offsets), torch.Size(sizes), Place(file, start, size)))
+                pieces.append(Piece(torch.Size(offsets), torch.Size(sizes), PiecePlace(file, start, size)))
             stored[name] = Stored(dtype, shape, tuple(pieces))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BrokenCheckpointError(f"{folder / INDEX} is no index of a checkpoint: {error!r}") from error

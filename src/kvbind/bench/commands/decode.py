@@ -30,7 +30,7 @@ def command(
     import torch
 
     from kvbind.bench.harness.record import growing, provenance
-    from kvbind.bench.models.decoding import CAUSAL, Load, bench_systems
+    from kvbind.bench.models.decoding import CAUSAL, DecodingLoad, bench_systems
     from kvbind.bench.tables.decoding import decoding_grid
     from kvbind.forms import fla
     from kvbind.inner.value import check_choice
@@ -44,7 +44,7 @@ def command(
     switches = {"on": (True,), "off": (False,), "both": (True, False)}[graphs]
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     chosen = some_of(system, CAUSAL, "system") if system else ()
-    loads = [Load(batch, prompt, tokens, piece) for prompt in numbers_of(prompts, "prompts")]
+    loads = [DecodingLoad(batch, prompt, tokens, piece) for prompt in numbers_of(prompts, "prompts")]
     config = {"preset": preset, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "piece": piece}
     about = provenance(place, ("triton", *fla.PACKAGES)) | {"config": config}
     rows = bench_systems(known_preset(preset), chosen, place, dtype, loads, switches, seconds)

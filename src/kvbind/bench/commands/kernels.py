@@ -36,7 +36,7 @@ def command(
     """Time `ttt` with kernels: every rung, by length, chunk and width, beside PyTorch, peers and the device's limit."""
     from kvbind.bench.harness.operands import Size
     from kvbind.bench.harness.record import answered
-    from kvbind.bench.kernels.cases import WHATS, Settings
+    from kvbind.bench.kernels.cases import WHATS, SpeedSettings
     from kvbind.bench.kernels.speed import measured
     from kvbind.bench.tables.kernels import speed_grids
     from kvbind.inner.systems import RUNGS
@@ -47,7 +47,7 @@ def command(
     if profile is not None and place.type != "cuda":
         raise typer.BadParameter(f"profile is of a GPU's kernels; the device is {place}")
     chosen = some_of(",".join(f"rung{x.strip().removeprefix('rung')}" for x in rungs.split(",")), RUNGS, "rungs")
-    settings = Settings(Size(batch, tokens, heads, width), chunk, dtype, chosen)
+    settings = SpeedSettings(Size(batch, tokens, heads, width), chunk, dtype, chosen)
     parts = some_of(what, WHATS, "what")
     records = measured(parts, settings, place, seconds=seconds, compile_limit=compile_limit, budget=budget)
     record = write_growing(records, out, every=5)

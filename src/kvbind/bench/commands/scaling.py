@@ -44,7 +44,7 @@ def command(
 
     from kvbind.bench.harness.record import growing, provenance, save
     from kvbind.bench.tables.scaling import scaling_grids
-    from kvbind.bench.training.scaling import WHATS, Settings, cases, equality, finished, measured
+    from kvbind.bench.training.scaling import WHATS, ScalingSettings, cases, equality, finished, measured
     from kvbind.files import read_json
     from kvbind.inner.systems import RUNGS
     from kvbind.inner.value import check_choice
@@ -57,7 +57,7 @@ def command(
     numbers = [n for n in (1, 2, 4, 8) if n <= present] if gpus == "auto" else numbers_of(gpus, "gpus")
     if place.type == "cuda" and numbers[-1] > present:
         raise typer.BadParameter(f"gpus must be at most the {present} that there are; got {numbers[-1]}")
-    settings = Settings(
+    settings = ScalingSettings(
         preset=known_preset(preset), rung=rung, form="parallel" if rung >= "rung2" else "recurrent", fsdp_length=tokens,
         lengths=tuple(numbers_of(lengths, "lengths")), equality_preset=known_preset(equality_preset),
         equality_length=equality_tokens, equality_steps=steps, recompute=recompute, seconds=seconds,

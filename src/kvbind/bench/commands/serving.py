@@ -28,10 +28,10 @@ def command(
     from kvbind.serving.command import check_installed
 
     check_installed("kvbind bench serving")
-    from kvbind.bench.models.serving import Load, bench_serving
+    from kvbind.bench.models.serving import RequestLoad, bench_serving
     from kvbind.bench.tables.serving import serving_grid
 
-    place, load = open_device(device), Load(requests, prompt, answer, rate, running, step)
+    place, load = open_device(device), RequestLoad(requests, prompt, answer, rate, running, step)
     if dtype == "auto":
         dtype = "float32" if place.type == "cpu" else "bfloat16"
     config = {"preset": known_preset(preset), "rung": rung, "dtype": dtype, "load": asdict(load)}

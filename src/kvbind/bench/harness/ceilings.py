@@ -42,7 +42,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, *, seconds: float
 
 
 @dataclass(frozen=True)
-class Work:
+class LeastWork:
     """What one call needs at the least.
 
     Attributes:
@@ -58,7 +58,7 @@ class Work:
         return max(self.flops / ceilings.matmul_flops, self.bytes / ceilings.copy_bytes)
 
 
-def forward_work(spec: InnerLoop, size: Size, dtype: torch.dtype) -> Work:
+def forward_work(spec: InnerLoop, size: Size, dtype: torch.dtype) -> LeastWork:
     """A forward pass, as `kvbind.explain` counts it.
 
     At rung 2 that is `12 Dk Dh` operations per token and head and, for Newton-Schulz, `30 D^3` per chunk and head; at rung
@@ -66,10 +66,10 @@ def forward_work(spec: InnerLoop, size: Size, dtype: torch.dtype) -> Work:
     """
     needs = cost(spec, Shapes(size.heads, size.width, size.width, size.width, size.tokens, dtype))
     tokens = size.batch * size.tokens
-    return Work(needs.flops_per_token * tokens, needs.bytes_per_token * tokens)
+    return LeastWork(needs.flops_per_token * tokens, needs.bytes_per_token * tokens)
 
 
-def training_work(forward: Work, size: Size, dtype: torch.dtype) -> Work:
+def training_work(forward: LeastWork, size: Size, dtype: torch.dtype) -> LeastWork:
     """A forward and a backward pass.
 
     Each matrix product has two in the backward pass, and nothing is computed twice: three times the operations. Backward
@@ -77,14 +77,14 @@ def training_work(forward: Work, size: Size, dtype: torch.dtype) -> Work:
     bytes less one output.
     """
     output = size.batch * size.tokens * size.heads * size.width * dtype.itemsize
-    return Work(3 * forward.flops, 3 * forward.bytes - output)
+    return LeastWork(3 * forward.flops, 3 * forward.bytes - output)
 
 
-def attention_work(size: Size, dtype: torch.dtype) -> tuple[Work, Work]:
+def attention_work(size: Size, dtype: torch.dtype) -> tuple[LeastWork, LeastWork]:
     """A forward pass, and a forward and backward pass, of causal softmax attention.
 
     Forward has two products over half of `T x T`, backward five (the scores are computed again).
     """
     channels = size.batch * size.heads * size.width
     product, row = size.tokens**2 * channels, size.tokens * channels * dtype.itemsize
-    return Work(2 * product, 4 * row), Work(7 * product, 11 * row)
+    return LeastWork(2 * product, 4 * row), LeastWork(7 * product, 11 * row)

@@ -50,7 +50,7 @@ def draw_gate(spec: InnerLoop, gate: Gate, size: Size, normal: Callable[..., Ten
 
 
 @dataclass(frozen=True)
-class Operands:
+class DrawnOperands:
     """The tensors of one call of `ttt`."""
 
     weights: dict[str, Tensor]
@@ -60,7 +60,7 @@ class Operands:
     gates: dict[str, Any]
 
     @staticmethod
-    def draw(spec: InnerLoop, size: Size, seed: int = 0) -> Operands:
+    def draw(spec: InnerLoop, size: Size, seed: int = 0) -> DrawnOperands:
         """Random operands in float64: unit-norm silu'd queries and keys, rates near 0.02, gates near 1/2."""
         generator = torch.Generator().manual_seed(seed)
         shape = (size.batch, size.tokens, size.heads)
@@ -74,21 +74,21 @@ class Operands:
         hidden = None if isinstance(spec.network, DepthwiseConv) else size.width
         weights = spec.network.initial(size.heads, size.width, size.width, hidden, generator=generator, dtype=torch.float64)
         q, k = (F.normalize(F.silu(normal(*x, size.width)), dim=-1) for x in (shape, rows))
-        return Operands(weights, q, k, F.silu(normal(*rows, size.width)), gates)
+        return DrawnOperands(weights, q, k, F.silu(normal(*rows, size.width)), gates)
 
-    def map(self, change: Any) -> Operands:
+    def map(self, change: Any) -> DrawnOperands:
         """These operands with every tensor changed."""
         gates = {name: change(x) if isinstance(x, Tensor) else x for name, x in self.gates.items()}
         weights = {name: change(x) for name, x in self.weights.items()}
-        return Operands(weights, change(self.q), change(self.k), change(self.v), gates)
+        return DrawnOperands(weights, change(self.q), change(self.k), change(self.v), gates)
 
-    def to(self, device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Operands:
+    def to(self, device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> DrawnOperands:
         """q, k and v in `dtype`, weights, rates and gates in `wide`."""
         moved = self.map(lambda x: x.to(device, wide))
         return replace(moved, q=moved.q.to(dtype), k=moved.k.to(dtype), v=moved.v.to(dtype))
 
     def leaves(self) -> list[Tensor]:
-        """Every tensor."""
+        """Every tensor of the call, for gradients."""
         gates = [x for x in self.gates.values() if isinstance(x, Tensor)]
         return [*self.weights.values(), self.q, self.k, self.v, *gates]
 

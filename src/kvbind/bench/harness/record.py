@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kvbind.experiments.provenance import command, machine, versions
+from kvbind.provenance import command, machine, versions
 from kvbind.train.files import write_text
 
 OUT_OF_TIME = "no time left"

@@ -17,7 +17,7 @@ import torch
 Work = Callable[[], object]
 
 
-class TookTooLongError(BaseException):
+class DeadlineError(BaseException):
     """Work did not end within its time. No `Exception`, as compilers swallow those and go on."""
 
 
@@ -35,7 +35,7 @@ def at_most(seconds: float) -> Iterator[None]:
         return
 
     def end(*_: Any) -> None:
-        raise TookTooLongError(f"no result after {seconds:.0f} s")
+        raise DeadlineError(f"no result after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, end)
     # again and again, as an error in a destructor is lost

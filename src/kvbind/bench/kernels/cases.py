@@ -37,7 +37,7 @@ PASSES = ("forward", "training")
 
 
 @dataclass(frozen=True)
-class Case:
+class SpeedCase:
     """One call to measure; plain data.
 
     Attributes:
@@ -67,9 +67,9 @@ class Case:
     graph: bool = True
 
     @staticmethod
-    def of(data: Mapping[str, Any]) -> Case:
+    def of(data: Mapping[str, Any]) -> SpeedCase:
         """What `asdict` made."""
-        return Case(**data)
+        return SpeedCase(**data)
 
     @property
     def size(self) -> Size:
@@ -96,7 +96,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Settings:
+class SpeedSettings:
     """The call that everything is measured at or around.
 
     Attributes:
@@ -112,7 +112,7 @@ class Settings:
     rungs: tuple[str, ...] = tuple(RUNGS)
 
 
-def plan(what: Sequence[What], settings: Settings) -> list[Case]:
+def plan(what: Sequence[What], settings: SpeedSettings) -> list[SpeedCase]:
     """The cases of some parts of the benchmark, in order.
 
     - targets: every rung in every form, first with kernels, then softmax attention, then without kernels.
@@ -125,8 +125,10 @@ def plan(what: Sequence[What], settings: Settings) -> list[Case]:
     """
     size, chunk = settings.size, settings.chunk
 
-    def case(part: What, name: str, by: By, form: Form, at: Size = size, chunk: int = chunk, graph: bool = True) -> Case:
-        return Case(part, name, by, form, at.batch, at.tokens, at.heads, at.width, chunk, settings.dtype, graph)
+    def case(
+        part: What, name: str, by: By, form: Form, at: Size = size, chunk: int = chunk, graph: bool = True
+    ) -> SpeedCase:
+        return SpeedCase(part, name, by, form, at.batch, at.tokens, at.heads, at.width, chunk, settings.dtype, graph)
 
     def fastest(name: str) -> Form:
         return "recurrent" if parallel_obstacles(case("targets", name, "kvbind", "auto").spec) else "parallel"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kvbind.bench.harness.operands import Operands, Size
+from kvbind.bench.harness.operands import DrawnOperands, Size
 from kvbind.bench.harness.timing import median_seconds, peak_bytes
 from kvbind.forms.api import Form
 from kvbind.forms.obstacles import parallel_obstacles
@@ -19,7 +19,7 @@ from kvbind.inner.systems import RUNGS, lact_llm, ladder
 
 
 @dataclass(frozen=True)
-class Row:
+class FormRow:
     """One form of one rung.
 
     Attributes:
@@ -39,7 +39,7 @@ class Row:
 
 def bench_forms(
     size: Size, chunk: int, device: torch.device, dtype: torch.dtype, *, seconds: float = 2.0, rungs: list[str] | None = None
-) -> list[Row]:
+) -> list[FormRow]:
     """Measure the forms of the ladder of the LaCT language model.
 
     Args:
@@ -56,14 +56,14 @@ def bench_forms(
         if rungs is not None and name not in rungs:
             continue
         forms: list[Form] = ["recurrent"] if parallel_obstacles(spec) else ["recurrent", "parallel"]
-        o = Operands.draw(spec, size).to(device, dtype, torch.float32)
+        o = DrawnOperands.draw(spec, size).to(device, dtype, torch.float32)
         leaves = o.map(lambda x: x.clone().requires_grad_())
         forward = median_seconds([partial(_forward, spec, o, form) for form in forms], device, seconds=seconds)
         works = [partial(_train, spec, leaves, form) for form in forms]
         training = median_seconds(works, device, seconds=seconds)
         tokens = size.batch * size.tokens
         for form, work, fast, slow in zip(forms, works, forward, training, strict=True):
-            rows.append(Row(name, form, tokens / fast, tokens / slow, peak_bytes(work, device)))
+            rows.append(FormRow(name, form, tokens / fast, tokens / slow, peak_bytes(work, device)))
     return rows
 
 
@@ -83,23 +83,23 @@ def tokens_per_second(
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     works = []
     for spec, form in cases:
-        leaves = Operands.draw(spec, size).to(device, dtype, torch.float32).map(lambda x: x.requires_grad_())
+        leaves = DrawnOperands.draw(spec, size).to(device, dtype, torch.float32).map(lambda x: x.requires_grad_())
         works.append(partial(_train, spec, leaves, form))
     return [size.batch * size.tokens / taken for taken in median_seconds(works, device, least=rounds, seconds=0)]
 
 
-def _forward(spec: InnerLoop, o: Operands, form: Form) -> None:
+def _forward(spec: InnerLoop, o: DrawnOperands, form: Form) -> None:
     with torch.no_grad():
         o.run(spec, form)
 
 
-def _train(spec: InnerLoop, o: Operands, form: Form) -> None:
+def _train(spec: InnerLoop, o: DrawnOperands, form: Form) -> None:
     y = o.run(spec, form)
     # q is unused where the key is read, and a gate in its last chunk
     torch.autograd.grad(y, o.leaves(), torch.ones_like(y), allow_unused=True)
 
 
-def as_data(rows: list[Row]) -> list[dict[str, Any]]:
+def as_data(rows: list[FormRow]) -> list[dict[str, Any]]:
     """Rows as plain data, each with what its rung changes and its speed over the recurrent form of the same rung."""
     recurrent = {row.rung: row for row in rows if row.form == "recurrent"}
     return [

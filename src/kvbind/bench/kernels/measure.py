@@ -16,10 +16,10 @@ from kvbind.bench.harness.device_time import duration, first_line
 from kvbind.bench.harness.kernel_switch import operators_of, without_kernels
 from kvbind.bench.harness.named_operands import Leaves, draw_leaves, in_precision, run
 from kvbind.bench.harness.timing import Work, now, peak_bytes
-from kvbind.bench.kernels.cases import PASSES, Case
+from kvbind.bench.kernels.cases import PASSES, SpeedCase
 
 
-def measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
+def measure(case: SpeedCase, device: torch.device, seconds: float) -> dict[str, Any]:
     """Time a case and count its memory: the fields of its row.
 
     A pass that fails leaves its reason under "error" and the other pass's numbers.
@@ -56,7 +56,7 @@ def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def works(case: Case, device: torch.device) -> tuple[Work, Work, dict[str, Any]]:
+def works(case: SpeedCase, device: torch.device) -> tuple[Work, Work, dict[str, Any]]:
     """A forward pass without gradients; a forward and backward pass with those of every leaf; facts for the row."""
     if case.by == "sdpa":
         return _attention(case, device)
@@ -97,7 +97,7 @@ def passes(read: Any, leaves: Leaves) -> tuple[Work, Work]:
     return forward, training
 
 
-def _attention(case: Case, device: torch.device) -> tuple[Work, Work, dict[str, Any]]:
+def _attention(case: SpeedCase, device: torch.device) -> tuple[Work, Work, dict[str, Any]]:
     """Causal softmax attention with heads of the case's width, or else of the next narrower that the backend takes."""
     total, refused = case.heads * case.width, []
     backend = partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION) if device.type == "cuda" else nullcontext

@@ -18,9 +18,9 @@ def first_calls(fields: dict[str, Any]) -> dict[str, Any]:
 
     from kvbind.bench.harness.named_operands import draw_leaves, in_precision, run
     from kvbind.bench.harness.timing import now
-    from kvbind.bench.kernels.cases import Case
+    from kvbind.bench.kernels.cases import SpeedCase
 
-    case = Case.of(fields["case"])
+    case = SpeedCase.of(fields["case"])
     device = torch.device(fields["device"])
     # what PyTorch starts and imports at its own first product and gradient
     warm = torch.ones(64, 64, device=device, requires_grad=True)
@@ -44,9 +44,9 @@ def measured(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a case's row: under `torch.compile`, with the seconds of its first forward and training calls."""
     import torch
 
-    from kvbind.bench.kernels.cases import Case
+    from kvbind.bench.kernels.cases import SpeedCase
     from kvbind.bench.kernels.measure import measure
 
-    case = Case.of(fields["case"])
+    case = SpeedCase.of(fields["case"])
     with compiling_configurations() if case.by == "fla" else contextlib.nullcontext():
         return measure(case, torch.device(fields["device"]), fields["seconds"])

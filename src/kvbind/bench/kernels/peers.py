@@ -199,7 +199,7 @@ def peer_of(spec: InnerLoop) -> Read:
 
 
 @dataclass(frozen=True)
-class Row:
+class PeerRow:
     """One call to compare.
 
     Attributes:
@@ -225,16 +225,16 @@ class Row:
         return rungs[self.rung] if self.rung in rungs else named(self.rung)
 
 
-def plan(rungs: Sequence[str], size: Size = SIZE, chunk: int = 2048) -> list[Row]:
+def plan(rungs: Sequence[str], size: Size = SIZE, chunk: int = 2048) -> list[PeerRow]:
     """Every rung at the shape of a 760M model's layer, then in the other layout, then small calls, then token by token."""
     parallel = [name for name in rungs if name not in ("rung0", "rung1")]
-    rows = [Row(name, name, size, chunk) for name in reversed(rungs)]
-    rows += [Row(f"{name}-tokens", name, size, chunk, "tokens") for name in reversed(parallel)]
-    rows += [Row(f"host-{name}", name, HOST_SIZE, chunk, host=True) for name in reversed(parallel)]
+    rows = [PeerRow(name, name, size, chunk) for name in reversed(rungs)]
+    rows += [PeerRow(f"{name}-tokens", name, size, chunk, "tokens") for name in reversed(parallel)]
+    rows += [PeerRow(f"host-{name}", name, HOST_SIZE, chunk, host=True) for name in reversed(parallel)]
     if size == SIZE:
         each = [(name, at) for name, sizes in TOKEN_SIZES.items() for at in sizes]
         each += [(name, MINI_BATCH_SIZE) for name in MINI_BATCHES]
-        rows += [Row(f"{name}-{at.heads}x{at.width}", name, at, named(name).chunk or 1, "tokens") for name, at in each]
+        rows += [PeerRow(f"{name}-{at.heads}x{at.width}", name, at, named(name).chunk or 1, "tokens") for name, at in each]
     return rows
 
 
@@ -258,7 +258,7 @@ def error_of(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def compare(row: Row, ceilings: Ceilings, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+def compare(row: PeerRow, ceilings: Ceilings, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
     """The two passes of one row; rates in Mtok/s, times of the host in microseconds."""
     spec, tokens = row.spec, row.size.batch * row.size.tokens
     leaves = laid_out(in_precision(draw_leaves(spec, row.size, device), torch.bfloat16, torch.float32), row.layout)
@@ -285,7 +285,7 @@ def compare(row: Row, ceilings: Ceilings, device: torch.device, seconds: float) 
 
 
 def timed(
-    row: Row, name: str, who: str, work: Work, device: torch.device, seconds: float, kept: list[Tensor]
+    row: PeerRow, name: str, who: str, work: Work, device: torch.device, seconds: float, kept: list[Tensor]
 ) -> dict[str, Any]:
     """The fields of one side of a row, beginning with its name.
 
@@ -337,7 +337,7 @@ def ratios(row: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def measured(rows: Sequence[Row], device: torch.device, seconds: float, budget: float) -> Iterator[dict[str, Any]]:
+def measured(rows: Sequence[PeerRow], device: torch.device, seconds: float, budget: float) -> Iterator[dict[str, Any]]:
     """Measure rows; the record as it is `growing`.
 
     Args:

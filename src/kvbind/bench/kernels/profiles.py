@@ -11,20 +11,20 @@ import torch
 from kvbind.bench.harness.profiler import CALLS, launches, summary
 from kvbind.bench.harness.record import growing, provenance
 from kvbind.bench.harness.timing import release
-from kvbind.bench.kernels.cases import PASSES, Case, Settings, plan
+from kvbind.bench.kernels.cases import PASSES, SpeedCase, SpeedSettings, plan
 from kvbind.bench.kernels.measure import works
 
 
-def to_profile(settings: Settings) -> list[Case]:
+def to_profile(settings: SpeedSettings) -> list[SpeedCase]:
     """Every rung on kernels in its fastest form."""
-    fastest: dict[str, Case] = {}
+    fastest: dict[str, SpeedCase] = {}
     for case in plan(["targets"], settings):
         if case.by == "kvbind" and (case.name not in fastest or case.form == "parallel"):
             fastest[case.name] = case
     return list(fastest.values())
 
 
-def profiled(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
+def profiled(settings: SpeedSettings, device: torch.device) -> Iterator[dict[str, Any]]:
     """Profile every rung; the record as it is `growing`, by case and pass.
 
     Args:
@@ -49,7 +49,7 @@ def profiled(settings: Settings, device: torch.device) -> Iterator[dict[str, Any
     return growing(about, len(PASSES) * len(cases), bench_profiles(cases, device))
 
 
-def bench_profiles(cases: Sequence[Case], device: torch.device) -> Iterator[dict[str, Any]]:
+def bench_profiles(cases: Sequence[SpeedCase], device: torch.device) -> Iterator[dict[str, Any]]:
     """The rows of `profiled`."""
     for case in cases:
         forward, training, _ = works(case, device)

@@ -20,14 +20,14 @@ from kvbind.bench.harness.fresh_process import in_fresh_process
 from kvbind.bench.harness.record import growing, provenance
 from kvbind.bench.harness.timing import release
 from kvbind.bench.kernels import own_processes
-from kvbind.bench.kernels.cases import PASSES, Case, Settings, What, plan
+from kvbind.bench.kernels.cases import PASSES, SpeedCase, SpeedSettings, What, plan
 from kvbind.bench.kernels.goals import SOURCE, goal_of
 from kvbind.bench.kernels.measure import measure
 from kvbind.forms import fla
 
 
 def bench_kernels(
-    cases: Sequence[Case],
+    cases: Sequence[SpeedCase],
     ceilings: Ceilings,
     device: torch.device,
     *,
@@ -70,7 +70,13 @@ def bench_kernels(
 
 
 def measured(
-    what: Sequence[What], settings: Settings, device: torch.device, *, seconds: float, compile_limit: float, budget: float
+    what: Sequence[What],
+    settings: SpeedSettings,
+    device: torch.device,
+    *,
+    seconds: float,
+    compile_limit: float,
+    budget: float,
 ) -> Iterator[dict[str, Any]]:
     """Measure parts of the benchmark; the record as it is `growing`.
 
@@ -94,7 +100,7 @@ def measured(
     return growing(about, len(cases), rows)
 
 
-def first_call_row(case: Case, device: torch.device, limit: float) -> dict[str, Any]:
+def first_call_row(case: SpeedCase, device: torch.device, limit: float) -> dict[str, Any]:
     """First calls in two fresh processes that share a cache of compiled kernels: empty for one, filled for the next."""
     release()
     fields = {"case": asdict(case), "device": str(device)}
@@ -109,7 +115,7 @@ def with_rates(row: dict[str, Any], ceilings: Ceilings) -> dict[str, Any]:
     """A row with what follows from its times: rates, the part of the limit reached, and measured over goal."""
     if not any(name in row for name in PASSES):
         return row
-    case = Case.of({name: row[name] for name in Case.__dataclass_fields__})
+    case = SpeedCase.of({name: row[name] for name in SpeedCase.__dataclass_fields__})
     size, dtype = case.size, case.torch_dtype
     if case.by == "sdpa":
         needs = dict(zip(PASSES, attention_work(size, dtype), strict=True))

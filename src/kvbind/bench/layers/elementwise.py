@@ -13,13 +13,13 @@ from torch import Tensor
 from kvbind.bench.harness.device_time import duration
 from kvbind.bench.harness.kernel_switch import without_kernels
 from kvbind.bench.harness.named_operands import Leaves
-from kvbind.bench.layers.operators import Piece, slopes
+from kvbind.bench.layers.operators import LayerOperator, slopes
 
 BY = ("kernels", "PyTorch")
 
 
 def bench_layer(
-    pieces: list[Piece], dtype: torch.dtype, device: torch.device, *, seconds: float = 0.2
+    pieces: list[LayerOperator], dtype: torch.dtype, device: torch.device, *, seconds: float = 0.2
 ) -> Iterator[dict[str, Any]]:
     """Time pieces of a layer forward, and forward and backward with gradients of every operand.
 
@@ -42,7 +42,7 @@ def bench_layer(
             yield {"piece": piece.name.removeprefix("layer: "), "by": by, **timed}
 
 
-def _timed(piece: Piece, own: Leaves, dtype: torch.dtype, device: torch.device, seconds: float) -> dict[str, Any]:
+def _timed(piece: LayerOperator, own: Leaves, dtype: torch.dtype, device: torch.device, seconds: float) -> dict[str, Any]:
     @torch.no_grad()
     def forward() -> tuple[Tensor, ...]:
         return piece.call(own, dtype)

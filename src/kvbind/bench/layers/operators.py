@@ -23,7 +23,7 @@ from kvbind.models.lact.loss import linear_cross_entropy
 
 
 @dataclass(frozen=True)
-class Piece:
+class LayerOperator:
     """A function that takes a kernel where there is one.
 
     Attributes:
@@ -79,7 +79,7 @@ def slopes(results: tuple[Tensor, ...]) -> list[Tensor]:
     return [torch.randn(y.shape, generator=generator, device=y.device).bfloat16().to(y.dtype) for y in results]
 
 
-def pieces(tokens: int, heads: int, width: int) -> list[Piece]:
+def pieces(tokens: int, heads: int, width: int) -> list[LayerOperator]:
     """Everything around an inner loop that has a kernel, of layers and blocks, and the loss; at two batches of tokens.
 
     Args:
@@ -132,22 +132,24 @@ def pieces(tokens: int, heads: int, width: int) -> list[Piece]:
     side = math.isqrt(tokens)
     image = {"image": (2, side * side, model), "weight": (model, 1, 3, 3), "bias": (model,)}
     return [
-        Piece("layer: queries and keys", made, ("q", "k"), operands(silu=True, rotary=True)),
-        Piece("layer: queries and keys without SiLU and rotation", made, ("q", "k"), operands(silu=False, rotary=False)),
-        Piece("layer: gated output", outputs | {"gate": (2, tokens, heads)}, ("fast", "mixed", "gate"), gated),
-        Piece("layer: output without gate", outputs, ("fast", "mixed"), gated),
-        Piece("layer: SwiGLU", {"gate": mlp, "up": mlp}, ("gate", "up"), lambda x, _: (swiglu(x["gate"], x["up"]),)),
-        Piece("layer: norm of the stream", stream, (), summed),
-        Piece("layer: sum and norm of the stream", stream | {"delta": rows}, ("delta",), summed),
-        Piece("block: layer norm", stream | {"bias": (model,)}, (), layer_normed),
-        Piece("block: sum and layer norm", stream | {"delta": rows}, ("delta",), layer_normed),
-        Piece("block: depthwise convolution", image, ("image",), convolved),
-        Piece(
+        LayerOperator("layer: queries and keys", made, ("q", "k"), operands(silu=True, rotary=True)),
+        LayerOperator(
+            "layer: queries and keys without SiLU and rotation", made, ("q", "k"), operands(silu=False, rotary=False)
+        ),
+        LayerOperator("layer: gated output", outputs | {"gate": (2, tokens, heads)}, ("fast", "mixed", "gate"), gated),
+        LayerOperator("layer: output without gate", outputs, ("fast", "mixed"), gated),
+        LayerOperator("layer: SwiGLU", {"gate": mlp, "up": mlp}, ("gate", "up"), lambda x, _: (swiglu(x["gate"], x["up"]),)),
+        LayerOperator("layer: norm of the stream", stream, (), summed),
+        LayerOperator("layer: sum and norm of the stream", stream | {"delta": rows}, ("delta",), summed),
+        LayerOperator("block: layer norm", stream | {"bias": (model,)}, (), layer_normed),
+        LayerOperator("block: sum and layer norm", stream | {"delta": rows}, ("delta",), layer_normed),
+        LayerOperator("block: depthwise convolution", image, ("image",), convolved),
+        LayerOperator(
             "layer: queries, keys and values of views",
             {"qkv": (2, tokens, 3 * model)},
             ("qkv",),
             lambda x, _: unit_operands(x["qkv"], heads),
         ),
         # logits of ordinary size: a softmax of large ones magnifies the rounding of their product
-        Piece("layer: loss", words, tuple(words), loss, spread={"vocabulary": model**-0.5}),
+        LayerOperator("layer: loss", words, tuple(words), loss, spread={"vocabulary": model**-0.5}),
     ]

@@ -29,9 +29,9 @@ def bench_attention(
     FlexAttention is for GPUs: on a CPU there is one way, in blocks.
 
     Args:
-        tokens: how many.
+        tokens: in the row.
         heads: of queries, keys and values alike.
-        width: of each.
+        width: channels of a head.
         window: tokens that a token sees.
         device: where to run.
         seconds: how long to time each.

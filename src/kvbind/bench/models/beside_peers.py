@@ -16,8 +16,8 @@ import torch
 
 from kvbind.bench.harness.device_time import first_line
 from kvbind.bench.harness.record import OUT_OF_TIME, answered, provenance, save
-from kvbind.bench.harness.timing import TookTooLongError, at_most
-from kvbind.bench.models.plans import PARTS, SIZES, Found, Job, Row, plan
+from kvbind.bench.harness.timing import DeadlineError, at_most
+from kvbind.bench.models.plans import PARTS, SIZES, Found, Measurement, ModelRow, plan
 from kvbind.files import read_json
 from kvbind.hardware import peak_flops
 
@@ -30,11 +30,11 @@ def results_of(rows: Iterable[Mapping[str, Any]]) -> Results:
     return {(row["name"], side): dict(row[f"{side}_ways"]) for row in rows for side in ("ours", "peer", "beside")}
 
 
-def row_of(row: Row, results: Results, peak: float | None) -> dict[str, Any]:
+def row_of(row: ModelRow, results: Results, peak: float | None) -> dict[str, Any]:
     """A row of the record.
 
     Args:
-        row: which.
+        row: what is compared.
         results: found so far.
         peak: what the device could compute, operations per second; None where that is not known.
 
@@ -71,7 +71,7 @@ def row_of(row: Row, results: Results, peak: float | None) -> dict[str, Any]:
     return found
 
 
-def is_answered(job: Job, results: Results) -> bool:
+def is_answered(job: Measurement, results: Results) -> bool:
     """Whether all that a job finds is there."""
     return all(
         way in results.get((name, job.side), {}) and "skipped" not in results[name, job.side][way]
@@ -80,7 +80,7 @@ def is_answered(job: Job, results: Results) -> bool:
     )
 
 
-def done(jobs: Sequence[Job], budget: float, results: Results) -> Iterator[Job]:
+def done(jobs: Sequence[Measurement], budget: float, results: Results) -> Iterator[Measurement]:
     """Do jobs, those that come first before the others; put what they find into `results`.
 
     Args:
@@ -101,7 +101,7 @@ def done(jobs: Sequence[Job], budget: float, results: Results) -> Iterator[Job]:
             try:
                 with at_most(limit):
                     found = job.work(share)
-            except TookTooLongError:
+            except DeadlineError:
                 if limit < left:
                     found = {way: {"failed": f"given up after {limit:.0f} s"} for way in job.ways}
             except Exception as problem:  # the next may do better
@@ -112,7 +112,7 @@ def done(jobs: Sequence[Job], budget: float, results: Results) -> Iterator[Job]:
         yield job
 
 
-def line_of(job: Job, row: Mapping[str, Any]) -> str:
+def line_of(job: Measurement, row: Mapping[str, Any]) -> str:
     """What a job found, in a line."""
     ways = row[f"{job.side}_ways"]
     told = [

@@ -36,7 +36,7 @@ QUEUED = 48
 
 
 @dataclass(frozen=True)
-class Load:
+class DecodingLoad:
     """What is decoded.
 
     Attributes:
@@ -71,13 +71,13 @@ def graphs_switched(on: bool) -> Iterator[None]:
             os.environ["KVBIND_GRAPHS"] = before
 
 
-def timed_tokens(one_more: Callable[[], object], device: torch.device, load: Load, until: float) -> dict[str, Any]:
+def timed_tokens(one_more: Callable[[], object], device: torch.device, load: DecodingLoad, until: float) -> dict[str, Any]:
     """Time a function that decodes one more token of each sequence.
 
     Args:
         one_more: is called up to `load.tokens + QUEUED + 1` times.
         device: where it runs.
-        load: of what.
+        load: how many sequences and tokens are decoded.
         until: by `time.perf_counter`, when to stop; not before `LEAST` tokens.
 
     Returns:
@@ -115,12 +115,12 @@ def peak(device: torch.device) -> int | None:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget peaks."""
+    """Count the device's peak memory anew from here."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def prompts(load: Load, chunk: int, vocabulary: int, device: torch.device) -> Tensor:
+def prompts(load: DecodingLoad, chunk: int, vocabulary: int, device: torch.device) -> Tensor:
     """Random tokens, int64 `[batch, length]`."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (load.batch, load.length(chunk)), generator=generator).to(device)
@@ -155,7 +155,7 @@ def bytes_of(held: Sequence[Tensor]) -> int:
 
 
 @torch.no_grad()
-def decode(model: LactForCausalLM, load: Load, until: float, *, graphs: bool) -> dict[str, Any]:
+def decode(model: LactForCausalLM, load: DecodingLoad, until: float, *, graphs: bool) -> dict[str, Any]:
     """Time greedy decoding of a LaCT model.
 
     Args:
@@ -192,7 +192,7 @@ def decode(model: LactForCausalLM, load: Load, until: float, *, graphs: bool) ->
 
 
 @torch.no_grad()
-def reread_seconds(model: LactForCausalLM, load: Load) -> float:
+def reread_seconds(model: LactForCausalLM, load: DecodingLoad) -> float:
     """How long one more token takes without a cache: the whole prompt again, once more than to compile what it needs."""
     ids = prompts(load, model.config.inner.span or 1, model.config.vocab_size, model.device)
     for _ in range(2):
@@ -203,7 +203,7 @@ def reread_seconds(model: LactForCausalLM, load: Load) -> float:
 
 
 def bench_decoding(
-    model: LactForCausalLM, loads: Sequence[Load], graphs: Sequence[bool], seconds: float
+    model: LactForCausalLM, loads: Sequence[DecodingLoad], graphs: Sequence[bool], seconds: float
 ) -> Iterator[dict[str, Any]]:
     """Time greedy decoding after prompts of random tokens, each with CUDA graphs, without, or both.
 
@@ -228,7 +228,7 @@ def bench_systems(
     names: Sequence[str],
     device: torch.device,
     dtype: torch.dtype,
-    loads: Sequence[Load],
+    loads: Sequence[DecodingLoad],
     graphs: Sequence[bool],
     seconds: float,
 ) -> Iterator[dict[str, Any]]:
@@ -240,8 +240,8 @@ def bench_systems(
         device: where to run.
         dtype: of parameters.
         loads: as `bench_decoding` takes them.
-        graphs: likewise.
-        seconds: likewise.
+        graphs: as `bench_decoding` takes them.
+        seconds: as `bench_decoding` takes them.
 
     Yields:
         Its rows, each with the name under "system" where there are names.
@@ -255,7 +255,7 @@ def bench_systems(
 
 
 @torch.no_grad()
-def decode_llama(model: LlamaForCausalLM, load: Load, chunk: int, until: float, *, static: bool) -> dict[str, Any]:
+def decode_llama(model: LlamaForCausalLM, load: DecodingLoad, chunk: int, until: float, *, static: bool) -> dict[str, Any]:
     """Time greedy decoding of a Llama.
 
     Args:
@@ -297,7 +297,7 @@ def llama_tokens(
     Args:
         model: in evaluation mode.
         cache: from `read_llama`.
-        logits: likewise.
+        logits: of the last token read, from `read_llama`.
         length: tokens in it.
         room: as `read_llama` took it.
     """

@@ -14,7 +14,7 @@ from torch import nn
 from kvbind.bench.harness.device_time import duration
 from kvbind.bench.harness.timing import now
 from kvbind.bench.models import softmax_peers
-from kvbind.bench.models.decoding import Load, decode, decode_llama
+from kvbind.bench.models.decoding import DecodingLoad, decode, decode_llama
 from kvbind.bench.models.vision import draw, forward, vision_transformer
 from kvbind.bench.training import cuda_graphs
 from kvbind.bench.training.cuda_graphs import give_back
@@ -44,7 +44,7 @@ Found = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Language:
+class LanguageSize:
     """A size of the LaCT language model, on rows of `length` tokens."""
 
     name: str
@@ -55,7 +55,7 @@ class Language:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ModelSizes:
     """How large everything is.
 
     Attributes:
@@ -66,32 +66,32 @@ class Sizes:
         one, many: what is decoded.
     """
 
-    language: Language
-    small: Language
+    language: LanguageSize
+    small: LanguageSize
     vision: tuple[str, int, int, str]
     views: tuple[int, int, int, int, int]
     preset: str
-    one: Load
-    many: Load
+    one: DecodingLoad
+    many: DecodingLoad
 
 
 SIZES = {
-    "full": Sizes(
-        Language("lact-760m", "760m", 32768, 1, 32000), Language("lact-30m", "30m", 8192, 3, 256),
+    "full": ModelSizes(
+        LanguageSize("lact-760m", "760m", 32768, 1, 32000), LanguageSize("lact-30m", "30m", 8192, 3, 256),
         ("base", 256, 224, "vit_base_patch16_224"), (12, 768, 4, 8, 128),
-        "760m", Load(1, 32768, 4096, 8192), Load(64, 2048, 160, 512),
+        "760m", DecodingLoad(1, 32768, 4096, 8192), DecodingLoad(64, 2048, 160, 512),
     ),
-    "tiny": Sizes(
-        Language("lact-tiny", "tiny", 128, 1, 256), Language("lact-tinier", "tiny", 64, 2, 256),
+    "tiny": ModelSizes(
+        LanguageSize("lact-tiny", "tiny", 128, 1, 256), LanguageSize("lact-tinier", "tiny", 64, 2, 256),
         ("tiny", 2, 32, "vit_tiny_patch16_224"), (1, 32, 1, 2, 16),
-        "tiny", Load(1, 128, 8, 64), Load(2, 64, 8, 64),
+        "tiny", DecodingLoad(1, 128, 8, 64), DecodingLoad(2, 64, 8, 64),
     ),
 }  # fmt: skip
 """By name; "tiny" for a look on a CPU, which measures nothing that matters."""
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelRow:
     """What is compared.
 
     Attributes:
@@ -112,7 +112,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Job:
+class Measurement:
     """Something to measure.
 
     Attributes:
@@ -134,7 +134,7 @@ class Job:
     limit: float | None = None
 
 
-Plan = tuple[list[Row], list[Job]]
+Plan = tuple[list[ModelRow], list[Measurement]]
 
 
 def per_second(found: dict[str, Found]) -> dict[str, Found]:
@@ -142,35 +142,39 @@ def per_second(found: dict[str, Found]) -> dict[str, Found]:
     return {way: {"value": x["per_second"], **x} if "per_second" in x else x for way, x in found.items()}
 
 
-def ours(case: cuda_graphs.Case, device: torch.device, seconds: float, how: str, share: float) -> dict[str, Found]:
+def ours(case: cuda_graphs.TrainingCase, device: torch.device, seconds: float, how: str, share: float) -> dict[str, Found]:
     """This library's training steps: `how` is "graphs" or "eager"."""
     found = cuda_graphs.speed(case, device, {"graphs": "on", "eager": "off"}[how], min(seconds, share / 2))
     return per_second({how: found})
 
 
-def peers(case: cuda_graphs.Case, device: torch.device, seconds: float, scope: str, share: float) -> dict[str, Found]:
+def peers(
+    case: cuda_graphs.TrainingCase, device: torch.device, seconds: float, scope: str, share: float
+) -> dict[str, Found]:
     """A peer's training steps; `scope` is what is compiled."""
     found = softmax_peers.training(case, device, min(seconds, share / 4), scope=scope)
     return per_second({WAYS[scope][way]: x for way, x in found.items()})
 
 
-def peer_jobs(rows: tuple[str, ...], work: Callable[[str, float], dict[str, Found]]) -> list[Job]:
+def peer_jobs(rows: tuple[str, ...], work: Callable[[str, float], dict[str, Found]]) -> list[Measurement]:
     """Those of a peer, whose `work` takes what is compiled."""
     return [
-        Job(rows, "peer", tuple(WAYS[scope].values()), partial(work, scope), first=not scope, limit=COMPILING.get(scope))
+        Measurement(
+            rows, "peer", tuple(WAYS[scope].values()), partial(work, scope), first=not scope, limit=COMPILING.get(scope)
+        )
         for scope in WAYS
     ]
 
 
-def our_jobs(case: cuda_graphs.Case, device: torch.device, seconds: float) -> list[Job]:
+def our_jobs(case: cuda_graphs.TrainingCase, device: torch.device, seconds: float) -> list[Measurement]:
     """Those of this library's training steps."""
     return [
-        Job((case.name,), "ours", (how,), partial(ours, case, device, seconds, how), first=how == "graphs")
+        Measurement((case.name,), "ours", (how,), partial(ours, case, device, seconds, how), first=how == "graphs")
         for how in ("graphs", "eager")
     ]
 
 
-def language_plan(part: str, sizes: Language, device: torch.device, seconds: float) -> Plan:
+def language_plan(part: str, sizes: LanguageSize, device: torch.device, seconds: float) -> Plan:
     """The language model in three rungs, and a Llama of its size."""
     cases = [
         cuda_graphs.language(f"{sizes.name}-{rung}", sizes.preset, rung, sizes.length, sizes.rows, sizes.vocabulary)
@@ -181,7 +185,7 @@ def language_plan(part: str, sizes: Language, device: torch.device, seconds: flo
     peer = softmax_peers.language(cases[0], config)
     jobs += peer_jobs(tuple(case.name for case in cases), partial(peers, peer, device, seconds))
     rows = [
-        Row(case.name, part, "tokens/s", "transformers' Llama of that size, SDPA", flops=case.flops)
+        ModelRow(case.name, part, "tokens/s", "transformers' Llama of that size, SDPA", flops=case.flops)
         for case in sorted(cases, key=lambda case: case.name)
     ]
     return rows, jobs
@@ -211,15 +215,15 @@ def forward_speed(
     return {WAYS[scope][way]: x for way, x in found.items()}
 
 
-def vision_plan(sizes: Sizes, device: torch.device, seconds: float) -> Plan:
+def vision_plan(sizes: ModelSizes, device: torch.device, seconds: float) -> Plan:
     """ViTTT and a vision transformer of timm's, training and forward."""
     model, batch, side, peer = sizes.vision
     case = cuda_graphs.images(model, batch, side)
     name = f"vittt-{model[0]}-forward"
     called = f"timm's {peer}"
     rows = [
-        Row(case.name, "vision", "images/s", called, flops=case.flops),
-        Row(name, "vision", "images/s", called),
+        ModelRow(case.name, "vision", "images/s", called, flops=case.flops),
+        ModelRow(name, "vision", "images/s", called),
     ]
 
     def forwards(make: Callable[[], nn.Module], scope: str, share: float) -> dict[str, Found]:
@@ -229,22 +233,22 @@ def vision_plan(sizes: Sizes, device: torch.device, seconds: float) -> Plan:
     return rows, [
         *our_jobs(case, device, seconds),
         *peer_jobs((case.name,), partial(peers, softmax_peers.images(case, peer, side), device, seconds)),
-        Job((name,), "ours", ("eager", "graphs"), partial(forwards, own, "")),
+        Measurement((name,), "ours", ("eager", "graphs"), partial(forwards, own, "")),
         *peer_jobs((name,), partial(forwards, partial(vision_transformer, peer, side))),
     ]
 
 
-def views_plan(sizes: Sizes, device: torch.device, seconds: float) -> Plan:
+def views_plan(sizes: ModelSizes, device: torch.device, seconds: float) -> Plan:
     """LaCT view synthesis, and the same transformer with full attention."""
     case = cuda_graphs.views(*sizes.views)
     layers, dim = sizes.views[:2]
     config = lact_nvs.LactNvsConfig(dim=dim, layers=layers, fast_head_dim=dim, head_dim=min(64, dim))
-    row = Row(case.name, "views", "views/s", "the same with full attention, SDPA", flops=case.flops)
+    row = ModelRow(case.name, "views", "views/s", "the same with full attention, SDPA", flops=case.flops)
     jobs = peer_jobs((case.name,), partial(peers, softmax_peers.views(case, config), device, seconds))
     return [row], our_jobs(case, device, seconds) + jobs
 
 
-def decode_plan(sizes: Sizes, device: torch.device, seconds: float) -> Plan:
+def decode_plan(sizes: ModelSizes, device: torch.device, seconds: float) -> Plan:
     """A token of one sequence, and of many."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     preset = PRESETS[sizes.preset]
@@ -255,13 +259,13 @@ def decode_plan(sizes: Sizes, device: torch.device, seconds: float) -> Plan:
     def valued(name: str, found: Found) -> Found:
         return {"value": found[measured[name]], **found}
 
-    def lact(name: str, load: Load, rung: str, how: str, way: str, share: float) -> dict[str, Found]:
+    def lact(name: str, load: DecodingLoad, rung: str, how: str, way: str, share: float) -> dict[str, Found]:
         give_back(device)
         model = build(sizes.preset, device, dtype, inner=ladder(preset["inner"])[rung]).eval()
         until = time.perf_counter() + 0.75 * share
         return {way: valued(name, decode(model, load, until, graphs=how == "graphs"))}
 
-    def llama(name: str, load: Load, how: str, share: float) -> dict[str, Found]:
+    def llama(name: str, load: DecodingLoad, how: str, share: float) -> dict[str, Found]:
         give_back(device)
         torch.manual_seed(0)
         with torch.device(device):
@@ -270,17 +274,19 @@ def decode_plan(sizes: Sizes, device: torch.device, seconds: float) -> Plan:
         until = time.perf_counter() + 0.75 * share
         return {how: valued(name, decode_llama(model, load, chunk, until, static=how == "static graphs"))}
 
-    def short(load: Load) -> Load:
+    def short(load: DecodingLoad) -> DecodingLoad:
         return replace(load, tokens=min(load.tokens, 256))
 
     jobs = []
     for name, load, weight in ((one, sizes.one, 5.0), (many, sizes.many, 2.0)):
         jobs += [
-            Job((name,), "ours", ("graphs",), partial(lact, name, load, "rung2", "graphs", "graphs"), weight=weight),
-            Job((name,), "peer", ("static graphs",), partial(llama, name, short(load), "static graphs")),
-            Job((name,), "peer", ("dynamic",), partial(llama, name, short(load), "dynamic"), first=False),
-            Job((name,), "ours", ("eager",), partial(lact, name, short(load), "rung2", "eager", "eager"), first=False),
-            Job(
+            Measurement((name,), "ours", ("graphs",), partial(lact, name, load, "rung2", "graphs", "graphs"), weight=weight),
+            Measurement((name,), "peer", ("static graphs",), partial(llama, name, short(load), "static graphs")),
+            Measurement((name,), "peer", ("dynamic",), partial(llama, name, short(load), "dynamic"), first=False),
+            Measurement(
+                (name,), "ours", ("eager",), partial(lact, name, short(load), "rung2", "eager", "eager"), first=False
+            ),
+            Measurement(
                 (name,),
                 "beside",
                 ("rung0",),
@@ -290,10 +296,10 @@ def decode_plan(sizes: Sizes, device: torch.device, seconds: float) -> Plan:
             ),
         ]
     peer = "transformers' Llama of that size, SDPA"
-    return [Row(one, "decode", "ms", peer, higher=False), Row(many, "decode", "tokens/s", peer)], jobs
+    return [ModelRow(one, "decode", "ms", peer, higher=False), ModelRow(many, "decode", "tokens/s", peer)], jobs
 
 
-def plan(what: Sequence[str], sizes: Sizes, device: torch.device, seconds: float) -> Plan:
+def plan(what: Sequence[str], sizes: ModelSizes, device: torch.device, seconds: float) -> Plan:
     """Rows and jobs of some of `PARTS`, in that order."""
     plans: dict[str, Callable[[], Plan]] = {
         "language": partial(language_plan, "language", sizes.language, device, seconds),

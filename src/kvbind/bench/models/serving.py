@@ -27,7 +27,7 @@ ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERR
 
 
 @dataclass(frozen=True)
-class Load:
+class RequestLoad:
     """Requests with random tokens, and lengths drawn evenly.
 
     Attributes:
@@ -58,7 +58,7 @@ class Load:
         return found
 
 
-def bench_serving(preset: str, rung: int, load: Load, dtype: str) -> list[dict[str, Any]]:
+def bench_serving(preset: str, rung: int, load: RequestLoad, dtype: str) -> list[dict[str, Any]]:
     """Rows of the model and of the Llama, each measured in a process of its own.
 
     Args:
@@ -76,7 +76,7 @@ def bench_serving(preset: str, rung: int, load: Load, dtype: str) -> list[dict[s
 
 def served(fields: dict[str, Any]) -> dict[str, Any]:
     """One row: a model with random weights, saved to a folder, served, and asked."""
-    load = Load(**fields["load"])
+    load = RequestLoad(**fields["load"])
     with tempfile.TemporaryDirectory() as folder:
         model = _model(fields["name"], fields["preset"], fields["rung"])
         numbers, vocabulary = model.num_parameters(), model.config.vocab_size
@@ -119,7 +119,7 @@ def _model(name: str, preset: str, rung: int) -> Any:
     return LlamaForCausalLM(llama(config.mlp_width + more))
 
 
-def answer(folder: Path, load: Load, vocabulary: int, dtype: str) -> dict[str, Any]:
+def answer(folder: Path, load: RequestLoad, vocabulary: int, dtype: str) -> dict[str, Any]:
     """Seconds that requests to a model in a folder wait.
 
     Returns:

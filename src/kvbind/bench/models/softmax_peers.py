@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kvbind.bench.harness.device_time import first_line
 from kvbind.bench.models.views import FullAttentionNvs
 from kvbind.bench.models.vision import autocast, vision_transformer
-from kvbind.bench.training.cuda_graphs import Case, Random, build, give_back, timed, warnings_of_training
+from kvbind.bench.training.cuda_graphs import Random, TrainingCase, build, give_back, timed, warnings_of_training
 from kvbind.models.lact import LactConfig
 from kvbind.models.lact_nvs import LactNvsConfig
 from kvbind.models.peers import llama
@@ -29,17 +29,17 @@ CLIP = 1.0
 """The largest gradient norm, that of `TrainConfig`."""
 
 
-def language(case: Case, config: LactConfig) -> Case:
+def language(case: TrainingCase, config: LactConfig) -> TrainingCase:
     """The Llama beside a case of the LaCT language model."""
     return replace(case, build=partial(llama, config), blocks=lambda model: model.model.layers)
 
 
-def images(case: Case, name: str, size: int) -> Case:
+def images(case: TrainingCase, name: str, size: int) -> TrainingCase:
     """A vision transformer of timm's beside ViTTT, for images of `size` pixels a side."""
     return replace(case, build=partial(vision_transformer, name, size), blocks=lambda model: model.blocks)
 
 
-def views(case: Case, config: LactNvsConfig) -> Case:
+def views(case: TrainingCase, config: LactNvsConfig) -> TrainingCase:
     """Full attention to all input views beside LaCT view synthesis."""
     return replace(case, build=partial(FullAttentionNvs, config))
 
@@ -77,13 +77,13 @@ def ordinary_step(
 
 
 def training(
-    case: Case, device: torch.device, seconds: float, *, ways: Sequence[str] = ("eager", "graphs"), scope: str = ""
+    case: TrainingCase, device: torch.device, seconds: float, *, ways: Sequence[str] = ("eager", "graphs"), scope: str = ""
 ) -> dict[str, Any]:
     """Time the training steps of a peer.
 
     Args:
-        case: of it.
-        device: where.
+        case: the peer's model, batches and loss.
+        device: where to train.
         seconds: how long to time each way.
         ways: "eager", as Python launches them, and "graphs", replays of the whole step.
         scope: what is compiled, see `compile_`.

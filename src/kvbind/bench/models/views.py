@@ -54,7 +54,7 @@ class Viewing:
     Attributes:
         model: "LaCT" or "full attention".
         views: input views.
-        tokens: of them.
+        tokens: that these views are made of.
         fits: whether the device's memory was enough; the rest is None where it was not.
         read_seconds: to read a scene.
         frames_per_second: rendered from it, several at a time.
@@ -95,7 +95,7 @@ def bench_views(
     Rows come as they are measured.
 
     Args:
-        config: of both.
+        config: of both models.
         views: numbers of input views, rising; a model for which one is too many is not tried on more.
         size: height and width of all images.
         device: where to run.

@@ -24,7 +24,7 @@ TOKENS = 50176
 
 
 @dataclass(frozen=True)
-class Row:
+class VisionRow:
     """One model at one image size.
 
     Attributes:
@@ -57,7 +57,7 @@ def bench_vision(
     batch: int = 0,
     seconds: float = 3.0,
     compiled: bool = False,
-) -> list[Row]:
+) -> list[VisionRow]:
     """Time both models at each size, in turns, under bfloat16 autocast on a GPU (float32 on a CPU).
 
     Args:
@@ -121,7 +121,7 @@ def _bench_size(
     device: torch.device,
     seconds: float,
     compiled: bool,
-) -> list[Row]:
+) -> list[VisionRow]:
     """The rows of one size; the batch is halved until every model's training step fits."""
     models = {}
     for name, make in makers.items():
@@ -143,7 +143,7 @@ def _bench_size(
     forward_seconds = median_seconds(forwards, device, least=3, seconds=seconds)
     forward_bytes = [peak_bytes(work, device) for work in forwards]
     return [
-        Row(
+        VisionRow(
             model=name,
             size=size,
             tokens=tokens,
@@ -207,13 +207,13 @@ def training_step(model: nn.Module, device: torch.device) -> Callable[[Tensor, T
     return step
 
 
-def compare(rows: Sequence[Row], model: str, peer: str) -> dict[str, Any]:
+def compare(rows: Sequence[VisionRow], model: str, peer: str) -> dict[str, Any]:
     """How many times as fast, and with what share of the memory, `model` runs beside `peer`, and where they cross.
 
     Args:
-        rows: of both.
-        model: the one.
-        peer: the other.
+        rows: of both models, at all sizes.
+        model: its name in the rows.
+        peer: the name of what it stands beside.
 
     Returns:
         For "forward" and "training": "speed", the ratio of images per second by size, "memory", that of bytes per image,

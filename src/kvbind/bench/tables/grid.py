@@ -13,11 +13,11 @@ class Grid:
 
     Attributes:
         key: a short name.
-        title: above.
+        title: the line above the table.
         header: of the columns; the first `left` of them are words, the others numbers.
         rows: of texts.
         left: how many columns are words.
-        note: below.
+        note: the lines below the table, if any.
     """
 
     key: str

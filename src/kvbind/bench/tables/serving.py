@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvbind.bench.models.serving import Load
+from kvbind.bench.models.serving import RequestLoad
 from kvbind.bench.tables.grid import Grid
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import PROJECTIONS, SYSTEMS, ladder
@@ -25,7 +25,7 @@ def serving_grid(record: Mapping[str, Any]) -> Grid:
         waits = (row[f"{which}_p{p}"] for which in ("first", "next") for p in (50, 99))
         numbers = [f"{row['parameters'] / 1e6:.2f}M", f"{row['requests_per_second']:.2f}", f"{row['tokens_per_second']:.0f}"]
         lines.append((row["name"], *numbers, *(f"{1e3 * seconds:.1f}" for seconds in waits)))
-    load = Load(**config["load"])
+    load = RequestLoad(**config["load"])
     arrive = f"{load.rate:g} a second" if load.rate else "all at once"
     return Grid(
         "serving",

@@ -34,7 +34,7 @@ from kvbind.sequence.boundaries import Boundaries, with_room
 from kvbind.train import TrainConfig, train
 from kvbind.train.metrics import read_metrics
 from kvbind.train.optimizer import make_optimizer
-from kvbind.train.parallel import Distributed, Layout
+from kvbind.train.parallel import Distributed, MeshLayout
 from kvbind.train.ranks import WHOLE, Share
 from kvbind.train.step import Step
 
@@ -50,7 +50,7 @@ FIRST = 8
 
 
 @dataclass(frozen=True)
-class Case:
+class TrainingCase:
     """One model on batches of one size.
 
     Attributes:
@@ -80,13 +80,13 @@ class Random:
     """A task whose batches are random, as `kvbind.train.train` wants one.
 
     Args:
-        case: of what.
+        case: what draws the batches.
         ends: the batch at which the process is interrupted, or None.
     """
 
     batch = 1
 
-    def __init__(self, case: Case, ends: int | None = None) -> None:
+    def __init__(self, case: TrainingCase, ends: int | None = None) -> None:
         self.case, self.ends, self.unit = case, ends, case.unit
         pinned = torch.cuda.is_available()
         drawn = (case.draw(number) for number in range(DISTINCT))
@@ -108,11 +108,11 @@ class Random:
         return 1.0
 
     def loss(self, model: Any, batch: Any) -> Tensor:
-        """The case's."""
+        """The loss of the case's model on a batch."""
         return self.case.loss(model, batch)
 
     def blocks(self, model: Any) -> Iterable[nn.Module]:
-        """The case's."""
+        """The repeated parts of the case's model."""
         return self.case.blocks(model)
 
     def evaluate(self, model: Any, share: Share = WHOLE) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Random:
         return {"loss": float(self.case.loss(model, batch))}
 
 
-def cases(sizes: str = "full") -> Iterator[Case]:
+def cases(sizes: str = "full") -> Iterator[TrainingCase]:
     """What is measured.
 
     Args:
@@ -146,7 +146,7 @@ def cases(sizes: str = "full") -> Iterator[Case]:
     yield packed(f"lact-{small}-rung2-packed", small, "rung2", length, rows, 256, compared=40)
 
 
-def language(name: str, preset: str, rung: str, length: int, rows: int, vocabulary: int, compared: int = 0) -> Case:
+def language(name: str, preset: str, rung: str, length: int, rows: int, vocabulary: int, compared: int = 0) -> TrainingCase:
     """The LaCT language model of a preset, with a rung of the ladder."""
     sizes = PRESETS[preset]
     inner = ladder(sizes["inner"])[rung]
@@ -162,10 +162,10 @@ def language(name: str, preset: str, rung: str, length: int, rows: int, vocabula
 
     build = partial(LactForCausalLM, config)
     flops = sum(lact_flops(config, length).values()) / length
-    return Case(name, "tokens", rows * length, build, draw, loss, lambda model: model.model.layers, compared, flops)
+    return TrainingCase(name, "tokens", rows * length, build, draw, loss, lambda model: model.model.layers, compared, flops)
 
 
-def packed(name: str, preset: str, rung: str, length: int, rows: int, vocabulary: int, compared: int = 0) -> Case:
+def packed(name: str, preset: str, rung: str, length: int, rows: int, vocabulary: int, compared: int = 0) -> TrainingCase:
     """As `language`, of one row that is packed with some twelve documents, of 1 token or up to `length`."""
     whole = language(name, preset, rung, length, rows, vocabulary, compared)
     total = rows * length
@@ -186,7 +186,7 @@ def packed(name: str, preset: str, rung: str, length: int, rows: int, vocabulary
     return replace(whole, draw=draw, loss=loss)
 
 
-def images(size_of_model: str, batch: int, size: int) -> Case:
+def images(size_of_model: str, batch: int, size: int) -> TrainingCase:
     """ViTTT on images of random pixels, which are made floats on the device."""
 
     def draw(number: int) -> dict[str, Tensor]:
@@ -200,10 +200,12 @@ def images(size_of_model: str, batch: int, size: int) -> Case:
     sizes = vittt.SIZES[f"vittt_{size_of_model}"]
     flops = sum(vittt_flops(vittt.VitttConfig(**sizes, num_labels=1000), (size, size)).values())
     build = partial(vittt.build, f"vittt_{size_of_model}", num_classes=1000)
-    return Case(f"vittt-{size_of_model[0]}-training", "images", batch, build, draw, loss, lambda network: [], flops=flops)
+    return TrainingCase(
+        f"vittt-{size_of_model[0]}-training", "images", batch, build, draw, loss, lambda network: [], flops=flops
+    )
 
 
-def views(layers: int, dim: int, batch: int, inputs: int, side: int) -> Case:
+def views(layers: int, dim: int, batch: int, inputs: int, side: int) -> TrainingCase:
     """LaCT view synthesis on scenes of random pictures, as many targets as inputs."""
     config = lact_nvs.LactNvsConfig(dim=dim, layers=layers, fast_head_dim=dim, head_dim=min(64, dim))
 
@@ -225,7 +227,9 @@ def views(layers: int, dim: int, batch: int, inputs: int, side: int) -> Case:
 
     build = partial(lact_nvs.LactNvs, config)
     flops = sum(lact_nvs_flops(config, (side, side), inputs, inputs).values()) / (2 * inputs)
-    return Case("lact-nvs-training", "views", 2 * inputs * batch, build, draw, loss, lambda model: model.blocks, flops=flops)
+    return TrainingCase(
+        "lact-nvs-training", "views", 2 * inputs * batch, build, draw, loss, lambda model: model.blocks, flops=flops
+    )
 
 
 def configuration(device: torch.device, how: str, **fields: Any) -> TrainConfig:
@@ -235,7 +239,7 @@ def configuration(device: torch.device, how: str, **fields: Any) -> TrainConfig:
     )
 
 
-def build(case: Case, device: torch.device) -> nn.Module:
+def build(case: TrainingCase, device: torch.device) -> nn.Module:
     """A model with the same random weights each time."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -257,11 +261,11 @@ def warnings_of_training() -> Iterator[list[str]]:
     """What training says about graphs."""
     said: list[str] = []
 
-    class Kept(logging.Handler):
+    class SaidLines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             said.append(record.getMessage())
 
-    logger, handler = logging.getLogger("kvbind.train"), Kept()
+    logger, handler = logging.getLogger("kvbind.train"), SaidLines()
     logger.addHandler(handler)
     try:
         yield said
@@ -269,7 +273,9 @@ def warnings_of_training() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def losses(case: Case, device: torch.device, folder: Path, kinds: tuple[str, ...], steps: int) -> dict[str, list[float]]:
+def losses(
+    case: TrainingCase, device: torch.device, folder: Path, kinds: tuple[str, ...], steps: int
+) -> dict[str, list[float]]:
     """Losses of a run, and of its evaluations; with two kinds the first is interrupted and the second goes on."""
     fields = {"steps": steps, "evaluate_every": EVALUATED, "checkpoint_every": SAVED if len(kinds) > 1 else 0}
     for i, how in enumerate(kinds):
@@ -285,7 +291,7 @@ def losses(case: Case, device: torch.device, folder: Path, kinds: tuple[str, ...
     return {name: [row[name] for row in rows if row.get(name) is not None] for name in ("loss", "held_out/loss")}
 
 
-def compare(case: Case, device: torch.device) -> dict[str, Any]:
+def compare(case: TrainingCase, device: torch.device) -> dict[str, Any]:
     """How far the losses of replayed steps are from those of eager ones, and from a second eager run's where they differ."""
 
     def apart(a: dict[str, list[float]], b: dict[str, list[float]]) -> float:
@@ -307,12 +313,12 @@ def compare(case: Case, device: torch.device) -> dict[str, Any]:
     return {"steps": case.compared, "relative": found, "said": said}
 
 
-def timed(case: Case, device: torch.device, seconds: float, step: Callable[[], Any]) -> dict[str, Any]:
+def timed(case: TrainingCase, device: torch.device, seconds: float, step: Callable[[], Any]) -> dict[str, Any]:
     """Take steps and say how long they took.
 
     Args:
-        case: of which.
-        device: where.
+        case: what is trained.
+        device: where the steps run.
         seconds: how long to go on, after four.
         step: takes one, and returns its loss.
 
@@ -341,7 +347,7 @@ def timed(case: Case, device: torch.device, seconds: float, step: Callable[[], A
     }
 
 
-def speed(case: Case, device: torch.device, how: str, seconds: float) -> dict[str, Any]:
+def speed(case: TrainingCase, device: torch.device, how: str, seconds: float) -> dict[str, Any]:
     """Time steps of one kind.
 
     Returns:
@@ -350,7 +356,7 @@ def speed(case: Case, device: torch.device, how: str, seconds: float) -> dict[st
     give_back(device)
     with warnings_of_training() as said, matmul_precision("high"):
         model, config = build(case, device), configuration(device, how)
-        together = Distributed(model, case.blocks(model), Layout(), config, device)
+        together = Distributed(model, case.blocks(model), MeshLayout(), config, device)
         task = Random(case)
         optimizer = make_optimizer(model, config)
         step = Step(model, together, task, config, optimizer, None, task.batches(None), WHOLE, device)
@@ -359,7 +365,9 @@ def speed(case: Case, device: torch.device, how: str, seconds: float) -> dict[st
     return {**found, "captured": graphs, "said": said}
 
 
-def measured(device: torch.device, chosen: Iterable[Case], seconds: float, budget: float) -> Iterator[dict[str, Any]]:
+def measured(
+    device: torch.device, chosen: Iterable[TrainingCase], seconds: float, budget: float
+) -> Iterator[dict[str, Any]]:
     """A row for each case: what was compared, and both kinds' speeds; what failed says why."""
     began = time.perf_counter()
     for case in chosen:

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from kvbind.bench.harness.record import OUT_OF_TIME
-from kvbind.bench.training.scaling_worker import OUT_OF_MEMORY, Case
+from kvbind.bench.training.scaling_worker import OUT_OF_MEMORY, ScalingCase
 from kvbind.inner.systems import ladder
 from kvbind.models import PRESETS, LactConfig
 from kvbind.plan.calibration import load_calibration
-from kvbind.plan.costs import Job, Mesh, host_bytes, memory
+from kvbind.plan.costs import Mesh, PlannedTraining, host_bytes, memory
 
 WHATS = ("fsdp", "sequence", "equality")
 
@@ -56,7 +56,7 @@ REASON_LENGTH = 300
 
 
 @dataclass(frozen=True)
-class Settings:
+class ScalingSettings:
     """What to measure.
 
     Attributes:
@@ -84,7 +84,7 @@ class Settings:
     seconds: float = 6.0
 
 
-def cases(whats: Sequence[str], gpus: Sequence[int], settings: Settings) -> list[Case]:
+def cases(whats: Sequence[str], gpus: Sequence[int], settings: ScalingSettings) -> list[ScalingCase]:
     """Everything to measure, by the number of GPUs: the fewest first, then the most; shorter sequences first.
 
     Args:
@@ -98,9 +98,9 @@ def cases(whats: Sequence[str], gpus: Sequence[int], settings: Settings) -> list
 
         def case(
             what: str, length: int, *, sequence: bool, batch: int, preset: str = s.preset, steps: int = 0, n: int = n
-        ) -> Case:
+        ) -> ScalingCase:
             shard, cut = (1, n) if sequence else (n, 1)
-            return Case(what, n, shard, cut, preset, s.rung, s.form, length, batch, s.recompute, steps, s.seconds)
+            return ScalingCase(what, n, shard, cut, preset, s.rung, s.form, length, batch, s.recompute, steps, s.seconds)
 
         if "fsdp" in whats:
             found.append(case("fsdp", s.fsdp_length, sequence=False, batch=n))
@@ -123,7 +123,7 @@ def cases(whats: Sequence[str], gpus: Sequence[int], settings: Settings) -> list
     return found
 
 
-def too_large(case: Case, memory_bytes: float) -> bool:
+def too_large(case: ScalingCase, memory_bytes: float) -> bool:
     """Whether a case is so large, by the formulas of `kvbind plan`, that it need not be tried on this machine.
 
     Args:
@@ -132,7 +132,7 @@ def too_large(case: Case, memory_bytes: float) -> bool:
     """
     inner = ladder(PRESETS[case.preset]["inner"])[case.rung]
     config = LactConfig(**{**PRESETS[case.preset], "inner": inner, "ttt_form": case.form})
-    job, mesh = Job(config, case.length, case.batch, case.recompute), Mesh(1, case.shard, case.sequence)
+    job, mesh = PlannedTraining(config, case.length, case.batch, case.recompute), Mesh(1, case.shard, case.sequence)
     needed = memory(job, mesh, load_calibration().block_bytes).total
     # pinned memory cannot be swapped out: asking for more than there is ends more than this program
     pinned = case.gpus * host_bytes(job, mesh)
@@ -149,7 +149,7 @@ def host_memory() -> float:
 
 
 def measured(
-    planned: Sequence[Case], device: str, *, budget: float, limit: float, memory_bytes: float | None = None
+    planned: Sequence[ScalingCase], device: str, *, budget: float, limit: float, memory_bytes: float | None = None
 ) -> Iterator[dict[str, Any]]:
     """Rows of results, one for each case, as soon as they are there.
 
@@ -188,7 +188,7 @@ def measured(
             waiting = waiting[done:]
 
 
-def finished(rows: Sequence[dict[str, Any]], planned: Sequence[Case]) -> dict[int, dict[str, Any]]:
+def finished(rows: Sequence[dict[str, Any]], planned: Sequence[ScalingCase]) -> dict[int, dict[str, Any]]:
     """Of an earlier record's rows, those that need not be measured again, by the number of their case.
 
     These are what was measured and what does not fit. What failed or had no time is tried again.
@@ -201,11 +201,11 @@ def finished(rows: Sequence[dict[str, Any]], planned: Sequence[Case]) -> dict[in
     return {number: row for number, case in enumerate(planned) for row in settled if row | case.row() == row}
 
 
-def _larger(case: Case, small: Case) -> bool:
+def _larger(case: ScalingCase, small: ScalingCase) -> bool:
     return case.what == small.what and case.length >= small.length and case.sequence == small.sequence
 
 
-def _run(waiting: Sequence[Case], device: str, deadline: float, limit: float) -> Iterator[dict[str, Any]]:
+def _run(waiting: Sequence[ScalingCase], device: str, deadline: float, limit: float) -> Iterator[dict[str, Any]]:
     """Start processes for cases of one number of GPUs; outcomes in their order, up to the first that has none.
 
     Where a case ends the processes, its outcome says so, and is the last.

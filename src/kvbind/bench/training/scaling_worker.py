@@ -35,7 +35,7 @@ from kvbind.precision import matmul_precision
 from kvbind.sequence import SequenceShard, count_bytes, sequence_parallel
 from kvbind.train.config import ParallelConfig, TrainConfig
 from kvbind.train.optimizer import make_optimizer
-from kvbind.train.parallel import Distributed, Layout, clip_
+from kvbind.train.parallel import Distributed, MeshLayout, clip_
 from kvbind.train.ranks import connected, rank
 from kvbind.train.recompute import recompute
 
@@ -48,7 +48,7 @@ LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True)
-class Case:
+class ScalingCase:
     """Training steps to run on some number of GPUs.
 
     Attributes:
@@ -89,11 +89,11 @@ class Training:
     """A model in training as a case wants it, on random tokens.
 
     Args:
-        case: what.
+        case: what is trained, and on how many GPUs.
         device: of this process.
     """
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: ScalingCase, device: torch.device) -> None:
         self.case, self.device = case, device
         preset = PRESETS[case.preset]
         inner = ladder(preset["inner"])[case.rung]
@@ -103,7 +103,7 @@ class Training:
         self.config: LactConfig = model.config
         parallel = ParallelConfig(strategy="fsdp", shard=case.shard, sequence=case.sequence)
         config = TrainConfig(learning_rate=LEARNING_RATE, parallel=parallel)
-        self.layout = Layout.of(parallel, device)
+        self.layout = MeshLayout.of(parallel, device)
         blocks: list[nn.Module] = list(model.model.layers)
         recompute(blocks, case.recompute)
         self.distributed = Distributed(model.train(), blocks, self.layout, config, device)
@@ -145,7 +145,7 @@ class Training:
         return total
 
 
-def measure(case: Case, device: torch.device) -> dict[str, Any]:
+def measure(case: ScalingCase, device: torch.device) -> dict[str, Any]:
     """Run a case; the same numbers on every rank.
 
     Returns:
@@ -235,7 +235,7 @@ def main(cases: Path, out: Path) -> None:
                 write(case=number, began=time.time())
             try:
                 with alone():
-                    found = measure(Case(**fields), device)
+                    found = measure(ScalingCase(**fields), device)
             except torch.cuda.OutOfMemoryError:
                 write(case=number, skipped=OUT_OF_MEMORY)
                 # other ranks wait in a collective, which nothing but the end of this process ends

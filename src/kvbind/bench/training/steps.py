@@ -33,7 +33,7 @@ def build(preset: str, device: torch.device, dtype: torch.dtype, **fields: Any) 
 
 
 @dataclass(frozen=True)
-class Step:
+class TimedStep:
     """One training step of one inner loop in one form.
 
     Attributes:
@@ -61,7 +61,7 @@ def bench_step(
     *,
     steps: int = 4,
     profile: bool = False,
-) -> Iterator[Step]:
+) -> Iterator[TimedStep]:
     """Time training steps of AdamW under bfloat16 autocast on a GPU (float32 on a CPU), one sequence per step.
 
     Blocks are checkpointed; matrix products of float32 operands may use TF32.
@@ -84,7 +84,9 @@ def bench_step(
         yield row
 
 
-def _steps(name: str, form: str, model: nn.Module, length: int, device: torch.device, steps: int, profile: bool) -> Step:
+def _steps(
+    name: str, form: str, model: nn.Module, length: int, device: torch.device, steps: int, profile: bool
+) -> TimedStep:
     cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)
     ids = torch.randint(256, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
@@ -109,4 +111,4 @@ def _steps(name: str, form: str, model: nn.Module, length: int, device: torch.de
     peak = torch.cuda.max_memory_allocated(device) if cuda else None
     last = float(loss.detach())
     spent = summary(launches(step, device, calls=1), 1) if profile else None
-    return Step(name, form, length / statistics.median(times[1:]), peak, last, spent)
+    return TimedStep(name, form, length / statistics.median(times[1:]), peak, last, spent)

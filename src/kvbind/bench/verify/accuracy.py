@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbind.bench.harness.operands import Operands, Size
+from kvbind.bench.harness.operands import DrawnOperands, Size
 from kvbind.forms.api import Form
 from kvbind.forms.obstacles import parallel_obstacles
 from kvbind.forms.scan import linear_scan
@@ -59,7 +59,7 @@ def bench_accuracy(size: Size, chunk: int, device: torch.device) -> list[Error]:
             if rung.orthogonalize is None and precision == torch.bfloat16:
                 continue
             spec, exact = with_precision(rung, precision), with_precision(rung, torch.float64)
-            low = Operands.draw(spec, size).to(device, dtype, torch.float32)
+            low = DrawnOperands.draw(spec, size).to(device, dtype, torch.float32)
             reference = low.to(device, torch.float64, torch.float64).run(exact, "recurrent")
             forms: list[Form] = ["recurrent"] if parallel_obstacles(spec) else ["recurrent", "parallel"]
             for form in forms:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvbind.bench.harness.operands import Size
-from kvbind.bench.layers.operators import Piece, pieces
+from kvbind.bench.layers.operators import LayerOperator, pieces
 from kvbind.forms import fla
 from kvbind.forms.api import Form
 from kvbind.forms.obstacles import parallel_obstacles
@@ -19,7 +19,7 @@ from kvbind.inner.spec import InnerLoop
 
 
 @dataclass(frozen=True)
-class Case:
+class VerifyCase:
     """One inner loop at one size.
 
     Attributes:
@@ -77,7 +77,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Scale:
+class CaseScale:
     """The sizes that cases are made of.
 
     Attributes:
@@ -101,15 +101,15 @@ class Scale:
     grid: int
 
 
-FULL = Scale(width=384, heads=4, chunk=2048, narrow=64, odd=96, many=8, short=293, grid=14)
+FULL = CaseScale(width=384, heads=4, chunk=2048, narrow=64, odd=96, many=8, short=293, grid=14)
 
-SMALL = Scale(width=32, heads=2, chunk=64, narrow=16, odd=24, many=2, short=133, grid=8)
+SMALL = CaseScale(width=32, heads=2, chunk=64, narrow=16, odd=24, many=2, short=133, grid=8)
 
 
-def cases(scale: Scale) -> list[Case | Piece]:
+def cases(scale: CaseScale) -> list[VerifyCase | LayerOperator]:
     """Everything that is verified: inner loops over four chunks each, or four and an incomplete one; pieces of the layer."""
     s = scale
-    found: list[Case | Piece] = []
+    found: list[VerifyCase | LayerOperator] = []
     chunk, small_chunk = s.chunk, max(s.chunk // 4, 64)
     whole, ragged = 4 * chunk, 4 * chunk + chunk // 3 + 1
     full = Size(1, whole, s.heads, s.width)
@@ -118,7 +118,7 @@ def cases(scale: Scale) -> list[Case | Piece]:
         forms: list[Form] = ["recurrent"]
         if not parallel_obstacles(spec) and spec.visibility != "full":
             forms = ["recurrent", "parallel"] if both else ["parallel"]
-        found.extend(Case(f"{name}, {form}", spec, size, form, **fields) for form in forms)
+        found.extend(VerifyCase(f"{name}, {form}", spec, size, form, **fields) for form in forms)
 
     def at(width: int, batch: int = 1, tokens: int = ragged) -> Size:
         return Size(batch, tokens, s.heads, width)
@@ -247,7 +247,7 @@ def cases(scale: Scale) -> list[Case | Piece]:
     return found + fla_cases(narrow) + pieces(ragged, s.heads, s.width)
 
 
-def fla_cases(narrow: Size) -> list[Case]:
+def fla_cases(narrow: Size) -> list[VerifyCase]:
     """What flash-linear-attention's operators compute, where they are installed.
 
     Args:
@@ -266,10 +266,10 @@ def fla_cases(narrow: Size) -> list[Case]:
     found = []
     for name, spec in specs.items():
         title, half = f"flash-linear-attention, {name}", narrow.tokens // 2
-        found.append(Case(title, spec, narrow, "parallel", fla=True))
-        found.append(Case(f"{title}, state through three calls", spec, narrow, "parallel", splits=(2, half), fla=True))
+        found.append(VerifyCase(title, spec, narrow, "parallel", fla=True))
+        found.append(VerifyCase(f"{title}, state through three calls", spec, narrow, "parallel", splits=(2, half), fla=True))
         packed = (0, 3, half, narrow.tokens)
         found.append(
-            Case(f"{title}, packed sequences", spec, replace(narrow, batch=1), "parallel", cu_seqlens=packed, fla=True)
+            VerifyCase(f"{title}, packed sequences", spec, replace(narrow, batch=1), "parallel", cu_seqlens=packed, fla=True)
         )
     return found

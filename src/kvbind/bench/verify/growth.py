@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvbind.bench.harness.operands import Operands, Size
+from kvbind.bench.harness.operands import DrawnOperands, Size
 from kvbind.bench.verify.accuracy import with_precision
 from kvbind.inner.rule import FastWeights, apply_update, gradient
 from kvbind.inner.spec import InnerLoop
@@ -47,7 +47,7 @@ class Growth:
     seconds: float
 
 
-def wide_updates(spec: InnerLoop, o: Operands, chunk: int) -> Tensor:
+def wide_updates(spec: InnerLoop, o: DrawnOperands, chunk: int) -> Tensor:
     """The recurrent form with the products of keys, values and queries in float32, and all that enters the state in float64.
 
     Summing, momentum, Newton-Schulz and norms are exact to float64: as much as any wider accumulation of updates can give.
@@ -67,14 +67,14 @@ def wide_updates(spec: InnerLoop, o: Operands, chunk: int) -> Tensor:
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def changed(o: Operands, relative: float) -> Operands:
+def changed(o: DrawnOperands, relative: float) -> DrawnOperands:
     """Operands whose starting weights have other last digits."""
     generator = torch.Generator().manual_seed(1)
 
     def change(x: Tensor) -> Tensor:
         return x + relative * x.std() * torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
-    return Operands({name: change(x) for name, x in o.weights.items()}, o.q, o.k, o.v, o.gates)
+    return DrawnOperands({name: change(x) for name, x in o.weights.items()}, o.q, o.k, o.v, o.gates)
 
 
 def factor(errors: list[float]) -> float:
@@ -88,7 +88,7 @@ def factor(errors: list[float]) -> float:
     return math.exp(slope)
 
 
-def evaluations(spec: InnerLoop, o: Operands, chunk: int) -> dict[str, Callable[[], Tensor]]:
+def evaluations(spec: InnerLoop, o: DrawnOperands, chunk: int) -> dict[str, Callable[[], Tensor]]:
     """What is held to the reference, by name; `o` in float64, its numbers such that float32 has them too."""
     exact, single = with_precision(spec, torch.float64), with_precision(spec, torch.float32)
     low = o.map(torch.Tensor.float)
@@ -110,7 +110,7 @@ def bench_growth(size: Size, chunk: int, rungs: tuple[str, ...] = ("rung0", "run
     """
     for rung in rungs:
         spec = ladder(lact_llm(chunk))[rung]
-        o = Operands.draw(spec, size).map(torch.Tensor.float).map(torch.Tensor.double)
+        o = DrawnOperands.draw(spec, size).map(torch.Tensor.float).map(torch.Tensor.double)
         begin = time.perf_counter()
         reference = o.run(with_precision(spec, torch.float64), "recurrent").unflatten(1, (-1, chunk)).flatten(2)
         yield Growth(rung, "float64", [0.0] * reference.shape[1], 1.0, time.perf_counter() - begin)

@@ -31,8 +31,8 @@ from kvbind.bench.harness.operands import Size
 from kvbind.bench.harness.process_pool import spread
 from kvbind.bench.harness.record import growing, provenance
 from kvbind.bench.harness.timing import release
-from kvbind.bench.layers.operators import Piece
-from kvbind.bench.verify.cases import FULL, SMALL, Case, cases
+from kvbind.bench.layers.operators import LayerOperator
+from kvbind.bench.verify.cases import FULL, SMALL, VerifyCase, cases
 from kvbind.forms import fla
 from kvbind.forms.api import Form, ttt
 from kvbind.forms.parallel import parallel
@@ -69,7 +69,7 @@ RULES = (
 Call = Callable[..., tuple[Tensor, State]]
 
 
-def evaluate(case: Case, spec: InnerLoop, leaves: Leaves, slopes: Leaves, form: Form, call: Call) -> Evaluation:
+def evaluate(case: VerifyCase, spec: InnerLoop, leaves: Leaves, slopes: Leaves, form: Form, call: Call) -> Evaluation:
     """Run a case, in the calls that it is cut into, and take the gradients of one number that all results enter.
 
     Args:
@@ -210,7 +210,7 @@ def problems(errors: dict[str, Any], twins: dict[str, Any], dtype: str, *, shape
     return found
 
 
-def described(case: Case | Piece, dtype: str) -> dict[str, Any]:
+def described(case: VerifyCase | LayerOperator, dtype: str) -> dict[str, Any]:
     """A case as plain data."""
     return {"case": case.name, "dtype": dtype, **case.facts}
 
@@ -219,10 +219,10 @@ Evaluations = tuple[Callable[[], Evaluation], Callable[[], Evaluation], Callable
 """The reference, the twin and ours, to be run."""
 
 
-def verify(case: Case | Piece, dtype: str, device: torch.device) -> dict[str, Any]:
+def verify(case: VerifyCase | LayerOperator, dtype: str, device: torch.device) -> dict[str, Any]:
     """One case in one dtype: errors of ours and of the twin, the operators that ran, and what breaks the rules."""
     narrow = getattr(torch, dtype)
-    exact, low, ours = of_piece(case, narrow, device) if isinstance(case, Piece) else of_case(case, narrow, device)
+    exact, low, ours = of_piece(case, narrow, device) if isinstance(case, LayerOperator) else of_case(case, narrow, device)
     with without_kernels():
         reference = exact()
         twins = relative_errors(low(), reference)
@@ -235,14 +235,14 @@ def verify(case: Case | Piece, dtype: str, device: torch.device) -> dict[str, An
     }  # fmt: skip
 
 
-def of_piece(case: Piece, narrow: torch.dtype, device: torch.device) -> Evaluations:
+def of_piece(case: LayerOperator, narrow: torch.dtype, device: torch.device) -> Evaluations:
     """Of a piece of the layer, whose twin is what runs without kernels."""
     leaves = case.draw(device, narrow)
     low = partial(case.evaluate, leaves, narrow)
     return partial(case.evaluate, leaves, torch.float64), low, low
 
 
-def of_case(case: Case, narrow: torch.dtype, device: torch.device) -> Evaluations:
+def of_case(case: VerifyCase, narrow: torch.dtype, device: torch.device) -> Evaluations:
     """Of an inner loop."""
     wide, exact = torch.float32, torch.float64
     drawn = draw_leaves(case.spec, case.size, device, hidden=case.hidden, value_width=case.value_width, dtype=exact)
@@ -266,7 +266,7 @@ def of_case(case: Case, narrow: torch.dtype, device: torch.device) -> Evaluation
     )
 
 
-def attempt(case: Case | Piece, dtype: str, device: torch.device) -> dict[str, Any]:
+def attempt(case: VerifyCase | LayerOperator, dtype: str, device: torch.device) -> dict[str, Any]:
     """`verify`, with TF32 off; a case that fails with an error is a row that says so, and does not stop the others."""
     try:
         with matmul_precision("highest"):
@@ -348,8 +348,8 @@ def verified(
         (index, dtype)
         for index, case in enumerate(listed)
         if only in case.name
-        for dtype in (*dtypes, *(case.also if every and isinstance(case, Case) else ()))
-        if dtype != "float32" or not (isinstance(case, Case) and case.fla)
+        for dtype in (*dtypes, *(case.also if every and isinstance(case, VerifyCase) else ()))
+        if dtype != "float32" or not (isinstance(case, VerifyCase) and case.fla)
     ]
     if not chosen:
         raise ValueError(f"only must be part of a case's name, such as 'rung 2' or 'packed'; got {only!r}")

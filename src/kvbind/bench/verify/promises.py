@@ -44,7 +44,7 @@ PROMPT = ((3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5), (2, 7, 1, 8, 2, 8, 1))
 
 
 @dataclass(frozen=True)
-class Scale:
+class ModelScale:
     """Sizes of the models.
 
     Attributes:
@@ -66,8 +66,8 @@ class Scale:
     backend: str
 
 
-FULL = Scale(width=256, layers=2, tokens=4 * 256 + 77, chunk=256, window=256, image=128, backend="inductor")
-SMALL = Scale(width=32, layers=1, tokens=21, chunk=8, window=8, image=16, backend="aot_eager")
+FULL = ModelScale(width=256, layers=2, tokens=4 * 256 + 77, chunk=256, window=256, image=128, backend="inductor")
+SMALL = ModelScale(width=32, layers=1, tokens=21, chunk=8, window=8, image=16, backend="aot_eager")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Promise:
     """
 
     name: str
-    check: Callable[[Scale, torch.device], dict[str, float]]
+    check: Callable[[ModelScale, torch.device], dict[str, float]]
     bounds: dict[str, float]
     gpu_only: bool = False
     needs: str = ""
@@ -96,7 +96,7 @@ def precise(inner: InnerLoop) -> InnerLoop:
     return inner.replace(orthogonalize=inner.orthogonalize.replace(dtype=torch.float32))
 
 
-def language(scale: Scale, device: torch.device, rung: str = "rung2", **fields: Any) -> Any:
+def language(scale: ModelScale, device: torch.device, rung: str = "rung2", **fields: Any) -> Any:
     """A language model of random weights."""
     from kvbind.models.lact import LactConfig, LactForCausalLM
 
@@ -110,18 +110,18 @@ def language(scale: Scale, device: torch.device, rung: str = "rung2", **fields: 
     return model.to(device)
 
 
-def text(scale: Scale, device: torch.device, batch: int = 2) -> Tensor:
+def text(scale: ModelScale, device: torch.device, batch: int = 2) -> Tensor:
     """Token ids `[batch, tokens]`."""
     return torch.randint(0, 512, (batch, scale.tokens), generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def pictures(scale: Scale, device: torch.device, batch: int, sides: int) -> Tensor:
+def pictures(scale: ModelScale, device: torch.device, batch: int, sides: int) -> Tensor:
     """Pictures `[batch, 3, side, side]` of the first or second size."""
     side = scale.image * sides // 2
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(sides)).to(device)
 
 
-def views(scale: Scale, device: torch.device, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def views(scale: ModelScale, device: torch.device, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures, poses and intrinsics of one scene."""
     image = pictures(scale, device, count, 2)[None]
     angle = 0.2 * torch.arange(count, dtype=torch.float32)
@@ -138,7 +138,7 @@ Job = tuple[nn.Module, Callable[[nn.Module, int], Tensor]]
 """A model in training mode, and a loss of it at the first, second ... size of what it reads."""
 
 
-def language_job(rung: str, scale: Scale, device: torch.device) -> Job:
+def language_job(rung: str, scale: ModelScale, device: torch.device) -> Job:
     """The language model; its second size is a shorter sequence."""
     ids = text(scale, device)
 
@@ -150,7 +150,7 @@ def language_job(rung: str, scale: Scale, device: torch.device) -> Job:
     return language(scale, device, rung).train(), loss
 
 
-def vittt_job(scale: Scale, device: torch.device) -> Job:
+def vittt_job(scale: ModelScale, device: torch.device) -> Job:
     """ViTTT; its second size is a larger picture."""
     from kvbind.models.vittt import Vittt
 
@@ -164,7 +164,7 @@ def vittt_job(scale: Scale, device: torch.device) -> Job:
     return model.to(device).train(), loss
 
 
-def views_job(scale: Scale, device: torch.device) -> Job:
+def views_job(scale: ModelScale, device: torch.device) -> Job:
     """View synthesis; its second size has a view more."""
     from kvbind.models.lact_nvs import LactNvs, LactNvsConfig
 
@@ -198,7 +198,9 @@ def difference(x: Tensor, reference: Tensor) -> float:
     return float((x.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-30))
 
 
-def trains_compiled(make: Callable[[Scale, torch.device], Job], scale: Scale, device: torch.device) -> dict[str, float]:
+def trains_compiled(
+    make: Callable[[ModelScale, torch.device], Job], scale: ModelScale, device: torch.device
+) -> dict[str, float]:
     """`model.compile(fullgraph=True)`: losses and gradients of two sizes, and how long the first step of each took."""
     model, loss = make(scale, device)
     expected = [gradients(model, partial(loss, model, size)) for size in (0, 1)]
@@ -214,7 +216,7 @@ def trains_compiled(make: Callable[[Scale, torch.device], Job], scale: Scale, de
     return found
 
 
-def reads_compiled(rung: str, scale: Scale, device: torch.device) -> dict[str, float]:
+def reads_compiled(rung: str, scale: ModelScale, device: torch.device) -> dict[str, float]:
     """Compiled blocks without gradients, that return a state and go on from it."""
     from kvbind.models.lact.cache import CACHE
 
@@ -249,7 +251,7 @@ def padded(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
 
 
-def generates(dtype: str, scale: Scale, device: torch.device, **options: Any) -> dict[str, float]:
+def generates(dtype: str, scale: ModelScale, device: torch.device, **options: Any) -> dict[str, float]:
     """`generate` for prompts of different lengths together, beside each alone; greedy also beside one token after another.
 
     Tokens are compared in float32. In narrower precision ties are broken by rounding: there the part of tokens that differs
@@ -281,7 +283,7 @@ def generates(dtype: str, scale: Scale, device: torch.device, **options: Any) ->
     return found
 
 
-def goes_on_from_cache(scale: Scale, device: torch.device) -> dict[str, float]:
+def goes_on_from_cache(scale: ModelScale, device: torch.device) -> dict[str, float]:
     """`generate` from a cache that a forward pass left, beside the prompt in one."""
     from kvbind.models.lact.cache import CACHE
 
@@ -294,7 +296,7 @@ def goes_on_from_cache(scale: Scale, device: torch.device) -> dict[str, float]:
     return {"tokens": float((found != expected).sum())}
 
 
-def trainer_learns(scale: Scale, device: torch.device, steps: int = 8, **arguments: Any) -> dict[str, float]:
+def trainer_learns(scale: ModelScale, device: torch.device, steps: int = 8, **arguments: Any) -> dict[str, float]:
     """Steps of transformers' Trainer on one batch."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -313,7 +315,7 @@ def trainer_learns(scale: Scale, device: torch.device, steps: int = 8, **argumen
     return {"first loss": losses[0], "last over first": losses[-1] / losses[0] if losses[-1] == losses[-1] else float("inf")}
 
 
-def checkpointing_keeps_gradients(reentrant: bool, scale: Scale, device: torch.device) -> dict[str, float]:
+def checkpointing_keeps_gradients(reentrant: bool, scale: ModelScale, device: torch.device) -> dict[str, float]:
     """`gradient_checkpointing_enable` in one of PyTorch's two ways."""
     model, loss = language_job("rung2", scale, device)
     value, grads = gradients(model, partial(loss, model, 0))
@@ -324,8 +326,8 @@ def checkpointing_keeps_gradients(reentrant: bool, scale: Scale, device: torch.d
     return {"loss": difference(again, value), "gradients": difference(others, grads)}
 
 
-def recompute_keeps_gradients(what: str, scale: Scale, device: torch.device) -> dict[str, float]:
-    """`train.activation_checkpointing`."""
+def recompute_keeps_gradients(what: str, scale: ModelScale, device: torch.device) -> dict[str, float]:
+    """`train.activation_checkpointing` changes no gradient."""
     from kvbind.train.recompute import recompute
 
     model, loss = language_job("rung2", scale, device)
@@ -336,7 +338,7 @@ def recompute_keeps_gradients(what: str, scale: Scale, device: torch.device) -> 
 
 
 def autocast_is_near(
-    make: Callable[[Scale, torch.device], Job], dtype: str, scale: Scale, device: torch.device
+    make: Callable[[ModelScale, torch.device], Job], dtype: str, scale: ModelScale, device: torch.device
 ) -> dict[str, float]:
     """A training step under autocast, beside float32; its gradients finite."""
     model, loss = make(scale, device)
@@ -350,7 +352,7 @@ def autocast_is_near(
     return {"narrow loss": difference(again, value), "not finite": float((~grads.isfinite()).sum())}
 
 
-def is_saved_whole(dtype: str, scale: Scale, device: torch.device) -> dict[str, float]:
+def is_saved_whole(dtype: str, scale: ModelScale, device: torch.device) -> dict[str, float]:
     """`save_pretrained` and `from_pretrained`: the same logits, by either class."""
     from transformers import AutoModelForCausalLM
 
@@ -368,9 +370,9 @@ def is_saved_whole(dtype: str, scale: Scale, device: torch.device) -> dict[str, 
 
 
 def promises() -> list[Promise]:
-    """All cases."""
+    """All promises, in the order in which they are tried."""
     same, kept = {"loss": SAME, "gradients": SAME_GRADIENT}, {"repeats": 0.0, "outside": 0.0}
-    families: dict[str, Callable[[Scale, torch.device], Job]] = {
+    families: dict[str, Callable[[ModelScale, torch.device], Job]] = {
         **{
             f"language model, {rung.replace('rung', 'rung ')}": partial(language_job, rung)
             for rung in ("rung0", "rung2", "rung6")
@@ -425,7 +427,7 @@ def promises() -> list[Promise]:
     return sorted(found, key=lambda promise: "compiled" in promise.name)
 
 
-def tried(promise: Promise, scale: Scale, device: torch.device) -> dict[str, Any]:
+def tried(promise: Promise, scale: ModelScale, device: torch.device) -> dict[str, Any]:
     """The row of one case; an error is a row that says so."""
     row: dict[str, Any] = {"case": promise.name}
     if promise.needs and importlib.util.find_spec(promise.needs) is None:

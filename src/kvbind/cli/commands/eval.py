@@ -32,7 +32,7 @@ def command(
 
     For example: [bold]kvbind eval runs/mine --data book.txt data.length=4096[/]
     """
-    from kvbind.experiments.runs import load_model, open_run
+    from kvbind.experiments.training.runs import load_model, open_run
     from kvbind.tasks import open_task_module
     from kvbind.train.files import to_json, write_text
     from kvbind.train.loop import evaluate as evaluation

@@ -45,9 +45,9 @@ def command(
     For example: [bold]kvbind probe runs/mine[/], or of a converted release
     [bold]kvbind probe mine --data book.txt data.evaluation_samples=16[/]
     """
-    from kvbind.experiments.findings import Request
-    from kvbind.experiments.probe import probe as run_probes
-    from kvbind.experiments.saved import open_saved
+    from kvbind.experiments.request import Request
+    from kvbind.experiments.saved_models.probe import probe as run_probes
+    from kvbind.experiments.saved_models.saved_model import open_saved
 
     saved = open_saved(model, data, overrides or [])
     screen = output.console()

@@ -24,7 +24,7 @@ def command(
     ] = None,
 ) -> None:
     """Draw what a trained view synthesis model sees: inputs, predictions and errors, and a camera moving around scenes."""
-    from kvbind.experiments.runs import load_model, open_run
+    from kvbind.experiments.training.runs import load_model, open_run
     from kvbind.tasks.views import Task
     from kvbind.tasks.views.render import write_pictures
     from kvbind.train.loop import pick_device

@@ -45,7 +45,7 @@ def command(
 
     For example: [bold]kvbind report runs --serve[/]
     """
-    from kvbind.experiments.page.command import make_report, open_server
+    from kvbind.experiments.report.command import make_report, open_server
 
     check_file("--out", out)
     path = make_report(folders or [Path("runs")], out)

@@ -112,15 +112,15 @@ def command(
     them together and fills all GPUs.
     """
     from kvbind.experiments import EXPERIMENTS, open_experiment
-    from kvbind.experiments.budget import plan_experiment
-    from kvbind.experiments.findings import Measure
+    from kvbind.experiments.request import Measure
+    from kvbind.experiments.training.progress import plan_experiment
     from kvbind.inner.value import nearest
 
     known = (*EXPERIMENTS, "all")
     if experiment not in known:
         raise ValueError(f"experiment must be one of {', '.join(known)}; got {experiment!r}{nearest(experiment, known)}")
     steps = measure_steps or (20 if scale == "paper" and not (really_train or plan) else None)
-    module = open_experiment("everything" if experiment == "all" else experiment)
+    module = open_experiment("reproduce_all" if experiment == "all" else experiment)
     usual = "all" if experiment == "all" else getattr(module, "TASK", "language")
     named, task = sources(data or []), task or usual
     if isinstance(named, dict) and task != "all" and set(named) != {task}:

@@ -43,8 +43,8 @@ def command(
 
     For example: [bold]kvbind show runs/mine --out picture.png --image 7 --at 0.3,0.6[/]
     """
-    from kvbind.experiments.show_images import PLACES, read_place
-    from kvbind.experiments.show_images import show as draw
+    from kvbind.experiments.saved_models.attention_maps import PLACES, read_place
+    from kvbind.experiments.saved_models.attention_maps import show as draw
 
     check_file("--out", out)
     task, run, rest = run_and_rest(words)

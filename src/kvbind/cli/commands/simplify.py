@@ -60,10 +60,10 @@ def command(
     For example: [bold]kvbind simplify runs/mine --to rung2 --steps 200[/], or of a converted release
     [bold]kvbind simplify mine --to rung2 --data book.txt --targets outputs train.learning_rate=1e-4[/]
     """
-    from kvbind.experiments.findings import Request
-    from kvbind.experiments.runs import WEIGHTS
-    from kvbind.experiments.simplified import plan as plan_edit
-    from kvbind.experiments.simplified import simplify as run_edit
+    from kvbind.experiments.request import Request
+    from kvbind.experiments.saved_models.simplification import plan as plan_edit
+    from kvbind.experiments.saved_models.simplification import simplify as run_edit
+    from kvbind.experiments.training.runs import WEIGHTS
 
     planned = plan_edit(model, to, steps, data=data, targets=targets, out=out, overrides=overrides or [])
     screen = output.console()

@@ -60,8 +60,8 @@ def command(
 
     On several GPUs: [bold]torchrun --nproc-per-node 8 -m kvbind train language --preset 760m[/]
     """
-    from kvbind.experiments.runs import CONFIG, WEIGHTS, begun_before, open_run, run_name, train_run
     from kvbind.experiments.subjects import named_subject
+    from kvbind.experiments.training.runs import CONFIG, WEIGHTS, begun_before, open_run, run_name, train_run
     from kvbind.tasks import open_task_module
     from kvbind.tasks.contents import RECORD, check_unchanged
     from kvbind.train.bars import progress_bars

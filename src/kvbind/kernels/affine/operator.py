@@ -57,7 +57,8 @@ def blocks_of(kernel: str, dtype: torch.dtype, key: int, value: int) -> Blocks:
     bk, bv, warps, stages = {
         "scale": (16, 16, 4, 1),
         "solve": (128, 16, 4, 1),
-        "prepare": (64, 64, 4, 1),
+        # Triton 3.6 makes of one block of 64 value columns and several of 64 key channels a kernel that computes wrong
+        "prepare": (64, 64, 4, 1) if min(key, value) > 64 else (128, 128, 4, 1),
         "states": (128, 16, 8, 4) if key <= 128 else (128, 16, 4, 1),
         "outputs": (128, 128, 4, 1),
         "state_gradients": (64, 128, 4, 2),

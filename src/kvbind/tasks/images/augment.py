@@ -98,7 +98,7 @@ class ReadTraining:
     """Makes a training image of what was read: resized crop, then RandAugment.
 
     Args:
-        config: how.
+        config: which augmentations, and how strong.
         size: side of the result, in pixels.
 
     Raises:
@@ -204,7 +204,7 @@ class Augment:
     """Makes a training batch of images and classes: shift, flip, normalization, erasing, mixup or cutmix, smoothing.
 
     Args:
-        config: how.
+        config: which augmentations, and how strong.
         mean: of each channel, of pixels from 0 to 1.
         std: of each channel, likewise.
         classes: how many there are.

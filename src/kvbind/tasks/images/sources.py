@@ -97,7 +97,7 @@ class InMemory:
 
 
 @dataclass(frozen=True, eq=False)
-class Files:
+class ImageFiles:
     """Image files.
 
     Attributes:
@@ -115,7 +115,7 @@ class Files:
     def read(self, index: int) -> Image:
         return open_picture(self.root / self.names[index], upright=True, expanded_gib=self.expanded_gib)
 
-    def select(self, rows: NDArray[np.int64]) -> Files:
+    def select(self, rows: NDArray[np.int64]) -> ImageFiles:
         """Some of them."""
         return replace(self, names=tuple(self.names[row] for row in rows), labels=self.labels[rows])
 
@@ -125,7 +125,7 @@ class Files:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class ImageRows:
     """Rows of a table that the `datasets` library opened.
 
     Attributes:
@@ -155,7 +155,7 @@ class Rows:
             file = inside(self.folder, stored["path"], what) if self.folder else Path(stored["path"])
         return open_picture(file, what, upright=True, expanded_gib=self.expanded_gib)
 
-    def select(self, rows: NDArray[np.int64]) -> Rows:
+    def select(self, rows: NDArray[np.int64]) -> ImageRows:
         """Some of them."""
         return replace(self, table=self.table.select(rows), labels=self.labels[rows])
 
@@ -164,8 +164,8 @@ class Rows:
         return f"{self.what} {digest([self.labels.tobytes()])}"
 
 
-Images = InMemory | Files | Rows
-Some = TypeVar("Some", InMemory, Files, Rows)
+Images = InMemory | ImageFiles | ImageRows
+Some = TypeVar("Some", InMemory, ImageFiles, ImageRows)
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Splits:
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageSource:
     """Images, and how to read them.
 
     Attributes:
@@ -339,13 +339,13 @@ class Source:
             )
         return self._divide(train, names, contents)
 
-    def _rows(self, table: Any, folder: Path | None) -> Rows:
+    def _rows(self, table: Any, folder: Path | None) -> ImageRows:
         import datasets
 
         # a table that says nothing of images holds their bytes; decoding is `open_picture`'s, as of any other image
         pictures = table.cast_column(self.image_column, datasets.Image(decode=False))
         labels = np.asarray(table[self.label_column][:], dtype=np.int64)
-        return Rows(pictures, self.image_column, labels, self.where, folder, self.expanded_gib)
+        return ImageRows(pictures, self.image_column, labels, self.where, folder, self.expanded_gib)
 
 
 def holds_idx(folder: Path) -> bool:
@@ -426,7 +426,7 @@ def idx_array(path: Path, expanded_gib: float = EXPANDED_GIB) -> NDArray[np.uint
     return np.frombuffer(bytearray(content), dtype=np.uint8, offset=start).reshape(shape)
 
 
-def files_in(folder: Path, names: tuple[str, ...]) -> Files:
+def files_in(folder: Path, names: tuple[str, ...]) -> ImageFiles:
     """The image files of a folder's class folders, in the order of their names.
 
     Args:
@@ -448,7 +448,7 @@ def files_in(folder: Path, names: tuple[str, ...]) -> Files:
         raise ValueError(
             f"data.source must hold images ({', '.join(PICTURE_SUFFIXES)}); {folder} has none in its class folders"
         )
-    return Files(folder, tuple(files), np.asarray(labels, dtype=np.int64))
+    return ImageFiles(folder, tuple(files), np.asarray(labels, dtype=np.int64))
 
 
 def digest(parts: Iterable[bytes]) -> str:

@@ -23,14 +23,14 @@ from kvbind.tasks.contents import Contents
 from kvbind.tasks.documents import split_of
 from kvbind.tasks.files import EXPANDED_GIB, files_named, inside, load_json
 from kvbind.tasks.views.pictures import open_picture, resize_and_crop
-from kvbind.tasks.views.scenes import Source, Split, Views, check_cameras, digest
+from kvbind.tasks.views.scenes import SceneSource, SceneViews, Split, check_cameras, digest
 
 INDEX = "index.json"
 FOLDERS: dict[Split, str] = {"train": "train", "held_out": "test"}
 """The folders of the two splits, where there are such."""
 
 
-class Chunks(Source):
+class ViewChunks(SceneSource):
     """Scenes in chunks.
 
     Args:
@@ -84,7 +84,7 @@ class Chunks(Source):
     def count(self, scene: int) -> int:
         return len(self._entry(scene)["images"])
 
-    def read(self, scene: int, views: Sequence[int]) -> Views:
+    def read(self, scene: int, views: Sequence[int]) -> SceneViews:
         entry, what = self._entry(scene), self.name(scene)
         cameras = entry["cameras"][list(views)].double()
         fractions = cameras[:, :4]

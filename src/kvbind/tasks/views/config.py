@@ -28,7 +28,7 @@ LEAST_SIDE = 6
 
 
 @dataclass
-class ModelConfig:
+class ViewsModelConfig:
     """LaCT view synthesis.
 
     Attributes:
@@ -67,7 +67,7 @@ class ProceduralConfig:
 
 
 @dataclass
-class DataConfig:
+class ViewsDataConfig:
     """Posed images, and how views are drawn from them.
 
     Attributes:
@@ -161,8 +161,8 @@ class ViewsConfig:
     """A whole run: its seed (of weights, data order and choice of views), model, data, loss, training, and start."""
 
     seed: int = 0
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    model: ViewsModelConfig = field(default_factory=ViewsModelConfig)
+    data: ViewsDataConfig = field(default_factory=ViewsDataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     start: StartConfig = field(default_factory=StartConfig, metadata=LATER)
@@ -173,7 +173,7 @@ class ViewsConfig:
     beneath = staticmethod(beneath)
 
 
-def model_config(model: ModelConfig) -> LactNvsConfig:
+def model_config(model: ViewsModelConfig) -> LactNvsConfig:
     """The model that a configuration describes.
 
     Raises:
@@ -188,7 +188,7 @@ def model_config(model: ModelConfig) -> LactNvsConfig:
     return size.replace(inner=edited(size.inner, model.inner, check_fits_views))
 
 
-def inner_loop(model: ModelConfig) -> InnerLoop:
+def inner_loop(model: ViewsModelConfig) -> InnerLoop:
     """The inner loop that a model's configuration describes.
 
     Raises:
@@ -215,7 +215,7 @@ def describe(model: LactNvs, folder: Path) -> ViewsConfig:
     """
     fields = model.config.to_dict()
     return ViewsConfig(
-        model=ModelConfig(inner=model.inner.to_dict(), fields={k: x for k, x in fields.items() if k != "inner"})
+        model=ViewsModelConfig(inner=model.inner.to_dict(), fields={k: x for k, x in fields.items() if k != "inner"})
     )
 
 

@@ -19,13 +19,13 @@ from torch.utils.data import Dataset
 
 from kvbind.models.lact_nvs.cameras import mean_frame
 from kvbind.tasks.reading import read_with
-from kvbind.tasks.views.config import DataConfig
-from kvbind.tasks.views.scenes import Source
+from kvbind.tasks.views.config import ViewsDataConfig
+from kvbind.tasks.views.scenes import SceneSource
 from kvbind.train.ranks import WHOLE, Share
 
 Batch = dict[str, Any]
 """Views of B scenes: `image`, `c2w`, `fxfycxcy` of the V inputs and `target_image`, `target_c2w`, `target_fxfycxcy` of the
-targets, each as `kvbind.tasks.views.scenes.Views` has it behind a batch axis; and `number`, the batch's own, an int."""
+targets, each as `kvbind.tasks.views.scenes.SceneViews` has it behind a batch axis; and `number`, the batch's own, an int."""
 
 
 @lru_cache(maxsize=2)
@@ -59,8 +59,8 @@ class Batches(Dataset[Batch]):
         share: which rows of a batch are read.
     """
 
-    source: Source
-    data: DataConfig
+    source: SceneSource
+    data: ViewsDataConfig
     seed: int
     share: Share = WHOLE
 
@@ -90,7 +90,7 @@ class Batches(Dataset[Batch]):
         )
 
 
-def long_enough(source: Source, scene: int, data: DataConfig) -> bool:
+def long_enough(source: SceneSource, scene: int, data: ViewsDataConfig) -> bool:
     """Whether a scene has as many views as are asked for.
 
     Raises:
@@ -105,7 +105,7 @@ def long_enough(source: Source, scene: int, data: DataConfig) -> bool:
     return count >= data.views
 
 
-def collate(source: Source, data: DataConfig, rows: list[tuple[int, list[int]]], number: int) -> Batch:
+def collate(source: SceneSource, data: ViewsDataConfig, rows: list[tuple[int, list[int]]], number: int) -> Batch:
     """Views of some scenes as a batch, in the coordinates that `data.normalize` asks for.
 
     Args:
@@ -138,7 +138,7 @@ def load_batches(batches: Batches, workers: int, position: dict[str, Any] | None
         yield batch, {"next": behind}
 
 
-def evaluation_batches(source: Source, data: DataConfig) -> Iterator[Batch]:
+def evaluation_batches(source: SceneSource, data: ViewsDataConfig) -> Iterator[Batch]:
     """The same held-out views every time: of scenes spread evenly over all of them.
 
     Raises:

@@ -13,7 +13,7 @@ Corners = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Mesh:
+class TriangleMesh:
     """Triangles.
 
     Attributes:
@@ -31,12 +31,12 @@ def unit(x: Array) -> Array:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def flat(vertices: Array, faces: Corners) -> Mesh:
+def flat(vertices: Array, faces: Corners) -> TriangleMesh:
     """A mesh with edges: each triangle has its own normal, pointing away from the middle of the mesh."""
     corners = vertices[faces]
     normal = unit(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]))
     outwards = np.sign(np.sum(normal * (corners.mean(1) - vertices.mean(0)), axis=-1, keepdims=True))
-    return Mesh(corners, np.repeat((normal * outwards)[:, None], 3, axis=1))
+    return TriangleMesh(corners, np.repeat((normal * outwards)[:, None], 3, axis=1))
 
 
 def icosahedron() -> tuple[Array, Corners]:
@@ -72,20 +72,20 @@ def subdivided(vertices: Array, faces: Corners) -> tuple[Array, Corners]:
     return np.array(points), np.array(finer)
 
 
-def gem() -> Mesh:
-    """An icosahedron."""
+def gem() -> TriangleMesh:
+    """An icosahedron of 20 flat faces that stands on the ground."""
     vertices, faces = icosahedron()
     return on_ground(flat(vertices, faces))
 
 
-def rock() -> Mesh:
+def rock() -> TriangleMesh:
     """A sphere of 80 triangles whose radius undulates."""
     vertices, faces = subdivided(*icosahedron())
     waves = np.sin(vertices @ np.array([[3.1, -2.0], [1.7, 4.3], [-2.3, 2.9]]) + np.array([0.4, 1.9])).sum(1)
     return on_ground(flat(vertices * (1 + 0.13 * waves[:, None]), faces))
 
 
-def revolved(profile: Array, normals: Array, around: int, closed: bool = False) -> Mesh:
+def revolved(profile: Array, normals: Array, around: int, closed: bool = False) -> TriangleMesh:
     """The surface that a curve of points (radius, height) sweeps around the z axis.
 
     Args:
@@ -113,24 +113,24 @@ def revolved(profile: Array, normals: Array, around: int, closed: bool = False) 
                 if len({tuple(np.round(p, 9)) for p in points}) == 3:  # at the axis a triangle may vanish
                     corners.append(points)
                     directions.append([facing[key] for key in triangle])
-    return on_ground(Mesh(np.array(corners), np.array(directions)))
+    return on_ground(TriangleMesh(np.array(corners), np.array(directions)))
 
 
-def cone() -> Mesh:
+def cone() -> TriangleMesh:
     """A cone with its base."""
     profile = np.array([[0.0, 0.0], [0.85, 0.0], [0.0, 1.9]])
     side = unit(np.array([1.9, 0.85]))
     return revolved(profile, np.array([[[0.0, -1], [0, -1]], [side, side]]), around=24)
 
 
-def cylinder() -> Mesh:
+def cylinder() -> TriangleMesh:
     """A cylinder with both ends."""
     profile = np.array([[0.0, 0.0], [0.8, 0.0], [0.8, 1.5], [0.0, 1.5]])
     ends = np.array([[[0.0, -1], [0, -1]], [[1, 0], [1, 0]], [[0, 1], [0, 1]]])
     return revolved(profile, ends, around=24)
 
 
-def vase() -> Mesh:
+def vase() -> TriangleMesh:
     """A surface of revolution with a waist."""
     height = np.linspace(0, 1, 7)
     radius = 0.62 + 0.28 * np.sin(1.2 + 4.6 * height)
@@ -141,7 +141,7 @@ def vase() -> Mesh:
     return revolved(profile, np.array(ends), around=12)
 
 
-def torus() -> Mesh:
+def torus() -> TriangleMesh:
     """A ring that lies on the ground."""
     angles = 2 * np.pi * np.arange(7) / 7
     outwards = np.stack((np.cos(angles), np.sin(angles)), axis=1)
@@ -149,13 +149,13 @@ def torus() -> Mesh:
     return revolved(np.array([0.68, 0.0]) + 0.32 * outwards, normals, around=14, closed=True)
 
 
-def on_ground(mesh: Mesh) -> Mesh:
+def on_ground(mesh: TriangleMesh) -> TriangleMesh:
     """A mesh moved along z until it touches the plane z = 0 from above."""
     low = np.array([0, 0, mesh.corners[..., 2].min()])
-    return Mesh(mesh.corners - low, mesh.normals)
+    return TriangleMesh(mesh.corners - low, mesh.normals)
 
 
-MESHES: dict[str, Callable[[], Mesh]] = {
+MESHES: dict[str, Callable[[], TriangleMesh]] = {
     "gem": gem,
     "rock": rock,
     "cone": cone,

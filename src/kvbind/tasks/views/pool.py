@@ -13,15 +13,15 @@ from kvbind.tasks.contents import Contents
 from kvbind.tasks.views.config import PROCEDURAL, ProceduralConfig
 from kvbind.tasks.views.procedural import VERSION, Cameras, make_cameras, make_scenes
 from kvbind.tasks.views.raycast import render
-from kvbind.tasks.views.scenes import Source, Split, Views, digest
+from kvbind.tasks.views.scenes import SceneSource, SceneViews, Split, digest
 
 
-class Pool(Source):
+class ScenePool(SceneSource):
     """Procedural scenes, rendered on the device that first asks for their pixels.
 
     Args:
         config: their views and cameras.
-        split: which of them.
+        split: "train" or "held_out", which have scenes of their own.
         scenes: how many.
         size: height and width of the images.
     """
@@ -42,7 +42,7 @@ class Pool(Source):
     def count(self, scene: int) -> int:
         return self.config.views
 
-    def read(self, scene: int, views: Sequence[int]) -> Views:
+    def read(self, scene: int, views: Sequence[int]) -> SceneViews:
         c2w, intrinsics = (x[scene, list(views)] for x in self.cameras)
         return {"image": torch.tensor(views) + scene * self.config.views, "c2w": c2w, "fxfycxcy": intrinsics}
 

@@ -14,12 +14,12 @@ from kvbind.tasks.contents import Contents
 from kvbind.tasks.documents import split_of
 from kvbind.tasks.files import EXPANDED_GIB, SCENE_SUFFIXES, files_below, inside, load_json
 from kvbind.tasks.views.pictures import open_picture, resize_and_crop
-from kvbind.tasks.views.scenes import Source, Split, Views, check_cameras, digest
+from kvbind.tasks.views.scenes import SceneSource, SceneViews, Split, check_cameras, digest
 
 INTRINSICS = ("fx", "fy", "cx", "cy")
 
 
-class PosedImages(Source):
+class PosedImages(SceneSource):
     """Scenes, each a JSON file: a list of `{"file_path", "fx", "fy", "cx", "cy", "w2c"}`.
 
     `file_path` is relative to the file, and below its folder; intrinsics are in pixels of the image as it is stored; `w2c`
@@ -69,7 +69,7 @@ class PosedImages(Source):
     def count(self, scene: int) -> int:
         return len(scene_entries(self.root / self.files[scene]))
 
-    def read(self, scene: int, views: Sequence[int]) -> Views:
+    def read(self, scene: int, views: Sequence[int]) -> SceneViews:
         path = self.root / self.files[scene]
         entries = [scene_entries(path)[i] for i in views]
         w2c = torch.tensor([entry["w2c"] for entry in entries], dtype=torch.float64)

@@ -38,7 +38,7 @@ def write_pictures(
         folder: where to; made if need be.
         scenes: how many, the first of those that are evaluated on.
         frames: of the turntable.
-        per_second: of them.
+        per_second: frames of the turntable in a second.
 
     Returns:
         The files: `sheet.png`, `turntable.gif`, and `turntable.mp4` where `imageio-ffmpeg` is installed.

@@ -16,7 +16,7 @@ from kvbind.tasks.contents import Contents
 Split = Literal["train", "held_out"]
 
 
-class Views(TypedDict):
+class SceneViews(TypedDict):
     """Views of one scene.
 
     `image` is uint8 `[V, 3, h, w]`, or, of scenes that are held in memory, the places of the images there, int64 `[V]`.
@@ -28,7 +28,7 @@ class Views(TypedDict):
     fxfycxcy: Tensor
 
 
-class Source(abc.ABC):
+class SceneSource(abc.ABC):
     """A numbered list of scenes, in chunks that are read together; each scene is a numbered list of views.
 
     Attributes:
@@ -51,7 +51,7 @@ class Source(abc.ABC):
         """How many views a scene has."""
 
     @abc.abstractmethod
-    def read(self, scene: int, views: Sequence[int]) -> Views:
+    def read(self, scene: int, views: Sequence[int]) -> SceneViews:
         """Some views of a scene.
 
         Raises:

@@ -1,0 +1,1 @@
+"""Figures 1 to 4 of the paper."""

@@ -1,0 +1,1 @@
+"""What is done with a saved model of any family: opened, probed, simplified, drawn."""

@@ -1,0 +1,106 @@
+"""What CONTRIBUTING says of the house: no circles, no class name twice, docstrings that say something."""
+
+import ast
+import re
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+SOURCE = Path(__file__).parent.parent / "src"
+ROOMS = ("bench", "cli", "experiments", "plan", "sequence", "serving", "tasks", "train")
+"""The rooms that are held to these rules."""
+
+EMPTY = frozenset(
+    "a above an as below both each for from how in is it its likewise of on one other said same that the them there "  # noqa: SIM905
+    "this those to what where which with".split()
+)
+"""Words that alone tell nothing of an argument."""
+
+ELSEWHERE = re.compile(r"\b(MATH|SYSTEMS|TARGETS|ARCHITECTURE|STYLE)\b(\.md| section)")
+"""Documents that are not in the repository."""
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    """The library's modules by dotted name, parsed."""
+    found = {}
+    for path in sorted((SOURCE / "kvbind").rglob("*.py")):
+        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def in_rooms(name: str) -> bool:
+    return name.split(".")[1:2] != [] and name.split(".")[1] in ROOMS
+
+
+def documented(name: str, module: ast.Module):
+    """The docstrings of a module: where, and the text."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+            yield f"{name}:{getattr(node, 'lineno', 1)} {getattr(node, 'name', '')}", text
+
+
+def test_every_docstring_says_something():
+    empty = []
+    for name, module in modules().items():
+        if not in_rooms(name):
+            continue
+        for where, text in documented(name, module):
+            if len(text.split()) < 3:
+                empty.append(f"{where}: {text}")
+            for argument, said in re.findall(r"^ {4,8}(\w+): (.+)$", text, re.MULTILINE):
+                if set(re.findall(r"[\w`]+", said.lower())) <= EMPTY and "\n" + " " * 12 not in text.partition(said)[2][:13]:
+                    empty.append(f"{where}, {argument}: {said}")
+    assert not empty, "\n".join(empty)
+
+
+def test_no_docstring_points_to_what_is_not_in_the_repository():
+    found = [
+        f"{where}: {ELSEWHERE.search(text)[0]}"
+        for name, module in modules().items()
+        if in_rooms(name)
+        for where, text in documented(name, module)
+        if ELSEWHERE.search(text)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_no_class_name_stands_twice():
+    places = defaultdict(list)
+    for name, module in modules().items():
+        for node in ast.walk(module) if in_rooms(name) else ():
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(name)
+    twice = [f"{name}: {', '.join(found)}" for name, found in places.items() if len(found) > 1]
+    assert not twice, "\n".join(twice)
+
+
+def imports(name: str, module: ast.AST) -> set[str]:
+    """The library's modules that a module imports, anywhere in it but for a type checker alone."""
+    found = set()
+    for node in ast.iter_child_nodes(module):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (below & modules().keys()) or {node.module}
+        found |= imports(name, node)
+    return found & modules().keys() - {name}
+
+
+def test_no_two_modules_import_each_other():
+    graph = {name: imports(name, module) for name, module in modules().items()}
+
+    def reached(start: str) -> set[str]:
+        seen, rest = set(), [start]
+        while rest:
+            new = graph[rest.pop()] - seen
+            seen |= new
+            rest += new
+        return seen
+
+    circles = [name for name in graph if in_rooms(name) and name in reached(name)]
+    assert not circles, f"each imports itself through others: {', '.join(circles)}"
