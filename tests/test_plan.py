@@ -270,6 +270,26 @@ def test_the_shipped_calibration_is_what_its_points_give(calibration):
     assert errors == pytest.approx([speed for speed, _ in calibration.errors()], abs=1e-9)
 
 
+def test_whole_models_are_points_by_what_ran_fastest(tmp_path):
+    def row(name, by, **ways):
+        return {"name": name, "ours_by": by, "ours_ways": ways}
+
+    eager, graphs = {"per_second": 5e4, "peak_bytes": 7}, {"per_second": 6e4, "peak_bytes": 8}
+    record = {"machine": {"device": "NVIDIA H200"}, "config": {"sizes": "full"}}
+    record["rows"] = [
+        row("lact-760m-rung2", "graphs", eager=eager, graphs=graphs),
+        row("lact-760m-rung0", "eager", eager=eager, graphs=None),
+        row("lact-30m-rung2", "eager", eager=eager),
+        row("decode-760m-batch1-ms", "graphs", graphs={"value": 4}),
+    ]
+    path = tmp_path / "models.json"
+    path.write_text(json.dumps(record))
+    parallel, recurrent = read_points(path)
+    assert (parallel.rung, parallel.form, parallel.tokens_per_second, parallel.peak_bytes) == ("rung2", "parallel", 6e4, 8)
+    assert (recurrent.rung, recurrent.form, recurrent.tokens_per_second) == ("rung0", "recurrent", 5e4)
+    assert {point.recompute for point in (parallel, recurrent)} == {"none"}
+
+
 def test_an_inner_loop_that_was_not_measured_takes_the_nearest_efficiency():
     found = Calibration(
         {"h100 rung0 recurrent": 0.1, "h100 rung2 parallel": 0.4, "h200 rung3 parallel": 0.5}, 80.0, None, ()
@@ -332,7 +352,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, capsys):
         assert message in " ".join(capsys.readouterr().err.split())
     other = tmp_path / "other.json"
     other.write_text("{}")
-    with pytest.raises(ValueError, match="calibration files must be results of kvbind bench step or scaling"):
+    with pytest.raises(ValueError, match="calibration files must be results of kvbind bench step, scaling or models"):
         read_points(other)
     with pytest.raises(ValueError, match="points must be at least one measured step"):
         calibrate([])

@@ -5,8 +5,9 @@ import tarfile
 
 import pytest
 
-from kvbind.tasks import linux
+from kvbind.tasks import linux, preset_files
 from kvbind.tasks.language import Config, Task
+from kvbind.tasks.linux import LINUX
 from kvbind.tasks.sources import TextSource
 from kvbind.train.config import load_config
 
@@ -126,3 +127,11 @@ def test_a_language_task_trains_on_it_and_evaluates_on_other_subsystems(place, t
     batch, _ = next(task.batches(None))
     assert bytes(batch["input_ids"][0].clamp(max=255).tolist()).count(b"int d") > 50
     assert all(b"int d" not in bytes(x["input_ids"].clamp(max=255).flatten().tolist()) for x in task.evaluation)
+
+
+def test_presets_on_it_shuffle_whole_runs():
+    """Folders are megabytes long: windows read one after another would each be learned and then forgotten."""
+    for name, path in preset_files("language").items():
+        config = load_config(Config, path)
+        if config.data.source == LINUX:
+            assert config.data.window >= config.train.steps * config.train.accumulate * config.data.batch, name

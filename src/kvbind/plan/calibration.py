@@ -1,6 +1,6 @@
 """What formulas leave open, from measured points: efficiencies, bytes of a block, how much of communication shows.
 
-`read_points` takes results of `kvbind bench step` and `kvbind bench scaling`; `kvbind plan --calibrate` writes what
+`read_points` takes results of `kvbind bench step`, `scaling` and `models`; `kvbind plan --calibrate` writes what
 `calibrate` finds to `calibration.json` beside this file, with every point and how far the formulas are from it.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbind.files import blaming, read_json
+from kvbind.forms.analysis import parallel_obstacles
 from kvbind.hardware import ACCELERATORS, recognized
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import ladder
@@ -23,6 +24,9 @@ from kvbind.plan.costs import Mesh, PlannedTraining, memory, seconds
 from kvbind.train.files import write_text
 
 SHIPPED = Path(__file__).parent / "calibration.json"
+
+TRAINED = "lact-760m-"
+"""What the rows of `kvbind bench models` are called that train a whole language model; a rung follows."""
 
 BLOCK_BYTES = 1.0
 """A first value for `memory`'s argument: with two of them the rest follows, as memory is linear in it."""
@@ -177,13 +181,13 @@ class Calibration:
 
 
 def read_points(path: Path) -> list[MeasuredPoint]:
-    """The measured points of a file of results, of `kvbind bench step` or `kvbind bench scaling`.
+    """The measured points of a file of results, of `kvbind bench step`, `kvbind bench scaling` or `kvbind bench models`.
 
     Raises:
         ValueError: another file, or a device that has no entry in `ACCELERATORS`.
     """
     record = read_json(path, finite=False)
-    with blaming(f"calibration files must be results of kvbind bench step or scaling; {path}", "such a file"):
+    with blaming(f"calibration files must be results of kvbind bench step, scaling or models; {path}", "such a file"):
         return _points(path.name, record)
 
 
@@ -193,6 +197,9 @@ def _points(name: str, record: Any) -> list[MeasuredPoint]:
         raise ValueError(f"there are no rows, or not of one of {', '.join(ACCELERATORS)}")
     config, points = record["config"], []
     for row in record["rows"]:
+        if "ours_by" in row:
+            points += _language_point(name, hardware, row)
+            continue
         if "mesh" in row:
             if row.get("tokens_per_second") is None:
                 continue
@@ -217,6 +224,16 @@ def _points(name: str, record: Any) -> list[MeasuredPoint]:
             )
         )
     return points
+
+
+def _language_point(name: str, hardware: str, row: dict[str, Any]) -> list[MeasuredPoint]:
+    """The point of a row of `kvbind bench models` that trains a whole language model, its blocks kept."""
+    if not row["name"].startswith(TRAINED):
+        return []
+    rung, ours = row["name"].removeprefix(TRAINED), row["ours_ways"][row["ours_by"]]
+    form = "recurrent" if parallel_obstacles(rung_of("760m", rung)) else "parallel"
+    measured = {"tokens_per_second": ours["per_second"], "peak_bytes": ours["peak_bytes"]}
+    return [MeasuredPoint(name, hardware, "760m", rung, form, 32768, 1, "none", 4, (1, 1, 1), **measured)]
 
 
 def calibrate(points: Sequence[MeasuredPoint]) -> Calibration:
