@@ -13,8 +13,8 @@ import torch
 from hypothesis import strategies as st
 
 import kvbind
-from kvbind.forms import affine, parallel
-from kvbind.forms.analysis import parallel_obstacles
+from kvbind.forms import affine_blocks, parallel
+from kvbind.forms.obstacles import parallel_obstacles
 from strategies import Operands, leaves, operands, parallel_specs, small_sizes, specs
 
 CAUSAL = ("past", "chunk", "token")
@@ -85,7 +85,7 @@ def run(case: Case, o: Operands, form: str, calls: list[tuple[int, int]]) -> tup
     def row(x: torch.Tensor) -> torch.Tensor:
         return x.flatten(0, 1).unsqueeze(0) if case.packed else x
 
-    with mock.patch.multiple(affine, BLOCK=case.block), mock.patch.multiple(parallel, SHORT_CHUNK=case.short):
+    with mock.patch.multiple(affine_blocks, BLOCK=case.block), mock.patch.multiple(parallel, SHORT_CHUNK=case.short):
         for start, stop in calls:
             part = o.span(start, stop)
             options = {name: row(x) for name, x in part.options.items() if name != "lr"}

@@ -20,7 +20,7 @@ from kvbind import (
     SwiGLU,
     Window,
 )
-from kvbind.forms.analysis import parallel_in_spans, parallel_obstacles
+from kvbind.forms.obstacles import parallel_in_spans, parallel_obstacles
 from kvbind.inner import LANGUAGE_COEFFICIENTS, VIEWS_COEFFICIENTS
 
 NETWORKS = [

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvbind.forms.analysis import Explanation, NoParallelFormError, explain
     from kvbind.forms.api import inner_loss, ttt
-    from kvbind.forms.linearize import LinearAttention, linearize
+    from kvbind.forms.linear_attention import LinearAttention
+    from kvbind.forms.linearize import linearize
     from kvbind.forms.state import State
     from kvbind.inner import (
         GLU,

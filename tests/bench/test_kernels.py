@@ -28,7 +28,7 @@ from kvbind.bench.tables.verify import summary_grid, verify_grid
 from kvbind.bench.verify import operators
 from kvbind.bench.verify.cases import FULL, SMALL
 from kvbind.bench.verify.cases import cases as verify_cases
-from kvbind.kernels.common import has_triton, interpreted
+from kvbind.kernels.common.devices import has_triton, interpreted
 
 CPU = torch.device("cpu")
 H100 = Ceilings(matmul_flops=700e12, matmul_size=8192, dtype="bfloat16", copy_bytes=3.0e12)
@@ -310,14 +310,14 @@ def test_configurations_are_compiled_together_before_an_autotuner_chooses(monkey
     pytest.importorskip("triton")
     from triton.runtime.autotuner import Autotuner
 
-    from kvbind.kernels.ahead import rehearsing
+    from kvbind.kernels.launching.warm_up import warming_up
 
     class Choices:
         def warmup(self, *args, **kwargs):
-            done.append(("compiled", rehearsing(), args, kwargs))
+            done.append(("compiled", warming_up(), args, kwargs))
 
     done: list[tuple] = []
-    monkeypatch.setattr(Autotuner, "run", lambda self, *args, **kwargs: done.append(("run", rehearsing(), args, kwargs)))
+    monkeypatch.setattr(Autotuner, "run", lambda self, *args, **kwargs: done.append(("run", warming_up(), args, kwargs)))
     before, choices = Autotuner.run, Choices()
     with fla_tuning.compiling_configurations():
         for x in (1, 2):

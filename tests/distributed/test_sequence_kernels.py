@@ -6,7 +6,7 @@ from jobs import check, over_ranks
 from ranks import started
 
 from kvbind import GLU, MLP, InnerLoop, Linear, NewtonSchulz, SwiGLU
-from kvbind.kernels.common import has_triton, interpreted
+from kvbind.kernels.common.devices import has_triton, interpreted
 
 pytestmark = pytest.mark.skipif(not has_triton() or not interpreted(), reason="needs Triton's interpreter")
 FULL = NewtonSchulz(coefficients=((3.4445, -4.7750, 2.0315),), dtype=torch.float32)
@@ -47,7 +47,7 @@ def test_kernels_over_ranks(ranks, name, cut):
 
 def operators(group):
     """Hold the operators to what they say of themselves, with arguments from a call over ranks."""
-    from kvbind.kernels import chunked
+    from kvbind.kernels.chunked import operator as chunked
 
     calls, names = {}, ("_chunked", "_chunked_backward")
     real = {name: getattr(chunked, name) for name in names}

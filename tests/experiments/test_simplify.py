@@ -23,7 +23,7 @@ from kvbind.experiments.training.runs import InterruptedRunError, train_run
 from kvbind.models.carry import carry_over, layers_of
 from kvbind.models.lact import LactForCausalLM
 from kvbind.models.lact_nvs import LactNvs
-from kvbind.models.saving import open_exported
+from kvbind.models.opening import open_exported
 from kvbind.models.vittt import VitttForImageClassification
 from kvbind.tasks import open_task_module
 from kvbind.tasks.start import StartConfig, divergence

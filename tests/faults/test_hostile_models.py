@@ -14,7 +14,7 @@ from kvbind.cli import main
 from kvbind.models import PRESETS, LactConfig, LactForCausalLM
 from kvbind.models.convert import convert
 from kvbind.models.lact_nvs import LactNvs, LactNvsConfig
-from kvbind.models.saving import open_exported
+from kvbind.models.opening import open_exported
 from kvbind.models.vittt import VitttConfig, VitttForImageClassification
 from kvbind.tasks.tokenizers import open_tokenizer
 

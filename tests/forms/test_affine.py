@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbind.forms import affine as form
-from kvbind.forms.affine import AffineRule, AffineState, Columns, Gates, affine
-from kvbind.forms.scan import Gate
+from kvbind.forms import affine_blocks
+from kvbind.forms.affine import affine
+from kvbind.forms.affine_operands import AffineRule, AffineState, Columns, Gates
+from kvbind.forms.scan import ScanGate
 from strategies import error
 
 B, H, F, DV = 2, 2, 3, 4
@@ -38,7 +39,7 @@ def plain(rule, q, columns, gates, weights, buffers, recent=()):
     def gate(x, n):
         if x is None:
             return None
-        values = x.factor()[:, :, n] if isinstance(x, Gate) else x[:, :, n]
+        values = x.factor()[:, :, n] if isinstance(x, ScanGate) else x[:, :, n]
         return values[..., None] if values.dim() == 3 else values[..., None, None]
 
     def gradient(parts):
@@ -167,7 +168,7 @@ def operands(rule, which, total, seed, dtype=torch.float64):
     width = (F,) if which["decay"] == "key" else ()
 
     def gate(*shape):
-        return Gate(unit(*shape).log(), True) if which["log"] else Gate(unit(*shape))
+        return ScanGate(unit(*shape).log(), True) if which["log"] else ScanGate(unit(*shape))
 
     kept, momentum, rate = which["decay"] != "none", which["momentum"], which["step_rate"]
     gates = Gates(
@@ -197,7 +198,7 @@ def oracle(rule, q, columns, gates, state):
 @contextmanager
 def blocks_of(size):
     """Blocks small enough for short sequences to need several."""
-    with mock.patch.multiple(form, BLOCK=size, CHANNEL_BLOCK=min(size, 8)):
+    with mock.patch.multiple(affine_blocks, BLOCK=size, CHANNEL_BLOCK=min(size, 8)):
         yield
 
 
@@ -272,7 +273,9 @@ def test_calls_one_after_another_are_one_call(case, share, size):
         its = {}
         for f in fields(gates):
             x, where = getattr(gates, f.name), reads if f.name.startswith(("partial", "read")) else updates
-            its[f.name] = x.map(lambda y, w=where: y[:, :, w]) if isinstance(x, Gate) else x if x is None else x[:, :, where]
+            its[f.name] = (
+                x.map(lambda y, w=where: y[:, :, w]) if isinstance(x, ScanGate) else x if x is None else x[:, :, where]
+            )
         return q[:, :, reads], columns.span(start, stop), Gates(**its)
 
     with blocks_of(size):
@@ -366,7 +369,7 @@ def test_small_gates_are_as_exact_as_others_in_float32(rule, per, log):
     for i, small in enumerate((90.0, 88.0, 20.0, 3.0)):
         decay[:, :, 5 + i :: 37] = small
     decay[:, :, 1000:1100] = 90.0
-    decay = Gate(-decay, True) if log else Gate((-decay).exp())
+    decay = ScanGate(-decay, True) if log else ScanGate((-decay).exp())
     o = q, columns, Gates(decay), state
 
     def parallel(*o):
@@ -391,7 +394,7 @@ def test_gradients_of_equal_small_gates_are_exact_in_float32(per, value):
     """Of which products of two underflow where those of the others do not."""
     rule = AffineRule()
     q, columns, _, state = operands(rule, NONE, 150, 0, torch.float32)
-    o = q, columns, Gates(Gate(torch.full((B, H, 150, F) if per == "key" else (B, H, 150), value))), state
+    o = q, columns, Gates(ScanGate(torch.full((B, H, 150, F) if per == "key" else (B, H, 150), value))), state
     found = gradients(o, lambda *o: affine(rule, *o)[:1])
     expected = gradients(double(o), lambda *o: oracle(rule, *o)[:1])
     for name, x in expected.items():

@@ -10,10 +10,10 @@ import torch.nn.functional as nnf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbind.forms import affine as form
-from kvbind.forms.affine import AffineRule, Columns, Gates
+from kvbind.forms import affine_blocks
+from kvbind.forms.affine_operands import AffineRule, Columns, Gates
 from kvbind.forms.dual import DualState, Layers, dual
-from kvbind.forms.scan import Gate
+from kvbind.forms.scan import ScanGate
 
 B, H, D, HIDDEN = 2, 2, 3, 4
 
@@ -73,7 +73,7 @@ def plain(rule, layers, q, columns, rates, gates, state):
     def gate(x, n):
         if x is None:
             return None
-        return (x.factor() if isinstance(x, Gate) else x)[:, :, n, None, None]
+        return (x.factor() if isinstance(x, ScanGate) else x)[:, :, n, None, None]
 
     def gradient(parts):
         found = {n: torch.zeros_like(w[n]) for n in rates}
@@ -197,7 +197,7 @@ def operands(rule, layers, which, total, seed, dtype=torch.float64):
         there = which[name]
         return (wrap(make(steps)) if there else None), (make(total) if there and partial else None)
 
-    (decay, kept), (momentum, carried) = pair("decay", unit, Gate), pair("momentum", unit, Gate)
+    (decay, kept), (momentum, carried) = pair("decay", unit, ScanGate), pair("momentum", unit, ScanGate)
     step_rate, its = pair("step_rate", unit)
     gates = Gates(decay, momentum, step_rate, kept, carried, its, normal(total) if which["read_rate"] else None)
     held = max(rule.lags, which["momentum"])
@@ -217,7 +217,7 @@ def test_it_is_the_loop_that_the_specification_states(case, size):
     rule, layers, which, total, seed = case
     o = operands(rule, layers, which, total, seed)
     y, weights, buffers = plain(rule, layers, *o)
-    with mock.patch.object(form, "BLOCK", size):
+    with mock.patch.object(affine_blocks, "BLOCK", size):
         z, after = dual(rule, layers, *o)
     assert close(z, y)
     assert all(close(after.weights[name], x) for name, x in weights.items())
@@ -249,7 +249,7 @@ def test_it_has_the_gradients_of_the_loop(case, size):
     for x in tensors.values():
         x.requires_grad_()
     expected = with_gradients(loop)
-    with mock.patch.object(form, "BLOCK", size):
+    with mock.patch.object(affine_blocks, "BLOCK", size):
         found = with_gradients(parallel)
     for name, x, y in zip(tensors, found, expected, strict=True):
         assert (x - y).norm() <= 1e-8 * y.norm().clamp(min=1e-3), name
@@ -311,4 +311,4 @@ def test_narrow_operands_are_computed_in_float32(names):
 def test_gates_by_channel_are_refused():
     rule, layers, (q, columns, rates, _, state) = mini_batches(("out",))
     with pytest.raises(ValueError, match=r"decay must be \[B, H, S\]"):
-        dual(rule, layers, q, columns, rates, Gates(Gate(columns.k)), state)
+        dual(rule, layers, q, columns, rates, Gates(ScanGate(columns.k)), state)

@@ -20,7 +20,7 @@ from fla_stand_in import StandIn
 from kvbind import Linear, systems
 from kvbind.bench.harness.named_operands import arguments, draw_leaves, in_precision, weights_of
 from kvbind.bench.harness.operands import Size
-from kvbind.forms import fla, fused
+from kvbind.forms import dispatch, fla
 from kvbind.forms.state import State
 from kvbind.forms.validation import check_operands
 from kvbind.inner.gates import given_gates
@@ -100,7 +100,7 @@ def call_of(spec, leaves, state=None, cu_seqlens=None):
 def on_operator(spec, leaves, **options):
     call = call_of(spec, leaves, **options)
     assert fla.obstacle(spec, call) is None
-    output, state = fla.fla_form(spec, call)
+    output, state = fla.run_fla(spec, call)
     return output.transpose(1, 2), state
 
 
@@ -195,7 +195,7 @@ def test_what_is_not_finite_reaches_what_sees_it_alone(where, packed, standin):
         # the second sequence of those packed; values are looked at before a call on a CPU, states are not
         call = call_of(spec, leaves, cu_seqlens=bounds)
         call.state.tensors["weights.out"][sequences // 2, 0, 0, 0] = torch.inf
-        output, state = fla.fla_form(spec, call)
+        output, state = fla.run_fla(spec, call)
         output = output.transpose(1, 2)
     else:
         wrong[where][0, 6, 0] = torch.nan
@@ -353,7 +353,7 @@ def test_calls_run_on_it_where_nothing_of_the_library_does(standin, monkeypatch,
     fla._said.clear()
     caplog.set_level("INFO", logger="kvbind")
     spec = SYSTEMS["kda"]
-    monkeypatch.setattr(fused, "own_engine", lambda spec, call, form: None)
+    monkeypatch.setattr(dispatch, "own_engine", lambda spec, call, form: None)
     leaves = in_precision(leaves_of(spec), torch.bfloat16, torch.float32)
     exact, _ = by_definition(spec, leaves_of(spec))
     for _ in range(2):
@@ -382,7 +382,7 @@ def test_a_packed_call_runs_on_it_in_one_go_or_falls_back(lengths):
             function.cache_clear()
         patch.setattr(fla, "version", lambda name: "0.6.0")
         patch.setattr(fla, "runs_on", lambda device: True)
-        patch.setattr(fused, "own_engine", lambda spec, call, form: None)
+        patch.setattr(dispatch, "own_engine", lambda spec, call, form: None)
         output, state = kvbind.ttt(spec, weights_of(leaves), **arguments(spec, leaves), cu_seqlens=bounds)
         whole = bounds[-1] > 1 and all(lengths)
         assert not whole or [len(called["cu_seqlens"]) for _, called in package.calls] == [len(bounds)]
@@ -402,16 +402,16 @@ def test_the_faster_one_runs(faster, standin, monkeypatch):
     def ours(spec, call):
         raise AssertionError
 
-    assert (fla.beside(spec, call_of(spec, leaves), ours).run is ours) == (not faster)
-    trained = fla.beside(spec, call_of(spec, {n: x.requires_grad_() for n, x in leaves.items()}), ours)
+    assert (fla.faster_of(spec, call_of(spec, leaves), ours).run is ours) == (not faster)
+    trained = fla.faster_of(spec, call_of(spec, {n: x.requires_grad_() for n, x in leaves.items()}), ours)
     assert (trained.run is ours) == ("training" not in faster)
     assert "measured to be faster" in trained.why
-    float32 = fla.beside(spec, call_of(spec, {n: x.float() for n, x in leaves.items()}), ours)
+    float32 = fla.faster_of(spec, call_of(spec, {n: x.float() for n, x in leaves.items()}), ours)
     assert float32.run is ours
     assert "it fits; flash-linear-attention: q, k and v must all be bfloat16" in float32.why
-    assert fla.beside(SYSTEMS["kda"].replace(momentum=True), call_of(spec, leaves), ours).run is ours
+    assert fla.faster_of(SYSTEMS["kda"].replace(momentum=True), call_of(spec, leaves), ours).run is ours
     monkeypatch.setenv("KVBIND_FLA", "force")
-    assert fla.beside(spec, call_of(spec, leaves), ours).why == "KVBIND_FLA=force"
+    assert fla.faster_of(spec, call_of(spec, leaves), ours).why == "KVBIND_FLA=force"
 
 
 def test_what_is_said_to_be_faster_was_measured():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kvbind import GLU, MLP, InnerLoop, Linear, NewtonSchulz, NoParallelFormError, Retention, SwiGLU, ttt
 from kvbind.forms.packed import MOST_CHUNKS, packed, uncovered
 from kvbind.inner.value import unchecked_values
-from kvbind.kernels.spans import chunked_layout, packed_layout
+from kvbind.kernels.chunked.span_tables import chunked_layout, packed_layout
 from kvbind.sequence.boundaries import LEAST_CAPACITY, Boundaries, capacity_for, with_room
 from strategies import error, leaves, operands, specs
 from tape import Tape

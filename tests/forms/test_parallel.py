@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import kvbind
 from kvbind import InnerLoop, Linear, NewtonSchulz, SwiGLU
-from kvbind.forms import affine, api, blockwise, parallel, spanwise
+from kvbind.forms import affine_blocks, blockwise, evaluate, parallel, spanwise
 from kvbind.forms.tokens import Tokens
 from strategies import affine_specs, error, leaves, memory, operands, parallel_specs, shaped_specs, small_sizes, span_specs
 
@@ -24,7 +24,8 @@ schedules = st.fixed_dictionaries(
 
 def scheduled(schedule):
     """Make blocks and the bound between schedules small enough for short sequences to need several."""
-    return mock.patch.multiple(affine, BLOCK=schedule["block"]), mock.patch.multiple(parallel, SHORT_CHUNK=schedule["short"])
+    blocks = mock.patch.multiple(affine_blocks, BLOCK=schedule["block"])
+    return blocks, mock.patch.multiple(parallel, SHORT_CHUNK=schedule["short"])
 
 
 def run(spec, o, form, cut=0):
@@ -85,7 +86,7 @@ def test_writes_that_add_up_are_parallel_whatever_else_the_inner_loop_has(spec, 
         rand = torch.rand(size["batch"], size["tokens"], generator=torch.Generator().manual_seed(seed))
         o.options["update_tokens"] = rand < 0.5
     y, state = run(spec, o, "recurrent", cut)
-    with mock.patch.object(affine, "BLOCK", block):
+    with mock.patch.object(affine_blocks, "BLOCK", block):
         z, after = run(spec, o, "parallel", cut)
     assert (z - y).norm() <= 1e-10 * y.norm().clamp(min=1)
     assert after.pending_lengths == state.pending_lengths
@@ -99,7 +100,7 @@ def test_writes_that_add_up_are_parallel_whatever_else_the_inner_loop_has(spec, 
 def test_writes_that_add_up_have_the_gradients_of_recurrent(spec, size, cut, block):
     o, cut = operands(spec, **size), min(cut, size["tokens"] - 1)
     expected = gradients(spec, o, "recurrent", cut)
-    with mock.patch.object(affine, "BLOCK", block):
+    with mock.patch.object(affine_blocks, "BLOCK", block):
         found = gradients(spec, o, "parallel", cut)
     for name, x in expected.items():
         assert (found[name] - x).norm() <= 1e-8 * x.norm().clamp(min=1e-3), name
@@ -136,7 +137,7 @@ def test_spans_run_at_once_where_gradients_read_the_state(spec, size, cut, block
         rand = torch.rand(size["batch"], size["tokens"], generator=torch.Generator().manual_seed(seed))
         o.options["update_tokens"] = rand < 0.5
     y, state = run(spec, o, "recurrent", cut)
-    with mock.patch.object(affine, "BLOCK", block):
+    with mock.patch.object(affine_blocks, "BLOCK", block):
         z, after = run(spec, o, "dual", cut)
     assert (z - y).norm() <= 1e-10 * y.norm().clamp(min=1)
     assert after.pending_lengths == state.pending_lengths
@@ -150,7 +151,7 @@ def test_spans_run_at_once_where_gradients_read_the_state(spec, size, cut, block
 def test_spans_at_once_have_the_gradients_of_recurrent(spec, size, cut, block):
     o, cut = operands(spec, **size), min(cut, size["tokens"] - 1)
     expected = gradients(spec, o, "recurrent", cut)
-    with mock.patch.object(affine, "BLOCK", block):
+    with mock.patch.object(affine_blocks, "BLOCK", block):
         found = gradients(spec, o, "dual", cut)
     for name, x in expected.items():
         assert (found[name] - x).norm() <= 1e-8 * x.norm().clamp(min=1e-3), name
@@ -184,7 +185,7 @@ def test_mini_batches_run_by_the_dual_form(system, monkeypatch):
         ran.append(1)
         return spanwise.in_spans(*arguments)
 
-    monkeypatch.setattr(api, "in_spans", noted)
+    monkeypatch.setattr(evaluate, "in_spans", noted)
     y, _ = kvbind.ttt(spec, o.weights, o.q, o.k, o.v, **o.options)
     assert ran
     z, _ = run(spec, o, "recurrent")
@@ -256,7 +257,7 @@ def test_gradcheck(name):
 
 
 def test_auto_takes_the_parallel_form_where_there_is_one_and_more_than_one_chunk():
-    from kvbind.forms.api import chosen_form
+    from kvbind.forms.evaluate import chosen_form
 
     rungs = kvbind.systems.ladder(kvbind.systems.lact_llm(chunk=4))
     assert [chosen_form(spec, "auto", 8) for spec in rungs.values()] == ["recurrent"] * 2 + ["parallel"] * 5

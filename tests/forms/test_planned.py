@@ -17,8 +17,8 @@ import kvbind
 from kvbind import MLP, InnerLoop, Linear, NewtonSchulz, SwiGLU, ttt
 from kvbind.bench.harness.kernel_switch import operators_of
 from kvbind.forms import planned
-from kvbind.kernels.bound import Bound
-from kvbind.kernels.common import has_triton, interpreted
+from kvbind.kernels.common.devices import has_triton, interpreted
+from kvbind.kernels.launching.bound_kernel import BoundKernel
 
 pytestmark = pytest.mark.skipif(
     not has_triton() or not (interpreted() or torch.cuda.is_available()), reason="needs Triton's interpreter or a GPU"
@@ -55,11 +55,11 @@ def _kernels(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """The plans of calls that were planned, in order."""
-    from kvbind.kernels.equal_chunks import Plan
+    from kvbind.kernels.equal_chunks.operator import LaunchPlan
 
     found = []
-    run = Plan.run
-    monkeypatch.setattr(Plan, "run", lambda self, *args: found.append(self) or run(self, *args))
+    run = LaunchPlan.run
+    monkeypatch.setattr(LaunchPlan, "run", lambda self, *args: found.append(self) or run(self, *args))
     return found
 
 
@@ -651,13 +651,13 @@ def test_autocast_changes_nothing(calls):
 def test_threads_share_a_plan(calls, monkeypatch):
     if interpreted():
         # the interpreter itself is for one thread
-        lock, launch = threading.Lock(), Bound.__call__
+        lock, launch = threading.Lock(), BoundKernel.__call__
 
         def alone(self, *args):
             with lock:
                 launch(self, *args)
 
-        monkeypatch.setattr(Bound, "__call__", alone)
+        monkeypatch.setattr(BoundKernel, "__call__", alone)
     spec = BARE.replace(token_lr=True)
     given = [draw(spec, tokens=65, seed=seed) for seed in range(3)]
     want = [results(spec, x) for x in given]

@@ -4,11 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbind import MLP, DepthwiseConv
-from kvbind.inner.networks import _ACTIVATIONS
+from kvbind.inner.activations import ACTIVATIONS
 from reference import forward
 from strategies import NETWORKS, error
 
-EVERY = [*NETWORKS, DepthwiseConv(), *(MLP(activation=name) for name in _ACTIVATIONS)]
+EVERY = [*NETWORKS, DepthwiseConv(), *(MLP(activation=name) for name in ACTIVATIONS)]
 
 
 @settings(max_examples=150)

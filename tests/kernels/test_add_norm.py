@@ -12,9 +12,9 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbind.kernels import add_norm as module
-from kvbind.kernels.add_norm import add_norm, covers
-from kvbind.kernels.interpreter import repair
+from kvbind.kernels.common.interpreter import repair
+from kvbind.kernels.elementwise import add_norm as module
+from kvbind.kernels.elementwise.add_norm import add_norm, covers
 from kvbind.layers.norm import ResidualNorm, add_layer_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,7 +28,7 @@ def on_kernels(monkeypatch):
     repair()
 
 
-def twin(x, delta, weight, eps, dtype):
+def by_pytorch(x, delta, weight, eps, dtype):
     x = x if delta is None else x + delta
     return x, torch.nn.functional.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(dtype)
 
@@ -73,8 +73,8 @@ def distance(x, y):
 )  # fmt: skip
 def test_equals_the_definition(x, delta, weight, dtype, used):
     inputs = draw((2, 7, 24), x, delta, weight)
-    exact = evaluate(twin, inputs, exact=True, used=used)
-    own = evaluate(twin, inputs, dtype=dtype, used=used)
+    exact = evaluate(by_pytorch, inputs, exact=True, used=used)
+    own = evaluate(by_pytorch, inputs, dtype=dtype, used=used)
     found = evaluate(add_norm, inputs, dtype=dtype, used=used)
     for got, wanted, rounded in zip(found, exact, own, strict=True):
         assert distance(got, wanted) < max(1e-5, 2 * distance(rounded, wanted))
@@ -99,7 +99,7 @@ def test_is_layer_norm_where_it_is_centred(x, delta, dtype, biased):
 @settings(max_examples=15)
 def test_takes_any_shape(before, width, added):
     inputs = draw((*before, width), delta=WIDE if added else None, seed=width)
-    for got, wanted in zip(evaluate(add_norm, inputs), evaluate(twin, inputs, exact=True), strict=True):
+    for got, wanted in zip(evaluate(add_norm, inputs), evaluate(by_pytorch, inputs, exact=True), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import kvbind
 from kvbind.bench.harness.kernel_switch import operators_of
 from kvbind.forms import delta
-from kvbind.kernels.affine import affine_chunks
+from kvbind.kernels.affine.operator import affine_chunks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = ("q", "k", "v")

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kvbind.bench.harness.kernel_switch import operators_of
-from kvbind.kernels.depthwise import token_conv
-from kvbind.kernels.interpreter import repair
-from kvbind.kernels.silu_unit import silu_unit
+from kvbind.kernels.common.interpreter import repair
+from kvbind.kernels.elementwise.depthwise import token_conv
+from kvbind.kernels.elementwise.silu_unit import silu_unit
 from kvbind.layers.grid import add_convolution
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvbind
-from kvbind.kernels import causal
-from kvbind.kernels.causal import causal_linear_attention, segment_table
+from kvbind.kernels.causal import operator as causal
+from kvbind.kernels.causal.operator import causal_linear_attention
+from kvbind.kernels.causal.segments import segment_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("q", "k", "v", "rates", "decay", "initial_state")
@@ -118,11 +119,11 @@ def test_narrow_operands_lose_no_more_than_the_recurrence_in_their_dtype(dtype):
     operands = draw(80, 32, 16, dtype=dtype)
     exact = results(recurrence, operands, {}, torch.float64)
     found = results(causal_linear_attention, operands, {})
-    twin = results(recurrence, operands, {}, dtype)
+    by_pytorch = results(recurrence, operands, {}, dtype)
     assert found["output"].dtype == found["q"].dtype == dtype
     assert found["state"].dtype == found["rates"].dtype == torch.float32
     for name, x in found.items():
-        assert error(x, exact[name]) < min(1e-2, 2 * error(twin[name], exact[name])), name
+        assert error(x, exact[name]) < min(1e-2, 2 * error(by_pytorch[name], exact[name])), name
 
 
 def test_operands_may_be_views():

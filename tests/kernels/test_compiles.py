@@ -43,9 +43,9 @@ def compile_for(capability):
     from compiling import compiling
 
     from kvbind import NewtonSchulz
-    from kvbind.kernels.chunked import chunked
-    from kvbind.kernels.newton_schulz import newton_schulz
-    from kvbind.kernels.spans import chunked_layout
+    from kvbind.kernels.chunked.operator import chunked
+    from kvbind.kernels.chunked.span_tables import chunked_layout
+    from kvbind.kernels.newton_schulz.operator import newton_schulz
 
     def zeros(*shape, dtype=torch.float32):
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
@@ -73,8 +73,9 @@ def compile_equal_chunks_for(capability):
     from compiling import compiling
 
     from kvbind import NewtonSchulz
-    from kvbind.kernels.equal_chunks import Plan, Shapes
-    from kvbind.kernels.tma_products import Rows, Theta
+    from kvbind.kernels.equal_chunks.call_shapes import CallShapes
+    from kvbind.kernels.equal_chunks.operator import LaunchPlan
+    from kvbind.kernels.equal_chunks.tma_products import Theta, TokenRows
 
     def zeros(*shape, dtype=torch.float32):
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
@@ -89,14 +90,14 @@ def compile_equal_chunks_for(capability):
         q, k, v = (zeros(1, TOKENS, 1, WIDTH, dtype=low) for _ in range(3))
         gate, start = zeros(1, TOKENS, 1), zeros(1, WIDTH, WIDTH)
         matrices = [] if theta is None else [zeros(1, WIDTH, WIDTH) for _ in range(theta.factors)]
-        rows = [Rows.of(x) for x in (q, k, v)]
-        shapes = Shapes(
+        rows = [TokenRows.of(x) for x in (q, k, v)]
+        shapes = CallShapes(
             *rows, chunk, False, 1.0, theta, (0, WIDTH**2), gate.stride() if rated else None, momentum, momentum,
             coefficients, low,
         )  # fmt: skip
         with compiling(capability) as compiled:
             gates = [gate if there else None for there in (rated, momentum, momentum)]
-            output, end, _ = Plan(shapes, q).run(q, k, v, *gates, start, matrices)
+            output, end, _ = LaunchPlan(shapes, q).run(q, k, v, *gates, start, matrices)
             (output.sum() + end.sum()).backward()
         found += [kernel for kernel in compiled if kernel.name not in NEWTON_SCHULZ | {"_cast", "_undo_norm"}]
     return found

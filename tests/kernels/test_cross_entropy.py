@@ -1,4 +1,4 @@
-"""The kernel of cross-entropy against its twin."""
+"""The kernel of cross-entropy against its reference."""
 
 import os
 
@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("kernels need a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-import kvbind.kernels.cross_entropy_kernels as kernels
-from kvbind.kernels.cross_entropy import cross_entropy_, twin
+import kvbind.kernels.elementwise.cross_entropy_kernels as kernels
+from kvbind.kernels.elementwise.cross_entropy import cross_entropy_, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORED = -7
@@ -34,7 +34,7 @@ def make(rows, vocabulary, dtype=torch.float32, spread=3.0):
 def compare(logits, labels, bound):
     gradient, exact = logits.clone(), logits.double()
     losses = cross_entropy_(gradient, labels, IGNORED, gradient=True)
-    expected = twin(exact, labels, IGNORED, gradient=True)
+    expected = reference(exact, labels, IGNORED, gradient=True)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
     assert (gradient.double() - exact).norm() <= bound * exact.norm()

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from kvbind.kernels.common import interpreted
-from kvbind.kernels.decode_attention import covers, decode_attention
+from kvbind.kernels.common.devices import interpreted
+from kvbind.kernels.elementwise.decode_attention import covers, decode_attention
 
 pytestmark = pytest.mark.skipif(not (torch.cuda.is_available() or interpreted()), reason="needs a GPU or TRITON_INTERPRET=1")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -24,7 +24,7 @@ def compile_for(capability, name, length):
     import compiling
     import torch
 
-    from kvbind.kernels import gated_output_kernels, swiglu_kernels
+    from kvbind.kernels.elementwise import gated_output_kernels, swiglu_kernels
 
     found = []
 

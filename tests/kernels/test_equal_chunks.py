@@ -9,16 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvbind.kernels.ahead import rehearsing
-from kvbind.kernels.common import has_triton, interpreted, zeros
+from kvbind.kernels.common.devices import has_triton, interpreted
+from kvbind.kernels.common.operands import zeros
+from kvbind.kernels.launching.warm_up import warming_up
 
 pytestmark = pytest.mark.skipif(
     not has_triton() or not (interpreted() or torch.cuda.is_available()), reason="needs Triton's interpreter or a GPU"
 )
 if has_triton():
-    from kvbind.kernels import equal_chunks
-    from kvbind.kernels.equal_chunks import LibraryWrite, Plan, Shapes
-    from kvbind.kernels.tma_products import Rows, Theta
+    from kvbind.kernels.equal_chunks import operator as equal_chunks
+    from kvbind.kernels.equal_chunks.call_shapes import CallShapes
+    from kvbind.kernels.equal_chunks.library_write import LibraryWrite
+    from kvbind.kernels.equal_chunks.operator import LaunchPlan
+    from kvbind.kernels.equal_chunks.tma_products import Theta, TokenRows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHUNK = 64
@@ -95,11 +98,11 @@ def draw(*, length, by_head, gates, theta, batch=2, heads=1, width=16):
 
 
 def plan_of(given, *, own=False, coefficients=()):
-    rows = [Rows.of(given[name]) for name in ("q", "k", "v")]
+    rows = [TokenRows.of(given[name]) for name in ("q", "k", "v")]
     theta = Theta(1, 1, 64, "silu") if "gate" in given else None
     rates = given["rates"].stride() if "rates" in given else None
     start = given["start"].stride(0)
-    shapes = Shapes(
+    shapes = CallShapes(
         *rows,
         CHUNK,
         own,
@@ -112,7 +115,7 @@ def plan_of(given, *, own=False, coefficients=()):
         coefficients,
         torch.float32,
     )
-    return Plan(shapes, given["q"])
+    return LaunchPlan(shapes, given["q"])
 
 
 def run(plan, given):
@@ -171,10 +174,10 @@ def test_writes_are_our_own_where_the_library_would_copy():
 
 
 def test_the_library_is_asked_on_gpus_alone():
-    rows = Rows.of(torch.empty(2, 3, 70, 16).transpose(1, 2))
+    rows = TokenRows.of(torch.empty(2, 3, 70, 16).transpose(1, 2))
     assert LibraryWrite.fits(SimpleNamespace(is_cuda=True), rows)
     assert not LibraryWrite.fits(SimpleNamespace(is_cuda=False), rows)
-    assert not LibraryWrite.fits(SimpleNamespace(is_cuda=True), rows, Rows.of(torch.empty(2, 70, 3, 16)))
+    assert not LibraryWrite.fits(SimpleNamespace(is_cuda=True), rows, TokenRows.of(torch.empty(2, 70, 3, 16)))
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -216,19 +219,19 @@ def test_saved_tensors_of_other_strides_have_a_plan_of_their_own():
     assert plan.of_saved(*moved) is other
 
 
-def test_a_kind_of_calls_is_rehearsed_once_whatever_the_number_of_tokens_and_sequences(monkeypatch):
+def test_a_kind_of_calls_is_warmed_up_once_whatever_the_number_of_tokens_and_sequences(monkeypatch):
     monkeypatch.setattr(equal_chunks, "_met", set())
-    monkeypatch.setattr(equal_chunks, "can_rehearse", lambda _: True)
+    monkeypatch.setattr(equal_chunks, "can_warm_up", lambda _: True)
     seen = []
 
     def begun(part, length, batch, gates=("rates",)):
         plan = plan_of(draw(length=length, by_head=False, gates=gates, theta=True, batch=batch))
         for _ in range(2):
-            plan.begun(part, lambda x: seen.append((x, rehearsing())), part)
+            plan.begun(part, lambda x: seen.append((x, warming_up())), part)
 
     begun("forward", 70, 1)
     assert seen == [("forward", True), ("forward", False), ("forward", False)]
     begun("forward", 200, 2)
     begun("backward", 70, 1)
     begun("forward", 70, 1, gates=())
-    assert [rehearsed for _, rehearsed in seen[3:]] == [False] * 2 + [True, False, False] * 2
+    assert [warmed_up for _, warmed_up in seen[3:]] == [False] * 2 + [True, False, False] * 2

@@ -17,13 +17,13 @@ from kvbind.forms.tokens import Tokens
 from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels import full_conv as module
-from kvbind.kernels.full_conv import covers, full_conv
+from kvbind.kernels.full_conv import operator as module
+from kvbind.kernels.full_conv.operator import covers, full_conv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def twin(q, k, v, kernel, rate, *, grid, clip, sign):
+def by_pytorch(q, k, v, kernel, rate, *, grid, clip, sign):
     """The definition, in the operands' dtype."""
     direction = "descent" if sign > 0 else "ascent"
     spec = InnerLoop(network=DepthwiseConv(grid), clip=clip, direction=direction, visibility="full")
@@ -76,7 +76,7 @@ def errors(found, exact):
 
 def compare(inputs, *, least=1e-5, **flags):
     own = [x.dtype if isinstance(x, torch.Tensor) else None for x in inputs]
-    exact = evaluate(twin, inputs, [torch.float64] * len(inputs), **flags)
+    exact = evaluate(by_pytorch, inputs, [torch.float64] * len(inputs), **flags)
     found = evaluate(full_conv, inputs, own, **flags)
     assert max(errors(found, exact)) < least
     return found, exact

@@ -15,8 +15,8 @@ from kvbind.forms.tokens import Tokens
 from kvbind.inner.networks import GLU, Linear
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels import full_glu as module
-from kvbind.kernels.full_glu import covers, full_glu
+from kvbind.kernels.full_glu import launch
+from kvbind.kernels.full_glu.operator import covers, full_glu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GLU_FULL = {"gated": True, "update_gate": True, "clip": True, "sign": 1.0, "squared": False}
@@ -37,7 +37,7 @@ def settings(case):
     return {**GLU_FULL, **CASES[case]}
 
 
-def twin(q, k, v, weight, gate, rate_out, rate_gate, *, update_gate, clip, sign, squared=False):
+def by_pytorch(q, k, v, weight, gate, rate_out, rate_gate, *, update_gate, clip, sign, squared=False):
     """The definition, in the operands' dtype."""
     spec = InnerLoop(
         network=Linear() if gate is None else GLU(),
@@ -101,7 +101,7 @@ def errors(found, exact):
 
 def compare(inputs, flags, least=1e-5, used=("read", "new")):
     own = [x.dtype if isinstance(x, torch.Tensor) else None for x in inputs]
-    exact = evaluate(twin, inputs, [torch.float64] * len(inputs), flags, used)
+    exact = evaluate(by_pytorch, inputs, [torch.float64] * len(inputs), flags, used)
     found = evaluate(full_glu, inputs, own, flags, used)
     assert max(errors(found, exact)) < least
     return found, exact
@@ -124,7 +124,7 @@ def test_rates_by_token_agree_and_have_gradients(case):
 @pytest.mark.parametrize("case", ["vittt", "linear squared"])
 def test_parts_of_a_long_sequence_add_up(monkeypatch, case):
     # 21 tokens in 3 parts of 7
-    monkeypatch.setattr(module, "PART", 7)
+    monkeypatch.setattr(launch, "PART", 7)
     flags = settings(case)
     gated = flags.pop("gated")
     compare(operands(dtype=torch.float32, gated=gated, rated=True), flags)
@@ -153,7 +153,7 @@ def test_narrow_operands_lose_no_more_than_plain_arithmetic_in_them(dtype, case)
     gated = flags.pop("gated")
     inputs = operands(dtype=dtype, gated=gated, rated=True)
     found, exact = compare(inputs, flags, least=1.5e-2)
-    plain = evaluate(twin, inputs, [dtype] * len(inputs), flags)
+    plain = evaluate(by_pytorch, inputs, [dtype] * len(inputs), flags)
     ours, theirs = errors(found, exact), errors(plain, exact)
     assert sum(ours) < 2 * sum(theirs)
 
@@ -178,7 +178,7 @@ def test_large_float16_activations_do_not_overflow(case):
     gate = gate if gate is None else gate * 1e-3
     inputs = [q.float(), k * 1e3, v * 1e3, weight, gate, 1e-6, 1e-6]
     own = [x.dtype if isinstance(x, torch.Tensor) else None for x in inputs]
-    exact = evaluate(twin, inputs, [torch.float64] * len(inputs), flags)
+    exact = evaluate(by_pytorch, inputs, [torch.float64] * len(inputs), flags)
     found = evaluate(full_glu, inputs, own, flags)
     assert all(x.isfinite().all() for x in found)
     # gradients of k and v are too small for float16 itself
@@ -194,7 +194,7 @@ def test_small_float16_updates_do_not_vanish():
     q, k, v, weight, gate, *_ = operands(dtype=torch.float16)
     rate = torch.full(k.shape[:3], 1e-6, device=DEVICE)
     update = full_glu(q, k, v * 1e-3, weight * 0, gate, rate, rate, **flags)[1]
-    exact = twin(*(x.double() for x in (q, k, v * 1e-3, weight * 0, gate)), 1e-6, 1e-6, **flags)[1]
+    exact = by_pytorch(*(x.double() for x in (q, k, v * 1e-3, weight * 0, gate)), 1e-6, 1e-6, **flags)[1]
     assert errors([update.double().cpu()], [exact.cpu()])[0] < 2e-3
 
 

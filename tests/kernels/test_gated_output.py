@@ -1,4 +1,4 @@
-"""The gated output of fast weights as kernels against its PyTorch twin in float64."""
+"""The gated output of fast weights as kernels against its PyTorch reference in float64."""
 
 import os
 
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbind.kernels import gated_output_kernels
-from kvbind.kernels.gated_output import MAX_WIDTH, gated_output, takes, twin
+from kvbind.kernels.elementwise import gated_output_kernels
+from kvbind.kernels.elementwise.gated_output import MAX_WIDTH, gated_output, reference, takes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
@@ -67,7 +67,7 @@ def own_dtypes(inputs):
 
 def compare(inputs, least=1e-5, **options):
     assert takes(*inputs)
-    exact = evaluate(twin, inputs, [torch.float64] * 4, **options)
+    exact = evaluate(reference, inputs, [torch.float64] * 4, **options)
     found = evaluate(gated_output, inputs, own_dtypes(inputs), **options)
     assert max(errors(found, exact)) < least
     return found, exact
@@ -164,8 +164,8 @@ def test_narrow_operands_lose_only_the_last_rounding(dtype, narrow):
     found, exact = compare(inputs, least=1e-2)
     dtypes = own_dtypes([inputs[3], *inputs])
     rounded = [x.to(own).double() for x, own in zip(exact, dtypes, strict=True)]
-    of_twin = errors(evaluate(twin, inputs, own_dtypes(inputs)), exact)
-    for own, unavoidable, other in zip(errors(found, exact), errors(rounded, exact), of_twin, strict=True):
+    of_reference = errors(evaluate(reference, inputs, own_dtypes(inputs)), exact)
+    for own, unavoidable, other in zip(errors(found, exact), errors(rounded, exact), of_reference, strict=True):
         assert own < 1.1 * unavoidable + 1e-6
         assert own < 2 * other + 1e-6
 
@@ -175,7 +175,7 @@ def test_the_result_may_be_wider_than_what_is_added():
     y = gated_output(fast, weight, gate, mixed.float(), EPS)
     assert y.dtype == torch.float32
     found = evaluate(gated_output, [fast, weight, gate, mixed.float()], [torch.bfloat16, torch.float32] * 2)
-    exact = evaluate(twin, [fast, weight, gate, mixed.float()], [torch.float64] * 4)
+    exact = evaluate(reference, [fast, weight, gate, mixed.float()], [torch.float64] * 4)
     assert errors(found, exact)[0] < 1e-6
     assert max(errors(found, exact)) < 1e-2
 
@@ -190,7 +190,7 @@ def test_any_operand_may_be_the_only_one_with_a_gradient(wanted):
 def test_the_gradient_may_be_one_number_for_all():
     leaves = [x.requires_grad_() for x in operands()]
     found = torch.autograd.grad(gated_output(*leaves, EPS).sum(), leaves)
-    for own, exact in zip(found, torch.autograd.grad(twin(*leaves, EPS).sum(), leaves), strict=True):
+    for own, exact in zip(found, torch.autograd.grad(reference(*leaves, EPS).sum(), leaves), strict=True):
         torch.testing.assert_close(own, exact, rtol=1e-4, atol=1e-5)
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvbind.kernels.common import Launcher
+from kvbind.kernels.launching.launcher import Launcher
 
 
 class Kernel:

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbind import InnerLoop, Linear
-from kvbind.kernels import layer_operands as module
-from kvbind.kernels.layer_operands import covers
+from kvbind.kernels.elementwise import layer_operands as module
+from kvbind.kernels.elementwise.layer_operands import covers
 from kvbind.layers.lact import LactLayer
 from kvbind.layers.operands import Paths, make_operands, plain_operands
 from kvbind.layers.rotary import rotary_tables
@@ -62,15 +62,15 @@ def distance(x, y):
     return float((x - y).norm() / y.norm().clamp(min=1e-12))
 
 
-def twin(q, k, *others):
+def by_pytorch(q, k, *others):
     return [x.to(q.dtype) for x in plain_operands(q, k, *others)]
 
 
 def compare(inputs, paths):
     dtype = inputs[0].dtype
-    exact = evaluate(twin, inputs, paths, torch.float64)
+    exact = evaluate(by_pytorch, inputs, paths, torch.float64)
     found = evaluate(on_kernel, inputs, paths)
-    own = evaluate(twin, inputs, paths)
+    own = evaluate(by_pytorch, inputs, paths)
     names = ["q rotated", "k rotated", "q fast", "k fast", "dq", "dk", "dscale", "doffset"]
     for name, x, y, z in zip(names, found, exact, own, strict=True):
         error = distance(x, y)
@@ -114,7 +114,7 @@ def test_a_head_of_zeros_has_no_direction_and_finite_gradients():
     inputs[0] = torch.zeros_like(inputs[0])
     inputs[3] = torch.zeros_like(inputs[3])
     paths = Paths(4, 2, 1e-5)
-    found, exact = evaluate(on_kernel, inputs, paths), evaluate(twin, inputs, paths, torch.float64)
+    found, exact = evaluate(on_kernel, inputs, paths), evaluate(by_pytorch, inputs, paths, torch.float64)
     for x, y in zip(found, exact, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()) + 1e-9)
 

@@ -11,8 +11,8 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("kernels need a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
 import kvbind
-from kvbind.kernels import mini_batches as module
-from kvbind.kernels.mini_batches import mini_batches
+from kvbind.kernels.mini_batches import operator as module
+from kvbind.kernels.mini_batches.operator import mini_batches
 from strategies import operands
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from kvbind import NewtonSchulz
 from kvbind.inner import LANGUAGE_COEFFICIENTS, VIEWS_COEFFICIENTS
-from kvbind.kernels import newton_schulz_products as products
-from kvbind.kernels.newton_schulz import newton_schulz, newton_schulz_backward, newton_schulz_forward
+from kvbind.kernels.newton_schulz import tiled as products
+from kvbind.kernels.newton_schulz.operator import newton_schulz, newton_schulz_backward, newton_schulz_forward
 from strategies import error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,11 +34,11 @@ def value_and_gradient(function, x, cotangent):
 
 
 def errors(x, cotangent, coefficients, dtype, **options):
-    """Relative errors of the kernels' and of the twin's value and gradient, against the twin in float64."""
+    """Relative errors of the kernels' and of PyTorch's value and gradient, against PyTorch in float64."""
     exact = value_and_gradient(NewtonSchulz(coefficients, torch.float64), x.double(), cotangent)
     ours = value_and_gradient(lambda z: newton_schulz(z, coefficients, dtype, **options), x, cotangent)
-    twin = value_and_gradient(NewtonSchulz(coefficients, dtype), x, cotangent)
-    return [[error(a, b) for a, b in zip(values, exact, strict=True)] for values in (ours, twin)]
+    by_pytorch = value_and_gradient(NewtonSchulz(coefficients, dtype), x, cotangent)
+    return [[error(a, b) for a, b in zip(values, exact, strict=True)] for values in (ours, by_pytorch)]
 
 
 SHAPES = [(2, 32, 32), (3, 5, 20), (1, 2, 24, 9), (48, 33), (2, 16, 150), (150, 24)]
@@ -46,7 +46,7 @@ SHAPES = [(2, 32, 32), (3, 5, 20), (1, 2, 24, 9), (48, 33), (2, 16, 150), (150, 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_float32_is_the_twin(shape):
+def test_float32_is_that_of_pytorch(shape):
     x, cotangent = random(*shape, scale=1e-2), random(*shape, seed=1)
     ours, _ = errors(x, cotangent, LANGUAGE_COEFFICIENTS, torch.float32)
     assert max(ours) < 1e-5
@@ -55,11 +55,11 @@ def test_float32_is_the_twin(shape):
 @pytest.mark.parametrize(
     ("shape", "dtype"), [(s, torch.bfloat16) for s in SHAPES] + [(s, torch.float16) for s in SHAPES[1::3]]
 )
-def test_low_precision_errs_no_more_than_the_twin_does(shape, dtype):
+def test_low_precision_errs_no_more_than_pytorch_does(shape, dtype):
     x, cotangent = random(*shape, scale=1e-2), random(*shape, seed=1)
-    ours, twin = errors(x, cotangent, LANGUAGE_COEFFICIENTS, dtype)
-    assert ours[0] < min(2e-2, 2 * twin[0])
-    assert ours[1] < 2 * twin[1]
+    ours, by_pytorch = errors(x, cotangent, LANGUAGE_COEFFICIENTS, dtype)
+    assert ours[0] < min(2e-2, 2 * by_pytorch[0])
+    assert ours[1] < 2 * by_pytorch[1]
 
 
 @settings(max_examples=8)
@@ -74,11 +74,11 @@ def test_any_size_and_number_of_iterations(rows, columns, iterations, seed):
 @pytest.mark.parametrize("shape", [(1, 136, 130), (2, 40, 192)])
 def test_every_tile_gives_the_same_result(shape, tile, monkeypatch):
     """Several tiles down and across, on and off the diagonal."""
-    monkeypatch.setattr(products, "plan", lambda *_: products.Plan(tile, 64, 4, 2))
+    monkeypatch.setattr(products, "plan", lambda *_: products.TilePlan(tile, 64, 4, 2))
     x, cotangent = random(*shape), random(*shape, seed=1)
-    ours, twin = errors(x, cotangent, TWO, torch.bfloat16)
-    assert ours[0] < min(1e-2, 2 * twin[0])
-    assert ours[1] < min(3e-2, 2 * twin[1])
+    ours, by_pytorch = errors(x, cotangent, TWO, torch.bfloat16)
+    assert ours[0] < min(1e-2, 2 * by_pytorch[0])
+    assert ours[1] < min(3e-2, 2 * by_pytorch[1])
 
 
 def test_large_tiles_are_taken_where_they_fill_the_card():
@@ -198,7 +198,7 @@ def test_dtypes_of_result_and_gradient(shape):
 
 @pytest.mark.parametrize("shape", [(2, 8, 20), (2, 8, 132)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_zero_matrix_stays_zero_with_the_gradient_of_the_twin(shape, dtype):
+def test_a_zero_matrix_stays_zero_with_the_gradient_of_pytorch(shape, dtype):
     x, cotangent = random(*shape), random(*shape, seed=1)
     x[0] = 0
     ours, _ = errors(x[:1], cotangent[:1], TWO, dtype)

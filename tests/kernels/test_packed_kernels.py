@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from kvbind import GLU, InnerLoop, Linear, NewtonSchulz, SwiGLU, ttt
-from kvbind.forms import fused
+from kvbind.forms import packed as form
 from kvbind.forms.packed import packed
-from kvbind.kernels.common import has_triton, interpreted
+from kvbind.kernels.common.devices import has_triton, interpreted
 from kvbind.sequence.boundaries import Boundaries, with_room
 from kvbind.train.graphs import Replays
 from strategies import error, leaves, operands
@@ -66,12 +66,12 @@ def doubled(spec, o):
 @pytest.mark.parametrize("name", SPECS)
 def test_outputs_and_gradients_are_those_of_float64(name, monkeypatch):
     spec, ran = SPECS[name], []
-    for kind in ("chunked_documents", "sweep"):
-        plain = getattr(fused, kind)
-        monkeypatch.setattr(fused, kind, lambda *args, kind=kind, plain=plain: (ran.append(kind), plain(*args))[1])
+    for kind in ("chunked_documents", "recurrent_chunks"):
+        plain = getattr(form, kind)
+        monkeypatch.setattr(form, kind, lambda *args, kind=kind, plain=plain: (ran.append(kind), plain(*args))[1])
     o = drawn(spec, sum(LENGTHS))
     found = output_of(spec, o, Boundaries(with_room(bounds_of(LENGTHS)), sum(LENGTHS)))
-    assert set(ran) == {"sweep" if name == "rung0" else "chunked_documents"}
+    assert set(ran) == {"recurrent_chunks" if name == "rung0" else "chunked_documents"}
     exact = doubled(spec, o)
     expected, _ = ttt(spec, exact.weights, exact.q, exact.k, exact.v, **exact.options, cu_seqlens=bounds_of(LENGTHS).cpu())
     assert error(found.cpu(), expected) < 1e-5

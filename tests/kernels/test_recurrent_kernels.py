@@ -13,8 +13,9 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
 
 import kvbind
 from kvbind import InnerLoop, Linear, NewtonSchulz, SwiGLU
-from kvbind.kernels import graphs, sweep
-from kvbind.kernels.recurrent import covers, recurrent_swiglu
+from kvbind.kernels.launching import cuda_graphs
+from kvbind.kernels.recurrent import update_rule, workspace
+from kvbind.kernels.recurrent.operator import covers, recurrent_swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = NewtonSchulz(dtype=torch.float32)
@@ -44,7 +45,7 @@ def group(o, prefix):
     return {name.removeprefix(prefix): x for name, x in o.items() if name.startswith(prefix)}
 
 
-def twin(spec, o):
+def by_pytorch(spec, o):
     """Outputs, weights and momentum by the definition."""
     gates = {name: o[name] for name in ("momentum", "retention") if name in o}
     y, state = kvbind.ttt(spec, group(o, "weights."), o["q"], o["k"], o["v"], lr=group(o, "lr."), form="recurrent", **gates)
@@ -95,7 +96,7 @@ def errors(found, reference):
 
 def in_float64(spec, o):
     exact = spec.replace(orthogonalize=spec.orthogonalize and spec.orthogonalize.replace(dtype=torch.float64))
-    return with_gradients(twin, exact, {name: x.double() for name, x in o.items()})
+    return with_gradients(by_pytorch, exact, {name: x.double() for name, x in o.items()})
 
 
 LACT = InnerLoop(network=SwiGLU(), chunk=20, momentum=True, orthogonalize=EXACT, normalize=True)
@@ -121,7 +122,7 @@ def test_outputs_end_and_gradients_are_those_of_the_definition(name):
     o = operands(spec, batch, 2, heads, seed=list(SPECS).index(name))
     exact = in_float64(spec, o)
     # Newton-Schulz magnifies rounding, the definition's as ours
-    own = errors(with_gradients(twin, spec, o), exact)
+    own = errors(with_gradients(by_pytorch, spec, o), exact)
     for what, error in errors(with_gradients(fused, spec, o), exact).items():
         assert error < max(1e-5, 5 * own[what]), what
 
@@ -131,7 +132,7 @@ def test_bfloat16_errs_by_its_rounding(name):
     spec = SPECS[name].replace(orthogonalize=SPECS[name].orthogonalize and NewtonSchulz())
     o = operands(spec, chunks=2, dtype=torch.bfloat16, seed=5)
     exact = in_float64(spec, o)
-    own = errors(with_gradients(twin, spec, o), exact)
+    own = errors(with_gradients(by_pytorch, spec, o), exact)
     for what, error in errors(with_gradients(fused, spec, o), exact).items():
         assert error < max(1.5e-2, 2 * own[what]), what
 
@@ -184,7 +185,7 @@ def test_segments_change_nothing(name, monkeypatch):
     spec = SPECS[name].replace(chunk=5, orthogonalize=None)
     o = operands(spec, chunks=3, hidden=16)
     expected, plain = with_gradients(fused, spec, o), fused(spec, o)
-    monkeypatch.setattr(sweep, "SEGMENT_ROWS", 10)
+    monkeypatch.setattr(update_rule, "SEGMENT_ROWS", 10)
     for found, reference in ((with_gradients(fused, spec, o), expected), (fused(spec, o), plain)):
         for what, error in errors(found, reference).items():
             assert error < 1e-6, what
@@ -256,13 +257,13 @@ def test_operands_that_do_not_fit_are_named(change, message):
 def test_graphs_replay_what_was_launched(name, monkeypatch):
     spec = SPECS[name]
     runs = [operands(spec, batch=2, heads=2, chunks=3 + i % 2, seed=i) for i in range(5)]
-    graphs.clear()
+    cuda_graphs.clear()
     monkeypatch.setenv("KVBIND_GRAPHS", "0")
     expected = [with_gradients(fused, spec, o) for o in runs]
-    assert not graphs._captured
+    assert not cuda_graphs._captured
     monkeypatch.setenv("KVBIND_GRAPHS", "1")
     found = [with_gradients(fused, spec, o) for o in runs]
-    assert len(graphs._captured) == 2
+    assert len(cuda_graphs._captured) == 2
     for one, reference in zip(found, expected, strict=True):
         for what, error in errors(one, reference).items():
             assert error < 1e-6, what
@@ -270,9 +271,9 @@ def test_graphs_replay_what_was_launched(name, monkeypatch):
 
 @pytest.mark.parametrize("together", [0, 1 << 30], ids=["in one launch", "large ones alone"])
 def test_copies_reach_every_tensor_whether_they_share_a_launch_or_not(monkeypatch, together):
-    monkeypatch.setattr(sweep, "TOGETHER", together)
-    monkeypatch.setattr(sweep, "ALONE", 20)
+    monkeypatch.setattr(workspace, "TOGETHER", together)
+    monkeypatch.setattr(workspace, "ALONE", 20)
     sources = [torch.randn(shape) for shape in ((5, 4), (3,), (6, 7), (2, 2))] + [torch.randn(4, 6).T, torch.arange(25)]
     targets = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in sources]
-    sweep.copy(list(zip(targets, sources, strict=True)))
+    workspace.copy(list(zip(targets, sources, strict=True)))
     assert all(torch.equal(x, y) for x, y in zip(targets, sources, strict=True))

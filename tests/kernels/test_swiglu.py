@@ -1,4 +1,4 @@
-"""`silu(gate) * up` as kernels against its PyTorch twin in float64."""
+"""`silu(gate) * up` as kernels against its PyTorch reference in float64."""
 
 import os
 
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbind.kernels import swiglu_kernels
-from kvbind.kernels.swiglu import swiglu, takes, twin
+from kvbind.kernels.elementwise import swiglu_kernels
+from kvbind.kernels.elementwise.swiglu import reference, swiglu, takes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -56,7 +56,7 @@ def errors(found, exact):
 
 def compare(inputs, least=1e-5, wanted=(True, True)):
     assert takes(*inputs)
-    exact = evaluate(twin, inputs, torch.float64, wanted)
+    exact = evaluate(reference, inputs, torch.float64, wanted)
     found = evaluate(swiglu, inputs, inputs[0].dtype, wanted)
     assert max(errors(found, exact)) < least
     return found, exact
@@ -115,8 +115,8 @@ def test_narrow_operands_lose_only_the_last_rounding(dtype):
     rounded = [x.to(dtype).double() for x in exact]
     for own, unavoidable in zip(errors(found, exact), errors(rounded, exact), strict=True):
         assert own < 1.1 * unavoidable
-    for own, of_twin in zip(errors(found, exact), errors(evaluate(twin, inputs, dtype), exact), strict=True):
-        assert own < 2 * of_twin
+    for own, of_reference in zip(errors(found, exact), errors(evaluate(reference, inputs, dtype), exact), strict=True):
+        assert own < 2 * of_reference
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
@@ -127,7 +127,7 @@ def test_either_operand_may_be_constant(wanted):
 def test_the_gradient_may_be_one_number_for_all():
     leaves = [x.detach().requires_grad_() for x in operands(2, 3, 8)]
     found = torch.autograd.grad(swiglu(*leaves).sum(), leaves)
-    for own, exact in zip(found, torch.autograd.grad(twin(*leaves).sum(), leaves), strict=True):
+    for own, exact in zip(found, torch.autograd.grad(reference(*leaves).sum(), leaves), strict=True):
         torch.testing.assert_close(own, exact)
 
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvbind.kernels.common import has_triton, interpreted, multiprocessors
+from kvbind.kernels.common.devices import has_triton, interpreted, multiprocessors
 
 pytestmark = pytest.mark.skipif(
     not has_triton() or not (interpreted() or torch.cuda.is_available()), reason="needs Triton's interpreter or a GPU"
 )
 if has_triton():
-    from kvbind.kernels import tma_products as products
-    from kvbind.kernels.bound import Block, stream_of
-    from kvbind.kernels.scans import bound_scan
-    from kvbind.kernels.tma_products import Rows, Theta
+    from kvbind.kernels.chunked.prefix_sums import bound_scan
+    from kvbind.kernels.equal_chunks import tma_products as products
+    from kvbind.kernels.equal_chunks.tma_products import Theta, TokenRows
+    from kvbind.kernels.launching.bound_kernel import Block, stream_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STREAM = stream_of(0 if DEVICE == "cuda" else -1)
@@ -64,7 +64,7 @@ def test_tokens_are_multiplied_by_the_matrix_of_their_chunk(layout, length, chun
     states = length // chunk + 1
     x, w = tokens(batch, length, heads, inner, layout), randn(batch * states, heads, inner, width, seed=1)
     y = unwritten(batch, length, heads, width)
-    products.product(Rows.of(x), Rows.of(y), chunk, states, LIKE, own=own)(STREAM, x, w, y, LIKE, LIKE, LIKE)
+    products.product(TokenRows.of(x), TokenRows.of(y), chunk, states, LIKE, own=own)(STREAM, x, w, y, LIKE, LIKE, LIKE)
     close(
         y,
         torch.einsum("bthk,bthkn->bthn", x.double(), chosen(w.view(batch, states, *w.shape[1:]), batch, length, chunk, own)),
@@ -81,7 +81,7 @@ def test_products_are_rated_and_summed_against_other_tokens(width, chunk):
     rates = torch.rand(batch, heads, length, device=DEVICE).transpose(1, 2)
     y, sums = unwritten(batch, length, heads, width), unwritten(batch, length, heads, -(-width // 128), dtype=torch.float32)
     products.product(
-        Rows.of(x), Rows.of(y), chunk, 2, LIKE, transposed=True, rates=rates.stride(), against=Rows.of(z)
+        TokenRows.of(x), TokenRows.of(y), chunk, 2, LIKE, transposed=True, rates=rates.stride(), against=TokenRows.of(z)
     )(STREAM, x, w, y, z, rates, sums)  # fmt: skip
     plain = torch.einsum("bthk,bthnk->bthn", x.double(), chosen(w.view(batch, 2, *w.shape[1:]), batch, length, chunk, False))
     close(y, plain * rates[..., None])
@@ -95,7 +95,7 @@ def test_writes_are_sums_over_each_chunk(layout, height, width):
     length = 150  # the last chunk ends early
     x, g = tokens(batch, length, heads, height, layout), tokens(batch, length, heads, width, layout, seed=1)
     y = unwritten(batch * parts, heads, height, width, dtype=torch.float32)
-    products.write(Rows.of(x), Rows.of(g), chunk, parts, LIKE)(STREAM, x, g, y)
+    products.write(TokenRows.of(x), TokenRows.of(g), chunk, parts, LIKE)(STREAM, x, g, y)
     a, b = (F.pad(t.double(), (0, 0, 0, 0, 0, parts * chunk - length)).unflatten(1, (parts, chunk)) for t in (x, g))
     close(y.view(batch, parts, heads, height, width), torch.einsum("bcthm,bcthn->bchmn", a, b), 1e-5)
 
@@ -117,7 +117,7 @@ def test_features_and_their_gradients(activation, factors, sets, rated):
     theta, strides = Theta(factors, sets, hidden, activation), None if rates is None else rates.stride()
     given = LIKE if rates is None else rates
     y = unwritten(batch, heads, length, hidden).transpose(1, 2)
-    products.features(Rows.of(x), theta, LIKE, strides, Rows.of(y))(STREAM, x, w, y, given)
+    products.features(TokenRows.of(x), theta, LIKE, strides, TokenRows.of(y))(STREAM, x, w, y, given)
     multiplied = 1 if rates is None else rates.double()[..., None]
     wide = w.double().requires_grad_()
     projected = torch.einsum("bthd,xbhdf->xbthf", x.double(), wide.expand(-1, batch, -1, -1, -1)).detach().requires_grad_()
@@ -128,7 +128,7 @@ def test_features_and_their_gradients(activation, factors, sets, rated):
     d, again = randn(batch, length, heads, hidden, seed=2), unwritten(batch, length, heads, hidden)
     du = unwritten(batch, length, heads, factors * hidden)
     sums = unwritten(batch, length, heads, hidden // 64, dtype=torch.float32)
-    products.features_backward(Rows.of(x), theta, LIKE, strides)(STREAM, x, w, d, again, du, given, sums)
+    products.features_backward(TokenRows.of(x), theta, LIKE, strides)(STREAM, x, w, d, again, du, given, sums)
     close(again, y.double())
     (want,) = torch.autograd.grad(plain, projected, d.double() * multiplied)
     close(du, torch.cat(want.unbind(0), -1))
@@ -143,7 +143,7 @@ def test_every_token_is_rated(batch, length, heads):
     x = tokens(batch, length, heads, 48, "heads")
     rates = torch.rand(batch, heads, length, device=DEVICE).transpose(1, 2)
     y = unwritten(batch + 1, length, heads, 48)
-    products.rated(Rows.of(x), rates.stride(), Rows.of(y[:batch]))(STREAM, x, rates, y)
+    products.rated(TokenRows.of(x), rates.stride(), TokenRows.of(y[:batch]))(STREAM, x, rates, y)
     close(y[:batch], x.double() * rates.double()[..., None])
     assert y[batch:].isnan().all()
 
@@ -174,7 +174,7 @@ def test_scans_of_whole_writes_take_them_in_either_order(by_head):
 
 def test_constants_of_kernels_do_not_grow_with_a_sequence():
     def launches(length, batch):
-        x, y = (Rows.of(torch.empty(batch, length, 2, d, device="meta")) for d in (16, 48))
+        x, y = (TokenRows.of(torch.empty(batch, length, 2, d, device="meta")) for d in (16, 48))
         theta, rates = Theta(2, 1, 64, "silu"), (2 * length, 2, 1)
         return [
             products.product(x, y, 64, length // 64 + 1, LIKE),

@@ -9,8 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvbind
 from kvbind import GLU, MLP, DepthwiseConv, InnerLoop, Linear, SwiGLU
-from kvbind.layers.lact import LactLayer, LowRankMatrix, is_a_product
+from kvbind.layers.fast_matrices import LowRankMatrix
+from kvbind.layers.lact import LactLayer
 from kvbind.layers.layout import Layout
+from kvbind.layers.plain_modules import is_a_product
 from kvbind.layers.rotary import rotary_tables
 
 FULL = kvbind.systems.lact_llm(chunk=8)

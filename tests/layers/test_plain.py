@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kvbind.layers.plain import input_dtype, is_a_product, is_plain, matrix_of
+from kvbind.layers.plain_modules import input_dtype, is_a_product, is_plain, matrix_of
 
 
 class Derived(nn.Linear):

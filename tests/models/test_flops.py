@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import kvbind
-from kvbind.forms.analysis import Shapes, training_flops, work
+from kvbind.forms.costs import Shapes, training_flops, work
 from kvbind.layers import lact as lact_layer
 from kvbind.layers.window_attention import window_attention
 from kvbind.models.flops import in_place_flops, lact_flops, lact_nvs_flops, llama_flops, vittt_flops, window_pairs

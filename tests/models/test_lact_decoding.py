@@ -14,9 +14,9 @@ from lact_small import LADDER, cache_of, small_model, tokens
 
 import kvbind
 from kvbind import layers
-from kvbind.forms import waiting
-from kvbind.kernels import graphs
-from kvbind.kernels.common import runs_on
+from kvbind.forms import pending
+from kvbind.kernels.common.devices import runs_on
+from kvbind.kernels.launching import cuda_graphs
 from kvbind.models import LactCache
 from kvbind.models.lact import decoding
 from kvbind.models.lact.cache import CACHE
@@ -35,7 +35,7 @@ def replays(monkeypatch):
     def switch(on=True):
         monkeypatch.setattr(decoding, "can_capture", lambda device: on)
 
-    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
     switch()
     return switch
 
@@ -55,14 +55,14 @@ def generate(model, ids, **options):
 def assert_same(mine, other, tolerance=1e-10):
     assert (mine.seen, mine.columns, len(mine)) == (other.seen, other.columns, len(other))
     for one, two in zip(mine.states, other.states, strict=True):
-        assert (one.seen, one.kept.held) == (two.seen, two.kept.held)
+        assert (one.seen, one.cache.held) == (two.seen, two.cache.held)
         assert one.fast.pending_lengths == two.fast.pending_lengths
         assert one.fast.tensors.keys() == two.fast.tensors.keys()
         for name, x in one.fast.tensors.items():
             torch.testing.assert_close(x, two.fast.tensors[name], rtol=0, atol=tolerance, msg=name)
-        for i, held in enumerate(one.kept.held):
-            where = slice(one.kept.keys.shape[1] - held, None)
-            for x, y in ((one.kept.keys, two.kept.keys), (one.kept.values, two.kept.values)):
+        for i, held in enumerate(one.cache.held):
+            where = slice(one.cache.keys.shape[1] - held, None)
+            for x, y in ((one.cache.keys, two.cache.keys), (one.cache.values, two.cache.values)):
                 torch.testing.assert_close(x[i, where], y[i, where], rtol=0, atol=tolerance)
 
 
@@ -123,8 +123,8 @@ def test_calls_read_and_update_by_the_operators_of_replays(kernels, lengths, ste
 
         return run
 
-    for name, modules in {"read": (waiting, layers.lact), "completed": (waiting, layers.slots)}.items():
-        changed = watched(name, getattr(waiting, name))
+    for name, modules in {"read": (pending, layers.lact), "completed": (pending, layers.slots)}.items():
+        changed = watched(name, getattr(pending, name))
         for module in modules:
             monkeypatch.setattr(module, name, changed)
 
@@ -270,7 +270,7 @@ def test_a_cache_can_be_read_without_being_advanced(replays):
 
 def test_later_calls_reuse_what_the_first_has_made(replays, monkeypatch):
     made = []
-    monkeypatch.setattr(graphs, "capture", lambda work, *rest: made.append(1) or capture(work, *rest))
+    monkeypatch.setattr(cuda_graphs, "capture", lambda work, *rest: made.append(1) or capture(work, *rest))
     model = small_model().double()
     ids, mask = prompts()
     generate(model, ids, attention_mask=mask)
@@ -382,7 +382,7 @@ def test_a_capture_that_fails_loses_nothing(replays, monkeypatch, caplog):
     model = small_model().double()
     ids, mask = prompts()
     expected = generate(model, ids, attention_mask=mask, use_cache=False).sequences
-    monkeypatch.setattr(graphs, "capture", refuse)
+    monkeypatch.setattr(cuda_graphs, "capture", refuse)
     with caplog.at_level(logging.INFO, "kvbind"):
         got = generate(model, ids, attention_mask=mask)
     assert torch.equal(got.sequences, expected)

@@ -75,7 +75,7 @@ def test_a_window_of_one_token_keeps_no_keys():
         expected = model(ids, use_cache=False).logits
     got, cache = in_pieces(model, ids, [1] * LENGTH)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
-    assert cache.states[0].kept.keys.shape[1] == 0
+    assert cache.states[0].cache.keys.shape[1] == 0
 
 
 def padded(rows, side="left"):
@@ -212,15 +212,15 @@ def test_a_padded_prefill_leaves_the_state_of_each_row_alone(side):
             assert mine.fast.pending_lengths == other.fast.pending_lengths
             for name, x in other.fast.tensors.items():
                 torch.testing.assert_close(mine.fast.tensors[name], x, rtol=0, atol=1e-10)
-            held = other.kept.held[0]
-            assert mine.kept.held == (held,)
-            torch.testing.assert_close(mine.kept.keys[:, -held:], other.kept.keys[:, -held:], rtol=0, atol=1e-10)
+            held = other.cache.held[0]
+            assert mine.cache.held == (held,)
+            torch.testing.assert_close(mine.cache.keys[:, -held:], other.cache.keys[:, -held:], rtol=0, atol=1e-10)
 
 
 def storage_bytes(cache):
     found = {}
     for state in cache.states:
-        for x in (*state.fast.tensors.values(), state.kept.keys, state.kept.values):
+        for x in (*state.fast.tensors.values(), state.cache.keys, state.cache.values):
             found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     return sum(found.values())
 

@@ -15,7 +15,7 @@ from kvbind import systems
 from kvbind.cli import app, main
 from kvbind.inner.projections import Projections
 from kvbind.inner.systems import PROJECTIONS, SYSTEMS
-from kvbind.layers.lact import check_fits_causal_layer
+from kvbind.layers.fitting import check_fits_causal_layer
 from kvbind.models import LactConfig
 from kvbind.serving.checks import SERVED_FIELDS, check_servable
 from kvbind.serving.command import TEMPLATE, serve_arguments

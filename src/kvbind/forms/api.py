@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kvbind.forms import fused, opaque, planned
-from kvbind.forms.analysis import NoParallelFormError, best_form, explain, parallel_in_spans, parallel_obstacles
+from kvbind.forms import opaque, planned
+from kvbind.forms.analysis import NoParallelFormError, explain
 from kvbind.forms.autocast import without_autocast
-from kvbind.forms.finite import guarded
-from kvbind.forms.parallel import masks_in_parallel, parallel
-from kvbind.forms.recurrent import Chunk, chunks, closed, recurrent, seen_weights, write
+from kvbind.forms.evaluate import FORMS as FORMS
+from kvbind.forms.evaluate import Form as Form
+from kvbind.forms.evaluate import idles, run
+from kvbind.forms.obstacles import best_form, parallel_in_spans, parallel_obstacles
+from kvbind.forms.parallel import masks_in_parallel
+from kvbind.forms.recurrent import Chunk, chunks, closed, seen_weights, write
 from kvbind.forms.sharded import sharded
-from kvbind.forms.spanwise import in_spans
 from kvbind.forms.state import State
-from kvbind.forms.validation import LearningRate, Operands, check_operands, check_shard
+from kvbind.forms.validation import LearningRate, check_operands, check_shard
 from kvbind.inner.gates import given_gates
 from kvbind.inner.losses import loss_value
 from kvbind.inner.rule import set_off
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice
-from kvbind.kernels import direct
+from kvbind.kernels.common.tracing import is_eager
 from kvbind.sequence.shard import SequenceShard
-
-Form = Literal["auto", "recurrent", "parallel", "dual"]
-FORMS: tuple[Form, ...] = get_args(Form)
 
 
 def ttt(
@@ -107,8 +105,8 @@ def ttt(
         ),
         None,
     )  # fmt: skip
-    if state is None and cu_seqlens is None and update_tokens is None and sequence is None and direct.is_eager():
-        # a call like an earlier one needs no checks: all that they look at is in the key
+    if state is None and cu_seqlens is None and update_tokens is None and sequence is None and is_eager():
+        # a call like an earlier one needs no checks: all that checks read is in the key
         key = planned.key_of(spec, weights, q, k, v, lr, gates, form)
         kind = planned.known(key)
         if kind is not None and kind.planned is not None and weights is not None and q.is_cuda:
@@ -140,73 +138,6 @@ def ttt(
         else:
             output, state = sharded(spec, call, sequence, form, partial(run, form=form))
     return output.transpose(1, 2).to(q.dtype), state
-
-
-def idles(spec: InnerLoop, call: Operands) -> bool:
-    """Whether some tokens of causal chunks do not write, which kernels are not made for."""
-    return spec.visibility != "full" and (call.tokens.mask is not None or "pending.mask" in call.state.tensors)
-
-
-def chosen_form(spec: InnerLoop, form: Form, tokens: int) -> Literal["recurrent", "parallel", "dual"]:
-    """The form in which this many tokens, pending ones included, are run."""
-    if form != "auto":
-        return form
-    if spec.chunk is None or tokens <= spec.chunk:
-        return "recurrent"
-    return best_form(spec)
-
-
-def _evaluate(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, State]:
-    """Run a call whose sequences all have equally many pending tokens, on a kernel where one fits.
-
-    Packed sequences of different lengths come here only where `fused.takes_packed` says so.
-    """
-    asked = form
-    form, idle = chosen_form(spec, form, call.state.pending_lengths[0] + call.q.shape[2]), idles(spec, call)
-    kernels = None if idle else fused.engine(spec, call, form)
-    if kernels is not None:
-        return kernels(spec, call)
-    run = recurrent
-    if not idle or masks_in_parallel(spec):
-        run = {"recurrent": recurrent, "parallel": parallel, "dual": in_spans}[form]
-    if run is in_spans and asked == "auto" and torch.compiler.is_compiling():
-        # which cannot trace the dual form's bookkeeping
-        run = recurrent
-    return guarded(run, spec, call.q.to(call.state.dtype), call.tokens, call.state)
-
-
-def run(spec: InnerLoop, call: Operands, form: Form) -> tuple[Tensor, State]:
-    """Run a call, sequences of equal length and equally many pending tokens together."""
-    lengths, total = call.state.pending_lengths, call.q.shape[2]
-    together = call.cu_seqlens is None or (
-        not idles(spec, call) and fused.takes_packed(spec, call, chosen_form(spec, form, total))
-    )
-    if len(set(lengths)) == 1 and together:
-        return _evaluate(spec, call, form)
-
-    bounds = call.cu_seqlens or (0, total)
-    packed = call.cu_seqlens is not None
-    groups = defaultdict(list)
-    for i, pending in enumerate(lengths):
-        groups[pending, bounds[i + 1] - bounds[i] if packed else total].append(i)
-
-    outputs: dict[int, Tensor] = {}
-    states, order = [], []
-    for members in groups.values():
-
-        def take(x: Tensor, rows: int = 1, members: list[int] = members) -> Tensor:
-            if packed:
-                return torch.cat([x[:, :, rows * bounds[i] : rows * bounds[i + 1]] for i in members])
-            return x[members]
-
-        part = Operands(take(call.q), call.tokens.map(partial(take, rows=spec.writes)), call.state[members], None)
-        output, after = _evaluate(spec, part, form)
-        outputs |= dict(zip(members, output.split(1), strict=True))
-        states.append(after)
-        order += members
-    back = sorted(range(len(order)), key=order.__getitem__)
-    joined = [outputs[i] for i in range(len(order))]
-    return torch.cat(joined, dim=2 if packed else 0), State.cat(states)[back]
 
 
 def inner_loss(

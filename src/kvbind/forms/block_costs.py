@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kvbind.forms.affine import Gates, parts
+from kvbind.forms.affine_blocks import parts
+from kvbind.forms.affine_operands import Gates
 from kvbind.forms.blockwise import rule_of
 from kvbind.forms.parallel import runs_blockwise
-from kvbind.forms.scan import Gate
+from kvbind.forms.scan import ScanGate
 from kvbind.inner.fields import Retention
 from kvbind.inner.spec import InnerLoop
 
@@ -66,7 +67,7 @@ def block_work(spec: InnerLoop, theta: int, features: int, values: int) -> Block
     rule = rule_of(spec, spec.chunk)
     by_channel = isinstance(spec.retention, Retention) and spec.retention.per == "key"
     some = torch.empty(1, 1, 1, device="meta")
-    decay = Gate(some[..., None] if by_channel else some) if spec.retention else None
+    decay = ScanGate(some[..., None] if by_channel else some) if spec.retention else None
     gates = Gates(decay=decay, read_rate=some if spec.read_rate else None)
     # the first part of a long row is cut as all but its end are
     part = next(parts(rule, 1 << 20, gates))

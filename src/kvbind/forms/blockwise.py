@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbind.forms.affine import AffineRule, AffineState, Columns, Gates, affine
+from kvbind.forms.affine import affine
+from kvbind.forms.affine_operands import AffineRule, AffineState, Columns, Gates
 from kvbind.forms.recurrent import prefix_gates
-from kvbind.forms.scan import Gate
+from kvbind.forms.scan import ScanGate
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.gates import DECLARED, decays
-from kvbind.inner.networks import gated
+from kvbind.inner.network import gated
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 
@@ -48,12 +49,12 @@ def behind_pending(
         state: where the sequences stopped.
     """
     pending = state.pending()
-    kept = 0 if pending is None else len(pending)
+    earlier = 0 if pending is None else len(pending)
     joined = tokens if pending is None else pending.append(tokens)
     # pending tokens were read in an earlier call: zeros keep their places, and what they read is dropped
-    q = F.pad(q, (0, 0, kept // spec.writes, 0))
+    q = F.pad(q, (0, 0, earlier // spec.writes, 0))
     output, fast, done = run(q, joined, state.fast)
-    output = output[:, :, kept // spec.writes :]
+    output = output[:, :, earlier // spec.writes :]
     if state.has_room and not done:
         return output, state.append(tokens)
     rest = joined.span(done, len(joined))
@@ -213,8 +214,8 @@ def gates_of(spec: InnerLoop, chunk: int, tokens: Tokens) -> Gates:
                 partials[name] = torch.where(writes, partials[name], DECLARED[name].neutral)
     (momentum, decay), (partial_momentum, partial_decay) = decays(found), decays(partials)
     return Gates(
-        None if decay is None else Gate(decay),
-        None if momentum is None else Gate(momentum),
+        None if decay is None else ScanGate(decay),
+        None if momentum is None else ScanGate(momentum),
         found.get("step_rate"),
         partial_decay,
         partial_momentum,

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbind.forms.scan import Gate
+from kvbind.forms.scan import ScanGate
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ChannelFlow:
         rate: what multiplies each update as it enters, `[..., N]`.
     """
 
-    def __init__(self, decay: Gate, momentum: Gate | None, rate: Tensor) -> None:
+    def __init__(self, decay: ScanGate, momentum: ScanGate | None, rate: Tensor) -> None:
         self.count, self.gate = decay.values.shape[-2], decay
         self.size = 1 << (self.count - 1).bit_length()
         # updates behind the last, which enter nothing and change nothing

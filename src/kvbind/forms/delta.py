@@ -1,4 +1,4 @@
-"""Recurrences of one matrix that tokens correct one by one, on operators: which calls these take, and which operator runs.
+"""Recurrences of one matrix that tokens correct one by one: why an inner loop, or a call, is none that an operator takes.
 
 The delta rule and its kin (arXiv 2406.06484, 2412.06464, 2510.26692): a linear network, one write of a token at a time, or
 several, gradients renewed at each, gates per head or per key channel, before the gradient or after it.
@@ -6,47 +6,20 @@ several, gradients renewed at each, gates per head or per key channel, before th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from kvbind.forms.state import State
 from kvbind.forms.validation import Operands
 from kvbind.inner.fields import Retention
 from kvbind.inner.networks import Linear
-from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels.common import DTYPES, runs_on
-
-Engine = Callable[[InnerLoop, Operands], tuple[Tensor, State]]
+from kvbind.kernels.common.devices import runs_on
+from kvbind.kernels.common.operands import DTYPES
 
 WIDTHS = range(16, 257)
 """Of keys and values: those that `kvbind.kernels.affine` takes."""
-
-
-class Choice(NamedTuple):
-    """What runs a call.
-
-    Attributes:
-        name: of the runner, or None where no operator takes the call.
-        why: the reason, in words.
-        run: the runner.
-    """
-
-    name: str | None
-    why: str
-    run: Engine | None = None
-
-
-def runner(spec: InnerLoop, call: Operands) -> Choice:
-    """The fastest operator that takes a call."""
-    reason = obstacle(spec) or _call_obstacle(call)
-    if reason is not None:
-        return Choice(None, reason)
-    return Choice("kvbind.kernels.affine", "it fits", affine_form)
 
 
 def unlike_recurrence(spec: InnerLoop, visibilities: Sequence[str], extensions: Sequence[str]) -> str | None:
@@ -78,7 +51,8 @@ def obstacle(spec: InnerLoop) -> str | None:
     return None
 
 
-def _call_obstacle(call: Operands) -> str | None:
+def call_obstacle(call: Operands) -> str | None:
+    """Why `kvbind.kernels.affine` does not take the operands of a call; None where it does."""
     q, tokens = call.q, call.tokens
     if not runs_on(q.device):
         return f"kernels do not run on {q.device}, or not now"
@@ -90,37 +64,3 @@ def _call_obstacle(call: Operands) -> str | None:
     if not q.numel():
         return "there must be tokens; got none"
     return None if tokens.mask is None else "all tokens must write; got update_tokens"
-
-
-def affine_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
-    """The parallel form on `kvbind.kernels.affine`, of sequences of equal length or packed.
-
-    Args:
-        spec: an inner loop without `obstacle`.
-        call: its operands.
-
-    Returns:
-        Outputs `[B, H, T, Dv]`, and the state after this call.
-    """
-    from kvbind.kernels.affine import affine_chunks
-
-    q, tokens, each = call.q.transpose(1, 2), call.tokens, spec.writes
-    if each > 1:
-        # reads behind a token's last write, and zeros behind the others
-        q = F.pad(q.unsqueeze(2), (0, 0, 0, 0, each - 1, 0)).flatten(1, 2)
-    given, gates = tokens.rates["out"], tokens.gates
-    rate: Tensor | None = given * spec.sign if isinstance(given, Tensor) else None
-    if not isinstance(given, Tensor) and given * spec.sign != 1:
-        rate = torch.full(tokens.k.shape[:3], float(given * spec.sign), device=q.device)
-    bounds = None if call.cu_seqlens is None else each * torch.tensor(call.cu_seqlens, device=q.device)
-
-    def rows(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.transpose(1, 2)
-
-    output, end = affine_chunks(
-        q, tokens.k.transpose(1, 2), tokens.v.transpose(1, 2), rate=rows(rate), erase=rows(gates.get("erase")),
-        gate=rows(gates.get("retention")), gate_acts="before" if spec.decays_before else "after",
-        residual=spec.loss == "squared", state=call.state.weights["out"], boundaries=bounds,
-    )  # fmt: skip
-    after = State.of(spec, FastWeights({"out": end}, {}, {}), None, 0)
-    return output[:, each - 1 :: each].transpose(1, 2), after

@@ -23,21 +23,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvbind.forms.affine import (
-    AffineRule,
-    Columns,
-    Gates,
-    Layout,
-    Move,
-    Part,
-    Rows,
-    apart,
-    behind,
-    check,
-    flow_of,
-    left_by,
-    parts,
-)
+from kvbind.forms.affine import left_by
+from kvbind.forms.affine_blocks import BlockLayout, Part, parts
+from kvbind.forms.affine_flow import Move, Rows, apart, flow_of
+from kvbind.forms.affine_operands import AffineRule, Columns, Gates, behind, check
 from kvbind.forms.finite import seen_product
 
 Weights = Mapping[str, Tensor]
@@ -194,10 +183,10 @@ def dual(
         each = {name: behind(earlier.get(name), x, rule.history) for name, x in each.items()}
     weights = {name: x.to(dtype) for name, x in state.weights.items()}
     buffers = {name: state.buffers[name].to(dtype) for name in updated}
-    run = _Run(rule, layers, weights, buffers)
+    run = _DualRun(rule, layers, weights, buffers)
     total, outputs, end, whole = len(columns) - rule.history, [], run, 0
     for part in parts(rule, total, gates, linear=False):
-        layout = Layout(rule, part, q.device)
+        layout = BlockLayout(rule, part, q.device)
         its = columns.map(layout.windows)
         its_rates = {name: layout.windows(x).unsqueeze(-1) for name, x in each.items()}
         output, run = run.part(
@@ -225,7 +214,7 @@ def buffers_of(buffers: Weights) -> int:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _DualRun:
     """A call under way.
 
     Attributes:
@@ -241,8 +230,8 @@ class _Run:
     renewed: Weights | None = None
 
     def part(
-        self, layout: Layout, part: Part, q: Tensor, columns: Columns, rates: Mapping[str, Tensor], gates: Gates
-    ) -> tuple[Tensor, _Run]:
+        self, layout: BlockLayout, part: Part, q: Tensor, columns: Columns, rates: Mapping[str, Tensor], gates: Gates
+    ) -> tuple[Tensor, _DualRun]:
         """Outputs `[B, H, R, Dv]` of one part, whose blocks `columns` and `rates` are, and where the call then stands."""
         gates, run, count = gates.of(self.rule, part, q.dtype), self, part.blocks
         k, v, e = columns.k, columns.v, columns.k if columns.e is None else columns.e
@@ -295,14 +284,14 @@ class _Block:
         read_rate: `[B, H, R, 1]`, or None.
     """
 
-    start: _Run
+    start: _DualRun
     move: Move
     shares: Rows
     seen: Tensor
     rates: Mapping[str, Tensor]
     read_rate: Tensor | None
 
-    def run(self, q: Tensor, k: Tensor, e: Tensor, v: Tensor, decay: Tensor | None, ends: bool) -> tuple[Tensor, _Run]:
+    def run(self, q: Tensor, k: Tensor, e: Tensor, v: Tensor, decay: Tensor | None, ends: bool) -> tuple[Tensor, _DualRun]:
         """Outputs, and where the call then stands; `decay` acts before the gradient, and `ends` says that a stretch does."""
         start, layers = self.start, self.start.layers
         assert start.renewed is not None

@@ -6,7 +6,7 @@ takes a call, and how a call's operands become its own. Its conventions are othe
 gates as logarithms, states `[N, H, Dk, Dv]` in float32.
 
 Nothing is imported before the first call that an operator takes, and nothing at all with `KVBIND_FLA=0` or where the package
-is missing. `beside` decides between these and the library's own kernels.
+is missing. `faster_of` decides between these and the library's own kernels.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
-from kvbind.forms.delta import Choice, Engine, unlike_recurrence
+from kvbind.forms.delta import unlike_recurrence
 from kvbind.forms.finite import guarded, guarded_packed
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
-from kvbind.forms.validation import Operands
+from kvbind.forms.validation import Engine, Operands
 from kvbind.inner.fields import Retention
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels.common import capability, runs_on
+from kvbind.kernels.common.devices import capability, runs_on
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,20 @@ DTYPES = (torch.bfloat16, torch.float16)
 LEAST_GATE = 1e-30
 """Gates below have no gradient, as zero has no logarithm. Those above have that of their logarithm over the gate: the error
 of the one, over the gate, is the error of the other. Behind an exponential or a sigmoid it is no larger than elsewhere."""
+
+
+class Choice(NamedTuple):
+    """What runs a call.
+
+    Attributes:
+        name: of the runner, or None where no operator takes the call.
+        why: the reason, in words.
+        run: the runner.
+    """
+
+    name: str | None
+    why: str
+    run: Engine | None = None
 
 
 @dataclass(frozen=True)
@@ -248,7 +262,7 @@ def preferred(operator: Operator, call: Operands) -> str | None:
     return f"it was measured to be faster in {passes}" if passes in operator.faster else None
 
 
-def beside(spec: InnerLoop, call: Operands, own: Engine | None) -> Choice:
+def faster_of(spec: InnerLoop, call: Operands, own: Engine | None) -> Choice:
     """What runs a call in the parallel form: an operator that takes it and is the only one, or was measured to be faster.
 
     Which it is, and why, is logged once for each inner loop.
@@ -269,7 +283,7 @@ def beside(spec: InnerLoop, call: Operands, own: Engine | None) -> Choice:
     elif why is None:
         choice = choice._replace(why=f"{choice.why}; {operator.name} was not measured to be faster")
     else:
-        choice = Choice(f"{operator.name} of {PACKAGE} {installed()}", why, fla_form)
+        choice = Choice(f"{operator.name} of {PACKAGE} {installed()}", why, run_fla)
     if (spec.text, choice.name) not in _said:
         _said.add((spec.text, choice.name))
         log.info("%s runs on %s: %s", spec, choice.name or "PyTorch", choice.why)
@@ -280,7 +294,7 @@ _said: set[tuple[str, str | None]] = set()
 """Inner loops and what ran them, as it was logged."""
 
 
-def fla_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
+def run_fla(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
     """Run a call that has no `obstacle`, of sequences of equal length or packed.
 
     Args:
@@ -299,7 +313,7 @@ def fla_form(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
 def _evaluate(
     spec: InnerLoop, q: Tensor, tokens: Tokens, state: State, bounds: tuple[int, ...] | None = None
 ) -> tuple[Tensor, State]:
-    """What `fla_form` returns, of operands that are all finite."""
+    """What `run_fla` returns, of operands that are all finite."""
     operator = operator_of(spec)
     assert isinstance(operator, Operator)
     function = loaded(operator)

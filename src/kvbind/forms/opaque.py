@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvbind.forms.evaluate import run as evaluate
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import Operands
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels.common import runs_on
-from kvbind.kernels.direct import is_exported, is_for_onnx
+from kvbind.kernels.common.devices import runs_on
+from kvbind.kernels.common.tracing import is_exported, is_for_onnx
 
 STATE = "state."
 """Before the names of tensors that are of the state."""
@@ -48,7 +49,7 @@ def takes(spec: InnerLoop, call: Operands) -> bool:
 
 
 def run(spec: InnerLoop, call: Operands, form: str) -> tuple[Tensor, State]:
-    """What `kvbind.forms.api.run` returns, by the operator.
+    """What `kvbind.forms.evaluate.run` returns, by the operator.
 
     Args:
         spec: the inner loop.
@@ -89,8 +90,6 @@ def _evaluate(
     tensors: Sequence[Tensor],
 ) -> list[Tensor]:
     """Outputs, and the state's tensors in the order of their names; arguments as `inner_loop` takes them."""
-    from kvbind.forms.api import run as evaluate  # which calls this module
-
     spec, named = _spec_of(text), dict(zip(names.split(","), tensors, strict=True))
     held = {name.removeprefix(STATE): x for name, x in named.items() if name.startswith(STATE)}
     tokens = Tokens.of({name: x for name, x in named.items() if not name.startswith(STATE) and name != "q"})

@@ -17,15 +17,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kvbind.forms import fused
-from kvbind.forms.analysis import NoParallelFormError, explain, parallel_obstacles
+from kvbind.forms import dispatch
+from kvbind.forms.analysis import NoParallelFormError, explain
 from kvbind.forms.autocast import without_autocast
+from kvbind.forms.kernel_calls.chunked import chunked_documents, read_network
+from kvbind.forms.kernel_calls.recurrent import recurrent_chunks
+from kvbind.forms.obstacles import parallel_obstacles
 from kvbind.forms.parallel import SHORT_CHUNK
 from kvbind.forms.recurrent import write
 from kvbind.forms.tokens import Tokens, as_factor
 from kvbind.forms.validation import LearningRate, Operands, check_operands
 from kvbind.inner.gates import decays, given_gates
-from kvbind.inner.networks import gated
+from kvbind.inner.network import gated
 from kvbind.inner.rule import FastWeights, rescale, shape_update
 from kvbind.inner.spec import InnerLoop
 from kvbind.sequence.boundaries import Boundaries, Chunks
@@ -89,14 +92,16 @@ def packed(
     call = check_operands(spec, weights, q, k, v, lr, given_gates(log_retention, **gates), None, None, None)
     assert spec.chunk is not None
     chunks = boundaries.chunks(spec.chunk)
-    on_kernels = fused.operands_fit(call) and fused.wide_enough(call)
+    on_kernels = dispatch.fits_matrix_units(call)
     with without_autocast(q.device.type):
-        if on_kernels and form != "recurrent" and fused.chunked_fits(spec):
-            output = fused.chunked_documents(spec, call, chunks)
+        if on_kernels and form != "recurrent" and dispatch.is_chunked(spec):
+            output = chunked_documents(spec, call, chunks)
         elif form != "recurrent" and spec.loss == "dot" and not parallel_obstacles(spec):
             output = at_once(spec, call, chunks)
         else:
-            output = in_turn(spec, call, chunks, on_kernels and fused.recurrent_fits(spec, call))
+            output = in_turn(
+                spec, call, chunks, on_kernels and dispatch.is_recurrent(spec) and dispatch.recurrent_fits(spec, call)
+            )
     return output.transpose(1, 2).to(q.dtype)
 
 
@@ -159,7 +164,7 @@ def in_turn(spec: InnerLoop, call: Operands, chunks: Chunks, on_kernels: bool) -
     ends = {name: torch.cat(states).index_select(0, chunks.before_rests) for name, states in kept.items()}
     shared = {name: x.expand(len(rests), *x.shape[1:]) for name, x in start.weights.items() if name not in ends}
     last = {name: ends[name] if name in ends else shared[name] for name in start.weights}
-    left = fused.read(network, FastWeights(last, {}, {}), rests) if on_kernels else network.apply(last, rests)
+    left = read_network(network, FastWeights(last, {}, {}), rests) if on_kernels else network.apply(last, rests)
     whole = torch.cat(outputs) if outputs else left.new_empty(0, left.shape[1], chunks.size, left.shape[3])
     return chunks.put_back(whole, left)
 
@@ -172,5 +177,5 @@ def _renewed(fast: FastWeights, start: FastWeights, where: Tensor) -> FastWeight
 def _chunk(spec: InnerLoop, q: Tensor, tokens: Tokens, fast: FastWeights, on_kernels: bool) -> tuple[Tensor, FastWeights]:
     """What a chunk's queries read before its write, and the weights after it."""
     if on_kernels:
-        return fused.sweep(spec, q, tokens, fast, len(tokens))
+        return recurrent_chunks(spec, q, tokens, fast, len(tokens))
     return spec.network.apply(fast.weights, q), write(spec, fast, tokens, fast.weights)

@@ -23,7 +23,7 @@ from kvbind.forms.scan import linear_scan
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.gates import decays
-from kvbind.inner.networks import gated
+from kvbind.inner.network import gated
 from kvbind.inner.rule import FastWeights, rescale, shape_update
 from kvbind.inner.spec import InnerLoop
 
@@ -105,7 +105,7 @@ def segment(
     carry: Carry | None = None,
 ) -> tuple[Tensor, FastWeights, Tokens]:
     """All chunks of some tokens at once: outputs, the weights after the last complete chunk, and the tokens behind it."""
-    new, kept, joined = len(tokens), len(pending), pending.append(tokens)
+    new, earlier, joined = len(tokens), len(pending), pending.append(tokens)
     count = len(joined) // size
     complete, rest = joined.span(0, count * size), joined.span(count * size, len(joined))
 
@@ -123,8 +123,8 @@ def segment(
         seen = torch.cat((seen, chunk_update(spec, end, rest, end.weights).weights["out"].unsqueeze(2)), dim=2)
 
     features, outputs = early[0] if early else network.features(weights, q), []
-    head = min(size - kept, new) if kept else 0
-    first = 1 if kept else 0
+    head = min(size - earlier, new) if earlier else 0
+    first = 1 if earlier else 0
     whole = (new - head) // size
     end_of_whole = head + whole * size
     if head:
@@ -179,7 +179,7 @@ def chunk_states(
         updates = windowed(torch.cat((held, updates), dim=2), spec.window_size)
         window = slid(window, tokens, len(tokens))
     momentum: dict[str, Tensor] = {}
-    moved, kept = (None if gate is None else fold(gate).mean(3) for gate in decays(tokens.gates))
+    moved, retention = (None if gate is None else fold(gate).mean(3) for gate in decays(tokens.gates))
     if moved is not None:
         before = fast.momentum["out"]
         if carry is not None:
@@ -194,9 +194,9 @@ def chunk_states(
         writes = fold(tokens.gates["step_rate"]).mean(3)[..., None, None] * writes
     first = fast.weights["out"]
     if carry is not None:
-        start = carry.state(kept, writes, start, meanwhile)
+        start = carry.state(retention, writes, start, meanwhile)
         first = start * rescale(network, start, fast.norms["out"]) if carry.renormalizes and spec.normalize else start
-    after = start.unsqueeze(2) + writes.cumsum(2) if kept is None else decayed_scan(kept, writes, start)
+    after = start.unsqueeze(2) + writes.cumsum(2) if retention is None else decayed_scan(retention, writes, start)
     used = after
     if spec.normalize == "read":
         used = after * rescale(network, after, fast.norms["out"].unsqueeze(2))

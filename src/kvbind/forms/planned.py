@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from kvbind.forms import fused
+from kvbind.forms import dispatch
+from kvbind.forms.kernel_calls.operands import activation_of, contiguous_matrices
 from kvbind.forms.state import Deferred, State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import LearningRate, Operands
@@ -23,8 +24,8 @@ from kvbind.inner.gates import decays
 from kvbind.inner.networks import GLU
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels import direct
-from kvbind.kernels.common import runs_on
+from kvbind.kernels.common import tracing
+from kvbind.kernels.common.devices import runs_on
 
 MOST = 256
 """Kinds of calls that are remembered; more come about where every call has a length of its own."""
@@ -62,8 +63,9 @@ class Planned:
     """
 
     def __init__(self, spec: InnerLoop, call: Operands, lr: LearningRate, weights: Mapping[str, Tensor]) -> None:
-        from kvbind.kernels.equal_chunks import Plan, Shapes
-        from kvbind.kernels.tma_products import Rows, Theta
+        from kvbind.kernels.equal_chunks.call_shapes import CallShapes
+        from kvbind.kernels.equal_chunks.operator import LaunchPlan
+        from kvbind.kernels.equal_chunks.tma_products import Theta, TokenRows
 
         assert spec.chunk is not None
         q, k, v = (x.transpose(1, 2) for x in (call.q, call.tokens.k, call.tokens.v))
@@ -76,17 +78,18 @@ class Planned:
         theta = None
         # the others are cast where they are joined
         start = weights["out"]
-        self.dense = start.dtype == torch.float32 and fused.dense(start) is start and start.data_ptr() % 16 == 0
+        self.dense = start.dtype == torch.float32 and contiguous_matrices(start) is start and start.data_ptr() % 16 == 0
         start = self._start(weights)
         if self.theta:
             first = weights[self.theta[0]]
             sets = first.shape[0] if first.dim() == 4 else 1
-            theta = Theta(len(self.theta), sets, first.shape[-1], fused.activation_of(spec.network))
+            theta = Theta(len(self.theta), sets, first.shape[-1], activation_of(spec.network))
         strides = (start.stride(0), start.stride(1)) if start.dim() == 4 else (0, start.stride(0))
         muon, (momentum, decay) = spec.orthogonalize, decays(spec.gates)
-        self.plan = Plan(
-            Shapes(
-                Rows.of(q), Rows.of(k), Rows.of(v), spec.chunk, spec.visibility != "past", spec.sign, theta, strides,
+        self.plan = LaunchPlan(
+            CallShapes(
+                TokenRows.of(q), TokenRows.of(k), TokenRows.of(v),
+                spec.chunk, spec.visibility != "past", spec.sign, theta, strides,
                 None if rates is None else rates.stride(), momentum is not None, decay is not None,
                 tuple((a, b, c) for a, b, c in muon.coefficients) if muon else (), muon.dtype if muon else torch.bfloat16,
             ),
@@ -165,7 +168,7 @@ def key_of(
     try:
         for x in (q, k, v, *weights.values(), *gates.values(), *rates):
             if isinstance(x, Tensor):
-                if type(x) not in direct.PLAIN:
+                if type(x) not in tracing.PLAIN:
                     return None
                 # float32 operands besides the tokens are taken by address, which must be aligned
                 key += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
@@ -208,11 +211,11 @@ def _kept(known: dict[Key, T], key: Key, new: T) -> T:
 def can_plan(spec: InnerLoop, call: Operands, lr: LearningRate, weights: Mapping[str, Tensor], form: str) -> bool:
     """Whether a call runs in the parallel form on whole chunks of equal length, by products that take its operands."""
     q, k, v = (x.transpose(1, 2) for x in (call.q, call.tokens.k, call.tokens.v))
-    if spec.chunk is None or q.shape[1] < spec.chunk or not runs_on(q.device) or not fused.operands_fit(call):
+    if spec.chunk is None or q.shape[1] < spec.chunk or not runs_on(q.device) or not dispatch.fits_matrix_units(call):
         return False
-    if form == "recurrent" or (form == "auto" and q.shape[1] == spec.chunk) or not fused.wide_enough(call):
+    if form == "recurrent" or (form == "auto" and q.shape[1] == spec.chunk):
         return False
-    if spec.visibility not in ("past", "chunk") or not fused.chunked_fits(spec) or isinstance(spec.network, GLU):
+    if spec.visibility not in ("past", "chunk") or not dispatch.is_chunked(spec) or isinstance(spec.network, GLU):
         return False
     if spec.visibility == "chunk" and q.shape[1] % spec.chunk:
         return False
@@ -221,7 +224,7 @@ def can_plan(spec: InnerLoop, call: Operands, lr: LearningRate, weights: Mapping
         return False
     if len({weights[name].shape for name in spec.network.theta}) > 1:
         return False
-    from kvbind.kernels.tma_products import DEPTH, fits
+    from kvbind.kernels.equal_chunks.tma_products import DEPTH, fits
 
     start = weights["out"]
     return (

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens, as_factor
 from kvbind.inner.gates import DECLARED
-from kvbind.inner.networks import Rates, Weights
+from kvbind.inner.network import Rates, Weights
 from kvbind.inner.rule import FastWeights, apply_update, decayed, gradient, seen_share, set_off
 from kvbind.inner.spec import InnerLoop
 
@@ -49,12 +49,16 @@ def chunks(spec: InnerLoop, tokens: Tokens, pending: Tokens | None) -> Iterator[
     """
     assert spec.chunk is not None
     span, each = spec.span or spec.chunk, spec.writes
-    kept = 0 if pending is None else len(pending) // each
-    total = kept + len(tokens) // each
+    earlier = 0 if pending is None else len(pending) // each
+    total = earlier + len(tokens) // each
     for start in range(0, total, spec.chunk):
         stop = min(start + spec.chunk, total)
-        own = slice(max(start - kept, 0), max(stop - kept, 0))
-        old = tokens.span(0, 0) if pending is None or start >= kept else pending.span(start * each, min(stop, kept) * each)
+        own = slice(max(start - earlier, 0), max(stop - earlier, 0))
+        old = (
+            tokens.span(0, 0)
+            if pending is None or start >= earlier
+            else pending.span(start * each, min(stop, earlier) * each)
+        )
         yield Chunk(
             old,
             tokens.span(own.start * each, own.stop * each),
@@ -85,7 +89,7 @@ def recurrent(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple
     # gradients are taken at `point`, and a state stops at `stopped`
     fast = point = stopped = set_off(spec, state.fast)
     pending, outputs, done = state.pending(), [], 0
-    kept = 0 if pending is None else len(pending)
+    earlier = 0 if pending is None else len(pending)
     for chunk in chunks(spec, tokens, pending):
         if chunk.renews:
             point = fast
@@ -104,7 +108,7 @@ def recurrent(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple
         if chunk.complete:
             fast = after
         if chunk.complete and chunk.closes:
-            stopped, done = closed(spec, fast, chunk.tokens), kept + chunk.queries.stop * spec.writes
+            stopped, done = closed(spec, fast, chunk.tokens), earlier + chunk.queries.stop * spec.writes
             if spec.refresh != "call":
                 fast = stopped
     output = torch.cat(outputs, dim=2) if outputs else q.new_empty(*q.shape[:3], tokens.v.shape[-1])
@@ -112,9 +116,9 @@ def recurrent(spec: InnerLoop, q: Tensor, tokens: Tokens, state: State) -> tuple
         return output, state.append(tokens)
     if not spec.room:
         return output, State.of(spec, stopped, None, 0)
-    left = tokens.span(max(done - kept, 0), len(tokens))
-    if pending is not None and done < kept:
-        left = pending.span(done, kept).append(left)
+    left = tokens.span(max(done - earlier, 0), len(tokens))
+    if pending is not None and done < earlier:
+        left = pending.span(done, earlier).append(left)
     return output, State.of(spec, stopped, left, len(left))
 
 

@@ -21,7 +21,7 @@ BLOCK = 32
 
 
 @dataclass(frozen=True)
-class Gate:
+class ScanGate:
     """Gates as numbers or, where these would underflow, as their logarithms.
 
     Attributes:
@@ -32,9 +32,9 @@ class Gate:
     values: Tensor
     log: bool = False
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Gate:
+    def map(self, change: Callable[[Tensor], Tensor]) -> ScanGate:
         """The same gates with their numbers changed in shape."""
-        return Gate(change(self.values), self.log)
+        return ScanGate(change(self.values), self.log)
 
     def factor(self) -> Tensor:
         """What the gates multiply by."""
@@ -64,7 +64,7 @@ def decay_matrix(gates: Tensor, log: bool = False) -> Tensor:
     Returns:
         `[..., n, n]`, lower triangular with ones on the diagonal.
     """
-    kind, n = Gate(gates, log), gates.shape[-1]
+    kind, n = ScanGate(gates, log), gates.shape[-1]
     size = 1 << max(n - 1, 0).bit_length()
     gates = F.pad(gates, (0, size - n), value=kind.neutral)
     spans = torch.full_like(gates, kind.neutral)[..., None, None]

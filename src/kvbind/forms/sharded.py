@@ -18,24 +18,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvbind.forms import fused
+from kvbind.forms import dispatch
 from kvbind.forms.analysis import sequence_schedule
+from kvbind.forms.kernel_calls.chunked import run_chunked_slice
 from kvbind.forms.parallel import runs_blockwise, segment
 from kvbind.forms.scan import product_of, products_after
 from kvbind.forms.state import State
 from kvbind.forms.summary import block_summary, stacked, unstacked
 from kvbind.forms.tokens import Tokens
-from kvbind.forms.validation import Operands
+from kvbind.forms.validation import Engine, Operands
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 from kvbind.sequence.exchanges import Exchanges
 from kvbind.sequence.shard import SequenceShard
 
-Run = Callable[[InnerLoop, Operands], tuple[Tensor, State]]
-"""Evaluates a call whose sequences lie on this rank alone."""
 
-
-def sharded(spec: InnerLoop, call: Operands, shard: SequenceShard, form: str, run: Run) -> tuple[Tensor, State]:
+def sharded(spec: InnerLoop, call: Operands, shard: SequenceShard, form: str, run: Engine) -> tuple[Tensor, State]:
     """Run this rank's slice of a row.
 
     Args:
@@ -43,7 +41,7 @@ def sharded(spec: InnerLoop, call: Operands, shard: SequenceShard, form: str, ru
         call: its tokens; one starting state for each of the slice's documents (or rows).
         shard: how the row is cut.
         form: the form that `ttt` was asked for; "recurrent" has the schedule "ring".
-        run: what evaluates calls, in that form.
+        run: evaluates a call whose sequences lie on this rank alone, in that form.
 
     Returns:
         Outputs `[B, H, T, Dv]`, and the state of each document of the slice after its last token here.
@@ -61,18 +59,18 @@ def sharded(spec: InnerLoop, call: Operands, shard: SequenceShard, form: str, ru
     return exchanges.tie(output), state
 
 
-def _split(call: Operands, tokens: Tokens, kept: int) -> tuple[Operands, Operands | None]:
+def _split(call: Operands, tokens: Tokens, earlier: int) -> tuple[Operands, Operands | None]:
     """The first document (or all rows, where they are not packed), and the others.
 
     Args:
         call: the slice.
-        tokens: its tokens behind `kept` others of the first document.
-        kept: as said.
+        tokens: its tokens behind `earlier` others of the first document.
+        earlier: how many.
     """
     if call.cu_seqlens is None or len(call.cu_seqlens) == 2:
         return Operands(call.q, tokens, call.state, None), None
     stop = call.cu_seqlens[1]
-    edge = kept + call.state.spec.writes * stop
+    edge = earlier + call.state.spec.writes * stop
     first = Operands(call.q[:, :, :stop], tokens.span(0, edge), call.state[:1], None)
     bounds = tuple(b - stop for b in call.cu_seqlens[1:])
     others = Operands(call.q[:, :, stop:], tokens.span(edge, len(tokens)), call.state[1:], bounds)
@@ -97,7 +95,7 @@ def _in_order(state: State) -> list[Tensor]:
     return [state.tensors[name] for name in sorted(state.tensors)]
 
 
-def _ring(spec: InnerLoop, call: Operands, exchanges: Exchanges, run: Run) -> tuple[Tensor, State]:
+def _ring(spec: InnerLoop, call: Operands, exchanges: Exchanges, run: Engine) -> tuple[Tensor, State]:
     shard, place = exchanges.shard, exchanges.shard.here
     assert spec.chunk is not None
     first, others = _split(call, call.tokens, 0)
@@ -116,25 +114,25 @@ def _ring(spec: InnerLoop, call: Operands, exchanges: Exchanges, run: Run) -> tu
     return _together((output, state), later)
 
 
-def _scan(spec: InnerLoop, call: Operands, exchanges: Exchanges, run: Run) -> tuple[Tensor, State]:
+def _scan(spec: InnerLoop, call: Operands, exchanges: Exchanges, run: Engine) -> tuple[Tensor, State]:
     shard, place = exchanges.shard, exchanges.shard.here
     assert spec.span is not None
     # a state stops where gradients are renewed; where a token writes several times, that is behind every token
     wanted = shard.pending(spec.span)
-    kept, given = wanted[shard.rank], call.tokens.tensors()
+    earlier, given = wanted[shard.rank], call.tokens.tensors()
     extended = dict(zip(given, exchanges.extended(list(given.values()), wanted, axis=2), strict=True))
     tokens = Tokens.of(extended)
     tokens = replace(tokens, rates=dict(call.tokens.rates) | tokens.rates)
 
-    if fused.chunked_across(spec, call):
-        return fused.chunked_shard(spec, call, tokens, kept, shard)
+    if dispatch.chunked_takes_slice(spec, call):
+        return run_chunked_slice(spec, call, tokens, earlier, shard)
     if runs_blockwise(spec):
-        return _blockwise(spec, call, tokens, kept, exchanges, run)
+        return _blockwise(spec, call, tokens, earlier, exchanges, run)
     assert spec.chunk is not None
-    first, others = _split(call, tokens, kept)
+    first, others = _split(call, tokens, earlier)
     later = None if others is None else run(spec, others)
     carry = _Across(exchanges, None if later is None else later[1][-1:].fast, place.before >= spec.chunk)
-    q, pending, own = first.q.to(call.state.dtype), tokens.span(0, kept), first.tokens.span(kept, len(first.tokens))
+    q, pending, own = first.q.to(call.state.dtype), tokens.span(0, earlier), first.tokens.span(earlier, len(first.tokens))
     output, fast, rest = segment(spec, spec.chunk, q, own, first.state.fast, pending, carry)
     return _together((output, State.of(spec, fast, rest, len(rest))), later)
 
@@ -179,14 +177,14 @@ class _Across:
 
 
 def _blockwise(
-    spec: InnerLoop, call: Operands, tokens: Tokens, kept: int, exchanges: Exchanges, run: Run
+    spec: InnerLoop, call: Operands, tokens: Tokens, earlier: int, exchanges: Exchanges, run: Engine
 ) -> tuple[Tensor, State]:
     """Where writes add up: what the last document's complete spans do to its state, then the ordinary forms."""
     place = exchanges.shard.here
     assert spec.span is not None
     opened = place.bounds[-2]
     alone = len(place.bounds) == 2
-    last = tokens if alone else tokens.span(kept + spec.writes * opened, len(tokens))
+    last = tokens if alone else tokens.span(earlier + spec.writes * opened, len(tokens))
     fast = (call.state if call.cu_seqlens is None else call.state[-1:]).fast
     end, reach = block_summary(spec, last.span(0, len(last) // spec.span * spec.span), fast)
     start = stacked(spec, fast)
@@ -196,6 +194,6 @@ def _blockwise(
     state = call.state
     if place.before:
         first = state if call.cu_seqlens is None else state[:1]
-        goes_on = State.of(spec, unstacked(spec, incoming, first.fast), tokens.span(0, kept), kept)
+        goes_on = State.of(spec, unstacked(spec, incoming, first.fast), tokens.span(0, earlier), earlier)
         state = goes_on if state.batch == goes_on.batch else State.cat([goes_on, _roomy(spec, state[1:], tokens)])
     return run(spec, replace(call, state=state))

@@ -12,12 +12,14 @@ from functools import partial
 
 from torch import Tensor
 
-from kvbind.forms.affine import Columns
+from kvbind.forms.affine_operands import Columns
 from kvbind.forms.blockwise import behind_pending, gates_of, numbers_of, rule_of, slid, stopped
 from kvbind.forms.dual import DualState, Layers, dual
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
-from kvbind.inner.networks import MLP, Network, activation_of
+from kvbind.inner.activations import activation_of
+from kvbind.inner.network import Network
+from kvbind.inner.networks import MLP
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 

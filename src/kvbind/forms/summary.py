@@ -18,7 +18,7 @@ from kvbind.forms.blockwise import advance
 from kvbind.forms.scan import linear_scan, product_of, products_after
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.gates import decays
-from kvbind.inner.networks import gated
+from kvbind.inner.network import gated
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import nearest, values_checked
-from kvbind.kernels.direct import has_values
+from kvbind.kernels.common.tracing import has_values
 from kvbind.sequence.shard import SequenceShard
 
 LearningRate = float | Tensor | Mapping[str, float | Tensor]
@@ -38,6 +38,10 @@ class Operands:
     tokens: Tokens
     state: State
     cu_seqlens: tuple[int, ...] | None
+
+
+Engine = Callable[[InnerLoop, Operands], tuple[Tensor, State]]
+"""What evaluates a validated call: outputs `[B, H, T, Dv]`, and the state after it."""
 
 
 def check_operands(

@@ -2,7 +2,9 @@
 
 from kvbind.inner import systems
 from kvbind.inner.fields import Anchor, Retention, Window
-from kvbind.inner.networks import GLU, MLP, NETWORKS, DepthwiseConv, LayerNormHead, Linear, Network, SwiGLU
+from kvbind.inner.head import LayerNormHead
+from kvbind.inner.network import Network
+from kvbind.inner.networks import GLU, MLP, NETWORKS, DepthwiseConv, Linear, SwiGLU
 from kvbind.inner.orthogonalize import LANGUAGE_COEFFICIENTS, VIEWS_COEFFICIENTS, NewtonSchulz
 from kvbind.inner.spec import InnerLoop, Visibility
 from kvbind.inner.systems import cite

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvbind.inner.fields import Anchor
 from kvbind.inner.losses import descent_direction
-from kvbind.inner.networks import Network, Rates, Weights
+from kvbind.inner.network import Network, Rates, Weights
 from kvbind.inner.spec import InnerLoop
 
 NORM_EPS = 1e-5

@@ -14,8 +14,10 @@ import yaml
 from kvbind.files import YAML_LIMIT, check_plain, parse_yaml, read_text, shortened
 from kvbind.inner.fields import Anchor, Retention, Window
 from kvbind.inner.gates import GATES, Gate
+from kvbind.inner.head import LayerNormHead
 from kvbind.inner.losses import Loss
-from kvbind.inner.networks import NETWORKS, DepthwiseConv, LayerNormHead, Network
+from kvbind.inner.network import Network
+from kvbind.inner.networks import NETWORKS, DepthwiseConv
 from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.value import LATER, Value, check_bool, check_choice, check_positive_int, nearest
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvbind.layers.fast_weights import FastWeightLayer, FastWeightState
-    from kvbind.layers.full import InnerCall
     from kvbind.layers.in_place import InPlaceMLP
+    from kvbind.layers.inner_call import InnerCall
     from kvbind.layers.lact import LactLayer, LactState
     from kvbind.layers.lact_nvs import LactNvsLayer
     from kvbind.layers.layout import Layout
@@ -38,7 +38,7 @@ _HOMES = {
     "FastWeightLayer": "fast_weights",
     "FastWeightState": "fast_weights",
     "InPlaceMLP": "in_place",
-    "InnerCall": "full",
+    "InnerCall": "inner_call",
     "LactLayer": "lact",
     "LactNvsLayer": "lact_nvs",
     "LactState": "lact",

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from kvbind.inner.value import check_positive_int
-from kvbind.layers.kept_keys import KeptKeys, keep_keys
+from kvbind.layers.inner_call import check_state
 from kvbind.layers.layout import Layout
 from kvbind.layers.norm import RMSNorm
 from kvbind.layers.operands import split_heads
 from kvbind.layers.rotary import Tables, rotary_tables, rotate
 from kvbind.layers.softmax import softmax_attention
 from kvbind.layers.window_attention import window_attention
+from kvbind.layers.window_cache import WindowCache, window_cache_after
 
 NORM_EPS = 1e-5
 """Of the norms of queries and keys in `WindowAttention`, that of `LactLayer`."""
@@ -30,26 +31,26 @@ class AttentionState:
     """Where some sequences stopped in one layer: the keys and values that later tokens may see. A pytree of them.
 
     Attributes:
-        kept: the last `window - 1` keys and values.
+        cache: the last `window - 1` keys and values.
         seen: how many tokens each sequence has had.
     """
 
-    kept: KeptKeys
+    cache: WindowCache
     seen: tuple[int, ...]
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
-        return [self.kept.keys, self.kept.values]
+        return [self.cache.keys, self.cache.values]
 
     def select(self, index: Tensor) -> AttentionState:
         """The sequences at `index` (int64 `[n]`), in that order, as often as they are named."""
         rows = index.tolist()
-        return AttentionState(self.kept.select(rows, index.to(self.kept.keys.device)), tuple(self.seen[i] for i in rows))
+        return AttentionState(self.cache.select(rows, index.to(self.cache.keys.device)), tuple(self.seen[i] for i in rows))
 
 
 pytree.register_pytree_node(
     AttentionState,
-    lambda state: ([state.kept], state.seen),
+    lambda state: ([state.cache], state.seen),
     lambda parts, seen: AttentionState(*parts, seen),  # type: ignore[call-arg]
     serialized_type_name="kvbind.AttentionState",
 )
@@ -107,18 +108,12 @@ class WindowAttention(nn.Module):
             ValueError: a state together with packed sequences, or of another batch; a slice of a row that is cut over ranks.
             TypeError: a state of another kind of layer.
         """
-        if state is not None and not isinstance(state, AttentionState):
-            raise TypeError(f"state must be an AttentionState, as this layer returns it; got {type(state).__name__}")
+        if layout is not None and layout.sequence is not None:
+            raise ValueError("layout must be of whole rows, as attention alone is not cut over ranks; got a slice")
         batch, length, _ = x.shape
-        seen = () if state is None else state.seen
-        if state is not None and len(seen) != batch:
-            raise ValueError(f"state must be of {batch} sequences, as x has; got {len(seen)}")
+        seen = check_state(x, layout, state, AttentionState, return_state)
         if layout is None:
             layout = Layout.rows(length, x.device, seen)
-        if layout.sequence is not None:
-            raise ValueError("layout must be of whole rows, as attention alone is not cut over ranks; got a slice")
-        if layout.cu_seqlens is not None and (state is not None or return_state):
-            raise ValueError("cu_seqlens must be None where a state is given or wanted: a packed row has no one state")
         if tables is None:
             tables = rotary_tables(layout.positions, self.hidden_size // self.heads, self.rope_theta)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
@@ -126,15 +121,15 @@ class WindowAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (split_heads(part, self.heads) for part in (q, k, v))
         q, k = (rotate(part, tables).to(v.dtype) for part in (q, k))
-        kept = None if state is None else state.kept
-        if kept is not None:
-            k, v = kept.extend(k, v)
-        ahead, held = k.shape[1] - length, None if kept is None else kept.held
+        cache = None if state is None else state.cache
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        ahead, held = k.shape[1] - length, None if cache is None else cache.held
         mixed = window_attention(q, k, v, self.window_size, cu_seqlens=layout.cu_seqlens, ahead=ahead, held=held)
         output = self.o_proj(mixed.flatten(2))
         if not return_state:
             return output, None
-        after = keep_keys(kept, k, v, self.window_size, length, layout.lengths)
+        after = window_cache_after(cache, k, v, self.window_size, length, layout.lengths)
         return output, AttentionState(after, layout.after(seen or (0,) * batch, length))
 
     def extra_repr(self) -> str:

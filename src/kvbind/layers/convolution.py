@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvbind.sequence.exchanges import Exchanges
+from kvbind.sequence.shard import SequenceShard
+
 
 class ShortConvolution(nn.Module):
     """`y_t = sum_(j < width) w_j x_(t - width + 1 + j) (+ b)` for each channel; tokens before a sequence's first count as 0.
@@ -109,21 +112,49 @@ class Tails:
     Attributes:
         before: of earlier calls `[B, count, C]`; None at the start of sequences, where it counts as 0.
         lengths: as `last_of` takes them.
-        kept: filled with the same for the next call; None where there is none.
+        latest: filled with the same for the next call; None where there is none.
     """
 
     before: Mapping[str, Tensor] | None = None
     lengths: tuple[int, ...] | None = None
-    kept: dict[str, Tensor] | None = None
+    latest: dict[str, Tensor] | None = None
 
     def behind(self, name: str, x: Tensor, count: int) -> Tensor:
         """`x` `[B, T, C]` behind the `count` tokens before it: `[B, count + T, C]`."""
         ahead = x.new_zeros(x.shape[0], count, x.shape[2]) if self.before is None else self.before[name].to(x.dtype)
         seen = torch.cat((ahead, x), dim=1)
-        if self.kept is not None:
-            self.kept[name] = last_of(seen, count, self.lengths)
+        if self.latest is not None:
+            self.latest[name] = last_of(seen, count, self.lengths)
         return seen
 
     def own(self, y: Tensor, count: int) -> Tensor:
         """Of what was computed at each token of `behind` but the first `count`, that of the call's own: `[B, T, C]`."""
+        return y
+
+
+class OnRanks:
+    """What stands before a slice of a row that is cut over ranks: tokens that earlier ranks have, as `Behind` gives them.
+
+    Args:
+        shard: how the row is cut.
+
+    Attributes:
+        exchanges: those that were made; None before the first.
+    """
+
+    def __init__(self, shard: SequenceShard) -> None:
+        self.shard = shard
+        self.exchanges: Exchanges | None = None
+
+    def behind(self, name: str, x: Tensor, count: int) -> Tensor:
+        """`x` `[B, T, C]` behind the `count` tokens before it, or zeros: `[B, count + T, C]`."""
+        if not count:
+            return x
+        if self.exchanges is None:
+            self.exchanges = Exchanges(self.shard, (x,))
+        (seen,) = self.exchanges.extended((x,), self.shard.reaching(count), axis=1)
+        return F.pad(seen, (0, 0, count + x.shape[1] - seen.shape[1], 0))
+
+    def own(self, y: Tensor, count: int) -> Tensor:
+        """What was computed at each token of `behind` but the first `count`."""
         return y

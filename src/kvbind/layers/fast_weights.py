@@ -12,24 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from kvbind.forms.api import FORMS, Form, ttt
-from kvbind.forms.packed import packed
+from kvbind.forms.api import FORMS, Form
 from kvbind.forms.state import State
-from kvbind.inner.gates import GATES, Gate, decays
-from kvbind.inner.projections import DEFAULTS, Constant, Making, Place, Projections, Sigmoid, Softplus, Step
+from kvbind.inner.gates import GATES, decays
+from kvbind.inner.projections import DEFAULTS, Constant, Making, Projections, Step
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
-from kvbind.layers.convolution import Behind, ShortConvolution, Tails
-from kvbind.layers.full import InnerCall, check_built
-from kvbind.layers.lact import check_fits_causal_layer
+from kvbind.layers.convolution import Behind, OnRanks, ShortConvolution, Tails
+from kvbind.layers.fitting import check_built, check_fits_causal_layer
+from kvbind.layers.gates import DecayMaker, GateMaker, SigmoidMaker, Sizes, draw, maker_of, projection
+from kvbind.layers.inner_call import InnerCall, check_state, run_rows
 from kvbind.layers.layout import Layout
-from kvbind.layers.makings import DecayMaker, Maker, SigmoidMaker, Sizes, draw, maker_of, projection
 from kvbind.layers.norm import RMSNorm
 from kvbind.layers.operands import split_heads, wide
+from kvbind.layers.projection_fit import check_fits_projections, fast_widths, making_of, rate_of
 from kvbind.layers.rotary import Tables, rotary_tables, rotate
-from kvbind.sequence.boundaries import Boundaries
-from kvbind.sequence.exchanges import Exchanges
-from kvbind.sequence.shard import SequenceShard
 
 UNIT_EPS = 1e-6
 """Added to the squared L2 norm of queries and keys."""
@@ -37,23 +34,6 @@ UNIT_EPS = 1e-6
 KAPPA, ALPHA, RHO, CORRECTION = 0.71, 1.02, -0.04, 1.0
 """Before training: RWKV-7's factors on removal keys, of writing keys, and of its bonus (the first without its slope over
 channels); Comba's D."""
-
-
-def making_of(gate: Gate, inner: InnerLoop, projections: Projections) -> Making:
-    """How a gate is made: as `projections` says, or as follows from the inner loop."""
-    given: Making | None = getattr(projections, gate.name)
-    if given is not None:
-        return given
-    if gate.name == "read_rate":
-        return Place()
-    return Sigmoid(start=gate.start)
-
-
-def rate_of(inner: InnerLoop, projections: Projections) -> Making:
-    """How the rate is made, likewise."""
-    if not inner.token_lr:
-        return Constant()
-    return projections.rate if projections.rate is not None else Softplus()
 
 
 @dataclass(frozen=True)
@@ -113,34 +93,6 @@ class Made:
     gates: dict[str, Tensor]
     beside: dict[str, Tensor]
     gate: Tensor | None
-
-
-class OnRanks:
-    """What stands before a slice of a row that is cut over ranks: tokens that earlier ranks have, as `Behind` gives them.
-
-    Args:
-        shard: how the row is cut.
-
-    Attributes:
-        exchanges: those that were made; None before the first.
-    """
-
-    def __init__(self, shard: SequenceShard) -> None:
-        self.shard = shard
-        self.exchanges: Exchanges | None = None
-
-    def behind(self, name: str, x: Tensor, count: int) -> Tensor:
-        """`x` `[B, T, C]` behind the `count` tokens before it, or zeros: `[B, count + T, C]`."""
-        if not count:
-            return x
-        if self.exchanges is None:
-            self.exchanges = Exchanges(self.shard, (x,))
-        (seen,) = self.exchanges.extended((x,), self.shard.reaching(count), axis=1)
-        return F.pad(seen, (0, 0, count + x.shape[1] - seen.shape[1], 0))
-
-    def own(self, y: Tensor, count: int) -> Tensor:
-        """What was computed at each token of `behind` but the first `count`."""
-        return y
 
 
 class FastWeightLayer(nn.Module):
@@ -274,7 +226,7 @@ class FastWeightLayer(nn.Module):
             return nn.GroupNorm(self.heads, outputs, eps=p.output_eps * self.value_width)
         return None
 
-    def _maker(self, making: Making, channels: int | None) -> Maker:
+    def _maker(self, making: Making, channels: int | None) -> GateMaker:
         span = self._inner.span or self._inner.chunk or 1
         sizes = Sizes(self.hidden_size, self.heads, self.value_width, channels, span, self.base_lr)
         return maker_of(making, sizes)
@@ -317,7 +269,7 @@ class FastWeightLayer(nn.Module):
             nn.init.ones_(self.output_norm.weight)
             nn.init.zeros_(self.output_norm.bias)
         for maker in self.makers.values():
-            assert isinstance(maker, Maker)
+            assert isinstance(maker, GateMaker)
             maker.reset_parameters()
 
     @property
@@ -391,61 +343,23 @@ class FastWeightLayer(nn.Module):
                 slice of a row for an inner loop that is not cut over ranks.
             TypeError: a state of another kind of layer.
         """
-        if state is not None and not isinstance(state, FastWeightState):
-            raise TypeError(f"state must be a FastWeightState, as this layer returns it; got {type(state).__name__}")
         batch, length, _ = x.shape
-        seen = () if state is None else state.seen
-        if state is not None and len(seen) != batch:
-            raise ValueError(f"state must be of {batch} sequences, as x has; got {len(seen)}")
+        seen = check_state(x, layout, state, FastWeightState, return_state)
         layout = Layout.rows(length, x.device, seen) if layout is None else layout
-        if layout.cu_seqlens is not None and (state is not None or return_state):
-            raise ValueError("cu_seqlens must be None where a state is given or wanted: a packed row has no one state")
-        if layout.sequence is not None and (state is not None or return_state):
-            raise ValueError("a row that is cut over ranks has no state to go on from or to return")
         tails = Tails(None if state is None else state.tails, layout.lengths, {} if return_state else None)
         made = self._make(x, layout, layout.places(seen, length), tails)
         fast, after = self._run(made, layout, None if state is None else state.fast, return_state)
         output: Tensor = self.o_proj(self._join(fast, made))
         if after is None:
             return output, None
-        return output, FastWeightState(after, tails.kept or {}, layout.after(seen or (0,) * batch, length))
+        return output, FastWeightState(after, tails.latest or {}, layout.after(seen or (0,) * batch, length))
 
     def _run(self, made: Made, layout: Layout, before: State | None, return_state: bool) -> tuple[Tensor, State | None]:
         """Run the inner loop: outputs `[B, T, H, Dv]`, and its state where that is wanted."""
-        inner, shard = self._inner, layout.sequence
-        weights = self.start_weights() if before is None else None
-        if isinstance(layout.cu_seqlens, Boundaries):
-            assert weights is not None
-            return packed(
-                inner, weights, made.q, made.k, made.v, layout.cu_seqlens, lr=made.lr, form=self.form, **made.gates
-            ), None
-        if layout.lengths is None or not return_state:
-            # padding sits behind a row's tokens, which do not see it; only what they leave behind would
-            documents = layout.cu_seqlens if shard is None else None
-            output, after = ttt(
-                inner, weights, made.q, made.k, made.v, lr=made.lr, **made.gates, state=before, cu_seqlens=documents,
-                form=self.form, sequence=shard,
-            )  # fmt: skip
-            return output, after if return_state else None
-        q, lengths = made.q, layout.lengths
-        real = torch.arange(q.shape[1], device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
-        bounds = [0]
-        for length in lengths:
-            bounds.append(bounds[-1] + length)
-
-        def chosen(x: Tensor) -> Tensor:
-            each = x.shape[1] // q.shape[1]
-            return x[real if each == 1 else real.repeat_interleave(each, dim=1)][None]
-
-        joined, after = ttt(
-            inner, weights, chosen(q), chosen(made.k), chosen(made.v),
-            lr=chosen(made.lr) if isinstance(made.lr, Tensor) else made.lr,
-            **{name: chosen(gate) for name, gate in made.gates.items()}, state=before, cu_seqlens=bounds, form=self.form,
-            sequence=None,
+        return run_rows(
+            self._inner, self.start_weights() if before is None else None, made.q, made.k, made.v, made.lr, made.gates,
+            layout, form=self.form, state=before, return_state=return_state,
         )  # fmt: skip
-        output = joined.new_zeros(*q.shape[:2], *joined.shape[2:])
-        output[real] = joined[0]
-        return output, after
 
     def _make(self, x: Tensor, layout: Layout, places: Tensor, tails: Behind) -> Made:
         """Everything that is made of the input.
@@ -497,7 +411,7 @@ class FastWeightLayer(nn.Module):
         if isinstance(rate, Constant):
             lr = rate.value
         for name, module in self.makers.items():
-            assert isinstance(module, Maker)
+            assert isinstance(module, GateMaker)
             if name in DECLARED and name not in inner.gates:
                 continue
             if isinstance(module, DecayMaker) and isinstance(p.write_gate, Step):
@@ -541,9 +455,9 @@ class FastWeightLayer(nn.Module):
         gate = None if self.output_gate is None else split_heads(self.output_gate(of("output_gate")), self.heads)
         return Made(q.to(dtype), k.to(dtype), v, lr, gates, beside, gate)
 
-    def _maker_at(self, name: str) -> Maker:
+    def _maker_at(self, name: str) -> GateMaker:
         maker = self.makers[name]
-        assert isinstance(maker, Maker)
+        assert isinstance(maker, GateMaker)
         return maker
 
     def _heads(self, x: Tensor, width: int, heads: int) -> Tensor:
@@ -627,55 +541,6 @@ GATINGS: dict[str, Callable[[Tensor], Tensor]] = {
 def unit(x: Tensor) -> Tensor:
     """`x / sqrt(sum x^2 + eps)` over the last axis."""
     return x * (x.square().sum(-1, keepdim=True) + UNIT_EPS).rsqrt()
-
-
-def fast_widths(hidden_size: int, heads: int, projections: Projections, multiplier: float) -> tuple[int, int, int]:
-    """Channels of a head's keys, of its values, and of the fast network's hidden layers.
-
-    Raises:
-        ValueError: less than one.
-    """
-    width = hidden_size / heads
-    found = int(width * projections.key_width), int(width * projections.value_width)
-    for name, channels in zip(("key_width", "value_width"), found, strict=True):
-        if channels < 1:
-            raise ValueError(f"{name} must leave a head at least one of its {width:g} channels; got {channels}")
-    return (*found, max(int(found[0] * multiplier), 1))
-
-
-def check_fits_projections(inner: InnerLoop, projections: Projections) -> None:
-    """Refuse projections that an inner loop has no use for, or that lack what it needs.
-
-    Raises:
-        ValueError: they do not fit.
-    """
-    p = projections
-    if p.removal is not None and (inner.writes != 2 or not inner.erase):
-        raise ValueError(
-            f"removal needs an inner loop with writes=2 and erase=True; got writes={inner.writes}, erase={inner.erase}"
-        )
-    if p.removal is not None and p.write_gate is not None:
-        raise ValueError("removal and write_gate exclude each other")
-    if p.correction and not (inner.erase and p.removal is None and inner.writes == 1):
-        raise ValueError(
-            f"correction needs an inner loop with erase=True and writes=1; got erase={inner.erase}, writes={inner.writes}"
-        )
-    if p.skip != "none" and inner.writes > 1 and p.removal is None:
-        raise ValueError(f"skip needs one value for each token; got writes={inner.writes}")
-    if p.start == "zero" and len(inner.network.matrices) > 1:
-        raise ValueError(
-            f"start must be 'learned' for a network of several layers, as none of them learns from zero; got "
-            f"{inner.network!r}"
-        )
-    if p.rotary == "span" and (inner.span or 1) < 2:
-        raise ValueError(f"rotary='span' needs spans of several tokens; got {inner.span}")
-    if p.read_rate is None and inner.read_rate and inner.refresh == "call":
-        raise ValueError("read_rate needs a making of its own under refresh='call', whose spans have no length")
-    if isinstance(p.read_rate, Place) and inner.read_rate and inner.refresh == "call":
-        raise ValueError("read_rate=Place() needs spans of a length; got refresh='call'")
-    decay = decays(inner.gates)[1]
-    if isinstance(p.write_gate, Step) and (decay is None or decay.per != "head"):
-        raise ValueError(f"write_gate=Step() needs an inner loop whose weights decay per head; got {decay and decay.per!r}")
 
 
 def _named(name: str) -> str:

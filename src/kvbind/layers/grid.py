@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kvbind.kernels.common import runs_on
-from kvbind.layers.plain import WEIGHTS, is_plain
+from kvbind.kernels.common.devices import runs_on
+from kvbind.layers.plain_modules import WEIGHTS, is_plain
 
 Grid = tuple[int, int]
 """Height and width in tokens."""
@@ -30,7 +30,7 @@ def add_convolution(x: Tensor, conv: nn.Conv2d, grid: Grid) -> Tensor:
         grid: height and width.
     """
     if runs_on(x.device) and _is_depthwise(conv, x.shape[-1]):
-        from kvbind.kernels.depthwise import covers, token_conv
+        from kvbind.kernels.elementwise.depthwise import covers, token_conv
 
         if covers(x, conv.weight, conv.bias, grid):
             return token_conv(x, conv.weight, conv.bias, grid, add=True)

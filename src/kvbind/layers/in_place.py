@@ -24,9 +24,9 @@ from kvbind.forms.autocast import without_autocast
 from kvbind.inner.networks import Linear
 from kvbind.inner.systems import in_place_ttt
 from kvbind.inner.value import check_choice, check_positive, check_positive_int
-from kvbind.layers.full import InnerCall
-from kvbind.layers.pending import Pending, Plan, plan_of
-from kvbind.layers.plain import input_dtype, is_a_product
+from kvbind.layers.chunk_plan import ChunkPlan, PendingColumns, plan_of
+from kvbind.layers.inner_call import InnerCall
+from kvbind.layers.plain_modules import input_dtype, is_a_product
 
 PROJECTION_STD = 0.02
 """Of the projection's diagonal at the start."""
@@ -45,7 +45,7 @@ class InPlaceState:
     """
 
     written: Tensor | None = None
-    pending: Pending = field(default_factory=Pending)
+    pending: PendingColumns = field(default_factory=PendingColumns)
 
     def select(self, index: Tensor) -> InPlaceState:
         """The sequences at `index` (int64 `[n]`), in that order."""
@@ -64,7 +64,7 @@ class Call:
         after: by layer, what this one leaves behind, filled in as layers run; None where nobody asks.
     """
 
-    plan: Plan
+    plan: ChunkPlan
     source: Tensor | None = None
     states: dict[int, InPlaceState] = field(default_factory=dict)
     after: dict[int, InPlaceState] | None = None
@@ -294,7 +294,7 @@ class InPlaceMLP(nn.Module):
             joined = pending.joined()
             run = self._rows_alike if plan.alike else self._rows
             read, written = run(joined[0], joined[1], features, state.written, plan)
-            state, pending = replace(state, written=written), Pending((joined,))
+            state, pending = replace(state, written=written), PendingColumns((joined,))
         else:
             read = self._read(features, state.written)
         if call.after is not None:
@@ -330,7 +330,7 @@ class InPlaceMLP(nn.Module):
         return F.pad(values.reshape(batch, complete * chunk, -1), (0, 0, 0, length - complete * chunk))
 
     def _rows_alike(
-        self, features: Tensor, source: Tensor, new: Tensor, written: Tensor | None, plan: Plan
+        self, features: Tensor, source: Tensor, new: Tensor, written: Tensor | None, plan: ChunkPlan
     ) -> tuple[Tensor, Tensor]:
         """All rows at once, of joined columns: outputs at the new ones, and what is written then."""
         values = self._values_of_rows(source, plan.totals[0] // plan.chunk).to(features.dtype)
@@ -343,7 +343,7 @@ class InPlaceMLP(nn.Module):
         return torch.cat(outputs, dim=1)[:, features.shape[1] - new.shape[1] :], written
 
     def _rows(
-        self, features: Tensor, source: Tensor, new: Tensor, written: Tensor | None, plan: Plan
+        self, features: Tensor, source: Tensor, new: Tensor, written: Tensor | None, plan: ChunkPlan
     ) -> tuple[Tensor, Tensor]:
         """As `_rows_alike`, for rows whose tokens are in different columns: those that complete a chunk, end to end."""
         device, batch = features.device, features.shape[0]
@@ -354,7 +354,7 @@ class InPlaceMLP(nn.Module):
         )
         outputs = found.new_zeros(*places.shape, found.shape[-1])
         outputs[places] = found[0]
-        outputs = outputs[:, plan.waiting :]
+        outputs = outputs[:, plan.pending_columns :]
         if len(plan.completing) == batch:
             return outputs, after
         before = self._read(new, written)
@@ -364,14 +364,14 @@ class InPlaceMLP(nn.Module):
             before = outputs.new_zeros(batch, *outputs.shape[1:])
         return before.index_copy(0, rows, outputs), written.index_copy(0, rows, after)
 
-    def _sequences(self, features: Tensor, source: Tensor, written: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
+    def _sequences(self, features: Tensor, source: Tensor, written: Tensor | None, plan: ChunkPlan) -> tuple[Tensor, Tensor]:
         """Sequences laid end to end, `[1, n, ...]` each."""
         complete = plan.complete.to(features.device)
         chunks = self._values(source[0, complete].unflatten(0, (-1, plan.chunk))).flatten(0, 1).to(features.dtype)
         values = chunks.new_zeros(source.shape[1], chunks.shape[-1]).index_copy(0, complete, chunks)[None]
         return self._run(features, values, written, plan.ends)
 
-    def _documents(self, features: Tensor, source: Tensor, plan: Plan) -> Tensor | None:
+    def _documents(self, features: Tensor, source: Tensor, plan: ChunkPlan) -> Tensor | None:
         """Packed documents, each from its first token on; None where none is longer than a chunk."""
         if not len(plan.complete):
             return None
@@ -383,17 +383,17 @@ class InPlaceMLP(nn.Module):
         return f"inner={self.inner!r}, lr={self.lr}, form={self.form!r}"
 
 
-def _left_over(pending: Pending, plan: Plan) -> Pending:
+def _left_over(pending: PendingColumns, plan: ChunkPlan) -> PendingColumns:
     """Of all joined columns those of tokens that are pending after a call."""
     if plan.real is None and not plan.completing:
         return pending
     if not any(plan.rest):
-        return Pending()
+        return PendingColumns()
     joined = pending.joined()
     if plan.alike:
         # a copy, so that what is done with is not kept in memory
-        return Pending((tuple(x[:, x.shape[1] - plan.rest[0] :].clone() for x in joined),))
-    return Pending((tuple(x.take_along_dim(plan.kept.to(x.device)[..., None], dim=1) for x in joined),))
+        return PendingColumns((tuple(x[:, x.shape[1] - plan.rest[0] :].clone() for x in joined),))
+    return PendingColumns((tuple(x.take_along_dim(plan.left_over.to(x.device)[..., None], dim=1) for x in joined),))
 
 
 def _linear(mlp: nn.Module, name: str) -> nn.Linear:

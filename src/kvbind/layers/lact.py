@@ -12,74 +12,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from kvbind.forms.api import FORMS, Form, ttt
+from kvbind.forms.api import FORMS, Form
 from kvbind.forms.autocast import without_autocast
-from kvbind.forms.packed import packed
+from kvbind.forms.pending import PendingState, read
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
-from kvbind.forms.waiting import Waiting, read
 from kvbind.inner.gates import GATES, Gate
-from kvbind.inner.networks import DepthwiseConv, SwiGLU
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
-from kvbind.kernels.gated_output import add_gated, gated_output
-from kvbind.layers.full import InnerCall, check_built
-from kvbind.layers.kept_keys import KeptKeys, keep_keys
+from kvbind.kernels.elementwise.gated_output import add_gated, gated_output
+from kvbind.layers.fast_matrices import LowRankMatrix, inverse_softplus, lact_parameter, with_released_parameters
+from kvbind.layers.fitting import check_built, check_fits_causal_layer, check_rates_built
+from kvbind.layers.inner_call import InnerCall, check_state, run_rows
 from kvbind.layers.layout import Layout
-from kvbind.layers.norm import RMSNorm
+from kvbind.layers.norm import NORM_EPS, RMSNorm
 from kvbind.layers.operands import Paths, make_operands, split_heads
-from kvbind.layers.plain import is_a_product, is_plain
+from kvbind.layers.plain_modules import is_a_product, is_plain
 from kvbind.layers.rotary import Tables, rotary_tables
-from kvbind.layers.slots import Slots, Step
+from kvbind.layers.slots import DecodeStep, Slots
+from kvbind.layers.token_writer import TokenWriter
 from kvbind.layers.window_attention import halo_of, window_attention
-from kvbind.layers.writing import Writing
-from kvbind.sequence.boundaries import Boundaries
+from kvbind.layers.window_cache import WindowCache, window_cache_after
 from kvbind.sequence.exchanges import Exchanges
-
-NORM_EPS = 1e-5
-"""Of the norms inside the layer: queries, keys, output, and the L2 norm of fast queries and keys."""
-
-PARAMETER_NAMES = {"gate": "w0", "out": "w1", "up": "w2"}
-"""The released names of a SwiGLU's matrices, which every other network's matrices of that role share."""
-
-
-def parameter_name(matrix: str) -> str:
-    """The parameter that holds a fast matrix: `w0`, `w1`, `w2` for gate, out and up; "in.0" is `w_in_0`."""
-    return PARAMETER_NAMES.get(matrix, "w_" + matrix.replace(".", "_"))
-
-
-def with_released_parameters(inner: InnerLoop) -> InnerLoop:
-    """The inner loop whose parameters a released checkpoint of `inner` holds: those of the full system."""
-    return inner.replace(network=SwiGLU(), update="all", token_lr=True)
-
-
-class LowRankMatrix(nn.Module):
-    """A fast matrix per head, `left @ right + I / 2`, stored `[heads, out, in]` like the full-rank ones.
-
-    Args:
-        heads: number of heads.
-        outputs: out.
-        inputs: in.
-        rank: inner width of the product.
-        gain: factor on the standard deviations at the start, `1 / sqrt(rank)` and `1 / sqrt(in)`.
-    """
-
-    def __init__(self, heads: int, outputs: int, inputs: int, rank: int, gain: float) -> None:
-        super().__init__()
-        self.gain = gain
-        self.w_left = nn.Parameter(torch.empty(heads, outputs, rank))
-        self.w_right = nn.Parameter(torch.empty(heads, rank, inputs))
-
-    def reset_parameters(self) -> None:
-        """Draw both factors anew."""
-        nn.init.normal_(self.w_left, std=self.gain / math.sqrt(self.w_left.shape[-1]))
-        nn.init.normal_(self.w_right, std=self.gain / math.sqrt(self.w_right.shape[-1]))
-
-    def forward(self) -> Tensor:
-        """The matrices `[heads, out, in]`."""
-        left, right = self.w_left, self.w_right
-        eye = torch.eye(left.shape[-2], right.shape[-1], dtype=left.dtype, device=left.device)
-        return torch.baddbmm(eye.expand(len(left), -1, -1), left, right, beta=0.5)
 
 
 @dataclass(frozen=True)
@@ -89,55 +43,57 @@ class LactState:
     A pytree of the fast weights with their pending chunk, all of whose tokens are in their places, and the keys and values.
 
     Attributes:
-        waiting: fast weights and pending chunk, of which the latest tokens may not be in their places yet.
-        kept: the last `window - 1` keys and values.
+        pending: fast weights and pending chunk, of which the latest tokens may not be in their places yet.
+        cache: the last `window - 1` keys and values.
         seen: how many tokens each sequence has had.
     """
 
-    waiting: Waiting
-    kept: KeptKeys
+    pending: PendingState
+    cache: WindowCache
     seen: tuple[int, ...]
 
     @property
     def fast(self) -> State:
         """Fast weights and pending chunk, as `kvbind.ttt` returns them."""
-        return self.waiting.settled()
+        return self.pending.settled()
 
     def tensors(self) -> list[Tensor]:
         """All that it holds, in their places."""
-        return [*self.fast.tensors.values(), self.kept.keys, self.kept.values]
+        return [*self.fast.tensors.values(), self.cache.keys, self.cache.values]
 
     def select(self, index: Tensor) -> LactState:
         """The sequences at `index` (int64 `[n]`), in that order, as often as they are named."""
-        rows, where = index.tolist(), index.to(self.kept.keys.device)
-        return LactState(Waiting.of(self.fast[index]), self.kept.select(rows, where), tuple(self.seen[i] for i in rows))
+        rows, where = index.tolist(), index.to(self.cache.keys.device)
+        return LactState(
+            PendingState.of(self.fast[index]), self.cache.select(rows, where), tuple(self.seen[i] for i in rows)
+        )
 
 
 pytree.register_pytree_node(
     LactState,
-    lambda state: ([state.fast, state.kept], state.seen),
+    lambda state: ([state.fast, state.cache], state.seen),
     lambda parts, seen: _state_of(parts, seen),
     serialized_type_name="kvbind.LactState",
 )
 
 
 def _state_of(parts: Iterable[Any], seen: tuple[int, ...]) -> LactState:
-    fast, kept = parts
-    return LactState(Waiting.of(fast), kept, seen)
+    fast, cache = parts
+    return LactState(PendingState.of(fast), cache, seen)
 
 
 class LactLayer(nn.Module):
-    """Window attention plus fast weights on one set of queries, keys and values (MATH section 5; arXiv 2505.23884).
+    """Window attention plus fast weights on one set of queries, keys and values (specification, section 5; 2505.23884).
 
     `q, k, v = qkv(x)`. Attention takes them with rotary positions. The fast weights take q and k with a scale and offset
     per channel, silu, L2 norm per fast head and rotary positions, and v with silu; their output is RMS-normed per head,
     times `silu(ttt_scale_proj(x))`, and joins the attention's before `o_proj`. Rates, gates and scale read `x`, which the
     block has normalized.
 
-    Parameters have the released names and layouts (MATH section 6), so that released checkpoints load. What an inner
-    loop has no use for is not built: `lr_proj` needs `inner.token_lr`, and `G_proj` a gate G among `inner.gates`. In
-    place of a `G_proj` any module may stand that makes a gate `[B, T, heads]` of `x`: one that is fixed, or has
-    parameters of its own.
+    Parameters have the released names and layouts (specification, section 6), so that released checkpoints load. What an
+    inner loop has no use for is not built: `lr_proj` needs `inner.token_lr`, and `G_proj` a gate G among `inner.gates`. In
+    place of a `G_proj` any module may stand that makes a gate `[B, T, heads]` of `x`: one that is fixed, or has parameters
+    of its own.
 
     Args:
         hidden_size: width d of the residual stream.
@@ -207,8 +163,6 @@ class LactLayer(nn.Module):
                 f"num_attn_heads must leave an even head width for rotary positions; got {num_attn_heads} heads of "
                 f"{hidden_size // num_attn_heads} channels"
             )
-        if base_lr <= 0:
-            raise ValueError(f"base_lr must be above 0; got {base_lr}")
         check_choice("form", form, FORMS)
         check_fits_lact_layer(inner)
 
@@ -217,7 +171,7 @@ class LactLayer(nn.Module):
         self.head_width, self.fast_width = hidden_size // num_attn_heads, hidden_size // num_lact_heads
         self.silu_v, self.rope_theta = silu_v, rope_theta
         self.paths = Paths(num_attn_heads, num_lact_heads, NORM_EPS, silu_qk, rotary)
-        self.base_lr_inverse = base_lr + math.log(-math.expm1(-base_lr))
+        self.base_lr_inverse = inverse_softplus(base_lr)
         self.low_rank = low_rank
 
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
@@ -237,10 +191,10 @@ class LactLayer(nn.Module):
         for matrix, (inputs, outputs) in self._built_shapes.items():
             self._build_matrix(matrix, inputs, outputs, init_gain)
         for vector, shape in self._built_vectors.items():
-            self.register_parameter(parameter_name(vector), nn.Parameter(torch.empty(num_lact_heads, *shape)))
+            self.register_parameter(lact_parameter(vector), nn.Parameter(torch.empty(num_lact_heads, *shape)))
         # the released order: gate, out, up; vectors take the rates of their matrices
         learned = [name for name in built.updated if name in self._built_shapes]
-        self.rate_names = tuple(sorted(learned, key=parameter_name)) if built.token_lr else ()
+        self.rate_names = tuple(sorted(learned, key=lact_parameter)) if built.token_lr else ()
         self.lr_proj = nn.Linear(hidden_size, num_lact_heads * len(self.rate_names)) if built.token_lr else None
         for gate in GATES:
             setattr(self, f"{gate.name}_proj", self._gate(inner.gates[gate.name]) if gate.name in inner.gates else None)
@@ -258,7 +212,7 @@ class LactLayer(nn.Module):
         return network.vector_shapes(self.fast_width, self.fast_width, (self.hidden_width,) * network.hidden_layers)
 
     def _build_matrix(self, matrix: str, inputs: int, outputs: int, gain: float) -> None:
-        heads, name = self.num_lact_heads, parameter_name(matrix)
+        heads, name = self.num_lact_heads, lact_parameter(matrix)
         if self.low_rank and matrix in ("gate", "up"):
             setattr(self, name, LowRankMatrix(heads, outputs, inputs, self.low_rank, gain))
         else:
@@ -273,7 +227,7 @@ class LactLayer(nn.Module):
         nn.init.ones_(self.qk_scale)
         nn.init.zeros_(self.qk_offset)
         for matrix in self._built_shapes:
-            held = getattr(self, parameter_name(matrix))
+            held = getattr(self, lact_parameter(matrix))
             if isinstance(held, LowRankMatrix):
                 held.reset_parameters()
             else:
@@ -281,7 +235,7 @@ class LactLayer(nn.Module):
         head = self._built_head
         for vector in self._built_vectors:
             ones = vector == "gamma" and head is not None and not head.fast
-            nn.init.constant_(self.get_parameter(parameter_name(vector)), float(ones))
+            nn.init.constant_(self.get_parameter(lact_parameter(vector)), float(ones))
         for gate, module in self._gates().items():
             start = next(declared.start for declared in GATES if declared.name == gate)
             if start is not None and is_a_gate(module):
@@ -305,12 +259,7 @@ class LactLayer(nn.Module):
         for gate in inner.gates:
             if gate not in self._gates():
                 raise ValueError(f"inner has {gate}=True, but this layer was built without a {gate} gate")
-        missing = [name for name in inner.updated if name in inner.network.matrices and name not in self.rate_names]
-        if inner.token_lr and missing:
-            raise ValueError(
-                f"inner has token_lr=True and updates {missing[0]!r}, but this layer was built with learned rates for "
-                f"{', '.join(self.rate_names) or 'no matrix'}"
-            )
+        check_rates_built(inner, (name for name in inner.updated if name in inner.network.matrices), self.rate_names)
         self._inner = inner
 
     def start_weights(self) -> dict[str, Tensor]:
@@ -318,23 +267,25 @@ class LactLayer(nn.Module):
         weights = {}
         with without_autocast(self.qk_scale.device.type):
             for matrix in self._inner.network.matrices:
-                held = getattr(self, parameter_name(matrix))
+                held = getattr(self, lact_parameter(matrix))
                 weights[matrix] = (held() if isinstance(held, nn.Module) else held).mT
-        weights |= {vector: self.get_parameter(parameter_name(vector)) for vector in self._inner.network.vectors}
+        weights |= {vector: self.get_parameter(lact_parameter(vector)) for vector in self._inner.network.vectors}
         return weights
 
     @property
-    def writing(self) -> Writing:
+    def writing(self) -> TokenWriter:
         """How projections become what tokens write."""
         called = tuple(name for name, gate in self._gates().items() if not is_a_gate(gate))
         network, updated = self._inner.network, self._inner.updated
         followers = tuple((name, network.rate_of(name)) for name in updated if name in network.vectors)
-        return Writing(self.num_lact_heads, self.rate_names, updated, self.base_lr_inverse, self.silu_v, called, followers)
+        return TokenWriter(
+            self.num_lact_heads, self.rate_names, updated, self.base_lr_inverse, self.silu_v, called, followers
+        )
 
     def _logits(self, x: Tensor) -> dict[str, Tensor]:
         """What the inner loop's rates ("lr") and gates, and the output's scale ("scale"), are made of: `[B, T, n]` each.
 
-        Gates that are no plain linear layer and sigmoid come as they are (`Writing.called`).
+        Gates that are no plain linear layer and sigmoid come as they are (`TokenWriter.called`).
         """
         layers: dict[str, nn.Module] = {}
         if self._inner.token_lr and self.lr_proj is not None:
@@ -398,59 +349,51 @@ class LactLayer(nn.Module):
             ValueError: a state together with packed sequences or a slice of a row, or of another batch or inner loop.
             TypeError: a state of another kind of layer.
         """
-        if state is not None and not isinstance(state, LactState):
-            raise TypeError(f"state must be a LactState, as this layer returns it; got {type(state).__name__}")
         batch, length, _ = x.shape
-        seen = () if state is None else state.seen
-        if state is not None and len(seen) != batch:
-            raise ValueError(f"state must be of {batch} sequences, as x has; got {len(seen)}")
+        seen = check_state(x, layout, state, LactState, return_state)
         if layout is None:
             layout = Layout.rows(length, x.device, seen)
-        if layout.cu_seqlens is not None and (state is not None or return_state):
-            raise ValueError("cu_seqlens must be None where a state is given or wanted: a packed row has no one state")
-        if layout.sequence is not None and (state is not None or return_state):
-            raise ValueError("a row that is cut over ranks has no state to go on from or to return")
         if tables is None:
             tables = rotary_tables(layout.positions, self.head_width, self.rope_theta)
 
         q, k, v = self._project(x)
         q, k, fast_q, fast_k = make_operands(q, k, v, self.qk_scale, self.qk_offset, tables, self.paths)
         written, v = v, split_heads(v, self.num_attn_heads)
-        kept, seen_k, seen_v = None if state is None else state.kept, k, v
-        if kept is not None:
-            seen_k, seen_v = kept.extend(k, v)
+        cache, seen_k, seen_v = None if state is None else state.cache, k, v
+        if cache is not None:
+            seen_k, seen_v = cache.extend(k, v)
         if layout.sequence is not None and layout.sequence.connected:
             exchanges = Exchanges(layout.sequence, (q, k, v, fast_k))
             wanted = layout.sequence.reaching(halo_of(self.window_size))
             seen_k, seen_v = exchanges.extended((k, v), wanted, axis=1)
             # backward, what the fast weights exchange comes first on every rank
             fast_k = exchanges.tie(fast_k)
-        ahead, held = seen_k.shape[1] - length, None if kept is None else kept.held
+        ahead, held = seen_k.shape[1] - length, None if cache is None else cache.held
         mixed = window_attention(
             q, seen_k, seen_v, self.window_size, cu_seqlens=layout.cu_seqlens, ahead=ahead, held=held
         ).flatten(2)
 
         made = self._logits(x)
         scale = made.pop("scale", None)
-        fast, waiting = self._fast_weights(fast_q, {"k": fast_k, "v": written, **made}, layout, state, return_state)
+        fast, pending = self._fast_weights(fast_q, {"k": fast_k, "v": written, **made}, layout, state, return_state)
         output = self.o_proj(self._join(fast, scale, mixed))
 
-        if waiting is None:
+        if pending is None:
             return output, None
-        after = keep_keys(kept, seen_k, seen_v, self.window_size, length, layout.lengths)
-        return output, LactState(waiting, after, layout.after(seen or (0,) * batch, length))
+        after = window_cache_after(cache, seen_k, seen_v, self.window_size, length, layout.lengths)
+        return output, LactState(pending, after, layout.after(seen or (0,) * batch, length))
 
     def slots(self, state: LactState) -> Slots:
         """Room for rows like those of a state, for `step`; nothing in it yet."""
-        settled, kept = state.fast, state.kept
+        settled, cache = state.fast, state.cache
         held = {name: x for name, x in settled.tensors.items() if not name.startswith("pending.")}
         heads, widths = self.num_lact_heads, (self.fast_width, self.fast_width)
-        k, v = (kept.keys.new_empty(1, heads, 1, width) for width in widths)
+        k, v = (cache.keys.new_empty(1, heads, 1, width) for width in widths)
         wide = k.new_empty(1, heads, 1, dtype=torch.promote_types(k.dtype, torch.float32))
         like = Tokens(k, v, dict.fromkeys(self._inner.updated, wide), dict.fromkeys(self._inner.gates, wide))
-        return Slots(self._inner, self.window_size, held, kept, like)
+        return Slots(self._inner, self.window_size, held, cache, like)
 
-    def step(self, x: Tensor, tables: Tables, place: Step, slots: Slots) -> Tensor:
+    def step(self, x: Tensor, tables: Tables, place: DecodeStep, slots: Slots) -> Tensor:
         """Mix one more token of each row, and take it in where the rows are: `forward` without a shape that depends on them.
 
         A chunk that the token completes is left to `Slots.complete`.
@@ -490,45 +433,23 @@ class LactLayer(nn.Module):
 
     def _fast_weights(
         self, q: Tensor, made: dict[str, Tensor], layout: Layout, state: LactState | None, return_state: bool
-    ) -> tuple[Tensor, Waiting | None]:
-        """Run the inner loop: outputs `[B, T, H, D]`, and its state where that is wanted; `made` as `Writing` takes it."""
+    ) -> tuple[Tensor, PendingState | None]:
+        """Run the inner loop: outputs `[B, T, H, D]`, and its state where wanted; `made` as `TokenWriter` takes it."""
         inner, writing = self._inner, self.writing
         answer = None
         if state is not None and return_state and layout.lengths is None:
-            waiting = state.waiting
-            found = waiting.read(inner, q, made, writing) or waiting.complete(inner, q, made, writing)
+            pending = state.pending
+            found = pending.read(inner, q, made, writing) or pending.complete(inner, q, made, writing)
             if found is not None:
                 return found
-            answer = waiting.answer(inner, q, made["k"])
+            answer = pending.answer(inner, q, made["k"])
         before = None if state is None else state.fast
         weights, tokens = self.start_weights() if before is None else None, writing.tokens(made)
-        if isinstance(layout.cu_seqlens, Boundaries):
-            assert weights is not None
-            return packed(
-                inner, weights, q, tokens.k, tokens.v, layout.cu_seqlens, lr=tokens.rates, form=self.form, **tokens.gates
-            ), None
-        if layout.lengths is None or not return_state:
-            # padding sits behind a row's tokens, which do not see it; only what they leave behind would
-            shard = layout.sequence
-            documents = layout.cu_seqlens if shard is None else None
-            output, after = ttt(
-                inner, weights, q, tokens.k, tokens.v, lr=tokens.rates, **tokens.gates, state=before,
-                cu_seqlens=documents, form=self.form, sequence=shard,
-            )  # fmt: skip
-            return output if answer is None else answer, Waiting.of(after) if return_state else None
-
-        real = torch.arange(q.shape[1], device=q.device) < torch.tensor(layout.lengths, device=q.device)[:, None]
-        bounds = [0]
-        for length in layout.lengths:
-            bounds.append(bounds[-1] + length)
-        tokens = tokens.map(lambda x: x[real][None])
-        joined, after = ttt(
-            inner, weights, q[real][None], tokens.k, tokens.v, lr=tokens.rates, **tokens.gates, state=before,
-            cu_seqlens=bounds, form=self.form, sequence=None,
+        output, after = run_rows(
+            inner, weights, q, tokens.k, tokens.v, tokens.rates, tokens.gates, layout, form=self.form, state=before,
+            return_state=return_state,
         )  # fmt: skip
-        output = joined.new_zeros(*q.shape[:2], *joined.shape[2:])
-        output[real] = joined[0]
-        return output, Waiting.of(after)
+        return output if answer is None else answer, None if after is None else PendingState.of(after)
 
     def extra_repr(self) -> str:
         """What `print` shows beside the modules."""
@@ -547,24 +468,6 @@ def side_by_side(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, ...]:
 def is_a_gate(gate: nn.Module) -> TypeGuard[nn.Sequential]:
     """Whether a gate is a layer and a sigmoid behind it, and no more, so that the layer alone may be called."""
     return is_plain(gate, nn.Sequential) and len(gate) == 2 and is_plain(gate[1], nn.Sigmoid)
-
-
-def check_fits_causal_layer(inner: InnerLoop) -> None:
-    """Refuse an inner loop that shows tokens their future, or whose network reads a grid.
-
-    Raises:
-        TypeError: no InnerLoop.
-        ValueError: visibility "full", "chunk" over more than one token, or a depthwise convolution.
-    """
-    if not isinstance(inner, InnerLoop):
-        raise TypeError(f"inner must be a kvbind.InnerLoop; got {type(inner).__name__}")
-    if isinstance(inner.network, DepthwiseConv):
-        raise ValueError("inner's network must read single tokens; DepthwiseConv reads a grid of them")
-    if inner.visibility == "full" or (inner.visibility == "chunk" and inner.chunk != 1):
-        raise ValueError(
-            f"inner's visibility must be 'past' or 'token' in a causal layer ('chunk' with chunk=1 alone); got "
-            f"{inner.visibility!r} with chunk={inner.chunk}, under which tokens see later ones"
-        )
 
 
 NOT_MADE = ("erase", "writes")

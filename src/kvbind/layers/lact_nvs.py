@@ -15,12 +15,13 @@ from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import lact_nvs
 from kvbind.inner.value import check_positive_int
-from kvbind.kernels.common import runs_on
-from kvbind.layers.full import InnerCall, check_built, check_sees_everything
-from kvbind.layers.lact import NORM_EPS, parameter_name, with_released_parameters
-from kvbind.layers.norm import RMSNorm
+from kvbind.kernels.common.devices import runs_on
+from kvbind.layers.fast_matrices import inverse_softplus, lact_parameter, with_released_parameters
+from kvbind.layers.fitting import check_built, check_rates_built, check_sees_everything
+from kvbind.layers.inner_call import InnerCall
+from kvbind.layers.norm import NORM_EPS, RMSNorm
 from kvbind.layers.operands import split_heads, unit, wide
-from kvbind.layers.plain import input_dtype, is_a_product
+from kvbind.layers.plain_modules import input_dtype, is_a_product
 
 INIT_GAIN = math.sqrt(2)
 """Of the starting fast weights, over the root of their fan-in."""
@@ -73,14 +74,13 @@ class LactNvsLayer(nn.Module):
         check_positive_int("head_dim", head_dim)
         if dim % head_dim:
             raise ValueError(f"head_dim must divide dim = {dim}; got {head_dim}")
-        if base_lr <= 0:
-            raise ValueError(f"base_lr must be above 0; got {base_lr}")
+        base_lr_inverse = inverse_softplus(base_lr)
         inner = lact_nvs() if inner is None else inner
         check_fits_views(inner)
 
         self.dim, self.head_dim, self.heads = dim, head_dim, dim // head_dim
         self.hidden_width = int(head_dim * inter_multi)
-        self.base_lr_inverse = base_lr + math.log(-math.expm1(-base_lr))
+        self.base_lr_inverse = base_lr_inverse
         self.to_qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.c_proj = nn.Linear(dim, dim, bias=bias)
         self.o_norm = RMSNorm(head_dim, eps=NORM_EPS)
@@ -88,9 +88,9 @@ class LactNvsLayer(nn.Module):
         self._built_shapes = self._shapes_for(built)
         check_built("inner", inner, self._shapes_for(inner), self._built_shapes)
         for matrix, shape in self._built_shapes.items():
-            self.register_parameter(parameter_name(matrix), nn.Parameter(torch.empty(self.heads, *shape)))
+            self.register_parameter(lact_parameter(matrix), nn.Parameter(torch.empty(self.heads, *shape)))
         # the released order: gate, out, up
-        self.rate_names = tuple(sorted(built.updated, key=parameter_name)) if built.token_lr else ()
+        self.rate_names = tuple(sorted(built.updated, key=lact_parameter)) if built.token_lr else ()
         self.lr_fc = nn.Linear(dim, self.heads * len(self.rate_names)) if built.token_lr else None
         self._inner = inner
         self.register_load_state_dict_pre_hook(_add_queries)
@@ -104,7 +104,7 @@ class LactNvsLayer(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the starting fast weights anew."""
         for matrix, shape in self._built_shapes.items():
-            nn.init.normal_(self.get_parameter(parameter_name(matrix)), std=INIT_GAIN / math.sqrt(shape[0]))
+            nn.init.normal_(self.get_parameter(lact_parameter(matrix)), std=INIT_GAIN / math.sqrt(shape[0]))
 
     @property
     def inner(self) -> InnerLoop:
@@ -115,17 +115,12 @@ class LactNvsLayer(nn.Module):
     def inner(self, inner: InnerLoop) -> None:
         check_fits_views(inner)
         check_built("inner", inner, self._shapes_for(inner), self._built_shapes)
-        missing = [name for name in inner.updated if name not in self.rate_names]
-        if inner.token_lr and missing:
-            raise ValueError(
-                f"inner has token_lr=True and updates {missing[0]!r}, but this layer was built with learned rates for "
-                f"{', '.join(self.rate_names) or 'no matrix'}"
-            )
+        check_rates_built(inner, inner.updated, self.rate_names)
         self._inner = inner
 
     def start_weights(self) -> dict[str, Tensor]:
         """The fast weights that every scene starts from, `[heads, in, out]` by matrix name."""
-        return {name: getattr(self, parameter_name(name)) for name in self._inner.network.matrices}
+        return {name: getattr(self, lact_parameter(name)) for name in self._inner.network.matrices}
 
     def rate_rows(self, matrix: str) -> range:
         """The rows of `lr_fc` that make the rates of a fast matrix, one for each head."""
@@ -183,7 +178,7 @@ def unit_operands(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
         Queries, keys and values `[B, T, H, d / H]`, in the projection's dtype.
     """
     if runs_on(qkv.device):
-        from kvbind.kernels.silu_unit import covers, silu_unit
+        from kvbind.kernels.elementwise.silu_unit import covers, silu_unit
 
         if covers(qkv, heads):
             return silu_unit(qkv, heads, NORM_EPS)

@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvbind.forms.autocast import autocasts
-from kvbind.kernels.common import runs_on
-from kvbind.layers.plain import WEIGHTS, is_plain
+from kvbind.kernels.common.devices import runs_on
+from kvbind.layers.plain_modules import WEIGHTS, is_plain
+
+NORM_EPS = 1e-5
+"""Of the norms inside LaCT's layers: queries, keys, output, and the L2 norm of fast queries and keys."""
 
 NARROWEST = 256
 """Channels from which a norm of another dtype than its weight's goes to a kernel."""
@@ -54,7 +57,7 @@ def residual_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, d
         dtype: of the norm.
     """
     if runs_on(x.device):
-        from kvbind.kernels.add_norm import add_norm, covers
+        from kvbind.kernels.elementwise.add_norm import add_norm, covers
 
         if covers(x, delta, weight):
             return add_norm(x, delta, weight, eps, dtype)
@@ -74,7 +77,7 @@ def add_layer_norm(x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> tuple
         The sum; and its norm, on a kernel under autocast in the dtype of the products that read it, else in `norm`'s own.
     """
     if runs_on(x.device) and _is_affine(norm, x.shape[-1]):
-        from kvbind.kernels.add_norm import add_norm, covers
+        from kvbind.kernels.elementwise.add_norm import add_norm, covers
 
         if covers(x, delta, norm.weight, norm.bias):
             dtype = narrowed(x.dtype, x.device.type)
@@ -94,7 +97,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
     """`x / rms(x) * weight` over the last axis, computed in the weight's dtype and returned in x's."""
     # a program for each row: narrow ones are faster in PyTorch
     if eps is not None and x.dtype != weight.dtype and x.shape[-1] >= NARROWEST and runs_on(x.device):
-        from kvbind.kernels.add_norm import add_norm, covers
+        from kvbind.kernels.elementwise.add_norm import add_norm, covers
 
         if covers(x, None, weight):
             return add_norm(x, None, weight, eps, x.dtype)[1]

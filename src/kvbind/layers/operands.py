@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbind.kernels import direct
-from kvbind.kernels.common import runs_on
+from kvbind.kernels.common.devices import runs_on
+from kvbind.kernels.launching import dispatcher
 from kvbind.layers.rotary import Tables, rotate
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -52,10 +52,10 @@ def make_operands(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, offset: Tensor
     """
     p = paths
     if runs_on(q.device):
-        from kvbind.kernels.layer_operands import covers, layer_operands
+        from kvbind.kernels.elementwise.layer_operands import covers, layer_operands
 
         if covers(q, k, v, tables[0], p.attention_heads, p.fast_heads):
-            on_kernel: Operands = direct.call(
+            on_kernel: Operands = dispatcher.call(
                 layer_operands, q, k, scale, offset, *tables, p.attention_heads, p.fast_heads, p.eps, p.silu, p.rotary
             )
             return on_kernel

@@ -6,7 +6,8 @@ here each row has its place, and a token changes what lies there:
 - keys and values of the window lie in a ring: that of the token at position p at p modulo the window, over the one that has
   just left it. Nothing moves when a token comes.
 - a chunk's tokens lie at their place in the chunk, as many as it has: also the last, which `LactState` never holds.
-- where a row stands is a number on the device (`Step`); no shape, and nothing the host decides, depends on it. A chunk's
+- where a row stands is a number on the device (`DecodeStep`); no shape, and nothing the host decides, depends on it. A
+chunk's
   update is work of its own (`Slots.complete`), for rows that the host, which can count, knows to be due.
 """
 
@@ -18,18 +19,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvbind.forms.pending import PendingState, changed, completed
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
-from kvbind.forms.waiting import Waiting, changed, completed
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels.common import runs_on
-from kvbind.kernels.direct import is_eager
-from kvbind.layers.kept_keys import KeptKeys
+from kvbind.kernels.common.devices import runs_on
+from kvbind.kernels.common.tracing import is_eager
 from kvbind.layers.softmax import softmax_attention
+from kvbind.layers.window_cache import WindowCache
 
 
 @dataclass(frozen=True)
-class Step:
+class DecodeStep:
     """Where the token that each row is about to have goes; made on the device, once for all layers.
 
     Attributes:
@@ -47,12 +48,12 @@ class Step:
     count: Tensor
 
     @staticmethod
-    def of(seen: Tensor, window: int, chunk: int) -> Step:
+    def of(seen: Tensor, window: int, chunk: int) -> DecodeStep:
         """The places of tokens behind `seen` others, int64 `[B]`."""
         positions = seen[:, None]
         count = (seen + 1).clamp(max=window)
         first = (seen + 1 - count).remainder(window)
-        return Step(positions, positions.remainder(window), positions.remainder(chunk), first.int(), count.int())
+        return DecodeStep(positions, positions.remainder(window), positions.remainder(chunk), first.int(), count.int())
 
 
 class Slots:
@@ -62,15 +63,15 @@ class Slots:
         spec: the inner loop.
         window: how many tokens a token sees, itself among them.
         fast: by dotted name, tensors like those of a `State` that are no pending tokens; `[B, ...]`.
-        kept: keys and values like those of the rows, `[B, S, H, D]`.
+        cache: keys and values like those of the rows, `[B, S, H, D]`.
         tokens: tokens like those that write, `[B, H, T, ...]`.
     """
 
-    def __init__(self, spec: InnerLoop, window: int, fast: Mapping[str, Tensor], kept: KeptKeys, tokens: Tokens) -> None:
+    def __init__(self, spec: InnerLoop, window: int, fast: Mapping[str, Tensor], cache: WindowCache, tokens: Tokens) -> None:
         assert spec.chunk is not None
         self.spec, self.window, self.chunk = spec, window, spec.chunk
-        batch, _, heads, width = kept.keys.shape
-        self.keys = kept.keys.new_zeros(batch, heads, window, width)
+        batch, _, heads, width = cache.keys.shape
+        self.keys = cache.keys.new_zeros(batch, heads, window, width)
         self.values = torch.zeros_like(self.keys)
         self.fast = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in fast.items()}
         self.pending = {
@@ -78,12 +79,12 @@ class Slots:
         }
         self.weights = {name.removeprefix("weights."): x for name, x in self.fast.items() if name.startswith("weights.")}
 
-    def load(self, state: State, kept: KeptKeys, seen: Sequence[int]) -> None:
+    def load(self, state: State, cache: WindowCache, seen: Sequence[int]) -> None:
         """Put rows here.
 
         Args:
             state: their fast weights and pending tokens.
-            kept: the last keys and values that they had.
+            cache: the last keys and values that they had.
             seen: how many tokens each has had.
         """
         for name, x in self.fast.items():
@@ -91,17 +92,17 @@ class Slots:
         for name, x in self.pending.items():
             if state.has_room:
                 x[:, :, : self.chunk - 1].copy_(state.tensors[f"pending.{name}"])
-        room = kept.keys.shape[1]
+        room = cache.keys.shape[1]
         if room:
             after, places = torch.tensor(seen, device=self.keys.device)[:, None], self._places()
             age = (after - 1 - places).remainder(self.window)
             there = (age < room) & (age < after)
             where = (room - 1 - age).clamp(min=0)[:, None, :, None]
-            for ring, x in ((self.keys, kept.keys), (self.values, kept.values)):
+            for ring, x in ((self.keys, cache.keys), (self.values, cache.values)):
                 found = x.transpose(1, 2).take_along_dim(where, dim=2)
                 ring.copy_(found.masked_fill_(~there[:, None, :, None], 0))
 
-    def state(self, seen: Sequence[int]) -> tuple[Waiting, KeptKeys]:
+    def state(self, seen: Sequence[int]) -> tuple[PendingState, WindowCache]:
         """What rows that have had `seen` tokens left, in tensors of their own."""
         lengths = tuple(n % self.chunk for n in seen)
         tensors = {name: x.clone() for name, x in self.fast.items()}
@@ -120,21 +121,21 @@ class Slots:
             found = ring.take_along_dim(where, dim=2).transpose(1, 2).contiguous()
             return found.masked_fill_(~there, 0)
 
-        kept = KeptKeys(latest(self.keys), latest(self.values), tuple(min(n, room) for n in seen))
-        return Waiting.of(State(self.spec, tensors, lengths)), kept
+        cache = WindowCache(latest(self.keys), latest(self.values), tuple(min(n, room) for n in seen))
+        return PendingState.of(State(self.spec, tensors, lengths)), cache
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Have at rows `target` (int64 `[n]`) what rows `source` hold now."""
         for x in (self.keys, self.values, *self.fast.values(), *self.pending.values()):
             x.index_copy_(0, target, x.index_select(0, source))
 
-    def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, step: DecodeStep, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Take one token's key and value into the ring, and attend to what it sees; all `[B, 1, H, D]`."""
         slot = step.slot[:, None, :, None].expand(-1, self.keys.shape[1], 1, self.keys.shape[3])
         self.keys.scatter_(2, slot, k.transpose(1, 2))
         self.values.scatter_(2, slot, v.transpose(1, 2))
         if runs_on(q.device) and is_eager():
-            from kvbind.kernels.decode_attention import covers, decode_attention
+            from kvbind.kernels.elementwise.decode_attention import covers, decode_attention
 
             if covers(q[:, 0], self.keys, self.values):
                 return decode_attention(q[:, 0], self.keys, self.values, step.first, step.count)[:, None]
@@ -142,7 +143,7 @@ class Slots:
         seen = (age < step.count[:, None])[:, None, None, :]
         return softmax_attention(q.transpose(1, 2), self.keys, self.values, seen).transpose(1, 2)
 
-    def put(self, step: Step, tokens: Tokens) -> None:
+    def put(self, step: DecodeStep, tokens: Tokens) -> None:
         """Take in one token of each row as a writer, `[B, H, 1, ...]`."""
         for name, x in tokens.spread().tensors().items():
             place = step.place[:, None].reshape(-1, 1, 1, *(1,) * (x.dim() - 3)).expand(x.shape)

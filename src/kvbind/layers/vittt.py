@@ -12,8 +12,10 @@ from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import vittt
 from kvbind.inner.value import check_positive_int
-from kvbind.kernels.direct import is_exported
-from kvbind.layers.full import InnerCall, check_built, check_sees_everything
+from kvbind.kernels.common.tracing import is_exported
+from kvbind.layers.fast_matrices import vittt_parameter
+from kvbind.layers.fitting import check_built, check_sees_everything
+from kvbind.layers.inner_call import InnerCall
 from kvbind.layers.operands import split_heads, wide
 
 INIT_STD = 0.02
@@ -22,15 +24,7 @@ INIT_STD = 0.02
 LOSS_SCALE = 1 / 3
 """What the mean of the inner loss over tokens is multiplied by: `9^-1/2`, for the nine weights of a 3x3 kernel."""
 
-PARAMETER_NAMES = {"out": "w1", "gate": "w2"}
-"""The released names of a GLU's matrices, which every other network's matrices of that role share."""
-
 ROTARY_BASE = 10000.0
-
-
-def parameter_name(matrix: str) -> str:
-    """The parameter that holds a fast matrix: `w1` and `w2` for out and gate; "in.0" is `w_in_0`."""
-    return PARAMETER_NAMES.get(matrix, "w_" + matrix.replace(".", "_"))
 
 
 class VitttLayer(nn.Module):
@@ -88,7 +82,7 @@ class VitttLayer(nn.Module):
         self.qkv = nn.Linear(dim, 3 * (dim + width), bias=qkv_bias)
         self._built_shapes = self._shapes_for(inner)
         for matrix, shape in self._built_shapes.items():
-            self.register_parameter(parameter_name(matrix), nn.Parameter(torch.empty(1, heads, *shape)))
+            self.register_parameter(vittt_parameter(matrix), nn.Parameter(torch.empty(1, heads, *shape)))
         self.w3 = nn.Parameter(torch.empty(width, 1, 3, 3))
         self.proj = nn.Linear(dim + width, dim)
         self._inner, self._inner_conv = inner, inner_conv
@@ -111,7 +105,7 @@ class VitttLayer(nn.Module):
 
     def reset_parameters(self, std: float = INIT_STD) -> None:
         """Draw the starting fast weights anew, normal of standard deviation `std`."""
-        for name in (*map(parameter_name, self._built_shapes), "w3"):
+        for name in (*map(vittt_parameter, self._built_shapes), "w3"):
             nn.init.trunc_normal_(self.get_parameter(name), std=std)
 
     @property
@@ -138,7 +132,7 @@ class VitttLayer(nn.Module):
 
     def start_weights(self) -> dict[str, Tensor]:
         """The fast weights that the heads start from on every image, `[heads, in, out]` by matrix name."""
-        return {name: getattr(self, parameter_name(name))[0] for name in self._inner.network.matrices}
+        return {name: getattr(self, vittt_parameter(name))[0] for name in self._inner.network.matrices}
 
     def calls(self, x: Tensor, grid: tuple[int, int], rotary: Tensor | None = None) -> tuple[InnerCall, InnerCall]:
         """What each branch gives to `kvbind.ttt`, heads first: their `linearize()` shows what the layer attends to.

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from kvbind.forms.finite import known_finite, spoilt
-from kvbind.kernels.common import runs_on
-from kvbind.kernels.direct import is_eager, is_exported, is_transformed
+from kvbind.kernels.common.devices import runs_on
+from kvbind.kernels.common.tracing import is_eager, is_exported, is_transformed
 from kvbind.layers.layout import sequence_starts
 from kvbind.layers.softmax import softmax_attention
 from kvbind.sequence.boundaries import Boundaries
@@ -111,7 +111,7 @@ def _attention(
     if is_exported() and held is None and cu_seqlens is None:
         return _masked(q, k, v, window, ahead)
     if q.shape[2] == 1 and held is not None and not torch.is_grad_enabled() and runs_on(q.device) and is_eager():
-        from kvbind.kernels.decode_attention import covers, decode_attention
+        from kvbind.kernels.elementwise.decode_attention import covers, decode_attention
 
         if covers(q[:, :, 0], k, v):
             # numbers need not travel to the device where all are the same

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvbind.layers import lact, vittt
+from kvbind.layers.fast_matrices import lact_parameter, vittt_parameter
 from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.lact import LactLayer
 from kvbind.layers.lact_nvs import LactNvsLayer
 from kvbind.layers.vittt import VitttLayer
 
 PARAMETERS: dict[type[nn.Module], Callable[[str], str]] = {
-    LactLayer: lact.parameter_name,
-    LactNvsLayer: lact.parameter_name,
-    VitttLayer: vittt.parameter_name,
+    LactLayer: lact_parameter,
+    LactNvsLayer: lact_parameter,
+    VitttLayer: vittt_parameter,
     FastWeightLayer: lambda weight: "weights." + weight.replace(".", "_"),
 }
 """The layers of fast weights, and under which name each holds a fast weight."""

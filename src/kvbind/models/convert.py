@@ -15,7 +15,8 @@ from torch import Tensor
 from kvbind import files
 from kvbind.files import inside, read_pickled, read_tensors
 from kvbind.inner.value import check_choice
-from kvbind.models.families import Family, Fields, check_weights, configured, family_of, load_into
+from kvbind.models.families import Family, family_of
+from kvbind.models.loading import Fields, check_weights, configured, load_into
 from kvbind.models.saving import index_parts, without_bars
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pt", "model.pth", "checkpoint.pt", "checkpoint.pth")

@@ -2,7 +2,7 @@
 
 What is counted is the arithmetic that the definition needs, in matrix products and convolutions, two per multiply-add:
 every product once forward and, in the backward pass, once for the gradient of each of its factors. Fast weights count by
-`kvbind.forms.analysis.training_flops`, Newton-Schulz among them; window attention counts the pairs inside the window. What
+`kvbind.forms.costs.training_flops`, Newton-Schulz among them; window attention counts the pairs inside the window. What
 an implementation computes again (checkpointed blocks, logits, attention scores, features) is not counted, nor is what is
 elementwise. So recomputation lowers the utilization, and a faster form of the same inner loop raises it.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from kvbind.forms.analysis import Shapes, training_flops
+from kvbind.forms.costs import Shapes, training_flops
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_positive_int
 from kvbind.layers.convolution import ShortConvolution

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl
 
-from kvbind.kernels.direct import is_transformed
+from kvbind.kernels.common.tracing import is_transformed
 
 
 def check_recomputing() -> None:

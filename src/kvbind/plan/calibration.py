@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbind.files import blaming, read_json
-from kvbind.forms.analysis import parallel_obstacles
+from kvbind.forms.obstacles import parallel_obstacles
 from kvbind.hardware import ACCELERATORS, recognized
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import ladder

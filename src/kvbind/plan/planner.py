@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from kvbind.forms.analysis import parallel_obstacles
+from kvbind.forms.obstacles import parallel_obstacles
 from kvbind.hardware import Accelerator
 from kvbind.plan.calibration import Calibration
 from kvbind.plan.costs import Memory, Mesh, PlannedTraining, Seconds, StepTraffic, host_bytes, memory, seconds, traffic

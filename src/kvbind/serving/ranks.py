@@ -16,8 +16,8 @@ from vllm.distributed import (
 
 from kvbind.inner.gates import DECLARED
 from kvbind.layers.fast_weights import FastWeightLayer
+from kvbind.layers.gates import GateMaker
 from kvbind.layers.lact import LactLayer
-from kvbind.layers.makings import Maker
 from kvbind.layers.operands import Paths, wide
 
 
@@ -145,7 +145,7 @@ def divide_fast_weights(layer: FastWeightLayer) -> None:
     layer.widths = {name: width if name in shared else width // ranks for name, width in layer.widths.items()}
     layer.heads //= ranks
     for maker in layer.makers.values():
-        assert isinstance(maker, Maker)
+        assert isinstance(maker, GateMaker)
         maker.sizes = replace(maker.sizes, heads=layer.heads, first=rank * layer.heads)
     norm = layer.output_norm
     if isinstance(norm, nn.GroupNorm):

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from kvbind.forms.api import Form, ttt
+from kvbind.forms.pending import completed, read
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
-from kvbind.forms.waiting import completed, read
 from kvbind.inner.spec import InnerLoop
 from kvbind.serving.states import Pages, Pool, StateLayout
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kvbind.inner.value import check_choice
 from kvbind.models.carry import Carried, carry_over
-from kvbind.models.saving import CONFIG, open_exported, weight_files
+from kvbind.models.opening import open_exported
+from kvbind.models.saving import CONFIG, weight_files
 from kvbind.tasks.contents import content_hash
 from kvbind.train.config import config_hash
 

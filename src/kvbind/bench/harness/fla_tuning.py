@@ -15,7 +15,7 @@ def compiling_configurations() -> Iterator[None]:
     """
     from triton.runtime.autotuner import Autotuner
 
-    from kvbind.kernels.ahead import compiling_ahead
+    from kvbind.kernels.launching.warm_up import compiling_ahead
 
     before, met = Autotuner.run, set()
 

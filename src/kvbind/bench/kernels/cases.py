@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 
 from kvbind.bench.harness.operands import Size
-from kvbind.forms.analysis import parallel_obstacles
 from kvbind.forms.api import Form
+from kvbind.forms.obstacles import parallel_obstacles
 from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import RUNGS, lact_llm, ladder, linear_attention

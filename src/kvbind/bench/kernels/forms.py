@@ -11,8 +11,8 @@ import torch
 
 from kvbind.bench.harness.operands import DrawnOperands, Size
 from kvbind.bench.harness.timing import median_seconds, peak_bytes
-from kvbind.forms.analysis import parallel_obstacles
 from kvbind.forms.api import Form
+from kvbind.forms.obstacles import parallel_obstacles
 from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import RUNGS, lact_llm, ladder

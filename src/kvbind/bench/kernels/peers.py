@@ -32,7 +32,7 @@ from kvbind.bench.kernels.cases import PASSES
 from kvbind.bench.kernels.goals import SIZE, goal_of
 from kvbind.bench.kernels.measure import passes
 from kvbind.forms import fla
-from kvbind.forms.analysis import parallel_obstacles
+from kvbind.forms.obstacles import parallel_obstacles
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import lact_llm, ladder, named
 

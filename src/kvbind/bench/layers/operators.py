@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from kvbind.bench.harness.errors import Evaluation
 from kvbind.bench.harness.named_operands import Leaves
-from kvbind.kernels.gated_output import gated_output
-from kvbind.kernels.swiglu import swiglu
+from kvbind.kernels.elementwise.gated_output import gated_output
+from kvbind.kernels.elementwise.swiglu import swiglu
 from kvbind.layers.grid import add_convolution
-from kvbind.layers.lact import NORM_EPS
 from kvbind.layers.lact_nvs import unit_operands
-from kvbind.layers.norm import add_layer_norm, residual_norm
+from kvbind.layers.norm import NORM_EPS, add_layer_norm, residual_norm
 from kvbind.layers.operands import Paths, make_operands
 from kvbind.layers.rotary import rotary_tables
 from kvbind.models.lact.loss import linear_cross_entropy

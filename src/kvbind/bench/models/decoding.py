@@ -17,7 +17,7 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from kvbind.bench.harness.timing import now
 from kvbind.bench.training.steps import build
 from kvbind.inner.systems import PROJECTIONS, SYSTEMS, named
-from kvbind.kernels.graphs import capture
+from kvbind.kernels.launching.cuda_graphs import capture
 from kvbind.layers.attention import AttentionState
 from kvbind.models import LactCache, LactForCausalLM
 from kvbind.models.lact.cache import CACHE

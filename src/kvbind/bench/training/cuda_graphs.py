@@ -22,7 +22,7 @@ import torch
 from kvbind.bench.harness.record import OUT_OF_TIME, growing, provenance, save
 from kvbind.bench.harness.timing import now
 from kvbind.bench.training.cases import Random, TrainingCase, build, cases, configuration
-from kvbind.kernels import graphs as inner_graphs
+from kvbind.kernels.launching import cuda_graphs as inner_graphs
 from kvbind.precision import matmul_precision
 from kvbind.train import train
 from kvbind.train.metrics import read_metrics

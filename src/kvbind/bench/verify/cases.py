@@ -10,8 +10,8 @@ import torch
 from kvbind.bench.harness.operands import Size
 from kvbind.bench.layers.operators import LayerOperator, pieces
 from kvbind.forms import fla
-from kvbind.forms.analysis import parallel_obstacles
 from kvbind.forms.api import Form
+from kvbind.forms.obstacles import parallel_obstacles
 from kvbind.inner import systems
 from kvbind.inner.networks import MLP, Linear, SwiGLU
 from kvbind.inner.orthogonalize import NewtonSchulz

@@ -42,7 +42,7 @@ from kvbind.forms.validation import Operands, check_operands
 from kvbind.inner import systems
 from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels.common import interpreted
+from kvbind.kernels.common.devices import interpreted
 from kvbind.precision import matmul_precision
 
 DTYPES = ("float32", "bfloat16")

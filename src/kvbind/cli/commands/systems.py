@@ -11,7 +11,7 @@ def command() -> None:
     """List the named inner loops, by family: whether each has a parallel form, and what it is built of, in short."""
     from itertools import groupby
 
-    from kvbind.forms.analysis import parallel_obstacles
+    from kvbind.forms.obstacles import parallel_obstacles
     from kvbind.inner.systems import SYSTEMS, family
 
     screen = output.console()

@@ -13,7 +13,7 @@ from kvbind.experiments.training.run_folders import CONFIG, WEIGHTS, exported, o
 from kvbind.models.carry import layers_of
 from kvbind.models.lact import LactForCausalLM
 from kvbind.models.lact_nvs import LactNvs
-from kvbind.models.saving import open_exported
+from kvbind.models.opening import open_exported
 from kvbind.models.vittt import VitttForImageClassification
 from kvbind.tasks import open_task_module
 from kvbind.tasks.start import StartConfig

@@ -27,7 +27,7 @@ from kvbind.experiments.training.plans import RunsPlan, plan_configs
 from kvbind.experiments.training.runs import Run
 from kvbind.inner.systems import RUNGS, SYSTEMS
 from kvbind.inner.value import check_choice
-from kvbind.layers.lact import check_fits_causal_layer
+from kvbind.layers.fitting import check_fits_causal_layer
 from kvbind.models.lact.cache import CACHE
 from kvbind.tasks import recall
 from kvbind.train.config import read_config

@@ -33,7 +33,7 @@ def mixer_bytes(state: MixerState) -> int:
     """Likewise of one layer of the LaCT language model."""
     if isinstance(state, FastWeightState):
         return fast_bytes(state.fast) + sum(x.nbytes for x in state.tails.values())
-    kept = state.kept
+    kept = state.cache
     attention = (kept.keys.nbytes + kept.values.nbytes) * kept.held[0] // max(kept.keys.shape[1], 1)
     return attention + (0 if isinstance(state, AttentionState) else fast_bytes(state.fast))
 

@@ -107,4 +107,4 @@ PROJECTIONS: dict[str, Projections] = {
     # 2505.23735: powers of keys and queries with learned coefficients, here elementwise (the paper's are all monomials)
     "atlas": _MEMORY.replace(powers=2, step_rate=Sigmoid()),
 }
-"""By the names of `SYSTEMS`."""
+"""By the names of `kvbind.inner.systems.SYSTEMS`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kvbind.inner.networks import MLP, LayerNormHead, Linear
+from kvbind.inner.head import LayerNormHead
+from kvbind.inner.networks import MLP, Linear
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems.registry import Source, system
 

@@ -50,7 +50,7 @@ SOURCES: dict[str, tuple[Source, ...]] = {}
 
 
 def system(*sources: Source, **names: dict[str, Any]) -> Callable[[Make], Make]:
-    """Enter a function that returns an inner loop into `SYSTEMS`, under its own name.
+    """Enter a function that returns an inner loop into the table of named systems, under its own name.
 
     Args:
         sources: where it was published.

@@ -1,5 +1,10 @@
-"""The delta rule and its kin: `operator` calls the kernels of the other modules."""
+"""The delta rule and its kin: writes that read the state, and decays per head or per key channel, token by token.
 
-from kvbind.kernels.affine.operator import affine_chunks
+- Enter: queries, keys and erase keys `[B, T, H, Dk]`, values `[B, T, H, Dv]`, rates `[B, T, H]`, gates `[B, T, H]` or
+  `[B, T, H, Dk]`, the initial state float32 `[B, H, Dk, Dv]`, boundaries of packed sequences `[n + 1]`.
+- Leave: outputs `[B, T, H, Dv]` and final states `[B or n, H, Dk, Dv]`.
+- Reference implementation: `kvbind.forms.recurrent.recurrent`; `kvbind.forms.affine` is the same form in PyTorch.
 
-__all__ = ["affine_chunks"]
+`operator` calls the kernels in this order: `channels` where gates are per channel, `solve`, `prepare`, `states` (the one
+that goes through chunks in order), `outputs`; `backward` for the gradients. `tiles` is what they share.
+"""

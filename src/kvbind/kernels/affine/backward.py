@@ -12,7 +12,7 @@ with them rates and gates; queries and keys.
 
 Gates enter as products over spans of tokens. The gradient of one gate is a sum over the spans that hold it, of what the
 whole product is multiplied by times the product of the others: products before it and behind it, and nothing is divided by
-a gate (as in `kvbind.kernels.causal_gates`).
+a gate (as in `kvbind.kernels.causal.gate_gradients`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from kvbind.kernels.affine.tiles import (
     summed_logarithms,
     without_columns,
 )
-from kvbind.kernels.causal_segments import finite, read_rows, segment, without
-from kvbind.kernels.common import Launcher
+from kvbind.kernels.causal.segments import finite, read_rows, segment, without
+from kvbind.kernels.launching.launcher import Launcher
 
 
 @triton.jit(do_not_specialize=["tokens", "each"])

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 
 from kvbind.kernels.affine.tiles import marked_rows, rates_of
-from kvbind.kernels.causal_segments import SHUT, finite, read_rows, rows_wrong, segment, without
-from kvbind.kernels.common import Launcher
+from kvbind.kernels.causal.segments import SHUT, finite, read_rows, rows_wrong, segment, without
+from kvbind.kernels.launching.launcher import Launcher
 
 
 @triton.jit

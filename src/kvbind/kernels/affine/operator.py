@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from kvbind.inner.value import check_choice
-from kvbind.kernels import direct
 from kvbind.kernels.affine.backward import key_gradients, pair_gradients, state_gradients, value_gradients
 from kvbind.kernels.affine.channels import channel_gradients, scale
 from kvbind.kernels.affine.outputs import outputs
@@ -26,8 +25,10 @@ from kvbind.kernels.affine.prepare import prepare
 from kvbind.kernels.affine.solve import solve
 from kvbind.kernels.affine.states import states as run_states
 from kvbind.kernels.affine.tiles import cut
-from kvbind.kernels.causal_segments import Segments, product_precision, token_strides
-from kvbind.kernels.common import DTYPES, cdiv, last_contiguous, on_device_of, power_of_2
+from kvbind.kernels.causal.segments import Segments, product_precision, token_strides
+from kvbind.kernels.common.devices import on_device_of
+from kvbind.kernels.common.operands import DTYPES, cdiv, last_contiguous, power_of_2
+from kvbind.kernels.launching import dispatcher
 
 ORDERS = ("before", "after")
 CHUNKS = (16, 32, 64)
@@ -297,7 +298,7 @@ def _differentiate(ctx, d_out, d_final, *_):
     needs = ctx.needs_input_grad
     if d_out is None:
         d_out = torch.zeros_like(v)
-    dq, dk, dv, de, d_rates, d_gates, d_initial = direct.call(
+    dq, dk, dv, de, d_rates, d_gates, d_initial = dispatcher.call(
         _backward, d_out, None if d_final is None else d_final.contiguous(), q, k, v, erase, rates, gates, cu_seqlens,
         list(kept), *ctx.options, needs[6],
     )  # fmt: skip
@@ -362,7 +363,7 @@ def affine_chunks(
     def narrow(x: Tensor) -> Tensor:
         return last_contiguous(x.to(q.dtype))
 
-    found = direct.call(
+    found = dispatcher.call(
         _forward, narrow(q), narrow(k), narrow(v), None if erase is None else narrow(erase), plain(rate), plain(gate),
         plain(state), None if boundaries is None else boundaries.to(q.device), gate_acts == "before", residual, chunk,
     )  # fmt: skip

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from kvbind.kernels.affine.tiles import between, marked_rows, rates_of, seen_logarithms, summed_logarithms
-from kvbind.kernels.causal_segments import read_rows, segment, without
-from kvbind.kernels.common import Launcher
+from kvbind.kernels.causal.segments import read_rows, segment, without
+from kvbind.kernels.launching.launcher import Launcher
 
 
 @triton.jit(do_not_specialize=["tokens", "each"])

@@ -20,8 +20,8 @@ from kvbind.kernels.affine.tiles import (
     summed_logarithms,
     without_columns,
 )
-from kvbind.kernels.causal_segments import finite, read_rows, rows_wrong, segment, without
-from kvbind.kernels.common import Launcher
+from kvbind.kernels.causal.segments import finite, read_rows, rows_wrong, segment, without
+from kvbind.kernels.launching.launcher import Launcher
 
 
 @triton.jit(do_not_specialize=["tokens", "each"])

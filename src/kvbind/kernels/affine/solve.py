@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from kvbind.kernels.affine.tiles import between, gates_wrong, rates_of, seen_logarithms, summed_logarithms
-from kvbind.kernels.causal_segments import finite, read_rows, rows_wrong, segment
-from kvbind.kernels.common import Launcher
+from kvbind.kernels.causal.segments import finite, read_rows, rows_wrong, segment
+from kvbind.kernels.launching.launcher import Launcher
 
 
 @triton.jit

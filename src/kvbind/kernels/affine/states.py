@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvbind.kernels.causal_segments import initial_state, leave
-from kvbind.kernels.common import Launcher
+from kvbind.kernels.causal.segments import initial_state, store_state
+from kvbind.kernels.launching.launcher import Launcher
 
 
 @triton.jit
@@ -112,33 +112,33 @@ def _states_kernel(
         at, its_moves, its_writes = states + place * (DK * DV), moves, writes + place * (DK * DV)
         if DELTA:
             its_moves += place * (DK * DK)
-        leave(at, 0, h0, inner, columns, DK, DV)
+        store_state(at, 0, h0, inner, columns, DK, DV)
         s0 = _moved(its_moves, its_writes, k0, 0, s0, h0, h1, h2, h3, inner, columns, DK, DV, BK, NK, DELTA, REVERSE,
                     PRECISION)  # fmt: skip
         k0 = _kept(keeps, after, step + 1 < count, 0, inner, DK, REVERSE, CHANNEL)
         if NK > 1:
-            leave(at, 0, h1, BK + inner, columns, DK, DV)
+            store_state(at, 0, h1, BK + inner, columns, DK, DV)
             s1 = _moved(its_moves, its_writes, k1, BK, s1, h0, h1, h2, h3, inner, columns, DK, DV, BK, NK, DELTA, REVERSE,
                         PRECISION)  # fmt: skip
             k1 = _kept(keeps, after, step + 1 < count, BK, inner, DK, REVERSE, CHANNEL)
         if NK > 2:
-            leave(at, 0, h2, 2 * BK + inner, columns, DK, DV)
+            store_state(at, 0, h2, 2 * BK + inner, columns, DK, DV)
             s2 = _moved(its_moves, its_writes, k2, 2 * BK, s2, h0, h1, h2, h3, inner, columns, DK, DV, BK, NK, DELTA,
                         REVERSE, PRECISION)  # fmt: skip
             k2 = _kept(keeps, after, step + 1 < count, 2 * BK, inner, DK, REVERSE, CHANNEL)
         if NK > 3:
-            leave(at, 0, h3, 3 * BK + inner, columns, DK, DV)
+            store_state(at, 0, h3, 3 * BK + inner, columns, DK, DV)
             s3 = _moved(its_moves, its_writes, k3, 3 * BK, s3, h0, h1, h2, h3, inner, columns, DK, DV, BK, NK, DELTA,
                         REVERSE, PRECISION)  # fmt: skip
             k3 = _kept(keeps, after, step + 1 < count, 3 * BK, inner, DK, REVERSE, CHANNEL)
     if final is not None:
-        leave(final, base, s0, inner, columns, DK, DV)
+        store_state(final, base, s0, inner, columns, DK, DV)
         if NK > 1:
-            leave(final, base, s1, BK + inner, columns, DK, DV)
+            store_state(final, base, s1, BK + inner, columns, DK, DV)
         if NK > 2:
-            leave(final, base, s2, 2 * BK + inner, columns, DK, DV)
+            store_state(final, base, s2, 2 * BK + inner, columns, DK, DV)
         if NK > 3:
-            leave(final, base, s3, 3 * BK + inner, columns, DK, DV)
+            store_state(final, base, s3, 3 * BK + inner, columns, DK, DV)
 
 
 states = Launcher(_states_kernel)

@@ -1,7 +1,7 @@
 """What the kernels of this folder share: how sequences are cut into chunks, and what decays between their tokens.
 
 A chunk has C tokens. With `b_t` the product of its gates up to token t, the share of a write at token j that is left at t is
-`b_t / b_j`: two to the power of a difference of summed logarithms (`kvbind.kernels.causal_segments.logarithms`), and never a
+`b_t / b_j`: two to the power of a difference of summed logarithms (`kvbind.kernels.causal.segments.logarithms`), and never a
 quotient.
 """
 
@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbind.kernels.causal import segment_table
-from kvbind.kernels.causal_segments import Segments, logarithms
-from kvbind.kernels.common import cdiv
+from kvbind.kernels.causal.segments import Segments, logarithms, segment_table
+from kvbind.kernels.common.operands import cdiv
 
 
 def cut(x: Tensor, cu_seqlens: Tensor | None, chunk: int) -> Segments:

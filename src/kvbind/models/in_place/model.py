@@ -12,9 +12,9 @@ from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvbind.forms.validation import check_cu_seqlens
-from kvbind.kernels.direct import is_mapped
+from kvbind.kernels.common.tracing import is_mapped
+from kvbind.layers.chunk_plan import ChunkPlan, documents_of, plan_of
 from kvbind.layers.in_place import Call, InPlaceMLP
-from kvbind.layers.pending import Plan, documents_of, plan_of
 from kvbind.models.in_place.cache import InPlaceCache
 from kvbind.models.in_place.config import REFUSED, InPlaceConfig
 from kvbind.models.lact.cache import CACHE, CACHE_NAMES, given_cache
@@ -276,7 +276,7 @@ class InPlaceForCausalLM(FromFolder, PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None,
         cache: InPlaceCache | None,
         kwargs: dict[str, Any],
-    ) -> Plan:
+    ) -> ChunkPlan:
         """Where a call's tokens sit."""
         seen, columns = ((), 0) if cache is None else (cache.seen, cache.get_seq_length())
         if seen and len(seen) != shape[0]:

@@ -12,8 +12,8 @@ from kvbind.inner.projections import DEFAULTS, Projections
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import PROJECTIONS, lact_llm
 from kvbind.inner.value import check_bool, check_choice, check_positive, check_positive_int, nearest
-from kvbind.layers.fast_weights import fast_widths
 from kvbind.layers.lact import NOT_MADE
+from kvbind.layers.projection_fit import fast_widths
 from kvbind.models.ablations import (
     LANGUAGE_NAMES,
     check_all_used,

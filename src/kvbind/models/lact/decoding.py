@@ -4,7 +4,7 @@ A token of a decoding step is some thirty launches in every layer, which take th
 Here all of them are one replay: of the step function `token`, plain PyTorch and kernels on tensors that stay where they are
 (`kvbind.layers.slots`). Where a chunk of some rows ends, a second graph updates their fast weights: one for all rows, where
 all are due, and one for a single row that is replayed for each, where prompts had different lengths. Calls update by the
-same rule, layer by layer, with the same operators (`kvbind.forms.waiting`), so that tokens do not depend on who runs them.
+same rule, layer by layer, with the same operators (`kvbind.forms.pending`), so that tokens do not depend on who runs them.
 
 Who owns what:
 
@@ -34,14 +34,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kvbind.forms.autocast import autocasts
-from kvbind.kernels import graphs
-from kvbind.kernels.direct import is_eager
+from kvbind.kernels.common.tracing import is_eager
+from kvbind.kernels.launching import cuda_graphs
 from kvbind.layers.attention import WindowAttention
 from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.lact import LactLayer, LactState
-from kvbind.layers.plain import WEIGHTS
+from kvbind.layers.plain_modules import WEIGHTS
 from kvbind.layers.rotary import rotary_tables
-from kvbind.layers.slots import Slots, Step
+from kvbind.layers.slots import DecodeStep, Slots
 
 if TYPE_CHECKING:
     from kvbind.models.lact.cache import MixerState
@@ -68,7 +68,7 @@ def token(model: Any, ids: Tensor, seen: Tensor, layers: Sequence[Slots]) -> Ten
         Logits of what comes next, `[B, 1, vocab]`.
     """
     config, body = model.config, model.model
-    place = Step.of(seen, layers[0].window, layers[0].chunk)
+    place = DecodeStep.of(seen, layers[0].window, layers[0].chunk)
     tables = rotary_tables(place.positions, config.hidden_size // config.num_attn_heads, config.rope_theta)
     x = body.embeddings(ids)
     for block, slots in zip(body.layers, layers, strict=True):
@@ -120,7 +120,7 @@ class Rows:
                 assert isinstance(state, LactState)
                 if i == len(self.layers):
                     self.layers.append(block.attn.slots(state))
-                self.layers[i].load(state.fast, state.kept, self.seen)
+                self.layers[i].load(state.fast, state.cache, self.seen)
                 states[i] = state = None
         except Exception:
             for i, slots in enumerate(self.layers):
@@ -160,7 +160,7 @@ class Rows:
             assert self.logits is not None
             logits = self.logits
             # what the graph writes logits to is the graph's
-            self.graphs["token"] = graphs.capture(work, self.device, self.stream, self.pool)
+            self.graphs["token"] = cuda_graphs.capture(work, self.device, self.stream, self.pool)
         else:
             self.graphs["token"]()
             assert self.logits is not None
@@ -191,7 +191,7 @@ class Rows:
                 slots.complete(rows)
 
         try:
-            self.graphs[name] = graphs.capture(work, self.device, self.stream, self.pool)
+            self.graphs[name] = cuda_graphs.capture(work, self.device, self.stream, self.pool)
         except RuntimeError as error:
             log.info("chunks are not completed by a CUDA graph: %s", error)
             self.graphs[name] = work
@@ -262,19 +262,28 @@ def hooked(model: nn.Module) -> str | None:
     return None
 
 
+_kinds: list[type] = []
+"""The classes whose forwards a captured step stands for, as `stands_for` notes them."""
+
+
+def stands_for(causal_model: type, model: type, block: type) -> None:
+    """Say which classes a captured step computes as: a model that derives from one, with a forward of its own, is not."""
+    _kinds[:] = causal_model, model, block
+
+
 def obstacle(model: Any) -> str | None:
     """Why a model's steps cannot be captured; None where they may be."""
-    from kvbind.models.lact.model import LactBlock, LactForCausalLM, LactModel
+    causal_model, inner_model, block_kind = _kinds
 
     def derived(module: Any, kind: type) -> bool:
         return not isinstance(module, kind) or type(module).forward is not kind.forward  # type: ignore[attr-defined]
 
-    if derived(model, LactForCausalLM) or derived(model.model, LactModel):
+    if derived(model, causal_model) or derived(model.model, inner_model):
         return "the model has a forward of its own"
     for block in model.model.layers:
         if isinstance(block.attn, FastWeightLayer | WindowAttention):
             return f"layers are {type(block.attn).__name__}s, of which no graph is made"
-        if derived(block, LactBlock) or derived(block.attn, LactLayer):
+        if derived(block, block_kind) or derived(block.attn, LactLayer):
             return "a block has a forward of its own"
     found = hooked(model)
     if found is not None:
@@ -385,13 +394,13 @@ def fits(model: Any, states: Sequence[MixerState]) -> bool:
     for block, state in zip(model.model.layers, states, strict=True):
         if not isinstance(state, LactState):
             return False
-        layer, fast, keys = block.attn, state.waiting.state, state.kept.keys
+        layer, fast, keys = block.attn, state.pending.state, state.cache.keys
         chunk = layer.inner.chunk
         if not fast.spec.same_as(layer.inner) or keys.dtype != dtype or keys.device != model.device:
             return False
         if keys.shape[1] != layer.window_size - 1 or state.seen != states[0].seen:
             return False
-        pending = tuple(n + state.waiting.count for n in fast.pending_lengths)
+        pending = tuple(n + state.pending.count for n in fast.pending_lengths)
         if pending != tuple(n % chunk for n in state.seen) or (chunk > 1 and not fast.has_room):
             return False
         if any(x.dtype != fast.dtype for name, x in fast.tensors.items() if not name.startswith("pending.")):
@@ -424,7 +433,7 @@ def decode(
         attention_mask: as the model takes it.
         position_ids: likewise.
     """
-    if cache.refused is not None or not is_eager() or not graphs.switched_on():
+    if cache.refused is not None or not is_eager() or not cuda_graphs.switched_on():
         return None
     decoder = decoder_of(model)
     if torch.is_grad_enabled():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvbind.kernels.direct import is_exported, is_for_onnx, is_mapped
+from kvbind.kernels.common.tracing import is_exported, is_for_onnx, is_mapped
 from kvbind.layers.layout import Layout
 from kvbind.sequence.boundaries import Boundaries
 from kvbind.sequence.shard import current_shard

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kvbind.forms.autocast import without_autocast
-from kvbind.kernels.cross_entropy import cross_entropy_
-from kvbind.kernels.direct import is_transformed
+from kvbind.kernels.common.tracing import is_transformed
+from kvbind.kernels.elementwise.cross_entropy import cross_entropy_
 from kvbind.layers.norm import narrowed
 from kvbind.sequence.boundaries import Boundaries
 

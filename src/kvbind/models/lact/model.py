@@ -18,19 +18,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels.direct import is_exported
-from kvbind.kernels.swiglu import swiglu
+from kvbind.kernels.common.tracing import is_exported
+from kvbind.kernels.elementwise.swiglu import swiglu
 from kvbind.layers.attention import WindowAttention
 from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.lact import LactLayer
 from kvbind.layers.layout import Layout
 from kvbind.layers.norm import ResidualNorm, RMSNorm
-from kvbind.layers.plain import is_a_product
+from kvbind.layers.plain_modules import is_a_product
 from kvbind.layers.rotary import Tables, rotary_tables
-from kvbind.layers.slots import Slots, Step
+from kvbind.layers.slots import DecodeStep, Slots
 from kvbind.models.lact.cache import CACHE, CACHE_NAMES, LactCache, MixerState, given_cache
 from kvbind.models.lact.config import REFUSED, LactConfig
-from kvbind.models.lact.decoding import decode
+from kvbind.models.lact.decoding import decode, stands_for
 from kvbind.models.lact.inputs import Arrangement, arrange, check_padding_side, check_tokens
 from kvbind.models.lact.loss import IGNORE, cross_entropy, linear_cross_entropy, next_token_labels
 from kvbind.models.options import check_options, known_by_name
@@ -143,7 +143,7 @@ class LactBlock(GradientCheckpointingLayer):
         x, normed = self.mlp_norm(x, mixed)
         return x + self.mlp(normed), after
 
-    def step(self, x: Tensor, tables: Tables, place: Step, slots: Slots) -> Tensor:
+    def step(self, x: Tensor, tables: Tables, place: DecodeStep, slots: Slots) -> Tensor:
         """As `LactLayer.step`, on the residual stream `[B, 1, d]`."""
         assert isinstance(self.attn, LactLayer)
         x, normed = self.attn_norm(x)
@@ -529,3 +529,6 @@ def _collated_bounds(
         if name not in _COLLATED | _OF_GENERATION and value is not None:
             raise TypeError(f"LactForCausalLM.forward takes no argument {name!r}")
     return extra.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
+
+
+stands_for(LactForCausalLM, LactModel, LactBlock)

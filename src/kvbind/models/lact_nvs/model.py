@@ -18,17 +18,17 @@ from kvbind.files import inside, read_fields, read_tensors
 from kvbind.forms.state import State
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_positive_int
-from kvbind.kernels.direct import has_values
+from kvbind.kernels.common.tracing import has_values
 from kvbind.layers.attention import FullAttention
 from kvbind.layers.lact_nvs import LactNvsLayer
 from kvbind.layers.norm import RMSNorm, add_layer_norm
 from kvbind.layers.operands import split_heads
-from kvbind.layers.plain import input_dtype, matrix_of, own_weights
+from kvbind.layers.plain_modules import input_dtype, matrix_of, own_weights
 from kvbind.layers.softmax import softmax_attention
-from kvbind.models.families import configured, load_into
 from kvbind.models.lact_nvs.cameras import check_intrinsics, check_poses, ray_maps
 from kvbind.models.lact_nvs.config import LactNvsConfig
 from kvbind.models.lact_nvs.scene import Scene
+from kvbind.models.loading import configured, load_into
 from kvbind.models.recompute import check_recomputing
 
 INIT_STD = 0.02
@@ -69,7 +69,7 @@ class ImageAttention(nn.Module):
         return output.reshape(x.shape)
 
 
-class Mlp(nn.Module):
+class LactNvsMlp(nn.Module):
     """`c_proj(gelu(c_fc(x)))`, without biases.
 
     Args:
@@ -106,7 +106,7 @@ class LactNvsBlock(nn.Module):
                 dim, config.fast_head_dim, config.inner, inter_multi=config.inter_multi, base_lr=config.base_lr,
                 released_parameters=config.released_parameters,
             )  # fmt: skip
-        parts = (ImageAttention(dim, config.head_dim, config.qk_norm), fast, Mlp(dim, int(dim * config.mlp_ratio)))
+        parts = (ImageAttention(dim, config.head_dim, config.qk_norm), fast, LactNvsMlp(dim, int(dim * config.mlp_ratio)))
         self.module_list = nn.ModuleList(nn.ModuleDict({"ln": nn.LayerNorm(dim, bias=False), "f": part}) for part in parts)
 
     @property

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from kvbind.models.ablations import IMAGES as RELEASED_LOSSES
 from kvbind.models.vittt.config import VitttConfig, VitttForImageClassification
-from kvbind.models.vittt.model import HierarchicalVittt, Vittt
+from kvbind.models.vittt.hierarchical import HierarchicalVittt
+from kvbind.models.vittt.plain import Vittt
 from kvbind.models.vittt.processing import VitttImageProcessor
 from kvbind.models.vittt.released import INNER_LOOPS, SIZES, build, from_released_config
 from kvbind.models.vittt.zoo import register

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,7 +45,7 @@ class StochasticDepth(nn.Module):
         return f"{self.rate:.3g}"
 
 
-class Mlp(nn.Module):
+class VitttMlp(nn.Module):
     """`fc2(gelu(fc1(x)))`, with an optional depthwise 3x3 convolution on the hidden channels.
 
     Args:
@@ -111,7 +114,7 @@ class VitttBlock(nn.Module):
             else FullAttention(dim, dim // heads, bias=qkv_bias, qk_norm=False)
         )
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop_rate, mlp_convolution)
+        self.mlp = VitttMlp(dim, int(dim * mlp_ratio), drop_rate, mlp_convolution)
         self.drop_path = StochasticDepth(drop_path)
 
     def forward(self, x: Tensor, grid: Grid, rotary: Tensor | None = None) -> Tensor:
@@ -139,3 +142,25 @@ def init_weights(module: nn.Module, std: float = INIT_STD) -> None:
         module.reset_parameters(std)
     elif isinstance(module, nn.LayerNorm | nn.Conv2d | nn.BatchNorm1d | nn.BatchNorm2d):
         module.reset_parameters()
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Rates of stochastic depth that grow linearly from 0 at the first of `depth` blocks to `last`."""
+    rates: list[float] = torch.linspace(0, last, depth, device="cpu").tolist()
+    return rates
+
+
+def vittt_blocks(
+    rates: Iterable[float], dim: int, heads: int, inner: InnerLoop | None, inner_conv: InnerLoop | None, **options: Any
+) -> nn.ModuleList:
+    """Blocks of one width, one for each rate of stochastic depth.
+
+    Args:
+        rates: `drop_path` of each.
+        dim: as `VitttBlock` takes it.
+        heads: likewise.
+        inner: likewise.
+        inner_conv: likewise.
+        **options: the other arguments of `VitttBlock`.
+    """
+    return nn.ModuleList(VitttBlock(dim, heads, inner, inner_conv, drop_path=rate, **options) for rate in rates)

@@ -22,8 +22,10 @@ from kvbind.models.auto import WithImports
 from kvbind.models.options import NOT_FOR_US, Refusals, check_labels, check_options, inherited_fields, known_by_name
 from kvbind.models.saving import FromFolder
 from kvbind.models.vittt.blocks import init_weights
-from kvbind.models.vittt.model import HierarchicalVittt, ImageModel, Vittt
-from kvbind.models.vittt.released import read_released_config
+from kvbind.models.vittt.hierarchical import HierarchicalVittt
+from kvbind.models.vittt.image_model import ImageModel
+from kvbind.models.vittt.plain import Vittt
+from kvbind.models.vittt.released_fields import read_released_config
 
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 """What a classifier's labels may be, as transformers calls it."""

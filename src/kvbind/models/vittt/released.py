@@ -6,8 +6,11 @@ from typing import Any
 
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import nearest
-from kvbind.models.ablations import IMAGES, images_ablation
-from kvbind.models.vittt.model import HierarchicalVittt, ImageModel, Vittt
+from kvbind.models.ablations import IMAGES
+from kvbind.models.vittt.hierarchical import HierarchicalVittt
+from kvbind.models.vittt.image_model import ImageModel
+from kvbind.models.vittt.plain import Vittt
+from kvbind.models.vittt.released_fields import read_released_config
 
 _LINEAR, _CONV = IMAGES["only_w1_straight_qk"]
 
@@ -36,13 +39,6 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 """The published sizes: keyword arguments of `Vittt`, and under `h_` of `HierarchicalVittt` (arXiv 2512.01643)."""
 
-_COMMON = ("num_classes", "in_chans", "mlp_ratio", "qkv_bias", "drop_rate", "drop_path_rate")
-_PLAIN = ("embed_dim", "depth", "num_heads", "patch_size")
-_HIERARCHICAL = ("dim", "depths", "num_heads")
-_OTHER = ("img_size", "use_checkpoint", "ttt_loss_type")
-_PLAIN_DEFAULTS = {"embed_dim": 768, "depth": 12, "num_heads": 12, "patch_size": 16}
-_HIERARCHICAL_DEFAULTS = {"dim": (96, 192, 384, 768), "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
-
 
 def build(name: str, **fields: Any) -> ImageModel:
     """A model of a published size, with random weights.
@@ -60,23 +56,6 @@ def build(name: str, **fields: Any) -> ImageModel:
     return HierarchicalVittt(**arguments) if name.startswith("h_") else Vittt(**arguments)
 
 
-def read_released_config(fields: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
-    """Whether a released configuration is of the hierarchical model, and the model's arguments, without inner loops.
-
-    Raises:
-        ValueError: an unknown field.
-    """
-    hierarchical = "dim" in fields or "depths" in fields
-    known = (*(_HIERARCHICAL if hierarchical else _PLAIN), *_COMMON, *_OTHER)
-    for name in fields:
-        if name not in known:
-            raise ValueError(
-                f"fields of a released configuration must be among {', '.join(known)}; got {name!r}{nearest(name, known)}"
-            )
-    defaults = _HIERARCHICAL_DEFAULTS if hierarchical else _PLAIN_DEFAULTS
-    return hierarchical, {**defaults, **{name: value for name, value in fields.items() if name not in _OTHER}}
-
-
 def from_released_config(fields: dict[str, Any]) -> Vittt | HierarchicalVittt:
     """A model with random weights, built as a released configuration says; a released state dict loads into it by name.
 
@@ -90,9 +69,5 @@ def from_released_config(fields: dict[str, Any]) -> Vittt | HierarchicalVittt:
     Raises:
         ValueError: an unknown field or `ttt_loss_type`, or a field that does not fit.
     """
-    hierarchical, arguments = read_released_config(fields)
-    inner, inner_conv = images_ablation(fields.get("ttt_loss_type", "dot_product"))
-    model = HierarchicalVittt(**arguments) if hierarchical else Vittt(**arguments)
-    # after building, as released checkpoints hold every matrix, also those that their ablation does not use
-    model.inner, model.inner_conv = inner, inner_conv
-    return model
+    hierarchical, _ = read_released_config(fields)
+    return (HierarchicalVittt if hierarchical else Vittt).from_released_config(fields)

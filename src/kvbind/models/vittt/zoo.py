@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvbind.models.vittt.model import ImageModel
+from kvbind.models.vittt.image_model import ImageModel
 from kvbind.models.vittt.released import SIZES, build
 
 __all__ = ["default_cfgs", "register", "vittt_folder"]
@@ -73,7 +73,7 @@ def _features(model: ImageModel, layers: Any) -> Any:
 
 def _open(config: dict[str, Any], folder: str | Path, num_classes: int | None = None) -> ImageModel:
     """The model in a folder, `config` told of what its pictures are like; arguments as `vittt_folder` takes them."""
-    from kvbind.models.saving import open_exported
+    from kvbind.models.opening import open_exported
     from kvbind.models.vittt.config import VitttForImageClassification
     from kvbind.models.vittt.processing import VitttImageProcessor
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvbind.layers.grid import Grid
 from kvbind.layers.vittt import VitttLayer
-from kvbind.models.vittt.model import ImageModel
+from kvbind.models.vittt.image_model import ImageModel
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from kvbind.inner import InnerLoop
 from kvbind.inner.projections import Projections
 from kvbind.inner.systems import PROJECTIONS
 from kvbind.inner.value import LATER, check_choice, nearest
-from kvbind.layers.lact import check_fits_causal_layer
+from kvbind.layers.fitting import check_fits_causal_layer
 from kvbind.models.presets import PRESETS as SIZES
 from kvbind.tasks import inner_loops, preset_files
 from kvbind.tasks.inner_loops import edited

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvbind.models.saving import open_exported
+from kvbind.models.opening import open_exported
 from kvbind.tasks.language.config import (
     LEAST_LENGTH,
     LanguageConfig,

@@ -1,0 +1,46 @@
+"""Operands as kernels take them: their dtypes, their layout in memory, and the precision in which they are multiplied."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of operands that kernels take."""
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """`x` with the numbers of its last axis side by side, copied where they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@cache
+def zeros(device: torch.device, count: int) -> Tensor:
+    """float32 zeros that whoever asks shares; never written."""
+    return torch.zeros(count, device=device)
+
+
+def ready(x: Tensor) -> Tensor:
+    """A gradient as launches take it: contiguous, at an address that is a multiple of 16."""
+    return x if x.is_contiguous() and not x.data_ptr() % 16 else x.clone(memory_format=torch.contiguous_format)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Triton's `input_precision` for products of operands of `dtype`.
+
+    Narrow operands are exact in any mode; float32 is multiplied in float32 unless PyTorch is told to use TF32
+    (`torch.set_float32_matmul_precision`).
+    """
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def cdiv(a: int, b: int) -> int:
+    """`a / b`, rounded up; `triton.cdiv` is slower on the host than all else that a launch computes there."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is no less than `n`; `triton.next_power_of_2` takes the host 4 us."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,197 @@
+"""The gradient of the chunkwise parallel form of sequences of one length, of which `equal_chunks` is the form itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvbind.kernels.chunked.prefix_sums import blocks_of, bound_scan_backward
+from kvbind.kernels.common.operands import cdiv, ready, zeros
+from kvbind.kernels.equal_chunks import tma_products as products
+from kvbind.kernels.equal_chunks.tma_products import TokenRows
+from kvbind.kernels.launching.bound_kernel import BoundKernel
+from kvbind.kernels.newton_schulz.operator import newton_schulz_backward
+
+if TYPE_CHECKING:
+    from kvbind.kernels.equal_chunks.operator import LaunchPlan
+
+RUNS = 8
+"""Into how many parts the sum of a shared matrix's gradient over a sequence's tokens is cut."""
+
+
+class BackwardLaunches:
+    """The launches of the backward pass of a plan."""
+
+    def __init__(self, plan: LaunchPlan) -> None:
+        s, like = plan.shapes, plan.like
+        output = s.v.like(plan.value_width)
+        hiddens, keys = s.q.like(plan.hidden), s.k.like(plan.key_width)
+        reads = cdiv(plan.length, s.chunk)
+        self.to_states = products.write(s.q if s.theta is None else hiddens, output, s.chunk, reads, like)
+        # the partial sums of each state row's gradient: those of the chunk that read it
+        rows = []
+        for b in range(plan.batch):
+            for row in range(plan.states):
+                chunk = row - s.own
+                there = 0 <= chunk < reads
+                rows.append((b * reads + (chunk if there else 0), int(there)))
+        self.row_pieces = plan._table(rows)
+        self.from_output = products.product(
+            output, hiddens if s.theta else keys, s.chunk, plan.states, like, own=s.own, transposed=True
+        )
+        self.from_values = products.product(
+            s.v, hiddens if s.theta else keys, s.chunk, plan.complete, like, transposed=True,
+            rates=None if s.theta else s.rates, against=None if s.theta or s.rates is None else s.k,
+        )  # fmt: skip
+        self.to_values = products.product(
+            hiddens if s.theta else s.k, output, s.chunk, plan.complete, like, rates=None if s.theta else s.rates
+        )
+        if s.theta is not None:
+            theta = s.theta
+            self.query_features = products.features_backward(s.q, theta, like)
+            self.key_features = products.features_backward(s.k, theta, like, s.rates)
+            joined = s.q.like(theta.factors * plan.hidden)
+            # one set of matrices for all sequences is met as one long sequence
+            batch, length = (1, plan.batch * plan.length) if theta.sets == 1 else (plan.batch, plan.length)
+            flat = TokenRows((batch, length, *joined.shape[2:]), (length * joined.strides[1], *joined.strides[1:]))
+            keys_flat = TokenRows((batch, length, *keys.shape[2:]), (length * keys.strides[1], *keys.strides[1:]))
+            self.to_keys = products.product(flat, keys_flat, products.DEPTH * 4, 1, like, transposed=True)
+            run = cdiv(cdiv(plan.length, RUNS), products.DEPTH) * products.DEPTH
+            self.runs = cdiv(plan.length, run)
+            self.query_theta = products.write(s.q, joined, run, self.runs, like)
+            # tokens of an incomplete chunk have written nothing, whatever they hold
+            inside = plan.complete * s.chunk
+            self.key_theta = products.write(s.k.first(inside), joined.first(inside), run, self.runs, like)
+        moving: dict[str, Any] = {"momentum": s.momentum, "velocity": (0, 0), "decay": False}
+        shape = plan.batch, plan.heads, plan.size
+        if plan.staged:
+            self.states_scan = bound_scan_backward(
+                *shape, chunks=plan.chunks, sign=s.sign, stated=True, momentum=False, velocity=(0, 0), decay=s.decay
+            )
+            self.moving_scan = bound_scan_backward(*shape, chunks=plan.chunks, sign=s.sign, stated=False, **moving)
+        else:
+            self.states_scan = bound_scan_backward(
+                *shape, chunks=plan.chunks, sign=s.sign, stated=True, **(moving | {"decay": s.decay})
+            )
+
+    def run(
+        self,
+        plan: LaunchPlan,
+        stream: int,
+        d_output: Tensor,
+        d_end: Tensor | None,
+        d_end_velocity: Tensor | None,
+        inputs: Sequence[Any],
+        saved: Sequence[Any],
+    ) -> list[Any]:
+        """Gradients of q, k, v, rates, momentum and decay means, the start, and theta side by side."""
+        s, unused = plan.shapes, plan.like
+        q, k, v, rates, momentum, decay = inputs
+        cast, states, velocities, iterates, squares = saved
+        zero = unused if plan.no_velocity is None else plan.no_velocity
+        rate = unused if rates is None else rates
+        both = None if cast is None else torch.cat(cast.unbind(0), dim=-1)
+
+        d_theta: Any = None
+        if s.theta is None:
+            dq = plan.tokens(plan.key_width)
+            self.from_output(stream, d_output, states, dq, unused, unused, unused)
+            parts = torch.empty(self.to_states_shape(plan), device=plan.device)
+            self.to_states(stream, q, d_output, parts)
+        else:
+            dh, seen = plan.tokens(plan.hidden), plan.tokens(plan.hidden)
+            self.from_output(stream, d_output, states, dh, unused, unused, unused)
+            du = plan.tokens(s.theta.factors * plan.hidden)
+            self.query_features(stream, q, cast, dh, seen, du, unused, unused)
+            del dh
+            parts = torch.empty(self.to_states_shape(plan), device=plan.device)
+            self.to_states(stream, seen, d_output, parts)
+            del seen
+            dq = plan.tokens(plan.key_width)
+            self.to_keys(stream, du, both, dq, unused, unused, unused)
+            d_theta = self._theta(plan, stream, self.query_theta, q, du)
+            del du
+
+        d_state = plan.matrices(plan.batch)
+        nothing = zeros(plan.device, plan.batch * plan.heads * plan.size)
+        d_end = nothing if d_end is None else ready(d_end)
+        d_end_velocity = nothing if d_end_velocity is None else ready(d_end_velocity)
+        counts = (blocks_of(plan.size), plan.chunks, plan.heads)
+        d_momentum = torch.empty(counts, device=plan.device) if momentum is not None else None
+        d_decay = torch.empty(counts, device=plan.device) if decay is not None else None
+        d_velocity = plan.matrices(plan.batch) if momentum is not None else unused
+        m, r = unused if momentum is None else momentum, unused if decay is None else decay
+        held = unused if velocities is None else velocities
+        dm, dr = unused if d_momentum is None else d_momentum, unused if d_decay is None else d_decay
+        if plan.staged:
+            d_shaped = plan.matrices(plan.chunks)
+            self.states_scan(
+                stream, parts, self.row_pieces, m, r, zero, held, states, plan.sequences, d_end, d_end_velocity,
+                d_shaped, d_state, unused, unused, dr,
+            )  # fmt: skip
+            out_dtype = plan.dtype if momentum is None else torch.float32
+            d_writes = newton_schulz_backward(
+                (iterates, squares), d_shaped, s.coefficients, s.precision, out_dtype=out_dtype
+            )
+            if momentum is not None:
+                d_moved, d_writes = d_writes, plan.matrices(plan.chunks, plan.dtype)
+                self.moving_scan(
+                    stream, d_moved, self.row_pieces, m, r, zero, held, states, plan.sequences, d_end, d_end_velocity,
+                    d_writes, unused, d_velocity, dm, unused,
+                )  # fmt: skip
+        else:
+            d_writes = plan.matrices(plan.chunks, plan.dtype)
+            self.states_scan(
+                stream, parts, self.row_pieces, m, r, zero, held, states, plan.sequences, d_end, d_end_velocity,
+                d_writes, d_state, d_velocity, dm, dr,
+            )  # fmt: skip
+        del parts
+
+        d_rates: Tensor | None = None
+        dv = plan.tokens(plan.value_width)
+        if s.theta is None:
+            dk = plan.tokens(plan.key_width)
+            sums = unused if rates is None else self._sums(plan, plan.key_width, 128)
+            self.from_values(stream, v, d_writes, dk, k, rate, sums)
+            self.to_values(stream, k, d_writes, dv, unused, rate, unused)
+        else:
+            dh, written = plan.tokens(plan.hidden), plan.tokens(plan.hidden)
+            self.from_values(stream, v, d_writes, dh, unused, unused, unused)
+            du = plan.tokens(s.theta.factors * plan.hidden)
+            sums = unused if rates is None else self._sums(plan, plan.hidden, 64)
+            self.key_features(stream, k, cast, dh, written, du, rate, sums)
+            del dh
+            self.to_values(stream, written, d_writes, dv, unused, unused, unused)
+            del written
+            dk = plan.tokens(plan.key_width)
+            self.to_keys(stream, du, both, dk, unused, unused, unused)
+            d_theta = d_theta + self._theta(plan, stream, self.key_theta, k, du)
+        if rates is not None:
+            d_rates = sums.sum(-1)
+        if not plan.whole:
+            for x in (dk, dv, d_rates):
+                if x is not None:
+                    x[:, plan.complete * s.chunk :].zero_()
+        d_momentum, d_decay = (None if x is None else x.sum(0) for x in (d_momentum, d_decay))
+        return [dq, dk, dv, d_rates, d_momentum, d_decay, d_state, d_theta]
+
+    def to_states_shape(self, plan: LaunchPlan) -> tuple[int, ...]:
+        """The shape of the partial sums of the states' gradients."""
+        reads = cdiv(plan.length, plan.shapes.chunk)
+        return (plan.batch * reads, plan.heads, plan.hidden, plan.value_width)
+
+    def _sums(self, plan: LaunchPlan, width: int, tile: int) -> Tensor:
+        shape = (plan.batch, plan.length, plan.heads, cdiv(width, tile))
+        return torch.empty(shape, device=plan.device)
+
+    def _theta(self, plan: LaunchPlan, stream: int, launch: BoundKernel, x: Tensor, du: Tensor) -> Tensor:
+        """The gradient of theta, matrices side by side, `[sets, H, D, count * F]`."""
+        theta = plan.shapes.theta
+        assert theta is not None
+        shape = (plan.batch * self.runs, plan.heads, plan.key_width, theta.factors * plan.hidden)
+        found = torch.empty(shape, device=plan.device)
+        launch(stream, x, du, found)
+        return found.unflatten(0, (theta.sets, -1)).sum(1)

@@ -1,0 +1,328 @@
+"""The chunkwise parallel form of sequences of one length: what `kvbind.kernels.chunked` computes, planned once.
+
+A `LaunchPlan` holds every launch of a forward and of a backward call, bound to shapes, strides and dtypes. A call like an
+earlier one allocates its results and launches; nothing is derived again. Products are those of
+`kvbind.kernels.equal_chunks.tma_products`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kvbind.kernels.chunked.prefix_sums import bound_scan
+from kvbind.kernels.common.devices import on_device_of
+from kvbind.kernels.common.operands import ready, zeros
+from kvbind.kernels.equal_chunks import tma_products as products
+from kvbind.kernels.equal_chunks.call_shapes import CallShapes
+from kvbind.kernels.equal_chunks.library_write import LibraryWrite
+from kvbind.kernels.equal_chunks.tma_products import TokenRows
+from kvbind.kernels.launching import dispatcher
+from kvbind.kernels.launching.bound_kernel import BoundKernel, stream_of
+from kvbind.kernels.launching.warm_up import can_warm_up, compiling_ahead
+from kvbind.kernels.newton_schulz.operator import newton_schulz_forward
+
+if TYPE_CHECKING:
+    from kvbind.kernels.equal_chunks.backward import BackwardLaunches
+
+_met: set[tuple[Any, ...]] = set()
+
+
+class LaunchPlan:
+    """The launches of calls of some shapes.
+
+    Args:
+        shapes: of the calls.
+        like: a tensor of their dtype on their device.
+    """
+
+    def __init__(self, shapes: CallShapes, like: Tensor) -> None:
+        s, self.shapes, self.dtype, self.device = shapes, shapes, like.dtype, like.device
+        self.index = like.device.index if like.is_cuda else -1
+        self.batch, self.length, self.heads, self.key_width = s.q.shape
+        self.value_width = s.v.shape[3]
+        self.hidden = s.theta.hidden if s.theta else self.key_width
+        self.complete = self.length // s.chunk
+        self.chunks, self.states = self.batch * self.complete, self.complete + 1
+        self.whole = self.complete * s.chunk == self.length
+        self.size = self.hidden * self.value_width
+        self.like = like.new_empty(0)
+        self.staged = bool(s.coefficients)
+        self.met: set[str] = set()
+        self.others: dict[Any, LaunchPlan] = {}
+        self.sequences = self._table(
+            [(b * self.complete, self.complete, self.complete, b * self.states) for b in range(self.batch)]
+        )
+        self.single = self._table([(c, 1) for c in range(self.chunks)])
+        self.no_velocity = zeros(self.device, self.size) if s.momentum else None
+
+        output = s.v.like(self.value_width)
+        seen = s.q if s.theta is None else s.q.like(self.hidden)
+        # the vendor's library is faster where it takes the operands; Newton-Schulz's gradients want chunks outermost
+        self.by_head = self.whole and (s.momentum or not self.staged) and LibraryWrite.fits(like, s.k, s.v)
+        self.written = s.k.by_head(self.hidden) if self.by_head else s.k.like(self.hidden)
+        written = s.k if s.theta is None and s.rates is None else self.written
+        self.read = products.product(seen, output, s.chunk, self.states, like, own=s.own)
+        self.write: LibraryWrite | BoundKernel
+        if self.by_head:
+            self.write = LibraryWrite(written, s.v, s.chunk)
+        else:
+            self.write = products.write(written, s.v, s.chunk, self.complete, like)
+        if s.theta is not None:
+            self.query_features = products.features(s.q, s.theta, like)
+            self.key_features = products.features(s.k, s.theta, like, s.rates, self.written)
+        elif s.rates is not None:
+            self.rated_keys = products.rated(s.k, s.rates, self.written)
+
+    def _table(self, entries: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(entries, dtype=torch.int32, device=self.device)
+
+    def tokens(self, width: int) -> Tensor:
+        """Room for contiguous tokens of a width."""
+        return torch.empty((self.batch, self.length, self.heads, width), dtype=self.dtype, device=self.device)
+
+    def matrices(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Room for matrices of the last layer's shape."""
+        shape = (count, self.heads, self.hidden, self.value_width)
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    @cached_property
+    def scans(self) -> list[BoundKernel]:
+        """Of the forward pass: momentum and states in one, or each in its own with Newton-Schulz between them."""
+        s = self.shapes
+        moving: dict[str, Any] = {"momentum": s.momentum, "velocity": (0, 0)}
+        stated: dict[str, Any] = {"state": s.start, "decay": s.decay}
+        kinds = [moving, stated] if self.staged else [moving | stated]
+        return [
+            bound_scan(
+                self.batch, self.heads, self.size, sign=s.sign, keep="momentum" in kind and s.momentum,
+                by_head=self.complete if self.by_head and kind is kinds[0] else 0, **kind,
+            )
+            for kind in kinds
+        ]  # fmt: skip
+
+    def forward(
+        self,
+        stream: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rates: Tensor | None,
+        momentum: Tensor | None,
+        decay: Tensor | None,
+        start: Tensor,
+        theta: Sequence[Tensor],
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None]]:
+        """Outputs `[B, T, H, Dv]`, the state and the momentum buffer after the last complete chunk, and what is saved.
+
+        Args:
+            stream: of the device.
+            q: queries `[B, T, H, Dk]`.
+            k: keys `[B, T, H, Dk]`.
+            v: values `[B, T, H, Dv]`.
+            rates: as `CallShapes` has them.
+            momentum: chunk means of the gates, float32 `[chunks, H]`, contiguous.
+            decay: likewise.
+            start: float32 `[B or 1, H, F, Dv]`, matrices contiguous.
+            theta: the other matrices, `[B or 1, H, D, F]` each.
+            keep: keep what the backward pass needs.
+        """
+        s, unused = self.shapes, self.like
+        cast: Any = None
+        seen, written = q, k
+        if s.theta is not None:
+            cast = torch.stack(tuple(theta)).to(self.dtype)
+            written = self.written.empty(self.like)
+            self.key_features(stream, k, cast, written, unused if rates is None else rates)
+        elif rates is not None:
+            written = self.written.empty(self.like)
+            self.rated_keys(stream, k, rates, written)
+        parts = self.matrices(self.chunks)
+        self.write(stream, written, v, parts)
+        del written
+        end = self.matrices(self.batch)
+        end_velocity = self.matrices(self.batch) if s.momentum else None
+        states = self.matrices(self.batch * self.states, self.dtype)
+        velocities: Any = None
+        iterates: Any = None
+        squares: Any = None
+        m, r = unused if momentum is None else momentum, unused if decay is None else decay
+        zero, moved = (
+            unused if self.no_velocity is None else self.no_velocity,
+            unused if end_velocity is None else end_velocity,
+        )
+        if self.staged:
+            if momentum is not None:
+                velocities = self.matrices(self.chunks)
+                self.scans[0](
+                    stream, parts, self.single, m, r, zero, unused, self.sequences, velocities, unused, moved, unused
+                )
+                parts = velocities
+            shaped, (iterates, squares) = newton_schulz_forward(
+                parts, s.coefficients, s.precision, keep, out_dtype=s.precision
+            )
+            self.scans[1](stream, shaped, self.single, m, r, zero, start, self.sequences, unused, states, moved, end)
+        else:
+            velocities = self.matrices(self.chunks) if keep and momentum is not None else None
+            scan = self.scans[0] if velocities is not None or momentum is None else self.forgetful_scan
+            scan(
+                stream, parts, self.single, m, r, zero, start, self.sequences,
+                unused if velocities is None else velocities, states, moved, end,
+            )  # fmt: skip
+        del parts
+        if s.theta is not None:
+            seen = self.tokens(self.hidden)
+            self.query_features(stream, q, cast, seen, unused)
+        output = self.tokens(self.value_width)
+        self.read(stream, seen, states, output, unused, unused, unused)
+        saved = [cast, states, velocities, iterates, squares] if keep else []
+        return output, end, end_velocity, saved
+
+    def means(self, gate: Tensor | None) -> Tensor | None:
+        """A gate `[B, T, H]` averaged over each complete chunk, `[chunks, H]`."""
+        if gate is None:
+            return None
+        inside = gate if self.whole else gate[:, : self.complete * self.shapes.chunk]
+        return inside.unflatten(1, (self.complete, self.shapes.chunk)).mean(2, dtype=torch.float32).flatten(0, 1)
+
+    def spread(self, mean: Tensor) -> Tensor:
+        """The gradient of a gate `[B, T, H]` from that of its means."""
+        chunk = self.shapes.chunk
+        each = (mean / chunk).unflatten(0, (self.batch, self.complete))[:, :, None]
+        tokens = each.expand(-1, -1, chunk, -1).flatten(1, 2)
+        return tokens if self.whole else F.pad(tokens, (0, 0, 0, self.length - tokens.shape[1]))
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rates: Tensor | None,
+        momentum: Tensor | None,
+        decay: Tensor | None,
+        start: Tensor,
+        theta: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Outputs `[B, T, H, Dv]`, and the state and the momentum buffer after the last complete chunk; differentiable once.
+
+        Args:
+            q: queries `[B, T, H, Dk]`.
+            k: keys `[B, T, H, Dk]`.
+            v: values `[B, T, H, Dv]`.
+            rates: float32 `[B, T, H]`, or None.
+            momentum: gates, float32 `[B, T, H]`, or None.
+            decay: likewise.
+            start: float32 `[H, F, Dv]` or `[B, H, F, Dv]`, matrices contiguous.
+            theta: the other matrices, float32 `[H, D, F]` or `[B, H, D, F]`.
+        """
+        with on_device_of(q):
+            tensors = (q, k, v, rates, momentum, decay, start, *theta)
+            if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+                output, end, *velocity = _Planned.apply(self, *tensors)
+                return output, end, velocity[0] if velocity else None
+            output, end, moved, _ = self.evaluated(q, k, v, rates, momentum, decay, start, theta, False)
+            return output, end, moved
+
+    def evaluated(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rates: Tensor | None,
+        momentum: Tensor | None,
+        decay: Tensor | None,
+        start: Tensor,
+        theta: Sequence[Tensor],
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None]]:
+        """`forward` of gates `[B, T, H]` on the current stream; keeps the gates' means too where it keeps anything."""
+        with dispatcher.marked("equal_chunks"):
+            m, r = self.means(momentum), self.means(decay)
+            output, end, moved, saved = self.begun(
+                "forward", self.forward, stream_of(self.index), q, k, v, rates, m, r, start, theta, keep
+            )
+        return output, end, moved, [m, r, *saved]
+
+    def begun(self, part: str, body: Callable[..., Any], *args: Any) -> Any:
+        """What `body` returns; before the first call of a kind all that it launches is compiled, in threads.
+
+        A kind is all that compilation depends on: not how many tokens and sequences there are, nor where they lie.
+        """
+        if part not in self.met:
+            self.met.add(part)
+            s = self.shapes
+            flags = self.by_head, s.own, s.rates is None, s.momentum, s.decay, s.chunk, s.coefficients, s.precision
+            theta = s.theta and s.theta._replace(sets=1)
+            kind = part, self.dtype, self.device, self.heads, self.key_width, self.value_width, theta, *flags
+            if kind not in _met and can_warm_up(args):
+                with compiling_ahead():
+                    body(*args)
+                _met.add(kind)
+        return body(*args)
+
+    def of_saved(self, q: Tensor, k: Tensor, v: Tensor, rates: Tensor | None) -> LaunchPlan:
+        """This plan, or its like for tensors that hooks of autograd saved and brought back with other strides."""
+        s = self.shapes
+        found = (q.stride(), k.stride(), v.stride(), None if rates is None else rates.stride())
+        if found == (s.q.strides, s.k.strides, s.v.strides, s.rates):
+            return self
+        if found not in self.others:
+            self.others[found] = LaunchPlan(
+                replace(s, q=TokenRows.of(q), k=TokenRows.of(k), v=TokenRows.of(v), rates=found[3]), self.like
+            )
+        return self.others[found]
+
+    @cached_property
+    def forgetful_scan(self) -> BoundKernel:
+        """Momentum and states in one, of which nothing is saved."""
+        s = self.shapes
+        return bound_scan(
+            self.batch, self.heads, self.size, sign=s.sign, keep=False, momentum=s.momentum, velocity=(0, 0),
+            state=s.start, decay=s.decay, by_head=self.complete if self.by_head else 0,
+        )  # fmt: skip
+
+    @cached_property
+    def backward_launches(self) -> BackwardLaunches:
+        """Those of the backward pass, bound when there is one."""
+        from kvbind.kernels.equal_chunks.backward import BackwardLaunches
+
+        return BackwardLaunches(self)
+
+
+class _Planned(torch.autograd.Function):
+    """A plan with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: LaunchPlan, *tensors: Any) -> tuple[Tensor, ...]:
+        q, k, v, rates, momentum, decay, start, *theta = tensors
+        output, end, velocity, saved = plan.evaluated(q, k, v, rates, momentum, decay, start, theta, True)
+        ctx.save_for_backward(q, k, v, rates, *saved)
+        ctx.set_materialize_grads(False)
+        ctx.plan, ctx.shapes = plan, [None if x is None else x.shape for x in tensors]
+        return (output, end) if velocity is None else (output, end, velocity)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor | None, d_end: Tensor | None, d_velocity: Tensor | None = None) -> Any:
+        saved = [x if x is None or not x.data_ptr() % 16 else x.clone() for x in ctx.saved_tensors]
+        plan = ctx.plan.of_saved(*saved[:4])
+        d_output = plan.tokens(plan.value_width).zero_() if d_output is None else ready(d_output)
+        with dispatcher.marked("equal_chunks_backward"):
+            dq, dk, dv, d_rates, d_momentum, d_decay, d_start, d_theta = plan.begun(
+                "backward", plan.backward_launches.run, plan, stream_of(plan.index), d_output, d_end, d_velocity,
+                saved[:6], saved[6:],
+            )  # fmt: skip
+            gates = [None if x is None else plan.spread(x) for x in (d_momentum, d_decay)]
+        start = ctx.shapes[6]
+        if len(start) == 3:
+            d_start = d_start.sum(0) if plan.batch > 1 else d_start[0]
+        found = [] if d_theta is None else [x.reshape(ctx.shapes[7]) for x in d_theta.split(plan.hidden, dim=-1)]
+        return None, dq, dk, dv, d_rates, *gates, d_start, *found

@@ -1,0 +1,81 @@
+"""Launches that cost the host less than Triton's own way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from kvbind.kernels.common.devices import interpreted
+from kvbind.kernels.launching.warm_up import is_new, warming_up
+
+
+class Launcher:
+    """A `triton.jit` kernel with a shorter way to the GPU, for arguments like those of an earlier launch.
+
+    What Triton's own way takes per launch, 40 to 60 us of Python on the machines measured, is longer than many kernels run.
+    Compiled kernels are found here by constants, dtypes and integers, those left out on which Triton does not specialize;
+    pointers that are not aligned, and integers beyond 32 bits, go Triton's way.
+    """
+
+    MOST = 1024
+    """Kernels remembered; more come about only where strides differ from call to call."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.interpreted = kernel, interpreted()
+        self.compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+        if not self.interpreted:
+            self.names = kernel.arg_names
+            self.plain = [parameter.do_not_specialize for parameter in kernel.params]
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return partial(self.launch, grid)
+
+    def launch(self, grid: Any, *args: Any, **constants: Any) -> None:
+        """Launch on `grid`, a tuple or a function of the constants; constants are given by keyword."""
+        if self.interpreted:
+            if not warming_up():
+                self.kernel[grid](*args, **constants)
+            return
+        key: list[Any] = [*constants, *constants.values()]
+        pointers = largest = 0
+        for value, plain in zip(args, self.plain, strict=False):
+            kind = value.__class__
+            if kind is int:
+                if not plain:
+                    key.append(value)
+                elif abs(value) > largest:
+                    largest = abs(value)
+            elif isinstance(value, Tensor):
+                key.append(value.dtype)
+                pointers |= value.data_ptr()
+            elif hasattr(value, "block_shape"):
+                # a descriptor of a tensor, whose address and strides the accelerator asks to be aligned
+                key += (value.base.dtype, *value.block_shape)
+            else:
+                key.append(kind)
+        first = args[0] if isinstance(args[0], Tensor) else args[0].base
+        key.append(first.device.index)
+        fixed, ordinary = tuple(key), pointers % 16 == 0 and largest < 2**31
+        if warming_up():
+            if not ordinary or is_new((self, fixed)):
+                self.kernel.warmup(*args, grid=grid, **constants)
+            return
+        if not ordinary:
+            self.kernel[grid](*args, **constants)
+            return
+        found = self.compiled.get(fixed)
+        if found is None:
+            if len(self.compiled) >= self.MOST:
+                self.compiled.clear()
+            compiled = self.kernel[grid](*args, **constants)
+            # Triton has none to give where something other than it compiles
+            if compiled is not None:
+                self.compiled[fixed] = compiled, [constants[name] for name in self.names[len(args) :]]
+            return
+        if callable(grid):
+            grid = grid(constants)
+        kernel, rest = found
+        kernel[(*grid, 1, 1)[:3]](*args, *rest)
