@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 import kvbind
 from kvbind import MLP, InnerLoop, Linear, NewtonSchulz, SwiGLU, ttt
 from kvbind.bench.harness.kernel_switch import operators_of
+from kvbind.bench.harness.named_operands import draw_leaves, in_precision, run
+from kvbind.bench.harness.operands import Size
 from kvbind.forms import planned
 from kvbind.kernels.common.devices import has_triton, interpreted
 from kvbind.kernels.launching.bound_kernel import BoundKernel
@@ -724,3 +726,76 @@ def test_profiles_name_planned_calls():
         "equal_chunks",
         "equal_chunks_backward",
     )
+
+
+BY_TOKEN = {
+    "linear attention": kvbind.systems.linear_attention(),
+    "with retention": kvbind.systems.simple_gla(),
+    "ascent": kvbind.systems.linear_attention().replace(direction="ascent"),
+    "reads keys": kvbind.systems.linear_attention().replace(query="key"),
+    "delta rule": kvbind.systems.delta_net(),
+    "delta rule, ascent": kvbind.systems.delta_net().replace(direction="ascent", token_lr=False),
+    "gated delta rule": kvbind.systems.gated_delta_net(),
+    "gates by channel": kvbind.systems.kda(),
+    "linear with gates by channel": kvbind.systems.gla(),
+    "erased elsewhere": kvbind.systems.comba(),
+}
+
+
+@pytest.fixture
+def by_token(monkeypatch):
+    """The inner loops of calls that were planned by token, in order."""
+    found = []
+    run = planned.PlannedByToken.__call__
+    monkeypatch.setattr(planned.PlannedByToken, "__call__", lambda self, *args: found.append(self.spec) or run(self, *args))
+    return found
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize("name", BY_TOKEN)
+def test_token_visibility_is_planned_and_exact(name, sequences, by_token, monkeypatch):
+    spec, size = BY_TOKEN[name], Size(sequences, 40, 2, 16)
+    drawn = draw_leaves(spec, size, torch.device(DEVICE))
+    if sequences > 1:
+        # a matrix to each sequence
+        drawn["weights.out"] = drawn["weights.out"] + torch.randn(2, 2, 16, 16, device=DEVICE)
+    narrow, wide = in_precision(drawn, torch.float16, torch.float32, grad=True), {}
+
+    def entering(leaves):
+        y, state = run(spec, leaves, "auto")
+        make = torch.Generator().manual_seed(7)
+        slopes = [torch.randn(x.shape, generator=make).to(DEVICE) for x in (y, state.weights["out"])]
+        loss = (y.double() * slopes[0]).sum() + (state.weights["out"].double() * slopes[1]).sum()
+        return y, state, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+
+    y, state, grads = entering(narrow)
+    assert by_token == [spec]
+    assert state.spec is spec
+    assert state.pending_lengths == (0,) * sequences
+    assert list(state.tensors) == ["weights.out"]
+    wide = {n: x.detach().double().requires_grad_() for n, x in narrow.items()}
+    with monkeypatch.context() as without:
+        without.setenv("KVBIND_KERNELS", "0")
+        expected, after, exact = entering(wide)
+    assert by_token == [spec]
+    assert y.dtype == torch.float16
+    for ours, want in ((y, expected), (state.weights["out"], after.weights["out"]), *zip(grads, exact, strict=True)):
+        assert (ours is None) == (want is None)
+        if want is not None:
+            assert (ours.double() - want).norm() <= 1e-2 * want.norm().clamp(min=1e-6)
+
+
+def test_calls_by_token_that_others_may_run_are_not_planned(by_token, monkeypatch):
+    spec = BY_TOKEN["linear attention"]
+    leaves = in_precision(draw_leaves(spec, Size(1, 40, 2, 16), torch.device(DEVICE)), torch.float16, torch.float32)
+    run(spec, leaves, "recurrent")
+    run(spec, {n: x if n.startswith("weights") else x[:, :1] for n, x in leaves.items()}, "auto")
+    run(
+        kvbind.systems.ttt_linear(),
+        draw_leaves(kvbind.systems.ttt_linear(), Size(1, 32, 2, 16), torch.device(DEVICE)),
+        "auto",
+    )
+    monkeypatch.setattr(planned.fla, "considered", lambda: True)
+    monkeypatch.setattr(planned.fla, "faster_of", lambda spec, call, own: planned.fla.Choice(None, "", own))
+    run(spec, leaves, "parallel")
+    assert by_token == []

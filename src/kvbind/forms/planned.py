@@ -1,8 +1,8 @@
 """Calls of `ttt` like earlier ones, which go straight to their launches.
 
 What a call may be and what runs it depend on its inner loop and on shapes, strides and dtypes, not on numbers. The first
-call of a kind is checked and analysed as any other; if its kernels can be planned (`kvbind.kernels.equal_chunks`), the plan
-is kept under all that it depended on, and later calls look it up.
+call of a kind is checked and analysed as any other; if its kernels can be planned (`kvbind.kernels.equal_chunks`, and under
+token visibility `causal` and `affine`), the plan is kept under all that it depended on, and later calls look it up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from kvbind.forms import dispatch
+from kvbind.forms import dispatch, fla
 from kvbind.forms.kernel_calls.operands import activation_of, contiguous_matrices
 from kvbind.forms.state import Deferred, State
 from kvbind.forms.tokens import Tokens
@@ -42,11 +42,11 @@ class Kind(NamedTuple):
     """
 
     spec: InnerLoop
-    planned: Planned | None
+    planned: Planned | PlannedByToken | None
 
 
 _kinds: dict[Key, Kind] = {}
-_plans: dict[Key, Planned] = {}
+_plans: dict[Key, Planned | PlannedByToken] = {}
 """By the inner loop itself in place of its identity."""
 
 T = TypeVar("T")
@@ -137,6 +137,52 @@ class Planned:
         return output, State(self.spec, Deferred(tensors), (0,) * self.batch)
 
 
+class PlannedByToken:
+    """What runs calls of one kind under token visibility: operators that take the operands as they are given.
+
+    Args:
+        spec: an inner loop for which `can_plan_by_token`.
+        affine: writes read the state, or channels decay apart: `kvbind.kernels.affine`; else `kvbind.kernels.causal`.
+    """
+
+    def __init__(self, spec: InnerLoop, affine: bool) -> None:
+        from kvbind.kernels.affine.operator import affine_chunks
+        from kvbind.kernels.causal.operator import causal_linear_attention
+
+        self.spec, self.affine, self.sign = spec, affine_chunks if affine else None, spec.sign
+        self.causal, self.order = causal_linear_attention, "before" if spec.decays_before else "after"
+
+    def __call__(
+        self,
+        weights: Mapping[str, Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lr: LearningRate,
+        gates: Mapping[str, Tensor],
+    ) -> tuple[Tensor, State]:
+        """What `ttt` returns."""
+        rates = as_rates(lr["out"] if isinstance(lr, Mapping) else lr, k)
+        start, read = weights["out"].float(), k if self.spec.query == "key" else q
+        if start.dim() == 3:
+            start = start.expand(q.shape[0], -1, -1, -1)
+        if self.affine is None:
+            output, end = self.causal(read, k, v, rates, decays(gates)[1], start, sign=self.sign)
+            assert end is not None
+        else:
+            if self.sign != 1:
+                rates = (
+                    rates * self.sign
+                    if rates is not None
+                    else torch.full((), self.sign, device=k.device).expand(k.shape[:3])
+                )
+            output, end = self.affine(
+                read, k, v, rate=rates, erase=gates.get("erase"), gate=gates.get("retention"), gate_acts=self.order,
+                residual=self.spec.loss == "squared", state=start,
+            )  # fmt: skip
+        return output, State.of(self.spec, FastWeights({"out": end}, {}, {}), None, 0)
+
+
 def as_rates(rate: Tensor | float, k: Tensor) -> Tensor | None:
     """A rate as launches take it, float32 `[B, T, H]`, or None for 1."""
     if isinstance(rate, Tensor):
@@ -191,13 +237,13 @@ def known(key: Key | None) -> Kind | None:
 
 def learn(key: Key, spec: InnerLoop, call: Operands, lr: LearningRate, weights: Mapping[str, Tensor], form: str) -> Kind:
     """Find what runs a kind of calls, of which `call` is a checked one, and remember it."""
-    planned = None
-    if can_plan(spec, call, lr, weights, form):
-        # an inner loop that is made anew for every call has the plan of its equal
-        same = (spec, *key[1:])
-        planned = _plans.get(same)
-        if planned is None:
-            planned = _kept(_plans, same, Planned(spec, call, lr, weights))
+    # an inner loop that is made anew for every call has the plan of its equal
+    same = (spec, *key[1:])
+    planned = _plans.get(same)
+    if planned is None and can_plan(spec, call, lr, weights, form):
+        planned = _kept(_plans, same, Planned(spec, call, lr, weights))
+    elif planned is None and can_plan_by_token(spec, call, lr, form):
+        planned = _kept(_plans, same, PlannedByToken(spec, dispatch.is_affine(spec)))
     return _kept(_kinds, key, Kind(spec, planned))
 
 
@@ -230,3 +276,16 @@ def can_plan(spec: InnerLoop, call: Operands, lr: LearningRate, weights: Mapping
     return (
         fits(spec.chunk, q, k, v) and start.shape[-1] % 16 == 0 and (not spec.network.theta or start.shape[-2] % DEPTH == 0)
     )
+
+
+def can_plan_by_token(spec: InnerLoop, call: Operands, lr: LearningRate, form: str) -> bool:
+    """Whether a call of several tokens, each of which writes once, runs on the library's own kernels and on no others."""
+    if spec.visibility != "token" or spec.chunk != 1 or spec.writes > 1 or isinstance(spec.network, GLU):
+        return False
+    if form not in ("auto", "parallel") or call.q.shape[2] < 2 or call.tokens.mask is not None or fla.considered():
+        return False
+    rate = lr["out"] if isinstance(lr, Mapping) else lr
+    if isinstance(rate, Tensor) and rate.dim() != 3:
+        return False
+    affine, causal = dispatch.is_affine(spec), dispatch.is_causal(spec)
+    return (affine and dispatch.affine_takes(spec, call)) or (not affine and causal and dispatch.causal_takes(spec, call))
