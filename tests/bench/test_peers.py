@@ -97,7 +97,7 @@ def test_rows_are_every_rung_both_layouts_small_calls_and_token_visibility():
     assert set(RUNGS) < set(named)
     assert {row.layout for row in rows} == set(LAYOUTS)
     assert [row.name for row in rows if row.host] == [f"host-{name}" for name in reversed(PARALLEL)]
-    assert {row.rung for row in rows if row.layout == "tokens"} == {*PARALLEL, *peers.TOKEN_SIZES}
+    assert {row.rung for row in rows if row.layout == "tokens"} == {*PARALLEL, *peers.TOKEN_SIZES, *peers.MINI_BATCHES}
     assert named["rung6"].spec == systems.ladder(systems.lact_llm(2048))["rung6"]
     assert named["linear_attention-12x128"].spec == systems.linear_attention(1)
     delta = {name: named[name].spec for name in ("delta_net-12x128", "gated_delta_net-16x128", "kda-16x128")}

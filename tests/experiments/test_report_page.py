@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from kvbind import DepthwiseConv, inner_loss, linearize, systems
 from kvbind.cli import app, main
 from kvbind.experiments.report import charts, svg
-from kvbind.experiments.report import runs as page_runs
+from kvbind.experiments.report import run_contents as page_runs
 from kvbind.experiments.report.command import make_report, open_server
 from kvbind.experiments.report.explorer import examples, untrained
 from kvbind.experiments.report.explorer.heads import (

@@ -24,7 +24,7 @@ from kvbind.experiments.report import svg
 from kvbind.experiments.report.checks import check_results, read_model
 from kvbind.experiments.report.contents import PagePart
 from kvbind.experiments.report.finding_contents import findings_part
-from kvbind.experiments.report.runs import RUN, find_runs, run_part
+from kvbind.experiments.report.run_contents import RUN, find_runs, run_part
 from kvbind.experiments.report.sections import Section, sections_of
 from kvbind.experiments.report.table_contents import read_outcome, table_part
 from kvbind.experiments.subjects import SUBJECTS
