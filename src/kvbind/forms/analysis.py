@@ -148,14 +148,14 @@ class Explanation:
             f"cost of a forward pass ({s.heads} heads, Dk = {s.key_width}, Dv = {s.value_width}, "
             f"Dh = {s.hidden}, T = {s.tokens}, {str(s.dtype).removeprefix('torch.')}):",
             f"  {c.flops_per_token / 1e6:.3f} MFLOP per token{orthogonalization}",
-            f"  {c.read / 1e3:.1f} kFLOP of a token's read and {c.write / 1e3:.1f} of its writes, per head",
+            f"  token by token: {c.read / 1e3:.1f} kFLOP per read, {c.write / 1e3:.1f} kFLOP per write, of each head",
         ]
         if c.blocks is not None:
             b = c.blocks
             solve = f", triangular systems {b.system / 1e3:.1f}" if b.system else ""
             lines.append(
-                f"  {b.total / 1e3:.1f} in their place in blocks of {b.columns} writes: states and features "
-                f"{(b.states + b.features) / 1e3:.1f}, pairs {(b.scores + b.gates) / 1e3:.1f}{solve}"
+                f"  in blocks of {b.columns} writes: {b.total / 1e3:.1f} kFLOP per token and head (states and features "
+                f"{(b.states + b.features) / 1e3:.1f}, pairs of tokens {(b.scores + b.gates) / 1e3:.1f}{solve})"
             )
         lines += [
             f"  {c.bytes_per_token / 1e3:.2f} kB moved per token",

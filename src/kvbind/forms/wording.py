@@ -27,7 +27,12 @@ def operands(spec: InnerLoop) -> dict[str, str]:
         g = f"{g} * silu(k_i W_gate{',c' if moving else ''})"
     elif network.has_gate:
         g = f"{g} * gate(k_i{old})"
-    operands = {"q^_t": phi_q, "k^_i": phi_k, "v^_i": f"lr_i {g}", "S_0": "the starting last layer W"}
+    operands = {
+        "q^_t": phi_q,
+        "k^_i": phi_k,
+        "v^_i": f"{'lr_i' if spec.token_lr else 'lr'} {g}",
+        "S_0": "the starting last layer W",
+    }
     if isinstance(network, MLP):
         operands["phi"] = " then ".join([f"{network.activation}(x W_{name})" for name in network.theta])
     elif isinstance(network, SwiGLU):

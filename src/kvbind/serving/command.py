@@ -18,7 +18,7 @@ from kvbind.serving.names import ARCHITECTURE, SLOTS
 
 logger = logging.getLogger(__name__)
 
-INSTALL = "pip install 'kvbind[vllm]' (docs/serving.md says how without a GPU)"
+INSTALL = "install kvbind's extra vllm (docs/serving.md says how, also without a GPU)"
 
 RUN = "config.yaml"
 """What the folder of a training run holds."""

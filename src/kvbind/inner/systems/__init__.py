@@ -2,7 +2,7 @@
 
 # ruff: noqa: I001, imported in the order in which systems are listed
 from kvbind.inner.systems.lact import elastic_lact, in_place_ttt, lact_llm, lact_nvs, lact_video, tttlrm, zipmap
-from kvbind.inner.systems.vittt import vittt
+from kvbind.inner.systems.vittt import vittt, vittt_conv
 from kvbind.inner.systems.recurrences import gla, linear_attention, mamba2, retnet, simple_gla
 from kvbind.inner.systems.recurrences import comba, delta_net, delta_product, gated_delta_net, gdn2, kda, rwkv7
 from kvbind.inner.systems.learners import ttt_linear, ttt_mlp
@@ -44,5 +44,6 @@ __all__ = [
     "ttt_mlp",
     "tttlrm",
     "vittt",
+    "vittt_conv",
     "zipmap",
 ]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import nearest
@@ -49,18 +48,15 @@ SOURCES: dict[str, tuple[Source, ...]] = {}
 """The sources of each named system."""
 
 
-def system(*sources: Source, **names: dict[str, Any]) -> Callable[[Make], Make]:
+def system(*sources: Source) -> Callable[[Make], Make]:
     """Enter a function that returns an inner loop into the table of named systems, under its own name.
 
     Args:
         sources: where it was published.
-        names: further names, each with the arguments that make it.
     """
 
     def enter(make: Make) -> Make:
         SYSTEMS[make.__name__], SOURCES[make.__name__] = make, sources
-        for name, given in names.items():
-            SYSTEMS[name], SOURCES[name] = partial(make, **given), sources
         return make
 
     return enter
@@ -68,7 +64,7 @@ def system(*sources: Source, **names: dict[str, Any]) -> Callable[[Make], Make]:
 
 def family(make: Callable[..., InnerLoop]) -> str:
     """What the file in which a system is declared says first, in one sentence: the family that its systems are of."""
-    module = sys.modules[getattr(make, "func", make).__module__]
+    module = sys.modules[make.__module__]
     return (module.__doc__ or module.__name__).strip().split("\n")[0].split(". ")[0].rstrip(".")
 
 

@@ -11,7 +11,7 @@ from kvbind.inner.systems.registry import Source, system
 VITTT = Source("2512.01643", "ViT$^3$: Unlocking Test-Time Training in Vision", "Han, Dongchen and others")
 
 
-@system(VITTT, vittt_conv={"branch": "conv"})
+@system(VITTT)
 def vittt(branch: Literal["glu", "conv"] = "glu", grid: tuple[int, int] | None = None) -> InnerLoop:
     """One of ViTTT's two branches (arXiv 2512.01643): the GLU heads, or the depthwise-convolution head.
 
@@ -31,3 +31,9 @@ def vittt(branch: Literal["glu", "conv"] = "glu", grid: tuple[int, int] | None =
         raise ValueError(f"grid belongs to the conv branch; got grid={grid!r} with branch='glu'")
     network = GLU() if branch == "glu" else DepthwiseConv(grid)
     return InnerLoop(network=network, clip=True, visibility="full", token_lr=False)
+
+
+@system(VITTT)
+def vittt_conv(grid: tuple[int, int] | None = None) -> InnerLoop:
+    """ViTTT's second branch (arXiv 2512.01643): `vittt("conv", grid)`."""
+    return vittt("conv", grid)
