@@ -232,7 +232,7 @@ def _note_update(
 
     Args:
         spec: the inner loop.
-        note: where to.
+        note: the trajectory that is written to.
         fast: the weights before.
         tokens: what writes.
         at: the weights that gradients are taken at.

@@ -16,7 +16,7 @@ class Obstacle:
 
     Attributes:
         field: the field of `InnerLoop` that stands in the way.
-        value: what it is.
+        value: that field's value.
         reason: why that makes the map from writes to state non-associative (arXiv 2602.21204, appendix I).
         edit: the fields to `replace` that would remove this obstacle.
     """

@@ -66,9 +66,9 @@ def packed(
     Args:
         spec: an inner loop that `uncovered` says nothing against.
         weights: starting fast weights of every document, `[H, in, out]` by matrix name.
-        q: `[1, T, H, Dk]`; and k, v, rates and gates as `ttt` takes them.
-        k: likewise.
-        v: likewise.
+        q: queries `[1, T, H, Dk]`.
+        k: keys `[1, T, H, Dk]`.
+        v: values `[1, T, H, Dv]`.
         boundaries: of the documents.
         lr: as `ttt` takes it.
         form: as `ttt` takes it.

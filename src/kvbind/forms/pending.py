@@ -118,7 +118,7 @@ class PendingState:
             spec: the inner loop.
             q: queries `[B, 1, H, Dk]`.
             made: as `read` takes it.
-            make: likewise.
+            make: makes tokens of it, as `read` takes it.
 
         Returns:
             As `read`, outputs computed as those of tokens that complete no chunk; None where there are several

@@ -150,11 +150,11 @@ class _Across:
         self.exchanges, self.last, self.renormalizes = exchanges, last, renormalizes
 
     def momentum(self, gates: Tensor, writes: Tensor, start: Tensor) -> Tensor:
-        """As `Carry.momentum`."""
+        """The momentum before each chunk, from what came over from the ranks before: `Carry.momentum`."""
         return self._enter(gates, writes, start, None if self.last is None else self.last.momentum["out"])
 
     def state(self, gates: Tensor | None, writes: Tensor, start: Tensor, meanwhile: Callable[[], None] | None) -> Tensor:
-        """As `Carry.state`."""
+        """The state before each chunk, from what came over from the ranks before: `Carry.state`."""
         end = None if self.last is None else self.last.accumulated.get("out", self.last.weights["out"])
         return self._enter(gates, writes, start, end, meanwhile)
 

@@ -53,8 +53,8 @@ class LowRankMatrix(nn.Module):
 
     Args:
         heads: number of heads.
-        outputs: out.
-        inputs: in.
+        outputs: channels that come out.
+        inputs: channels that go in.
         rank: inner width of the product.
         gain: factor on the standard deviations at the start, `1 / sqrt(rank)` and `1 / sqrt(in)`.
     """

@@ -74,11 +74,11 @@ def draw(parameter: nn.Parameter, values: Callable[[], Tensor]) -> None:
 
 
 class GateMaker(nn.Module):
-    """Makes something of tokens.
+    """Makes a rate or a gate from tokens.
 
     Args:
-        making: how.
-        sizes: of what.
+        making: the parametrization.
+        sizes: heads and channels of what is made.
 
     Attributes:
         log: whether what comes is a logarithm.
@@ -150,7 +150,7 @@ class SigmoidMaker(OfProjection):
 
 
 class DecayMaker(OfProjection):
-    """`Decay`."""
+    """A decay made of tokens, `Decay`."""
 
     making: Decay
 
@@ -185,7 +185,7 @@ class DecayMaker(OfProjection):
 
 
 class BoundedMaker(OfProjection):
-    """`Bounded`."""
+    """A gate between two bounds, `Bounded`."""
 
     making: Bounded
 
@@ -199,7 +199,7 @@ class BoundedMaker(OfProjection):
 
 
 class SoftplusMaker(OfProjection):
-    """`Softplus`."""
+    """A positive rate, `Softplus`."""
 
     making: Softplus
 
@@ -209,7 +209,7 @@ class SoftplusMaker(OfProjection):
 
 
 class ConstantMaker(GateMaker):
-    """`Constant`."""
+    """A number for all tokens, `Constant`."""
 
     making: Constant
 
@@ -218,7 +218,7 @@ class ConstantMaker(GateMaker):
 
 
 class PerHeadMaker(GateMaker):
-    """`PerHead`."""
+    """A fixed number for each head, `PerHead`."""
 
     making: PerHead
 
@@ -231,7 +231,7 @@ class PerHeadMaker(GateMaker):
 
 
 class LearnedMaker(GateMaker):
-    """`Learned`."""
+    """A learned number for each head, `Learned`."""
 
     making: Learned
 

@@ -45,7 +45,7 @@ def make_operands(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, offset: Tensor
         scale: `[d, 2]`, of queries and of keys.
         offset: `[d, 2]`, likewise.
         tables: of rotations, for heads of attention.
-        paths: how.
+        paths: heads of both paths, and what is done to queries and keys on each.
 
     Returns:
         In v's dtype, `[B, T, heads, d / heads]` of either kind.

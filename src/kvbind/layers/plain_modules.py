@@ -26,7 +26,7 @@ def is_plain(module: nn.Module | None, kind: type[Kind]) -> TypeGuard[Kind]:
     It is asked anew at every call, as hooks come and go; that takes the host a microsecond or two.
 
     Args:
-        module: which.
+        module: the module that is asked about.
         kind: its class, from which it may not be derived.
     """
     if type(module) is not kind or "forward" in module.__dict__:

@@ -49,7 +49,7 @@ from kvbind.train.optimizer import learning_rate, make_optimizer
 from kvbind.train.parallel import Distributed, MeshLayout, reshard
 from kvbind.train.ranks import WHOLE, Share, barrier, connected, from_all, rank, ranks, united
 from kvbind.train.recompute import recompute
-from kvbind.train.step import Step, in_bfloat16, precision
+from kvbind.train.step import TrainingStep, in_bfloat16, precision
 
 Model = TypeVar("Model", bound=nn.Module, contravariant=True)
 
@@ -239,7 +239,7 @@ def _train(
     if not done.lengths or done.lengths[-1][1] != config.steps:
         done.lengths.append([done.step, config.steps])
     batches = task.batches(done.position, share)
-    step = Step(model, together, task, config, optimizer, average, batches, share, device)
+    step = TrainingStep(model, together, task, config, optimizer, average, batches, share, device)
     if config.activation_checkpointing == "auto" and recomputed:
         keep_what_fits(step, recomputed)
     last_saved = time.monotonic()
@@ -341,7 +341,7 @@ def evaluate(
         restore_random_state(before)
 
 
-def evaluate_beside(step: Step, model: nn.Module, share: Share) -> dict[str, Any]:
+def evaluate_beside(step: TrainingStep, model: nn.Module, share: Share) -> dict[str, Any]:
     """As `evaluate`, of a run whose captured steps give up their memory where there is not enough."""
     try:
         return evaluate(model, step.task, step.config, step.device, share)

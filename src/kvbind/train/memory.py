@@ -14,7 +14,7 @@ from kvbind.train.ranks import from_all, rank
 from kvbind.train.recompute import Recomputed, that_fit
 
 if TYPE_CHECKING:
-    from kvbind.train.step import Step
+    from kvbind.train.step import TrainingStep
 
 log = logging.getLogger("kvbind.train")
 
@@ -29,7 +29,7 @@ def initial(what: str, device: torch.device) -> str:
     return "block" if device.type == "cuda" else "none"
 
 
-def keep_what_fits(step: Step, blocks: list[Recomputed]) -> None:
+def keep_what_fits(step: TrainingStep, blocks: list[Recomputed]) -> None:
     """Let as many blocks keep their activations as fit the GPU's memory beside all that a step holds.
 
     One forward and backward pass of the next batch, all blocks recomputed, shows how much memory that takes and what each

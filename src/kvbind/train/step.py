@@ -77,7 +77,7 @@ class Outcome:
     position: dict[str, Any]
 
 
-class Step:
+class TrainingStep:
     """Takes the steps of a run.
 
     Args:
@@ -228,7 +228,7 @@ class Replayed:
         step: whose they are.
     """
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: TrainingStep) -> None:
         self.step, device = step, step.device
         self.rate = torch.zeros((), dtype=rate_dtype(device), device=device)
         self.loss = torch.zeros((), device=device)
@@ -254,7 +254,7 @@ class Replayed:
         return (average is None or average.updates > 0) and self.step.guarded.foreseen(rate)
 
     def __call__(self, rate: float, unsaved: float, more: bool) -> Outcome:
-        """As `Step` takes them."""
+        """As `TrainingStep` takes them."""
         step = self.step
         for group in step.optimizer.param_groups:
             group["lr"] = self.rate
@@ -300,7 +300,7 @@ class Replayed:
         return reason is None
 
     def release(self) -> bool:
-        """Give up captured steps, as `Step.release` does; whether there were any."""
+        """Give up captured steps, as `TrainingStep.release` does; whether there were any."""
         works = [self.work] if self.alone else [self.work, self.rest]
         released = [work.release() for work in works]
         return any(released)

@@ -29,7 +29,7 @@ from kvbind.train.metrics import read_metrics
 from kvbind.train.optimizer import make_optimizer
 from kvbind.train.parallel import Distributed, MeshLayout
 from kvbind.train.ranks import WHOLE
-from kvbind.train.step import Step
+from kvbind.train.step import TrainingStep
 
 EVALUATED, SAVED, GOES_ON = 20, 25, 30
 """In a comparison: after which steps there is an evaluation and a checkpoint, and in which the first process ends."""
@@ -151,7 +151,7 @@ def speed(case: TrainingCase, device: torch.device, how: str, seconds: float) ->
         together = Distributed(model, case.blocks(model), MeshLayout(), config, device)
         task = Random(case)
         optimizer = make_optimizer(model, config)
-        step = Step(model, together, task, config, optimizer, None, task.batches(None), WHOLE, device)
+        step = TrainingStep(model, together, task, config, optimizer, None, task.batches(None), WHOLE, device)
         found = timed(case, device, seconds, lambda: step(1e-4, 0.0, more=True).loss)
         graphs = 0 if step.replayed is None else step.replayed.work.captured
     return {**found, "captured": graphs, "said": said}

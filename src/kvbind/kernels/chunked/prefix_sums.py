@@ -302,7 +302,7 @@ def bound_scan(
 
     Args:
         sequences: how many.
-        heads: of each.
+        heads: of each sequence.
         size: elements of a matrix.
         sign: what writes are multiplied by.
         keep: store the writes after momentum.
@@ -336,8 +336,8 @@ def bound_scan_backward(
 
     Args:
         sequences: as `bound_scan` takes it.
-        heads: likewise.
-        size: likewise.
+        heads: of each sequence.
+        size: elements of a matrix.
         chunks: of all sequences.
         sign: as `bound_scan` takes it.
         stated: the forward scan had a state.

@@ -70,7 +70,7 @@ def _norm_forward(
     x, delta, weight, bias, y, h, eps, D: tl.constexpr, BD: tl.constexpr, ADDED: tl.constexpr, CENTRED: tl.constexpr,
     BIASED: tl.constexpr,
 ):  # fmt: skip
-    """One token."""
+    """One token: added, then normalized."""
     channel = tl.arange(0, BD)
     inside = channel < D
     at = tl.program_id(0).to(tl.int64) * D + channel

@@ -20,7 +20,7 @@ LOWEST = tl.constexpr(-3.0e38)
 @Launcher
 @triton.jit
 def _cross_entropy(logits, labels, losses, V: tl.constexpr, IGNORED: tl.constexpr, GRADIENT: tl.constexpr, B: tl.constexpr):
-    """One row."""
+    """The loss of one row of logits, and its gradient in place."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
     label = tl.load(labels + row)

@@ -37,7 +37,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, first: Tensor, cou
     Args:
         q: `[B, H, D]`.
         keys: `[B, H, S, D]`: a ring, whose place after the last is its first.
-        values: likewise.
+        values: `[B, H, S, D]`, in the same places.
         first: int32 `[B]`: where the earliest key that is seen lies.
         count: int32 `[B]`: how many from there on are seen, 1 to S.
 

@@ -27,7 +27,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Args:
         gate: `[..., W]`. On the kernels rows may be strided; where they are not evenly spaced, or channels not side by side,
             they are copied.
-        up: likewise.
+        up: `[..., W]`, laid out as freely as `gate`.
 
     Returns:
         `[..., W]` in the operands' dtype; contiguous from the kernels, and differentiable once.

@@ -130,7 +130,7 @@ class LaunchPlan:
             v: values `[B, T, H, Dv]`.
             rates: as `CallShapes` has them.
             momentum: chunk means of the gates, float32 `[chunks, H]`, contiguous.
-            decay: likewise.
+            decay: chunk means of the decay gates, the same.
             start: float32 `[B or 1, H, F, Dv]`, matrices contiguous.
             theta: the other matrices, `[B or 1, H, D, F]` each.
             keep: keep what the backward pass needs.
@@ -219,7 +219,7 @@ class LaunchPlan:
             v: values `[B, T, H, Dv]`.
             rates: float32 `[B, T, H]`, or None.
             momentum: gates, float32 `[B, T, H]`, or None.
-            decay: likewise.
+            decay: decay gates, float32 `[B, T, H]`, or None.
             start: float32 `[H, F, Dv]` or `[B, H, F, Dv]`, matrices contiguous.
             theta: the other matrices, float32 `[H, D, F]` or `[B, H, D, F]`.
         """

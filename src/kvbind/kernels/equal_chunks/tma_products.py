@@ -374,10 +374,10 @@ def features_backward(x: TokenRows, theta: Theta, device: Tensor, rates: Sequenc
     contiguous and in x's dtype; rates; and float32 `[B, T, H, F / 64]` for their gradient in parts.
 
     Args:
-        x: as `features` takes it.
-        theta: likewise; F is a multiple of `DEPTH`.
-        device: likewise.
-        rates: likewise.
+        x: the tokens.
+        theta: the matrices; F is a multiple of `DEPTH`.
+        device: a tensor on the device.
+        rates: strides of the rates, or None.
     """
     batch, length, heads, width = x.shape
     hidden, bm, bn = theta.hidden, 64, 64

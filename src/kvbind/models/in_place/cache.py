@@ -58,7 +58,7 @@ class InPlaceCache(DynamicCache):
         self._select(torch.arange(len(self.seen)).repeat_interleave(repeats))
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget all tokens and states."""
         super().__init__(config=self.config)
         self.states, self.seen = {}, ()
 
@@ -75,7 +75,7 @@ class InPlaceCache(DynamicCache):
 
     @property
     def is_croppable(self) -> bool:
-        """False."""
+        """False: a state does not say what it was some tokens ago."""
         return False
 
     @property

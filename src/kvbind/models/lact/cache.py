@@ -128,7 +128,7 @@ class LactCache(Cache):
         self.batch_select_indices(torch.arange(len(self.seen)).repeat_interleave(repeats))
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget all tokens and states."""
         self.states, self.columns, self.refused = [], 0, None
 
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -162,7 +162,7 @@ class LactCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """False."""
+        """False: a state does not say what it was some tokens ago."""
         return False
 
     @property

@@ -431,7 +431,7 @@ def decode(
         cache: of tokens before.
         input_ids: `[B, 1]`.
         attention_mask: as the model takes it.
-        position_ids: likewise.
+        position_ids: `[B, 1]` as the model takes them, or None.
     """
     if cache.refused is not None or not is_eager() or not cuda_graphs.switched_on():
         return None

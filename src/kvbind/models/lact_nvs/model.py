@@ -183,7 +183,7 @@ class LactNvs(nn.Module):
             fields: the content of the released YAML file, as `LactNvsConfig.from_released_config` takes it.
 
         Raises:
-            ValueError: as there.
+            ValueError: a field that is missing or has another value than released models have.
         """
         return cls(LactNvsConfig.from_released_config(fields))
 
@@ -192,7 +192,7 @@ class LactNvs(nn.Module):
         """The model that `save_pretrained` wrote, in evaluation mode.
 
         Args:
-            folder: where it is.
+            folder: what `save_pretrained` wrote.
             device: where to put its parameters.
 
         Raises:

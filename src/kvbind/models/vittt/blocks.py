@@ -157,10 +157,10 @@ def vittt_blocks(
 
     Args:
         rates: `drop_path` of each.
-        dim: as `VitttBlock` takes it.
-        heads: likewise.
-        inner: likewise.
-        inner_conv: likewise.
+        dim: channels of tokens.
+        heads: of the first branch.
+        inner: the inner loop of its heads, or None for the published one.
+        inner_conv: that of the convolution branch, or None for the published one.
         **options: the other arguments of `VitttBlock`.
     """
     return nn.ModuleList(VitttBlock(dim, heads, inner, inner_conv, drop_path=rate, **options) for rate in rates)

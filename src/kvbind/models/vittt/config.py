@@ -160,7 +160,7 @@ class VitttConfig(WithImports, PretrainedConfig):
             fields: as `kvbind.models.vittt.from_released_config` takes them.
 
         Raises:
-            ValueError: as there.
+            ValueError: a field that is missing or has another value than released models have.
         """
         hierarchical, arguments = read_released_config(fields)
         inner, inner_conv = images_ablation(fields.get("ttt_loss_type", "dot_product"))

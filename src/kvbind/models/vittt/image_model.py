@@ -124,7 +124,7 @@ class ImageModel(nn.Module, abc.ABC):
         return set()
 
     def get_classifier(self) -> nn.Module:
-        """The head."""
+        """The classification head, as timm asks for it."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
