@@ -36,7 +36,7 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setitem(SUBJECTS, "toy", TOY)
     monkeypatch.setattr(reproduce_all, "EXPERIMENTS", {"table1": "", "table2": ""})
     # the page on all reports, which looks into untrained models for seconds, is tested with kvbind report
-    monkeypatch.setattr(reproduce_all, "make_report", lambda folders, out: f"{out} on {len(folders)} reports")
+    monkeypatch.setattr(reproduce_all, "make_report", lambda folders, out, say: f"{out} on {len(folders)} reports")
     monkeypatch.chdir(tmp_path)
 
 

@@ -4,6 +4,7 @@ import math
 import re
 import threading
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from typer.testing import CliRunner
 
 from kvbind import DepthwiseConv, inner_loss, linearize, systems
 from kvbind.cli import app, main
-from kvbind.experiments.report import charts, svg
+from kvbind.experiments import plotting
+from kvbind.experiments.report import charts, command, svg
 from kvbind.experiments.report import run_contents as page_runs
 from kvbind.experiments.report.command import make_report, open_server
 from kvbind.experiments.report.explorer import examples, untrained
@@ -28,12 +30,14 @@ from kvbind.experiments.report.explorer.heads import (
 )
 from kvbind.experiments.report.explorer.untrained import as_call, embedded, leaves_of
 from kvbind.experiments.report.finding_contents import DRAW
-from kvbind.experiments.report.page import as_script, find_parts
+from kvbind.experiments.report.page import as_script, find_parts, headline
 from kvbind.experiments.report.rules import plain
 from kvbind.experiments.report.sections import sections_of
+from kvbind.experiments.scales import digits_apart, widened
 from kvbind.experiments.subjects import NONE, SUBJECTS
 from kvbind.experiments.tables.table import TableRow
 from kvbind.experiments.tables.verdicts import costs_little
+from kvbind.experiments.training.run_folders import config_header, open_run
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +99,7 @@ def test_a_summary_stands_first_and_counts_claims(page):
     order = [attrs["id"] for tag, attrs, _ in page.elements if tag == "section" and "id" in attrs]
     assert order == ["summary", "contents", "tables", "table2-language", "figures", "figure1-language", "explorer"]
     words = page.words()
-    assert "1 of 3 claims hold" in words
+    assert "3 claims: 1 holds, 1 does not, 1 is not decided" in words
     assert "2 experiments" in words
     assert "Abacus" in words
     # the ladder of the table, on top and in its section
@@ -234,6 +238,21 @@ def test_that_one_seed_decides_nothing_is_said_once(tmp_path):
     assert text.count(">not decided<") == 1 + 1  # the heading of the contents, and the one badge
 
 
+@pytest.mark.parametrize(("holds", "found", "said"), [
+    ([True, False, None], "3 seeds", "3 claims: 1 holds, 1 does not, 1 is not decided"),
+    ([True] * 3 + [False] * 2, "3 seeds", "5 claims: 3 hold, 2 do not, 0 are not decided"),
+    ([True], "3 seeds", "1 claim: 1 holds, 0 do not, 0 are not decided"),
+    ([None, None], "-1%, 1 seed", "2 claims, none decided yet: one seed decides nothing"),
+    ([None], "-1%, 1 seed", "1 claim, not decided yet: one seed decides nothing"),
+    ([None, None], "-1%, 3 seeds", "2 claims, none decided yet"),
+    ([], "", "Results"),
+])  # fmt: skip
+def test_the_headline_counts_every_verdict_and_says_first_where_none_is_decided(holds, found, said, tmp_path):
+    verdicts = [verdict(str(i), own) | {"found": found} for i, own in enumerate(holds)]
+    write(tmp_path / "results.json", figure1() | {"verdicts": verdicts})
+    assert headline(sections_of(find_parts([tmp_path])[0])) == said
+
+
 def test_probes_of_different_models_are_sections_of_their_own(tmp_path):
     for name in "ab":
         results = figure1() | {"experiment": "probe", "scale": "own", "maps": [], "title": f"Probe: {name}"}
@@ -317,7 +336,160 @@ def test_a_model_that_cannot_be_opened_has_no_sample(tmp_path, caplog):
     assert "no sample, as run must be finished" in caplog.text
 
 
+@pytest.fixture
+def sampled(tmp_path, monkeypatch):
+    """A run with weights, and the names of the runs that wrote a sample since."""
+    place = write_run(tmp_path / "runs" / "mine")
+    write(place / "model" / "model.safetensors", "weights")
+    asked = []
+    monkeypatch.setattr(page_runs, "written", lambda place: asked.append(place.name) or f"sample {len(asked)}")
+    monkeypatch.setattr(command, "untrained_models", lambda: asked.append("random") or models())
+    return place, asked
+
+
+def test_what_takes_long_is_said_and_made_once(sampled):
+    place, asked = sampled
+    said = []
+    first = make_report([place.parent], say=said.append).read_text()
+    assert said == [f"sampling text from {place}", "computing the explorer's systems with random weights"]
+    assert make_report([place.parent], say=said.append).read_text() == first
+    assert asked == ["mine", "random"]
+    assert len(said) == 2
+    # other weights write another text; the random ones are the same
+    (place / "model" / "model.safetensors").write_text("more weights")
+    assert "sample 3" in make_report([place.parent], say=said.append).read_text()
+    assert asked == ["mine", "random", "mine"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"it": 1}'])
+def test_a_damaged_cache_is_made_anew(sampled, content):
+    place, asked = sampled
+    (place.parent / "report.cache.json").write_text(content)
+    for _ in range(2):
+        assert "sample 1" in make_report([place.parent]).read_text()
+    assert asked == ["mine", "random"]
+
+
+def test_a_cache_that_holds_no_models_is_not_shown(sampled):
+    place, asked = sampled
+    make_report([place.parent])
+    file = place.parent / "report.cache.json"
+    file.write_text(json.dumps({key: [{"title": "planted"}] for key in json.loads(file.read_text())}))
+    assert "planted" not in make_report([place.parent]).read_text()
+    assert asked == ["mine", "random"] * 2
+
+
+def test_the_command_says_what_it_does(sampled, monkeypatch):
+    place, _ = sampled
+    monkeypatch.chdir(place.parents[1])
+    shown = CliRunner().invoke(app, ["report", "runs"])
+    lines = shown.output.splitlines()
+    assert lines[:2] == ["sampling text from runs/mine", "computing the explorer's systems with random weights"]
+    assert lines[2].startswith("wrote ")
+
+
+def test_commands_of_a_run_name_it_as_it_is_typed(tmp_path, monkeypatch):
+    write_run(tmp_path / "my runs" / "mine")
+    monkeypatch.chdir(tmp_path)
+    typed = [Path("my runs"), Path(), tmp_path]
+    found = [find_parts([folder])[0][0].next_command for folder in typed]
+    assert found == [f"kvbind generate '{place}' --prompt \"The \"" for place in
+                     ("my runs/mine", "my runs/mine", tmp_path / "my runs" / "mine")]  # fmt: skip
+    tasks = {task: page_runs.next_command(Path("runs/mine"), task) for task in ("views", "images")}
+    assert tasks == {
+        "views": "kvbind render runs/mine",
+        "images": "kvbind show runs/mine --out runs/mine/pictures/attention.png",
+    }
+
+
+def test_a_run_was_made_by_the_command_that_its_configuration_names(tmp_path):
+    place = write_run(tmp_path / "mine")
+    part = find_parts([tmp_path])[0][0]
+    assert (part.command, part.details["configuration"]) == ("", "seed: 0\n")
+    assert "kvbind train language" not in make_report([tmp_path]).read_text()
+    made_by = "kvbind train language --preset tiny train.steps=40"
+    (place / "config.yaml").write_text(config_header("language", made_by) + "seed: 0\n")
+    part = find_parts([tmp_path])[0][0]
+    assert (part.command, part.details["configuration"]) == (made_by, "seed: 0\n")
+    task, config = open_run(place)
+    assert (task, config.seed) == ("language", 0)
+
+
+@pytest.mark.parametrize("made_by", ["", "kvbind train language a\nseed: 1", "\udcff"])
+def test_a_command_of_no_single_line_is_not_written_down(made_by):
+    assert config_header("language", made_by) == "# kvbind train language\n"
+
+
 # charts
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30), st.booleans())
+def test_every_point_of_a_line_is_inside_its_axes(ys, markers):
+    series = {"a": [(float(i), y) for i, y in enumerate(ys)]}
+    chart = charts.lines(series, title="t", x="x", y="y", tones=["blue"], markers=markers)
+    drawn = svg.draw(chart, svg.order_of([chart]))
+    (path,) = re.findall(r'class="line" d="M([^"]+)"', drawn)
+    height = float(re.search(r'<svg x="\d+" y="\d+" width="\d+" height="(\d+)"', drawn)[1])
+    places = [float(point.split()[1]) for point in path.split("L")]
+    assert len(places) == len(ys)
+    assert all(0 <= place <= height for place in places)
+
+
+def test_the_steep_beginning_of_a_picture_is_inside_its_axes(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plotting, "write_with", lambda path, write: None)
+    monkeypatch.setattr(plotting.Figure, "legend", lambda fig, **_: drawn.extend(fig.axes))
+    losses = [6.22, 6.14, *(3 - i / 10 for i in range(8))]
+    plotting.curves(tmp_path / "loss.png", {"a": [*enumerate(losses)]}, title="t", x="step", y="loss", rungs=1)
+    low, high = drawn[0].get_ylim()
+    assert low < min(losses)
+    assert high > max(losses)
+
+
+HERE = [13.441, 13.448, 13.445, 13.441]
+
+
+def test_numbers_that_hardly_differ_are_drawn_close_together_with_labels_of_their_own():
+    chart = charts.dots(list("abcd"), {"here": HERE}, title="Here", x="perplexity", tones=["blue"], digits=2)
+    drawn = svg.draw(chart, svg.order_of([chart]))
+    assert re.findall(r'class="value">([^<]+)<', drawn) == ["13.441", "13.448", "13.445", "13.441"]
+    places = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', drawn)]
+    # 0.007 of the 0.134 that a hundredth is, and a tenth of room on both sides
+    assert max(places) - min(places) == pytest.approx(0.007 / (0.13448 * 1.2) * (svg.WIDTH - 14 - svg.LABEL), abs=0.2)
+    titles = re.findall(r"here: ([\d.]+)</title>", drawn)
+    assert titles == ["13.441", "13.448", "13.445", "13.441"]
+
+
+def test_pictures_give_close_numbers_room_and_labels_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(plotting, "write_with", lambda path, write: None)
+    with plotting.figure(tmp_path / "it.png", 4, 3) as fig:
+        ax = fig.subplots()
+        plotting.rung_dots(ax, list("abcd"), HERE, title="Here", colour=plotting.BLUE)
+        assert [text.get_text() for text in ax.texts] == ["13.441", "13.448", "13.445", "13.441"]
+        low, high = ax.get_xlim()
+        assert high - low == pytest.approx(0.13448 * 1.24)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
+def test_a_widened_range_holds_the_range_and_is_a_hundredth_wide(low, span):
+    high = low + span
+    less, more = widened(low, high)
+    assert less <= low <= high <= more
+    assert more - less >= 0.0099 * max(abs(low), abs(high))
+    if high - low >= 0.01 * max(abs(low), abs(high)):
+        assert (less, more) == (low, high)
+
+
+@pytest.mark.parametrize(("values", "digits"), [
+    ([8.0, 9.5], 2), ([13.441, 13.445, 13.448], 3), ([13.44, 13.44], 2), ([1.0, 1.00001], 5), ([], 2), ([0.0, 1e-30], 8)
+])  # fmt: skip
+def test_labels_have_the_digits_that_tell_numbers_apart(values, digits):
+    assert digits_apart(values, 2) == digits
+
+
+def test_a_logarithmic_axis_of_close_numbers_has_ticks():
+    chart = charts.bars(["a", "b"], {"one": [1.31e5, 1.32e5]}, title="t", x="x", tones=["blue"], log=True)
+    assert 'class="tick"' in svg.draw(chart, svg.order_of([chart]))
 
 
 def test_a_line_is_cut_where_a_number_is_missing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
+from kvbind.experiments.scales import digits_apart, widened
 from kvbind.train.files import write_with
 
 INK, MUTED, GRID = "#1b1f24", "#6a737d", "#e3e6ea"
@@ -111,7 +113,7 @@ def rung_dots(
         title: the line above the picture.
         colour: of the dots.
         spread: half-length of each row's error bar.
-        digits: after the point, in the numbers beside the dots.
+        digits: after the point, in the numbers beside the dots; more where numbers that differ would look alike.
         joined: how many rows from the top a line joins.
         hollow: rows whose dots are circles.
         notes: texts in rows without a value.
@@ -123,6 +125,7 @@ def rung_dots(
     ax.grid(axis="y", visible=False)
     if values[0] is not None:
         ax.axvline(values[0], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+    digits = digits_apart((float(f"{x:.5g}") for x, _ in there), digits)
     line = [(x, row) for x, row in there if row < joined]
     ax.plot([x for x, _ in line], [row for _, row in line], color=colour, linewidth=1.2, alpha=0.5)
     if spread is not None:
@@ -158,6 +161,7 @@ def rung_dots(
         reach = [spread[row] if spread is not None else 0.0 for _, row in there]
         low = min(x - bar for (x, _), bar in zip(there, reach, strict=True))
         high = max(x + bar for (x, _), bar in zip(there, reach, strict=True))
+        low, high = widened(low, high) if high > low else (low, high)
         pad = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
         ax.set_xlim(low - pad, high + pad)
     ax.xaxis.set_major_locator(MaxNLocator(6))
@@ -193,11 +197,11 @@ def curves(
             left.plot([p[0] for p in points], [p[1] for p in points], style, color=colour, linewidth=1.4, label=label)
             shared = [(at, value - reference[at]) for at, value in points if at in reference]
             right.plot([p[0] for p in shared], [p[1] for p in shared], style, color=colour, linewidth=1.4)
-        # the steep beginning would flatten everything after it
         for ax in (left, right):
-            late = [value for line in ax.lines for value in list(line.get_ydata())[len(line.get_ydata()) // 5 :]]
-            pad = 0.06 * (max(late) - min(late)) or 0.1
-            ax.set_ylim(min(late) - pad, max(late) + pad)
+            values = [float(value) for line in ax.lines for value in line.get_ydata() if math.isfinite(value)] or [0.0]
+            low, high = widened(min(values), max(values))
+            pad = 0.06 * (high - low) or 0.1
+            ax.set_ylim(low - pad, high + pad)
             plain = ScalarFormatter(useOffset=False)
             plain.set_powerlimits((-6, 6))
             ax.yaxis.set_major_formatter(plain)

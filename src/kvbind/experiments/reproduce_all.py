@@ -303,7 +303,7 @@ def conclude(out: Path, reports: Sequence[Report], results: dict[str, Any], requ
     if not there:
         return results
     try:
-        request.say(f"One page on all of it: {make_report(there, out / 'report.html')}")
+        request.say(f"One page on all of it: {make_report(there, out / 'report.html', request.say)}")
     except ImportError as error:
         request.say(f"No page on all of it: {error}")
     return results

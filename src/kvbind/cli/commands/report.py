@@ -48,10 +48,11 @@ def command(
     from kvbind.experiments.report.command import make_report, open_server
 
     check_file("--out", out)
-    path = make_report(folders or [Path("runs")], out)
-    output.console().print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
+    screen = output.console()
+    path = make_report(folders or [Path("runs")], out, lambda text: screen.print(text, soft_wrap=True))
+    screen.print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
     if serve:
         server, address = open_server(path, port, bind=bind, hosts=host or ())
-        output.console().print(f"{address} (Ctrl-C ends it)", soft_wrap=True)
+        screen.print(f"{address} (Ctrl-C ends it)", soft_wrap=True)
         with server, contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()

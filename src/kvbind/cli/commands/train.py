@@ -60,6 +60,7 @@ def command(
 
     On several GPUs: [bold]torchrun --nproc-per-node 8 -m kvbind train language --preset 760m[/]
     """
+    from kvbind import provenance
     from kvbind.experiments.training.run_folders import CONFIG, WEIGHTS, open_run
     from kvbind.experiments.training.runs import begun_before, run_name, train_run
     from kvbind.tasks import open_task_module
@@ -102,7 +103,7 @@ def command(
             bar = add("training", config.train.steps)
             run = train_run(
                 task, config, folder, bar, fresh=fresh, accept_changed_data=accept_changed_data,
-                begun=begun,
+                begun=begun, made_by=provenance.command(),
             )  # fmt: skip
         if run.reused and first and not accept_changed_data and (folder / RECORD).is_file():
             check_unchanged(folder, module.Task(config).contents(), checkpoints(folder))

@@ -11,6 +11,8 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from kvbind.experiments.scales import digits_apart
+
 Chart = dict[str, Any]
 
 Points = Sequence[tuple[float, float]]
@@ -43,13 +45,8 @@ def lines(
         log: the horizontal axis is logarithmic.
     """
     ladder = any(isinstance(tone, float) for tone in tones)
-    # the steep beginning of a curve would flatten everything after it
-    every = [y for points in series.values() for _, y in points[0 if markers else len(points) // 5 :]]
-    late = [y for y in every if math.isfinite(y)] or [0.0]
-    pad = 0.06 * (max(late) - min(late)) or 0.1
     return {
         "kind": "lines",
-        "range": rounded((min(late) - pad, max(late) + pad)),
         "title": title,
         "about": f"{title}: {y} by {x}, for {', '.join(series)}.",
         "x": x,
@@ -97,10 +94,13 @@ def dots(
         joined: how many rows from the top a line joins, in the first series.
         hollow: rows whose dots are circles.
         hollow_series: series all of whose dots are circles.
-        digits: after the point, where numbers stand beside the dots.
+        digits: after the point, where numbers stand beside the dots; more where numbers that differ would look alike.
         log: a logarithmic axis.
         limits: where vertical lines are.
     """
+    places = {name: rounded(values) for name, values in series.items()}
+    if digits is not None:
+        digits = digits_apart((x for own in places.values() for x in own if x is not None), digits)
     return {
         "kind": "dots",
         "title": title,
@@ -113,9 +113,9 @@ def dots(
         "log": log,
         "limits": list(limits),
         "series": [
-            {"name": name, "x": rounded(values), "tone": tone, "errors": rounded(errors) if errors and i == 0 else None,
+            {"name": name, "x": values, "tone": tone, "errors": rounded(errors) if errors and i == 0 else None,
              "hollow": name in hollow_series}
-            for i, ((name, values), tone) in enumerate(zip(series.items(), tones, strict=True))
+            for i, ((name, values), tone) in enumerate(zip(places.items(), tones, strict=True))
         ],
     }  # fmt: skip
 

@@ -61,20 +61,43 @@ def read_model(file: Path) -> dict[str, Any]:
         OSError: a file that cannot be read.
     """
     model: dict[str, Any] = read_json(file)
+    check_model(model, str(file))
+    return model
+
+
+def are_models(found: object) -> bool:
+    """Whether plain data are a list of models to look into."""
+    try:
+        for model in found if isinstance(found, list) else [None]:
+            check_model(model, "it")
+    except ValueError:
+        return False
+    return True
+
+
+def check_model(model: Any, where: str) -> None:
+    """Refuse what is no model to look into.
+
+    Args:
+        model: plain data.
+        where: they are from, for the message.
+
+    Raises:
+        ValueError: a field that is missing or of another type, or a picture that is not in it.
+    """
     texts = dict.fromkeys(("title", "group", "about"), _text)
-    _check(model, texts | {"rows": lambda x: isinstance(x, list) and bool(x)}, str(file))
+    _check(model, texts | {"rows": lambda x: isinstance(x, list) and bool(x)}, where)
     example = model.get("example")
     if not isinstance(example, dict):
-        raise ValueError(f"{file} must have an example; got {shortened(example)}")
+        raise ValueError(f"{where} must have an example; got {shortened(example)}")
     if example.get("kind") == "text":
-        _check(example, {"tokens": _texts, "unit": _text}, f"{file}'s example")
-        return model
+        _check(example, {"tokens": _texts, "unit": _text}, f"{where}'s example")
+        return
     panels = example.get("panels")
     if not isinstance(panels, list):
-        raise ValueError(f"{file}'s example must have tokens or panels; got {shortened(panels)}")
+        raise ValueError(f"{where}'s example must have tokens or panels; got {shortened(panels)}")
     for panel in panels:
-        _check(panel, {"caption": _text, "source": lambda x: isinstance(x, str) and x.startswith(PNG)}, f"{file}'s panels")
-    return model
+        _check(panel, {"caption": _text, "source": lambda x: isinstance(x, str) and x.startswith(PNG)}, f"{where}'s panels")
 
 
 def _check(given: object, needed: Fields, where: str, known: Fields | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,7 @@ class PagePart:
         grids: tables.
         charts: what can be drawn from the data, by heading.
         pictures: what was drawn already.
-        command: that made it.
+        command: that made it, or empty where that is not known.
         details: texts that open on demand, by title.
         place: its folder.
         task: of the paper's three, or empty.
@@ -87,6 +88,7 @@ class PagePart:
         made: versions that made it, by package.
         date: of the result, where it holds one.
         samples: texts that a model wrote, by heading.
+        next_command: the one that shows more of what a model learned, or empty.
     """
 
     experiment: str
@@ -107,6 +109,7 @@ class PagePart:
     made: Mapping[str, str] = field(default_factory=dict)
     date: str = ""
     samples: Mapping[str, str] = field(default_factory=dict)
+    next_command: str = ""
 
     @property
     def at(self) -> str:
@@ -118,6 +121,11 @@ class PagePart:
     def undrawn(self) -> list[Picture]:
         """The pictures that no chart stands for."""
         return [picture for picture in self.pictures if picture.heading not in self.charts]
+
+
+def shown(path: str) -> str:
+    """A path as text: bytes that are none are replaced."""
+    return os.fsencode(path).decode("utf-8", errors="replace")
 
 
 def facts(results: Mapping[str, Any]) -> dict[str, Any]:

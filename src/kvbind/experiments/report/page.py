@@ -22,10 +22,11 @@ import jinja2
 from kvbind.experiments import EXPERIMENTS
 from kvbind.experiments.report import svg
 from kvbind.experiments.report.checks import check_results, read_model
-from kvbind.experiments.report.contents import PagePart
+from kvbind.experiments.report.contents import PagePart, shown
 from kvbind.experiments.report.finding_contents import findings_part
+from kvbind.experiments.report.page_cache import PageCache
 from kvbind.experiments.report.run_contents import RUN, find_runs, run_part
-from kvbind.experiments.report.sections import Section, sections_of
+from kvbind.experiments.report.sections import ONE_SEED, Section, sections_of
 from kvbind.experiments.report.table_contents import read_outcome, table_part
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.files import blaming, inside
@@ -100,6 +101,7 @@ def summary(sections: Sequence[Section]) -> dict[str, Any]:
     dates = sorted(part.date for part in parts if part.date)
     ladder = next((part for section in sections for part in section.parts if LADDER in part.charts), None)
     return {
+        "title": headline(sections),
         "counts": counts,
         "claims": sum(counts.values()),
         "sections": sum(section.name.startswith(RUN) is False for section in sections),
@@ -112,22 +114,43 @@ def summary(sections: Sequence[Section]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def headline(sections: Sequence[Section]) -> str:
+    """What a page comes to: how many claims hold, do not hold and are not decided; first of all that none is, where so."""
+    claims = [claim for section in sections for claim in section.claims]
+    if not claims:
+        return "Results" if any(not section.name.startswith(RUN) for section in sections) else "Training runs"
+    said = f"{len(claims)} claim{'' if len(claims) == 1 else 's'}"
+    hold, fail, undecided = (sum(claim.holds is holds for claim in claims) for holds in WORDS)
+    if undecided == len(claims):
+        why = ": one seed decides nothing" if all(claim.reason == ONE_SEED for claim in claims) else ""
+        return f"{said}, {'none' if undecided > 1 else 'not'} decided yet{why}"
+    return (
+        f"{said}: {hold} hold{'s' if hold == 1 else ''}, {fail} {'does' if fail == 1 else 'do'} not, "
+        f"{undecided} {'is' if undecided == 1 else 'are'} not decided"
+    )
+
+
 def known(versions: Iterable[str]) -> list[str]:
     """Versions in their order, each once, without those that nobody knows."""
     return sorted({version for version in versions if version != UNKNOWN})
 
 
-def find_parts(folders: Sequence[Path]) -> tuple[list[PagePart], list[dict[str, Any]]]:
+def find_parts(folders: Sequence[Path], cache: PageCache | None = None) -> tuple[list[PagePart], list[dict[str, Any]]]:
     """The results below some folders, and the models that were prepared there to be looked into.
 
     Args:
         folders: each holds `results.json`, or folders that do, at any depth.
+        cache: where samples of what models write are; default a new one that stores nothing.
 
     Raises:
         ValueError: a folder that is none, a file that is no result, or one that names files outside its folder.
     """
     found = {place: results for folder in folders for place, results in find_results(folder)}
-    runs = dict.fromkeys(place for folder in folders for place in find_runs(folder))
+    runs: dict[Path, Path] = {}
+    for folder in folders:
+        for typed in find_runs(folder):
+            runs.setdefault(typed.resolve(), typed)
+    cache = cache or PageCache()
     ordered = sorted(found, key=lambda place: rank(found[place], place))
     parts, models = [], []
     for place in ordered:
@@ -139,9 +162,9 @@ def find_parts(folders: Sequence[Path]) -> tuple[list[PagePart], list[dict[str, 
             name = results["experiment"]
             table = "rows" in results and name.startswith("table") and name in EXPERIMENTS
             parts.append(table_part(read_outcome(results), place) if table else findings_part(results, place))
-    for place in runs:
+    for place, typed in runs.items():
         with blaming(place, "what kvbind train writes"):
-            parts.append(run_part(place))
+            parts.append(run_part(place, typed, cache))
     return parts, models
 
 
@@ -201,11 +224,6 @@ def as_script(data: Any) -> str:
 def href(path: Path, folder: Path) -> str:
     """The address of a file on a page in a folder, relative and of no scheme, whatever names lie between."""
     return "./" + quote(os.fsencode(Path(relpath(path, folder)).as_posix()))
-
-
-def shown(path: str) -> str:
-    """A path as text: bytes that are none are replaced."""
-    return os.fsencode(path).decode("utf-8", errors="replace")
 
 
 def policy(*scripts: str) -> str:

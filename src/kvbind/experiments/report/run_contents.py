@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 from kvbind.experiments import plotting
 from kvbind.experiments.report import charts
 from kvbind.experiments.report.charts import Chart, Points
-from kvbind.experiments.report.contents import PagePart, PageTable, Picture, facts
+from kvbind.experiments.report.contents import PagePart, PageTable, Picture, facts, shown
+from kvbind.experiments.report.page_cache import PageCache
 from kvbind.experiments.subjects import NONE, SUBJECTS
 from kvbind.experiments.tables.table import CURVE, SMOOTHING
+from kvbind.experiments.training.run_folders import MADE_BY
 from kvbind.files import check_regular, inside, read_json
 from kvbind.train.metrics import FILE, row_of
 
@@ -38,12 +41,15 @@ LARGEST = 200e6
 
 
 def find_runs(folder: Path) -> Iterator[Path]:
-    """Folders below one, itself among them, that `kvbind train` made; not those that experiments share."""
+    """Folders below one, itself among them, that `kvbind train` made, as paths that begin as `folder` does.
+
+    Those that experiments share are not among them.
+    """
     for file in sorted(folder.rglob(FILE)):
         place = file.parent
         own = SHARED not in place.relative_to(folder).parts
         if own and not place.name.startswith(".") and task_of(place) is not None:
-            yield place.resolve()
+            yield place
 
 
 def task_of(place: Path) -> str | None:
@@ -57,8 +63,13 @@ def task_of(place: Path) -> str | None:
     return task if line.startswith(HEADER) and task in SUBJECTS else None
 
 
-def run_part(place: Path) -> PagePart:
+def run_part(place: Path, typed: Path, cache: PageCache) -> PagePart:
     """The run in a folder, finished or not.
+
+    Args:
+        place: the folder.
+        typed: the same as a user would type it.
+        cache: where a sample of what its model writes may be.
 
     Raises:
         ValueError: files that `kvbind train` does not write so, or that lead out of the folder.
@@ -66,29 +77,38 @@ def run_part(place: Path) -> PagePart:
     task = task_of(place)
     if task is None:
         raise ValueError(f"{place} must be a run of kvbind train, with its {CONFIG}")
-    config = check_regular(inside(place, CONFIG)).read_text(encoding="utf-8")
+    made_by, config = without_header(check_regular(inside(place, CONFIG)).read_text(encoding="utf-8"))
     result = read_json(inside(place, RESULT)) if (place / RESULT).is_file() else {}
     if not isinstance(result, dict):
         raise ValueError(f"{place / RESULT} must hold a run's result")
     rows = [row for line in check_regular(inside(place, FILE)).read_bytes().split(b"\n") if (row := row_of(line))]
-    heading, samples = sample(place, task, result)
     found = facts({"task": task, "scale": "", "machine": result.get("machine"), "versions": result.get("versions")})
     return PagePart(
         experiment=RUN,
-        title=f"Run: {task}, {place.name}",
+        title=f"Run: {task}, {shown(place.name)}",
         lead=lead(task, rows, result),
         verdicts=[],
         grids=grids(task, rows),
         charts=draw(task, rows),
-        pictures=[Picture(file.stem, inside(place, f"{PICTURES}/{file.name}"), f"{file.stem} of the run {place.name}")
+        pictures=[Picture(file.stem, inside(place, f"{PICTURES}/{file.name}"), f"{file.stem} of the run {shown(place.name)}")
                   for file in sorted((place / PICTURES).glob("*.png"))],
-        command=heading,
+        command=made_by,
         details={"configuration": config, "versions and machine": json.dumps(
             [result.get("versions"), result.get("machine")], indent=2)},
         place=place,
-        samples=samples,
+        samples=samples(place, typed, task, result, cache),
+        next_command=next_command(typed, task),
         **found,
     )  # fmt: skip
+
+
+def without_header(config: str) -> tuple[str, str]:
+    """The command that made a run, as its configuration file says, else empty; and the configuration alone."""
+    _, _, rest = config.partition("\n")
+    if not rest.startswith(MADE_BY):
+        return "", rest
+    command, _, rest = rest.partition("\n")
+    return command.removeprefix(MADE_BY).strip(), rest
 
 
 def lead(task: str, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> str:
@@ -174,24 +194,35 @@ def series(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, fl
     return plotting.pooled([(float(row["step"]), float(row[name])) for row in rows if finite(row.get(name))], CURVE)
 
 
-def sample(place: Path, task: str, result: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """The command that shows more of what a run learned, and a text that a language model writes.
-
-    A text is written where the model is finished and small enough; it reads weights from safetensors alone.
-    """
+def next_command(typed: Path, task: str) -> str:
+    """The command that shows more of what a run learned."""
+    run, picture = (shown(shlex.quote(str(path))) for path in (typed, typed / PICTURES / "attention.png"))
     known = {
-        "language": f"kvbind generate {place.name} --prompt ...",
-        "views": f"kvbind render {place.name}",
-        "images": f"kvbind show {place.name} --out {place.name}/{PICTURES}/attention.png",
+        "language": f'kvbind generate {run} --prompt "The "',
+        "views": f"kvbind render {run}",
+        "images": f"kvbind show {run} --out {picture}",
     }
-    size = result.get("parameters")
-    if task != "language" or not (place / MODEL).is_dir() or not isinstance(size, int) or size > LARGEST:
-        return known.get(task, f"kvbind eval {place.name}"), {}
+    return known.get(task, f"kvbind eval {run}")
+
+
+def samples(place: Path, typed: Path, task: str, result: Mapping[str, Any], cache: PageCache) -> dict[str, str]:
+    """A text that a language model writes, where it is finished and small enough.
+
+    Weights are read from safetensors alone.
+    """
+    model, size = place / MODEL, result.get("parameters")
+    if task != "language" or not model.is_dir() or not isinstance(size, int) or size > LARGEST:
+        return {}
     try:
-        return known[task], {"A sample": written(place)}
+        files = [[shown(file.name), (found := file.stat()).st_size, found.st_mtime_ns] for file in sorted(model.iterdir())]
+        text = cache.made(
+            f"sampling text from {typed}", lambda: written(place), lambda found: isinstance(found, str),
+            "sample", shown(str(place)), result.get("steps"), files,
+        )  # fmt: skip
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         log.warning("%s: no sample, as %s", place, error)
-        return known[task], {}
+        return {}
+    return {"A sample": text}
 
 
 def written(place: Path) -> str:

@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from kvbind.experiments.report.charts import Chart
+from kvbind.experiments.scales import widened
 from kvbind.experiments.subjects import NONE
 
 WIDTH, HEIGHT = 440, 290
@@ -157,13 +158,23 @@ class Axis:
                     yield x, f"{x:g}" if 1e-4 < x < 1e6 else f"1e{power}"
 
 
-def _span(values: Iterable[float], log: bool, pad: float) -> tuple[float, float]:
-    """The least and the largest of some numbers, and a little room beside them."""
+def _span(values: Iterable[float], log: bool, pad: float, wide: bool = False) -> tuple[float, float]:
+    """The least and the largest of some numbers, and a little room beside them.
+
+    Args:
+        values: the numbers.
+        log: leave out those that are not positive; the room is a factor.
+        pad: the room, as a share of the range.
+        wide: widen a range that is small beside its numbers.
+    """
     known = [x for x in values if not log or x > 0] or [1.0]
     low, high = min(known), max(known)
     if log:
-        room = (high / low) ** pad if high > low else 2.0
+        # over a factor of 4 there is always a tick
+        room = max((high / low) ** pad, 2 / (high / low) ** 0.5)
         return low / room, high * room
+    if wide and high > low:
+        low, high = widened(low, high)
     room = pad * (high - low) if high > low else 0.5 * abs(high) or 0.5
     return low - room, high + room
 
@@ -172,7 +183,7 @@ def _lines(chart: Chart, order: Mapping[str, int]) -> tuple[float, Iterator[str]
     left, right, top, bottom = 52, 10, 24, 42
     xs = [x for own in chart["series"] for x in own["x"] if x is not None]
     ys = [y for own in chart["series"] for y in own["y"] if y is not None]
-    low, high = chart.get("range") or _span(ys, False, 0.06)
+    low, high = _span(ys, False, 0.06, wide=True)
     pad = 0.04 if chart["markers"] else 0.0
     least, most = _span(xs, chart["log"], pad)
     across = Axis(least, most, 0, WIDTH - left - right, log=chart["log"])
@@ -205,7 +216,7 @@ def _lines(chart: Chart, order: Mapping[str, int]) -> tuple[float, Iterator[str]
             for x, y in places:
                 if across.holds(x) and down.holds(y):
                     yield f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="3.2" fill="currentColor"><title>'
-                    yield f"{escape(own['name'])}, {x:g}: {y:.4g}</title></circle>"
+                    yield f"{escape(own['name'])}, {cell(x)}: {cell(y)}</title></circle>"
 
     return HEIGHT, marks()
 
@@ -230,7 +241,7 @@ def _rows(
     values = [x + sign * (error or 0) for own in chart["series"]
               for x, error in zip(own["x"], own["errors"] or [0] * len(own["x"]), strict=True) if x is not None
               for sign in (-1, 1)]  # fmt: skip
-    least, most = _span([*values, *chart["limits"]], chart["log"], 0.1)
+    least, most = _span([*values, *chart["limits"]], chart["log"], 0.1, wide=True)
     axis = Axis(least if low is None or chart["log"] else low, most, LABEL, WIDTH - 14, log=chart["log"])
 
     def marks() -> Iterator[str]:
@@ -264,7 +275,7 @@ def _dots(chart: Chart, order: Mapping[str, int]) -> tuple[float, Iterator[str]]
                 yield f'<path class="error" d="M{axis(x - error):.1f} {y:.1f}H{axis(x + error):.1f}"/>'
             hollow = own["hollow"] or i in chart["hollow"]
             yield f'<circle cx="{axis(x):.1f}" cy="{y:.1f}" r="4.5" class="{"hollow" if hollow else "dot"}"><title>'
-            yield f"{escape(chart['rows'][i])}, {escape(own['name'])}: {x:.4g}</title></circle>"
+            yield f"{escape(chart['rows'][i])}, {escape(own['name'])}: {cell(x)}</title></circle>"
             if chart["digits"] is not None:
                 beyond = axis(x) > WIDTH - 60
                 place = axis(x) + (-1 if beyond else 1) * (8 + (axis(x + error) - axis(x) if error else 0))
@@ -282,7 +293,7 @@ def _bars(chart: Chart, order: Mapping[str, int]) -> tuple[float, Iterator[str]]
             if axis.holds(x):
                 y, wide = middle + 12 * (number - count / 2), max(axis(x) - LABEL, 1)
                 yield f'<rect x="{LABEL}" y="{y + 1:.1f}" width="{wide:.1f}" height="10" fill="currentColor"><title>'
-                yield f"{escape(name)}, {escape(own['name'])}: {x:.4g}</title></rect>"
+                yield f"{escape(name)}, {escape(own['name'])}: {cell(x)}</title></rect>"
 
     return _rows(chart, order, marks, 0.0)
 

@@ -24,6 +24,7 @@ from kvbind.experiments.saved_models.simplification_report import AFTER, BEFORE,
 from kvbind.experiments.subjects import named_subject
 from kvbind.experiments.training.runs import check_folder, check_same_config, train_run
 from kvbind.inner.value import unchecked_values
+from kvbind.provenance import command
 from kvbind.tasks import open_task_module
 from kvbind.train.bars import progress_bars
 from kvbind.train.config import what_matters
@@ -71,7 +72,9 @@ def simplify(planned: SimplificationPlan, request: Request, *, accept_changed_da
     request.say(f"{metric.title} before: {measured[BEFORE][metric.name]:.{metric.digits}f}; run folder: {folder}")
     with progress_bars(request.console) as add:
         bar = add("fine-tuning", config.train.steps)
-        run = train_run(task, config, folder, bar, fresh=request.fresh, accept_changed_data=accept_changed_data)
+        run = train_run(
+            task, config, folder, bar, fresh=request.fresh, accept_changed_data=accept_changed_data, made_by=command()
+        )
     return report(planned, request, run, measured, device)
 
 

@@ -15,6 +15,19 @@ from kvbind.train.files import read_json
 
 CONFIG, RESULT, WEIGHTS = "config.yaml", "result.json", "model"
 
+MADE_BY = "# made by: "
+"""How the second line of a configuration file begins, where the command that made the run is known."""
+
+
+def config_header(task: str, made_by: str) -> str:
+    """The lines above a run's configuration: its task, and the command that made it.
+
+    Args:
+        task: its name.
+        made_by: the command; empty where none is known. One that does not fit a line of text is left out.
+    """
+    return f"# kvbind train {task}\n" + (f"{MADE_BY}{made_by}\n" if made_by and made_by.isprintable() else "")
+
 
 def result_of(folder: Path) -> dict[str, Any] | None:
     """What the run in a folder came to when it was last finished; None where it never was.

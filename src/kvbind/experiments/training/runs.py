@@ -15,6 +15,7 @@ from kvbind.experiments.training.run_folders import (
     CONFIG,
     RESULT,
     WEIGHTS,
+    config_header,
     exported,
     open_run,
     result_of,
@@ -129,6 +130,7 @@ def train_run(
     fresh: bool = False,
     accept_changed_data: bool = False,
     begun: Callable[[int], None] | None = None,
+    made_by: str = "",
 ) -> Run:
     """Train a configuration in `folder`, or go on where an interruption left it, or read what it came to.
 
@@ -146,6 +148,7 @@ def train_run(
         accept_changed_data: go on with other data than the run was trained on, and write that down in its folder.
         begun: called by the first process with the number of the model's parameters when everything has been checked and
             training begins; not of a finished run.
+        made_by: the command line that the run is made by, for its configuration file; empty where there is none.
 
     Raises:
         InterruptedRunError: Ctrl-C or SIGTERM came first; there is a checkpoint behind the step that was under way.
@@ -188,7 +191,7 @@ def train_run(
         if fresh:
             put_aside(folder, (RESULT, WEIGHTS), (FILE, "tensorboard", RECORD, CONFIG))
         check_unchanged(folder, opened.contents(), checkpoints(folder), accept_changed_data)
-        write_text(folder / CONFIG, f"# kvbind train {task}\n{to_yaml(config)}")
+        write_text(folder / CONFIG, config_header(task, made_by) + to_yaml(config))
         if begun is not None:
             begun(parameters)
 
