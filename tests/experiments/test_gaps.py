@@ -16,7 +16,9 @@ from kvbind.experiments.studies import chunks, gaps, sizes
 from kvbind.experiments.subjects import FRACTIONS, ON_THE_WAY, SUBJECTS, TaskScale
 from kvbind.experiments.tables import table2
 from kvbind.experiments.training import progress
-from kvbind.experiments.training.plans import UnfinishedError, configuration, plan_runs
+from kvbind.experiments.training.plans import UnfinishedError, configuration, plan_runs, row_configs
+from kvbind.experiments.training.runs import train_run
+from kvbind.provenance import processor
 from kvbind.train.metrics import read_metrics
 
 STEPS = 32
@@ -103,8 +105,17 @@ def test_a_plan_says_what_is_left_by_the_time_of_runs_like_it(tmp_path, monkeypa
     left = {x["run"]: x for x in found["runs"]}
     assert [x["steps_done"] for name, x in left.items() if " rung0 " in name or " rung1 " in name] == [STEPS] * 4
     assert all(x["steps_done"] == 0 for name, x in left.items() if " rung3 " in name)
-    assert "unknown" in shown
-    assert "nothing is known" in shown
+    # on a CPU, others are as slow as the slowest that was finished here
+    finished = [json.loads(path.read_text()) for path in (tmp_path / "trained").glob("*/result.json")]
+    steps = [progress.seconds_per_step(path.parent) for path in (tmp_path / "trained").glob("*/result.json")]
+    for name, x in left.items():
+        if x["steps_done"] == 0:
+            assert x["basis"] == progress.OTHERS
+            assert x["seconds"] == pytest.approx(STEPS * max(steps)), name
+    assert all(x["machine"]["device"] == processor() for x in finished)
+    assert "seconds of training are left, one run after another. Starts" in shown
+    assert "GPU" not in shown
+    assert "H200" not in shown
     (tmp_path / "trained").joinpath(left["1/6 rung0 seed 1"]["folder"].rpartition("/")[2], "result.json").unlink()
     again = progress.plan_experiment("table2", **asked)
     assert again["seconds"] == pytest.approx(found["seconds"], abs=1e-6)  # its last checkpoint is behind its last step
@@ -115,6 +126,55 @@ def test_a_plan_says_what_is_left_by_the_time_of_runs_like_it(tmp_path, monkeypa
     assert own["steps_done"] == 0
     assert own["basis"] == progress.HERE
     assert 0 < own["seconds"] < 60
+
+
+def test_without_a_gpu_no_time_is_known_until_a_run_of_the_scale_is_finished_on_this_processor(tmp_path):
+    def planned(*edits):
+        console = Console(record=True, width=200, force_terminal=False)
+        found = progress.plan_experiment("table1", task="views", out=tmp_path, console=console, overrides=[*VIEWS, *edits])
+        return found, console.export_text()
+
+    found, shown = planned()
+    assert {x["seconds"] for x in found["runs"]} == {None}
+    assert "No time is known for this processor: nothing on the scale of these runs was finished on it." in shown
+    assert "GPU" not in shown
+    assert "H200" not in shown
+
+    config = configuration("views", "smoke", overrides=[*VIEWS, "train.steps=3"])
+    own = row_configs("views", config)["rung0"]
+    folder = tmp_path / "trained" / "views-shorter"
+    run = train_run("views", own, folder)
+    found, shown = planned()
+    left = {x["run"].split()[1]: x for x in found["runs"]}
+    each = run.result["training_seconds"] / 3
+    assert [left[row]["basis"] for row in ("rung0", "ascent")] == [progress.HERE, progress.OTHERS]
+    assert all(x["seconds"] == pytest.approx(each * x["steps"], rel=1e-3) for x in left.values())
+    assert "seconds of training are left" in shown
+    assert {x["seconds"] for x in planned("data.batch=1")[0]["runs"]} == {None}  # another scale
+
+    result = json.loads((folder / "result.json").read_text())
+    result["machine"]["device"] = "NVIDIA H200"
+    (folder / "result.json").write_text(json.dumps(result))
+    assert {x["seconds"] for x in planned()[0]["runs"]} == {None}
+
+
+@pytest.mark.parametrize(
+    ("known", "unknown", "gpu", "said"),
+    [
+        (40, 0, True, "40 seconds of one GPU are left, 0.1 pieces of ten minutes"),
+        (40, 1, True, "; of 1 run(s) nothing is known. Starts"),
+        (
+            40,
+            1,
+            False,
+            "40 seconds of training are left, one run after another; of 1 run(s) no time is known for this processor. ",
+        ),
+        (0, 2, False, "nothing on the scale of what is left of 2 run(s) was finished on it."),
+        (0, 0, False, "0 seconds of training are left"),
+    ],
+)
+def test_a_plans_sum_is_of_the_device_that_trains(known, unknown, gpu, said):
+    assert said in progress.summary(known, unknown, 3, gpu)
 
 
 def test_rows_that_are_not_asked_for_are_not_trained_and_reported_where_they_are_finished(tmp_path):
@@ -130,7 +190,8 @@ def test_rows_that_are_not_asked_for_are_not_trained_and_reported_where_they_are
         table2.reproduce(**asked, rows=("rung9",))
 
 
-def test_a_plan_of_the_language_model_goes_by_measured_speeds_at_equal_flops(tmp_path):
+def test_a_plan_of_the_language_model_goes_by_measured_speeds_at_equal_flops(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "on_gpu", lambda job: True)
     (tmp_path / "book.txt").write_text("it was the best of times, it was the worst of times. " * 3000)
     request = Request(scale="small", data=str(tmp_path / "book.txt"), trained=tmp_path / "t",
                       overrides=["data.held_out_source=null"])  # fmt: skip

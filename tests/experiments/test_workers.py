@@ -14,6 +14,7 @@ from kvbind.experiments.training.runs import OutOfTimeError, Run, run_name, trai
 from kvbind.experiments.training.worker_process import Worker
 from kvbind.experiments.training.workers import train_all
 from kvbind.train import TrainingStoppedError, latest_checkpoint
+from kvbind.train.bars import BEFORE
 from kvbind.train.config import to_plain
 from kvbind.train.metrics import read_metrics
 
@@ -179,6 +180,22 @@ def test_nothing_is_begun_behind_the_deadline_and_what_is_finished_is_read(job, 
     assert found[1].reused
     assert told == ["a"]
     assert not never.folder.exists()
+
+
+def test_a_job_is_to_begin_anew_until_it_has_taken_a_step(job):
+    told = []
+    begun = workers.Begun(replace(job("x"), fresh=True), lambda step, note: told.append((step, note)))
+    begun(0, f"{BEFORE}making it")
+    assert begun.job.fresh
+    begun(1, "loss 1")
+    assert not begun.job.fresh
+    assert told == [(0, f"{BEFORE}making it"), (1, "loss 1")]
+
+
+def test_the_time_of_a_run_says_what_it_is_of(tmp_path):
+    result = {"training_seconds": 7.4}
+    assert Run(tmp_path, result, reused=False).time_note == "7 s of training alone"
+    assert Run(tmp_path, result, reused=True).time_note == "finished earlier"
 
 
 def test_a_run_that_fails_does_not_end_the_others_where_somebody_takes_its_error(job):

@@ -19,9 +19,11 @@ from kvbind.tasks import open_task_module, views
 from kvbind.tasks.views import pool
 from kvbind.tasks.views.config import LossConfig, ProceduralConfig, ViewsModelConfig
 from kvbind.tasks.views.metrics import nearest_inputs, psnr, ssim
+from kvbind.tasks.views.raycast import render
 from kvbind.tasks.views.render import first_scenes, turntable, write_pictures
 from kvbind.tasks.views.task import predict
 from kvbind.train import train
+from kvbind.train.bars import BEFORE
 from kvbind.train.checkpoint import latest_checkpoint
 from kvbind.train.config import read_config, to_yaml
 from kvbind.train.metrics import read_metrics
@@ -175,6 +177,47 @@ def test_scenes_are_rendered_before_the_first_step_and_stay_out_of_readers(monke
     assert torch.equal(copy.pixels(batch["image"], torch.device("cpu")), known)
     monkeypatch.setattr(pool, "render", None)
     assert torch.equal(task.scenes.pixels(batch["image"], torch.device("cpu")), known)
+
+
+def test_runs_on_the_same_scenes_render_them_once_and_say_so(tmp_path, monkeypatch):
+    rendered, told = [], []
+
+    def counted(world, *cameras):
+        rendered.append(len(world.sun))
+        return render(world, *cameras)
+
+    monkeypatch.setattr(pool, "_kept", {})
+    monkeypatch.setattr(pool, "render", counted)
+    first, second = small("train.steps=1"), small("train.steps=1", "seed=1")
+    train_run("views", first, tmp_path / "first", lambda step, note: told.append((step, note)))
+    assert rendered == [6, 3]
+    assert told[0] == (0, f"{BEFORE}rendering 9 scenes")
+    assert [note for _, note in told if note.endswith("done")] == [
+        f"{BEFORE}rendering 9 scenes, {done} done" for done in (6, 9)
+    ]
+    assert told[-2] == (0, f"{BEFORE}9 scenes are rendered")
+    assert told[-1][0] == 1
+    train_run("views", second, tmp_path / "second", lambda step, note: told.append((step, note)))
+    assert rendered == [6, 3]
+    assert sum(note.startswith(BEFORE) for _, note in told) == 4
+
+    # pictures are those of a pool by itself, and what they depend on is told apart
+    shared = views.Task(first).scenes.pixels(torch.arange(48), torch.device("cpu"))
+    assert rendered == [6, 3]
+    pool._kept.clear()
+    assert torch.equal(views.Task(first).scenes.pixels(torch.arange(48), torch.device("cpu")), shared)
+    for edit in ("data.procedural.sector=40", "data.procedural.samples=2", "data.size=[8,8]", "data.procedural.scenes=5"):
+        other = views.Task(small(edit)).scenes
+        assert not other.prepared(torch.device("cpu"))
+        other.prepare(torch.device("cpu"))
+    assert rendered == [6, 3, 6, 6, 6, 6, 5]
+    assert list(pool._kept) == ["train"]  # the last alone
+    monkeypatch.setattr(pool, "MOST_KEPT", 5 * 8 * 3 * 16 * 16 - 1)
+    pool._kept.clear()
+    other = views.Task(small("data.procedural.scenes=5"))
+    other.scenes.prepare(torch.device("cpu"))
+    assert other.scenes.prepared(torch.device("cpu"))
+    assert not pool._kept
 
 
 def test_a_run_goes_on_with_another_number_of_workers(tmp_path):

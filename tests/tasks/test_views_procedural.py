@@ -1,16 +1,18 @@
 """Procedural scenes: what ray casting must get right, and what decides a scene."""
 
 import math
+from threading import get_ident
 
 import pytest
 import torch
 
 from kvbind.models.lact_nvs import project, rays
 from kvbind.models.lact_nvs.cameras import check_poses
+from kvbind.tasks.views import raycast
 from kvbind.tasks.views.meshes import MESHES
 from kvbind.tasks.views.orbit import look_at, middle, orbit, upwards
 from kvbind.tasks.views.procedural import OBJECTS, Cameras, make_cameras, make_scenes
-from kvbind.tasks.views.raycast import World, cross_triangles, nearest_hits, render, shadowed
+from kvbind.tasks.views.raycast import RAYS_AT_ONCE, World, cross_triangles, nearest_hits, render, shadowed
 
 UP = torch.tensor([0.0, 0, 1])
 
@@ -149,6 +151,27 @@ def test_pictures_do_not_depend_on_how_many_are_rendered_together_or_on_autocast
         alone = render(world[1:], c2w[1:, 2:], intrinsics[1:, 2:], (16, 16))
     torch.testing.assert_close(alone[0, 0].int(), together[1, 2].int(), rtol=0, atol=1)
     assert together.float().std() > 20
+
+
+def test_threads_share_pictures_and_leave_no_trace(monkeypatch):
+    monkeypatch.setitem(RAYS_AT_ONCE, "cpu", 2 * 16 * 16)
+    world, cameras = make_scenes("train", 3), make_cameras("train", 3, 5, (16, 16), Cameras())
+    before, threads, told = torch.get_num_threads(), [], []
+    try:
+        torch.set_num_threads(1)
+        alone = render(world, *cameras, (16, 16), 1)
+        torch.set_num_threads(3)
+        inner = raycast.shade
+        monkeypatch.setattr(raycast, "shade", lambda *x: threads.append((torch.get_num_threads(), get_ident())) or inner(*x))
+        with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            together = render(world.to(torch.device("cpu")), *cameras, (16, 16), 1, told.append)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(together, alone)
+    assert {number for number, _ in threads} == {1}
+    assert get_ident() not in {thread for _, thread in threads}
+    assert told == [1, 2, 3]
 
 
 def test_an_orbit_goes_all_around_where_cameras_do_and_else_to_and_fro():

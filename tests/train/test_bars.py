@@ -2,7 +2,8 @@ import io
 import re
 
 from kvbind.screen import Screen
-from kvbind.train.bars import RESUMED, duration, progress_bars
+from kvbind.train import bars
+from kvbind.train.bars import BEFORE, RESUMED, duration, progress_bars
 
 
 def written(seconds, calls, terminal=False, width=80):
@@ -29,6 +30,24 @@ def test_a_run_that_goes_on_says_from_where():
         assert "a run: goes on from the checkpoint at step 400 of 1,000" in written(
             0, [(400, RESUMED), (401, "x")], terminal
         )
+
+
+def test_what_is_done_before_the_first_step_is_said_at_intervals_and_counts_for_no_step(monkeypatch):
+    calls = [(0, f"{BEFORE}making it, {done} done") for done in (1, 2)] + [(1, "loss 1"), (2, "loss 2"), (1000, "x")]
+    every = written(0, calls).splitlines()
+    assert every[:2] == [f"a run, before training: making it, {done} done" for done in (1, 2)]
+    assert every[2] == "a run: step 1 of 1,000  loss 1"
+    seldom = written(3600, calls).splitlines()
+    assert [line.split(" of ")[0] for line in seldom] == [
+        "a run, before training: making it, 1 done", "a run: step 1", "a run: step 1,000"
+    ]  # fmt: skip
+    assert "making it, 2 done" in written(0, calls[:2], terminal=True)
+
+    # of a run that goes on: 2 s for a step, whatever came before
+    clock = iter([0.0, 500.0, 502.0])
+    monkeypatch.setattr(bars.time, "monotonic", lambda: next(clock))
+    found = written(0, [(900, RESUMED), (900, f"{BEFORE}making it"), (901, "x")]).splitlines()
+    assert found[-1] == "a run: step 901 of 1,000  x  3 min left"  # 99 of 2 s
 
 
 def test_bars_fit_a_narrow_terminal():

@@ -146,9 +146,8 @@ def train_everything(tasks: Sequence[str], request: Request) -> None:
 
     def finished(job: TrainingJob, run: Run) -> None:
         metric = named_subject(job.task).metric
-        note = "finished earlier" if run.reused else f"{run.result['training_seconds']:.0f} s"
         value = run.result["held_out"][metric.name]
-        request.say(f"{job.title:<{longest}} {metric.title} {value:.{metric.digits}f}, {note}")
+        request.say(f"{job.title:<{longest}} {metric.title} {value:.{metric.digits}f}, {run.time_note}")
 
     broken: list[TrainingJob] = []
 

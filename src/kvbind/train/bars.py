@@ -10,7 +10,11 @@ from rich import progress
 from rich.console import Console
 
 Watch = Callable[[int, str], None]
-"""Told how many steps are done and what to show beside them: after every step, and where a run goes on, before its first."""
+"""Told how many steps are done and what to show beside them: after every step, where a run goes on, before its first, and
+with a note that begins with `BEFORE`, while something else has to be done before that."""
+
+BEFORE = "before training: "
+"""How notes begin on what is done before a run's first step."""
 
 RESUMED = "goes on from a checkpoint"
 """What is shown beside the step that a run goes on from."""
@@ -70,7 +74,7 @@ def bars(console: Console | None) -> Iterator[Callable[[str, int], Watch]]:
                     # what was done earlier says nothing of what a step takes now
                     shown.reset(line, total=steps, completed=step)
                     return
-                shown.update(line, completed=step, note=note, visible=step < steps)
+                shown.update(line, completed=step, note=note.removeprefix(BEFORE), visible=step < steps)
 
             return watch
 
@@ -80,14 +84,21 @@ def bars(console: Console | None) -> Iterator[Callable[[str, int], Watch]]:
 def lines(console: Console, title: str, steps: int, seconds: float) -> Watch:
     """What prints a line on a run every so often."""
     begun: tuple[int, float] | None = None
-    printed = float("-inf")
+    printed = printed_before = float("-inf")
 
     def watch(step: int, note: str) -> None:
-        nonlocal begun, printed
+        nonlocal begun, printed, printed_before
         now = time.monotonic()
         if note == RESUMED:
             console.print(went_on(title, step, steps), markup=False, soft_wrap=True)
             begun = (step, now)
+            return
+        if note.startswith(BEFORE):
+            if begun is not None:  # what steps take is counted from here
+                begun = (step, now)
+            if now - printed_before >= seconds:
+                console.print(f"{title}, {note}", markup=False, soft_wrap=True)
+                printed_before = now
             return
         begun = begun or (step, now)
         if now - printed < seconds and step < steps:

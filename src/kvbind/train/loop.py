@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from kvbind.hardware import peak_flops
 from kvbind.inner.value import unchecked_values
 from kvbind.train.average import Average, local
-from kvbind.train.bars import RESUMED, Watch
+from kvbind.train.bars import BEFORE, RESUMED, Watch
 from kvbind.train.checkpoint import (
     Saver,
     empty_optimizer_state,
@@ -97,6 +97,9 @@ class Task(Protocol[Model]):
     this rank's part of a batch, and a context in which the parts' losses add up to that of the whole. By a method
     `flops(model)`, the operations that a unit takes in training, the utilization of GPUs is known.
 
+    What takes long and is done once, such as making its data, a task may do in a method `make_ready(device, tell)`, which is
+    called before the first batch and evaluation; `tell` takes what to show meanwhile.
+
     A step that is replayed as a CUDA graph depends on a batch's tensors alone. Where a loss depends on something else, such
     as a seed, a method `prepare(batch, device)` makes a batch of which that is no longer so, and `loss` takes both kinds.
     What is no tensor in it must have few values. A method `uncapturable(batch)` says why a batch is not captured, or None.
@@ -159,8 +162,8 @@ def train(
         task: its data, loss and evaluation.
         config: steps, optimizer, precision, checkpoints and meshes.
         folder: of the run; metrics and checkpoints go there. All processes must see the same.
-        watch: told of every step, and of the one that a run goes on from; `kvbind.train.bars.progress_bars` makes one that
-            draws.
+        watch: told of every step, of the one that a run goes on from, and of what is done before;
+            `kvbind.train.bars.progress_bars` makes one that draws.
         begin: called by the first process when everything else has been checked, before anything of the run is read.
         stop: asked at every step whether it is to be the last, behind which a checkpoint is left; the first process's
             answer counts.
@@ -238,6 +241,14 @@ def _train(
             watch(done.step, RESUMED)
     if not done.lengths or done.lengths[-1][1] != config.steps:
         done.lengths.append([done.step, config.steps])
+    make_ready = getattr(task, "make_ready", None)
+    if make_ready is not None:
+
+        def tell(note: str) -> None:
+            if watch is not None:
+                watch(done.step, BEFORE + note)
+
+        make_ready(device, tell)
     batches = task.batches(done.position, share)
     step = TrainingStep(model, together, task, config, optimizer, average, batches, share, device)
     if config.activation_checkpointing == "auto" and recomputed:

@@ -104,8 +104,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     request.say(f"figure4, scale {request.scale}: {ROW} in both forms on {plan.device}; report in {plan.out}")
 
     def finished(job: TrainingJob, run: Run) -> None:
-        note = "finished earlier" if run.reused else f"{run.result['training_seconds']:.0f} s"
-        request.say(f"{job.title}: {note}")
+        request.say(f"{job.title}: {run.time_note}")
 
     done = plan.train(request, finished)
     if len(done) < len(FORMS):

@@ -97,11 +97,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     request.say(f"capacity, scale {request.scale}: {len(jobs)} runs on {plan.device}; report in {plan.out}")
 
     def finished(job: TrainingJob, run: Run) -> None:
-        held_out, note = (
-            run.result["held_out"],
-            "finished earlier" if run.reused else f"{run.result['training_seconds']:.0f} s",
-        )
-        request.say(f"{job.title}: {held_out['accuracy']:.1f}% recalled, {note}")
+        request.say(f"{job.title}: {run.result['held_out']['accuracy']:.1f}% recalled, {run.time_note}")
 
     done = plan.train(replace(request, rows=None), finished)
     runs = {key: done[name] for key, name in jobs.items() if name in done}

@@ -99,8 +99,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     request.say(f"systems, scale {request.scale}: {len(plan.jobs)} runs on {plan.device}; report in {plan.out}")
 
     def finished(job: TrainingJob, run: Run) -> None:
-        note = "finished earlier" if run.reused else f"{run.result['training_seconds']:.0f} s"
-        request.say(f"{job.title}: perplexity {run.result['held_out']['perplexity']:.3f}, {note}")
+        request.say(f"{job.title}: perplexity {run.result['held_out']['perplexity']:.3f}, {run.time_note}")
 
     done = plan.train(request, finished)
     plan.out.mkdir(parents=True, exist_ok=True)

@@ -127,10 +127,9 @@ def reproduce_task(table: Table, request: Request) -> TableOutcome:
 
     def finished(job: TrainingJob, run: Run) -> None:
         if console:
-            note = "finished earlier" if run.reused else f"{run.result['training_seconds']:.0f} s"
             value = run.result["held_out"][subject.metric.name]
             shown = f"{subject.metric.title} {value:.{subject.metric.digits}f}"
-            console.print(f"{job.title:<{longest}} {shown}, {note}", markup=False, soft_wrap=True)
+            console.print(f"{job.title:<{longest}} {shown}, {run.time_note}", markup=False, soft_wrap=True)
 
     done = plan.train(request, finished)
     plan.out.mkdir(parents=True, exist_ok=True)

@@ -1,31 +1,37 @@
 """`kvbind reproduce ... --plan`: the training runs of a command, how far each is, and about how long the rest takes.
 
-Where a run, or another of its kind, has taken steps here, what is left of it is counted by their time. Else by what was
-measured on one NVIDIA H200: for the language model, whole steps as CUDA graphs (`results/bench/models-h200.json`), at equal
-model FLOPs per second for sizes and rows that are near a measured one; for images and views, the runs of `--scale small`
-(`results/table2-images-small`, `results/table2-views-small`), several of which shared a GPU: the most that it may take.
+Where a run, or another of its kind, has taken steps here, what is left of it is counted by their time. Without a GPU, the
+slowest finished run of the same scale counts next, if there is one: of the same data and sizes, with another inner loop.
+On a GPU, it is what was measured on one NVIDIA H200: for the language model, whole steps as CUDA graphs
+(`results/bench/models-h200.json`), at equal model FLOPs per second for sizes and rows that are near a measured one; for
+images and views, the runs of `--scale small` (`results/table2-images-small`, `results/table2-views-small`), several of which
+shared a GPU: the most that it may take.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table as TerminalTable
 
 from kvbind.experiments.training.jobs import TrainingJob, visible_gpus
-from kvbind.experiments.training.run_folders import CONFIG, RESULT
+from kvbind.experiments.training.run_folders import CONFIG, RESULT, open_run, result_of
+from kvbind.provenance import machine
 from kvbind.tasks.inner_loops import SOFTMAX, WINDOW
 from kvbind.train.checkpoint import checkpoints, step_of
 from kvbind.train.config import config_hash, what_matters
+from kvbind.train.loop import pick_device
 from kvbind.train.metrics import read_metrics
 
-HERE, MEASURED, MOST = "timed here", "as on an H200", "at most, as on an H200"
+HERE, OTHERS, MEASURED, MOST = "timed here", "by the slowest like it here", "as on an H200", "at most, as on an H200"
 """Where a time comes from."""
 
 TOKENS = {"rung0": 327_394.0, "rung2": 862_873.0, "rung6": 1_190_293.0, SOFTMAX: 570_297.0}
@@ -72,9 +78,11 @@ def estimate(jobs: Mapping[Path, tuple[str, TrainingJob]]) -> list[Left]:
     """
     kinds: dict[str, float] = {}
     for _, job in jobs.values():
-        timed = seconds_per_step(job.folder) if (job.folder / CONFIG).is_file() else None
+        begun = (job.folder / CONFIG).is_file() and trained_here(job.folder, pick_device(job.config.train.device))
+        timed = seconds_per_step(job.folder) if begun else None
         if timed is not None:
             kinds[kind(job)] = max(timed, kinds.get(kind(job), 0.0))
+    alike = seconds_by_scale(job for _, job in jobs.values() if not on_gpu(job))
     found = []
     for row, job in jobs.values():
         done = steps_done(job)
@@ -83,6 +91,10 @@ def estimate(jobs: Mapping[Path, tuple[str, TrainingJob]]) -> list[Left]:
             found.append(Left(job, done, 0.0, "finished"))
         elif kind(job) in kinds:
             found.append(Left(job, done, left * kinds[kind(job)], HERE))
+        elif not on_gpu(job):
+            own, scale = (alike.get(scale_of(job.task, job.config, inner), math.nan) for inner in (True, False))
+            seconds, basis = (scale, OTHERS) if math.isnan(own) else (own, HERE)
+            found.append(Left(job, done, left * seconds, "" if math.isnan(seconds) else basis))
         else:
             speed = measured(job, row)
             if speed is None:
@@ -96,6 +108,53 @@ def estimate(jobs: Mapping[Path, tuple[str, TrainingJob]]) -> list[Left]:
 def kind(job: TrainingJob) -> str:
     """What runs have in common that take equal steps: everything but the seed."""
     return config_hash([job.task, {**what_matters(job.config), "seed": 0}])
+
+
+def on_gpu(job: TrainingJob) -> bool:
+    """Whether a run would be trained on a GPU that the measurements may stand for."""
+    return pick_device(job.config.train.device).type == "cuda"
+
+
+def trained_here(folder: Path, device: torch.device) -> bool:
+    """Whether a run, as far as its result says, was trained on a device like this one."""
+    result = result_of(folder)
+    return result is None or result.get("machine", {}).get("device") == machine(device)["device"]
+
+
+def scale_of(task: str, config: Any, inner: bool) -> str:
+    """What runs have in common whose steps are alike, however many they are and from whichever seed.
+
+    Args:
+        task: its name.
+        config: of that task.
+        inner: whether the inner loop counts.
+    """
+    plain = what_matters(config)
+    plain["train"] = {key: x for key, x in plain["train"].items() if key not in ("steps", "warmup")}
+    if not inner:
+        plain["model"] = {key: x for key, x in plain["model"].items() if key != "inner"}
+    return config_hash([task, inner, {**plain, "seed": 0}])
+
+
+def seconds_by_scale(jobs: Iterable[TrainingJob]) -> dict[str, float]:
+    """The seconds of a step of the slowest run that was finished on this processor, by both of its `scale_of`.
+
+    Args:
+        jobs: runs beside which finished ones are looked for.
+    """
+    found: dict[str, float] = {}
+    for home, task in sorted({(job.folder.parent, job.task) for job in jobs}):
+        for path in home.glob(f"{task}-*/{RESULT}"):
+            with suppress(ValueError, TypeError, OSError):  # what is none, or an earlier version's
+                result, (_, config) = result_of(path.parent) or {}, open_run(path.parent)
+                took, steps = result.get("training_seconds"), result.get("steps")
+                if not took or not steps or not trained_here(path.parent, torch.device("cpu")):
+                    continue
+                seconds = seconds_per_step(path.parent) or float(took) / steps
+                for inner in (True, False):
+                    scale = scale_of(task, config, inner)
+                    found[scale] = max(seconds, found.get(scale, 0.0))
+    return found
 
 
 def steps_done(job: TrainingJob) -> int:
@@ -179,15 +238,8 @@ def show(title: str, jobs: Sequence[tuple[str, TrainingJob]], console: Console |
             table.add_row(x.job.title, f"{x.done:,}", f"{x.steps:,}", seconds, x.basis)
         console.print(title, style="bold", markup=False)
         console.print(table)
-        gpus = len(visible_gpus())
-        console.print(
-            f"{known:,.0f} seconds of one GPU are left, {known / 600:,.1f} pieces of ten minutes"
-            + (f"; about {known / gpus:,.0f} seconds on the {gpus} that are here" if gpus > 1 else "")
-            + (f"; of {unknown} run(s) nothing is known" if unknown else "")
-            + ". Starts, evaluations and reports are not in it. --minutes ends in time, and the same command goes on.",
-            markup=False,
-            soft_wrap=True,
-        )
+        in_all = summary(known, unknown, len(found), any(on_gpu(x.job) for x in found))
+        console.print(f"{in_all} --minutes ends in time, and the same command goes on.", markup=False, soft_wrap=True)
     return {
         "seconds": known,
         "runs": [
@@ -196,6 +248,31 @@ def show(title: str, jobs: Sequence[tuple[str, TrainingJob]], console: Console |
             for x in found
         ],
     }  # fmt: skip
+
+
+def summary(known: float, unknown: int, runs: int, gpu: bool) -> str:
+    """How long all runs take together, in words.
+
+    Args:
+        known: seconds of the runs of which something is known.
+        unknown: how many others there are.
+        runs: how many there are in all.
+        gpu: whether they would be trained on a GPU.
+    """
+    aside = "Starts, evaluations and reports are not in it."
+    if gpu:
+        gpus = len(visible_gpus())
+        return (
+            f"{known:,.0f} seconds of one GPU are left, {known / 600:,.1f} pieces of ten minutes"
+            + (f"; about {known / gpus:,.0f} seconds on the {gpus} that are here" if gpus > 1 else "")
+            + (f"; of {unknown} run(s) nothing is known" if unknown else "")
+            + f". {aside}"
+        )
+    if unknown and not known:
+        left = f"what is left of {unknown} run(s)" if unknown < runs else "these runs"
+        return f"No time is known for this processor: nothing on the scale of {left} was finished on it."
+    others = f"; of {unknown} run(s) no time is known for this processor" if unknown else ""
+    return f"{known:,.0f} seconds of training are left, one run after another{others}. {aside}"
 
 
 def plan_experiment(experiment: str, **options: Any) -> dict[str, Any]:

@@ -58,6 +58,11 @@ class Run:
     result: dict[str, Any]
     reused: bool
 
+    @property
+    def time_note(self) -> str:
+        """How long it was trained, for people: the seconds of its steps alone, or that it was finished earlier."""
+        return "finished earlier" if self.reused else f"{self.result['training_seconds']:.0f} s of training alone"
+
     def losses(self) -> list[float | None]:
         """The training loss of each step, None for one that was skipped or whose line was lost."""
         known = {row["step"]: row["loss"] for row in read_metrics(self.folder) if "loss" in row}

@@ -82,7 +82,7 @@ def train_rows(name: str, rows: Sequence[str], tasks: Sequence[str], request: Re
 
     def tell(job: TrainingJob, run: Run) -> None:
         if not run.reused:
-            request.say(f"{job.title}: {run.result['training_seconds']:.0f} s")
+            request.say(f"{job.title}: {run.time_note}")
 
     done = plan.train(request, tell)
     elsewhere = {key for key, run in done.items() if weights and not exported(run.folder)}

@@ -21,7 +21,7 @@ from rich.console import Console
 from kvbind.experiments.training.jobs import AddBar, Failed, Finished, TrainingJob, WorkerKilledError, visible_gpus
 from kvbind.experiments.training.runs import OutOfTimeError, Run, train_run
 from kvbind.experiments.training.worker_process import Worker
-from kvbind.train.bars import Watch, progress_bars
+from kvbind.train.bars import BEFORE, Watch, progress_bars
 
 log = logging.getLogger("kvbind.experiments")
 
@@ -151,7 +151,7 @@ class Begun:
         self.job, self.watch = job, watch
 
     def __call__(self, step: int, note: str) -> None:
-        if self.job.fresh:
+        if self.job.fresh and not note.startswith(BEFORE):
             self.job = replace(self.job, fresh=False)
         self.watch(step, note)
 

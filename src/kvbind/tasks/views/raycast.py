@@ -6,7 +6,8 @@ under an affine map, and a ray is taken into its space by the inverse of that ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Self
@@ -76,7 +77,36 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def render(world: World, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int], samples: int = 2) -> Tensor:
+@contextmanager
+def part_by_part(
+    work: Callable[[Tensor], Tensor], parts: Iterable[Tensor], device: torch.device
+) -> Iterator[Iterator[Tensor]]:
+    """What `work` makes of each part, in their order; on a CPU as many parts at once as PyTorch has threads.
+
+    Operations on a part are short. Threads that divide each of them wait for one another after every one, which takes many
+    times as long where other processes use the cores; threads that take whole parts do not.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if threads == 1:
+        yield map(work, parts)
+        return
+    torch.set_num_threads(1)  # threads that begin from here on have one as well
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool.map(work, parts)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def render(
+    world: World,
+    c2w: Tensor,
+    fxfycxcy: Tensor,
+    size: tuple[int, int],
+    samples: int = 2,
+    tell: Callable[[int], None] | None = None,
+) -> Tensor:
     """Pictures of scenes, one or more views each.
 
     Args:
@@ -85,6 +115,7 @@ def render(world: World, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int], s
         fxfycxcy: intrinsics `[N, V, 4]` in pixels.
         size: height and width in pixels.
         samples: rays along each side of a pixel, whose colours are averaged.
+        tell: told of how many scenes have all of their pictures, every so often.
 
     Returns:
         RGB, uint8 `[N, V, 3, h, w]`, on the scenes' device.
@@ -95,13 +126,22 @@ def render(world: World, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int], s
     which = torch.arange(scenes, device=device).repeat_interleave(views)
     poses, intrinsics = c2w.to(device).flatten(0, 1), fxfycxcy.to(device).flatten(0, 1)
     at_once = max(1, RAYS_AT_ONCE.get(device.type, 1 << 14) // (height * width * samples**2))
-    pictures = []
-    with full_precision(device):
-        for some in torch.arange(scenes * views, device=device).split(at_once):
-            origins, directions = rays(poses[some], intrinsics[some] * samples, (height * samples, width * samples))
-            colour = shade(world[which[some]], origins.flatten(2)[:, :, :1].mT, directions.flatten(2).mT)
-            fine = colour.mT.reshape(-1, 3, height, samples, width, samples)
-            pictures.append((255 * fine.mean((3, 5)).clamp(0, 1) ** (1 / GAMMA)).round().to(torch.uint8))
+
+    @torch.no_grad()  # which each thread has of its own
+    def draw(some: Tensor) -> Tensor:
+        origins, directions = rays(poses[some], intrinsics[some] * samples, (height * samples, width * samples))
+        colour = shade(world[which[some]], origins.flatten(2)[:, :, :1].mT, directions.flatten(2).mT)
+        fine = colour.mT.reshape(-1, 3, height, samples, width, samples)
+        return (255 * fine.mean((3, 5)).clamp(0, 1) ** (1 / GAMMA)).round().to(torch.uint8)
+
+    pictures, done = [], 0
+    parts = torch.arange(scenes * views, device=device).split(at_once)
+    with full_precision(device), part_by_part(draw, parts, device) as found:
+        for some in found:
+            pictures.append(some)
+            before, done = done // views, done + len(some)
+            if tell is not None and done // views > before:
+                tell(done // views)
     return torch.cat(pictures).unflatten(0, (scenes, views))
 
 

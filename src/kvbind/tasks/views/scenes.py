@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypedDict
 
 import torch
@@ -65,8 +65,17 @@ class SceneSource(abc.ABC):
     def contents(self) -> Contents:
         """What the scenes are read from, for noticing that it has changed."""
 
-    def prepare(self, device: torch.device) -> None:  # noqa: B027
-        """Do beforehand what `pixels` would have to do once."""
+    def prepared(self, device: torch.device) -> bool:
+        """Whether there is nothing for `prepare` to do."""
+        return True
+
+    def prepare(self, device: torch.device, tell: Callable[[int], None] | None = None) -> None:  # noqa: B027
+        """Do beforehand what `pixels` would have to do once.
+
+        Args:
+            device: where pixels will be asked for.
+            tell: told of how many scenes are made, every so often.
+        """
 
     def pixels(self, image: Tensor, device: torch.device) -> Tensor:
         """RGB in [0, 1] on `device`, float32 `[..., 3, h, w]`, of what `read` gave as `image`, stacked in any way."""

@@ -57,6 +57,23 @@ class ViewsTask:
         model = LactNvs(model_config(self.config.model))
         return model if self.start is None else self.start.into(model)
 
+    def make_ready(self, device: torch.device, tell: Callable[[str], None]) -> None:
+        """Render the scenes that have to be, of both splits; `tell` is told how many of them there are."""
+        pools = [pool for pool in (self.scenes, self.held_out) if pool is not None and not pool.prepared(device)]
+        if not pools:
+            return
+        total = sum(map(len, pools))
+        tell(f"rendering {total:,} scenes")
+        before = 0
+
+        def count(done: int) -> None:
+            tell(f"rendering {total:,} scenes, {before + done:,} done")
+
+        for pool in pools:
+            pool.prepare(device, count)
+            before += len(pool)
+        tell(f"{total:,} scenes are rendered")
+
     def batches(self, position: dict[str, Any] | None, share: Share = WHOLE) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Endless training batches, each with the position behind it."""
         if self.scenes is None:
