@@ -313,6 +313,13 @@ def test_a_run_that_is_not_finished_says_so(tmp_path):
     assert find_parts([tmp_path])[0][0].lead == "Not finished: 40 steps so far."
 
 
+@pytest.mark.parametrize("metrics", ["", '{"step": 0}\n', '{"step": 1, "loss": null}\n'])
+def test_a_run_without_a_training_point_has_no_chart_of_it(metrics, tmp_path):
+    write_run(tmp_path / "mine", finished=False)
+    (tmp_path / "mine" / "metrics.jsonl").write_text(metrics)
+    assert "Training" not in find_parts([tmp_path])[0][0].charts
+
+
 def test_runs_that_experiments_share_are_shown_by_these_alone(tmp_path):
     write_run(tmp_path / "trained" / "language-abc")
     assert find_parts([tmp_path]) == ([], [])

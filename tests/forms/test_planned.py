@@ -799,3 +799,32 @@ def test_calls_by_token_that_others_may_run_are_not_planned(by_token, monkeypatc
     monkeypatch.setattr(planned.fla, "faster_of", lambda spec, call, own: planned.fla.Choice(None, "", own))
     run(spec, leaves, "parallel")
     assert by_token == []
+
+
+def test_outputs_have_the_dtype_of_queries_though_keys_are_read(by_token, calls):
+    for spec, tokens in ((BY_TOKEN["reads keys"], 40), (BARE.replace(query="key"), 130)):
+        leaves = in_precision(draw_leaves(spec, Size(1, tokens, 1, 16), torch.device(DEVICE)), torch.float16, torch.float32)
+        for _ in range(2):
+            assert run(spec, leaves | {"q": leaves["q"].bfloat16()}, "auto")[0].dtype == torch.bfloat16
+    assert len(by_token) == len(calls) == 2
+
+
+def test_a_key_tells_all_that_checks_look_at(monkeypatch):
+    spec, x, gate = BY_TOKEN["with retention"], torch.zeros(1, 40, 2, 16), torch.zeros(1, 40, 2)
+    weights = {"out": torch.zeros(2, 16, 16)}
+
+    def key(weights=weights, lr=gate, gates=None):
+        return planned.key_of(spec, weights, x, x, x, lr, {"retention": gate} if gates is None else gates, "auto")
+
+    usual = key()
+    assert usual is not None
+    assert usual == key()
+    # a gate among the weights
+    assert key(weights | {"retention": gate}, gates={}) != usual
+    # rates that float32 does not hold are for the checks to refuse
+    assert key(lr=1e39) is None
+    assert key(lr=0.5) == key(lr=0.25) is not None
+    for name in ("KVBIND_FLA", "KVBIND_KERNELS"):
+        with monkeypatch.context() as other:
+            other.setenv(name, "0")
+            assert key() != usual

@@ -225,6 +225,8 @@ def test_a_missing_datasets_library_is_named(tmp_path, monkeypatch, source):
 def test_sources_that_do_not_exist_or_hold_nothing_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"data\.source must be 'stdlib', .*got 'stdlibb', which does not exist"):
         open_documents("stdlibb", "train")
+    with pytest.raises(ValueError, match=r"data\.source must be 'stdlib', .*got 'hub:', which does not exist"):
+        open_documents("hub:", "train")
     with pytest.raises(ValueError, match="holds no text"):
         open_documents(str(tmp_path), "train")
     with pytest.raises(ValueError, match=r"data\.held_out must lie between 0 and 1; got 1\.5"):

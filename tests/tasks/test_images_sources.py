@@ -163,6 +163,8 @@ def test_what_a_source_needs_and_has_not_is_said(monkeypatch, tmp_path):
         ImageSource("hub:someone/something").open()
     with pytest.raises(ValueError, match=r"data\.source must be 'digits', .*; got 'digit', which does not exist"):
         ImageSource("digit").open()
+    with pytest.raises(ValueError, match=r"data\.source must be 'digits', .*; got 'hub:', which does not exist"):
+        ImageSource("hub:").open()
 
 
 def test_fingerprints_differ_where_images_or_classes_do(tmp_path):

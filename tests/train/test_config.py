@@ -65,6 +65,8 @@ def test_a_saved_configuration_reads_back_the_same(presets, tmp_path):
         (["train.steps"], r"must be key=value, .*got 'train\.steps'"),
         (["train.steps=0"], r"train\.steps must be at least 1; got 0"),
         (["train.learning_rate=-1"], r"train\.learning_rate must be greater than 0; got -1"),
+        (["train.learning_rate=.inf"], r"train\.learning_rate must be finite; got inf"),
+        (["train.weight_decay=.inf"], r"train\.weight_decay must be finite; got inf"),
         (
             ["train.precision=float16"],
             r"train\.precision must be one of .*got 'float16' \(did you mean 'bfloat16'\?\)|got 'float16'",

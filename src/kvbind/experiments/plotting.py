@@ -218,8 +218,8 @@ def shade(place: float) -> Any:
 
 
 def pooled(points: Sequence[tuple[float, float]], count: int) -> list[tuple[float, float]]:
-    """Neighbouring points averaged, down to `count` at most."""
-    size = -(-len(points) // count)
+    """Neighbouring points averaged, down to `count` at most; none of none."""
+    size = max(-(-len(points) // count), 1)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(p[0] for p in group) / len(group), sum(p[1] for p in group) / len(group)) for group in groups]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from math import isfinite
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -26,6 +25,9 @@ from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 from kvbind.kernels.common import tracing
 from kvbind.kernels.common.devices import runs_on
+
+LARGEST = torch.finfo(torch.float32).max
+"""Rates beyond it are refused where states are in float32."""
 
 MOST = 256
 """Kinds of calls that are remembered; more come about where every call has a length of its own."""
@@ -116,6 +118,7 @@ class Planned:
         read = k if self.spec.query == "key" else q
         theta = [weights[name] for name in self.theta]
         output, end, velocity = self.plan.run(read, k, v, rates, *decays(gates), self._start(weights), theta)
+        output = output.to(q.dtype)
         moved = {} if velocity is None else {"out": velocity}
 
         def state(pending: Tokens) -> State:
@@ -180,7 +183,7 @@ class PlannedByToken:
                 read, k, v, rate=rates, erase=gates.get("erase"), gate=gates.get("retention"), gate_acts=self.order,
                 residual=self.spec.loss == "squared", state=start,
             )  # fmt: skip
-        return output, State.of(self.spec, FastWeights({"out": end}, {}, {}), None, 0)
+        return output.to(q.dtype), State.of(self.spec, FastWeights({"out": end}, {}, {}), None, 0)
 
 
 def as_rates(rate: Tensor | float, k: Tensor) -> Tensor | None:
@@ -210,7 +213,9 @@ def key_of(
         rates: tuple[Any, ...] = (*lr, *lr.values())
     else:
         rates = (lr,)
-    key: list[Any] = [id(spec), form, os.environ.get("KVBIND_KERNELS"), *weights, *gates]
+    switches = os.environ.get("KVBIND_KERNELS"), os.environ.get("KVBIND_FLA")
+    # how many weights there are tells their names from those of gates
+    key: list[Any] = [id(spec), form, *switches, len(weights), *weights, *gates]
     try:
         for x in (q, k, v, *weights.values(), *gates.values(), *rates):
             if isinstance(x, Tensor):
@@ -220,7 +225,7 @@ def key_of(
                 key += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
             elif x is None or type(x) is str:
                 key.append(x)
-            elif type(x) in (int, float) and isfinite(x):
+            elif type(x) in (int, float) and abs(x) <= LARGEST:
                 key.append(1 if x == 1 else float)
             else:
                 return None

@@ -93,7 +93,7 @@ class TextSource:
         """
         path = Path(self.where).expanduser()
         found: Documents
-        if self.where.startswith(HUB):
+        if self.where.startswith(HUB) and self.where != HUB:
             return self._hub(split)
         if self.where.startswith(PACKAGE):
             found = self._python(package_folder(self.where.removeprefix(PACKAGE)), split)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -135,6 +136,9 @@ class TrainConfig:
             raise ValueError(f"train.ema must be at least 0 and below 1; got {self.ema}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas must be at least 0 and below 1; got {tuple(self.betas)}")
+        for name in ("learning_rate", "final", "weight_decay", "checkpoint_minutes"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"train.{name} must be finite; got {getattr(self, name)}")
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} must be greater than 0; got {getattr(self, name)}")

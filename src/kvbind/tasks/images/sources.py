@@ -78,7 +78,7 @@ class ImageSource:
         if self.where == DIGITS:
             images = digits()
             return self._divide(images, tuple("0123456789"), Contents(others={self.where: images.fingerprint()}))
-        if self.where.startswith(HUB):
+        if self.where.startswith(HUB) and self.where != HUB:
             return self._tables(self.where.removeprefix(HUB))
         path = Path(self.where).expanduser()
         if not path.is_dir():
