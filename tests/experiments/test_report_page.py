@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pages import WORDS, Page, figure1, models, table2, verdict, write, write_results, write_run
 from typer.testing import CliRunner
@@ -509,6 +509,8 @@ def test_a_line_is_cut_where_a_number_is_missing():
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.booleans())
+@example(1e6, 1e6, True)
+@example(5e5, 1.0, True)
 def test_ticks_are_round_and_inside_their_axis(low, span, log):
     low = abs(low) + 1e-3 if log else low
     axis = svg.Axis(low, low + span, 100, 400, log=log)

@@ -150,12 +150,12 @@ class Axis:
     def _decades(self) -> Iterator[tuple[float, str]]:
         span = self.high - self.low
         factors = (1, 2, 5) if span <= 2 else (1,)
-        every = max(1, math.ceil(span / 7))
+        every, slack = max(1, math.ceil(span / 7)), 1e-4 * span
         for power in range(math.floor(self.low), math.ceil(self.high) + 1):
             for factor in factors:
                 x = factor * 10.0**power
-                if self.low - 1e-9 <= math.log10(x) <= self.high + 1e-9 and power % every == 0:
-                    yield x, f"{x:g}" if 1e-4 < x < 1e6 else f"1e{power}"
+                if self.low - slack <= math.log10(x) <= self.high + slack and power % every == 0:
+                    yield x, f"{x:g}" if 1e-4 < x < 1e6 else f"{factor}e{power}"
 
 
 def _span(values: Iterable[float], log: bool, pad: float, wide: bool = False) -> tuple[float, float]:
