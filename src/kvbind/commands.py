@@ -83,3 +83,20 @@ def check_file(option: str, path: Path | None) -> None:
         raise ValueError(f"{option} must be a file to write; {str(above)!r} is no folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise PermissionError(f"{option} must be a file to write; {str(above)!r} may not be written to")
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """Raise where a folder could not be made, before the work whose results it is to hold.
+
+    Args:
+        option: that names it.
+        path: of the folder; None for none.
+
+    Raises:
+        ValueError: something that is no folder is there, or above it.
+    """
+    if path is None:
+        return
+    there = next(x for x in (path.absolute(), *path.absolute().parents) if x.exists())
+    if not there.is_dir():
+        raise ValueError(f"{option} must be a folder; {str(there)!r} is none")

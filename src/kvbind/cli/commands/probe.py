@@ -9,6 +9,7 @@ import typer
 
 from kvbind.cli import output
 from kvbind.cli.arguments import Overrides
+from kvbind.commands import check_folder
 
 
 def command(
@@ -48,6 +49,7 @@ def command(
     from kvbind.experiments.saved_models.probe import probe as run_probes
     from kvbind.experiments.saved_models.saved_model import open_saved
 
+    check_folder("--out", out)
     saved = open_saved(model, data, overrides or [])
     screen = output.console()
     results = run_probes(saved, Request(task=saved.task, scale="own", console=screen, out=out), model, steps)

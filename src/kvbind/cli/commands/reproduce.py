@@ -10,6 +10,7 @@ import typer
 
 from kvbind.cli import output
 from kvbind.cli.arguments import TASK_NAMES, Overrides, Verbose
+from kvbind.commands import check_folder
 from kvbind.tasks import TASKS
 
 
@@ -119,6 +120,8 @@ def command(
     known = (*EXPERIMENTS, "all")
     if experiment not in known:
         raise ValueError(f"experiment must be one of {', '.join(known)}; got {experiment!r}{nearest(experiment, known)}")
+    check_folder("--out", out)
+    check_folder("--trained", trained)
     steps = measure_steps or (20 if scale == "paper" and not (really_train or plan) else None)
     module = open_experiment("reproduce_all" if experiment == "all" else experiment)
     usual = "all" if experiment == "all" else getattr(module, "TASK", "language")

@@ -9,6 +9,7 @@ import typer
 
 from kvbind.cli import output
 from kvbind.cli.arguments import Overrides
+from kvbind.commands import check_folder
 
 
 def command(
@@ -65,6 +66,7 @@ def command(
     from kvbind.experiments.saved_models.simplification_plan import plan as plan_edit
     from kvbind.experiments.training.run_folders import WEIGHTS
 
+    check_folder("--out", out)
     planned = plan_edit(model, to, steps, data=data, targets=targets, out=out, overrides=overrides or [])
     screen = output.console()
     with output.continuable():
