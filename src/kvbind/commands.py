@@ -7,7 +7,7 @@ import importlib
 import inspect
 import os
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,7 +78,7 @@ def check_file(option: str, path: Path | None) -> None:
         return
     if path.is_dir():
         raise ValueError(f"{option} must be a file to write; {str(path)!r} is a folder")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
+    above = _first_there(path.absolute().parents)
     if not above.is_dir():
         raise ValueError(f"{option} must be a file to write; {str(above)!r} is no folder")
     if not os.access(above, os.W_OK | os.X_OK):
@@ -97,6 +97,10 @@ def check_folder(option: str, path: Path | None) -> None:
     """
     if path is None:
         return
-    there = next(x for x in (path.absolute(), *path.absolute().parents) if x.exists())
+    there = _first_there((path.absolute(), *path.absolute().parents))
     if not there.is_dir():
         raise ValueError(f"{option} must be a folder; {str(there)!r} is none")
+
+
+def _first_there(paths: Iterable[Path]) -> Path:
+    return next(path for path in paths if path.exists())

@@ -14,13 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvbind.screen import Screen
-
-NEXT = {
-    "language": 'kvbind generate {run} --prompt "The "',
-    "images": "kvbind show {run} --out attention.png",
-    "views": "kvbind render {run}",
-}
-"""What to look at a trained model with, by its task."""
+from kvbind.tasks import NEXT
 
 
 def console() -> Console:
@@ -42,7 +36,7 @@ def continuable() -> Iterator[None]:
 def say_next(screen: Console, task: str, run: Path) -> None:
     """The next commands to type, a line each."""
     quoted = shlex.quote(str(run))
-    shown = [NEXT[task].format(run=quoted)] if task in NEXT else []
+    shown = [NEXT[task].format(run=quoted, picture="attention.png")] if task in NEXT else []
     say(screen, [*shown, f"kvbind eval {quoted}"])
 
 

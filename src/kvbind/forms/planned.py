@@ -18,7 +18,7 @@ from kvbind.forms import dispatch, fla
 from kvbind.forms.kernel_calls.operands import activation_of, contiguous_matrices
 from kvbind.forms.state import Deferred, State
 from kvbind.forms.tokens import Tokens
-from kvbind.forms.validation import LearningRate, Operands
+from kvbind.forms.validation import Engine, LearningRate, Operands
 from kvbind.inner.gates import decays
 from kvbind.inner.networks import GLU
 from kvbind.inner.rule import FastWeights
@@ -141,19 +141,15 @@ class Planned:
 
 
 class PlannedByToken:
-    """What runs calls of one kind under token visibility: operators that take the operands as they are given.
+    """What runs calls of one kind under token visibility: the engine that the table of kernels has for them, without checks.
 
     Args:
-        spec: an inner loop for which `can_plan_by_token`.
-        affine: writes read the state, or channels decay apart: `kvbind.kernels.affine`; else `kvbind.kernels.causal`.
+        spec: an inner loop of one matrix that each token writes once.
+        engine: of such a call.
     """
 
-    def __init__(self, spec: InnerLoop, affine: bool) -> None:
-        from kvbind.kernels.affine.operator import affine_chunks
-        from kvbind.kernels.causal.operator import causal_linear_attention
-
-        self.spec, self.affine, self.sign = spec, affine_chunks if affine else None, spec.sign
-        self.causal, self.order = causal_linear_attention, "before" if spec.decays_before else "after"
+    def __init__(self, spec: InnerLoop, engine: Engine) -> None:
+        self.spec, self.engine = spec, engine
 
     def __call__(
         self,
@@ -165,25 +161,16 @@ class PlannedByToken:
         gates: Mapping[str, Tensor],
     ) -> tuple[Tensor, State]:
         """What `ttt` returns."""
-        rates = as_rates(lr["out"] if isinstance(lr, Mapping) else lr, k)
-        start, read = weights["out"].float(), k if self.spec.query == "key" else q
+        rate, start = lr["out"] if isinstance(lr, Mapping) else lr, weights["out"].float()
         if start.dim() == 3:
             start = start.expand(q.shape[0], -1, -1, -1)
-        if self.affine is None:
-            output, end = self.causal(read, k, v, rates, decays(gates)[1], start, sign=self.sign)
-            assert end is not None
-        else:
-            if self.sign != 1:
-                rates = (
-                    rates * self.sign
-                    if rates is not None
-                    else torch.full((), self.sign, device=k.device).expand(k.shape[:3])
-                )
-            output, end = self.affine(
-                read, k, v, rate=rates, erase=gates.get("erase"), gate=gates.get("retention"), gate_acts=self.order,
-                residual=self.spec.loss == "squared", state=start,
-            )  # fmt: skip
-        return output.to(q.dtype), State.of(self.spec, FastWeights({"out": end}, {}, {}), None, 0)
+        each = rate.transpose(1, 2).float() if isinstance(rate, Tensor) else float(rate)
+        kept = {name: gates[name].transpose(1, 2).float() for name in self.spec.gates}
+        tokens = Tokens(k.transpose(1, 2), v.transpose(1, 2), {"out": each}, kept)
+        state = State.of(self.spec, FastWeights({"out": start}, {}, {}), None, 0)
+        read = (k if self.spec.query == "key" else q).transpose(1, 2)
+        output, state = self.engine(self.spec, Operands(read, tokens, state, None))
+        return output.transpose(1, 2).to(q.dtype), state
 
 
 def as_rates(rate: Tensor | float, k: Tensor) -> Tensor | None:
@@ -247,8 +234,8 @@ def learn(key: Key, spec: InnerLoop, call: Operands, lr: LearningRate, weights: 
     planned = _plans.get(same)
     if planned is None and can_plan(spec, call, lr, weights, form):
         planned = _kept(_plans, same, Planned(spec, call, lr, weights))
-    elif planned is None and can_plan_by_token(spec, call, lr, form):
-        planned = _kept(_plans, same, PlannedByToken(spec, dispatch.is_affine(spec)))
+    elif planned is None and (engine := engine_by_token(spec, call, lr, form)) is not None:
+        planned = _kept(_plans, same, PlannedByToken(spec, engine))
     return _kept(_kinds, key, Kind(spec, planned))
 
 
@@ -283,14 +270,13 @@ def can_plan(spec: InnerLoop, call: Operands, lr: LearningRate, weights: Mapping
     )
 
 
-def can_plan_by_token(spec: InnerLoop, call: Operands, lr: LearningRate, form: str) -> bool:
-    """Whether a call of several tokens, each of which writes once, runs on the library's own kernels and on no others."""
+def engine_by_token(spec: InnerLoop, call: Operands, lr: LearningRate, form: str) -> Engine | None:
+    """What runs a call of several tokens, each of which writes once, if that is the library's own kernels and no others."""
     if spec.visibility != "token" or spec.chunk != 1 or spec.writes > 1 or isinstance(spec.network, GLU):
-        return False
+        return None
     if form not in ("auto", "parallel") or call.q.shape[2] < 2 or call.tokens.mask is not None or fla.considered():
-        return False
+        return None
     rate = lr["out"] if isinstance(lr, Mapping) else lr
     if isinstance(rate, Tensor) and rate.dim() != 3:
-        return False
-    affine, causal = dispatch.is_affine(spec), dispatch.is_causal(spec)
-    return (affine and dispatch.affine_takes(spec, call)) or (not affine and causal and dispatch.causal_takes(spec, call))
+        return None
+    return dispatch.own_engine(spec, call, "parallel")

@@ -20,6 +20,13 @@ TASKS = {
 }
 """The modules of the tasks, by name."""
 
+NEXT = {
+    "language": 'kvbind generate {run} --prompt "The "',
+    "images": "kvbind show {run} --out {picture}",
+    "views": "kvbind render {run}",
+}
+"""The command that shows more of what a run's model learned, by task; `{picture}` is a file to write."""
+
 
 def open_task_module(name: str) -> ModuleType:
     """The module of the task of that name.

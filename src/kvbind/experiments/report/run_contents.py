@@ -19,6 +19,7 @@ from kvbind.experiments.subjects import NONE, SUBJECTS
 from kvbind.experiments.tables.table import CURVE, SMOOTHING
 from kvbind.experiments.training.run_folders import MADE_BY
 from kvbind.files import check_regular, inside, read_json
+from kvbind.tasks import NEXT
 from kvbind.train.metrics import FILE, row_of
 
 log = logging.getLogger("kvbind.report")
@@ -197,12 +198,7 @@ def series(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, fl
 def next_command(typed: Path, task: str) -> str:
     """The command that shows more of what a run learned."""
     run, picture = (shown(shlex.quote(str(path))) for path in (typed, typed / PICTURES / "attention.png"))
-    known = {
-        "language": f'kvbind generate {run} --prompt "The "',
-        "views": f"kvbind render {run}",
-        "images": f"kvbind show {run} --out {picture}",
-    }
-    return known.get(task, f"kvbind eval {run}")
+    return NEXT.get(task, "kvbind eval {run}").format(run=run, picture=picture)
 
 
 def samples(place: Path, typed: Path, task: str, result: Mapping[str, Any], cache: PageCache) -> dict[str, str]:
