@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from kvbind.kernels.common.devices import has_triton, interpreted
-from kvbind.kernels.common.operands import zeros
+from kvbind.kernels.common.operands import laid_out, zeros
 from kvbind.kernels.launching.warm_up import warming_up
 
 pytestmark = pytest.mark.skipif(
@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(
 if has_triton():
     from kvbind.kernels.equal_chunks import operator as equal_chunks
     from kvbind.kernels.equal_chunks.call_shapes import CallShapes
-    from kvbind.kernels.equal_chunks.library_write import LibraryWrite
+    from kvbind.kernels.equal_chunks import library_products
+    from kvbind.kernels.equal_chunks.library_products import LibraryWrite
     from kvbind.kernels.equal_chunks.operator import LaunchPlan
     from kvbind.kernels.equal_chunks.tma_products import Theta, TokenRows
 
@@ -39,12 +40,11 @@ def by_library(monkeypatch):
     """Writes by the vendor's library; off GPUs by PyTorch's product in its place."""
     if DEVICE == "cuda":
         return
-    monkeypatch.setattr(
-        LibraryWrite, "fits", staticmethod(lambda _, *x: all(r.strides == r.by_head(r.shape[3]).strides for r in x))
-    )
+    fits = library_products.fits
+    monkeypatch.setattr(library_products, "fits", lambda _, *x: fits(SimpleNamespace(is_cuda=True), *x))
 
     def product(self, _, x, g, y):
-        torch.bmm(x.as_strided(*self.left).float(), g.as_strided(*self.right).float(), out=y.view(self.shape))
+        torch.bmm(self.left(x).mT.float(), self.right(g).float(), out=y)
 
     monkeypatch.setattr(LibraryWrite, "__call__", product)
 
@@ -144,40 +144,41 @@ SOME = ((3.4445, -4.775, 2.0315),)
 
 
 @pytest.mark.parametrize(
-    ("gates", "theta", "coefficients"),
+    ("gates", "theta", "coefficients", "own"),
     [
-        ((), False, ()),
-        (("rates", "momentum"), False, SOME),
-        (("momentum", "retention"), False, ()),
-        (("rates", "momentum", "retention"), True, ()),
+        ((), False, (), False),
+        ((), False, SOME, False),
+        (("rates", "momentum"), False, SOME, False),
+        (("momentum", "retention"), False, (), True),
+        (("momentum", "retention"), False, (), False),
+        (("rates", "momentum", "retention"), True, (), False),
+        (("rates",), True, SOME, True),
     ],
 )
 @pytest.mark.usefixtures("by_library")
-def test_writes_by_the_vendors_library_lie_head_by_head(gates, theta, coefficients):
-    given = draw(length=128, by_head=True, gates=gates, theta=theta, heads=1 if theta else 2)
-    assert compare(given, 8e-3 if coefficients else 3e-3, coefficients=coefficients).by_head
+def test_products_by_the_vendors_library_lie_head_by_head(gates, theta, coefficients, own):
+    given = draw(length=192, by_head=True, gates=gates, theta=theta, heads=2)
+    assert compare(given, 8e-3 if coefficients else 3e-3, own=own, coefficients=coefficients).by_head
     # without gradients too, where less is kept
-    plan = plan_of(given, coefficients=coefficients)
+    plan = plan_of(given, own=own, coefficients=coefficients)
     with torch.no_grad():
         found = run(plan, given)
     assert all(x is y or torch.equal(x, y) for x, y in zip(found, run(plan, given), strict=True))
 
 
 @pytest.mark.usefixtures("by_library")
-def test_writes_are_our_own_where_the_library_would_copy():
+def test_products_are_our_own_where_the_library_would_copy():
     whole = {"length": 128, "by_head": True, "theta": False, "heads": 2}
     assert plan_of(draw(gates=(), **whole)).by_head
     assert not plan_of(draw(gates=(), **whole | {"length": 130})).by_head
     assert not plan_of(draw(gates=(), **whole | {"by_head": False})).by_head
-    # gradients of Newton-Schulz lie chunk by chunk
-    assert not plan_of(draw(gates=(), **whole), coefficients=SOME).by_head
 
 
 def test_the_library_is_asked_on_gpus_alone():
     rows = TokenRows.of(torch.empty(2, 3, 70, 16).transpose(1, 2))
-    assert LibraryWrite.fits(SimpleNamespace(is_cuda=True), rows)
-    assert not LibraryWrite.fits(SimpleNamespace(is_cuda=False), rows)
-    assert not LibraryWrite.fits(SimpleNamespace(is_cuda=True), rows, TokenRows.of(torch.empty(2, 70, 3, 16)))
+    assert library_products.fits(SimpleNamespace(is_cuda=True), rows)
+    assert not library_products.fits(SimpleNamespace(is_cuda=False), rows)
+    assert not library_products.fits(SimpleNamespace(is_cuda=True), rows, TokenRows.of(torch.empty(2, 70, 3, 16)))
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -207,16 +208,22 @@ def test_plans_share_zeros_and_hold_nothing_that_grows_with_a_model():
     assert not zeros(given["q"].device, 2 * 16 * 16).any()
 
 
-def test_saved_tensors_of_other_strides_have_a_plan_of_their_own():
+def test_saved_tensors_of_other_strides_are_brought_back_to_theirs():
     given = draw(length=128, by_head=True, gates=("rates",), theta=False, heads=2)
     plan = plan_of(given)
     saved = [given[name] for name in ("q", "k", "v", "rates")]
-    assert plan.of_saved(*saved) is plan
-    moved = [saved[0].contiguous(), *saved[1:]]
-    other = plan.of_saved(*moved)
-    assert other is not plan
-    assert other.shapes.q.strides == moved[0].stride()
-    assert plan.of_saved(*moved) is other
+    assert all(x is y for x, y in zip(plan.like_saved(saved), saved, strict=True))
+    (moved, *others) = plan.like_saved([saved[0].contiguous(), *saved[1:]])
+    assert moved.stride() == saved[0].stride()
+    assert torch.equal(moved, saved[0])
+    assert all(x is y for x, y in zip(others, saved[1:], strict=True))
+
+
+def test_numbers_that_stand_for_many_stay_so():
+    one = torch.full((2, 3, 4), 0.5)
+    found = laid_out(one, (0, 0, 0))
+    assert found.stride() == (0, 0, 0)
+    assert torch.equal(found, one)
 
 
 def test_a_kind_of_calls_is_warmed_up_once_whatever_the_number_of_tokens_and_sequences(monkeypatch):

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
     not has_triton() or not (interpreted() or torch.cuda.is_available()), reason="needs Triton's interpreter or a GPU"
 )
 if has_triton():
-    from kvbind.kernels.chunked.prefix_sums import bound_scan
+    from kvbind.kernels.chunked.prefix_sums import Order, bound_scan
     from kvbind.kernels.equal_chunks import tma_products as products
     from kvbind.kernels.equal_chunks.tma_products import Theta, TokenRows
     from kvbind.kernels.launching.bound_kernel import Block, stream_of
@@ -148,26 +148,35 @@ def test_every_token_is_rated(batch, length, heads):
     assert y[batch:].isnan().all()
 
 
-@pytest.mark.parametrize("by_head", [False, True])
-def test_scans_of_whole_writes_take_them_in_either_order(by_head):
+@pytest.mark.parametrize("last", [None, True, False])
+def test_scans_of_whole_writes_take_them_in_either_order(last):
     batch, chunks, heads, size = 2, 3, 2, 48
+    order = Order.by_chunk(heads) if last is None else Order.by_head(chunks, last)
+    count = chunks if last is False else chunks + 1
+
+    def placed(x):
+        return x if last is None else x.transpose(1, 2).contiguous()
+
+    def found(x, count):
+        return x.view(batch, count, heads, size) if last is None else x.view(batch, heads, count, size).transpose(1, 2)
+
     writes = randn(batch, chunks, heads, size, dtype=torch.float32)
-    given = writes.transpose(1, 2).contiguous() if by_head else writes
     gates = torch.rand(batch * chunks, heads, device=DEVICE)
     start = randn(heads, size, dtype=torch.float32, seed=3)
-    table = torch.tensor([[b * chunks, chunks, chunks, b * (chunks + 1)] for b in range(batch)], dtype=torch.int32)
-    kept, states = unwritten(batch * chunks, heads, size, dtype=torch.float32), unwritten(batch * (chunks + 1), heads, size)
+    table = torch.tensor([[b * chunks, chunks, chunks, b * count] for b in range(batch)], dtype=torch.int32)
+    kept, states = unwritten(batch * chunks, heads, size, dtype=torch.float32), unwritten(batch * count + 1, heads, size)
     moved, end = (unwritten(batch, heads, size, dtype=torch.float32) for _ in range(2))
     zero = torch.zeros(size, device=DEVICE)
-    bound_scan(batch, heads, size, sign=-1.0, keep=True, momentum=True, state=(0, size), by_head=chunks if by_head else 0)(
-        STREAM, given, LIKE, gates, LIKE, zero, start, table.to(DEVICE), kept, states, moved, end
+    bound_scan(batch, heads, size, order, sign=-1.0, keep=True, momentum=True, state=(0, size))(
+        STREAM, placed(writes), LIKE, gates, LIKE, zero, start, table.to(DEVICE), kept, states, moved, end
     )
+    assert states[-1].isnan().all()
     d, s = torch.zeros(batch, heads, size, device=DEVICE).double(), start.double().expand(batch, -1, -1)
     for c in range(chunks):
-        close(states.view(batch, chunks + 1, heads, size)[:, c], s)
+        close(found(states[:-1], count)[:, c], s)
         d = writes[:, c].double() + gates.view(batch, chunks, heads, 1)[:, c] * d
         s = s - d
-        close(kept.view(batch, chunks, heads, size)[:, c], d, 1e-6)
+        close(found(kept, chunks)[:, c], d, 1e-6)
     close(end, s, 1e-6)
     close(moved, d, 1e-6)
 

@@ -10,6 +10,8 @@ partial sum of a chunk's write, or of the gradient of a state row, and their num
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -32,20 +34,23 @@ def _program(SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @Launcher
-@triton.jit(do_not_specialize=["part_chunk", "part_head"])
+@triton.jit(do_not_specialize=["by_chunk", "by_head", "rows_by_head"])
 def _forward_kernel(
     parts, pieces, momentum, decay, velocity, state, sequences, velocities, rows, end_velocity, end_state,
-    state_index, state_head, velocity_index, velocity_head, sign, part_chunk, part_head,
+    state_index, state_head, velocity_index, velocity_head, sign, by_chunk, by_head, rows_by_head,
     SIZE: tl.constexpr, HEADS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr, DECAY: tl.constexpr,
-    KEEP: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    KEEP: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    # if WHOLE, writes are in one piece, a sequence's chunk c of head h at part_chunk c + part_head h; pieces are not read
+    # a sequence's matrix of chunk c and head h is at by_chunk c + by_head h, its state before that chunk at by_chunk c +
+    # rows_by_head h, that behind the last chunk only if LAST; if WHOLE, writes are in one piece, and pieces are not read
     block, head, sequence = _program(SIZE, BLOCK)
     place = block * BLOCK + tl.arange(0, BLOCK)
     inside = place < SIZE
     first, count = tl.load(sequences + sequence * 4).to(tl.int64), tl.load(sequences + sequence * 4 + 1)
     complete, row = tl.load(sequences + sequence * 4 + 2), tl.load(sequences + sequence * 4 + 3).to(tl.int64)
     end = (sequence * HEADS + head) * SIZE + place
+    by_chunk = tl.cast(by_chunk, tl.int64)
+    own = (first * HEADS + head * by_head) * SIZE + place
 
     d = tl.zeros((BLOCK,), tl.float32)
     if MOMENTUM:
@@ -55,15 +60,15 @@ def _forward_kernel(
     s = tl.zeros((BLOCK,), tl.float32)
     if STATE:
         s = tl.load(state + sequence * state_index + head * state_head + place, mask=inside, other=0.0)
-        tl.store(rows + (row * HEADS + head) * SIZE + place, s.to(rows.dtype.element_ty), mask=inside)
+        kept = rows + (row * HEADS + head * rows_by_head) * SIZE + place
+        tl.store(kept, s.to(rows.dtype.element_ty), mask=inside & (LAST | (count > 0)))
         if complete == 0:
             tl.store(end_state + end, s, mask=inside)
     # stages, so that the next chunks' writes are on their way meanwhile
     for c in tl.range(0, count, num_stages=4 if WHOLE else 1):
         chunk = first + c
         if WHOLE:
-            at = parts + (first * HEADS + c * part_chunk + head * part_head) * SIZE + place
-            g = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(parts + own + c * by_chunk * SIZE, mask=inside, other=0.0).to(tl.float32)
         else:
             piece, more = tl.load(pieces + chunk * 2).to(tl.int64), tl.load(pieces + chunk * 2 + 1)
             g = tl.load(parts + (piece * HEADS + head) * SIZE + place, mask=inside, other=0.0).to(tl.float32)
@@ -75,25 +80,28 @@ def _forward_kernel(
             if c == complete - 1:
                 tl.store(end_velocity + end, d, mask=inside)
         if KEEP:
-            tl.store(velocities + (chunk * HEADS + head) * SIZE + place, g, mask=inside)
+            tl.store(velocities + own + c * by_chunk * SIZE, g, mask=inside)
         if STATE:
             if DECAY:
                 s *= tl.load(decay + chunk * HEADS + head)
             s += sign * g
-            tl.store(rows + ((row + c + 1) * HEADS + head) * SIZE + place, s.to(rows.dtype.element_ty), mask=inside)
+            after = kept + (c + 1) * by_chunk * SIZE
+            tl.store(after, s.to(rows.dtype.element_ty), mask=inside & (LAST | (c + 1 < count)))
             if c == complete - 1:
                 tl.store(end_state + end, s, mask=inside)
 
 
 @Launcher
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks", "reads", "by_chunk", "by_head", "rows_by_head"])
 def _backward_kernel(
     parts, pieces, momentum, decay, velocity, velocities, rows, sequences, d_end_state, d_end_velocity,
     d_writes, d_state, d_velocity, d_momentum, d_decay,
-    velocity_index, velocity_head, sign, chunks,
+    velocity_index, velocity_head, sign, chunks, reads, by_chunk, by_head, rows_by_head,
     SIZE: tl.constexpr, HEADS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
-    DECAY: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr,
+    DECAY: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, BEHIND: tl.constexpr,
 ):  # fmt: skip
+    # Matrices lie as in the forward pass. If WHOLE, each of a sequence's chunks that read has the gradient of its state in
+    # one piece, of the state behind it if BEHIND and else of the one before; pieces are not read then.
     block, head, sequence = _program(SIZE, BLOCK)
     block = block.to(tl.int64)
     place = block * BLOCK + tl.arange(0, BLOCK)
@@ -101,6 +109,9 @@ def _backward_kernel(
     first, count = tl.load(sequences + sequence * 4).to(tl.int64), tl.load(sequences + sequence * 4 + 1)
     complete, row = tl.load(sequences + sequence * 4 + 2), tl.load(sequences + sequence * 4 + 3).to(tl.int64)
     end = (sequence * HEADS + head) * SIZE + place
+    by_chunk = tl.cast(by_chunk, tl.int64)
+    own = (first * HEADS + head * by_head) * SIZE + place
+    seen = parts + (sequence * reads * HEADS + head * by_head) * SIZE + place
 
     ds, dd = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     # from the last chunk to the first; at each, ds is the gradient of the state after it
@@ -108,20 +119,25 @@ def _backward_kernel(
         c = count - 1 - back
         chunk = first + c
         if STATE:
-            reads = row + c + 1
-            piece, more = tl.load(pieces + reads * 2).to(tl.int64), tl.load(pieces + reads * 2 + 1)
-            for i in range(0, more):
-                ds += tl.load(parts + ((piece + i) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
+            if WHOLE:
+                reader = c if BEHIND else c + 1
+                ds += tl.load(seen + reader * by_chunk * SIZE, mask=inside & (reader < reads), other=0.0)
+            else:
+                after = (row + c + 1) * 2
+                piece, more = tl.load(pieces + after).to(tl.int64), tl.load(pieces + after + 1)
+                for i in range(0, more):
+                    ds += tl.load(parts + ((piece + i) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
             if c == complete - 1:
                 ds += tl.load(d_end_state + end, mask=inside, other=0.0)
             g = sign * ds
             if DECAY:
                 if WRITES:
-                    held = tl.load(rows + ((row + c) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
+                    before = rows + (row * HEADS + c * by_chunk + head * rows_by_head) * SIZE + place
+                    held = tl.load(before, mask=inside, other=0.0)
                     tl.store(d_decay + (block * chunks + chunk) * HEADS + head, tl.sum(held.to(tl.float32) * ds))
                 ds *= tl.load(decay + chunk * HEADS + head)
         else:
-            g = tl.load(parts + (chunk * HEADS + head) * SIZE + place, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(parts + own + c * by_chunk * SIZE, mask=inside, other=0.0).to(tl.float32)
         if MOMENTUM:
             if c == complete - 1:
                 dd += tl.load(d_end_velocity + end, mask=inside, other=0.0)
@@ -129,24 +145,28 @@ def _backward_kernel(
             g = dd
             if WRITES:
                 if c > 0:
-                    before = tl.load(velocities + ((chunk - 1) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
+                    moved = tl.load(velocities + own + (c - 1) * by_chunk * SIZE, mask=inside, other=0.0)
                 else:
-                    before = tl.load(
+                    moved = tl.load(
                         velocity + sequence * velocity_index + head * velocity_head + place, mask=inside, other=0.0
                     )
-                tl.store(d_momentum + (block * chunks + chunk) * HEADS + head, tl.sum(before * dd))
+                tl.store(d_momentum + (block * chunks + chunk) * HEADS + head, tl.sum(moved * dd))
             dd *= tl.load(momentum + chunk * HEADS + head)
         if WRITES:
-            tl.store(d_writes + (chunk * HEADS + head) * SIZE + place, g.to(d_writes.dtype.element_ty), mask=inside)
+            tl.store(d_writes + own + c * by_chunk * SIZE, g.to(d_writes.dtype.element_ty), mask=inside)
 
     if MOMENTUM:
         if complete == 0:
             dd += tl.load(d_end_velocity + end, mask=inside, other=0.0)
         tl.store(d_velocity + end, dd, mask=inside)
     if STATE:
-        piece, more = tl.load(pieces + row * 2).to(tl.int64), tl.load(pieces + row * 2 + 1)
-        for i in range(0, more):
-            ds += tl.load(parts + ((piece + i) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
+        if WHOLE:
+            if not BEHIND:
+                ds += tl.load(seen, mask=inside & (reads > 0), other=0.0)
+        else:
+            piece, more = tl.load(pieces + row * 2).to(tl.int64), tl.load(pieces + row * 2 + 1)
+            for i in range(0, more):
+                ds += tl.load(parts + ((piece + i) * HEADS + head) * SIZE + place, mask=inside, other=0.0)
         if complete == 0:
             ds += tl.load(d_end_state + end, mask=inside, other=0.0)
         tl.store(d_state + end, ds, mask=inside)
@@ -200,9 +220,9 @@ def scan(
             _forward_kernel[cdiv(size, _BLOCK) * count, heads](
                 parts, pieces, parts if momentum is None else momentum, parts if decay is None else decay,
                 first, start, sequences, velocities, states, end_velocity, end_state,
-                start.stride(0), start.stride(1), first.stride(0), first.stride(1), sign, heads, 1,
+                start.stride(0), start.stride(1), first.stride(0), first.stride(1), sign, heads, 1, 1,
                 SIZE=size, HEADS=heads, MOMENTUM=momentum is not None, STATE=state is not None,
-                DECAY=decay is not None, KEEP=keep, BLOCK=_BLOCK, WHOLE=False, num_warps=4,
+                DECAY=decay is not None, KEEP=keep, BLOCK=_BLOCK, WHOLE=False, LAST=True, num_warps=4,
             )  # fmt: skip
     return velocities, states, end_velocity, end_state
 
@@ -267,9 +287,9 @@ def scan_backward(
                 parts, pieces, unused if momentum is None else momentum, unused if decay is None else decay, first,
                 unused if velocities is None else velocities, unused if rows is None else rows, sequences,
                 unused if d_end_state is None else d_end_state, unused if d_end_velocity is None else d_end_velocity,
-                d_writes, d_state, d_velocity, d_momentum, d_decay, first.stride(0), first.stride(1), sign, chunks,
-                SIZE=size, HEADS=heads, MOMENTUM=moving, STATE=stated, DECAY=decay is not None,
-                WRITES=not start_only, BLOCK=_BLOCK, num_warps=4,
+                d_writes, d_state, d_velocity, d_momentum, d_decay, first.stride(0), first.stride(1), sign, chunks, 0,
+                heads, 1, 1, SIZE=size, HEADS=heads, MOMENTUM=moving, STATE=stated, DECAY=decay is not None,
+                WRITES=not start_only, BLOCK=_BLOCK, WHOLE=False, BEHIND=False, num_warps=4,
             )  # fmt: skip
     return (
         d_writes,
@@ -285,10 +305,37 @@ def blocks_of(size: int) -> int:
     return cdiv(size, _BLOCK)
 
 
+class Order(NamedTuple):
+    """Where the matrices of a sequence's chunks lie, counted in matrices.
+
+    Attributes:
+        chunk: from one chunk's to the next.
+        head: from one head's to the next.
+        states: from one head's states to the next's.
+        last: there is room for the state behind the last chunk.
+    """
+
+    chunk: int
+    head: int
+    states: int
+    last: bool
+
+    @staticmethod
+    def by_chunk(heads: int) -> Order:
+        """Chunk by chunk, heads innermost."""
+        return Order(heads, 1, 1, True)
+
+    @staticmethod
+    def by_head(chunks: int, last: bool) -> Order:
+        """Head by head, chunks innermost."""
+        return Order(1, chunks, chunks + last, last)
+
+
 def bound_scan(
     sequences: int,
     heads: int,
     size: int,
+    order: Order,
     *,
     sign: float,
     keep: bool,
@@ -296,7 +343,6 @@ def bound_scan(
     velocity: tuple[int, int] = (0, 0),
     state: tuple[int, int] | None = None,
     decay: bool = False,
-    by_head: int = 0,
 ) -> BoundKernel:
     """`scan` bound to sizes, of writes that are in one piece each; the launch takes its tensors in the order of the kernel.
 
@@ -304,19 +350,19 @@ def bound_scan(
         sequences: how many.
         heads: of each sequence.
         size: elements of a matrix.
+        order: of all matrices of chunks.
         sign: what writes are multiplied by.
         keep: store the writes after momentum.
         momentum: there are gates.
         velocity: strides of sequence and head of the momentum buffer to start from.
         state: those of the state to start from, or None to stop at momentum.
         decay: there are gates.
-        by_head: the chunks of a sequence where writes lie by head, chunks innermost; 0 where heads are innermost.
     """
-    numbers = (*(state or (0, 0)), *velocity, sign, *((1, by_head) if by_head else (heads, 1)))
+    numbers = (*(state or (0, 0)), *velocity, sign, *order[:3])
     return BoundKernel(
         _forward_kernel.kernel, [None] * 11, (blocks_of(size) * sequences, heads), numbers,
         SIZE=size, HEADS=heads, MOMENTUM=momentum, STATE=state is not None, DECAY=decay, KEEP=keep,
-        BLOCK=_BLOCK, WHOLE=True, num_warps=4,
+        BLOCK=_BLOCK, WHOLE=True, LAST=order.last, num_warps=4,
     )  # fmt: skip
 
 
@@ -324,12 +370,15 @@ def bound_scan_backward(
     sequences: int,
     heads: int,
     size: int,
+    order: Order,
     *,
     chunks: int,
+    reads: int,
+    behind: bool,
     sign: float,
     stated: bool,
     momentum: bool,
-    velocity: tuple[int, int],
+    velocity: tuple[int, int] = (0, 0),
     decay: bool,
 ) -> BoundKernel:
     """`scan_backward` bound to sizes; the launch takes its tensors in the order of the kernel.
@@ -338,7 +387,10 @@ def bound_scan_backward(
         sequences: as `bound_scan` takes it.
         heads: of each sequence.
         size: elements of a matrix.
+        order: as `bound_scan` takes it.
         chunks: of all sequences.
+        reads: chunks of one sequence that read, of which each has one gradient.
+        behind: that of the state behind it, not of the one before.
         sign: as `bound_scan` takes it.
         stated: the forward scan had a state.
         momentum: it had momentum.
@@ -346,7 +398,8 @@ def bound_scan_backward(
         decay: it had decay.
     """
     return BoundKernel(
-        _backward_kernel.kernel, [None] * 15, (blocks_of(size) * sequences, heads), (*velocity, sign, chunks),
+        _backward_kernel.kernel, [None] * 15, (blocks_of(size) * sequences, heads),
+        (*velocity, sign, chunks, reads, *order[:3]),
         SIZE=size, HEADS=heads, MOMENTUM=momentum, STATE=stated, DECAY=decay, WRITES=True,
-        BLOCK=_BLOCK, num_warps=4,
+        BLOCK=_BLOCK, WHOLE=True, BEHIND=behind, num_warps=4,
     )  # fmt: skip

@@ -6,5 +6,5 @@
 - Reference implementation: `kvbind.forms.parallel.parallel`.
 
 `operator.LaunchPlan` holds every launch for one `call_shapes.CallShapes`, those of the gradient in `backward`; products are
-in `tma_products`, fed by the tensor memory accelerator, or in `library_write`. Needs compute capability 9.0.
+in `tma_products`, fed by the tensor memory accelerator, or in `library_products`. Needs compute capability 9.0.
 """

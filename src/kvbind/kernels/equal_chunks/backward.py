@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,37 +28,31 @@ class BackwardLaunches:
 
     def __init__(self, plan: LaunchPlan) -> None:
         s, like = plan.shapes, plan.like
-        output = s.v.like(plan.value_width)
-        hiddens, keys = s.q.like(plan.hidden), s.k.like(plan.key_width)
-        reads = cdiv(plan.length, s.chunk)
-        self.to_states = products.write(s.q if s.theta is None else hiddens, output, s.chunk, reads, like)
-        # the partial sums of each state row's gradient: those of the chunk that read it
-        rows = []
-        for b in range(plan.batch):
-            for row in range(plan.states):
-                chunk = row - s.own
-                there = 0 <= chunk < reads
-                rows.append((b * reads + (chunk if there else 0), int(there)))
-        self.row_pieces = plan._table(rows)
-        self.from_output = products.product(
-            output, hiddens if s.theta else keys, s.chunk, plan.states, like, own=s.own, transposed=True
+        output, hiddens = plan.output, plan.hiddens
+        self.queries, self.keys, self.values = (plan.rows(x, x.shape[3]) for x in (s.q, s.k, s.v))
+        self.reads = cdiv(plan.length, s.chunk)
+        self.to_states = plan.bound_write(s.q if s.theta is None else hiddens, output, self.reads)
+        self.from_output = plan.bound_product(
+            output, hiddens if s.theta else self.queries, states=plan.states, own=s.own, transposed=True
         )
-        self.from_values = products.product(
-            s.v, hiddens if s.theta else keys, s.chunk, plan.complete, like, transposed=True,
+        self.from_values = plan.bound_product(
+            s.v, hiddens if s.theta else self.keys, states=plan.complete, transposed=True,
             rates=None if s.theta else s.rates, against=None if s.theta or s.rates is None else s.k,
         )  # fmt: skip
-        self.to_values = products.product(
-            hiddens if s.theta else s.k, output, s.chunk, plan.complete, like, rates=None if s.theta else s.rates
+        self.to_values = plan.bound_product(
+            hiddens if s.theta else s.k, self.values, states=plan.complete, rates=None if s.theta else s.rates
         )
         if s.theta is not None:
             theta = s.theta
-            self.query_features = products.features_backward(s.q, theta, like)
-            self.key_features = products.features_backward(s.k, theta, like, s.rates)
-            joined = s.q.like(theta.factors * plan.hidden)
+            self.query_features = products.features_backward(s.q, theta, like, None, hiddens)
+            self.key_features = products.features_backward(s.k, theta, like, s.rates, hiddens)
+            joined = self.joined = s.q.like(theta.factors * plan.hidden)
             # one set of matrices for all sequences is met as one long sequence
             batch, length = (1, plan.batch * plan.length) if theta.sets == 1 else (plan.batch, plan.length)
             flat = TokenRows((batch, length, *joined.shape[2:]), (length * joined.strides[1], *joined.strides[1:]))
+            keys = s.k.like(plan.key_width)
             keys_flat = TokenRows((batch, length, *keys.shape[2:]), (length * keys.strides[1], *keys.strides[1:]))
+            self.queries = self.keys = keys
             self.to_keys = products.product(flat, keys_flat, products.DEPTH * 4, 1, like, transposed=True)
             run = cdiv(cdiv(plan.length, RUNS), products.DEPTH) * products.DEPTH
             self.runs = cdiv(plan.length, run)
@@ -65,17 +60,15 @@ class BackwardLaunches:
             # tokens of an incomplete chunk have written nothing, whatever they hold
             inside = plan.complete * s.chunk
             self.key_theta = products.write(s.k.first(inside), joined.first(inside), run, self.runs, like)
-        moving: dict[str, Any] = {"momentum": s.momentum, "velocity": (0, 0), "decay": False}
-        shape = plan.batch, plan.heads, plan.size
+        scan = partial(
+            bound_scan_backward, plan.batch, plan.heads, plan.size, plan.order, chunks=plan.chunks, reads=self.reads,
+            behind=s.own, sign=s.sign,
+        )  # fmt: skip
         if plan.staged:
-            self.states_scan = bound_scan_backward(
-                *shape, chunks=plan.chunks, sign=s.sign, stated=True, momentum=False, velocity=(0, 0), decay=s.decay
-            )
-            self.moving_scan = bound_scan_backward(*shape, chunks=plan.chunks, sign=s.sign, stated=False, **moving)
+            self.states_scan = scan(stated=True, momentum=False, decay=s.decay)
+            self.moving_scan = scan(stated=False, momentum=s.momentum, decay=False)
         else:
-            self.states_scan = bound_scan_backward(
-                *shape, chunks=plan.chunks, sign=s.sign, stated=True, **(moving | {"decay": s.decay})
-            )
+            self.states_scan = scan(stated=True, momentum=s.momentum, decay=s.decay)
 
     def run(
         self,
@@ -91,31 +84,31 @@ class BackwardLaunches:
         s, unused = plan.shapes, plan.like
         q, k, v, rates, momentum, decay = inputs
         cast, states, velocities, iterates, squares = saved
-        zero = unused if plan.no_velocity is None else plan.no_velocity
+        zero = plan.no_velocity
         rate = unused if rates is None else rates
         both = None if cast is None else torch.cat(cast.unbind(0), dim=-1)
 
         d_theta: Any = None
         if s.theta is None:
-            dq = plan.tokens(plan.key_width)
+            dq = plan.tokens(self.queries)
             self.from_output(stream, d_output, states, dq, unused, unused, unused)
-            parts = torch.empty(self.to_states_shape(plan), device=plan.device)
+            parts = plan.matrices(plan.batch * self.reads)
             self.to_states(stream, q, d_output, parts)
         else:
-            dh, seen = plan.tokens(plan.hidden), plan.tokens(plan.hidden)
+            dh, seen = plan.tokens(plan.hiddens), plan.tokens(plan.hiddens)
             self.from_output(stream, d_output, states, dh, unused, unused, unused)
-            du = plan.tokens(s.theta.factors * plan.hidden)
+            du = plan.tokens(self.joined)
             self.query_features(stream, q, cast, dh, seen, du, unused, unused)
             del dh
-            parts = torch.empty(self.to_states_shape(plan), device=plan.device)
+            parts = plan.matrices(plan.batch * self.reads)
             self.to_states(stream, seen, d_output, parts)
             del seen
-            dq = plan.tokens(plan.key_width)
+            dq = plan.tokens(self.queries)
             self.to_keys(stream, du, both, dq, unused, unused, unused)
             d_theta = self._theta(plan, stream, self.query_theta, q, du)
             del du
 
-        d_state = plan.matrices(plan.batch)
+        d_state = plan.matrices(plan.batch).unflatten(0, (plan.batch, plan.heads))
         nothing = zeros(plan.device, plan.batch * plan.heads * plan.size)
         d_end = nothing if d_end is None else ready(d_end)
         d_end_velocity = nothing if d_end_velocity is None else ready(d_end_velocity)
@@ -129,7 +122,7 @@ class BackwardLaunches:
         if plan.staged:
             d_shaped = plan.matrices(plan.chunks)
             self.states_scan(
-                stream, parts, self.row_pieces, m, r, zero, held, states, plan.sequences, d_end, d_end_velocity,
+                stream, parts, unused, m, r, zero, held, states, plan.sequences, d_end, d_end_velocity,
                 d_shaped, d_state, unused, unused, dr,
             )  # fmt: skip
             out_dtype = plan.dtype if momentum is None else torch.float32
@@ -139,34 +132,34 @@ class BackwardLaunches:
             if momentum is not None:
                 d_moved, d_writes = d_writes, plan.matrices(plan.chunks, plan.dtype)
                 self.moving_scan(
-                    stream, d_moved, self.row_pieces, m, r, zero, held, states, plan.sequences, d_end, d_end_velocity,
+                    stream, d_moved, unused, m, r, zero, held, states, plan.sequences, d_end, d_end_velocity,
                     d_writes, unused, d_velocity, dm, unused,
                 )  # fmt: skip
         else:
             d_writes = plan.matrices(plan.chunks, plan.dtype)
             self.states_scan(
-                stream, parts, self.row_pieces, m, r, zero, held, states, plan.sequences, d_end, d_end_velocity,
+                stream, parts, unused, m, r, zero, held, states, plan.sequences, d_end, d_end_velocity,
                 d_writes, d_state, d_velocity, dm, dr,
             )  # fmt: skip
         del parts
 
         d_rates: Tensor | None = None
-        dv = plan.tokens(plan.value_width)
+        dv = plan.tokens(self.values)
         if s.theta is None:
-            dk = plan.tokens(plan.key_width)
+            dk = plan.tokens(self.keys)
             sums = unused if rates is None else self._sums(plan, plan.key_width, 128)
             self.from_values(stream, v, d_writes, dk, k, rate, sums)
             self.to_values(stream, k, d_writes, dv, unused, rate, unused)
         else:
-            dh, written = plan.tokens(plan.hidden), plan.tokens(plan.hidden)
+            dh, written = plan.tokens(plan.hiddens), plan.tokens(plan.hiddens)
             self.from_values(stream, v, d_writes, dh, unused, unused, unused)
-            du = plan.tokens(s.theta.factors * plan.hidden)
+            du = plan.tokens(self.joined)
             sums = unused if rates is None else self._sums(plan, plan.hidden, 64)
             self.key_features(stream, k, cast, dh, written, du, rate, sums)
             del dh
             self.to_values(stream, written, d_writes, dv, unused, unused, unused)
             del written
-            dk = plan.tokens(plan.key_width)
+            dk = plan.tokens(self.keys)
             self.to_keys(stream, du, both, dk, unused, unused, unused)
             d_theta = d_theta + self._theta(plan, stream, self.key_theta, k, du)
         if rates is not None:
@@ -177,11 +170,6 @@ class BackwardLaunches:
                     x[:, plan.complete * s.chunk :].zero_()
         d_momentum, d_decay = (None if x is None else x.sum(0) for x in (d_momentum, d_decay))
         return [dq, dk, dv, d_rates, d_momentum, d_decay, d_state, d_theta]
-
-    def to_states_shape(self, plan: LaunchPlan) -> tuple[int, ...]:
-        """The shape of the partial sums of the states' gradients."""
-        reads = cdiv(plan.length, plan.shapes.chunk)
-        return (plan.batch * reads, plan.heads, plan.hidden, plan.value_width)
 
     def _sums(self, plan: LaunchPlan, width: int, tile: int) -> Tensor:
         shape = (plan.batch, plan.length, plan.heads, cdiv(width, tile))

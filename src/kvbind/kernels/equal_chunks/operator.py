@@ -2,13 +2,12 @@
 
 A `LaunchPlan` holds every launch of a forward and of a backward call, bound to shapes, strides and dtypes. A call like an
 earlier one allocates its results and launches; nothing is derived again. Products are those of
-`kvbind.kernels.equal_chunks.tma_products`.
+`kvbind.kernels.equal_chunks.tma_products`, or the vendor's library's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kvbind.kernels.chunked.prefix_sums import bound_scan
+from kvbind.kernels.chunked.prefix_sums import Order, bound_scan
 from kvbind.kernels.common.devices import on_device_of
-from kvbind.kernels.common.operands import ready, zeros
+from kvbind.kernels.common.operands import laid_out, zeros
+from kvbind.kernels.equal_chunks import library_products
 from kvbind.kernels.equal_chunks import tma_products as products
 from kvbind.kernels.equal_chunks.call_shapes import CallShapes
-from kvbind.kernels.equal_chunks.library_write import LibraryWrite
+from kvbind.kernels.equal_chunks.library_products import LibraryProduct, LibraryWrite
 from kvbind.kernels.equal_chunks.tma_products import TokenRows
 from kvbind.kernels.launching import dispatcher
 from kvbind.kernels.launching.bound_kernel import BoundKernel, stream_of
@@ -50,61 +50,83 @@ class LaunchPlan:
         self.value_width = s.v.shape[3]
         self.hidden = s.theta.hidden if s.theta else self.key_width
         self.complete = self.length // s.chunk
-        self.chunks, self.states = self.batch * self.complete, self.complete + 1
+        self.chunks = self.batch * self.complete
         self.whole = self.complete * s.chunk == self.length
         self.size = self.hidden * self.value_width
         self.like = like.new_empty(0)
         self.staged = bool(s.coefficients)
         self.met: set[str] = set()
-        self.others: dict[Any, LaunchPlan] = {}
-        self.sequences = self._table(
-            [(b * self.complete, self.complete, self.complete, b * self.states) for b in range(self.batch)]
+        self.no_velocity = zeros(self.device, self.size) if s.momentum else self.like
+
+        # where the vendor's library takes the operands it is faster, and everything lies head by head
+        self.by_head = self.whole and library_products.fits(like, s.q, s.k, s.v)
+        last = s.own or not self.by_head
+        self.states = self.complete + last
+        self.order = Order.by_head(self.complete, last) if self.by_head else Order.by_chunk(self.heads)
+        complete = self.complete
+        self.sequences = torch.tensor(
+            [(b * complete, complete, complete, b * self.states) for b in range(self.batch)],
+            dtype=torch.int32, device=self.device,
+        )  # fmt: skip
+        self.output, self.hiddens = self.rows(s.v, self.value_width), self.rows(s.k, self.hidden)
+        written = s.k if s.theta is None and s.rates is None else self.hiddens
+        self.read = self.bound_product(
+            s.q if s.theta is None else self.hiddens, self.output, states=self.states, own=s.own
         )
-        self.single = self._table([(c, 1) for c in range(self.chunks)])
-        self.no_velocity = zeros(self.device, self.size) if s.momentum else None
-
-        output = s.v.like(self.value_width)
-        seen = s.q if s.theta is None else s.q.like(self.hidden)
-        # the vendor's library is faster where it takes the operands; Newton-Schulz's gradients want chunks outermost
-        self.by_head = self.whole and (s.momentum or not self.staged) and LibraryWrite.fits(like, s.k, s.v)
-        self.written = s.k.by_head(self.hidden) if self.by_head else s.k.like(self.hidden)
-        written = s.k if s.theta is None and s.rates is None else self.written
-        self.read = products.product(seen, output, s.chunk, self.states, like, own=s.own)
-        self.write: LibraryWrite | BoundKernel
-        if self.by_head:
-            self.write = LibraryWrite(written, s.v, s.chunk)
-        else:
-            self.write = products.write(written, s.v, s.chunk, self.complete, like)
+        self.write = self.bound_write(written, s.v, self.complete)
         if s.theta is not None:
-            self.query_features = products.features(s.q, s.theta, like)
-            self.key_features = products.features(s.k, s.theta, like, s.rates, self.written)
+            self.query_features = products.features(s.q, s.theta, like, out=self.hiddens)
+            self.key_features = products.features(s.k, s.theta, like, s.rates, self.hiddens)
         elif s.rates is not None:
-            self.rated_keys = products.rated(s.k, s.rates, self.written)
+            self.rated_keys = products.rated(s.k, s.rates, self.hiddens)
 
-    def _table(self, entries: Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(entries, dtype=torch.int32, device=self.device)
+    def rows(self, like: TokenRows, width: int) -> TokenRows:
+        """As many tokens as others, of another width, in the order of this plan."""
+        return like.by_head(width) if self.by_head else like.like(width)
 
-    def tokens(self, width: int) -> Tensor:
-        """Room for contiguous tokens of a width."""
-        return torch.empty((self.batch, self.length, self.heads, width), dtype=self.dtype, device=self.device)
+    def bound_product(
+        self,
+        x: TokenRows,
+        y: TokenRows,
+        *,
+        states: int,
+        own: bool = False,
+        transposed: bool = False,
+        rates: Sequence[int] | None = None,
+        against: TokenRows | None = None,
+    ) -> LibraryProduct | BoundKernel:
+        """Tokens times their chunk's matrix, as `tma_products.product` has it."""
+        chunk = self.shapes.chunk
+        if self.by_head and states == self.complete and rates is None and against is None:
+            return LibraryProduct(x, y, chunk, transposed=transposed)
+        return products.product(
+            x, y, chunk, states, self.like, by_head=self.by_head, own=own, transposed=transposed, rates=rates, against=against
+        )
+
+    def bound_write(self, x: TokenRows, g: TokenRows, parts: int) -> LibraryWrite | BoundKernel:
+        """The sum over each chunk's tokens of `x^T g`, as `tma_products.write` has it."""
+        chunk = self.shapes.chunk
+        return LibraryWrite(x, g, chunk) if self.by_head else products.write(x, g, chunk, parts, self.like)
+
+    def tokens(self, rows: TokenRows) -> Tensor:
+        """Room for tokens."""
+        return torch.empty_strided(rows.shape, rows.strides, dtype=self.dtype, device=self.device)
 
     def matrices(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Room for matrices of the last layer's shape."""
-        shape = (count, self.heads, self.hidden, self.value_width)
+        """Room for matrices of the last layer's shape, so many of each head."""
+        shape = (count * self.heads, self.hidden, self.value_width)
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     @cached_property
     def scans(self) -> list[BoundKernel]:
         """Of the forward pass: momentum and states in one, or each in its own with Newton-Schulz between them."""
         s = self.shapes
-        moving: dict[str, Any] = {"momentum": s.momentum, "velocity": (0, 0)}
+        moving: dict[str, Any] = {"momentum": s.momentum}
         stated: dict[str, Any] = {"state": s.start, "decay": s.decay}
         kinds = [moving, stated] if self.staged else [moving | stated]
         return [
-            bound_scan(
-                self.batch, self.heads, self.size, sign=s.sign, keep="momentum" in kind and s.momentum,
-                by_head=self.complete if self.by_head and kind is kinds[0] else 0, **kind,
-            )
+            bound_scan(self.batch, self.heads, self.size, self.order, sign=s.sign,
+                       keep="momentum" in kind and s.momentum, **kind)
             for kind in kinds
         ]  # fmt: skip
 
@@ -140,48 +162,46 @@ class LaunchPlan:
         seen, written = q, k
         if s.theta is not None:
             cast = torch.stack(tuple(theta)).to(self.dtype)
-            written = self.written.empty(self.like)
+            written = self.tokens(self.hiddens)
             self.key_features(stream, k, cast, written, unused if rates is None else rates)
         elif rates is not None:
-            written = self.written.empty(self.like)
+            written = self.tokens(self.hiddens)
             self.rated_keys(stream, k, rates, written)
         parts = self.matrices(self.chunks)
         self.write(stream, written, v, parts)
         del written
-        end = self.matrices(self.batch)
-        end_velocity = self.matrices(self.batch) if s.momentum else None
+        shape = (self.batch, self.heads, self.hidden, self.value_width)
+        end = torch.empty(shape, device=self.device)
+        end_velocity = torch.empty(shape, device=self.device) if s.momentum else None
         states = self.matrices(self.batch * self.states, self.dtype)
         velocities: Any = None
         iterates: Any = None
         squares: Any = None
         m, r = unused if momentum is None else momentum, unused if decay is None else decay
-        zero, moved = (
-            unused if self.no_velocity is None else self.no_velocity,
-            unused if end_velocity is None else end_velocity,
-        )
+        zero, moved = self.no_velocity, unused if end_velocity is None else end_velocity
         if self.staged:
             if momentum is not None:
                 velocities = self.matrices(self.chunks)
                 self.scans[0](
-                    stream, parts, self.single, m, r, zero, unused, self.sequences, velocities, unused, moved, unused
+                    stream, parts, unused, m, r, zero, unused, self.sequences, velocities, unused, moved, unused
                 )
                 parts = velocities
             shaped, (iterates, squares) = newton_schulz_forward(
                 parts, s.coefficients, s.precision, keep, out_dtype=s.precision
             )
-            self.scans[1](stream, shaped, self.single, m, r, zero, start, self.sequences, unused, states, moved, end)
+            self.scans[1](stream, shaped, unused, m, r, zero, start, self.sequences, unused, states, moved, end)
         else:
             velocities = self.matrices(self.chunks) if keep and momentum is not None else None
             scan = self.scans[0] if velocities is not None or momentum is None else self.forgetful_scan
             scan(
-                stream, parts, self.single, m, r, zero, start, self.sequences,
+                stream, parts, unused, m, r, zero, start, self.sequences,
                 unused if velocities is None else velocities, states, moved, end,
             )  # fmt: skip
         del parts
         if s.theta is not None:
-            seen = self.tokens(self.hidden)
+            seen = self.tokens(self.hiddens)
             self.query_features(stream, q, cast, seen, unused)
-        output = self.tokens(self.value_width)
+        output = self.tokens(self.output)
         self.read(stream, seen, states, output, unused, unused, unused)
         saved = [cast, states, velocities, iterates, squares] if keep else []
         return output, end, end_velocity, saved
@@ -268,26 +288,22 @@ class LaunchPlan:
                 _met.add(kind)
         return body(*args)
 
-    def of_saved(self, q: Tensor, k: Tensor, v: Tensor, rates: Tensor | None) -> LaunchPlan:
-        """This plan, or its like for tensors that hooks of autograd saved and brought back with other strides."""
+    def like_saved(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """q, k, v and rates as they were in the forward pass, where hooks of autograd brought them back in another layout."""
         s = self.shapes
-        found = (q.stride(), k.stride(), v.stride(), None if rates is None else rates.stride())
-        if found == (s.q.strides, s.k.strides, s.v.strides, s.rates):
-            return self
-        if found not in self.others:
-            self.others[found] = LaunchPlan(
-                replace(s, q=TokenRows.of(q), k=TokenRows.of(k), v=TokenRows.of(v), rates=found[3]), self.like
-            )
-        return self.others[found]
+        wanted = (s.q.strides, s.k.strides, s.v.strides, s.rates)
+        return [
+            x if x is None or strides is None else laid_out(x, strides) for x, strides in zip(tensors, wanted, strict=True)
+        ]
 
     @cached_property
     def forgetful_scan(self) -> BoundKernel:
         """Momentum and states in one, of which nothing is saved."""
         s = self.shapes
         return bound_scan(
-            self.batch, self.heads, self.size, sign=s.sign, keep=False, momentum=s.momentum, velocity=(0, 0),
-            state=s.start, decay=s.decay, by_head=self.complete if self.by_head else 0,
-        )  # fmt: skip
+            self.batch, self.heads, self.size, self.order, sign=s.sign, keep=False, momentum=s.momentum, state=s.start,
+            decay=s.decay,
+        )
 
     @cached_property
     def backward_launches(self) -> BackwardLaunches:
@@ -312,9 +328,10 @@ class _Planned(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor | None, d_end: Tensor | None, d_velocity: Tensor | None = None) -> Any:
-        saved = [x if x is None or not x.data_ptr() % 16 else x.clone() for x in ctx.saved_tensors]
-        plan = ctx.plan.of_saved(*saved[:4])
-        d_output = plan.tokens(plan.value_width).zero_() if d_output is None else ready(d_output)
+        plan, given = ctx.plan, ctx.saved_tensors
+        saved = [*plan.like_saved(given[:4]), *(x if x is None or not x.data_ptr() % 16 else x.clone() for x in given[4:])]
+        strides = plan.output.strides
+        d_output = plan.tokens(plan.output).zero_() if d_output is None else laid_out(d_output, strides)
         with dispatcher.marked("equal_chunks_backward"):
             dq, dk, dv, d_rates, d_momentum, d_decay, d_start, d_theta = plan.begun(
                 "backward", plan.backward_launches.run, plan, stream_of(plan.index), d_output, d_end, d_velocity,

@@ -135,9 +135,13 @@ def _put_dots(partial, dots, b, h, row, n, length, heads, across: tl.constexpr, 
     tl.store(partial + ((b.to(tl.int64) * length + tokens) * heads + h) * across + n, dots, mask=tokens < length)
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "length", "chunk", "states", "own", "rate_b", "rate_t", "rate_h"])
+@triton.jit(
+    do_not_specialize=[
+        "batch", "heads", "length", "chunk", "states", "by_chunk", "by_head", "own", "rate_b", "rate_t", "rate_h"
+    ]
+)
 def _product_kernel(
-    x, w, y, z, rates, partial, batch, heads, length, chunk, states, own, rate_b, rate_t, rate_h,
+    x, w, y, z, rates, partial, batch, heads, length, chunk, states, by_chunk, by_head, own, rate_b, rate_t, rate_h,
     K: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, RATED: tl.constexpr, DOT: tl.constexpr,
     PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -146,7 +150,7 @@ def _product_kernel(
     for tile in tl.range(tl.program_id(0), across * down * heads * batch, PROGRAMS, flatten=True):
         n, m, h, b = _tile_of(tile, across, down, heads)
         row = m * BM
-        which = (b * states + tl.minimum(row // chunk + own, states - 1)) * heads + h
+        which = b * states * heads + tl.minimum(row // chunk + own, states - 1) * by_chunk + h * by_head
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, K, BK):
             left = tl.reshape(x.load([b, h, row, k]), (BM, BK))
@@ -170,6 +174,7 @@ def product(
     states: int,
     device: Tensor,
     *,
+    by_head: bool = False,
     own: bool = False,
     transposed: bool = False,
     rates: Sequence[int] | None = None,
@@ -177,7 +182,8 @@ def product(
 ) -> BoundKernel:
     """Tokens times their chunk's matrix.
 
-    The launch takes x `[B, T, H, K]`; w `[B * states, H, K, N]`, or `[B * states, H, N, K]` if `transposed`; where to write
+    The launch takes x `[B, T, H, K]`; w `[B, states, H, K, N]`, or `[B, H, states, K, N]` if `by_head`, K and N the other
+    way round if `transposed`; where to write
     y `[B, T, H, N]`; z `[B, T, H, N]`, to be multiplied row by row with the result (before `rates`) and summed; rates,
     float32 `[B, T, H]`, that multiply the result; and float32 `[B, T, H, ceil(N / 128)]` for those sums in parts. Any tensor
     stands in for z, rates and sums that are not asked for.
@@ -188,6 +194,7 @@ def product(
         chunk: tokens in a chunk, a multiple of `DEPTH`.
         states: matrices of each sequence; chunk c takes number c, or c + 1 if `own`, and those past the last the last.
         device: a tensor on the device.
+        by_head: a head's matrices lie side by side.
         own: chunk c takes the matrix behind it.
         transposed: multiply by the transposes.
         rates: strides of the rates, or None.
@@ -206,15 +213,15 @@ def product(
     views += [None if against is None else against.view(bm, bn), None, None]
     return BoundKernel(
         _product_kernel, views, (min(programs, tiles),),
-        (batch, heads, length, chunk, states, int(own), *(rates or (0, 0, 0))),
+        (batch, heads, length, chunk, states, *((1, states) if by_head else (heads, 1)), int(own), *(rates or (0, 0, 0))),
         K=inner, N=width, TRANSPOSED=transposed, RATED=rates is not None, DOT=against is not None,
         PROGRAMS=programs, BM=bm, BN=bn, BK=DEPTH, num_warps=4 if bm == 64 else 8, num_stages=stages,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "chunk", "parts"])
+@triton.jit(do_not_specialize=["batch", "heads", "chunk", "parts", "by_chunk", "by_head"])
 def _write_kernel(
-    x, g, y, batch, heads, chunk, parts,
+    x, g, y, batch, heads, chunk, parts, by_chunk, by_head,
     M: tl.constexpr, N: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     across: tl.constexpr = (N + BN - 1) // BN
@@ -231,15 +238,17 @@ def _write_kernel(
             row = c * chunk + t
             left = tl.trans(tl.reshape(x.load([b, h, row, m * BM]), (BT, BM)))
             acc = tl.dot(left, tl.reshape(g.load([b, h, row, n * BN]), (BT, BN)), acc)
+        to = b * parts * heads + c * by_chunk + h * by_head
         low, high = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-        y.store([z, m * BM, n * BN], tl.reshape(low, (1, BM, BN // 2)))
-        y.store([z, m * BM, n * BN + BN // 2], tl.reshape(high, (1, BM, BN // 2)))
+        y.store([to, m * BM, n * BN], tl.reshape(low, (1, BM, BN // 2)))
+        y.store([to, m * BM, n * BN + BN // 2], tl.reshape(high, (1, BM, BN // 2)))
 
 
-def write(x: TokenRows, g: TokenRows, chunk: int, parts: int, device: Tensor) -> BoundKernel:
+def write(x: TokenRows, g: TokenRows, chunk: int, parts: int, device: Tensor, *, by_head: bool = False) -> BoundKernel:
     """The sum over each chunk's tokens of `x^T g`.
 
-    The launch takes x `[B, T, H, M]`, g `[B, T, H, N]` and where to write y, float32 `[B * parts, H, M, N]`.
+    The launch takes x `[B, T, H, M]`, g `[B, T, H, N]` and where to write y, float32 `[B, parts, H, M, N]`, or `[B, H,
+    parts, M, N]` if `by_head`.
 
     Args:
         x: the left factor.
@@ -247,6 +256,7 @@ def write(x: TokenRows, g: TokenRows, chunk: int, parts: int, device: Tensor) ->
         chunk: tokens in a chunk, a multiple of `DEPTH`.
         parts: how many chunks of a sequence; the last may end after the last token.
         device: a tensor on the device.
+        by_head: a head's matrices lie side by side.
     """
     batch, _, heads, height = x.shape
     width, bm, bn = g.shape[3], 128, 128
@@ -254,7 +264,8 @@ def write(x: TokenRows, g: TokenRows, chunk: int, parts: int, device: Tensor) ->
     programs = multiprocessors(device)
     views = [x.view(DEPTH, bm), g.view(DEPTH, bn), matrices(batch * parts * heads, height, width, bm, bn // 2)]
     return BoundKernel(
-        _write_kernel, views, (min(programs, tiles),), (batch, heads, chunk, parts),
+        _write_kernel, views, (min(programs, tiles),),
+        (batch, heads, chunk, parts, *((1, parts) if by_head else (heads, 1))),
         M=height, N=width, PROGRAMS=programs, BM=bm, BN=bn, BT=DEPTH, num_warps=8, num_stages=5,
     )  # fmt: skip
 
@@ -366,22 +377,25 @@ def _features_backward_kernel(
         _put(du, d * slope(u, ACTIVATION), b, h, row, n * BN, BM, BN)
 
 
-def features_backward(x: TokenRows, theta: Theta, device: Tensor, rates: Sequence[int] | None = None) -> BoundKernel:
+def features_backward(
+    x: TokenRows, theta: Theta, device: Tensor, rates: Sequence[int] | None = None, hiddens: TokenRows | None = None
+) -> BoundKernel:
     """The gradient of `features`, which are computed anew.
 
     The launch takes x `[B, T, H, D]`; the matrices; the gradient of the features before rates, `[B, T, H, F]`; where to
-    write the features, `[B, T, H, F]`, and the gradients of `x W` and `x W_up` side by side, `[B, T, H, F or 2 F]`, all
-    contiguous and in x's dtype; rates; and float32 `[B, T, H, F / 64]` for their gradient in parts.
+    write the features, `[B, T, H, F]`, and the gradients of `x W` and `x W_up` side by side, contiguous `[B, T, H, F or 2
+    F]`, all in x's dtype; rates; and float32 `[B, T, H, F / 64]` for their gradient in parts.
 
     Args:
         x: the tokens.
         theta: the matrices; F is a multiple of `DEPTH`.
         device: a tensor on the device.
         rates: strides of the rates, or None.
+        hiddens: the features and their gradient; contiguous where it is None.
     """
     batch, length, heads, width = x.shape
     hidden, bm, bn = theta.hidden, 64, 64
-    hiddens = x.like(hidden)
+    hiddens = hiddens or x.like(hidden)
     tiles = cdiv(hidden, bn) * cdiv(length, bm) * heads * batch
     programs = 2 * multiprocessors(device)
     stored = matrices(theta.factors * theta.sets * heads, width, hidden, DEPTH, bn)
