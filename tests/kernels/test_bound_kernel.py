@@ -52,7 +52,7 @@ def test_the_first_launch_is_tritons_and_later_ones_go_past_it(kernel):
     assert isinstance(block, Block)
     assert block.base is other
     assert args[:9] == (5, 1, 1, 9, "function", "packed", None, None, None)
-    assert args[10:] == (y, 4, 8)
+    assert args[10:] == (y.data_ptr(), 4, 8)
     with pytest.raises(ValueError, match="zip"):
         launch(9, other)
 

@@ -324,7 +324,7 @@ FUTURES = {
 }
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e30])
 @pytest.mark.parametrize("case", FUTURES)
 def test_the_future_does_not_leak_into_the_past(case, value):
     """Outputs before a spoilt token and the gradients of a loss on them are those without it; later outputs are NaN."""

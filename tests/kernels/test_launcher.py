@@ -48,7 +48,7 @@ def test_a_launch_like_an_earlier_one_runs_what_that_compiled_on_its_own_argumen
     assert len(kernel.made) == 1
     ((number, grid, args),) = kernel.ran
     assert (number, grid) == (0, (16, 2, 1))
-    assert args[0] is y
+    assert args[0] == y.data_ptr()
     assert args[2:] == (57, 8, 8, 16)
 
 

@@ -214,7 +214,7 @@ def _pass_kernel(
                 dropped = tl.maximum(dropped, tl.where(tl.abs(rate) < float("inf"), 0, 1))
                 if gates is not None:
                     gate = tl.load(gates + places, mask=rows, other=1.0)
-                    dropped = tl.maximum(dropped, tl.where(gate < float("inf"), 0, 1))
+                    dropped = tl.maximum(dropped, tl.where(tl.abs(gate) < float("inf"), 0, 1))
             rate = tl.where(tl.abs(rate) < float("inf"), rate, 0.0)
             # read once more without them: selecting rows of float32 operands here does not compile
             left = rows & (dropped == 0)

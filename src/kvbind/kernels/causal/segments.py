@@ -85,7 +85,7 @@ def logarithms(gates, places, live, FINITE: tl.constexpr):
     """
     gate = tl.load(gates + places, mask=live, other=1.0)
     if FINITE:
-        gate = tl.where(gate < float("inf"), gate, 0.0)
+        gate = tl.where(tl.abs(gate) < float("inf"), gate, 0.0)
     shut = gate < LEAST_GATE
     bits = tl.where(shut, 1.0, gate).to(tl.int32, bitcast=True)
     mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
@@ -93,7 +93,7 @@ def logarithms(gates, places, live, FINITE: tl.constexpr):
     whole = ((bits >> 23) - 127 + upper.to(tl.int32)).to(tl.float32)
     rest = tl.log2(tl.where(upper, 0.5 * mantissa, mantissa))
     if not FINITE:
-        rest = tl.where(gate < float("inf"), rest, float("nan"))
+        rest = tl.where(tl.abs(gate) < float("inf"), rest, float("nan"))
     return tl.where(shut, SHUT, whole), rest
 
 

@@ -64,10 +64,11 @@ class BoundKernel:
 
     def __call__(self, stream: int, *tensors: Any) -> None:
         """Launch on a stream of the current device, which is that of the tensors; in a warm-up, compile."""
-        args = [x if view is None else view(x) for view, x in zip(self.views, tensors, strict=True)]
         if self.compiled is None:
-            self._first(args)
+            self._first([x if view is None else view(x) for view, x in zip(self.views, tensors, strict=True)])
         else:
+            # of an address given as a number Triton does not ask the driver whether the device can reach it
+            args = [x.data_ptr() if view is None else view(x) for view, x in zip(self.views, tensors, strict=True)]
             self.run(*self.grid, stream, self.function, self.packed, None, None, None, *args, *self.rest)
 
     def _first(self, args: list[Any]) -> None:

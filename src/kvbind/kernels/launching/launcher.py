@@ -41,7 +41,9 @@ class Launcher:
             return
         key: list[Any] = [*constants, *constants.values()]
         pointers = largest = 0
-        for value, plain in zip(args, self.plain, strict=False):
+        # of an address given as a number Triton does not ask the driver whether the device can reach it
+        given = list(args)
+        for place, (value, plain) in enumerate(zip(args, self.plain, strict=False)):
             kind = value.__class__
             if kind is int:
                 if not plain:
@@ -50,7 +52,8 @@ class Launcher:
                     largest = abs(value)
             elif isinstance(value, Tensor):
                 key.append(value.dtype)
-                pointers |= value.data_ptr()
+                given[place] = address = value.data_ptr()
+                pointers |= address
             elif hasattr(value, "block_shape"):
                 # a descriptor of a tensor, whose address and strides the accelerator asks to be aligned
                 key += (value.base.dtype, *value.block_shape)
@@ -78,4 +81,4 @@ class Launcher:
         if callable(grid):
             grid = grid(constants)
         kernel, rest = found
-        kernel[(*grid, 1, 1)[:3]](*args, *rest)
+        kernel[(*grid, 1, 1)[:3]](*given, *rest)
