@@ -17,9 +17,9 @@ pytestmark = pytest.mark.skipif(
     not has_triton() or not (interpreted() or torch.cuda.is_available()), reason="needs Triton's interpreter or a GPU"
 )
 if has_triton():
+    from kvbind.kernels.equal_chunks import library_products
     from kvbind.kernels.equal_chunks import operator as equal_chunks
     from kvbind.kernels.equal_chunks.call_shapes import CallShapes
-    from kvbind.kernels.equal_chunks import library_products
     from kvbind.kernels.equal_chunks.library_products import LibraryWrite
     from kvbind.kernels.equal_chunks.operator import LaunchPlan
     from kvbind.kernels.equal_chunks.tma_products import Theta, TokenRows

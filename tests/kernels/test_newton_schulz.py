@@ -15,8 +15,14 @@ from hypothesis import strategies as st
 
 from kvbind import NewtonSchulz
 from kvbind.inner import LANGUAGE_COEFFICIENTS, VIEWS_COEFFICIENTS
+from kvbind.kernels.launching.bound_kernel import stream_of
 from kvbind.kernels.newton_schulz import tiled as products
-from kvbind.kernels.newton_schulz.operator import newton_schulz, newton_schulz_backward, newton_schulz_forward
+from kvbind.kernels.newton_schulz.operator import (
+    BoundNewtonSchulz,
+    newton_schulz,
+    newton_schulz_backward,
+    newton_schulz_forward,
+)
 from strategies import error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -150,21 +156,35 @@ def test_groups_change_the_order_and_not_the_result(monkeypatch):
 def test_counts_start_at_zero_whatever_was_in_memory_and_end_at_the_number_of_tiles(monkeypatch):
     x, cotangent = random(2, 70, 132), random(2, 70, 132, seed=1)
     expected = value_and_gradient(lambda z: newton_schulz(z, TWO), x, cotangent)
-    launches, launch = [], products._launch
+    met, new = [], products.new_counts
 
     def dirty(*arguments):
-        launches.append(launch(*arguments))
-        launches[-1].counts.fill_(7)
-        return launches[-1]
+        met.append(new(*arguments).fill_(7))
+        return met[-1]
 
-    monkeypatch.setattr(products, "_launch", dirty)
+    monkeypatch.setattr(products, "new_counts", dirty)
     found = value_and_gradient(lambda z: newton_schulz(z, TWO), x, cotangent)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    for prepared in launches:
-        counts = prepared.counts[:: products.LINE].tolist()
-        assert counts == [prepared.items, *[prepared.items // 2] * 2]
-    # two steps of A, B (3 tiles each) and X' (6); and of E, F, A and B (3 each) and dL/dX (6)
-    assert [prepared.items for prepared in launches] == [2 * 2 * 12, 2 * 2 * 18]
+    # of two matrices two steps of A, B (3 tiles each) and X' (6); and of E, F, A and B (3 each) and dL/dX (6)
+    for counts, tiles in zip(met, (2 * 12, 2 * 18), strict=True):
+        assert counts[:: products.LINE].tolist() == [tiles * 2, tiles, tiles]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(3, 16, 24), (2, 132, 70), (2, 70, 132)])
+@pytest.mark.parametrize("keep", [False, True])
+def test_bound_launches_give_the_same(size, dtype, keep):
+    x, grad = random(*size), random(*size, seed=1)
+    bound = BoundNewtonSchulz(size, TWO, dtype, keep, 8)
+    want, saved = newton_schulz_forward(x, TWO, dtype, keep)
+    for _ in range(2):
+        found, kept = bound.forward(stream_of(x.device.index if x.is_cuda else -1), x, torch.float32)
+        assert error(found, want.double()) < 1e-6
+        if keep:
+            assert all(torch.equal(a, b) for a, b in zip(kept, saved, strict=True))
+            back = bound.backward(stream_of(x.device.index if x.is_cuda else -1), kept, grad, torch.bfloat16)
+            again = newton_schulz_backward(saved, grad, TWO, dtype, torch.bfloat16)
+            assert error(back, again.double()) < 1e-6
 
 
 @pytest.mark.parametrize("size", [20, 132])

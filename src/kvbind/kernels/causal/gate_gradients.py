@@ -32,6 +32,7 @@ from kvbind.kernels.causal.segments import (
 )
 from kvbind.kernels.common.devices import on_device_of
 from kvbind.kernels.common.operands import cdiv
+from kvbind.kernels.launching.launcher import Launcher
 
 
 @triton.jit
@@ -42,6 +43,7 @@ def _sum_of_parts(x, places, rows, stride, PARTS: tl.constexpr, TILE: tl.constex
     return total
 
 
+@Launcher
 @triton.jit(do_not_specialize=["tokens", "length", "each", "all_tokens", "tiles_each", "tiles"])
 def _gate_gradient_kernel(
     q, k, v, d_out, read_dots, write_dots, anchors, rates, gates, out, table,

@@ -24,6 +24,7 @@ tile, so a segment whose state ends with one is gone through once more, with suc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -47,6 +48,7 @@ from kvbind.kernels.causal.segments import (
 )
 from kvbind.kernels.common.devices import on_device_of
 from kvbind.kernels.common.operands import cdiv
+from kvbind.kernels.launching.launcher import Launcher
 
 
 @triton.jit
@@ -78,6 +80,7 @@ def _wrong_state(s0, s1, s2, s3, NK: tl.constexpr):
     return wrong
 
 
+@Launcher
 @triton.jit(do_not_specialize=["tokens", "length", "each", "all_tokens", "tiles_each"])
 def _pass_kernel(
     read, key, value, primal, out, dots, rates, gates, states, end, tile_states, anchors, wrongs, table,
@@ -331,6 +334,7 @@ class PassBlocks:
     resident: int
 
 
+@cache
 def pass_blocks(dtype: torch.dtype, read_width: int, value_width: int) -> PassBlocks:
     """The blocks for a pass."""
     fits = ((n * b, -b, n) for b in (16, 32, 64, 128) for n in (1, 2, 3, 4) if n * b >= read_width)

@@ -21,10 +21,12 @@ from kvbind.kernels.causal.segments import (
 )
 from kvbind.kernels.common.devices import on_device_of
 from kvbind.kernels.common.operands import cdiv
+from kvbind.kernels.launching.launcher import Launcher
 
 _SCAN_BLOCK = 512
 
 
+@Launcher
 @triton.jit(do_not_specialize=["tokens", "length", "each"])
 def _write_kernel(
     key, value, rates, gates, writes, keeps, table, tokens, length, each, heads,
@@ -87,6 +89,7 @@ def _write_kernel(
             tl.store(keeps + place, kept)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["each"])
 def _scan_kernel(
     writes, keeps, initial, offsets, each, heads, SIZE: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr

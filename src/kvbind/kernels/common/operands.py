@@ -26,7 +26,9 @@ def zeros(device: torch.device, count: int) -> Tensor:
 def laid_out(x: Tensor, strides: Sequence[int]) -> Tensor:
     """A tensor as launches that are bound to strides take it, at an address that is a multiple of 16."""
     found = x.stride()
-    if not x.data_ptr() % 16 and (found == strides or all(x.shape[i] == 1 or found[i] == strides[i] for i in range(x.dim()))):
+    if not x.data_ptr() % 16 and (
+        found == strides or all(x.shape[i] == 1 or found[i] == strides[i] for i in range(x.dim()))
+    ):
         return x
     # of numbers that stand for many, one
     once = x[tuple(slice(None if stride else 1) for stride in strides)]

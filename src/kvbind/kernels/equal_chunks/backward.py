@@ -13,8 +13,6 @@ from kvbind.kernels.chunked.prefix_sums import blocks_of, bound_scan_backward
 from kvbind.kernels.common.operands import cdiv, ready, zeros
 from kvbind.kernels.equal_chunks import tma_products as products
 from kvbind.kernels.equal_chunks.tma_products import TokenRows
-from kvbind.kernels.launching.bound_kernel import BoundKernel
-from kvbind.kernels.newton_schulz.operator import newton_schulz_backward
 
 if TYPE_CHECKING:
     from kvbind.kernels.equal_chunks.operator import LaunchPlan
@@ -88,7 +86,7 @@ class BackwardLaunches:
         rate = unused if rates is None else rates
         both = None if cast is None else torch.cat(cast.unbind(0), dim=-1)
 
-        d_theta: Any = None
+        by_runs: Any = None
         if s.theta is None:
             dq = plan.tokens(self.queries)
             self.from_output(stream, d_output, states, dq, unused, unused, unused)
@@ -105,14 +103,15 @@ class BackwardLaunches:
             del seen
             dq = plan.tokens(self.queries)
             self.to_keys(stream, du, both, dq, unused, unused, unused)
-            d_theta = self._theta(plan, stream, self.query_theta, q, du)
+            by_runs = self._theta(plan)
+            self.query_theta(stream, q, du, by_runs[0])
             del du
 
         d_state = plan.matrices(plan.batch).unflatten(0, (plan.batch, plan.heads))
         nothing = zeros(plan.device, plan.batch * plan.heads * plan.size)
         d_end = nothing if d_end is None else ready(d_end)
         d_end_velocity = nothing if d_end_velocity is None else ready(d_end_velocity)
-        counts = (blocks_of(plan.size), plan.chunks, plan.heads)
+        counts = (blocks_of(plan.size), plan.batch, plan.complete, plan.heads)
         d_momentum = torch.empty(counts, device=plan.device) if momentum is not None else None
         d_decay = torch.empty(counts, device=plan.device) if decay is not None else None
         d_velocity = plan.matrices(plan.batch) if momentum is not None else unused
@@ -126,9 +125,7 @@ class BackwardLaunches:
                 d_shaped, d_state, unused, unused, dr,
             )  # fmt: skip
             out_dtype = plan.dtype if momentum is None else torch.float32
-            d_writes = newton_schulz_backward(
-                (iterates, squares), d_shaped, s.coefficients, s.precision, out_dtype=out_dtype
-            )
+            d_writes = plan.orthogonal(True).backward(stream, (iterates, squares), d_shaped, out_dtype)
             if momentum is not None:
                 d_moved, d_writes = d_writes, plan.matrices(plan.chunks, plan.dtype)
                 self.moving_scan(
@@ -161,7 +158,7 @@ class BackwardLaunches:
             del written
             dk = plan.tokens(self.keys)
             self.to_keys(stream, du, both, dk, unused, unused, unused)
-            d_theta = d_theta + self._theta(plan, stream, self.key_theta, k, du)
+            self.key_theta(stream, k, du, by_runs[1])
         if rates is not None:
             d_rates = sums.sum(-1)
         if not plan.whole:
@@ -169,17 +166,17 @@ class BackwardLaunches:
                 if x is not None:
                     x[:, plan.complete * s.chunk :].zero_()
         d_momentum, d_decay = (None if x is None else x.sum(0) for x in (d_momentum, d_decay))
+        d_theta = None if by_runs is None else by_runs.sum((0, 2))
         return [dq, dk, dv, d_rates, d_momentum, d_decay, d_state, d_theta]
 
     def _sums(self, plan: LaunchPlan, width: int, tile: int) -> Tensor:
         shape = (plan.batch, plan.length, plan.heads, cdiv(width, tile))
         return torch.empty(shape, device=plan.device)
 
-    def _theta(self, plan: LaunchPlan, stream: int, launch: BoundKernel, x: Tensor, du: Tensor) -> Tensor:
-        """The gradient of theta, matrices side by side, `[sets, H, D, count * F]`."""
+    def _theta(self, plan: LaunchPlan) -> Tensor:
+        """Room for the gradient of theta by way of queries and of keys, in parts, `[2, sets, parts, H, D, count * F]`."""
         theta = plan.shapes.theta
         assert theta is not None
-        shape = (plan.batch * self.runs, plan.heads, plan.key_width, theta.factors * plan.hidden)
-        found = torch.empty(shape, device=plan.device)
-        launch(stream, x, du, found)
-        return found.unflatten(0, (theta.sets, -1)).sum(1)
+        parts = plan.batch * self.runs // theta.sets
+        shape = (2, theta.sets, parts, plan.heads, plan.key_width, theta.factors * plan.hidden)
+        return torch.empty(shape, device=plan.device)

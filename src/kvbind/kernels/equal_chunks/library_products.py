@@ -1,4 +1,4 @@
-"""Batched products of the vendor's library, where tokens lie as it takes them: chunk after chunk, head by head, without gaps.
+"""Batched products of the vendor's library, where tokens lie as it takes them: chunk by chunk, head by head, without gaps.
 
 Each is called as its counterpart in `tma_products`, on the current stream. Matrices of chunks lie by head too.
 """

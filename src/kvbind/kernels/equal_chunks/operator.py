@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvbind.kernels.chunked.prefix_sums import Order, bound_scan
-from kvbind.kernels.common.devices import on_device_of
+from kvbind.kernels.common.devices import multiprocessors, on_device_of
 from kvbind.kernels.common.operands import laid_out, zeros
 from kvbind.kernels.equal_chunks import library_products
 from kvbind.kernels.equal_chunks import tma_products as products
@@ -27,7 +27,7 @@ from kvbind.kernels.equal_chunks.tma_products import TokenRows
 from kvbind.kernels.launching import dispatcher
 from kvbind.kernels.launching.bound_kernel import BoundKernel, stream_of
 from kvbind.kernels.launching.warm_up import can_warm_up, compiling_ahead
-from kvbind.kernels.newton_schulz.operator import newton_schulz_forward
+from kvbind.kernels.newton_schulz.operator import BoundNewtonSchulz
 
 if TYPE_CHECKING:
     from kvbind.kernels.equal_chunks.backward import BackwardLaunches
@@ -56,6 +56,7 @@ class LaunchPlan:
         self.like = like.new_empty(0)
         self.staged = bool(s.coefficients)
         self.met: set[str] = set()
+        self.orthogonals: dict[bool, BoundNewtonSchulz] = {}
         self.no_velocity = zeros(self.device, self.size) if s.momentum else self.like
 
         # where the vendor's library takes the operands it is faster, and everything lies head by head
@@ -70,9 +71,7 @@ class LaunchPlan:
         )  # fmt: skip
         self.output, self.hiddens = self.rows(s.v, self.value_width), self.rows(s.k, self.hidden)
         written = s.k if s.theta is None and s.rates is None else self.hiddens
-        self.read = self.bound_product(
-            s.q if s.theta is None else self.hiddens, self.output, states=self.states, own=s.own
-        )
+        self.read = self.bound_product(s.q if s.theta is None else self.hiddens, self.output, states=self.states, own=s.own)
         self.write = self.bound_write(written, s.v, self.complete)
         if s.theta is not None:
             self.query_features = products.features(s.q, s.theta, like, out=self.hiddens)
@@ -100,7 +99,16 @@ class LaunchPlan:
         if self.by_head and states == self.complete and rates is None and against is None:
             return LibraryProduct(x, y, chunk, transposed=transposed)
         return products.product(
-            x, y, chunk, states, self.like, by_head=self.by_head, own=own, transposed=transposed, rates=rates, against=against
+            x,
+            y,
+            chunk,
+            states,
+            self.like,
+            by_head=self.by_head,
+            own=own,
+            transposed=transposed,
+            rates=rates,
+            against=against,
         )
 
     def bound_write(self, x: TokenRows, g: TokenRows, parts: int) -> LibraryWrite | BoundKernel:
@@ -130,6 +138,13 @@ class LaunchPlan:
             for kind in kinds
         ]  # fmt: skip
 
+    def orthogonal(self, keep: bool) -> BoundNewtonSchulz:
+        """Newton-Schulz of all chunks' writes."""
+        if keep not in self.orthogonals:
+            s, shape = self.shapes, (self.chunks * self.heads, self.hidden, self.value_width)
+            self.orthogonals[keep] = BoundNewtonSchulz(shape, s.coefficients, s.precision, keep, multiprocessors(self.like))
+        return self.orthogonals[keep]
+
     def forward(
         self,
         stream: int,
@@ -151,7 +166,7 @@ class LaunchPlan:
             k: keys `[B, T, H, Dk]`.
             v: values `[B, T, H, Dv]`.
             rates: as `CallShapes` has them.
-            momentum: chunk means of the gates, float32 `[chunks, H]`, contiguous.
+            momentum: chunk means of the gates, float32 `[B, chunks, H]`, contiguous.
             decay: chunk means of the decay gates, the same.
             start: float32 `[B or 1, H, F, Dv]`, matrices contiguous.
             theta: the other matrices, `[B or 1, H, D, F]` each.
@@ -182,13 +197,9 @@ class LaunchPlan:
         if self.staged:
             if momentum is not None:
                 velocities = self.matrices(self.chunks)
-                self.scans[0](
-                    stream, parts, unused, m, r, zero, unused, self.sequences, velocities, unused, moved, unused
-                )
+                self.scans[0](stream, parts, unused, m, r, zero, unused, self.sequences, velocities, unused, moved, unused)
                 parts = velocities
-            shaped, (iterates, squares) = newton_schulz_forward(
-                parts, s.coefficients, s.precision, keep, out_dtype=s.precision
-            )
+            shaped, (iterates, squares) = self.orthogonal(keep).forward(stream, parts, s.precision)
             self.scans[1](stream, shaped, unused, m, r, zero, start, self.sequences, unused, states, moved, end)
         else:
             velocities = self.matrices(self.chunks) if keep and momentum is not None else None
@@ -207,16 +218,18 @@ class LaunchPlan:
         return output, end, end_velocity, saved
 
     def means(self, gate: Tensor | None) -> Tensor | None:
-        """A gate `[B, T, H]` averaged over each complete chunk, `[chunks, H]`."""
+        """A gate `[B, T, H]` averaged over each complete chunk, `[B, chunks, H]`."""
         if gate is None:
             return None
-        inside = gate if self.whole else gate[:, : self.complete * self.shapes.chunk]
-        return inside.unflatten(1, (self.complete, self.shapes.chunk)).mean(2, dtype=torch.float32).flatten(0, 1)
+        b, t, h = gate.stride()
+        chunk = self.shapes.chunk
+        apart = gate.as_strided((self.batch, self.complete, chunk, self.heads), (b, t * chunk, t, h))
+        return apart.mean(2, dtype=torch.float32)
 
     def spread(self, mean: Tensor) -> Tensor:
         """The gradient of a gate `[B, T, H]` from that of its means."""
         chunk = self.shapes.chunk
-        each = (mean / chunk).unflatten(0, (self.batch, self.complete))[:, :, None]
+        each = (mean / chunk)[:, :, None]
         tokens = each.expand(-1, -1, chunk, -1).flatten(1, 2)
         return tokens if self.whole else F.pad(tokens, (0, 0, 0, self.length - tokens.shape[1]))
 
@@ -289,7 +302,7 @@ class LaunchPlan:
         return body(*args)
 
     def like_saved(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """q, k, v and rates as they were in the forward pass, where hooks of autograd brought them back in another layout."""
+        """q, k, v and rates laid out as in the forward pass, also where hooks of autograd brought them back otherwise."""
         s = self.shapes
         wanted = (s.q.strides, s.k.strides, s.v.strides, s.rates)
         return [
@@ -301,7 +314,14 @@ class LaunchPlan:
         """Momentum and states in one, of which nothing is saved."""
         s = self.shapes
         return bound_scan(
-            self.batch, self.heads, self.size, self.order, sign=s.sign, keep=False, momentum=s.momentum, state=s.start,
+            self.batch,
+            self.heads,
+            self.size,
+            self.order,
+            sign=s.sign,
+            keep=False,
+            momentum=s.momentum,
+            state=s.start,
             decay=s.decay,
         )
 

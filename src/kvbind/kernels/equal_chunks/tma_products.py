@@ -137,7 +137,17 @@ def _put_dots(partial, dots, b, h, row, n, length, heads, across: tl.constexpr, 
 
 @triton.jit(
     do_not_specialize=[
-        "batch", "heads", "length", "chunk", "states", "by_chunk", "by_head", "own", "rate_b", "rate_t", "rate_h"
+        "batch",
+        "heads",
+        "length",
+        "chunk",
+        "states",
+        "by_chunk",
+        "by_head",
+        "own",
+        "rate_b",
+        "rate_t",
+        "rate_h",
     ]
 )
 def _product_kernel(

@@ -46,7 +46,8 @@ class BoundKernel:
 
     Args:
         kernel: the kernel; its first arguments are the tensors.
-        views: for each tensor a `View`, or None where the kernel takes its address. Addresses must be multiples of 16.
+        views: for each tensor a `View`, or None where the kernel takes its address, or is given none. Addresses must be
+            multiples of 16.
         grid: programs along each axis.
         numbers: the arguments after the tensors.
         constants: of the compiler, with `num_warps` and `num_stages`.
@@ -68,7 +69,10 @@ class BoundKernel:
             self._first([x if view is None else view(x) for view, x in zip(self.views, tensors, strict=True)])
         else:
             # of an address given as a number Triton does not ask the driver whether the device can reach it
-            args = [x.data_ptr() if view is None else view(x) for view, x in zip(self.views, tensors, strict=True)]
+            args = [
+                x if x is None else x.data_ptr() if view is None else view(x)
+                for view, x in zip(self.views, tensors, strict=True)
+            ]
             self.run(*self.grid, stream, self.function, self.packed, None, None, None, *args, *self.rest)
 
     def _first(self, args: list[Any]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from kvbind.kernels.common.devices import interpreted
+from kvbind.kernels.launching.bound_kernel import BoundKernel
 from kvbind.kernels.launching.warm_up import is_new, warming_up
 
 
@@ -32,6 +33,10 @@ class Launcher:
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return partial(self.launch, grid)
+
+    def bound(self, tensors: int, grid: Sequence[int], numbers: Sequence[Any], **constants: Any) -> BoundKernel:
+        """The kernel bound to all but its first arguments, so many addresses of contiguous tensors."""
+        return BoundKernel(self.kernel, [None] * tensors, grid, numbers, **constants)
 
     def launch(self, grid: Any, *args: Any, **constants: Any) -> None:
         """Launch on `grid`, a tuple or a function of the constants; constants are given by keyword."""

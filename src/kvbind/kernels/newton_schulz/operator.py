@@ -165,6 +165,65 @@ def newton_schulz_backward(
     return out
 
 
+class BoundNewtonSchulz:
+    """`newton_schulz_forward` and its gradient of contiguous matrices `[n, M, N]` of one shape, launched at little cost.
+
+    Args:
+        shape: n, M, N; none of them 0.
+        coefficients: one `(a, b, c)` per iteration.
+        dtype: precision of the products' operands.
+        keep: whether there is a gradient.
+        processors: multiprocessors of the device.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], coefficients: Sequence[Sequence[float]], dtype: torch.dtype, keep: bool, processors: int
+    ) -> None:
+        n, rows, columns = self.shape = tuple(shape)
+        self.dtype, flat, tall = dtype, _flat(coefficients), rows > columns
+        m, k = sorted((rows, columns))
+        row, column = _strides(tall, m, k)
+        self.whole = fits_one_program(m, k, dtype)
+        self.squares = n, 1 if self.whole else pieces(m, k)
+        self.saved = len(coefficients) if keep else min(2, len(coefficients)), n, m, k
+        self.keep = keep
+        strides = rows * columns, row, column
+        if self.whole:
+            constants = {"COEFFICIENTS": flat, "M": m, "N": k, "OUT_ROW": row, "OUT_COLUMN": column}
+            constants |= whole_options(m, k, dtype)
+            self.whole_forward = whole_forward.bound(4, (n,), (n, *strides), **constants)
+            self.whole_backward = whole_backward.bound(4, (n,), (n, *strides), **constants)
+        else:
+            calls = products.TiledCalls((n, m, k), strides, (row, column), flat, dtype, processors)
+            self.tiled_forward = products.TiledForward(calls, self.saved[0], bound=True)
+            self.tiled_backward = products.TiledBackward(calls, bound=True)
+
+    def forward(self, stream: int, x: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+        """What `newton_schulz_forward` returns, on a stream of the current device; what is not kept may be None."""
+        out = torch.empty(self.shape, dtype=out_dtype, device=x.device)
+        saved = squares = None
+        if self.keep or not self.whole:
+            saved = torch.empty(self.saved, dtype=self.dtype, device=x.device)
+            squares = torch.empty(self.squares, device=x.device)
+        if self.whole:
+            self.whole_forward(stream, x, out, saved, squares)
+            return out, (saved, squares)
+        assert saved is not None
+        assert squares is not None
+        self.tiled_forward(stream, x, out, saved, squares)
+        return out, (saved, squares) if self.keep else (None, None)
+
+    def backward(self, stream: int, saved: Sequence[Tensor], grad: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """What `newton_schulz_backward` returns, of a contiguous gradient."""
+        out = torch.empty(self.shape, dtype=out_dtype, device=grad.device)
+        states, squares = saved
+        if self.whole:
+            self.whole_backward(stream, states, squares, grad, out)
+        else:
+            self.tiled_backward(stream, grad, out, states, squares)
+        return out
+
+
 def _flat(coefficients: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple(float(value) for row in coefficients for value in row)
 

@@ -20,6 +20,7 @@ powers of `1 / (||G||_F + 1e-7)` where it writes its results, so that no pass ov
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -402,34 +403,67 @@ def _undo_norm(
     tl.store(out + rows[:, None] * OUT_ROW + columns[None, :] * OUT_COLUMN, value.to(out.dtype.element_ty), mask=inside)
 
 
-class _Launch(NamedTuple):
-    """What the launches for one batch of matrices `[n, m, k]` share."""
+class _Call(NamedTuple):
+    """A launch but for its tensors: `kernel[grid](*tensors, *numbers, **constants)`."""
 
-    counts: Tensor
-    items: int
-    group: int
-    tiles: int
+    grid: tuple[int, ...]
+    numbers: tuple[int, ...]
     constants: dict[str, Any]
 
 
-def _launch(x: Tensor, coefficients: tuple[float, ...], dtype: torch.dtype, ahead: bool) -> _Launch:
-    n, m, k = x.shape
-    processors = multiprocessors(x)
-    down = cdiv(m, 128)
-    tile, depth, warps, stages = plan(n * down * (down + 1) // 2, m, dtype, processors)
-    down, across = cdiv(m, tile), cdiv(k, tile)
-    symmetric = down * (down + 1) // 2 * (2 if ahead else 1)
-    constants = {
-        "COEFFICIENTS": coefficients, "M": m, "N": k, "PARTS": pieces(m, k), "TILE": tile, "BK": depth,
-        "PRECISION": dot_precision(dtype), "num_warps": warps, "num_stages": stages, "maxnreg": REGISTERS,
-    }  # fmt: skip
-    return _Launch(
-        torch.empty((1 + n) * LINE, dtype=torch.int32, device=x.device),
-        n * len(coefficients) // 3 * (2 * symmetric + down * across),
-        group_size(n, min(symmetric, down * across), warps, processors),
-        down * across,
-        constants,
-    )
+class TiledCalls:
+    """The launches for one batch of matrices.
+
+    Args:
+        shape: `[n, m, k]`, `m <= k`.
+        strides: of what is read.
+        out_strides: of a row and of a column in a matrix of the result.
+        coefficients: three per iteration.
+        dtype: precision of the products.
+        processors: multiprocessors of the device.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        out_strides: tuple[int, int],
+        coefficients: tuple[float, ...],
+        dtype: torch.dtype,
+        processors: int,
+    ) -> None:
+        n, m, k = shape
+        down = cdiv(m, 128)
+        tile, depth, warps, stages = plan(n * down * (down + 1) // 2, m, dtype, processors)
+        down, across = cdiv(m, tile), cdiv(k, tile)
+        height, width = _piece(m, k)
+        self.n, self.tiles = n, down * across
+        self.out = {"OUT_ROW": out_strides[0], "OUT_COLUMN": out_strides[1]}
+        self.block = {"M": m, "N": k, "BM": height, "BN": width}
+        self.parts = pieces(m, k)
+        self.cast = _Call((n * self.parts,), tuple(strides), self.block)
+
+        def products(ahead: bool) -> _Call:
+            symmetric = down * (down + 1) // 2 * (2 if ahead else 1)
+            constants = {
+                "COEFFICIENTS": coefficients, "M": m, "N": k, "PARTS": self.parts, "TILE": tile, "BK": depth,
+                "PRECISION": dot_precision(dtype), "num_warps": warps, "num_stages": stages, "maxnreg": REGISTERS,
+            }  # fmt: skip
+            items = n * len(coefficients) // 3 * (2 * symmetric + down * across)
+            group = group_size(n, min(symmetric, down * across), warps, processors)
+            return _Call((items,), (n, group), constants)
+
+        self.products = products
+
+    def forward(self, slots: int) -> _Call:
+        """That of `_products_forward`, with so many places for X."""
+        grid, numbers, constants = self.products(False)
+        return _Call(grid, (*numbers, slots), self.out | constants)
+
+    def backward(self) -> tuple[_Call, _Call]:
+        """Those of `_products_backward` and `_undo_norm`."""
+        undo = self.block | self.out | {"PARTS": self.parts, "DOTS": self.tiles}
+        return self.products(True), _Call((self.n * self.parts,), (), undo)
 
 
 def _piece(rows: int, columns: int) -> tuple[int, int]:
@@ -442,10 +476,75 @@ def pieces(rows: int, columns: int) -> int:
     return cdiv(rows, height) * cdiv(columns, width)
 
 
-def _cast_pieces(x: Tensor, out: Tensor, squares: Tensor | None, counts: Tensor) -> None:
-    n, rows, columns = x.shape
-    height, width = _piece(rows, columns)
-    _cast[(n * pieces(rows, columns),)](x, out, squares, counts, *x.stride(), M=rows, N=columns, BM=height, BN=width)
+def _calls(x: Tensor, strides: tuple[int, int], coefficients: tuple[float, ...], dtype: torch.dtype) -> TiledCalls:
+    return TiledCalls(x.shape, x.stride(), strides, coefficients, dtype, multiprocessors(x))
+
+
+def _unbound(launcher: Launcher, tensors: int, call: _Call) -> Callable[..., None]:
+    def launch(stream: int, *given: Any) -> None:
+        launcher[call.grid](*given, *call.numbers, **call.constants)
+
+    return launch
+
+
+def _bound(launcher: Launcher, tensors: int, call: _Call) -> Callable[..., None]:
+    return launcher.bound(tensors, *call[:2], **call.constants)
+
+
+def new_counts(n: int, like: Tensor) -> Tensor:
+    """Room for the counts of tickets and of n matrices' finished tiles, on a tensor's device."""
+    return torch.empty((1 + n) * LINE, dtype=torch.int32, device=like.device)
+
+
+class TiledForward:
+    """`forward` of matrices of one shape; launches are bound, or else look up what they need each time.
+
+    Args:
+        calls: the launches.
+        slots: places for X.
+        bound: the shape comes again.
+    """
+
+    def __init__(self, calls: TiledCalls, slots: int, *, bound: bool) -> None:
+        how = _bound if bound else _unbound
+        self.calls = calls
+        self.cast = how(_cast, 4, calls.cast)
+        self.products = how(_products_forward, 5, calls.forward(slots))
+
+    def __call__(self, stream: int, x: Tensor, out: Tensor, states: Tensor, squares: Tensor) -> None:
+        """Launch on the current stream."""
+        counts = new_counts(self.calls.n, squares)
+        rows = self.calls.block["M"]
+        scratch = states.new_empty(2, self.calls.n, rows, rows)
+        # only its first place is written
+        self.cast(stream, x, states, squares, counts)
+        self.products(stream, out, states, scratch, squares, counts)
+
+
+class TiledBackward:
+    """`backward` of matrices of one shape.
+
+    Args:
+        calls: the launches.
+        bound: the shape comes again.
+    """
+
+    def __init__(self, calls: TiledCalls, *, bound: bool) -> None:
+        how = _bound if bound else _unbound
+        self.calls = calls
+        products, undo = calls.backward()
+        self.cast = how(_cast, 4, calls.cast)
+        self.products, self.undo = how(_products_backward, 7, products), how(_undo_norm, 5, undo)
+
+    def __call__(self, stream: int, grad: Tensor, out: Tensor, states: Tensor, squares: Tensor) -> None:
+        """Launch on the current stream."""
+        n, rows, columns = self.calls.n, self.calls.block["M"], self.calls.block["N"]
+        counts = new_counts(self.calls.n, squares)
+        grads, scratch = states.new_empty(2, n, rows, columns), states.new_empty(6, n, rows, rows)
+        first, dots = squares.new_empty(n, rows, columns), squares.new_empty(n, self.calls.tiles)
+        self.cast(stream, grad, grads, None, counts)
+        self.products(stream, first, dots, grads, states, scratch, squares, counts)
+        self.undo(stream, out, first, states, squares, dots)
 
 
 def forward(
@@ -462,14 +561,7 @@ def forward(
         squares: `[n, pieces(m, k)]` in float32; gets sums of squares of x.
         coefficients: three per iteration.
     """
-    n, m, _ = x.shape
-    launch = _launch(x, coefficients, states.dtype, False)
-    scratch = states.new_empty(2, n, m, m)
-    _cast_pieces(x, states[0], squares, launch.counts)
-    _products_forward[(launch.items,)](
-        out, states, scratch, squares, launch.counts, n, launch.group, len(states), OUT_ROW=strides[0],
-        OUT_COLUMN=strides[1], **launch.constants,
-    )  # fmt: skip
+    TiledForward(_calls(x, strides, coefficients, states.dtype), len(states), bound=False)(0, x, out, states, squares)
 
 
 def backward(
@@ -485,16 +577,4 @@ def backward(
         squares: as `forward` wrote them.
         coefficients: as in the forward call.
     """
-    n, m, k = grad.shape
-    launch = _launch(grad, coefficients, states.dtype, True)
-    grads, scratch = states.new_empty(2, n, m, k), states.new_empty(6, n, m, m)
-    first, dots = squares.new_empty(n, m, k), squares.new_empty(n, launch.tiles)
-    _cast_pieces(grad, grads[0], None, launch.counts)
-    _products_backward[(launch.items,)](
-        first, dots, grads, states, scratch, squares, launch.counts, n, launch.group, **launch.constants
-    )
-    height, width = _piece(m, k)
-    _undo_norm[(n * pieces(m, k),)](
-        out, first, states[0], squares, dots, M=m, N=k, OUT_ROW=strides[0], OUT_COLUMN=strides[1], PARTS=pieces(m, k),
-        DOTS=launch.tiles, BM=height, BN=width,
-    )  # fmt: skip
+    TiledBackward(_calls(grad, strides, coefficients, states.dtype), bound=False)(0, grad, out, states, squares)
