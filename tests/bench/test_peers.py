@@ -125,7 +125,7 @@ def test_a_row_compares_rates_errors_and_what_calls_cost_the_host(host, monkeypa
         assert found["ratio_plain"] == found["ours_plain"] / found["peer_plain"]
         assert found["ours_graph"] is None
         assert found["of_limit"] is None
-        assert ("ours_host_us" in found) == host
+        assert all((f"ours_{what}_us" in found) == host for what in ("host", "host_alone"))
 
 
 def test_a_peer_that_fails_is_named_and_stops_nothing(monkeypatch):
@@ -195,14 +195,14 @@ def test_tables_set_ours_beside_the_peers_and_show_what_is_missing():
         "limit": 20.0,
         "goal": None,
     }
-    host = whole | {"name": "host-rung6", "ours_host_us": 61.4, "peer_host_us": 80.0}
+    host = whole | {"name": "host-rung6", "ours_host_us": 61.4, "peer_host_us": 80.0, "ours_host_alone_us": 50.0}
     grids = peer_grids({"rows": [row | peers.ratios(row) for row in (whole, partial, host)]})
     table, small = grids
     cells = dict(zip(table.header, table.rows[0], strict=True))
     assert cells["x plain"] == cells["x graph"] == "2.00"
     assert (cells["plain / graph"], cells["goal"], cells["of limit"]) == ("0.83", "90", "50%")
     assert dict(zip(table.header, table.rows[1], strict=True))["x plain"] == "-"
-    assert small.rows == (("host-rung6", "fwd", "61", "80"),)
+    assert small.rows == (("host-rung6", "fwd", "61", "80", "50", "-"),)
     assert [grid.key for grid in grids] == ["peers", "host"]
 
 

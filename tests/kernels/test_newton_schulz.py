@@ -88,7 +88,8 @@ def test_every_tile_gives_the_same_result(shape, tile, monkeypatch):
 
 
 def test_large_tiles_are_taken_where_they_fill_the_card():
-    assert products.plan(576, 384, torch.bfloat16, 132).tile == 128
+    assert products.plan(384, 384, torch.bfloat16, 132) == products.TilePlan(128, 64, 8, 3, products.REGISTERS)
+    assert products.plan(144, 384, torch.bfloat16, 132) == products.TilePlan(128, 64, 8, 3, 255)
     assert products.plan(72, 384, torch.bfloat16, 132).tile == 64
     assert products.plan(576, 48, torch.bfloat16, 132).tile == 64
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvbind.forms import dispatch, fla
+from kvbind.forms.kernel_calls.causal import run_causal
 from kvbind.forms.kernel_calls.operands import activation_of, contiguous_matrices
 from kvbind.forms.state import Deferred, State
 from kvbind.forms.tokens import Tokens
@@ -149,7 +150,11 @@ class PlannedByToken:
     """
 
     def __init__(self, spec: InnerLoop, engine: Engine) -> None:
-        self.spec, self.engine = spec, engine
+        self.spec, self.engine, self.attention = spec, engine, None
+        if engine is run_causal:
+            from kvbind.kernels.causal.operator import unchecked
+
+            self.attention = unchecked
 
     def __call__(
         self,
@@ -164,6 +169,11 @@ class PlannedByToken:
         rate, start = lr["out"] if isinstance(lr, Mapping) else lr, weights["out"].float()
         if start.dim() == 3:
             start = start.expand(q.shape[0], -1, -1, -1)
+        if self.attention is not None:
+            (_, decay), read = decays(gates), k if self.spec.query == "key" else q
+            output, end = self.attention(read, k, v, as_rates(rate, k), decay, start, 1, "token", None, self.spec.sign, True)
+            # between single tokens nothing is pending
+            return output.to(q.dtype), State(self.spec, {"weights.out": end}, (0,) * q.shape[0])
         each = rate.transpose(1, 2).float() if isinstance(rate, Tensor) else float(rate)
         kept = {name: gates[name].transpose(1, 2).float() for name in self.spec.gates}
         tokens = Tokens(k.transpose(1, 2), v.transpose(1, 2), {"out": each}, kept)

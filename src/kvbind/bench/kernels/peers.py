@@ -313,6 +313,9 @@ def timed(
                 found["difference"] = error_of(kept[1], kept[0])
             if row.host:
                 found[f"{who}_host_us"] = 1e6 * host_seconds(work, device)
+                # without the handing over to autograd's thread of the device, which a caller may do without
+                with torch.autograd.set_multithreading_enabled(False):
+                    found[f"{who}_host_alone_us"] = 1e6 * host_seconds(work, device)
             measured = duration(work, device, seconds=seconds)
             found[f"{who}_plain"] = tokens / measured.seconds / 1e6
             found[f"{who}_graph"] = None if measured.graph_seconds is None else tokens / measured.graph_seconds / 1e6

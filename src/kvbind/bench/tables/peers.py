@@ -18,7 +18,8 @@ def peer_grids(record: dict[str, Any]) -> list[Grid]:
     for row in record["rows"]:
         short = {"forward": "fwd", "training": "f+b"}[row["pass"]]
         if "ours_host_us" in row:
-            host.append((row["name"], short, *(text(row.get(f"{who}_host_us"), ".0f") for who in ("ours", "peer"))))
+            times = [row.get(f"{who}_{what}_us") for what in ("host", "host_alone") for who in ("ours", "peer")]
+            host.append((row["name"], short, *(text(x, ".0f") for x in times)))
             continue
         numbers = [row.get(f"{who}_{how}") for how in ("plain", "graph") for who in ("ours", "peer")]
         shares = [row["ratio_plain"], row["ratio_graph"], row["plain_of_graph"]]
@@ -30,7 +31,9 @@ def peer_grids(record: dict[str, Any]) -> list[Grid]:
     grids = [Grid("peers", "Beside compiled PyTorch, Mtok/s", header, tuple(lines), note=note)]
     if host:
         title = f"What a small call costs the host, us: {HOST_SIZE.batch} x {HOST_SIZE.tokens}, {HOST_SIZE.heads} heads of "
-        grids.append(Grid("host", f"{title}{HOST_SIZE.width}", ("rung", "pass", "ours", "peer"), tuple(host)))
+        header = ("rung", "pass", "ours", "peer", "ours, one thread", "peer, one thread")
+        note = "one thread: under `torch.autograd.set_multithreading_enabled(False)`"
+        grids.append(Grid("host", f"{title}{HOST_SIZE.width}", header, tuple(host), note=note))
     return grids
 
 

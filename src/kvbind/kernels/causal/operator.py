@@ -77,6 +77,23 @@ def causal_linear_attention(
         ValueError: a shape or option that does not fit.
     """
     _check(q, k, v, rates, decay, initial_state, chunk, mode, cu_seqlens, sign)
+    return unchecked(q, k, v, rates, decay, initial_state, chunk, mode, cu_seqlens, sign, return_state)
+
+
+def unchecked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor | None,
+    decay: Tensor | None,
+    initial_state: Tensor | None,
+    chunk: int,
+    mode: str,
+    cu_seqlens: Tensor | None,
+    sign: float,
+    return_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`causal_linear_attention` of arguments that are known to fit."""
     if mode == "token":
         chunk = 1
 

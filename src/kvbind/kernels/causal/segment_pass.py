@@ -334,9 +334,14 @@ class PassBlocks:
     resident: int
 
 
-@cache
 def pass_blocks(dtype: torch.dtype, read_width: int, value_width: int) -> PassBlocks:
     """The blocks for a pass."""
+    # widths are compiled into the kernels: where a trace has them as symbols, it takes their values
+    return _pass_blocks(dtype, int(read_width), int(value_width))
+
+
+@cache
+def _pass_blocks(dtype: torch.dtype, read_width: int, value_width: int) -> PassBlocks:
     fits = ((n * b, -b, n) for b in (16, 32, 64, 128) for n in (1, 2, 3, 4) if n * b >= read_width)
     rows, negative, row_blocks = min(fits)
     # 64 rows of a tile are one warp group; with two, both would multiply the same rows

@@ -107,7 +107,7 @@ class BackwardLaunches:
             self.query_theta(stream, q, du, by_runs[0])
             del du
 
-        d_state = plan.matrices(plan.batch).unflatten(0, (plan.batch, plan.heads))
+        d_state = torch.empty((plan.batch, plan.heads, plan.hidden, plan.value_width), device=plan.device)
         nothing = zeros(plan.device, plan.batch * plan.heads * plan.size)
         d_end = nothing if d_end is None else ready(d_end)
         d_end_velocity = nothing if d_end_velocity is None else ready(d_end_velocity)

@@ -39,7 +39,7 @@ PIECE = (64, 128)
 """Rows and columns, at most, of the pieces in which a matrix is cast and its squares are summed."""
 
 REGISTERS = 128
-"""Of a thread, at most: as few as let 16 warps share a multiprocessor, some of which compute while others wait."""
+"""Of a thread: as few as let 16 warps share a multiprocessor, some of which compute while others wait."""
 
 LINE = 32
 """Counts that share a cache line; a matrix's count has a line of its own."""
@@ -48,12 +48,13 @@ _LINE = tl.constexpr(LINE)
 
 
 class TilePlan(NamedTuple):
-    """How products are launched: a square output tile, the depth of a step, warps, and stages of its pipeline."""
+    """How products are launched: a square output tile, the depth of a step, warps, stages of its pipeline, and registers."""
 
     tile: int
     depth: int
     warps: int
     stages: int
+    registers: int = REGISTERS
 
 
 def plan(tiles: int, rows: int, dtype: torch.dtype, multiprocessors: int) -> TilePlan:
@@ -68,7 +69,8 @@ def plan(tiles: int, rows: int, dtype: torch.dtype, multiprocessors: int) -> Til
     if dtype == torch.float32:
         return TilePlan(64, 32, 4, 2)
     if rows > 64 and tiles >= multiprocessors:
-        return TilePlan(128, 64, 8, 3)
+        # one program to a multiprocessor has all registers, if few have to wait for a place
+        return TilePlan(128, 64, 8, 3, REGISTERS if tiles >= 2 * multiprocessors else 255)
     return TilePlan(64, 64, 4, 4)
 
 
@@ -434,7 +436,7 @@ class TiledCalls:
     ) -> None:
         n, m, k = shape
         down = cdiv(m, 128)
-        tile, depth, warps, stages = plan(n * down * (down + 1) // 2, m, dtype, processors)
+        tile, depth, warps, stages, registers = plan(n * down * (down + 1) // 2, m, dtype, processors)
         down, across = cdiv(m, tile), cdiv(k, tile)
         height, width = _piece(m, k)
         self.n, self.tiles = n, down * across
@@ -447,7 +449,8 @@ class TiledCalls:
             symmetric = down * (down + 1) // 2 * (2 if ahead else 1)
             constants = {
                 "COEFFICIENTS": coefficients, "M": m, "N": k, "PARTS": self.parts, "TILE": tile, "BK": depth,
-                "PRECISION": dot_precision(dtype), "num_warps": warps, "num_stages": stages, "maxnreg": REGISTERS,
+                "PRECISION": dot_precision(dtype), "num_warps": warps, "num_stages": stages,
+                "maxnreg": REGISTERS if ahead else registers,
             }  # fmt: skip
             items = n * len(coefficients) // 3 * (2 * symmetric + down * across)
             group = group_size(n, min(symmetric, down * across), warps, processors)
