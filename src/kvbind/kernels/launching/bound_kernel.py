@@ -6,7 +6,9 @@ nothing but addresses differs. What is looked up and derived for a launch is the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -53,33 +55,28 @@ class BoundKernel:
         constants: of the compiler, with `num_warps` and `num_stages`.
     """
 
-    __slots__ = ("compiled", "constants", "function", "grid", "kernel", "numbers", "packed", "rest", "run", "views")
+    __slots__ = ("constants", "grid", "kernel", "launch", "numbers", "views")
 
     def __init__(
         self, kernel: Any, views: Sequence[View | None], grid: Sequence[int], numbers: Sequence[Any], **constants: Any
     ) -> None:
         self.kernel, self.views, self.numbers, self.constants = kernel, tuple(views), tuple(numbers), constants
         self.grid = (*grid, 1, 1)[:3]
-        self.compiled: Any = None
-        self.rest = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
+        self.launch: Callable[..., None] | None = None
 
     def __call__(self, stream: int, *tensors: Any) -> None:
         """Launch on a stream of the current device, which is that of the tensors; in a warm-up, compile."""
-        if self.compiled is None:
-            self._first([x if view is None else view(x) for view, x in zip(self.views, tensors, strict=True)])
+        if self.launch is None:
+            self._first(tensors)
         else:
-            # of an address given as a number Triton does not ask the driver whether the device can reach it
-            args = [
-                x if x is None else x.data_ptr() if view is None else view(x)
-                for view, x in zip(self.views, tensors, strict=True)
-            ]
-            self.run(*self.grid, stream, self.function, self.packed, None, None, None, *args, *self.rest)
+            self.launch(stream, tensors)
 
-    def _first(self, args: list[Any]) -> None:
+    def _first(self, tensors: Sequence[Any]) -> None:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         described = [
-            TensorDescriptor(x.base, x.shape, x.strides, x.block_shape) if isinstance(x, Block) else x for x in args
+            x if view is None else TensorDescriptor(x, view.shape, view.strides, view.block_shape)
+            for view, x in zip(self.views, tensors, strict=True)
         ]
         if warming_up():
             self.kernel.warmup(*described, *self.numbers, grid=self.grid, **self.constants)
@@ -88,8 +85,86 @@ class BoundKernel:
         # the interpreter has none to give, nor has what compiles for GPUs that are not there
         if compiled is None or interpreted():
             return
-        self.run, self.function, self.packed = compiled.run, compiled.function, compiled.packed_metadata
-        self.compiled = compiled
+        rest = (*self.numbers, *(self.constants[name] for name in self.kernel.arg_names if name in self.constants))
+        self.launch = _straight(compiled, self.grid, self.views, rest) or _usual(compiled, self.grid, self.views, rest)
+
+
+def _usual(compiled: Any, grid: tuple[int, ...], views: Sequence[View | None], rest: tuple[Any, ...]) -> Callable[..., None]:
+    """A launch through Triton's launcher of a compiled kernel."""
+    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+
+    def launch(stream: int, tensors: Sequence[Any]) -> None:
+        # of an address given as a number Triton does not ask the driver whether the device can reach it
+        args = [
+            x if x is None else x.data_ptr() if view is None else view(x) for view, x in zip(views, tensors, strict=True)
+        ]
+        run(*grid, stream, function, packed, None, None, None, *args, *rest)
+
+    return launch
+
+
+def _straight(
+    compiled: Any, grid: tuple[int, ...], views: Sequence[View | None], rest: tuple[Any, ...]
+) -> Callable[..., None] | None:
+    """A launch by the function that Triton 3.6 made in C for a kernel's signature; None where things are not as there.
+
+    Triton's own wrappers around it encode a descriptor for every tensor of every launch. Here each tensor's descriptors are
+    kept by address: the allocator gives the same ones again.
+    """
+    run = compiled.run
+    made = getattr(run, "launch", None)
+    metas: Sequence[Any] = ()
+    if any(views):
+        around = inspect.getclosurevars(made).nonlocals if inspect.isfunction(made) else {}
+        made, metas = around.get("launcher"), around.get("tensordesc_meta") or ()
+    known = isinstance(made, BuiltinFunctionType) and made.__module__ == "__triton_launcher"
+    scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
+    if not known or scratch or len(metas) != sum(view is not None for view in views) or not all(metas):
+        return None
+    from triton.backends.nvidia import driver
+    from triton.runtime.driver import driver as drivers
+
+    encode, kinds = drivers.active.utils.fill_tma_descriptor, driver.TMA_DTYPE_DEVICE_TO_HOST
+    queue = iter(metas)
+    encoders = [None if view is None else _Encoder(encode, kinds, view, next(queue)) for view in views]
+    before = (run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None)
+    function = compiled.function
+
+    def launch(stream: int, tensors: Sequence[Any]) -> None:
+        args: list[Any] = []
+        for encoder, x in zip(encoders, tensors, strict=True):
+            if encoder is None:
+                args.append(x if x is None else x.data_ptr())
+            else:
+                args += encoder(x.data_ptr())
+        made(*grid, stream, function, *before, *args, *rest)
+
+    return launch
+
+
+class _Encoder:
+    """The arguments that stand for one tensor that a kernel takes by descriptor, by its address."""
+
+    MOST = 64
+    """Addresses that are remembered."""
+
+    __slots__ = ("build", "known", "shape")
+
+    def __init__(self, encode: Any, kinds: Any, view: View, meta: Any) -> None:
+        if meta["fp4_padded"]:
+            raise TypeError("no kernel of this library takes 4-bit numbers by descriptor")
+        about = meta["swizzle"], meta["elem_size"], kinds[meta["elem_type"]], meta["block_size"]
+        self.build = lambda address: encode(address, *about, view.shape, view.strides, 0)
+        self.shape = (*view.shape, *view.strides)
+        self.known: dict[int, tuple[Any, ...]] = {}
+
+    def __call__(self, address: int) -> tuple[Any, ...]:
+        found = self.known.get(address)
+        if found is None:
+            if len(self.known) >= self.MOST:
+                self.known.clear()
+            found = self.known[address] = self.build(address), *self.shape
+        return found
 
 
 def stream_of(device: int) -> int:
