@@ -74,3 +74,91 @@ def test_what_compiles_for_another_device_launches_nothing_again(kernel):
     launch(0, torch.zeros(3), torch.zeros(3))
     launch(0, torch.zeros(3), torch.zeros(3))
     assert [call[0] for call in kernel.seen] == ["first", "first"]
+
+
+class Made:
+    """Stands for a function that Triton made in C."""
+
+    __module__ = "__triton_launcher"
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, *args):
+        self.seen.append(args)
+
+
+def wrapped(launcher, tensordesc_meta):
+    """As Triton wraps it for kernels that take descriptors."""
+    return lambda *args: launcher(*args, tensordesc_meta)
+
+
+META = {"swizzle": 3, "elem_size": 4, "elem_type": 7, "block_size": [2, 8], "fp4_padded": False}
+
+
+def straight(monkeypatch, run=None, metas=(META,)):
+    """A kernel whose launcher is as in Triton 3.6, what that made in C, and the addresses of which descriptors were made."""
+    made, encoded = Made(), []
+    monkeypatch.setattr(bound_kernel, "BuiltinFunctionType", Made)
+    encode = lambda address, *about: encoded.append((address, about)) or f"map of {address}"  # noqa: E731
+    monkeypatch.setattr(bound_kernel, "_descriptors", lambda: (encode, {7: 70}))
+    kernel = Kernel()
+    around = {"launch_cooperative_grid": False, "launch_pdl": False, "global_scratch_size": 0, "profile_scratch_size": 0}
+    compiled = kernel.compiled
+    usual = compiled.run
+    compiled.run = type("Launcher", (), {"__call__": lambda self, *args: usual(*args)})()
+    for name, value in (around | {"launch": wrapped(made, metas)} | (run or {})).items():
+        setattr(compiled.run, name, value)
+    return kernel, made, encoded
+
+
+@pytest.mark.usefixtures("kernel")
+def test_what_triton_made_in_c_is_called_itself_with_descriptors_by_address(monkeypatch):
+    kernel, made, encoded = straight(monkeypatch)
+    x, y, other = torch.zeros(4, 8), torch.zeros(3), torch.ones(4, 8)
+    launch = BoundKernel(kernel, [View((4, 8), (8, 1), (2, 8)), None], (5,), (4,), WIDTH=8, num_warps=4)
+    launch(7, x, y)
+    assert made.seen == []
+    for given in (x, other, x):
+        launch(9, given, y)
+    address = x.data_ptr()
+    before = (5, 1, 1, 9, "function", False, False, None, None, "packed", None, None, None)
+    assert made.seen[0] == (*before, f"map of {address}", 4, 8, 8, 1, y.data_ptr(), 4, 8)
+    assert made.seen[2] == made.seen[0]
+    assert encoded == [(x.data_ptr(), (3, 4, 70, [2, 8], [4, 8], [8, 1], 0)) for x in (x, other)]
+    launch(9, x, None)
+    assert made.seen[3][-3:] == (None, 4, 8)
+    with pytest.raises(ValueError, match="zip"):
+        launch(9, x)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize(
+    ("run", "metas"),
+    [
+        ({"launch": lambda *_: None}, (META,)),
+        ({"global_scratch_size": 16}, (META,)),
+        ({}, ()),
+        ({}, (None,)),
+    ],
+    ids=["another function", "scratch memory", "no descriptors", "descriptors taken apart"],
+)
+def test_launchers_that_are_not_as_known_are_left_alone(run, metas, monkeypatch):
+    kernel, made, _ = straight(monkeypatch, run, metas)
+    launch = BoundKernel(kernel, [View((4, 8), (8, 1), (2, 8)), None], (5,), (4,), WIDTH=8)
+    for _ in range(2):
+        launch(7, torch.zeros(4, 8), torch.zeros(3))
+    assert made.seen == []
+    assert [call[0] for call in kernel.seen] == ["first", "again"]
+
+
+@pytest.mark.usefixtures("kernel")
+def test_descriptors_remembered_have_a_limit(monkeypatch):
+    monkeypatch.setattr(bound_kernel._Encoder, "MOST", 2)
+    kernel, _, encoded = straight(monkeypatch)
+    launch = BoundKernel(kernel, [View((4, 8), (8, 1), (2, 8)), None], (5,), (4,), WIDTH=8)
+    kept, y = [torch.zeros(4, 8) for _ in range(3)], torch.zeros(3)
+    launch(7, kept[0], y)
+    for x in (*kept, kept[0]):
+        launch(7, x, y)
+    assert [address for address, _ in encoded] == [x.data_ptr() for x in (*kept, kept[0])]

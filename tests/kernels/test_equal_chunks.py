@@ -38,6 +38,7 @@ def _unwritten_memory_is_not_a_number():
 @pytest.fixture
 def by_library(monkeypatch):
     """Writes by the vendor's library; off GPUs by PyTorch's product in its place."""
+    monkeypatch.setattr(library_products, "LEAST", 0)
     if DEVICE == "cuda":
         return
     fits = library_products.fits
@@ -167,11 +168,14 @@ def test_products_by_the_vendors_library_lie_head_by_head(gates, theta, coeffici
 
 
 @pytest.mark.usefixtures("by_library")
-def test_products_are_our_own_where_the_library_would_copy():
+def test_products_are_our_own_where_the_library_would_copy_or_cost_more(monkeypatch):
     whole = {"length": 128, "by_head": True, "theta": False, "heads": 2}
     assert plan_of(draw(gates=(), **whole)).by_head
     assert not plan_of(draw(gates=(), **whole | {"length": 130})).by_head
     assert not plan_of(draw(gates=(), **whole | {"by_head": False})).by_head
+    # a small product takes the device less time than the library takes the host
+    monkeypatch.setattr(library_products, "LEAST", 2 * 2 * 128 * 2 * 16 * 16 + 1)
+    assert not plan_of(draw(gates=(), **whole)).by_head
 
 
 def test_the_library_is_asked_on_gpus_alone():

@@ -119,7 +119,8 @@ class Planned:
         read = k if self.spec.query == "key" else q
         theta = [weights[name] for name in self.theta]
         output, end, velocity = self.plan.run(read, k, v, rates, *decays(gates), self._start(weights), theta)
-        output = output.to(q.dtype)
+        if output.dtype != q.dtype:
+            output = output.to(q.dtype)
         moved = {} if velocity is None else {"out": velocity}
 
         def state(pending: Tokens) -> State:
@@ -173,7 +174,9 @@ class PlannedByToken:
             (_, decay), read = decays(gates), k if self.spec.query == "key" else q
             output, end = self.attention(read, k, v, as_rates(rate, k), decay, start, 1, "token", None, self.spec.sign, True)
             # between single tokens nothing is pending
-            return output.to(q.dtype), State(self.spec, {"weights.out": end}, (0,) * q.shape[0])
+            if output.dtype != q.dtype:
+                output = output.to(q.dtype)
+            return output, State(self.spec, {"weights.out": end}, (0,) * q.shape[0])
         each = rate.transpose(1, 2).float() if isinstance(rate, Tensor) else float(rate)
         kept = {name: gates[name].transpose(1, 2).float() for name in self.spec.gates}
         tokens = Tokens(k.transpose(1, 2), v.transpose(1, 2), {"out": each}, kept)

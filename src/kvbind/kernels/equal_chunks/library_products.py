@@ -12,6 +12,9 @@ from torch import Tensor
 
 from kvbind.kernels.equal_chunks.tma_products import TokenRows
 
+LEAST = 1 << 33
+"""Operations of a product from which the library is faster; under them a call costs the host more than the device."""
+
 
 def fits(like: Tensor, *tokens: TokenRows) -> bool:
     """Whether the library is there for tensors like one, and takes these tokens."""

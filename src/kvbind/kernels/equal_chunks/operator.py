@@ -59,8 +59,9 @@ class LaunchPlan:
         self.orthogonals: dict[bool, BoundNewtonSchulz] = {}
         self.no_velocity = zeros(self.device, self.size) if s.momentum else self.like
 
-        # where the vendor's library takes the operands it is faster, and everything lies head by head
-        self.by_head = self.whole and library_products.fits(like, s.q, s.k, s.v)
+        # where the vendor's library takes the operands and is faster, everything lies head by head
+        large = 2 * self.batch * self.length * self.heads * self.size >= library_products.LEAST
+        self.by_head = self.whole and large and library_products.fits(like, s.q, s.k, s.v)
         last = s.own or not self.by_head
         self.states = self.complete + last
         self.order = Order.by_head(self.complete, last) if self.by_head else Order.by_chunk(self.heads)

@@ -121,12 +121,8 @@ def _straight(
     scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
     if not known or scratch or len(metas) != sum(view is not None for view in views) or not all(metas):
         return None
-    from triton.backends.nvidia import driver
-    from triton.runtime.driver import driver as drivers
-
-    encode, kinds = drivers.active.utils.fill_tma_descriptor, driver.TMA_DTYPE_DEVICE_TO_HOST
     queue = iter(metas)
-    encoders = [None if view is None else _Encoder(encode, kinds, view, next(queue)) for view in views]
+    encoders = [None if view is None else _Encoder(*_descriptors(), view, next(queue)) for view in views]
     before = (run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None)
     function = compiled.function
 
@@ -140,6 +136,14 @@ def _straight(
         made(*grid, stream, function, *before, *args, *rest)
 
     return launch
+
+
+def _descriptors() -> tuple[Any, Any]:
+    """What encodes a descriptor, and the numbers that it has for kinds of elements."""
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+    from triton.runtime.driver import driver
+
+    return driver.active.utils.fill_tma_descriptor, TMA_DTYPE_DEVICE_TO_HOST
 
 
 class _Encoder:
