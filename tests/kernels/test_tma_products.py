@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
     not has_triton() or not (interpreted() or torch.cuda.is_available()), reason="needs Triton's interpreter or a GPU"
 )
 if has_triton():
-    from kvbind.kernels.chunked.prefix_sums import Order, bound_scan
+    from kvbind.kernels.chunked.prefix_sums import MatrixOrder, bound_scan
     from kvbind.kernels.equal_chunks import tma_products as products
     from kvbind.kernels.equal_chunks.tma_products import Theta, TokenRows
     from kvbind.kernels.launching.bound_kernel import Block, stream_of
@@ -151,7 +151,7 @@ def test_every_token_is_rated(batch, length, heads):
 @pytest.mark.parametrize("last", [None, True, False])
 def test_scans_of_whole_writes_take_them_in_either_order(last):
     batch, chunks, heads, size = 2, 3, 2, 48
-    order = Order.by_chunk(heads) if last is None else Order.by_head(chunks, last)
+    order = MatrixOrder.by_chunk(heads) if last is None else MatrixOrder.by_head(chunks, last)
     count = chunks if last is False else chunks + 1
 
     def placed(x):

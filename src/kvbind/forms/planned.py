@@ -174,6 +174,7 @@ class PlannedByToken:
             (_, decay), read = decays(gates), k if self.spec.query == "key" else q
             output, end = self.attention(read, k, v, as_rates(rate, k), decay, start, 1, "token", None, self.spec.sign, True)
             # between single tokens nothing is pending
+            assert end is not None
             if output.dtype != q.dtype:
                 output = output.to(q.dtype)
             return output, State(self.spec, {"weights.out": end}, (0,) * q.shape[0])

@@ -305,7 +305,7 @@ def blocks_of(size: int) -> int:
     return cdiv(size, _BLOCK)
 
 
-class Order(NamedTuple):
+class MatrixOrder(NamedTuple):
     """Where the matrices of a sequence's chunks lie, counted in matrices.
 
     Attributes:
@@ -321,21 +321,21 @@ class Order(NamedTuple):
     last: bool
 
     @staticmethod
-    def by_chunk(heads: int) -> Order:
+    def by_chunk(heads: int) -> MatrixOrder:
         """Chunk by chunk, heads innermost."""
-        return Order(heads, 1, 1, True)
+        return MatrixOrder(heads, 1, 1, True)
 
     @staticmethod
-    def by_head(chunks: int, last: bool) -> Order:
+    def by_head(chunks: int, last: bool) -> MatrixOrder:
         """Head by head, chunks innermost."""
-        return Order(1, chunks, chunks + last, last)
+        return MatrixOrder(1, chunks, chunks + last, last)
 
 
 def bound_scan(
     sequences: int,
     heads: int,
     size: int,
-    order: Order,
+    order: MatrixOrder,
     *,
     sign: float,
     keep: bool,
@@ -370,7 +370,7 @@ def bound_scan_backward(
     sequences: int,
     heads: int,
     size: int,
-    order: Order,
+    order: MatrixOrder,
     *,
     chunks: int,
     reads: int,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kvbind.kernels.chunked.prefix_sums import Order, bound_scan
+from kvbind.kernels.chunked.prefix_sums import MatrixOrder, bound_scan
 from kvbind.kernels.common.devices import multiprocessors, on_device_of
 from kvbind.kernels.common.operands import laid_out, zeros
 from kvbind.kernels.equal_chunks import library_products
@@ -64,7 +64,7 @@ class LaunchPlan:
         self.by_head = self.whole and large and library_products.fits(like, s.q, s.k, s.v)
         last = s.own or not self.by_head
         self.states = self.complete + last
-        self.order = Order.by_head(self.complete, last) if self.by_head else Order.by_chunk(self.heads)
+        self.order = MatrixOrder.by_head(self.complete, last) if self.by_head else MatrixOrder.by_chunk(self.heads)
         complete = self.complete
         self.sequences = torch.tensor(
             [(b * complete, complete, complete, b * self.states) for b in range(self.batch)],

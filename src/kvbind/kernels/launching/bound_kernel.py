@@ -112,7 +112,7 @@ def _straight(
     kept by address: the allocator gives the same ones again.
     """
     run = compiled.run
-    made = getattr(run, "launch", None)
+    made: Any = getattr(run, "launch", None)
     metas: Sequence[Any] = ()
     if any(views):
         around = inspect.getclosurevars(made).nonlocals if inspect.isfunction(made) else {}
