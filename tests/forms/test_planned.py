@@ -828,3 +828,33 @@ def test_a_key_tells_all_that_checks_look_at(monkeypatch):
         with monkeypatch.context() as other:
             other.setenv(name, "0")
             assert key() != usual
+
+
+@pytest.mark.parametrize(("rung", "forward", "training"), [("rung6", 4, 12), ("rung2", 17, 55)])
+def test_a_planned_call_has_few_operators_besides_its_launches(rung, forward, training, monkeypatch):
+    """What a call costs the host is in the operators of PyTorch that it calls."""
+    spec = RUNGS[rung]
+    given = draw(spec, tokens=128)
+    call(spec, given)
+    (planned_call,) = planned._plans.values()
+    weights = {name.removeprefix("weights."): x for name, x in given.items() if name.startswith("weights.")}
+    gates = {name: given[name] for name in spec.gates}
+    monkeypatch.setattr(BoundKernel, "__call__", lambda *_: None)
+
+    def counted(work):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            work()
+        events = [e for e in profile.events() if e.name.startswith("aten::")]
+        return sum(e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::") for e in events)
+
+    def run():
+        return planned_call(weights, given["q"], given["k"], given["v"], given.get("lr", 1.0), gates)[0]
+
+    def train():
+        y = run()
+        torch.autograd.grad(y, [x for x in given.values() if x.requires_grad], slope, allow_unused=True)
+
+    slope = torch.ones_like(run())
+    with torch.no_grad():
+        assert counted(run) <= forward
+    assert counted(train) <= training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,10 +68,15 @@ def is_eager() -> bool:
     return torch._C._get_tracing_state() is None
 
 
-def is_plain(args: tuple[Any, ...]) -> bool:
-    """Whether an operator of these arguments is its body and nothing else: it is neither differentiated nor watched."""
+def is_unwatched(args: tuple[Any, ...]) -> bool:
+    """Whether nothing sees an operator of these arguments but, perhaps, autograd."""
     if not is_eager() or torch.autograd._profiler_enabled():
         return False
-    differentiated = torch.is_grad_enabled()
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    return all(type(x) in PLAIN and not (differentiated and x.requires_grad) for x in tensors)
+    return all(type(x) in PLAIN for x in args if isinstance(x, Tensor))
+
+
+def is_differentiated(args: Sequence[Any]) -> bool:
+    """Whether autograd has gradients to find of one of these arguments, or of a tensor in a list of them."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(x.requires_grad if isinstance(x, Tensor) else type(x) is list and is_differentiated(x) for x in args)

@@ -1,19 +1,20 @@
 """Operators called past PyTorch's dispatcher where it has nothing to do.
 
 The dispatcher takes an operator that is written in Python through autograd, wrappers against tracing and checks of aliases,
-which costs the host more than a launch. Without gradients, tracing or modes that watch operators, all that is left of it is
-a call of the operator's body.
+which costs the host more than a launch. Without tracing or modes that watch operators, all that is left of it is a call of
+the operator's body, inside an autograd function of its own where there are gradients.
 """
 
 from __future__ import annotations
 
 import contextlib
+from functools import cache
 from typing import Any
 
 import torch
 from torch.library import CustomOpDef
 
-from kvbind.kernels.common.tracing import is_plain
+from kvbind.kernels.common.tracing import is_differentiated, is_unwatched
 
 
 def call(operator: CustomOpDef, *args: Any) -> Any:
@@ -24,7 +25,37 @@ def call(operator: CustomOpDef, *args: Any) -> Any:
         *args: its arguments.
     """
     body = getattr(operator, "_init_fn", None)
-    return body(*args) if body is not None and is_plain(args) else operator(*args)
+    if body is None or not is_unwatched(args):
+        return operator(*args)
+    if not is_differentiated(args):
+        return body(*args)
+    function = _function_of(operator)
+    return operator(*args) if function is None else function.apply(*args)
+
+
+@cache
+def _function_of(operator: CustomOpDef) -> Any:
+    """An operator with the gradient registered for it, or None where it has none, or takes or gives lists of tensors."""
+    gradient, keep = getattr(operator, "_backward_fn", None), getattr(operator, "_setup_context_fn", None)
+    schema = operator._opoverload._schema
+    if gradient is None or any("Tensor" in str(x.type) and "List" in str(x.type) for x in schema.arguments + schema.returns):
+        return None
+
+    class Differentiated(torch.autograd.Function):
+        """The operator, past the dispatcher."""
+
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = operator._init_fn(*args)
+            if keep is not None:
+                keep(ctx=ctx, inputs=args, output=output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return gradient(ctx, *grads)
+
+    return Differentiated
 
 
 _UNMARKED = contextlib.nullcontext()
