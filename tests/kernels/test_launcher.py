@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kvbind.kernels.launching import launcher as launching
 from kvbind.kernels.launching.launcher import Launcher
 
 
@@ -27,6 +28,8 @@ class Kernel:
 
 
 class Compiled:
+    run = function = packed_metadata = None
+
     def __init__(self, ran, number):
         self.ran, self.number = ran, number
 
@@ -82,3 +85,14 @@ def test_kernels_remembered_have_a_limit(kernel, monkeypatch):
         launcher[(1,)](x, x, 5, stride, WIDTH=8, TILE=16)
     assert len(kernel.made) == 7
     assert len(launcher.compiled) <= 3
+
+
+def test_what_triton_made_in_c_is_called_itself_where_no_descriptors_are(kernel, monkeypatch):
+    called = []
+    monkeypatch.setattr(launching, "caller_of", lambda _: (lambda *args: called.append(args), ()))
+    monkeypatch.setattr(launching, "stream_of", lambda device: 70)
+    launcher, x = Launcher(kernel), torch.zeros(8)
+    for length in (5, 6):
+        launcher[(2,)](x, None, length, 8, WIDTH=8, TILE=16)
+    assert called == [((2, 1, 1), 70, x.data_ptr(), None, 6, 8, 8, 16)]
+    assert kernel.ran == []

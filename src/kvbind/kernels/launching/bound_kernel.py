@@ -39,8 +39,8 @@ class View:
     def __init__(self, shape: Sequence[int], strides: Sequence[int], block_shape: Sequence[int]) -> None:
         self.shape, self.strides, self.block_shape = list(shape), list(strides), list(block_shape)
 
-    def __call__(self, base: Tensor) -> Block:
-        return Block(base, self.shape, self.strides, self.block_shape)
+    def __call__(self, base: Tensor) -> tuple[Block]:
+        return (Block(base, self.shape, self.strides, self.block_shape),)
 
 
 class BoundKernel:
@@ -86,56 +86,66 @@ class BoundKernel:
         if compiled is None or interpreted():
             return
         rest = (*self.numbers, *(self.constants[name] for name in self.kernel.arg_names if name in self.constants))
-        self.launch = _straight(compiled, self.grid, self.views, rest) or _usual(compiled, self.grid, self.views, rest)
+        self.launch = _bound(compiled, self.grid, self.views, rest)
 
 
-def _usual(compiled: Any, grid: tuple[int, ...], views: Sequence[View | None], rest: tuple[Any, ...]) -> Callable[..., None]:
-    """A launch through Triton's launcher of a compiled kernel."""
-    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+def _bound(compiled: Any, grid: tuple[int, ...], views: Sequence[View | None], rest: tuple[Any, ...]) -> Callable[..., None]:
+    call, metas = caller_of(compiled)
+    makers: list[Callable[[Any], Any] | None] = [*views]
+    if metas is not None and len(metas) == sum(view is not None for view in views):
+        queue = iter(metas)
+        makers = [None if view is None else _Encoder(*_descriptors(), view, next(queue)) for view in views]
+    else:
+        call = _usual(compiled)
 
     def launch(stream: int, tensors: Sequence[Any]) -> None:
-        # of an address given as a number Triton does not ask the driver whether the device can reach it
-        args = [
-            x if x is None else x.data_ptr() if view is None else view(x) for view, x in zip(views, tensors, strict=True)
-        ]
-        run(*grid, stream, function, packed, None, None, None, *args, *rest)
+        args: list[Any] = []
+        for make, x in zip(makers, tensors, strict=True):
+            if make is None:
+                # of an address given as a number Triton does not ask the driver whether the device can reach it
+                args.append(x if x is None else x.data_ptr())
+            else:
+                args += make(x)
+        call(grid, stream, *args, *rest)
 
     return launch
 
 
-def _straight(
-    compiled: Any, grid: tuple[int, ...], views: Sequence[View | None], rest: tuple[Any, ...]
-) -> Callable[..., None] | None:
-    """A launch by the function that Triton 3.6 made in C for a kernel's signature; None where things are not as there.
+def caller_of(compiled: Any) -> tuple[Callable[..., None], Sequence[Any] | None]:
+    """What launches a compiled kernel on a grid, a stream and its arguments.
 
-    Triton's own wrappers around it encode a descriptor for every tensor of every launch. Here each tensor's descriptors are
-    kept by address: the allocator gives the same ones again.
+    It is the function that Triton 3.6 made in C for the kernel's signature, without the wrappers around it, and where
+    things are not as there, Triton's launcher.
+
+    Returns:
+        The function; and how each tensor that the kernel takes by descriptor is encoded, or None where Triton does it.
     """
     run = compiled.run
     made: Any = getattr(run, "launch", None)
     metas: Sequence[Any] = ()
-    if any(views):
-        around = inspect.getclosurevars(made).nonlocals if inspect.isfunction(made) else {}
-        made, metas = around.get("launcher"), around.get("tensordesc_meta") or ()
+    if inspect.isfunction(made):
+        around = inspect.getclosurevars(made).nonlocals
+        made, metas = around.get("launcher"), around.get("tensordesc_meta") or (None,)
     known = isinstance(made, BuiltinFunctionType) and made.__module__ == "__triton_launcher"
     scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
-    if not known or scratch or len(metas) != sum(view is not None for view in views) or not all(metas):
-        return None
-    queue = iter(metas)
-    encoders = [None if view is None else _Encoder(*_descriptors(), view, next(queue)) for view in views]
+    if not known or scratch or not all(metas):
+        return _usual(compiled), None
     before = (run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None)
     function = compiled.function
 
-    def launch(stream: int, tensors: Sequence[Any]) -> None:
-        args: list[Any] = []
-        for encoder, x in zip(encoders, tensors, strict=True):
-            if encoder is None:
-                args.append(x if x is None else x.data_ptr())
-            else:
-                args += encoder(x.data_ptr())
-        made(*grid, stream, function, *before, *args, *rest)
+    def call(grid: Sequence[int], stream: int, *args: Any) -> None:
+        made(*grid, stream, function, *before, *args)
 
-    return launch
+    return call, metas
+
+
+def _usual(compiled: Any) -> Callable[..., None]:
+    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+
+    def call(grid: Sequence[int], stream: int, *args: Any) -> None:
+        run(*grid, stream, function, packed, None, None, None, *args)
+
+    return call
 
 
 def _descriptors() -> tuple[Any, Any]:
@@ -147,7 +157,10 @@ def _descriptors() -> tuple[Any, Any]:
 
 
 class _Encoder:
-    """The arguments that stand for one tensor that a kernel takes by descriptor, by its address."""
+    """The arguments that stand for one tensor that a kernel takes by descriptor.
+
+    Descriptors are kept by address: the allocator gives the same ones again.
+    """
 
     MOST = 64
     """Addresses that are remembered."""
@@ -162,7 +175,8 @@ class _Encoder:
         self.shape = (*view.shape, *view.strides)
         self.known: dict[int, tuple[Any, ...]] = {}
 
-    def __call__(self, address: int) -> tuple[Any, ...]:
+    def __call__(self, x: Tensor) -> tuple[Any, ...]:
+        address = x.data_ptr()
         found = self.known.get(address)
         if found is None:
             if len(self.known) >= self.MOST:

@@ -36,7 +36,8 @@ def call(operator: CustomOpDef, *args: Any) -> Any:
 @cache
 def _function_of(operator: CustomOpDef) -> Any:
     """An operator with the gradient registered for it, or None where it has none, or takes or gives lists of tensors."""
-    gradient, keep = getattr(operator, "_backward_fn", None), getattr(operator, "_setup_context_fn", None)
+    gradient: Any = getattr(operator, "_backward_fn", None)
+    keep: Any = getattr(operator, "_setup_context_fn", None)
     schema = operator._opoverload._schema
     if gradient is None or any("Tensor" in str(x.type) and "List" in str(x.type) for x in schema.arguments + schema.returns):
         return None

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from kvbind.kernels.common.devices import interpreted
-from kvbind.kernels.launching.bound_kernel import BoundKernel
+from kvbind.kernels.launching.bound_kernel import BoundKernel, caller_of, stream_of
 from kvbind.kernels.launching.warm_up import is_new, warming_up
 
 
@@ -26,7 +26,7 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel, self.interpreted = kernel, interpreted()
-        self.compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+        self.compiled: dict[tuple[Any, ...], tuple[Any, bool, list[Any]]] = {}
         if not self.interpreted:
             self.names = kernel.arg_names
             self.plain = [parameter.do_not_specialize for parameter in kernel.params]
@@ -81,9 +81,17 @@ class Launcher:
             compiled = self.kernel[grid](*args, **constants)
             # Triton has none to give where something other than it compiles
             if compiled is not None:
-                self.compiled[fixed] = compiled, [constants[name] for name in self.names[len(args) :]]
+                call, metas = caller_of(compiled)
+                # descriptors are Triton's to encode
+                straight = metas is not None and not metas
+                rest = [constants[name] for name in self.names[len(args) :]]
+                self.compiled[fixed] = call if straight else compiled, straight, rest
             return
         if callable(grid):
             grid = grid(constants)
-        kernel, rest = found
-        kernel[(*grid, 1, 1)[:3]](*given, *rest)
+        call, straight, rest = found
+        grid = (*grid, 1, 1)[:3]
+        if straight:
+            call(grid, stream_of(first.device.index), *given, *rest)
+        else:
+            call[grid](*given, *rest)
