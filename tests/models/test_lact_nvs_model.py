@@ -481,23 +481,3 @@ def test_elastic_models_train_every_parameter_and_recompute():
     model.gradient_checkpointing = True
     for name, grad in gradients().items():
         torch.testing.assert_close(grad, first[name], rtol=1e-8, atol=1e-10, msg=name)
-
-
-@pytest.mark.parametrize(
-    ("asked", "given"),
-    [
-        ({}, {"options": {"deterministic": True}}),
-        (
-            {"fullgraph": True, "mode": "reduce-overhead"},
-            {"fullgraph": True, "options": {"deterministic": True, "triton.cudagraphs": True}},
-        ),
-        ({"options": {"deterministic": False}}, {"options": {"deterministic": False}}),
-        ({"backend": "eager"}, {"backend": "eager"}),
-    ],
-)
-def test_it_is_compiled_without_kernels_that_are_chosen_by_their_time(monkeypatch, asked, given):
-    """Inductor's choices by timing gave wrong gradients on a GPU."""
-    found = {}
-    monkeypatch.setattr(torch, "compile", lambda call, **kwargs: found.update(kwargs) or call)
-    small().compile(**asked)
-    assert found == given

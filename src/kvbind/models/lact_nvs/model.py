@@ -175,17 +175,6 @@ class LactNvs(nn.Module):
         self.gradient_checkpointing = False
         self.reset_parameters()
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As `torch.nn.Module.compile`, with Inductor in its deterministic mode unless `options` say otherwise.
-
-        With PyTorch 2.11 on a GPU, kernels that Inductor has chosen by timing them gave wrong gradients in half of all
-        compilations of this model.
-        """
-        if not args and kwargs.get("backend", "inductor") == "inductor":
-            chosen = torch._inductor.list_mode_options(kwargs.pop("mode", None) or "default")
-            kwargs["options"] = {"deterministic": True, **chosen, **(kwargs.get("options") or {})}
-        super().compile(*args, **kwargs)
-
     @classmethod
     def from_released_config(cls, fields: dict[str, Any]) -> Self:
         """A model with random weights, built as a released configuration says.
