@@ -43,8 +43,7 @@ def visibility() -> None:
 
 def training_losses(name: str) -> torch.Tensor:
     """The training loss of every step of a run of the 30m preset."""
-    lines = (RESULTS / "language-30m" / f"{name}.jsonl").read_text().splitlines()
-    return torch.tensor([row["loss"] for row in map(json.loads, lines) if "loss" in row])
+    return torch.tensor(json.loads((RESULTS / "language-30m" / "run.json").read_text())["losses"][name])
 
 
 def smooth(x: torch.Tensor, steps: int = 10) -> torch.Tensor:
@@ -351,8 +350,7 @@ if __name__ == "__main__":
     kernels_training()
     decoding()
     growth()
-    smoke, small = (RESULTS / f"table2-language-{scale}" / "results.json" for scale in ("smoke", "small"))
-    ladder(small if small.is_file() else smoke, "ladder.png")  # the README's first picture
+    ladder(RESULTS / "table2-language-small" / "results.json", "ladder.png")  # the README's first picture
     capacity(RESULTS / "capacity-small-cpu" / "results.json")
     if (RESULTS / "bench" / "kernels-shapes-h100.json").is_file():
         kernels()
