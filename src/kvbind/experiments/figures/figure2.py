@@ -151,7 +151,7 @@ def check_sklearn(what: str) -> None:
 
 def as_map(layer: Layer, pair: str) -> dict[str, Any]:
     """A map as `results.json` holds it: the points of each set."""
-    places = layer.maps[pair].round(2).tolist()
+    places = layer.maps[pair].astype(np.float64).round(1).tolist()  # finer than a picture shows
     middle = len(places) // 2
     return {"layer": layer.number, "sets": dict(zip(PAIRS[pair], (places[:middle], places[middle:]), strict=True))}
 
