@@ -15,10 +15,10 @@ from kvbind import tasks
 from kvbind.experiments import subjects
 from kvbind.experiments.subjects import NONE, ON_THE_WAY, SUBJECTS, Metric, Series, Subject, TaskScale
 from kvbind.experiments.subjects.published import INNER_LOOP_SPEED, Published
+from kvbind.experiments.subjects.rows import BASELINES, LABELS
 from kvbind.experiments.subjects.throughput import TrainingSpeed
 from kvbind.experiments.tables import reproduce as module
 from kvbind.experiments.tables import table1, table2
-from kvbind.experiments.tables.table import BASELINES, LABELS
 from kvbind.experiments.training import runs
 from kvbind.experiments.training.plans import configuration, with_inner
 from kvbind.tasks import open_task_module

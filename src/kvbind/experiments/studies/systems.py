@@ -22,11 +22,11 @@ from kvbind.experiments.report.findings import Findings, write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.results.cache import ResultCache
 from kvbind.experiments.studies.state_bytes import state_bytes
-from kvbind.experiments.tables.table import unfinished
 from kvbind.experiments.training.jobs import TrainingJob
 from kvbind.experiments.training.plans import RunsPlan, configuration, data_edits, plan_configs
 from kvbind.experiments.training.run_folders import exported, load_model
 from kvbind.experiments.training.runs import Run
+from kvbind.experiments.training.trained_rows import unfinished
 from kvbind.inner.value import check_choice
 from kvbind.models.lact.cache import CACHE
 from kvbind.tasks import language

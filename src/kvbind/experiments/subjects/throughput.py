@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from kvbind.bench.harness.operands import Size
 from kvbind.bench.kernels.forms import tokens_per_second
 from kvbind.experiments.results.cache import ResultCache
-from kvbind.experiments.training.runs import Run
 from kvbind.forms.analysis import explain
 from kvbind.forms.api import Form
 from kvbind.inner import InnerLoop
+
+if TYPE_CHECKING:
+    from kvbind.experiments.training.runs import Run
 
 Speeds = dict[str, dict[str, float | None]]
 """Units per second by row and column; None for what a row does not have."""
