@@ -7,6 +7,7 @@ whether that is done on the machine that writes the report: runs may have been t
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,11 +163,8 @@ class TrainingSpeed:
     def measure(
         self, configs: Mapping[str, Any], runs: Mapping[str, Sequence[Run]], device: torch.device, path: Path, fresh: bool
     ) -> Speeds:
-        """Units per second of training, over all of a row's runs."""
-        return {
-            name: {"training": sum(r.result[self.unit] for r in of_row) / sum(r.result["training_seconds"] for r in of_row)}
-            for name, of_row in runs.items()
-        }
+        """Units per second of training, averaged over a row's runs."""
+        return {name: {"training": statistics.fmean(run.speed(self.unit) for run in own)} for name, own in runs.items()}
 
 
 Speed = InnerLoopSpeed | TrainingSpeed
