@@ -27,7 +27,6 @@ def command(
     For example: [bold]kvbind compare kda gdn2[/], [bold]kvbind compare titans mine.yaml[/],
     [bold]kvbind compare lact_llm update=last lact_video[/], or [bold]kvbind compare lact_llm momentum=false chunk=64[/]
     """
-    from kvbind.inner.projections import DEFAULTS
     from kvbind.inner.systems.layers import PROJECTIONS
     from kvbind.inner.systems.registry import named_or_file
 
@@ -39,8 +38,8 @@ def command(
     (first, one), (second, other) = loops
     differing = one.differences(other)
     if not differing:
-        made = [PROJECTIONS.get(name, DEFAULTS) for name in (first, second)]
-        differing = made[0].differences(made[1])
+        if {first, second} <= set(PROJECTIONS):
+            differing = PROJECTIONS[first].differences(PROJECTIONS[second])
         said = ", in layers that make its operands in other ways:" if differing else ""
         output.console().print(f"{first} and {second} are the same inner loop{said}", soft_wrap=True)
         if not differing:
