@@ -277,8 +277,8 @@ def views(path: Path) -> None:
 
 def ladder(path: Path, name: str) -> None:
     """A table's quality by row, the paper's and ours."""
+    from kvbind.experiments.outcomes.plots import quality_figure
     from kvbind.experiments.report.table_contents import read_outcome
-    from kvbind.experiments.tables.plots import quality_figure
 
     quality_figure(IMAGES / name, read_outcome(json.loads(path.read_text())))
 

@@ -140,6 +140,9 @@ def test_two_inner_loops_are_compared_field_by_field(run, tmp_path):
     assert run("compare", "gdn2", "kda", "erase=true", "token_lr=false")[1] == (
         "gdn2 and kda erase=true token_lr=false are the same inner loop\n"
     )
+    code, out, _ = run("compare", "simple_gla", "retnet")
+    assert out.startswith("simple_gla and retnet are the same inner loop, in layers that make its operands in other ways:\n")
+    assert ["rotary", "'none'", "'sequence'"] in [line.split() for line in out.splitlines()]
     code, out, _ = run("compare", "lact_llm", "momentum=false", "chunk=64")
     assert (code, [line.split()[0] for line in out.splitlines()[1:]]) == (0, ["momentum", "chunk"])
     assert "did you mean 'titans'" in " ".join(run("compare", "titan", "titans")[2].split())

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from kvbind import linearize
+from kvbind.experiments.inspection.examples import pictures
+from kvbind.experiments.inspection.heads import HEADS, weights_of
 from kvbind.experiments.layer_calls import seen_calls
-from kvbind.experiments.report import explorer
-from kvbind.experiments.report.explorer.examples import pictures
-from kvbind.experiments.report.explorer.heads import HEADS, weights_of
 from kvbind.experiments.report.page import find_parts
+from kvbind.experiments.studies import explorer
 from kvbind.experiments.training.run_folders import load_model, open_run
 from kvbind.tasks import language
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from kvbind.experiments import plotting
 from kvbind.experiments.layer_calls import first_calls
+from kvbind.experiments.outcomes.claims import Verdict
 from kvbind.experiments.plotting import picture
-from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.report.findings import Findings, write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.training.trained_rows import train_rows
 from kvbind.train.step import precision

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvbind.experiments.inspection import examples
+from kvbind.experiments.inspection.examples import Example
+from kvbind.experiments.inspection.heads import look_at, spec_data
 from kvbind.experiments.layer_calls import LayerCall, seen_calls
-from kvbind.experiments.report.explorer import examples
-from kvbind.experiments.report.explorer.examples import Example
-from kvbind.experiments.report.explorer.heads import look_at, spec_data
 from kvbind.experiments.report.findings import Findings, write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.saved_models.attention_maps import spread
 from kvbind.experiments.subjects import SUBJECTS
-from kvbind.experiments.tables.table import BASELINES
+from kvbind.experiments.subjects.rows import BASELINES
 from kvbind.experiments.tables.table2 import TABLE
 from kvbind.experiments.training.trained_rows import train_rows
 from kvbind.tasks.images.augment import normalized
