@@ -13,6 +13,9 @@ from kvbind.layers.plain_modules import WEIGHTS, is_plain
 NORM_EPS = 1e-5
 """Of the norms inside LaCT's layers: queries, keys, output, and the L2 norm of fast queries and keys."""
 
+NARROWEST = 256
+"""Channels from which a norm of another dtype than its weight's goes to a kernel."""
+
 
 class RMSNorm(nn.RMSNorm):
     """`x / rms(x) * weight` over the last axis, computed in the weight's dtype and returned in x's.
@@ -92,11 +95,12 @@ def _is_affine(norm: nn.Module, width: int) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
     """`x / rms(x) * weight` over the last axis, computed in the weight's dtype and returned in x's."""
-    if x.dtype != weight.dtype and runs_on(x.device):
+    # a program for each row: narrow ones are faster in PyTorch
+    if eps is not None and x.dtype != weight.dtype and x.shape[-1] >= NARROWEST and runs_on(x.device):
         from kvbind.kernels.elementwise.add_norm import add_norm, covers
 
         if covers(x, None, weight):
-            return add_norm(x, None, weight, torch.finfo(weight.dtype).eps if eps is None else eps, x.dtype)[1]
+            return add_norm(x, None, weight, eps, x.dtype)[1]
     return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 

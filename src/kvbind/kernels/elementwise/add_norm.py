@@ -1,9 +1,9 @@
 """Add to the residual stream and normalize it: `y = x + delta`, `h = y / rms(y) * weight + bias`, and their gradients.
 
 With `centred` the mean over channels is subtracted first, which makes RMS norm layer norm. One launch each way. Forward, a
-program has a tile of rows, reads it once and writes the sum and the norm, which may be of another dtype. Backward, a program
-goes over many tiles, makes their norms again, and keeps its sums of the gradients of weight and bias, which a sum over
-programs completes. All arithmetic is in float32, with one rounding at the end of each result.
+program has one token, reads it once and writes the sum and the norm, which may be of another dtype. Backward, a program goes
+over many tokens, makes their norms again, and keeps its sums of the gradients of weight and bias, which a sum over programs
+completes. All arithmetic is in float32, with one rounding at the end of each result.
 """
 
 from __future__ import annotations
@@ -16,18 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbind.kernels.common.devices import on_device_of
-from kvbind.kernels.common.operands import DTYPES, cdiv, power_of_2
+from kvbind.kernels.common.operands import DTYPES, power_of_2
 from kvbind.kernels.launching import dispatcher
 from kvbind.kernels.launching.launcher import Launcher
 
 WIDEST = 8192
 """The most channels: what a program holds at once."""
 
-FORWARD, BACKWARD = 1024, 2048
-"""Numbers of a tile, so that narrow rows share one; wider rows have one each."""
-
-PROGRAMS = 1056
-"""Programs of a backward pass at the most: eight for a multiprocessor."""
+PROGRAMS = 528
+"""Programs of a backward pass at the most: four for a multiprocessor."""
 
 
 def add_norm(
@@ -68,26 +65,26 @@ def covers(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None 
 
 
 @Launcher
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _norm_forward(
-    x, delta, weight, bias, y, h, eps, rows,
-    D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, ADDED: tl.constexpr, CENTRED: tl.constexpr, BIASED: tl.constexpr,
+    x, delta, weight, bias, y, h, eps, D: tl.constexpr, BD: tl.constexpr, ADDED: tl.constexpr, CENTRED: tl.constexpr,
+    BIASED: tl.constexpr,
 ):  # fmt: skip
-    """Some rows: added, then normalized."""
-    row, channel = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)
-    inside = (row < rows)[:, None] & (channel < D)[None, :]
-    at = row.to(tl.int64)[:, None] * D + channel[None, :]
+    """One token: added, then normalized."""
+    channel = tl.arange(0, BD)
+    inside = channel < D
+    at = tl.program_id(0).to(tl.int64) * D + channel
     a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if ADDED:
         total = (a + tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)).to(y.dtype.element_ty)
         tl.store(y + at, total, mask=inside)
         a = total.to(tl.float32)
     if CENTRED:
-        a = tl.where(inside, a - (tl.sum(a, axis=1) / D)[:, None], 0.0)
-    a *= tl.rsqrt(tl.sum(a * a, axis=1) / D + eps)[:, None]
-    a *= tl.load(weight + channel, mask=channel < D, other=0.0).to(tl.float32)[None, :]
+        a = tl.where(inside, a - tl.sum(a, axis=0) / D, 0.0)
+    a *= tl.rsqrt(tl.sum(a * a, axis=0) / D + eps)
+    a *= tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
     if BIASED:
-        a += tl.load(bias + channel, mask=channel < D, other=0.0).to(tl.float32)[None, :]
+        a += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     tl.store(h + at, a.to(h.dtype.element_ty), mask=inside)
 
 
@@ -95,50 +92,45 @@ def _norm_forward(
 @triton.jit(do_not_specialize=["rows"])
 def _norm_backward(
     dy, dh, y, weight, dx, ddelta, sums, eps, rows,
-    D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, ADDED: tl.constexpr, PASSED: tl.constexpr, CENTRED: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, ADDED: tl.constexpr, PASSED: tl.constexpr, CENTRED: tl.constexpr,
     BIASED: tl.constexpr,
 ):  # fmt: skip
-    """Every so many-th tile of rows; `PASSED` where the sum has a gradient of its own."""
+    """Every so many-th token; `PASSED` where the sum has a gradient of its own."""
     channel = tl.arange(0, BD)
-    w = tl.load(weight + channel, mask=channel < D, other=0.0).to(tl.float32)[None, :]
-    summed = tl.zeros((BR, BD), tl.float32)
-    summed_bias = tl.zeros((BR, BD), tl.float32)
-    for first in range(tl.program_id(0) * BR, rows, tl.num_programs(0) * BR):
-        row = first + tl.arange(0, BR)
-        inside = (row < rows)[:, None] & (channel < D)[None, :]
-        at = row.to(tl.int64)[:, None] * D + channel[None, :]
+    inside = channel < D
+    w = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+    summed = tl.zeros((BD,), tl.float32)
+    summed_bias = tl.zeros((BD,), tl.float32)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        at = tl.cast(row, tl.int64) * D + channel
         a = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         d = tl.load(dh + at, mask=inside, other=0.0).to(tl.float32)
-        if PASSED:
-            passed = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         if CENTRED:
-            a = tl.where(inside, a - (tl.sum(a, axis=1) / D)[:, None], 0.0)
-        # rows behind the last have no scale, which without eps would be infinite
-        scale = tl.where(row < rows, tl.rsqrt(tl.sum(a * a, axis=1) / D + eps), 0.0)[:, None]
+            a = tl.where(inside, a - tl.sum(a, axis=0) / D, 0.0)
+        scale = tl.rsqrt(tl.sum(a * a, axis=0) / D + eps)
         a *= scale
         summed += d * a
         if BIASED:
             summed_bias += d
         d *= w
-        along = (tl.sum(d * a, axis=1) / D)[:, None]
+        along = tl.sum(d * a, axis=0) / D
         if CENTRED:
-            d -= (tl.sum(d, axis=1) / D)[:, None]
+            d -= tl.sum(d, axis=0) / D
         d = scale * (d - a * along)
         if PASSED:
-            d += passed
+            d += tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
         if ADDED:
             tl.store(ddelta + at, d.to(ddelta.dtype.element_ty), mask=inside)
     own = sums + tl.program_id(0) * (D + D * BIASED) + channel
-    tl.store(own, tl.sum(summed, axis=0), mask=channel < D)
+    tl.store(own, summed, mask=inside)
     if BIASED:
-        tl.store(own + D, tl.sum(summed_bias, axis=0), mask=channel < D)
+        tl.store(own + D, summed_bias, mask=inside)
 
 
-def _tile(width: int, numbers: int) -> dict[str, int]:
+def _tile(width: int) -> dict[str, int]:
     block = power_of_2(width)
-    rows = max(numbers // block, 1)
-    return {"D": width, "BD": block, "BR": rows, "num_warps": min(max(rows * block // 512, 1), 8)}
+    return {"D": width, "BD": block, "num_warps": min(max(block // 512, 1), 8)}
 
 
 @torch.library.custom_op("kvbind::add_norm", mutates_args=())
@@ -148,12 +140,10 @@ def _add_norm(
     """The sum (empty without delta) and its norm."""
     y, h = _outputs(x, delta, dtype)
     x, weight = x.contiguous(), weight.contiguous()
-    tile = _tile(x.shape[-1], FORWARD)
-    rows = x.numel() // x.shape[-1]
     with on_device_of(x):
-        _norm_forward[cdiv(rows, tile["BR"]),](
+        _norm_forward[x.numel() // x.shape[-1],](
             x, x if delta is None else delta.contiguous(), weight, weight if bias is None else bias.contiguous(), y, h, eps,
-            rows, **tile, ADDED=delta is not None, CENTRED=centred, BIASED=bias is not None,
+            **_tile(x.shape[-1]), ADDED=delta is not None, CENTRED=centred, BIASED=bias is not None,
         )  # fmt: skip
     return y, h
 
@@ -184,13 +174,13 @@ def _add_norm_backward(
     dx, ddelta, _, _ = _gradients(y, weight, x_dtype, delta_dtype, biased)
     y = y.contiguous()
     width = y.shape[-1]
-    rows, tile = y.numel() // width, _tile(width, BACKWARD)
-    programs = min(cdiv(rows, tile["BR"]), PROGRAMS)
+    rows = y.numel() // width
+    programs = min(rows, PROGRAMS)
     partial = y.new_empty((programs, 1 + biased, width), dtype=torch.float32)
     with on_device_of(y):
         _norm_backward[programs,](
             dh if dy is None else dy.contiguous(), dh.contiguous(), y, weight.contiguous(), dx, ddelta, partial, eps, rows,
-            **tile, ADDED=delta_dtype is not None, PASSED=dy is not None, CENTRED=centred, BIASED=biased,
+            **_tile(width), ADDED=delta_dtype is not None, PASSED=dy is not None, CENTRED=centred, BIASED=biased,
         )  # fmt: skip
     sums = partial.sum(0).to(weight.dtype)
     return dx, ddelta, sums[0], sums[1].clone() if biased else weight.new_empty(0)
