@@ -8,6 +8,7 @@ the operator's body, inside an autograd function of its own where there are grad
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -57,6 +58,17 @@ def _function_of(operator: CustomOpDef) -> Any:
             return gradient(ctx, *grads)
 
     return Differentiated
+
+
+def asked(needs: Sequence[bool], *gradients: Any) -> tuple[Any, ...]:
+    """What a backward returns: the gradients that autograd asks for, and None for all other inputs.
+
+    Args:
+        needs: `ctx.needs_input_grad`.
+        *gradients: of the first inputs, in their order.
+    """
+    found = tuple(x if wanted else None for x, wanted in zip(gradients, needs, strict=False))
+    return found + (None,) * (len(needs) - len(found))
 
 
 _UNMARKED = contextlib.nullcontext()
