@@ -31,9 +31,9 @@ def peer_grids(record: dict[str, Any]) -> list[Grid]:
     grids = [Grid("peers", "Beside compiled PyTorch, Mtok/s", header, tuple(lines), note=note)]
     if host:
         title = f"What a small call costs the host, us: {HOST_SIZE.batch} x {HOST_SIZE.tokens}, {HOST_SIZE.heads} heads of "
-        header = ("rung", "pass", "ours", "peer", "ours, one thread", "peer, one thread")
+        columns = ("rung", "pass", "ours", "peer", "ours, one thread", "peer, one thread")
         note = "one thread: under `torch.autograd.set_multithreading_enabled(False)`"
-        grids.append(Grid("host", f"{title}{HOST_SIZE.width}", header, tuple(host), note=note))
+        grids.append(Grid("host", f"{title}{HOST_SIZE.width}", columns, tuple(host), note=note))
     return grids
 
 
