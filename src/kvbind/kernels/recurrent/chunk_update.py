@@ -15,9 +15,9 @@ from kvbind.kernels.recurrent.workspace import Workspace
 
 
 class ChunkUpdate:
-    """One chunk's update of all matrices, on buffers of its own.
+    """One chunk's update of all matrices; `run` is the one that a graph replays, on buffers of its own.
 
-    Filled by callers: `k`, `v`, `rates`, `gates` (momentum, decay), and by `start`.
+    Filled by callers of `run`: `k`, `v`, `rates`, `gates` (momentum, decay); by `start` the rest.
     Results: `state`, `velocities`, `found`; `weights` and `velocity` go on.
     """
 
@@ -43,24 +43,43 @@ class ChunkUpdate:
             self.norms.copy_(norms)
 
     def run(self) -> None:
+        momentum, decay = self.gates[0], self.gates[1:]
+        self.update(self.k, self.v, self.rates, momentum, decay, self.state, self.state, self.velocities, self.found)
+
+    def update(
+        self, k: Tensor, v: Tensor, rates: Tensor, momentum: Tensor | None, decay: Tensor | None, before: Tensor,
+        after: Tensor, velocities: Tensor, found: Tensor,
+    ) -> None:  # fmt: skip
+        """The update on tensors anywhere.
+
+        Args:
+            k: the chunk's keys `[B, chunk, H, Dk]`.
+            v: its values `[B, chunk, H, Dv]`.
+            rates: float32 `[3, B, chunk, H]`.
+            momentum: its gate, float32 `[B*H]`; read where there is momentum.
+            decay: its gate, float32 `[1, B*H]`; read where there is decay.
+            before: the packed weights before it, `[1, B*H, P]` in the operands' dtype.
+            after: where to put those after it; may be the same.
+            velocities: where to put the writes with momentum, `[1, B*H, P]` in `ChunkRule.velocity_dtype`.
+            found: where to put channels' norms, `[1, B*H, channels]`, where they are normalized.
+        """
         rule, packing, chunk = self.rule, self.rule.packing, self.rule.chunk
-        theta, last = packing.split(self.state)
-        factors(self.k, theta, self.hidden, chunk, y=self.v, last=last, rates=self.rates)
-        stored = packing.split(self.velocities)
+        theta, last = packing.split(before)
+        factors(k, theta, self.hidden, chunk, y=v, last=last, rates=rates)
+        stored = packing.split(velocities)
         running = packing.split(self.velocity.unsqueeze(0))
         target = running if self.with_momentum else stored
         outer(
             chunk,
-            theta=(self.k, self.by_token[:2], target[0]),
-            last=(self.by_token[2], self.v, target[1]),
+            theta=(k, self.by_token[:2], target[0]),
+            last=(self.by_token[2], v, target[1]),
             add=running if self.with_momentum else None,
-            gates=self.gates[0] if self.with_momentum else None,
+            gates=momentum if self.with_momentum else None,
             copy=stored if self.with_momentum else None,
         )
-        updates = rule.orthogonalize(self.velocities)
-        decay = self.gates[1:] if self.with_decay else None
-        normed = (self.norms, self.found) if self.normalize else (None, None)
-        apply(packing, self.weights, updates, self.state, rule.sign, decay, *normed)
+        updates = rule.orthogonalize(velocities)
+        normed = (self.norms, found) if self.normalize else (None, None)
+        apply(packing, self.weights, updates, after, rule.sign, decay if self.with_decay else None, *normed)
 
 
 class ChunkUpdateBackward:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvbind.kernels.launching import dispatcher
@@ -194,6 +195,9 @@ def _recurrent(
         if update_all:
             step, run = stack.enter_context(call.repeated(ChunkUpdate))
             step.start(running, moving, call.norms)
+            # launches take tensors where they lie, at multiples of 16 bytes; a graph those that it was captured with
+            in_place = run == step.run and call.rates_by_chunk[0].numel() % 4 == 0
+            aligned_gates = [None if x is None else F.pad(x, (0, -z % 4)) for x in call.gates]
         for first, stop in rule.segments(workspace.chunks, z):
             place = first if keep else 0
             if first and not keep:
@@ -202,9 +206,17 @@ def _recurrent(
             after = slice(here.start + 1, here.stop + 1)
             if update_all:
                 for c in range(first, stop):
+                    at = place + c - first
+                    if in_place:
+                        tokens = (workspace.span(x, c, c + 1) for x in (call.k, call.v))
+                        gates = (None if x is None else x[c] for x in aligned_gates)
+                        moves = velocities[at + 1 : at + 2], found[at : at + 1]
+                        step.update(
+                            *tokens, call.rates_by_chunk[c], *gates, states[at : at + 1], states[at + 1 : at + 2], *moves
+                        )
+                        continue
                     copy(call.chunk(step, c))
                     run()
-                    at = place + c - first
                     results = [(states[at + 1], step.state[0]), (velocities[at + 1], step.velocities[0])]
                     copy(results if norms is None else [*results, (found[at], step.found[0])])
             else:
