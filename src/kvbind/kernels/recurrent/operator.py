@@ -208,12 +208,11 @@ def _recurrent(
                 for c in range(first, stop):
                     at = place + c - first
                     if in_place:
-                        tokens = (workspace.span(x, c, c + 1) for x in (call.k, call.v))
-                        gates = (None if x is None else x[c] for x in aligned_gates)
-                        moves = velocities[at + 1 : at + 2], found[at : at + 1]
                         step.update(
-                            *tokens, call.rates_by_chunk[c], *gates, states[at : at + 1], states[at + 1 : at + 2], *moves
-                        )
+                            *(workspace.span(x, c, c + 1) for x in (call.k, call.v)), call.rates_by_chunk[c],
+                            *(None if x is None else x[c] for x in aligned_gates), states[at : at + 1],
+                            states[at + 1 : at + 2], velocities[at + 1 : at + 2], found[at : at + 1],
+                        )  # fmt: skip
                         continue
                     copy(call.chunk(step, c))
                     run()
