@@ -20,7 +20,7 @@ from kvbind.forms.kernel_calls.chunked import run_chunked
 from kvbind.forms.kernel_calls.full import run_full_conv, run_full_glu
 from kvbind.forms.kernel_calls.mini_batches import run_mini_batches
 from kvbind.forms.kernel_calls.recurrent import run_full_recurrent, run_recurrent
-from kvbind.forms.obstacles import parallel_obstacles
+from kvbind.forms.obstacles import parallel_in_spans, parallel_obstacles
 from kvbind.forms.parallel import SHORT_CHUNK
 from kvbind.forms.validation import Engine, Operands
 from kvbind.inner.network import Network
@@ -94,16 +94,12 @@ def parallel_kernels(spec: InnerLoop) -> str:
 
 
 def is_mini_batched(spec: InnerLoop) -> bool:
-    """Whether an inner loop is one of `kvbind.kernels.mini_batches`: one layer, updated once per mini-batch (TTT-Linear)."""
-    head = spec.network.output_head
-    if (
-        type(spec.network) is not Linear
-        or spec.chunk != 1
-        or spec.visibility != "token"
-        or not isinstance(spec.refresh, int)
-    ):
+    """Whether an inner loop is one of `kvbind.kernels.mini_batches`: TTT-Linear, TTT-MLP, Titans."""
+    network, head = spec.network, spec.network.output_head
+    known = is_a(network, Linear) or (is_a(network, MLP) and network.hidden_layers == 1 and spec.update == "all")
+    if not known or not parallel_in_spans(spec) or spec.chunk != 1 or spec.visibility != "token":
         return False
-    return not (spec.momentum or spec.retention or spec.erase or spec.window_size > 1 or (head is not None and head.fast))
+    return isinstance(spec.refresh, int) and not (spec.erase or spec.window_size > 1 or (head is not None and head.fast))
 
 
 def is_affine(spec: InnerLoop) -> bool:
@@ -208,7 +204,8 @@ def mini_batches_take(spec: InnerLoop, call: Operands) -> bool:
         return False
     from kvbind.kernels.mini_batches.operator import covers
 
-    return covers(q.dtype, spec.refresh, k.shape[-1], v.shape[-1])
+    hidden = call.state.tensors["weights.out"].shape[-2] if spec.network.theta else 0
+    return covers(q.dtype, spec.refresh, k.shape[-1], hidden, v.shape[-1], spec.momentum)
 
 
 def affine_takes(spec: InnerLoop, call: Operands) -> bool:

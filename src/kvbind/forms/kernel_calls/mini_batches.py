@@ -1,19 +1,22 @@
-"""Mini-batches of one layer (TTT-Linear) on the kernel that runs them whole, and what is left of a call in PyTorch."""
+"""Mini-batches (TTT-Linear, TTT-MLP, Titans) on the kernel that runs them whole, and what is left of a call in PyTorch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbind.forms.finite import guarded
+from kvbind.forms.finite import guarded, seen_product
+from kvbind.forms.scan import decay_matrix, up_to
 from kvbind.forms.spanwise import in_spans
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import Operands
 from kvbind.inner.head import LayerNormHead
+from kvbind.inner.networks import MLP
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
 
@@ -41,38 +44,68 @@ def _whole(spec: InnerLoop, size: int, q: Tensor, tokens: Tokens, fast: FastWeig
     """Outputs of whole spans of `size` tokens, and the fast weights behind them."""
     from kvbind.kernels.mini_batches.operator import mini_batches
 
-    step = tokens.gates["step_rate"] if spec.step_rate else 1.0
+    network, weights = spec.network, fast.weights
+    # as the operator has them in one piece
+    order = [name + kind for name in network.matrices for kind in (("", ".bias") if network.has_bias else ("",))]
+    held = [weights[name] for name in order] + ([fast.momentum[name] for name in order] if spec.momentum else [])
+    # what a buffer takes has neither sign nor step rate
+    factor = 1.0 if spec.momentum else spec.sign * (tokens.gates["step_rate"] if spec.step_rate else 1.0)
 
     def tokens_first(x: Tensor) -> Tensor:
         return x.transpose(1, 2).contiguous()
 
-    def rates(name: str) -> Tensor:
-        rate = tokens.rates[name] * (step * spec.sign)
-        if not isinstance(rate, Tensor):
-            rate = torch.full(q.shape[:3], rate, device=q.device)
-        return tokens_first(rate.float())
+    def rates(names: Sequence[str]) -> list[Tensor]:
+        found = (tokens.rates[name] * factor for name in names)
+        return [x if isinstance(x, Tensor) else q.new_full(q.shape[:3], x, dtype=torch.float32) for x in found]
 
-    weights, biased = fast.weights, spec.network.has_bias
-    own = biased and tokens.rates["out.bias"] is not tokens.rates["out"]
-    head = spec.network.output_head or LayerNormHead(residual=False)
-    gamma, beta = (weights[name].squeeze(-2) if spec.network.output_head else None for name in ("gamma", "beta"))
-    output, matrix, bias = mini_batches(
+    biases = [f"{name}.bias" for name in network.matrices] if network.has_bias else []
+    own = any(tokens.rates[name] is not tokens.rates[network.rate_of(name)] for name in biases)
+    head = network.output_head or LayerNormHead(residual=False)
+    output, state = mini_batches(
         tokens_first(q),
         tokens_first(tokens.k),
         tokens_first(tokens.v),
-        weights["out"],
-        rates("out"),
+        torch.cat([x.flatten(2) for x in held], dim=-1) if len(held) > 1 else held[0].flatten(2),
+        torch.stack(rates((*network.matrices, *(biases if own else ()))), dim=-1).float().transpose(1, 2),
         size=size,
-        bias=weights["out.bias"].squeeze(-2) if biased else None,
-        bias_rates=rates("out.bias") if own else None,
-        read_rate=tokens_first(tokens.gates["read_rate"].float()) if spec.read_rate else None,
-        gamma=gamma,
-        beta=beta,
+        hidden=weights["out"].shape[-2] if network.theta else 0,
+        activation=network.activation if isinstance(network, MLP) else "identity",
+        bias=network.has_bias,
+        shares=_shares(spec, size, tokens),
+        head=torch.cat([weights[name] for name in ("gamma", "beta")], dim=-2) if network.output_head else None,
         eps=head.eps,
         squared=spec.loss == "squared",
         in_loss=head.where != "read",
         in_read=head.where != "loss",
         residual=head.residual,
     )
-    after = {"out": matrix} | ({} if bias is None else {"out.bias": bias.unsqueeze(-2)})
-    return output.transpose(1, 2), replace(fast, weights=dict(weights) | after)
+    left = [x.view(like.shape) for x, like in zip(state.split([x[0, 0].numel() for x in held], -1), held, strict=True)]
+    after = dict(zip(order, left, strict=False))
+    momentum = dict(zip(order, left[len(order) :], strict=True)) if spec.momentum else {}
+    return output.transpose(1, 2), replace(fast, weights=dict(weights) | after, momentum=momentum)
+
+
+def _shares(spec: InnerLoop, size: int, tokens: Tokens) -> Tensor | None:
+    """What tokens see of their span's writes, of the state and of its buffer, as the operator takes it."""
+    if spec.read_rate:
+        return tokens.gates["read_rate"].float().transpose(1, 2).unsqueeze(-1)
+    if not (spec.momentum or spec.retention):
+        return None
+
+    def spans(name: str) -> Tensor:
+        return tokens.gates[name].float().unflatten(2, (-1, size))
+
+    ones = torch.ones(*tokens.k.shape[:3], device=tokens.k.device).unflatten(2, (-1, size))
+    decay = spans("retention") if spec.retention else ones
+    keep = decay_matrix(decay)
+    on_state = decay[..., :1] * keep[..., 0]
+    if not spec.momentum:
+        return torch.cat((keep, on_state[..., None]), dim=-1).flatten(2, 3).transpose(1, 2)
+    momentum = spans("momentum")
+    chain = decay_matrix(momentum)
+    reach = momentum[..., :1] * chain[..., 0]
+    step = spec.sign * (spans("step_rate") if spec.step_rate else ones)
+    entered = step[..., None] * torch.cat((chain, reach[..., None]), dim=-1)
+    seen = seen_product(keep, entered, up_to(keep))
+    columns = (seen[..., :-1], on_state[..., None], seen[..., -1:], chain[..., -1, :, None], reach[..., None])
+    return torch.cat(columns, dim=-1).flatten(2, 3).transpose(1, 2)
