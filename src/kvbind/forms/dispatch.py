@@ -20,7 +20,7 @@ from kvbind.forms.kernel_calls.chunked import run_chunked
 from kvbind.forms.kernel_calls.full import run_full_conv, run_full_glu
 from kvbind.forms.kernel_calls.mini_batches import run_mini_batches
 from kvbind.forms.kernel_calls.recurrent import run_full_recurrent, run_recurrent
-from kvbind.forms.obstacles import parallel_in_spans, parallel_obstacles
+from kvbind.forms.obstacles import best_form, parallel_in_spans, parallel_obstacles
 from kvbind.forms.parallel import SHORT_CHUNK
 from kvbind.forms.validation import Engine, Operands
 from kvbind.inner.network import Network
@@ -74,12 +74,15 @@ def own_takes_packed(spec: InnerLoop, call: Operands, form: str) -> bool:
     return any(row.packed is not None and row.covers(spec) and row.packed(spec, call) for row in KERNELS)
 
 
-def parallel_kernels(spec: InnerLoop) -> str:
-    """What runs the parallel form of an inner loop on GPUs, for people; empty where that is PyTorch alone.
+def kernels_of(spec: InnerLoop) -> str:
+    """What runs the best form of an inner loop on GPUs, for people; empty where that is PyTorch alone.
 
     Whether a call fits depends on its operands too; `kvbind.forms.fla` logs what ran.
     """
-    own = next((f"kvbind.kernels.{row.folder}" for row in KERNELS if row.form == "parallel" and row.covers(spec)), None)
+    form = best_form(spec)
+    own = next((f"kvbind.kernels.{row.folder}" for row in KERNELS if row.form == form and row.covers(spec)), None)
+    if form != "parallel":
+        return own or ""
     operator = fla.operator_of(spec)
     if isinstance(operator, str):
         return own or ""
