@@ -3,8 +3,9 @@
 The peer of a rung that has a parallel form is that form in ordinary PyTorch under `torch.compile`: chunks by reshaping, two
 batched products, `cumsum` (momentum by `cumprod`), Newton-Schulz as batched products in bfloat16. That of rungs 0 and 1 is
 the released style of operator: a loop over chunks whose update is compiled. That of mini-batches under squared error is a
-loop over them whose dual form is compiled; beside it stands the library's own dual form in PyTorch. The peer of token visibility is the operator of flash-linear-attention that computes the same,
-where it is installed; ours is then measured without it.
+loop over them whose dual form is compiled; beside it stands the library's own dual form in PyTorch. The peer of token
+visibility is the operator of flash-linear-attention that computes the same, where it is installed; ours is then measured
+without it.
 """
 
 from __future__ import annotations

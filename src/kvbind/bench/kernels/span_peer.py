@@ -26,7 +26,9 @@ def span_step(
     """One mini-batch `[n, L, D]`: gradients of all its tokens at its starting weights, then what every query reads.
 
     Args:
-        q, k, v: tokens of n heads.
+        q: what the tokens of n heads read.
+        k: keys.
+        v: values.
         rates: learning rate of each weight, `[n, L, 1]`.
         gates: likewise: `read_rate`, or `retention` and `momentum`.
         weights: `[n, in, out]` by name.

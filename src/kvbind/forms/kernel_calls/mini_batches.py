@@ -71,7 +71,7 @@ def _whole(spec: InnerLoop, size: int, q: Tensor, tokens: Tokens, fast: FastWeig
         hidden=weights["out"].shape[-2] if network.theta else 0,
         activation=network.activation if isinstance(network, MLP) else "identity",
         bias=network.has_bias,
-        shares=_shares(spec, size, tokens),
+        shares=shares_of(spec, size, tokens),
         head=torch.cat([weights[name] for name in ("gamma", "beta")], dim=-2) if network.output_head else None,
         eps=head.eps,
         squared=spec.loss == "squared",
@@ -85,7 +85,7 @@ def _whole(spec: InnerLoop, size: int, q: Tensor, tokens: Tokens, fast: FastWeig
     return output.transpose(1, 2), replace(fast, weights=dict(weights) | after, momentum=momentum)
 
 
-def _shares(spec: InnerLoop, size: int, tokens: Tokens) -> Tensor | None:
+def shares_of(spec: InnerLoop, size: int, tokens: Tokens) -> Tensor | None:
     """What tokens see of their span's writes, of the state and of its buffer, as the operator takes it."""
     if spec.read_rate:
         return tokens.gates["read_rate"].float().transpose(1, 2).unsqueeze(-1)

@@ -1,7 +1,8 @@
 """The backward pass over mini-batches, from the last to the first: a program for each sequence and head.
 
-Kept for it are the operands and the state before every so many mini-batches, a *stretch*; a stretch is walked through forward
-once more, for the states before each, then backward with the state's gradient in registers.
+Kept for it are the operands and the state before every so many mini-batches, a *stretch*; a stretch is walked through
+forward once more, for the states before each, then backward with the state's gradient in registers. Gradients are
+closed-form; those of reads and steps are the same for both layers.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def backward_kernel(
     BIAS: tl.constexpr, OWN: tl.constexpr, RATES: tl.constexpr, FLOW: tl.constexpr, HEAD: tl.constexpr,
     SQUARED: tl.constexpr, IN_LOSS: tl.constexpr, IN_READ: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All mini-batches of a sequence and head, from the last to the first; `d_state` enters as that of the state behind them."""
+    """All mini-batches of a sequence and head, from the last to the first; `d_state` enters as that of the last state."""
     z_place = tl.program_id(0).to(tl.int64)
     batch, its_head = z_place // heads, z_place % heads
     rows, keys, values = tl.arange(0, L), tl.arange(0, DK), tl.arange(0, DV)
@@ -303,7 +304,11 @@ def backward_kernel(
                     grad1, bias_grad1, m_grad1, bm_grad1, sees, rows, SIZE, BIAS, OWN, FLOW, PRECISION,
                 )  # fmt: skip
                 d_seen, d_end, d_left = d_seen + d_seen1, d_end + d_end1, d_left + d_left1
-                d_on_state, d_on_buffer, d_entering = d_on_state + d_on_state1, d_on_buffer + d_on_buffer1, d_entering + d_entering1
+                d_on_state, d_on_buffer, d_entering = (
+                    d_on_state + d_on_state1,
+                    d_on_buffer + d_on_buffer1,
+                    d_entering + d_entering1,
+                )
                 d_buffer_in_state, d_buffer_left = d_buffer_in_state + d_buffer_in_state1, d_buffer_left + d_buffer_left1
                 d_d1 = rate1[:, None] * d_written1
                 d_rate1 = tl.sum(d1 * d_written1, 1)

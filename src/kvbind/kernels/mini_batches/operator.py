@@ -62,11 +62,11 @@ def mini_batches(
         hidden: hidden width Dh, or 0 for one layer.
         activation: what stands behind the hidden layer, a name that `kvbind.kernels.common.activations` knows.
         bias: layers have biases.
-        shares: what a token t sees, float32 and one of: None, all that its mini-batch wrote up to it; `[B, T, H, 1]`, so much
-            of that; `[B, T, H, size + 1]`, so much of what each token of its mini-batch wrote, 0 from t + 1 on, and of the
-            state before them; `[B, T, H, size + 4]`, so much also of the momentum buffer before them, then how much of what t
-            writes is in the buffer behind the mini-batch, and how much of the buffer before the mini-batch is in that behind
-            t. The state behind a mini-batch is that which its last token sees.
+        shares: what a token t sees, float32 and one of: None, all that its mini-batch wrote up to it; `[B, T, H, 1]`, so
+            much of that; `[B, T, H, size + 1]`, so much of what each token of its mini-batch wrote, 0 from t + 1 on, and of
+            the state before them; `[B, T, H, size + 4]`, so much also of the momentum buffer before them, then how much of
+            what t writes is in the buffer behind the mini-batch, and how much of the buffer before the mini-batch is in that
+            behind t. The state behind a mini-batch is that which its last token sees.
         head: gain and shift of the head, float32 `[B, H, 2, Dv]`, or None for no head.
         eps: added to the head's variance.
         squared: the loss is the squared error and not the dot product.
@@ -103,7 +103,7 @@ def mini_batches(
 def covers(dtype: torch.dtype, size: int, key_width: int, hidden: int, value_width: int, momentum: bool = False) -> bool:
     """Whether `mini_batches` takes operands of `dtype` and of these widths, in mini-batches of `size` tokens."""
     most = MOST_WIDTH.get(dtype, 0)
-    narrow = 16 <= min(key_width, value_width) and max(key_width, value_width) <= most
+    narrow = min(key_width, value_width) >= 16 and max(key_width, value_width) <= most
     tiles = all(width == power_of_2(width) for width in (key_width, value_width, hidden or 16))
     numbers = _numbers(key_width, hidden, value_width, momentum)
     fits = narrow and tiles and (not hidden or hidden >= 16) and numbers <= MOST_NUMBERS[dtype]
@@ -120,7 +120,7 @@ _launch_forward, _launch_backward = Launcher(forward_kernel), Launcher(backward_
 
 
 def _warps(numbers: int, forward: bool) -> int:
-    """Warps of a program that holds a state of so many numbers: at most 64 registers of each thread, in the backward pass 32."""
+    """Warps of a program that holds a state of so many numbers in registers."""
     return max(2, min(16, numbers // (1024 if forward else 512)))
 
 
@@ -193,9 +193,9 @@ def _(
 
 @torch.library.custom_op("kvbind::mini_batches_backward", mutates_args=())
 def _backward(
-    d_out: Tensor | None, d_end: Tensor | None, starts: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, rates: Tensor,
-    head: Tensor | None, shares: Tensor | None, size: int, hidden: int, activation: str, bias: bool, eps: float,
-    squared: bool, in_loss: bool, in_read: bool, residual: bool,
+    d_out: Tensor | None, d_end: Tensor | None, starts: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor,
+    rates: Tensor, head: Tensor | None, shares: Tensor | None, size: int, hidden: int, activation: str, bias: bool,
+    eps: float, squared: bool, in_loss: bool, in_read: bool, residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, tokens, heads, _ = q.shape
     each, stretches = _stretches(tokens // size)
@@ -228,8 +228,8 @@ def _gradients(
 
 @_backward.register_fake
 def _(
-    d_out, d_end, starts, q, k, v, state, rates, head, shares, size, hidden, activation, bias, eps, squared, in_loss, in_read,
-    residual,
+    d_out, d_end, starts, q, k, v, state, rates, head, shares, size, hidden, activation, bias, eps, squared, in_loss,
+    in_read, residual,
 ):  # fmt: skip
     return _gradients(q, k, v, state, rates, head, shares)
 

@@ -1,12 +1,13 @@
-"""What the passes over mini-batches share: operands and coefficients of a mini-batch, layers, the head and the loss."""
+"""What the passes over mini-batches share: operands and coefficients of a mini-batch, layers, the head and the loss.
+
+`FLOW` says what reads and states take of what tokens write: 0, all of it; 1, the share of the one who reads; 2 and 3, what
+gates leave of it, without and with a momentum buffer.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-UNIFORM, READ_RATE, RETENTION, MOMENTUM = 0, 1, 2, 3
-"""What states and reads take of what tokens write: all of it; the reader's share; what gates leave, without and with momentum."""
 
 
 @triton.jit
@@ -110,9 +111,9 @@ def shares_of(flow, first, heads, rows, inside, sees, SIZE: tl.constexpr, FLOW: 
     """What reads and the state behind a mini-batch take of the state before it and of what tokens write.
 
     Returns:
-        `seen[t, j]`, of what j writes in what t reads; `end[j]`, the same in the state, a number for all under `UNIFORM` and
-        `READ_RATE`; of the state and of the buffer in what t reads; of them in the state; of what j writes, and of the
-        buffer, in the buffer.
+        `seen[t, j]`, of what j writes in what t reads; `end[j]`, the same in the state, one number where `FLOW` is below 2;
+        `on_state[t]`, `on_buffer[t]`, of the state and of the buffer before the mini-batch in what t reads; of these two in
+        the state behind it, where `entering[j]`, of what j writes, and a share of the buffer are in the buffer.
     """
     own = tl.where(inside, 1.0, 0.0)
     if FLOW < 2:
@@ -165,8 +166,10 @@ def read_layer(
 
 
 @triton.jit
-def step(matrix, bias, buffer, bias_buffer, features, written, shifted, end, state_left, buffer_in_state, entering, buffer_left,
-         BIAS: tl.constexpr, FLOW: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def step(
+    matrix, bias, buffer, bias_buffer, features, written, shifted, end, state_left, buffer_in_state, entering, buffer_left,
+    BIAS: tl.constexpr, FLOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """A layer and its buffer behind a mini-batch whose tokens write `features^T written`, `shifted` into the bias."""
     low = features.dtype
     across = tl.trans(features)
