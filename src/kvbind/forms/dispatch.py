@@ -316,6 +316,7 @@ KERNELS = (
     Kernel("chunked",      "parallel",  is_chunked,      chunked_takes,        run_chunked,        chunked_takes_packed),
     Kernel("causal",       "parallel",  is_causal,       causal_takes,         run_causal,         causal_takes_packed),
     Kernel("mini_batches", "dual",      is_mini_batched, mini_batches_take,    run_mini_batches),
+    Kernel("mini_batches", "parallel",  is_mini_batched, mini_batches_take,    run_mini_batches),
     Kernel("recurrent",    "recurrent", is_recurrent,    recurrent_takes,      run_recurrent),
     Kernel("full_glu",     "full",      is_full_glu,     full_glu_takes,       run_full_glu),
     Kernel("full_conv",    "full",      is_full_conv,    full_conv_takes,      run_full_conv),

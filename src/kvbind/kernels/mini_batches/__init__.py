@@ -1,7 +1,7 @@
 """TTT-Linear, TTT-MLP and Titans by the dual form of mini-batches: one program for each sequence and head.
 
 A program walks through its mini-batches with the state in registers: the matrix of one layer or those of two, their biases,
-and maybe a momentum buffer of each. Of the tokens of a mini-batch, which write at the state `W` and the buffer `S` before it,
+and maybe a momentum buffer of each. The tokens of a mini-batch write at the state `W` and the buffer `S` before it:
 
     u = k W1 + b1,  h = act(u),  z = h W2 + b2,  d2 = -dL/dz,  d1 = (d2 W2^T) o act'(u),  D = r d
     o = head(read2(act(read1(q))), q),  read(x) = s (x W + b) + m (x S + S_b) + (G o (x x_k^T)) D + G D_b

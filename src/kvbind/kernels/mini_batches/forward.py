@@ -71,16 +71,18 @@ def forward_kernel(
 
         # what tokens write, at the state before them
         read = w.to(low)
-        features, spoils = its_k, tl.sum(its_k.to(tl.float32) * 0.0, 1)
+        features = its_k
         if DH:
             read1 = w1.to(low)
             u = product(its_k, read1, PRECISION) + b1[None, :]
-            hidden = activate(u, ACTIVATION)
-            features = hidden.to(low)
+            features = activate(u, ACTIVATION).to(low)
         z = product(features, read, PRECISION) + b[None, :]
         d, _, _, _ = descent(its_k, its_v, z, gain, shift, eps, SQUARED, IN_LOSS, RESIDUAL, DV)
         written = rate[:, None] * d
-        spoils += tl.sum(written * 0.0, 1)
+        # not a number where anything is not finite: a key's reaches what is made of it, if not always what is written
+        spoils = tl.sum(written * 0.0, 1)
+        if not (DH or SQUARED or IN_LOSS):
+            spoils += tl.sum(z * 0.0, 1)
         shifted = written
         if OWN:
             shifted = bias_rate[:, None] * d
@@ -91,7 +93,7 @@ def forward_kernel(
             rate1, bias_rate1 = rates_of(rates, at, heads, rows, inside, RATES, 0, OWN)
             d1 = product(d.to(low), tl.trans(read), PRECISION) * slope(u, ACTIVATION)
             written1 = rate1[:, None] * d1
-            spoils += tl.sum(written1 * 0.0 + hidden * 0.0, 1)
+            spoils += tl.sum(written1 * 0.0 + u * 0.0, 1)
             shifted1 = written1
             if OWN:
                 shifted1 = bias_rate1[:, None] * d1

@@ -24,7 +24,7 @@ LEAST_TOKENS = 16
 MOST_WIDTH = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
 """The widest head."""
 
-MOST_NUMBERS = {torch.bfloat16: 1 << 15, torch.float16: 1 << 15, torch.float32: 1 << 14}
+MOST_NUMBERS = {torch.bfloat16: 1 << 15, torch.float16: 1 << 15, torch.float32: 1 << 13}
 """Of a state's matrices and their buffers: what registers hold, where products of float32 have operands too."""
 
 
@@ -121,7 +121,7 @@ _launch_forward, _launch_backward = Launcher(forward_kernel), Launcher(backward_
 
 def _warps(numbers: int, forward: bool) -> int:
     """Warps of a program that holds a state of so many numbers in registers."""
-    return max(2, min(16, numbers // (1024 if forward else 512)))
+    return max(2, min(8, numbers // (1024 if forward else 512)))
 
 
 def _constants(
