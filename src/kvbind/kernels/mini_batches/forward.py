@@ -12,13 +12,16 @@ from kvbind.kernels.mini_batches.parts import (
     normalized,
     product,
     rates_of,
-    read_layer,
+    read_hidden,
+    read_last,
     rows_of,
     scores_of,
     shares_of,
-    step,
+    step_hidden,
+    step_last,
     store_rows,
     store_state,
+    through,
 )
 
 
@@ -54,6 +57,8 @@ def forward_kernel(
     if HEAD:
         head += z_place * 2 * DV
         gain, shift = tl.load(head + values), tl.load(head + DV + values)
+    # as products read them
+    read, read1 = w.to(low), w1.to(low)
     wrong_before = 0
     for n in range(tokens // SIZE):
         if KEEP:  # noqa: SIM102, as the other condition is none of the compiler's
@@ -70,13 +75,11 @@ def forward_kernel(
         )
 
         # what tokens write, at the state before them
-        read = w.to(low)
-        features = its_k
+        features = tl.trans(its_k)
         if DH:
-            read1 = w1.to(low)
-            u = product(its_k, read1, PRECISION) + b1[None, :]
+            u = product(read1, features, PRECISION) + b1[:, None]
             features = activate(u, ACTIVATION).to(low)
-        z = product(features, read, PRECISION) + b[None, :]
+        z = through(features, read, DH, PRECISION) + b[None, :]
         d, _, _, _ = descent(its_k, its_v, z, gain, shift, eps, SQUARED, IN_LOSS, RESIDUAL, DV)
         written = rate[:, None] * d
         # not a number where anything is not finite: a key's reaches what is made of it, if not always what is written
@@ -91,45 +94,43 @@ def forward_kernel(
             spoils += on_state * 0.0
         if DH:
             rate1, bias_rate1 = rates_of(rates, at, heads, rows, inside, RATES, 0, OWN)
-            d1 = product(d.to(low), tl.trans(read), PRECISION) * slope(u, ACTIVATION)
-            written1 = rate1[:, None] * d1
-            spoils += tl.sum(written1 * 0.0 + u * 0.0, 1)
+            d1 = product(read, tl.trans(d.to(low)), PRECISION) * slope(u, ACTIVATION)
+            written1 = rate1[None, :] * d1
+            spoils += tl.sum(written1 * 0.0 + u * 0.0, 0)
             shifted1 = written1
             if OWN:
-                shifted1 = bias_rate1[:, None] * d1
+                shifted1 = bias_rate1[None, :] * d1
                 spoils += bias_rate1 * 0.0
+
         # a token that is not finite writes nothing, and spoils what sees it
         wrong = (spoils != 0.0) & inside
         counts = sees & (wrong[None, :] == 0)
         written = tl.where(wrong[:, None], 0.0, written)
         shifted = tl.where(wrong[:, None], 0.0, shifted)
-        features = tl.where(wrong[:, None], 0.0, features.to(tl.float32)).to(low)
+        features = tl.where(wrong[None, :], 0.0, features.to(tl.float32)).to(low)
         so_far = wrong_before + tl.cumsum(wrong.to(tl.int32), 0)
         wrong_before += tl.sum(wrong.to(tl.int32), 0)
 
         # what queries read, each of the state that it sees, and the state behind them
-        asked = its_q
+        asked = tl.trans(its_q)
         if DH:
             clean_k = tl.where(wrong[:, None], 0.0, its_k.to(tl.float32)).to(low)
-            written1 = tl.where(wrong[:, None], 0.0, written1)
-            shifted1 = tl.where(wrong[:, None], 0.0, shifted1)
-            scores = scores_of(its_q, its_k, counts, PLUS, PRECISION)
-            asked = activate(
-                read_layer(
-                    its_q, read1, b1, m1.to(low), bm1, scores, written1.to(low), shifted1, seen, on_state, on_buffer,
-                    OWN, FLOW, PRECISION,
-                ),
-                ACTIVATION,
-            ).to(low)  # fmt: skip
-            w1, b1, m1, bm1 = step(
+            written1 = tl.where(wrong[None, :], 0.0, written1)
+            shifted1 = tl.where(wrong[None, :], 0.0, shifted1)
+            scores = scores_of(its_q, tl.trans(clean_k), counts, PLUS, PRECISION)
+            u_asked = read_hidden(
+                its_q, read1, b1, m1.to(low), bm1, scores, written1, shifted1, seen, on_state, on_buffer, OWN, FLOW, PRECISION
+            )
+            asked = activate(u_asked, ACTIVATION).to(low)
+            w1, b1, m1, bm1 = step_hidden(
                 w1, b1, m1, bm1, clean_k, written1, shifted1, end, state_left, buffer_in_state, entering, buffer_left,
                 BIAS, FLOW, PRECISION,
             )  # fmt: skip
-        scores = scores_of(asked, features, counts, PLUS, PRECISION)
-        y = read_layer(
-            asked, read, b, m.to(low), bm, scores, written.to(low), shifted, seen, on_state, on_buffer, OWN, FLOW, PRECISION
+        scores = scores_of(tl.trans(asked), features, counts, PLUS, PRECISION)
+        y = read_last(
+            asked, read, b, m.to(low), bm, scores, written, shifted, seen, on_state, on_buffer, DH, OWN, FLOW, PRECISION
         )
-        w, b, m, bm = step(
+        w, b, m, bm = step_last(
             w, b, m, bm, features, written, shifted, end, state_left, buffer_in_state, entering, buffer_left,
             BIAS, FLOW, PRECISION,
         )  # fmt: skip
@@ -138,6 +139,7 @@ def forward_kernel(
             y = y * gain[None, :] + shift[None, :]
             if RESIDUAL:
                 y += its_q.to(tl.float32)
+        read, read1 = w.to(low), w1.to(low)
         y = tl.where((so_far > 0)[:, None], float("nan"), y)
         store_rows(out, at, heads * DV, rows, values, inside, y)
     spoilt = tl.where(wrong_before > 0, float("nan"), 0.0)
