@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvbind.forms.finite import guarded, seen_product
-from kvbind.forms.scan import decay_matrix, up_to
+from kvbind.forms.scan import up_to
 from kvbind.forms.spanwise import in_spans
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
@@ -95,17 +96,46 @@ def shares_of(spec: InnerLoop, size: int, tokens: Tokens) -> Tensor | None:
     def spans(name: str) -> Tensor:
         return tokens.gates[name].float().unflatten(2, (-1, size))
 
-    ones = torch.ones(*tokens.k.shape[:3], device=tokens.k.device).unflatten(2, (-1, size))
-    decay = spans("retention") if spec.retention else ones
-    keep = decay_matrix(decay)
-    on_state = decay[..., :1] * keep[..., 0]
     if not spec.momentum:
-        return torch.cat((keep, on_state[..., None]), dim=-1).flatten(2, 3).transpose(1, 2)
+        on_state, keep = _products(spans("retention")).split((1, size), -1)
+        return torch.cat((keep, on_state), dim=-1).flatten(2, 3).transpose(1, 2)
     momentum = spans("momentum")
-    chain = decay_matrix(momentum)
-    reach = momentum[..., :1] * chain[..., 0]
-    step = spec.sign * (spans("step_rate") if spec.step_rate else ones)
-    entered = step[..., None] * torch.cat((chain, reach[..., None]), dim=-1)
-    seen = seen_product(keep, entered, up_to(keep))
-    columns = (seen[..., :-1], on_state[..., None], seen[..., -1:], chain[..., -1, :, None], reach[..., None])
+    decay = spans("retention") if spec.retention else torch.ones_like(momentum)
+    decays, chains = _products(torch.stack((decay, momentum))).unbind()
+    (on_state, keep), (reach, chain) = decays.split((1, size), -1), chains.split((1, size), -1)
+    entered = torch.cat((chain, reach), dim=-1)
+    if spec.step_rate:
+        entered = spans("step_rate")[..., None] * entered
+    seen = spec.sign * seen_product(keep, entered, up_to(keep))
+    columns = (seen[..., :-1], on_state, seen[..., -1:], chain[..., -1, :, None], reach)
     return torch.cat(columns, dim=-1).flatten(2, 3).transpose(1, 2)
+
+
+class _Products(torch.autograd.Function):
+    """Products of gates, gradients by products alone too; those of `cumprod` divide, and look for zeros on the host."""
+
+    @staticmethod
+    def forward(gates: Tensor) -> Tensor:
+        size = gates.shape[-1]
+        row, column = (torch.arange(n, device=gates.device) for n in (size, size + 1))
+        row = row[:, None]
+        made = torch.where(column <= row, gates[..., None], 1.0).cumprod(-2)
+        return made.masked_fill(column > row + 1, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (made,) = ctx.saved_tensors
+        begun = torch.zeros_like(made[..., :1, :])
+        begun[..., 0] = 1.0
+        before = torch.cat((begun, made[..., :-1, :]), dim=-2)
+        return ((made[..., 1:].mT @ grad) * before).sum(-1)
+
+
+def _products(gates: Tensor) -> Tensor:
+    """Of gates `[..., n]` the products `[..., n, n + 1]`: of all up to t, then of those behind j up to t, 0 for j > t."""
+    made: Tensor = _Products.apply(gates)
+    return made

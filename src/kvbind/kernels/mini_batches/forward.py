@@ -119,7 +119,20 @@ def forward_kernel(
             shifted1 = tl.where(wrong[None, :], 0.0, shifted1)
             scores = scores_of(its_q, tl.trans(clean_k), counts, PLUS, PRECISION)
             u_asked = read_hidden(
-                its_q, read1, b1, m1.to(low), bm1, scores, written1, shifted1, seen, on_state, on_buffer, OWN, FLOW, PRECISION
+                its_q,
+                read1,
+                b1,
+                m1.to(low),
+                bm1,
+                scores,
+                written1,
+                shifted1,
+                seen,
+                on_state,
+                on_buffer,
+                OWN,
+                FLOW,
+                PRECISION,
             )
             asked = activate(u_asked, ACTIVATION).to(low)
             w1, b1, m1, bm1 = step_hidden(
