@@ -13,7 +13,8 @@ from kvbind.kernels.common.operands import cdiv, dot_precision, power_of_2
 from kvbind.kernels.launching import dispatcher
 from kvbind.kernels.launching.launcher import Launcher
 from kvbind.kernels.mini_batches.backward import backward_kernel
-from kvbind.kernels.mini_batches.forward import forward_kernel
+from kvbind.kernels.mini_batches.reads import reads_kernel
+from kvbind.kernels.mini_batches.states import states_kernel
 
 MOST_TOKENS = 64
 """The longest mini-batch."""
@@ -23,6 +24,9 @@ LEAST_TOKENS = 16
 
 MOST_WIDTH = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
 """The widest head."""
+
+SEGMENT = 64
+"""Mini-batches whose states are held at once in the forward pass."""
 
 MOST_NUMBERS = {torch.bfloat16: 1 << 15, torch.float16: 1 << 15, torch.float32: 1 << 13}
 """Of a state's matrices and their buffers: what registers hold, where products of float32 have operands too."""
@@ -116,28 +120,34 @@ def _numbers(key_width: int, hidden: int, value_width: int, momentum: bool) -> i
     return 2 * layers if momentum else layers
 
 
-_launch_forward, _launch_backward = Launcher(forward_kernel), Launcher(backward_kernel)
+_launch_states, _launch_reads, _launch_backward = (Launcher(x) for x in (states_kernel, reads_kernel, backward_kernel))
 
 
-def _warps(numbers: int, forward: bool) -> int:
-    """Warps of a program that holds a state of so many numbers in registers."""
-    return max(2, min(8, numbers // (1024 if forward else 512)))
+def _warps(numbers: int) -> dict[str, int]:
+    """Warps of a program of each kernel, for a state of so many numbers."""
+    return {
+        "states": max(2, min(8, numbers // 1024)),
+        "reads": 4 if numbers < 1 << 14 else 8,
+        "backward": max(2, min(8, numbers // 512)),
+    }
 
 
 def _constants(
     q: Tensor, v: Tensor, state: Tensor, rates: Tensor, head: Tensor | None, shares: Tensor | None, size: int, hidden: int,
-    activation: str, bias: bool, squared: bool, in_loss: bool, in_read: bool, residual: bool, *, forward: bool,
-) -> dict[str, Any]:  # fmt: skip
+    activation: str, bias: bool, squared: bool, in_loss: bool, in_read: bool, residual: bool,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Of each kernel."""
     width, value_width = q.shape[-1], v.shape[-1]
     flow = 0 if shares is None else {1: 1, size + 1: 2, size + 4: 3}[shares.shape[-1]]
     own = rates.shape[-1] == (4 if hidden else 2)
-    return {
+    shared = {
         "SIZE": size, "L": max(LEAST_TOKENS, power_of_2(size)), "DK": width, "DH": hidden, "DV": value_width,
         "ACTIVATION": activation, "BIAS": bias, "OWN": own, "RATES": rates.shape[-1], "FLOW": flow, "HEAD": head is not None,
         "SQUARED": squared, "IN_LOSS": in_loss, "IN_READ": in_read, "RESIDUAL": residual,
-        "PRECISION": _precision(q.dtype), "num_warps": _warps(_numbers(width, hidden, value_width, flow == 3), forward),
-        "num_stages": 1,
+        "PRECISION": _precision(q.dtype), "num_stages": 1,
     }  # fmt: skip
+    warps = _warps(_numbers(width, hidden, value_width, flow == 3))
+    return {name: shared | {"num_warps": count} for name, count in warps.items()}
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -160,17 +170,33 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, tokens, heads, _ = q.shape
     out, end, starts = _outcome(v, state, size, keep)
-    each, stretches = _stretches(tokens // size)
+    count = tokens // size
+    each, stretches = _stretches(count)
     constants = _constants(
-        q, v, state, rates, head, shares, size, hidden, activation, bias, squared, in_loss, in_read, residual, forward=True
+        q, v, state, rates, head, shares, size, hidden, activation, bias, squared, in_loss, in_read, residual
     )
-    nothing = rates
+    head, shares = (rates if x is None else x for x in (head, shares))
+    room, bias_room = _room(q, v, min(count, SEGMENT), hidden, constants)
     with on_device_of(q):
-        _launch_forward[(batch * heads,)](
-            q, k, v, state, rates, *(nothing if x is None else x for x in (head, shares)), out, end, starts,
-            tokens, heads, each, stretches, eps, **constants, KEEP=keep,
-        )  # fmt: skip
+        for first in range(0, count, SEGMENT):
+            length = min(SEGMENT, count - first)
+            _launch_states[(batch * heads,)](
+                k, v, rates, head, shares, end if first else state, end, room, bias_room, starts, state.shape[-1],
+                tokens, heads, first, length, each, stretches, eps, **constants["states"], KEEP=keep, END=True,
+            )  # fmt: skip
+            _launch_reads[(batch * heads, length)](
+                q, k, v, rates, head, shares, room, bias_room, out, tokens, heads, first, length, eps, **constants["reads"]
+            )
     return out, end, starts
+
+
+def _room(q: Tensor, v: Tensor, count: int, hidden: int, constants: dict[str, dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Room for the states before so many mini-batches: matrices in q's dtype, biases."""
+    batch, _, heads, width = q.shape
+    momentum = constants["states"]["FLOW"] == 3
+    numbers = _numbers(width, hidden, v.shape[-1], momentum)
+    biases = (hidden + v.shape[-1]) * (1 + momentum)
+    return q.new_empty((batch * heads, count, numbers)), q.new_empty((batch * heads, count, biases), dtype=torch.float32)
 
 
 def _outcome(v: Tensor, state: Tensor, size: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,19 +228,25 @@ def _backward(
     dq, dk, dv, d_state, d_rates, d_head, d_shares = found = _gradients(q, k, v, state, rates, head, shares)
     d_out = torch.zeros_like(v) if d_out is None else d_out.to(v.dtype).contiguous()
     d_state.zero_() if d_end is None else d_state.copy_(d_end)
+    d_head.zero_()
     constants = _constants(
-        q, v, state, rates, head, shares, size, hidden, activation, bias, squared, in_loss, in_read, residual, forward=False
+        q, v, state, rates, head, shares, size, hidden, activation, bias, squared, in_loss, in_read, residual
     )
-    momentum = constants["FLOW"] == 3
-    numbers = _numbers(q.shape[-1], hidden, v.shape[-1], momentum)
-    room = q.new_empty((batch * heads, each, numbers))
-    bias_room = rates.new_empty((batch * heads, each, (hidden + v.shape[-1]) * (1 + momentum)))
-    nothing = rates
+    head, shares = (rates if x is None else x for x in (head, shares))
+    room, bias_room = _room(q, v, each, hidden, constants)
     with on_device_of(q):
-        _launch_backward[(batch * heads,)](
-            d_out, q, k, v, rates, *(nothing if x is None else x for x in (head, shares)), starts, room, bias_room,
-            dq, dk, dv, d_state, d_rates, d_head, d_shares, tokens, heads, each, stretches, eps, **constants,
-        )  # fmt: skip
+        for place in reversed(range(stretches)):
+            first = place * each
+            length = min(each, tokens // size - first)
+            _launch_states[(batch * heads,)](
+                k, v, rates, head, shares, starts[:, :, place:], d_state, room, bias_room, starts,
+                stretches * state.shape[-1], tokens, heads, first, length, each, stretches, eps, **constants["states"],
+                KEEP=False, END=False,
+            )  # fmt: skip
+            _launch_backward[(batch * heads,)](
+                d_out, q, k, v, rates, head, shares, room, bias_room, dq, dk, dv, d_state, d_rates, d_head, d_shares,
+                tokens, heads, first, length, eps, **constants["backward"],
+            )  # fmt: skip
     return found
 
 

@@ -17,17 +17,6 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def through(columns, matrix, DH: tl.constexpr, PRECISION: tl.constexpr):
-    """`columns^T matrix`, `[L, D]`, of `[F, L]` and `[F, D]`."""
-    if DH:
-        # a matrix in front is fetched by the matrix units themselves, and takes no registers
-        y = tl.trans(product(tl.trans(matrix), columns, PRECISION))
-    else:
-        y = product(tl.trans(columns), matrix, PRECISION)
-    return y
-
-
-@triton.jit
 def rows_of(base, first, stride, rows, columns, inside):
     """Some rows of a matrix; zeros where they are not `inside`."""
     return tl.load(base + (first + rows)[:, None] * stride + columns[None, :], mask=inside[:, None], other=0.0)
@@ -40,58 +29,23 @@ def store_rows(base, first, stride, rows, columns, inside, x):
 
 
 @triton.jit
-def load_tile(base, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A matrix that lies row by row."""
-    return tl.load(base + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
-
-
-@triton.jit
-def store_tile(base, x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The opposite of `load_tile`."""
-    places = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    tl.store(base + places, x.to(base.dtype.element_ty))
-
-
-@triton.jit
-def load_bias(base, SIZE: tl.constexpr, BIAS: tl.constexpr):
-    """A bias, zeros without one."""
-    bias = tl.zeros((SIZE,), tl.float32)
+def load_layer(base, of_bias, FROM: tl.constexpr, TO: tl.constexpr, BIAS: tl.constexpr):
+    """A layer: matrix `[FROM, TO]`, and bias, zeros without one."""
+    columns = tl.arange(0, TO)
+    matrix = tl.load(base + tl.arange(0, FROM)[:, None] * TO + columns[None, :])
+    bias = tl.zeros((TO,), tl.float32)
     if BIAS:
-        bias = tl.load(base + tl.arange(0, SIZE))
-    return bias
+        bias = tl.load(of_bias + columns)
+    return matrix, bias
 
 
 @triton.jit
-def store_bias(base, bias, SIZE: tl.constexpr, BIAS: tl.constexpr):
-    """The opposite of `load_bias`."""
+def store_layer(base, of_bias, matrix, bias, FROM: tl.constexpr, TO: tl.constexpr, BIAS: tl.constexpr):
+    """The opposite of `load_layer`."""
+    columns = tl.arange(0, TO)
+    tl.store(base + tl.arange(0, FROM)[:, None] * TO + columns[None, :], matrix.to(base.dtype.element_ty))
     if BIAS:
-        tl.store(base + tl.arange(0, SIZE), bias)
-
-
-@triton.jit
-def _load_layers(base, DK: tl.constexpr, DH: tl.constexpr, DV: tl.constexpr, BIAS: tl.constexpr):
-    """Matrix and bias of the last layer, and those of the hidden one; others stand for what there is not."""
-    DF: tl.constexpr = DH if DH else DK
-    LAST: tl.constexpr = DK * DH + DH * BIAS
-    w, b = load_tile(base + LAST, DF, DV), load_bias(base + LAST + DF * DV, DV, BIAS)
-    w1, b1 = w, b
-    if DH:
-        turned = tl.arange(0, DK)[None, :] * DH + tl.arange(0, DH)[:, None]
-        w1, b1 = tl.load(base + turned), load_bias(base + DK * DH, DH, BIAS)
-    return w, b, w1, b1
-
-
-@triton.jit
-def _store_layers(base, w, b, w1, b1, DK: tl.constexpr, DH: tl.constexpr, DV: tl.constexpr, BIAS: tl.constexpr):
-    """The opposite of `_load_layers`."""
-    DF: tl.constexpr = DH if DH else DK
-    LAST: tl.constexpr = DK * DH + DH * BIAS
-    store_tile(base + LAST, w, DF, DV)
-    store_bias(base + LAST + DF * DV, b, DV, BIAS)
-    if DH:
-        turned = tl.arange(0, DK)[None, :] * DH + tl.arange(0, DH)[:, None]
-        tl.store(base + turned, w1)
-        store_bias(base + DK * DH, b1, DH, BIAS)
+        tl.store(of_bias + columns, bias)
 
 
 @triton.jit
@@ -99,27 +53,76 @@ def load_state(base, DK: tl.constexpr, DH: tl.constexpr, DV: tl.constexpr, BIAS:
     """A state as it lies in one piece: hidden layer if any, last layer; then their buffers if any, likewise.
 
     Returns:
-        Matrix `[Dh, Dv]` and bias of the last layer, its buffer, matrix `[Dh, Dk]` and bias of the hidden layer, its buffer;
-        others stand for what there is not.
+        Matrix and bias of the last layer, its buffer, then the hidden layer and its buffer; others stand for what there is
+        not.
     """
-    BUFFER: tl.constexpr = DK * DH + (DH if DH else DK) * DV + (DH + DV) * BIAS
-    w, b, w1, b1 = _load_layers(base, DK, DH, DV, BIAS)
-    m, bm, m1, bm1 = w, b, w1, b1
+    DF: tl.constexpr = DH if DH else DK
+    LAST: tl.constexpr = DK * DH + DH * BIAS
+    BUFFER: tl.constexpr = LAST + DF * DV + DV * BIAS
+    w, b = load_layer(base + LAST, base + LAST + DF * DV, DF, DV, BIAS)
+    m, bm, w1, b1, m1, bm1 = w, b, w, b, w, b
+    if DH:
+        w1, b1 = load_layer(base, base + DK * DH, DK, DH, BIAS)
+        m1, bm1 = w1, b1
     if FLOW == 3:
-        m, bm, m1, bm1 = _load_layers(base + BUFFER, DK, DH, DV, BIAS)
+        base += BUFFER
+        m, bm = load_layer(base + LAST, base + LAST + DF * DV, DF, DV, BIAS)
+        if DH:
+            m1, bm1 = load_layer(base, base + DK * DH, DK, DH, BIAS)
     return w, b, m, bm, w1, b1, m1, bm1
 
 
 @triton.jit
-def store_state(
-    base, w, b, m, bm, w1, b1, m1, bm1,
+def store_state(base, w, b, m, bm, w1, b1, m1, bm1, DK: tl.constexpr, DH: tl.constexpr, DV: tl.constexpr,
+                BIAS: tl.constexpr, FLOW: tl.constexpr):  # fmt: skip
+    """The opposite of `load_state`."""
+    DF: tl.constexpr = DH if DH else DK
+    LAST: tl.constexpr = DK * DH + DH * BIAS
+    BUFFER: tl.constexpr = LAST + DF * DV + DV * BIAS
+    store_layer(base + LAST, base + LAST + DF * DV, w, b, DF, DV, BIAS)
+    if DH:
+        store_layer(base, base + DK * DH, w1, b1, DK, DH, BIAS)
+    if FLOW == 3:
+        base += BUFFER
+        store_layer(base + LAST, base + LAST + DF * DV, m, bm, DF, DV, BIAS)
+        if DH:
+            store_layer(base, base + DK * DH, m1, bm1, DK, DH, BIAS)
+
+
+@triton.jit
+def keep_state(
+    room, bias_room, w, b, m, bm, w1, b1, m1, bm1,
     DK: tl.constexpr, DH: tl.constexpr, DV: tl.constexpr, BIAS: tl.constexpr, FLOW: tl.constexpr,
 ):  # fmt: skip
-    """The opposite of `load_state`."""
-    BUFFER: tl.constexpr = DK * DH + (DH if DH else DK) * DV + (DH + DV) * BIAS
-    _store_layers(base, w, b, w1, b1, DK, DH, DV, BIAS)
+    """Store a state as products read it: matrices in the dtype of operands, biases apart."""
+    DF: tl.constexpr = DH if DH else DK
+    store_layer(room + DK * DH, bias_room + DH, w, b, DF, DV, BIAS)
+    if DH:
+        store_layer(room, bias_room, w1, b1, DK, DH, BIAS)
     if FLOW == 3:
-        _store_layers(base + BUFFER, m, bm, m1, bm1, DK, DH, DV, BIAS)
+        room, bias_room = room + DK * DH + DF * DV, bias_room + DH + DV
+        store_layer(room + DK * DH, bias_room + DH, m, bm, DF, DV, BIAS)
+        if DH:
+            store_layer(room, bias_room, m1, bm1, DK, DH, BIAS)
+
+
+@triton.jit
+def kept_state(
+    room, bias_room, DK: tl.constexpr, DH: tl.constexpr, DV: tl.constexpr, BIAS: tl.constexpr, FLOW: tl.constexpr
+):  # fmt: skip
+    """What `keep_state` stored, in the order of `load_state`."""
+    DF: tl.constexpr = DH if DH else DK
+    w, b = load_layer(room + DK * DH, bias_room + DH, DF, DV, BIAS)
+    m, bm, w1, b1, m1, bm1 = w, b, w, b, w, b
+    if DH:
+        w1, b1 = load_layer(room, bias_room, DK, DH, BIAS)
+        m1, bm1 = w1, b1
+    if FLOW == 3:
+        room, bias_room = room + DK * DH + DF * DV, bias_room + DH + DV
+        m, bm = load_layer(room + DK * DH, bias_room + DH, DF, DV, BIAS)
+        if DH:
+            m1, bm1 = load_layer(room, bias_room, DK, DH, BIAS)
+    return w, b, m, bm, w1, b1, m1, bm1
 
 
 @triton.jit
@@ -144,7 +147,7 @@ def shares_of(flow, first, heads, rows, inside, sees, SIZE: tl.constexpr, FLOW: 
     """What reads and the state behind a mini-batch take of the state before it and of what tokens write.
 
     Returns:
-        `seen[t, j]`, of what j writes in what t reads; `end[j]`, the same in the state behind the mini-batch;
+        `seen[t, j]`, of what j writes in what t reads; `end[j]`, the same in the state, one number where `FLOW` is below 2;
         `on_state[t]`, `on_buffer[t]`, of the state and of the buffer before the mini-batch in what t reads; of these two in
         the state behind it, where `entering[j]`, of what j writes, and a share of the buffer are in the buffer.
     """
@@ -154,14 +157,13 @@ def shares_of(flow, first, heads, rows, inside, sees, SIZE: tl.constexpr, FLOW: 
             own = tl.load(flow + (first + rows) * heads, mask=inside, other=0.0)
         seen = tl.where(sees, own[:, None], 0.0)
         on_state, on_buffer, entering = own, own, own
-        state_left = last_of(own, rows, SIZE)
-        end = tl.where(inside, state_left, 0.0)
-        buffer_in_state, buffer_left = state_left, state_left
+        end = last_of(own, rows, SIZE)
+        state_left, buffer_in_state, buffer_left = end, end, end
     else:
         WIDTH: tl.constexpr = SIZE + 1 if FLOW == 2 else SIZE + 4
         place = flow + (first + rows) * heads * WIDTH
         seen = tl.load(place[:, None] + rows[None, :], mask=sees & inside[:, None], other=0.0)
-        end = tl.sum(tl.where(rows[:, None] == SIZE - 1, seen, 0.0), 0)
+        end = tl.sum(tl.where(rows[:, None] == SIZE - 1, seen, 0.0), 0)[:, None]
         on_state = tl.load(place + SIZE, mask=inside, other=0.0)
         state_left = last_of(on_state, rows, SIZE)
         on_buffer, entering, buffer_in_state, buffer_left = own, own, state_left, state_left
@@ -174,92 +176,53 @@ def shares_of(flow, first, heads, rows, inside, sees, SIZE: tl.constexpr, FLOW: 
 
 
 @triton.jit
-def scores_of(x, keys, counts, PLUS: tl.constexpr, PRECISION: tl.constexpr):
-    """The scores of rows that read to columns that write, 1 more where a bias takes the same rates; 0 if nothing `counts`."""
-    scores = product(x, keys, PRECISION)
+def scores_of(x, features, counts, PLUS: tl.constexpr, PRECISION: tl.constexpr):
+    """The scores of what reads to what writes, 1 more where a bias takes the same rates, zeros where nothing `counts`."""
+    scores = product(x, tl.trans(features), PRECISION)
     if PLUS:
         scores += 1.0
     return tl.where(counts, scores, 0.0)
 
 
 @triton.jit
-def read_hidden(
+def read_layer(
     x, matrix, bias, buffer, bias_buffer, scores, written, shifted, seen, on_state, on_buffer,
     OWN: tl.constexpr, FLOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What rows `x` read of the hidden layer as each sees it, `[Dh, L]`; matrices in the dtype of `x`."""
-    across = tl.trans(x)
-    z = product(matrix, across, PRECISION) + bias[:, None]
-    if FLOW >= 2:
-        z = on_state[None, :] * z
-    if FLOW == 3:
-        z += on_buffer[None, :] * (product(buffer, across, PRECISION) + bias_buffer[:, None])
-    z += product(written.to(x.dtype), tl.trans((seen * scores).to(x.dtype)), PRECISION)
-    if OWN:
-        z += product(shifted.to(x.dtype), tl.trans(seen.to(x.dtype)), PRECISION)
-    return z
-
-
-@triton.jit
-def step_hidden(
-    matrix, bias, buffer, bias_buffer, x, written, shifted, end, state_left, buffer_in_state, entering, buffer_left,
-    BIAS: tl.constexpr, FLOW: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The hidden layer and its buffer behind a mini-batch whose tokens write `written x`, `shifted` into the bias."""
-    low = x.dtype
-    if FLOW >= 2:
-        matrix = state_left * matrix
-    if FLOW == 3:
-        matrix += buffer_in_state * buffer
-        buffer = buffer_left * buffer + product((entering[None, :] * written).to(low), x, PRECISION)
-    matrix += product((end[None, :] * written).to(low), x, PRECISION)
-    if BIAS:
-        if FLOW >= 2:
-            bias = state_left * bias
-        if FLOW == 3:
-            bias += buffer_in_state * bias_buffer
-            bias_buffer = buffer_left * bias_buffer + tl.sum(entering[None, :] * shifted, 1)
-        bias += tl.sum(end[None, :] * shifted, 1)
-    return matrix, bias, buffer, bias_buffer
-
-
-@triton.jit
-def read_last(
-    x, matrix, bias, buffer, bias_buffer, scores, written, shifted, seen, on_state, on_buffer,
-    DH: tl.constexpr, OWN: tl.constexpr, FLOW: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What columns `x`, `[F, L]`, read of the last layer as each sees it, `[L, Dv]`; matrices in the dtype of `x`."""
-    z = through(x, matrix, DH, PRECISION) + bias[None, :]
+    """What rows `x` read of a layer as each sees it; matrices and `written` in the dtype of `x`."""
+    z = product(x, matrix, PRECISION) + bias[None, :]
     if FLOW >= 2:
         z = on_state[:, None] * z
     if FLOW == 3:
-        z += on_buffer[:, None] * (through(x, buffer, DH, PRECISION) + bias_buffer[None, :])
-    z += product((seen * scores).to(x.dtype), written.to(x.dtype), PRECISION)
+        z += on_buffer[:, None] * (product(x, buffer, PRECISION) + bias_buffer[None, :])
+    z += product((seen * scores).to(x.dtype), written, PRECISION)
     if OWN:
         z += product(seen.to(x.dtype), shifted.to(x.dtype), PRECISION)
     return z
 
 
 @triton.jit
-def step_last(
-    matrix, bias, buffer, bias_buffer, x, written, shifted, end, state_left, buffer_in_state, entering, buffer_left,
+def step(
+    matrix, bias, buffer, bias_buffer, features, written, shifted, end, state_left, buffer_in_state, entering, buffer_left,
     BIAS: tl.constexpr, FLOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The last layer and its buffer behind a mini-batch whose tokens write `x written`, `shifted` into the bias."""
-    low = x.dtype
+    """A layer and its buffer behind a mini-batch whose tokens write `features^T written`, `shifted` into the bias."""
+    low = features.dtype
+    across = tl.trans(features)
+    update = product(across, (end * written).to(low), PRECISION)
     if FLOW >= 2:
         matrix = state_left * matrix
     if FLOW == 3:
         matrix += buffer_in_state * buffer
-        buffer = buffer_left * buffer + product(x, (entering[:, None] * written).to(low), PRECISION)
-    matrix += product(x, (end[:, None] * written).to(low), PRECISION)
+        buffer = buffer_left * buffer + product(across, (entering[:, None] * written).to(low), PRECISION)
+    matrix += update
     if BIAS:
         if FLOW >= 2:
             bias = state_left * bias
         if FLOW == 3:
             bias += buffer_in_state * bias_buffer
             bias_buffer = buffer_left * bias_buffer + tl.sum(entering[:, None] * shifted, 0)
-        bias += tl.sum(end[:, None] * shifted, 0)
+        bias += tl.sum(end * shifted, 0)
     return matrix, bias, buffer, bias_buffer
 
 
