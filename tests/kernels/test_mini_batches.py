@@ -244,7 +244,8 @@ CALLS = {
     "TTT-MLP": kvbind.systems.ttt_mlp(8),
     "Titans": kvbind.systems.titans(8),
     "Titans, step rates, ascent": kvbind.systems.titans(8).replace(direction="ascent", step_rate=True),
-    "Titans, one matrix": kvbind.systems.titans(8).replace(network=kvbind.Linear(head=kvbind.LayerNormHead())),
+    "Titans, one matrix": kvbind.systems.titans(8).replace(network=kvbind.Linear()),
+    "Titans, one matrix and a head": kvbind.systems.titans(8).replace(network=kvbind.Linear(head=kvbind.LayerNormHead())),
 }
 
 

@@ -105,6 +105,11 @@ def is_mini_batched(spec: InnerLoop) -> bool:
     return isinstance(spec.refresh, int) and not (spec.erase or spec.window_size > 1 or (head is not None and head.fast))
 
 
+def is_linear_memory(spec: InnerLoop) -> bool:
+    """Whether one of `kvbind.kernels.mini_batches` has a parallel form besides: one matrix, without a head in the loss."""
+    return is_mini_batched(spec) and not parallel_obstacles(spec)
+
+
 def is_affine(spec: InnerLoop) -> bool:
     """Whether an inner loop is one of `kvbind.kernels.affine`: the delta rule and its kin."""
     return delta.obstacle(spec) is None
@@ -316,7 +321,7 @@ KERNELS = (
     Kernel("chunked",      "parallel",  is_chunked,      chunked_takes,        run_chunked,        chunked_takes_packed),
     Kernel("causal",       "parallel",  is_causal,       causal_takes,         run_causal,         causal_takes_packed),
     Kernel("mini_batches", "dual",      is_mini_batched, mini_batches_take,    run_mini_batches),
-    Kernel("mini_batches", "parallel",  is_mini_batched, mini_batches_take,    run_mini_batches),
+    Kernel("mini_batches", "parallel",  is_linear_memory, mini_batches_take,   run_mini_batches),
     Kernel("recurrent",    "recurrent", is_recurrent,    recurrent_takes,      run_recurrent),
     Kernel("full_glu",     "full",      is_full_glu,     full_glu_takes,       run_full_glu),
     Kernel("full_conv",    "full",      is_full_conv,    full_conv_takes,      run_full_conv),
