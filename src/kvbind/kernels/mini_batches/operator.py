@@ -12,8 +12,9 @@ from kvbind.kernels.common.devices import on_device_of
 from kvbind.kernels.common.operands import cdiv, dot_precision, power_of_2
 from kvbind.kernels.launching import dispatcher
 from kvbind.kernels.launching.launcher import Launcher
-from kvbind.kernels.mini_batches.backward import backward_kernel
+from kvbind.kernels.mini_batches.read_gradients import read_gradients_kernel
 from kvbind.kernels.mini_batches.reads import reads_kernel
+from kvbind.kernels.mini_batches.state_gradients import state_gradients_kernel
 from kvbind.kernels.mini_batches.states import states_kernel
 
 MOST_TOKENS = 64
@@ -120,7 +121,8 @@ def _numbers(key_width: int, hidden: int, value_width: int, momentum: bool) -> i
     return 2 * layers if momentum else layers
 
 
-_launch_states, _launch_reads, _launch_backward = (Launcher(x) for x in (states_kernel, reads_kernel, backward_kernel))
+_launch_states, _launch_reads = Launcher(states_kernel), Launcher(reads_kernel)
+_launch_read_gradients, _launch_state_gradients = Launcher(read_gradients_kernel), Launcher(state_gradients_kernel)
 
 
 def _warps(numbers: int) -> dict[str, int]:
@@ -128,7 +130,8 @@ def _warps(numbers: int) -> dict[str, int]:
     return {
         "states": max(2, min(8, numbers // 1024)),
         "reads": 4 if numbers < 1 << 14 else 8,
-        "backward": max(2, min(8, numbers // 512)),
+        "read_gradients": 4 if numbers < 1 << 14 else 8,
+        "state_gradients": max(2, min(8, numbers // 512)),
     }
 
 
@@ -234,6 +237,10 @@ def _backward(
     )
     head, shares = (rates if x is None else x for x in (head, shares))
     room, bias_room = _room(q, v, each, hidden, constants)
+    width, value_width, rows = q.shape[-1], v.shape[-1], constants["states"]["L"]
+    # what goes from one kernel to the other, as they have it
+    wide = rates.new_empty(batch * heads, each, rows * (5 * value_width + width + 5 * hidden + 1) + 2 * value_width)
+    narrow = q.new_empty(batch * heads, each, rows * (2 * value_width + 3 * hidden))
     with on_device_of(q):
         for place in reversed(range(stretches)):
             first = place * each
@@ -243,9 +250,13 @@ def _backward(
                 stretches * state.shape[-1], tokens, heads, first, length, each, stretches, eps, **constants["states"],
                 KEEP=False, END=False,
             )  # fmt: skip
-            _launch_backward[(batch * heads,)](
-                d_out, q, k, v, rates, head, shares, room, bias_room, dq, dk, dv, d_state, d_rates, d_head, d_shares,
-                tokens, heads, first, length, eps, **constants["backward"],
+            _launch_read_gradients[(batch * heads, length)](
+                d_out, q, k, v, rates, head, shares, room, bias_room, wide, narrow, dq, d_shares,
+                tokens, heads, first, length, eps, **constants["read_gradients"],
+            )  # fmt: skip
+            _launch_state_gradients[(batch * heads,)](
+                q, k, rates, head, shares, room, bias_room, wide, narrow, dk, dv, d_state, d_rates, d_head, d_shares,
+                tokens, heads, first, length, eps, **constants["state_gradients"],
             )  # fmt: skip
     return found
 

@@ -260,3 +260,15 @@ def descent(
     if IN_LOSS:
         d = across(g * gain[None, :], y, DV) / deviation[:, None]
     return d, g, y, deviation
+
+
+@triton.jit
+def load_rows(base, L: tl.constexpr, D: tl.constexpr):
+    """A tile of rows that lie one after another."""
+    return tl.load(base + tl.arange(0, L)[:, None] * D + tl.arange(0, D)[None, :])
+
+
+@triton.jit
+def keep_rows(base, x, L: tl.constexpr, D: tl.constexpr):
+    """The opposite of `load_rows`."""
+    tl.store(base + tl.arange(0, L)[:, None] * D + tl.arange(0, D)[None, :], x.to(base.dtype.element_ty))
