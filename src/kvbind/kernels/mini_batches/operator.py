@@ -150,7 +150,12 @@ def _constants(
         "PRECISION": _precision(q.dtype), "num_stages": 1,
     }  # fmt: skip
     warps = _warps(_numbers(width, hidden, value_width, flow == 3))
-    return {name: shared | {"num_warps": count} for name, count in warps.items()}
+    found = {name: shared | {"num_warps": count} for name, count in warps.items()}
+    wide = shared["L"] * (5 * value_width + width + 6 * hidden + 1) + 2 * value_width
+    narrow = shared["L"] * (2 * value_width + 4 * hidden)
+    for name in ("read_gradients", "state_gradients"):
+        found[name] |= {"WIDE": wide, "NARROW": narrow}
+    return found
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -237,10 +242,9 @@ def _backward(
     )
     head, shares = (rates if x is None else x for x in (head, shares))
     room, bias_room = _room(q, v, each, hidden, constants)
-    width, value_width, rows = q.shape[-1], v.shape[-1], constants["states"]["L"]
-    # what goes from one kernel to the other, as they have it
-    wide = rates.new_empty(batch * heads, each, rows * (5 * value_width + width + 5 * hidden + 1) + 2 * value_width)
-    narrow = q.new_empty(batch * heads, each, rows * (2 * value_width + 3 * hidden))
+    # what goes from one kernel to the other
+    wide = rates.new_empty(batch * heads, each, constants["read_gradients"]["WIDE"])
+    narrow = q.new_empty(batch * heads, each, constants["read_gradients"]["NARROW"])
     with on_device_of(q):
         for place in reversed(range(stretches)):
             first = place * each

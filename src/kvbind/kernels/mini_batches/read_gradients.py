@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvbind.kernels.common.activations import activate, slope
+from kvbind.kernels.common.activations import activate, curvature, slope
 from kvbind.kernels.mini_batches.parts import (
     across,
     descent,
@@ -67,7 +67,8 @@ def read_gradients_kernel(
     d_out, q, k, v, rates, head, flow, room, bias_room, wide, narrow, dq, d_flow, tokens, heads, first, count, eps,
     SIZE: tl.constexpr, L: tl.constexpr, DK: tl.constexpr, DH: tl.constexpr, DV: tl.constexpr, ACTIVATION: tl.constexpr,
     BIAS: tl.constexpr, OWN: tl.constexpr, RATES: tl.constexpr, FLOW: tl.constexpr, HEAD: tl.constexpr,
-    SQUARED: tl.constexpr, IN_LOSS: tl.constexpr, IN_READ: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    SQUARED: tl.constexpr, IN_LOSS: tl.constexpr, IN_READ: tl.constexpr, RESIDUAL: tl.constexpr, WIDE: tl.constexpr,
+    NARROW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of `count` mini-batches from `first` on."""
     z_place, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -96,8 +97,8 @@ def read_gradients_kernel(
         room + spot * MATRICES, bias_room + spot * BIASES, DK, DH, DV, BIAS, FLOW
     )
     # in the order of `wide` and `narrow`
-    wide += spot * (L * (5 * DV + DK + 5 * DH + 1) + 2 * DV)
-    narrow += spot * L * (2 * DV + 3 * DH)
+    wide += spot * WIDE
+    narrow += spot * NARROW
     gain, shift = b, b
     if HEAD:
         head += z_place * 2 * DV
@@ -124,7 +125,8 @@ def read_gradients_kernel(
     if DH:
         rate1, bias_rate1 = rates_of(rates, at, heads, rows, inside, RATES, 0, OWN)
         error1 = product(d.to(low), tl.trans(read), PRECISION)
-        d1 = error1 * slope(u, ACTIVATION)
+        slope1 = slope(u, ACTIVATION)
+        d1 = error1 * slope1
         written1, shifted1 = rate1[:, None] * d1, bias_rate1[:, None] * d1
         scores1 = scores_of(its_q, its_k, sees, PLUS, PRECISION)
         u_asked = read_layer(
@@ -178,18 +180,20 @@ def read_gradients_kernel(
             seen, on_state, on_buffer, sees, OWN, FLOW, PRECISION,
         )  # fmt: skip
         d_seen, d_on_state, d_on_buffer = d_seen + d_seen1, d_on_state + d_on_state1, d_on_buffer + d_on_buffer1
-        keep_rows(of_hidden, u, L, DH)
-        keep_rows(of_hidden + L * DH, error1, L, DH)
-        keep_rows(of_hidden + 2 * L * DH, d_written1, L, DH)
-        keep_rows(of_hidden + 3 * L * DH, d_features, L, DH)
+        keep_rows(of_hidden, slope1, L, DH)
+        keep_rows(of_hidden + L * DH, d1, L, DH)
+        keep_rows(of_hidden + 2 * L * DH, error1 * curvature(u, ACTIVATION), L, DH)
+        keep_rows(of_hidden + 3 * L * DH, d_written1, L, DH)
+        keep_rows(of_hidden + 4 * L * DH, d_features, L, DH)
         if OWN:
-            keep_rows(of_hidden + 4 * L * DH, d_shifted1, L, DH)
+            keep_rows(of_hidden + 5 * L * DH, d_shifted1, L, DH)
         keep_rows(narrow + 2 * L * DV, asked, L, DH)
-        keep_rows(narrow + 2 * L * DV + L * DH, x_state1, L, DH)
+        keep_rows(narrow + 2 * L * DV + L * DH, features, L, DH)
+        keep_rows(narrow + 2 * L * DV + 2 * L * DH, x_state1, L, DH)
         if FLOW == 3:
-            keep_rows(narrow + 2 * L * DV + 2 * L * DH, x_buffer1, L, DH)
+            keep_rows(narrow + 2 * L * DV + 3 * L * DH, x_buffer1, L, DH)
     keep_rows(of_keys, d_k, L, DK)
-    last = of_hidden + 5 * L * DH
+    last = of_hidden + 6 * L * DH
     tl.store(last + rows, deviation)
     tl.store(last + L + values, gain_grad)
     tl.store(last + L + DV + values, shift_grad)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvbind.kernels.common.activations import activate, curvature, slope
 from kvbind.kernels.mini_batches.parts import (
     across,
     kept_state,
@@ -117,7 +116,8 @@ def state_gradients_kernel(
     tokens, heads, first, count, eps,
     SIZE: tl.constexpr, L: tl.constexpr, DK: tl.constexpr, DH: tl.constexpr, DV: tl.constexpr, ACTIVATION: tl.constexpr,
     BIAS: tl.constexpr, OWN: tl.constexpr, RATES: tl.constexpr, FLOW: tl.constexpr, HEAD: tl.constexpr,
-    SQUARED: tl.constexpr, IN_LOSS: tl.constexpr, IN_READ: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    SQUARED: tl.constexpr, IN_LOSS: tl.constexpr, IN_READ: tl.constexpr, RESIDUAL: tl.constexpr, WIDE: tl.constexpr,
+    NARROW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`count` mini-batches from `first` on, the last one first; `d_state` enters as that of the state behind them."""
     z_place = tl.program_id(0).to(tl.int64)
@@ -133,8 +133,6 @@ def state_gradients_kernel(
     WHOLE: tl.constexpr = MATRICES + BIASES * BIAS
     FLOWS: tl.constexpr = 0 if FLOW == 0 else 1 if FLOW == 1 else SIZE + 1 if FLOW == 2 else SIZE + 4
     MINE: tl.constexpr = 1 if DH else 0
-    WIDE: tl.constexpr = L * (5 * DV + DK + 5 * DH + 1) + 2 * DV
-    NARROW: tl.constexpr = L * (2 * DV + 3 * DH)
     first_token = batch * tokens * heads + its_head
     q += first_token * DK
     k += first_token * DK
@@ -163,7 +161,7 @@ def state_gradients_kernel(
         its_wide, its_narrow = wide + i * WIDE, narrow + i * NARROW
         of_keys = its_wide + 5 * L * DV
         of_hidden = of_keys + L * DK
-        of_rest = of_hidden + 5 * L * DH
+        of_rest = of_hidden + 6 * L * DH
         its_q = rows_of(q, at, heads * DK, rows, keys, inside)
         its_k = rows_of(k, at, heads * DK, rows, keys, inside)
         rate, bias_rate = rates_of(rates, at, heads, rows, inside, RATES, MINE, OWN)
@@ -182,10 +180,10 @@ def state_gradients_kernel(
         asked, features, d_features = its_q, its_k, d_k
         written, shifted = rate[:, None] * d, bias_rate[:, None] * d
         if DH:
-            u, error1 = load_rows(of_hidden, L, DH), load_rows(of_hidden + L * DH, L, DH)
-            features, slope1 = activate(u, ACTIVATION).to(low), slope(u, ACTIVATION)
+            slope1, d1 = load_rows(of_hidden, L, DH), load_rows(of_hidden + L * DH, L, DH)
             asked = load_rows(its_narrow + 2 * L * DV, L, DH)
-            d_features = load_rows(of_hidden + 3 * L * DH, L, DH)
+            features = load_rows(its_narrow + 2 * L * DV + L * DH, L, DH)
+            d_features = load_rows(of_hidden + 4 * L * DH, L, DH)
 
         (
             d_features, d_written, d_shifted, grad, bias_grad, m_grad, bm_grad,
@@ -207,11 +205,10 @@ def state_gradients_kernel(
             tl.store(d_rates + (at + rows) * heads * RATES + RATES // 2 + MINE, tl.sum(d * d_shifted, 1), mask=inside)
         if DH:
             rate1, bias_rate1 = rates_of(rates, at, heads, rows, inside, RATES, 0, OWN)
-            d1 = error1 * slope1
-            d_written1 = load_rows(of_hidden + 2 * L * DH, L, DH)
+            d_written1 = load_rows(of_hidden + 3 * L * DH, L, DH)
             d_shifted1 = d_written1
             if OWN:
-                d_shifted1 = load_rows(of_hidden + 4 * L * DH, L, DH)
+                d_shifted1 = load_rows(of_hidden + 5 * L * DH, L, DH)
             (
                 d_k, d_written1, d_shifted1, grad1, bias_grad1, m_grad1, bm_grad1,
                 d_end1, d_entering1, d_left1, d_buffer_in_state1, d_buffer_left1,
@@ -220,7 +217,7 @@ def state_gradients_kernel(
                 end, state_left, buffer_in_state, entering, buffer_left, grad1, bias_grad1, m_grad1, bm_grad1,
                 BIAS, OWN, FLOW, PRECISION,
             )  # fmt: skip
-            x1 = its_narrow + 2 * L * DV + L * DH
+            x1 = its_narrow + 2 * L * DV + 2 * L * DH
             grad1, bias_grad1 = _from_reads(grad1, bias_grad1, its_q, load_rows(x1, L, DH), BIAS, PRECISION)
             if FLOW == 3:
                 m_grad1, bm_grad1 = _from_reads(m_grad1, bm_grad1, its_q, load_rows(x1 + L * DH, L, DH), BIAS, PRECISION)
@@ -233,7 +230,7 @@ def state_gradients_kernel(
                 tl.store(d_rates + (at + rows) * heads * RATES + RATES // 2, tl.sum(d1 * d_shifted1, 1), mask=inside)
             # from the hidden layer's writes back to the last layer
             low_error = (d_d1 * slope1).to(low)
-            d_u = d_d1 * error1 * curvature(u, ACTIVATION)
+            d_u = d_d1 * load_rows(of_hidden + 2 * L * DH, L, DH)
             d_d += product(low_error, read, PRECISION)
             grad += product(tl.trans(low_error), d.to(low), PRECISION)
         _add_shares(d_flow, at, heads, rows, inside, d_end, d_entering, d_left, d_buffer_in_state, d_buffer_left, SIZE, FLOW)
