@@ -128,7 +128,7 @@ _launch_read_gradients, _launch_state_gradients = Launcher(read_gradients_kernel
 def _warps(numbers: int) -> dict[str, int]:
     """Warps of a program of each kernel, for a state of so many numbers."""
     return {
-        "states": max(2, min(8, numbers // 1024)),
+        "states": 8 if numbers > 1 << 14 else max(2, min(4, numbers // 1024)),
         "reads": 4 if numbers < 1 << 14 else 8,
         "read_gradients": 4 if numbers < 1 << 14 else 8,
         "state_gradients": max(2, min(8, numbers // 512)),
@@ -147,10 +147,11 @@ def _constants(
         "SIZE": size, "L": max(LEAST_TOKENS, power_of_2(size)), "DK": width, "DH": hidden, "DV": value_width,
         "ACTIVATION": activation, "BIAS": bias, "OWN": own, "RATES": rates.shape[-1], "FLOW": flow, "HEAD": head is not None,
         "SQUARED": squared, "IN_LOSS": in_loss, "IN_READ": in_read, "RESIDUAL": residual,
-        "PRECISION": _precision(q.dtype), "num_stages": 1,
+        "PRECISION": _precision(q.dtype),
     }  # fmt: skip
     warps = _warps(_numbers(width, hidden, value_width, flow == 3))
-    found = {name: shared | {"num_warps": count} for name, count in warps.items()}
+    # what `states` loads is fetched a mini-batch ahead; more than it has no room for that
+    found = {name: shared | {"num_warps": warps[name], "num_stages": 2 if name == "states" else 1} for name in warps}
     wide = shared["L"] * (5 * value_width + width + 6 * hidden + 1) + 2 * value_width
     narrow = shared["L"] * (2 * value_width + 4 * hidden)
     for name in ("read_gradients", "state_gradients"):
