@@ -297,9 +297,11 @@ def test_operands_that_it_does_not_take_are_refused():
         mini_batches(*operands, size=8, hidden=24)
 
 
-def test_states_that_registers_do_not_hold_are_not_taken():
+def test_states_and_tiles_that_registers_do_not_hold_are_not_taken():
     assert covers(torch.bfloat16, 16, 64, 256, 64)
     assert not covers(torch.bfloat16, 16, 64, 512, 64)
     assert covers(torch.bfloat16, 16, 64, 128, 64, momentum=True)
     assert not covers(torch.bfloat16, 16, 64, 256, 64, momentum=True)
+    assert covers(torch.bfloat16, 32, 64, 256, 64)
+    assert not covers(torch.bfloat16, 64, 64, 256, 64)
     assert not covers(torch.float64, 16, 16, 0, 16)

@@ -231,12 +231,12 @@ def cases(scale: CaseScale) -> list[VerifyCase | LayerOperator]:
     add("linear attention, retention by channel", systems.gla(), token, both=False)
 
     # gradients taken once per mini-batch
-    memory_size = Size(2, s.short, s.heads, s.narrow)
+    memory_size, least = Size(2, s.short, s.heads, s.narrow), max(s.narrow // 2, 16)
     memories = {
         "TTT-Linear": (systems.ttt_linear(), None),
-        "TTT-MLP": (systems.ttt_mlp(), 2 * s.narrow),
+        "TTT-MLP": (systems.ttt_mlp(), s.narrow),
         "TTT-MLP, exact gelu": (systems.ttt_mlp().replace(network=MLP("gelu", bias=True, head=LayerNormHead())), s.narrow),
-        "Titans": (systems.titans(), 2 * s.narrow),
+        "Titans": (systems.titans(), least),
         "Titans, retention alone": (systems.titans().replace(momentum=False), s.narrow),
         "Titans, one matrix": (systems.titans().replace(network=Linear()), None),
         "Titans, one matrix and a head": (systems.titans().replace(network=Linear(head=LayerNormHead())), None),

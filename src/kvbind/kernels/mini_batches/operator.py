@@ -32,6 +32,9 @@ SEGMENT = 64
 MOST_NUMBERS = {torch.bfloat16: 1 << 15, torch.float16: 1 << 15, torch.float32: 1 << 13}
 """Of a state's matrices and their buffers: what registers hold, where products of float32 have operands too."""
 
+MOST_IN_TILE = {torch.bfloat16: 1 << 13, torch.float16: 1 << 13, torch.float32: 1 << 12}
+"""Numbers of a mini-batch's tokens in the widest layer."""
+
 
 def mini_batches(
     q: Tensor,
@@ -90,8 +93,8 @@ def mini_batches(
     if not covers(q.dtype, size, *widths, momentum) or len({x.dtype for x in (q, k, v)}) > 1:
         raise ValueError(
             f"q, k and v must be of one dtype, all widths powers of two from 16 to that one's {MOST_WIDTH}, states within "
-            f"{MOST_NUMBERS}, and size from 2 to {MOST_TOKENS}; got {q.dtype} {list(q.shape)}, {v.dtype} {list(v.shape)}, "
-            f"hidden={hidden} and {size}"
+            f"{MOST_NUMBERS}, tiles within {MOST_IN_TILE}, and size from 2 to {MOST_TOKENS}; got {q.dtype} {list(q.shape)}, "
+            f"{v.dtype} {list(v.shape)}, hidden={hidden} and {size}"
         )
     if not q.shape[1] or q.shape[1] % size:
         raise ValueError(f"q must have a positive multiple of size={size} tokens; got {q.shape[1]}")
@@ -110,9 +113,15 @@ def covers(dtype: torch.dtype, size: int, key_width: int, hidden: int, value_wid
     most = MOST_WIDTH.get(dtype, 0)
     narrow = min(key_width, value_width) >= 16 and max(key_width, value_width) <= most
     tiles = all(width == power_of_2(width) for width in (key_width, value_width, hidden or 16))
-    numbers = _numbers(key_width, hidden, value_width, momentum)
-    fits = narrow and tiles and (not hidden or hidden >= 16) and numbers <= MOST_NUMBERS[dtype]
-    return 1 < size <= MOST_TOKENS and fits
+    if not narrow or not tiles or (hidden and hidden < 16) or not 1 < size <= MOST_TOKENS:
+        return False
+    numbers, tile = _numbers(key_width, hidden, value_width, momentum), _rows(size) * max(key_width, hidden, value_width)
+    return numbers <= MOST_NUMBERS[dtype] and tile <= MOST_IN_TILE[dtype]
+
+
+def _rows(size: int) -> int:
+    """Rows of a tile with so many tokens."""
+    return max(LEAST_TOKENS, power_of_2(size))
 
 
 def _numbers(key_width: int, hidden: int, value_width: int, momentum: bool) -> int:
@@ -143,8 +152,8 @@ def _constants(
     width, value_width = q.shape[-1], v.shape[-1]
     flow = 0 if shares is None else {1: 1, size + 1: 2, size + 4: 3}[shares.shape[-1]]
     own = rates.shape[-1] == (4 if hidden else 2)
-    shared = {
-        "SIZE": size, "L": max(LEAST_TOKENS, power_of_2(size)), "DK": width, "DH": hidden, "DV": value_width,
+    shared: dict[str, Any] = {
+        "SIZE": size, "L": _rows(size), "DK": width, "DH": hidden, "DV": value_width,
         "ACTIVATION": activation, "BIAS": bias, "OWN": own, "RATES": rates.shape[-1], "FLOW": flow, "HEAD": head is not None,
         "SQUARED": squared, "IN_LOSS": in_loss, "IN_READ": in_read, "RESIDUAL": residual,
         "PRECISION": _precision(q.dtype),
