@@ -241,8 +241,8 @@ def plan(rungs: Sequence[str], size: Size = SIZE, chunk: int = 2048) -> list[Pee
         rows += [PeerRow(f"{name}-{at.heads}x{at.width}", name, at, named(name).chunk or 1, "tokens") for name, at in each]
         rows += [
             PeerRow(f"mini-{name}-{at.tokens}", name, at, 1, "tokens", hidden=hidden)
-            for name, hidden in MINI_BATCHES.items()
             for at in MINI_BATCH_SIZES
+            for name, hidden in MINI_BATCHES.items()
         ]
     return rows
 
