@@ -29,7 +29,7 @@ def run_mini_batches(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
     earlier = 0 if pending is None else len(pending)
     joined = call.tokens if pending is None else pending.append(call.tokens)
     # pending tokens were read in an earlier call: zeros keep their places, and what they read is dropped
-    q = F.pad(call.q, (0, 0, earlier, 0))
+    q = F.pad(call.q, (0, 0, earlier, 0)) if earlier else call.q
     total = len(joined)
     whole = total // spec.refresh * spec.refresh
     output, fast = _whole(spec, spec.refresh, q[:, :, :whole], joined.span(0, whole), state.fast)
