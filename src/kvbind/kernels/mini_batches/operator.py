@@ -26,6 +26,9 @@ LEAST_TOKENS = 16
 MOST_WIDTH = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
 """The widest head."""
 
+MOST_REGISTERS = 255
+"""Of a thread, as of any. Where it is not said, assemblers were seen to give large kernels without `wgmma` 32, and to spill."""
+
 SEGMENT = 64
 """Mini-batches whose states are held at once in the forward pass."""
 
@@ -156,7 +159,7 @@ def _constants(
         "SIZE": size, "L": _rows(size), "DK": width, "DH": hidden, "DV": value_width,
         "ACTIVATION": activation, "BIAS": bias, "OWN": own, "RATES": rates.shape[-1], "FLOW": flow, "HEAD": head is not None,
         "SQUARED": squared, "IN_LOSS": in_loss, "IN_READ": in_read, "RESIDUAL": residual,
-        "PRECISION": _precision(q.dtype),
+        "PRECISION": _precision(q.dtype), "maxnreg": MOST_REGISTERS,
     }  # fmt: skip
     warps = _warps(_numbers(width, hidden, value_width, flow == 3))
     # what `states` loads is fetched a mini-batch ahead; more than it has no room for that

@@ -39,7 +39,11 @@ def _through_read(
     low = asked.dtype
     low_x = x.to(low)
     pairs = product(low_x, tl.trans(written.to(low)), PRECISION)
-    d_seen = tl.where(sees, pairs * scores, 0.0)
+    d_seen = pairs * scores
+    if OWN:
+        # not the last of all products: Triton 3.6 shares out warps by that one, and this is no wider than it is tall
+        d_seen += product(low_x, tl.trans(shifted.to(low)), PRECISION)
+    d_seen = tl.where(sees, d_seen, 0.0)
     d_scores = (seen * pairs).to(low)
     x_state = low_x
     if FLOW >= 2:
@@ -50,7 +54,6 @@ def _through_read(
     d_shifted = d_written
     if OWN:
         d_shifted = product(tl.trans(seen.to(low)), low_x, PRECISION)
-        d_seen += tl.where(sees, product(low_x, tl.trans(shifted.to(low)), PRECISION), 0.0)
     d_on_state = tl.sum(d_seen, 1)
     d_on_buffer, x_buffer = d_on_state, x_state
     if FLOW >= 2:
