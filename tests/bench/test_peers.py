@@ -15,6 +15,7 @@ from kvbind.bench.harness.named_operands import LAYOUTS, draw_leaves, in_precisi
 from kvbind.bench.harness.operands import Size
 from kvbind.bench.kernels import peers
 from kvbind.bench.kernels.goals import SIZE
+from kvbind.bench.kernels.span_peer import span_peer, span_step
 from kvbind.bench.tables.peers import peer_grids
 from kvbind.forms import fla
 from kvbind.inner.systems import RUNGS
@@ -220,3 +221,24 @@ def test_the_command_writes_a_record(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["peers", "--only", "rung9", *options])
     assert result.exit_code == 2
     assert "only must be in the name of a row" in result.output
+
+
+@pytest.mark.parametrize("name", peers.MINI_BATCHES)
+def test_the_peer_of_mini_batches_computes_what_ttt_computes_with_every_gradient(name):
+    spec = systems.named(name)
+    leaves = {n: x.requires_grad_() for n, x in leaves_of(spec, torch.float64).items()}
+    ours, theirs = run(spec, leaves, "recurrent")[0], span_peer(leaves, spec, span_step)
+    assert error(theirs, ours) < 1e-12
+    slope = torch.randn_like(ours)
+    for x, y in zip(*(torch.autograd.grad(out, list(leaves.values()), slope) for out in (theirs, ours)), strict=True):
+        assert error(x, y) < 1e-10
+
+
+def test_a_row_of_mini_batches_stands_beside_the_form_in_pytorch(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    row = peers.PeerRow("ttt_mlp-32", "ttt_mlp", SMALL, 1, "tokens", hidden=32)
+    found = list(peers.compare(row, CEILINGS, CPU, seconds=0.0))
+    assert found[0]["difference"] < 2e-2
+    assert all(row["ratio_form_plain"] == row["ours_plain"] / row["form_plain"] for row in found)
+    table = next(grid for grid in peer_grids({"rows": found}) if grid.key == "mini_batches")
+    assert [line[:2] for line in table.rows] == [("ttt_mlp-32", "fwd"), ("ttt_mlp-32", "f+b")]

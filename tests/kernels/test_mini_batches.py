@@ -1,4 +1,4 @@
-"""TTT-Linear's mini-batches as one kernel, against a plain loop in float64."""
+"""Mini-batches of TTT-Linear, TTT-MLP and Titans as one kernel, against a plain loop in float64."""
 
 import os
 
@@ -11,12 +11,13 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("kernels need a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
 import kvbind
+from kvbind.forms.kernel_calls.mini_batches import shares_of
+from kvbind.forms.tokens import Tokens
 from kvbind.kernels.mini_batches import operator as module
-from kvbind.kernels.mini_batches.operator import mini_batches
+from kvbind.kernels.mini_batches.operator import covers, mini_batches
 from strategies import operands
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAMES = ("q", "k", "v", "weights", "bias", "gamma", "beta", "rates", "bias_rates", "read_rate")
 EPS = 1e-4
 
 
@@ -29,46 +30,88 @@ def _exact():
     torch.set_float32_matmul_precision(before)
 
 
-def plain(q, k, v, weights, rates, *, size, bias=None, bias_rates=None, read_rate=None, gamma=None, beta=None, squared=True,
-          in_loss=True, in_read=True, residual=True):  # fmt: skip
-    """Token after token, gradients automatic."""
+ACTIVATIONS = {
+    "gelu": F.gelu, "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"), "silu": F.silu, "relu": F.relu, "tanh": torch.tanh,
+    "identity": lambda u: u,
+}  # fmt: skip
 
-    def head(z, x):
-        y = F.layer_norm(z, z.shape[-1:], eps=EPS) * gamma + beta
+
+def layers_of(state, key, hidden, value, bias):
+    """Matrices and biases of a state in one piece, hidden layer first; biases that are not there are zeros."""
+    found = []
+    for rows, columns in ((key, hidden), (hidden or key, value)):
+        if columns:
+            matrix, state = state.split((rows * columns, state.shape[-1] - rows * columns), -1)
+            found.append(matrix.unflatten(-1, (rows, columns)))
+            found.append(state.new_zeros(*state.shape[:-1], columns))
+            if bias:
+                found[-1], state = state.split((columns, state.shape[-1] - columns), -1)
+    return found
+
+
+def plain(q, k, v, state, rates, *, size, hidden=0, activation="identity", bias=False, head=None, read_rate=None,
+          retention=None, momentum=None, squared=True, in_loss=True, in_read=True, residual=True):  # fmt: skip
+    """Token after token, gradients automatic."""
+    widths = k.shape[-1], hidden, v.shape[-1], bias
+    act = ACTIVATIONS[activation]
+    buffer = torch.zeros_like(state)
+    if momentum is not None:
+        state, buffer = state.chunk(2, -1)
+
+    def network(weights, x, headed):
+        z, layers = x, layers_of(weights, *widths)
+        for i in range(0, len(layers), 2):
+            z = (z[..., None, :] @ layers[i]).squeeze(-2) + layers[i + 1]
+            z = act(z) if i + 2 < len(layers) else z
+        if head is None or not headed:
+            return z
+        y = F.layer_norm(z, z.shape[-1:], eps=EPS) * head[:, :, 0] + head[:, :, 1]
         return x + y if residual else y
 
-    def layer(w, b, x):
-        z = (x[..., None, :] @ w).squeeze(-2)
-        return z if b is None else z + b
+    # the learning rate of each number of a state
+    ones, count = torch.ones_like(state), 2 if hidden else 1
+    own = rates.shape[-1] > count
+    places = layers_of(torch.arange(state.shape[-1], device=state.device).expand_as(state).double(), *widths)
 
-    outputs, bias_rates = [], rates if bias_rates is None else bias_rates
+    def by_number(rate):
+        found = ones
+        for i, place in enumerate(places):
+            which = i // 2 + (count if own and i % 2 else 0)
+            if i % 2 == 0 or bias:
+                found = found.scatter(-1, place.flatten(2).long(), rate[..., which, None].expand_as(place.flatten(2)))
+        return found
+
+    outputs = []
     for start in range(0, q.shape[1], size):
-        far, bias_far = torch.zeros_like(weights), None if bias is None else torch.zeros_like(bias)
+        begun, written = state, torch.zeros_like(state)
         for t in range(start, start + size):
-            x, y = k[:, t], v[:, t]
 
-            def loss(w, b, x=x, y=y):
-                f = layer(w, b, x)
-                f = head(f, x) if in_loss and gamma is not None else f
-                return 0.5 * ((f - y) ** 2).sum() if squared else -(f * y).sum()
+            def loss(weights, t=t):
+                f = network(weights, k[:, t], in_loss)
+                return 0.5 * ((f - v[:, t]) ** 2).sum() if squared else -(f * v[:, t]).sum()
 
-            if bias is None:
-                far = far - rates[:, t, :, None, None] * torch.func.grad(loss)(weights, None)
+            write = -by_number(rates[:, t]) * torch.func.grad(loss)(begun)
+            if read_rate is not None:
+                written = written + write
+                state = begun + read_rate[:, t, :, None] * written
             else:
-                dw, db = torch.func.grad(loss, (0, 1))(weights, bias)
-                far = far - rates[:, t, :, None, None] * dw
-                bias_far = bias_far - bias_rates[:, t, :, None] * db
-            share = q.new_ones(rates[:, t].shape) if read_rate is None else read_rate[:, t]
-            w = weights + share[..., None, None] * far
-            b = None if bias is None else bias + share[..., None] * bias_far
-            z = layer(w, b, q[:, t])
-            outputs.append(head(z, q[:, t]) if in_read and gamma is not None else z)
-        weights, bias = w, b
-    return torch.stack(outputs, 1), weights, bias
+                buffer = write if momentum is None else momentum[:, t, :, None] * buffer + write
+                state = (1.0 if retention is None else retention[:, t, :, None]) * state + buffer
+            outputs.append(network(state, q[:, t], in_read))
+    return torch.stack(outputs, 1), state if momentum is None else torch.cat((state, buffer), -1)
 
 
-def draw(tokens, key, value, dtype, *, bias=True, bias_rates=False, read_rate=True, head=True, seed=0, batch=2, heads=2):
-    g = torch.Generator().manual_seed(seed)
+def by_kernel(q, k, v, state, rates, *, size, read_rate=None, retention=None, momentum=None, **options):
+    """The operator, of gates as tokens have them."""
+    gates = {"read_rate": read_rate, "retention": retention, "momentum": momentum}
+    gates = {name: gate.transpose(1, 2) for name, gate in gates.items() if gate is not None}
+    spec = kvbind.InnerLoop(kvbind.Linear(), chunk=1, visibility="token", refresh=size, **dict.fromkeys(gates, True))
+    shares = shares_of(spec, size, Tokens(k.transpose(1, 2), v.transpose(1, 2), {}, gates))
+    return mini_batches(q, k, v, state, rates, size=size, shares=shares, eps=EPS, **options)
+
+
+def draw(tokens, key, value, dtype, *, hidden=0, bias=True, own=False, gates=("read_rate",), head=True, batch=2, heads=2):
+    g = torch.Generator().manual_seed(0)
 
     def normal(*shape, scale=1.0):
         return scale * torch.randn(*shape, generator=g)
@@ -76,91 +119,110 @@ def draw(tokens, key, value, dtype, *, bias=True, bias_rates=False, read_rate=Tr
     def unit(*shape):
         return 0.3 + 0.7 * torch.rand(*shape, generator=g)
 
+    numbers = key * hidden + (hidden or key) * value + bias * (hidden + value)
     made = {
         "q": normal(batch, tokens, heads, key, scale=key**-0.5).to(dtype),
         "k": normal(batch, tokens, heads, key, scale=key**-0.5).to(dtype),
         "v": normal(batch, tokens, heads, value).to(dtype),
-        "weights": normal(batch, heads, key, value, scale=0.3),
-        "rates": 0.3 * unit(batch, tokens, heads),
+        "state": normal(batch, heads, numbers * (2 if "momentum" in gates else 1), scale=0.3),
+        "rates": 0.2 * unit(batch, tokens, heads, (2 if hidden else 1) * (2 if own else 1)),
     }
-    if bias:
-        made["bias"] = normal(batch, heads, value, scale=0.2)
-        if bias_rates:
-            made["bias_rates"] = 0.2 * unit(batch, tokens, heads)
-    if read_rate:
-        made["read_rate"] = unit(batch, tokens, heads)
+    made |= {name: unit(batch, tokens, heads) for name in gates}
     if head:
-        made |= {"gamma": unit(batch, heads, value), "beta": normal(batch, heads, value, scale=0.2)}
+        made["head"] = torch.stack((unit(batch, heads, value), normal(batch, heads, value, scale=0.2)), dim=2)
     return {name: x.to(DEVICE) for name, x in made.items()}
 
 
 def outcome(function, o, **options):
     """Outputs, ends and the gradients of all operands, of a random projection."""
     o = {name: x.detach().clone().requires_grad_() for name, x in o.items()}
-    found = function(*(o[name] for name in ("q", "k", "v", "weights", "rates")), **options,
-                     **{name: x for name, x in o.items() if name not in ("q", "k", "v", "weights", "rates")})  # fmt: skip
-    found = [x for x in found if x is not None]
+    found = function(**o, **options)
     g = torch.Generator().manual_seed(1)
     slopes = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x) for x in found]
     grads = torch.autograd.grad(found, list(o.values()), slopes, allow_unused=True, materialize_grads=True)
-    return dict(zip(("out", "end", "bias_end"), found, strict=False)) | dict(zip(o, grads, strict=True))
+    return dict(zip(("out", "end"), found, strict=True)) | dict(zip(o, grads, strict=True))
 
 
+TITANS = {"gates": ("retention", "momentum"), "bias": False, "head": False}
 CASES = {
     "TTT-Linear": ({}, {}, (16, 16, 16)),
     "wide": ({}, {}, (16, 64, 64)),
     "a short mini-batch": ({}, {}, (5, 16, 16)),
     "a long one": ({}, {}, (32, 16, 32)),
-    "rates of its own for the bias": ({"bias_rates": True}, {}, (16, 16, 16)),
+    "rates of its own for the bias": ({"own": True}, {}, (16, 16, 16)),
     "no bias": ({"bias": False}, {}, (16, 16, 16)),
-    "no reader's rate": ({"read_rate": False}, {}, (16, 16, 16)),
+    "no gate": ({"gates": ()}, {}, (16, 16, 16)),
     "a head in the loss alone": ({}, {"in_read": False}, (16, 16, 16)),
     "a head in what is read alone": ({}, {"in_loss": False}, (8, 32, 32)),
     "no residual": ({}, {"residual": False}, (16, 16, 32)),
     "no head": ({"head": False}, {}, (16, 16, 32)),
     "the dot product": ({}, {"squared": False, "residual": False}, (16, 32, 16)),
     "the dot product without a head": ({"head": False}, {"squared": False}, (16, 32, 16)),
-}
+    "momentum and retention": (TITANS, {}, (8, 16, 32)),
+    "momentum alone, with a bias": ({"gates": ("momentum",), "own": True}, {}, (8, 16, 16)),
+    "retention alone": ({"gates": ("retention",)}, {}, (16, 16, 16)),
+    "TTT-MLP": ({"hidden": 64}, {"activation": "gelu_tanh"}, (16, 16, 16)),
+    "TTT-MLP, rates of its own for biases": ({"hidden": 32, "own": True}, {"activation": "gelu_tanh"}, (5, 16, 16)),
+    "Titans": ({"hidden": 32} | TITANS, {"activation": "silu"}, (8, 16, 32)),
+    "Titans with all there is": (
+        {"hidden": 32, "gates": ("retention", "momentum"), "own": True}, {"activation": "gelu"}, (8, 16, 16)
+    ),
+    "an MLP with retention": ({"hidden": 16, "gates": ("retention",)}, {"activation": "tanh"}, (8, 16, 16)),
+    "an MLP, the dot product": ({"hidden": 16, "head": False}, {"activation": "relu", "squared": False}, (8, 32, 16)),
+    "an MLP without an activation": ({"hidden": 16, "gates": ()}, {"in_loss": False}, (8, 16, 16)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", list(CASES))
 def test_it_is_the_loop_with_its_gradients(name, dtype):
     which, options, (size, key, value) = CASES[name]
-    if dtype == torch.float32:
-        key, value = min(key, 32), min(value, 32)
-    if not (options.get("residual", True) and which.get("head", True)):
+    if dtype == torch.bfloat16 and options.get("activation") == "relu":
+        pytest.skip("its slope jumps where the input is rounded to the other side of zero")
+    hidden = which.get("hidden", 0)
+    if not which.get("head", True):
         options = options | {"residual": False}
-    elif key != value:
+    elif options.get("residual", True) and key != value:
         key = value
-    o = draw(3 * size, key, value, dtype, **which)
-    found = outcome(mini_batches, o, size=size, eps=EPS, **options)
-    expected = outcome(plain, {name: x.double() for name, x in o.items()}, size=size, **options)
+    o = draw(3 * size, key, value, dtype, batch=1, **which)
+    options = options | {"size": size, "hidden": hidden, "bias": which.get("bias", True)}
+    found = outcome(by_kernel, o, **options)
+    expected = outcome(plain, {name: x.double() for name, x in o.items()}, **options)
     limit = 2e-5 if dtype == torch.float32 else 4e-2
     for part, x in expected.items():
         assert found[part].dtype == (dtype if part in ("q", "k", "v", "out") else torch.float32), part
         assert (found[part].double() - x).norm() <= limit * x.norm().clamp(min=1e-2), part
 
 
-def test_stretches_of_several_mini_batches():
-    o = draw(11 * 4, 16, 16, torch.float32, batch=1)
-    found = outcome(mini_batches, o, size=4, eps=EPS)
-    expected = outcome(plain, {name: x.double() for name, x in o.items()}, size=4)
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_stretches_of_several_mini_batches(hidden):
+    o = draw(11 * 4, 16, 16, torch.float32, hidden=hidden, batch=1)
+    options = {"size": 4, "hidden": hidden, "bias": True, "activation": "silu"}
+    found = outcome(by_kernel, o, **options)
+    expected = outcome(plain, {name: x.double() for name, x in o.items()}, **options)
     for part, x in expected.items():
         assert (found[part].double() - x).norm() <= 5e-5 * x.norm().clamp(min=1e-2), part
 
 
+MADE = {
+    "TTT-MLP": {"hidden": 16},
+    "TTT-Linear": {},
+    "Titans": {"gates": ("retention", "momentum"), "hidden": 16},
+}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["k", "v", "rates", "read_rate", "q"])
-def test_what_is_not_finite_reaches_only_what_sees_it(where, value):
-    o = draw(24, 16, 16, torch.float32)
-    options = {name: o[name] for name in ("bias", "read_rate", "gamma", "beta")}
-    operands = [o[name] for name in ("q", "k", "v", "weights", "rates")]
-    y, end, _ = mini_batches(*operands, size=8, eps=EPS, **options)
+@pytest.mark.parametrize("where", ["k", "v", "rates", "q", "read_rate", "retention", "momentum"])
+@pytest.mark.parametrize("name", list(MADE))
+def test_what_is_not_finite_reaches_only_what_sees_it(name, where, value):
+    o = draw(24, 16, 16, torch.float32, **MADE[name])
+    if where not in o:
+        pytest.skip("it has no such gate")
+    options = {"size": 8, "hidden": MADE[name].get("hidden", 0), "bias": True, "activation": "gelu"}
+    y, end = by_kernel(**o, **options)
     spoilt = {name: x.clone() for name, x in o.items()}
     spoilt[where][1, 11, 0, ...].view(-1)[-1] = value
-    options = {name: spoilt[name] for name in ("bias", "read_rate", "gamma", "beta")}
-    z, after, _ = mini_batches(*(spoilt[name] for name in ("q", "k", "v", "weights", "rates")), size=8, eps=EPS, **options)
+    z, after = by_kernel(**spoilt, **options)
     assert torch.equal(z[0], y[0])
     assert torch.equal(z[1, :, 1], y[1, :, 1])
     assert torch.equal(z[1, :11, 0], y[1, :11, 0])
@@ -179,6 +241,11 @@ CALLS = {
     "no bias, a head in the loss": kvbind.systems.ttt_linear(8).replace(
         network=kvbind.Linear(head=kvbind.LayerNormHead(True, "loss"))
     ),
+    "TTT-MLP": kvbind.systems.ttt_mlp(8),
+    "Titans": kvbind.systems.titans(8),
+    "Titans, step rates, ascent": kvbind.systems.titans(8).replace(direction="ascent", step_rate=True),
+    "Titans, one matrix": kvbind.systems.titans(8).replace(network=kvbind.Linear()),
+    "Titans, one matrix and a head": kvbind.systems.titans(8).replace(network=kvbind.Linear(head=kvbind.LayerNormHead())),
 }
 
 
@@ -186,7 +253,7 @@ CALLS = {
 def test_calls_with_tokens_pending_run_on_it(name, monkeypatch):
     """Two calls whose states go on, the kernel running whole mini-batches and the dual form the rest."""
     spec, ran = CALLS[name], []
-    o = operands(spec, tokens=29, key_width=16, value_width=16, dtype=torch.float32, rate=0.1)
+    o = operands(spec, tokens=29, key_width=16, value_width=16, hidden=16, dtype=torch.float32, rate=0.1)
     rates = {name: x.to(DEVICE) for name, x in o.options.pop("lr").items()}
     gates = {name: x.to(DEVICE) for name, x in o.options.items()}
     weights = {name: x.to(DEVICE) for name, x in o.weights.items()}
@@ -220,9 +287,21 @@ def test_calls_with_tokens_pending_run_on_it(name, monkeypatch):
 
 
 def test_operands_that_it_does_not_take_are_refused():
-    o = draw(16, 16, 16, torch.float32)
-    operands = [o[name] for name in ("q", "k", "v", "weights", "rates")]
+    o = draw(16, 16, 16, torch.float32, gates=())
+    operands = [o[name] for name in ("q", "k", "v", "state", "rates")]
     with pytest.raises(ValueError, match="positive multiple of size=6 tokens; got 16"):
         mini_batches(*operands, size=6)
     with pytest.raises(ValueError, match="size from 2 to 64"):
         mini_batches(*operands, size=128)
+    with pytest.raises(ValueError, match="hidden=24"):
+        mini_batches(*operands, size=8, hidden=24)
+
+
+def test_states_and_tiles_that_registers_do_not_hold_are_not_taken():
+    assert covers(torch.bfloat16, 16, 64, 256, 64)
+    assert not covers(torch.bfloat16, 16, 64, 512, 64)
+    assert covers(torch.bfloat16, 16, 64, 128, 64, momentum=True)
+    assert not covers(torch.bfloat16, 16, 64, 256, 64, momentum=True)
+    assert covers(torch.bfloat16, 32, 64, 256, 64)
+    assert not covers(torch.bfloat16, 64, 64, 256, 64)
+    assert not covers(torch.float64, 16, 16, 0, 16)

@@ -112,10 +112,10 @@ class Explanation:
 
     @property
     def kernels(self) -> str:
-        """What runs its parallel form on GPUs, for people; empty where that is PyTorch alone."""
-        from kvbind.forms.dispatch import parallel_kernels  # which goes by this analysis
+        """What runs its parallel or dual form on GPUs, for people; empty where that is PyTorch alone."""
+        from kvbind.forms.dispatch import kernels_of  # which goes by this analysis
 
-        return "" if self.obstacles else parallel_kernels(self.spec)
+        return "" if self.form == "recurrent" else kernels_of(self.spec)
 
     @property
     def nearest_name(self) -> str | None:

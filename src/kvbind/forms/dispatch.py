@@ -20,7 +20,7 @@ from kvbind.forms.kernel_calls.chunked import run_chunked
 from kvbind.forms.kernel_calls.full import run_full_conv, run_full_glu
 from kvbind.forms.kernel_calls.mini_batches import run_mini_batches
 from kvbind.forms.kernel_calls.recurrent import run_full_recurrent, run_recurrent
-from kvbind.forms.obstacles import parallel_obstacles
+from kvbind.forms.obstacles import best_form, parallel_in_spans, parallel_obstacles
 from kvbind.forms.parallel import SHORT_CHUNK
 from kvbind.forms.validation import Engine, Operands
 from kvbind.inner.network import Network
@@ -74,12 +74,15 @@ def own_takes_packed(spec: InnerLoop, call: Operands, form: str) -> bool:
     return any(row.packed is not None and row.covers(spec) and row.packed(spec, call) for row in KERNELS)
 
 
-def parallel_kernels(spec: InnerLoop) -> str:
-    """What runs the parallel form of an inner loop on GPUs, for people; empty where that is PyTorch alone.
+def kernels_of(spec: InnerLoop) -> str:
+    """What runs the best form of an inner loop on GPUs, for people; empty where that is PyTorch alone.
 
     Whether a call fits depends on its operands too; `kvbind.forms.fla` logs what ran.
     """
-    own = next((f"kvbind.kernels.{row.folder}" for row in KERNELS if row.form == "parallel" and row.covers(spec)), None)
+    form = best_form(spec)
+    own = next((f"kvbind.kernels.{row.folder}" for row in KERNELS if row.form == form and row.covers(spec)), None)
+    if form != "parallel":
+        return own or ""
     operator = fla.operator_of(spec)
     if isinstance(operator, str):
         return own or ""
@@ -94,16 +97,17 @@ def parallel_kernels(spec: InnerLoop) -> str:
 
 
 def is_mini_batched(spec: InnerLoop) -> bool:
-    """Whether an inner loop is one of `kvbind.kernels.mini_batches`: one layer, updated once per mini-batch (TTT-Linear)."""
-    head = spec.network.output_head
-    if (
-        type(spec.network) is not Linear
-        or spec.chunk != 1
-        or spec.visibility != "token"
-        or not isinstance(spec.refresh, int)
-    ):
+    """Whether an inner loop is one of `kvbind.kernels.mini_batches`: TTT-Linear, TTT-MLP, Titans."""
+    network, head = spec.network, spec.network.output_head
+    known = is_a(network, Linear) or (is_a(network, MLP) and network.hidden_layers == 1 and spec.update == "all")
+    if not known or not parallel_in_spans(spec) or spec.chunk != 1 or spec.visibility != "token":
         return False
-    return not (spec.momentum or spec.retention or spec.erase or spec.window_size > 1 or (head is not None and head.fast))
+    return isinstance(spec.refresh, int) and not (spec.erase or spec.window_size > 1 or (head is not None and head.fast))
+
+
+def is_linear_memory(spec: InnerLoop) -> bool:
+    """Whether one of `kvbind.kernels.mini_batches` has a parallel form besides: one matrix, without a head in the loss."""
+    return is_mini_batched(spec) and not parallel_obstacles(spec)
 
 
 def is_affine(spec: InnerLoop) -> bool:
@@ -208,7 +212,8 @@ def mini_batches_take(spec: InnerLoop, call: Operands) -> bool:
         return False
     from kvbind.kernels.mini_batches.operator import covers
 
-    return covers(q.dtype, spec.refresh, k.shape[-1], v.shape[-1])
+    hidden = call.state.tensors["weights.out"].shape[-2] if spec.network.theta else 0
+    return covers(q.dtype, spec.refresh, k.shape[-1], hidden, v.shape[-1], spec.momentum)
 
 
 def affine_takes(spec: InnerLoop, call: Operands) -> bool:
@@ -316,6 +321,7 @@ KERNELS = (
     Kernel("chunked",      "parallel",  is_chunked,      chunked_takes,        run_chunked,        chunked_takes_packed),
     Kernel("causal",       "parallel",  is_causal,       causal_takes,         run_causal,         causal_takes_packed),
     Kernel("mini_batches", "dual",      is_mini_batched, mini_batches_take,    run_mini_batches),
+    Kernel("mini_batches", "parallel",  is_linear_memory, mini_batches_take,   run_mini_batches),
     Kernel("recurrent",    "recurrent", is_recurrent,    recurrent_takes,      run_recurrent),
     Kernel("full_glu",     "full",      is_full_glu,     full_glu_takes,       run_full_glu),
     Kernel("full_conv",    "full",      is_full_conv,    full_conv_takes,      run_full_conv),

@@ -288,6 +288,9 @@ def engine_by_token(spec: InnerLoop, call: Operands, lr: LearningRate, form: str
     """What runs a call of several tokens, each of which writes once, if that is the library's own kernels and no others."""
     if spec.visibility != "token" or spec.chunk != 1 or spec.writes > 1 or isinstance(spec.network, GLU):
         return None
+    # between renewals tokens are pending, and there may be more of a state than its matrix
+    if spec.refresh not in (None, 1):
+        return None
     if form not in ("auto", "parallel") or call.q.shape[2] < 2 or call.tokens.mask is not None or fla.considered():
         return None
     rate = lr["out"] if isinstance(lr, Mapping) else lr

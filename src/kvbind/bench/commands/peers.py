@@ -12,7 +12,7 @@ from kvbind.bench.output import say_written, show_grid, write_growing
 
 def command(
     only: Annotated[
-        str, typer.Option(help="Only rows whose name has this in it: rung6, host, linear, delta_net, kda, ttt, titans.")
+        str, typer.Option(help="Only rows whose name has this in it: rung6, host, linear, delta_net, kda, mini, titans.")
     ] = "",
     tokens: Tokens = 32768,
     chunk: Chunk = 2048,

@@ -58,13 +58,13 @@ class LeastWork:
         return max(self.flops / ceilings.matmul_flops, self.bytes / ceilings.copy_bytes)
 
 
-def forward_work(spec: InnerLoop, size: Size, dtype: torch.dtype) -> LeastWork:
+def forward_work(spec: InnerLoop, size: Size, dtype: torch.dtype, hidden: int | None = None) -> LeastWork:
     """A forward pass, as `kvbind.explain` counts it.
 
     At rung 2 that is `12 Dk Dh` operations per token and head and, for Newton-Schulz, `30 D^3` per chunk and head; at rung
     3 `4 D^2` and the same; at rung 6 `4 Dk Dv`. Each of q, k, v, rates and gates is read once, the output written once.
     """
-    needs = cost(spec, Shapes(size.heads, size.width, size.width, size.width, size.tokens, dtype))
+    needs = cost(spec, Shapes(size.heads, size.width, size.width, hidden or size.width, size.tokens, dtype))
     tokens = size.batch * size.tokens
     return LeastWork(needs.flops_per_token * tokens, needs.bytes_per_token * tokens)
 

@@ -2,9 +2,10 @@
 
 The peer of a rung that has a parallel form is that form in ordinary PyTorch under `torch.compile`: chunks by reshaping, two
 batched products, `cumsum` (momentum by `cumprod`), Newton-Schulz as batched products in bfloat16. That of rungs 0 and 1 is
-the released style of operator: a loop over chunks whose update is compiled. That of mini-batches under squared error is the
-loop over them in PyTorch. The peer of token visibility is the operator of flash-linear-attention that computes the same,
-where it is installed; ours is then measured without it.
+the released style of operator: a loop over chunks whose update is compiled. That of mini-batches under squared error is a
+loop over them whose dual form is compiled; beside it stands the library's own dual form in PyTorch. The peer of token
+visibility is the operator of flash-linear-attention that computes the same, where it is installed; ours is then measured
+without it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from kvbind.bench.harness.timing import Work, synchronize
 from kvbind.bench.kernels.cases import PASSES
 from kvbind.bench.kernels.goals import SIZE, goal_of
 from kvbind.bench.kernels.measure import passes
+from kvbind.bench.kernels.span_peer import span_peer, span_step
 from kvbind.forms import fla
 from kvbind.forms.obstacles import parallel_obstacles
 from kvbind.inner.spec import InnerLoop
@@ -47,9 +49,9 @@ TOKEN_SIZES = {
 }
 """The systems under token visibility, and at which sizes."""
 
-MINI_BATCH_SIZE = Size(1, 4096, 12, 64)
-MINI_BATCHES = ("ttt_linear", "ttt_mlp", "titans")
-"""Systems whose gradients are those of mini-batches, beside the loop over these that defines them."""
+MINI_BATCH_SIZES = (Size(1, 4096, 12, 64), Size(1, 32768, 12, 64))
+MINI_BATCHES = {"ttt_linear": None, "ttt_mlp": 256, "titans": 64}
+"""Systems whose gradients are those of mini-batches, and the hidden width of their fast network."""
 
 Read = Callable[[Leaves], Tensor]
 
@@ -167,10 +169,10 @@ def fla_peer(leaves: Leaves, spec: InnerLoop) -> Tensor:
     return output
 
 
-def mini_batch_peer(leaves: Leaves, spec: InnerLoop) -> Tensor:
-    """The loop over mini-batches in PyTorch, as the released TTT layers run it where their kernel does not."""
+def own_form(leaves: Leaves, spec: InnerLoop) -> Tensor:
+    """What `ttt` runs without kernels."""
     with without_kernels():
-        return run(spec, leaves, "recurrent")[0]
+        return run(spec, leaves, "auto")[0]
 
 
 def peer_leaves(leaves: Leaves, spec: InnerLoop) -> Leaves:
@@ -190,9 +192,9 @@ def peer_of(spec: InnerLoop) -> Read:
     """What a user would run instead of `ttt`; compiled at its first call."""
     if by_token(spec):
         return partial(fla_peer, spec=spec)
-    if spec.loss == "squared":
-        return partial(mini_batch_peer, spec=spec)
     torch.compiler.reset()
+    if spec.loss == "squared":
+        return partial(span_peer, spec=spec, step=torch.compile(span_step))
     if not parallel_obstacles(spec):
         return torch.compile(partial(parallel_peer, spec=spec))
     return partial(recurrent_peer, spec=spec, step=torch.compile(chunk_step))
@@ -203,12 +205,14 @@ class PeerRow:
     """One call to compare.
 
     Attributes:
-        name: "rung6", "rung6-tokens" with the operands in that layout, "host-rung6", "linear_attention-12x128".
+        name: "rung6", "rung6-tokens" with the operands in that layout, "host-rung6", "linear_attention-12x128",
+            "mini-titans-4096" of so many tokens.
         rung: of the ladder, or a system of `TOKEN_SIZES` or `MINI_BATCHES`.
         size: of the call.
         chunk: tokens in a chunk.
         layout: of `kvbind.bench.harness.named_operands.LAYOUTS`.
         host: compare what a call costs the host.
+        hidden: hidden width, where it is not the keys'.
     """
 
     name: str
@@ -217,6 +221,7 @@ class PeerRow:
     chunk: int
     layout: str = "heads"
     host: bool = False
+    hidden: int | None = None
 
     @property
     def spec(self) -> InnerLoop:
@@ -233,8 +238,12 @@ def plan(rungs: Sequence[str], size: Size = SIZE, chunk: int = 2048) -> list[Pee
     rows += [PeerRow(f"host-{name}", name, HOST_SIZE, chunk, host=True) for name in reversed(parallel)]
     if size == SIZE:
         each = [(name, at) for name, sizes in TOKEN_SIZES.items() for at in sizes]
-        each += [(name, MINI_BATCH_SIZE) for name in MINI_BATCHES]
         rows += [PeerRow(f"{name}-{at.heads}x{at.width}", name, at, named(name).chunk or 1, "tokens") for name, at in each]
+        rows += [
+            PeerRow(f"mini-{name}-{at.tokens}", name, at, 1, "tokens", hidden=hidden)
+            for at in MINI_BATCH_SIZES
+            for name, hidden in MINI_BATCHES.items()
+        ]
     return rows
 
 
@@ -261,10 +270,14 @@ def error_of(found: Tensor, expected: Tensor) -> float:
 def compare(row: PeerRow, ceilings: Ceilings, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
     """The two passes of one row; rates in Mtok/s, times of the host in microseconds."""
     spec, tokens = row.spec, row.size.batch * row.size.tokens
-    leaves = laid_out(in_precision(draw_leaves(spec, row.size, device), torch.bfloat16, torch.float32), row.layout)
+    drawn = draw_leaves(spec, row.size, device, hidden=row.hidden)
+    leaves = laid_out(in_precision(drawn, torch.bfloat16, torch.float32), row.layout)
     ours = dict(zip(PASSES, passes(lambda x: run(spec, x, "auto")[0], leaves), strict=True))
     theirs = dict(zip(PASSES, passes(peer_of(spec), peer_leaves(leaves, spec)), strict=True))
-    need = forward_work(spec, row.size, torch.bfloat16)
+    # longer calls of it take seconds
+    formed = row.rung in MINI_BATCHES and row.size.tokens <= MINI_BATCH_SIZES[0].tokens
+    torchs = dict(zip(PASSES, passes(partial(own_form, spec=spec), leaves), strict=True)) if formed else {}
+    need = forward_work(spec, row.size, torch.bfloat16, row.hidden)
     needs = {"forward": need, "training": training_work(need, row.size, torch.bfloat16)}
     form = "recurrent" if parallel_obstacles(spec) else "parallel"
     goal = goal_of(row.rung, form, row.size, row.chunk, "bfloat16")
@@ -279,6 +292,8 @@ def compare(row: PeerRow, ceilings: Ceilings, device: torch.device, seconds: flo
         }
         found |= timed(row, name, "ours", ours[name], device, seconds, kept)
         found |= timed(row, name, "peer", theirs[name], device, seconds, kept)
+        if formed:
+            found |= timed(row, name, "form", torchs[name], device, seconds, kept)
         found["limit"] = tokens / needs[name].limit(ceilings) / 1e6
         found["goal"] = getattr(goal, name, None)
         yield found | ratios(found)
@@ -292,7 +307,7 @@ def timed(
     Args:
         row: what is compared.
         name: the pass.
-        who: "ours" or "peer".
+        who: "ours", "peer" or, for the library's form in PyTorch, "form".
         work: the pass of that side.
         device: where it runs.
         seconds: how long to time it, and again as a graph.
@@ -307,10 +322,10 @@ def timed(
                 first = work()
             synchronize(device)
             found[f"{who}_first_seconds"] = time.perf_counter() - begin
-            if name == "forward":
+            if name == "forward" and who == "ours":
                 kept.append(first)  # type: ignore[arg-type]
-            if name == "forward" and len(kept) == 2:
-                found["difference"] = error_of(kept[1], kept[0])
+            if name == "forward" and who == "peer" and kept:
+                found["difference"] = error_of(first, kept[0])  # type: ignore[arg-type]
             if row.host:
                 found[f"{who}_host_us"] = 1e6 * host_seconds(work, device)
                 # without the handing over to autograd's thread of the device, which a caller may do without
@@ -327,7 +342,7 @@ def timed(
 
 
 def ratios(row: dict[str, Any]) -> dict[str, float | None]:
-    """Ours over the peer's, and ours over the limit."""
+    """Ours over the peer's and over the form in PyTorch, and ours over the limit."""
 
     def over(a: str, b: str) -> float | None:
         return row[a] / row[b] if row.get(a) and row.get(b) else None
@@ -335,6 +350,8 @@ def ratios(row: dict[str, Any]) -> dict[str, float | None]:
     return {
         "ratio_plain": over("ours_plain", "peer_plain"),
         "ratio_graph": over("ours_graph", "peer_graph"),
+        "ratio_form_plain": over("ours_plain", "form_plain"),
+        "ratio_form_graph": over("ours_graph", "form_graph"),
         "of_limit": over("ours_graph", "limit"),
         "plain_of_graph": over("ours_plain", "ours_graph"),
     }

@@ -14,7 +14,7 @@ def peer_grids(record: dict[str, Any]) -> list[Grid]:
     def text(x: float | None, form: str = ".3g") -> str:
         return "-" if x is None else format(x, form)
 
-    lines, host = [], []
+    lines, forms, host = [], [], []
     for row in record["rows"]:
         short = {"forward": "fwd", "training": "f+b"}[row["pass"]]
         if "ours_host_us" in row:
@@ -25,10 +25,17 @@ def peer_grids(record: dict[str, Any]) -> list[Grid]:
         shares = [row["ratio_plain"], row["ratio_graph"], row["plain_of_graph"]]
         line = [row["name"], short, *map(text, numbers), *(text(x, ".2f") for x in shares)]
         lines.append((*line, text(row["goal"]), text(row["of_limit"], ".0%")))
+        if "form_plain" in row:
+            rates = [text(row.get(f"{who}_{how}")) for how in ("plain", "graph") for who in ("ours", "form")]
+            factors = [text(row[f"ratio_form_{how}"], ".1f") for how in ("plain", "graph")]
+            forms.append((row["name"], short, *rates, *factors))
     header = ("rung", "pass", "ours plain", "peer plain", "ours graph", "peer graph", "x plain", "x graph", "plain / graph",
               "goal", "of limit")  # fmt: skip
     note = "plain: calls from Python; graph: replays of a CUDA graph; x: ours over the peer's; of limit: ours, of replays"
     grids = [Grid("peers", "Beside compiled PyTorch, Mtok/s", header, tuple(lines), note=note)]
+    if forms:
+        names = ("system", "pass", "ours plain", "PyTorch plain", "ours graph", "PyTorch graph", "x plain", "x graph")
+        grids.append(Grid("mini_batches", "Mini-batches beside the dual form in PyTorch, Mtok/s", names, tuple(forms)))
     if host:
         title = f"What a small call costs the host, us: {HOST_SIZE.batch} x {HOST_SIZE.tokens}, {HOST_SIZE.heads} heads of "
         columns = ("rung", "pass", "ours", "peer", "ours, one thread", "peer, one thread")

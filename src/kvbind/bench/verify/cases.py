@@ -11,8 +11,9 @@ from kvbind.bench.harness.operands import Size
 from kvbind.bench.layers.operators import LayerOperator, pieces
 from kvbind.forms import fla
 from kvbind.forms.api import Form
-from kvbind.forms.obstacles import parallel_obstacles
+from kvbind.forms.obstacles import best_form, parallel_obstacles
 from kvbind.inner import systems
+from kvbind.inner.head import LayerNormHead
 from kvbind.inner.networks import MLP, Linear, SwiGLU
 from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.spec import InnerLoop
@@ -228,6 +229,26 @@ def cases(scale: CaseScale) -> list[VerifyCase | LayerOperator]:
         add(f"delta rule, {name}, values half as wide", spec, token, both=False, value_width=s.narrow)
         add(f"delta rule, {name}, state through three calls", spec, token, both=False, splits=(2, s.short // 2))
     add("linear attention, retention by channel", systems.gla(), token, both=False)
+
+    # gradients taken once per mini-batch
+    memory_size, least = Size(2, s.short, s.heads, s.narrow), max(s.narrow // 2, 16)
+    memories = {
+        "TTT-Linear": (systems.ttt_linear(), None),
+        "TTT-MLP": (systems.ttt_mlp(), s.narrow),
+        "TTT-MLP, exact gelu": (systems.ttt_mlp().replace(network=MLP("gelu", bias=True, head=LayerNormHead())), s.narrow),
+        "Titans": (systems.titans(), least),
+        "Titans, retention alone": (systems.titans().replace(momentum=False), s.narrow),
+        "Titans, one matrix": (systems.titans().replace(network=Linear()), None),
+        "Titans, one matrix and a head": (systems.titans().replace(network=Linear(head=LayerNormHead())), None),
+    }
+    for name, (spec, hidden) in memories.items():
+        each: dict[str, Any] = {"form": best_form(spec), "hidden": hidden}
+        found.append(VerifyCase(name, spec, memory_size, **each))
+        found.append(VerifyCase(f"{name}, state through three calls", spec, memory_size, splits=(5, s.short // 2), **each))
+        found.append(VerifyCase(f"{name}, packed sequences", spec, replace(memory_size, batch=1), cu_seqlens=packed, **each))
+        if spec.retention:
+            found.append(VerifyCase(f"{name}, gates of all sizes", spec, memory_size, small_gates=True, **each))
+    found.append(VerifyCase("TTT-MLP, four times as wide", systems.ttt_mlp(), memory_size, "dual", hidden=4 * s.narrow))
 
     views = Size(2, ragged, s.heads, s.width)
     add("LaCT view synthesis", systems.lact_nvs(), views, hidden=2 * s.width, update_tokens=slice(0, whole // 2))
