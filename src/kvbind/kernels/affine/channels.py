@@ -26,11 +26,82 @@ from kvbind.kernels.launching.launcher import Launcher
 
 @triton.jit
 def _logarithms(gates, places, live):
-    """Logarithms (base 2) of gates, 0 where there are none."""
+    """Logarithms (base 2) of gates, 0 where there are none, infinite where they are not finite; and the least of them."""
     gate = tl.load(gates + places, mask=live, other=1.0)
     # a little above float32's least normal number, which is a number of float64 and would make such of all
-    open_ = (gate >= 1.1754944e-38) & (gate < float("inf"))
-    return tl.where(open_, tl.log2(tl.where(open_, gate, 1.0)), SHUT)
+    open_ = gate >= 1.1754944e-38
+    logs = tl.where(open_, tl.log2(tl.where(open_, gate, 1.0)), SHUT)
+    return tl.where(tl.abs(gate) < float("inf"), logs, float("inf")), tl.min(tl.min(logs, 1), 0)
+
+
+@triton.jit
+def _shut(logs):
+    """Logarithms with gates that are not finite as 0."""
+    return tl.where(logs < float("inf"), logs, SHUT)
+
+
+@triton.jit
+def _row(x, at, ROW: tl.constexpr):
+    """A row of a tile."""
+    return tl.sum(tl.where((at == ROW)[:, None], x, 0.0), 0)[None, :]
+
+
+@triton.jit
+def _boundaries(sums, at, H: tl.constexpr, GATHER: tl.constexpr):
+    """Of stretches of 2 H, what the last row of their first halves has, at each row."""
+    rows: tl.constexpr = sums.shape[0]
+    if GATHER:
+        return tl.gather(sums, (at // (2 * H) * (2 * H) + (H - 1))[:, None] + tl.zeros(sums.shape, tl.int32), 0)
+    else:
+        found = _row(sums, at, H - 1)
+        for stretch in tl.static_range(1, rows // (2 * H)):
+            found = tl.where((at // (2 * H) == stretch)[:, None], _row(sums, at, 2 * H * stretch + H - 1), found)
+        return found
+
+
+@triton.jit
+def _mild_scores_between(scores, erased, x, y, z, own, sums, at, dtype: tl.constexpr, H: tl.constexpr, BEFORE: tl.constexpr,
+                         DELTA: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Scores of reads in second halves of stretches of 2 H with writes in first ones, added."""
+    rows: tl.constexpr = own.shape[0]
+    if H < rows:
+        reach = sums - _boundaries(sums, at, H, GATHER)
+        second = (at // H % 2 == 1)[:, None]
+        factor = tl.exp2(tl.where(second, reach, -reach))
+        meet = _meet(at[:, None], at[None, :], H)
+        keys = tl.trans((y * factor).to(dtype))
+        scores += tl.where(meet, tl.dot((x * factor).to(dtype), keys, input_precision=PRECISION), 0.0)
+        if DELTA:
+            if not BEFORE:
+                factor = tl.exp2(tl.where(second, reach - own, 0.0))
+            erased += tl.where(meet, tl.dot((z * factor).to(dtype), keys, input_precision=PRECISION), 0.0)
+    return scores, erased
+
+
+@triton.jit
+def _mild_scores(scores, erased, x, y, z, own, at, dtype: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr,
+                 GATHER: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Scores of a chunk whose gates are all mild, added; and factors as of `_factors`."""
+    mine, other = at[:, None], at[None, :]
+    sums = tl.cumsum(own, 0)
+    for level in tl.static_range(0, 2):
+        scores, erased = _mild_scores_between(
+            scores, erased, x, y, z, own, sums, at, dtype, 32 >> level, BEFORE, DELTA, GATHER, PRECISION
+        )
+    reach = sums - _boundaries(sums, at, 8, GATHER)
+    meet = (mine // 16 == other // 16) & (mine > other)
+    keys = tl.trans((y * tl.exp2(-reach)).to(dtype))
+    factor = tl.exp2(reach)
+    scores += tl.where(meet, tl.dot((x * factor).to(dtype), keys, input_precision=PRECISION), 0.0)
+    if DELTA:
+        if not BEFORE:
+            factor = tl.exp2(reach - own)
+        erased += tl.where(meet, tl.dot((z * factor).to(dtype), keys, input_precision=PRECISION), 0.0)
+    reach = tl.exp2(sums)
+    seen = reach
+    if not BEFORE:
+        seen = tl.exp2(sums - own)
+    return scores, erased, reach, seen, tl.exp2(tl.sum(own, 0)[None, :] - sums)
 
 
 @triton.jit
@@ -90,7 +161,7 @@ def _scale_kernel(
     q, k, e, rates, gates, scaled_q, scaled_k, scaled_e, reads, residuals, keeps, marks, table, tokens, each, heads,
     q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, MILD: tl.constexpr, GATHER: tl.constexpr = True,
 ):  # fmt: skip
     """Scores and scaled queries and keys of one chunk and head."""
     program = tl.program_id(0)
@@ -115,49 +186,48 @@ def _scale_kernel(
     gate_places = mine * (heads * DK) + inner[None, :]
 
     _rate, wrong = rates_of(rates, places, rows)
-    for block in range(0, DK, BK):
-        y = read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK)
-        wrong = tl.maximum(wrong, rows_wrong(y))
-        if e is not None:
-            z = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK)
-            wrong = tl.maximum(wrong, rows_wrong(z))
-        live = rows[:, None] & (block + inner < DK)[None, :]
-        wrong = tl.maximum(wrong, rows_wrong(tl.load(gates + base + block + gate_places, mask=live, other=1.0)))
-    tl.store(marks + places, wrong.to(tl.int8), mask=rows)
-    spoilt = tl.max(wrong, 0)
-
     scores = tl.zeros((C, C), tl.float32)
     erased = tl.zeros((C, C), tl.float32)
     for block in range(0, DK, BK):
         inside = (block + inner < DK)[None, :]
-        logs = gates + base + block
-        own = _logarithms(logs, gate_places, rows[:, None] & inside)
-        later = _logarithms(logs, gate_places + heads * DK, ((at + 1 < stop - token) & (at + 1 < C))[:, None] & inside)
-        earlier = own
-        if not BEFORE:
-            earlier = _logarithms(logs, gate_places - heads * DK, ((at > 0) & rows)[:, None] & inside)
-        x = finite(read_rows(q + block, mine * q_token + inner[None, :], rows, block + inner, DK, BK)).to(tl.float32)
-        y = read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK)
-        y = without(y, wrong).to(tl.float32)
+        logs, stored = gates + base + block, rows[:, None] & inside
+        own, least = _logarithms(logs, gate_places, stored)
+        x = read_rows(q + block, mine * q_token + inner[None, :], rows, block + inner, DK, BK).to(tl.float32)
+        y = read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK).to(tl.float32)
+        wrong = tl.maximum(wrong, tl.maximum(rows_wrong(y), rows_wrong(own)))
+        own, y = tl.where(own < float("inf"), own, SHUT), finite(y)
         z = y
         if e is not None:
-            z = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK)
-            z = without(z, wrong).to(tl.float32)
-        scores += tl.where(mine == other, tl.sum(x * y, 1)[:, None], 0.0)
-        for level in tl.static_range(0, 6):
-            scores, erased = _scores_between(
-                scores, erased, x, y, z, own, earlier, later, at, dtype, (C // 2) >> level, BEFORE, DELTA, PRECISION
+            z = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK).to(tl.float32)
+            wrong = tl.maximum(wrong, rows_wrong(z))
+            z = finite(z)
+        real = finite(x)
+        scores += tl.where(mine == other, tl.sum(real * y, 1)[:, None], 0.0)
+        if least >= MILD:
+            scores, erased, reach, seen, behind = _mild_scores(
+                scores, erased, real, y, z, own, at, dtype, BEFORE, DELTA, GATHER, PRECISION
             )
-        reach, seen, behind = _factors(own, earlier, later, at, C, BEFORE)
-        where, stored = base + block + gate_places, rows[:, None] & inside
+        else:
+            behind_rows = ((at + 1 < stop - token) & (at + 1 < C))[:, None] & inside
+            later, _least = _logarithms(logs, gate_places + heads * DK, behind_rows)
+            later = _shut(later)
+            earlier = own
+            if not BEFORE:
+                earlier, _least = _logarithms(logs, gate_places - heads * DK, ((at > 0) & rows)[:, None] & inside)
+                earlier = _shut(earlier)
+            for level in tl.static_range(0, 6):
+                scores, erased = _scores_between(
+                    scores, erased, real, y, z, own, earlier, later, at, dtype, (C // 2) >> level, BEFORE, DELTA, PRECISION
+                )
+            reach, seen, behind = _factors(own, earlier, later, at, C, BEFORE)
+        where = base + block + gate_places
         # queries keep what is not finite, as it is theirs alone
-        x = read_rows(q + block, mine * q_token + inner[None, :], rows, block + inner, DK, BK).to(tl.float32)
         tl.store(scaled_q + where, (x * reach).to(dtype), mask=stored)
         tl.store(scaled_k + where, (y * behind).to(dtype), mask=stored)
         if DELTA:
             tl.store(scaled_e + where, (z * seen).to(dtype), mask=stored)
-        keep = tl.exp2(tl.sum(own, 0))
-        tl.store(keeps + place * DK + block + inner, tl.where(spoilt > 0, float("nan"), keep), mask=block + inner < DK)
+        tl.store(keeps + place * DK + block + inner, tl.exp2(tl.sum(own, 0)), mask=block + inner < DK)
+    tl.store(marks + places, wrong.to(tl.int8), mask=rows)
     tl.store(reads + place * (C * C) + mine * C + other, scores.to(dtype))
     if DELTA:
         tl.store(residuals + place * (C * C) + mine * C + other, erased)
@@ -222,99 +292,273 @@ def _gradients_between(
     return dq, dk, de, x, x_before, y_behind, through
 
 
+@triton.jit
+def _half_sums(x, at, H: tl.constexpr):
+    """Sums over the rows of each first and of each second half of stretches of 2 H, at every row of the other half."""
+    rows: tl.constexpr = x.shape[0]
+    found = tl.zeros_like(x)
+    for half in tl.static_range(0, rows // H):
+        total = tl.sum(tl.where((at // H == half)[:, None], x, 0.0), 0)[None, :]
+        found = tl.where((at // H == half + 1 - 2 * (half % 2))[:, None], total, found)
+    return found
+
+
+@triton.jit
+def _mild_gradients_between(
+    dq, dk, de, x, x_before, y_behind, through, q, k, e, own, sums, d_reads, d_residuals, turned_reads, turned_residuals, at,
+    dtype: tl.constexpr, H: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr, GATHER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What `_gradients_between` returns, of a chunk whose gates are all mild."""
+    rows: tl.constexpr = own.shape[0]
+    if H < rows:
+        reach = sums - _boundaries(sums, at, H, GATHER)
+        second = (at // H % 2 == 1)[:, None]
+        factor = tl.exp2(tl.where(second, reach, -reach))
+        seen = factor
+        if not BEFORE:
+            seen = tl.exp2(tl.where(second, reach - own, 0.0))
+        whole = tl.exp2(_half_sums(own, at, H))
+        hung = tl.where(second, x, y_behind) * factor
+        if not BEFORE:
+            hung += tl.where(second, x_before * seen, 0.0)
+            x_before = tl.where(second, x_before * whole, x_before)
+        through = through * whole + _half_sums(hung, at, H)
+        x = tl.where(second, x * whole, x)
+        y_behind = tl.where(second, y_behind, y_behind * whole)
+        meet, turned = _meet(at[None, :], at[:, None], H), _meet(at[:, None], at[None, :], H)
+        keys, queries = (k * factor).to(dtype), (q * factor).to(dtype)
+        found = tl.dot(tl.where(turned, turned_reads, 0.0).to(dtype), keys, input_precision=PRECISION)
+        dq += found * factor
+        x += found * q
+        found = tl.dot(tl.where(meet, d_reads, 0.0).to(dtype), queries, input_precision=PRECISION)
+        if DELTA:
+            shares = tl.where(meet, d_residuals, 0.0).to(dtype)
+            found = tl.dot(shares, (e * seen).to(dtype), found, input_precision=PRECISION)
+        dk += found * factor
+        y_behind += found * k
+        if DELTA:
+            found = tl.dot(tl.where(turned, turned_residuals, 0.0).to(dtype), keys, input_precision=PRECISION)
+            de += found * seen
+            if BEFORE:
+                x += found * e
+            else:
+                x_before += found * e
+
+    return dq, dk, de, x, x_before, y_behind, through
+
+
+@triton.jit
+def _mild_gradients(
+    dq, dk, de, x, x_before, y_behind, through, q, k, e, own, d_reads, d_residuals, turned_reads, turned_residuals, at,
+    dtype: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of a chunk whose gates are all mild: gradients with what pairs add to them, and those of gates."""
+    mine, other = at[:, None], at[None, :]
+    sums = tl.cumsum(own, 0)
+    for level in tl.static_range(0, 2):
+        dq, dk, de, x, x_before, y_behind, through = _mild_gradients_between(
+            dq, dk, de, x, x_before, y_behind, through, q, k, e, own, sums, d_reads, d_residuals, turned_reads,
+            turned_residuals, at, dtype, 32 >> level, BEFORE, DELTA, GATHER, PRECISION,
+        )  # fmt: skip
+
+    # stretches of 16: what hangs on products from their first row on, or up to their last
+    middle = sums - _boundaries(sums, at, 8, GATHER)
+    first = sums - own
+    ahead = tl.exp2(sums - _starts(first, at))
+    behind = tl.exp2(_ends(sums, at) - sums)
+    up, down, seen = tl.exp2(middle), tl.exp2(-middle), tl.exp2(middle - own)
+    meet = (mine // 16 == other // 16) & (mine < other)
+    turned = (mine // 16 == other // 16) & (mine > other)
+    # from numbers as they enter products, so that pairs on one side of a gate cancel
+    keys, queries = (k * down).to(dtype), (q * up).to(dtype)
+    found = tl.dot(tl.where(turned, turned_reads, 0.0).to(dtype), keys, input_precision=PRECISION)
+    dq += found * up
+    late = x * ahead + found * queries.to(tl.float32)
+    found = tl.dot(tl.where(meet, d_reads, 0.0).to(dtype), queries, input_precision=PRECISION)
+    later = tl.zeros_like(late)
+    if DELTA:
+        erased = (e * (up if BEFORE else seen)).to(dtype)
+        found = tl.dot(tl.where(meet, d_residuals, 0.0).to(dtype), erased, found, input_precision=PRECISION)
+    dk += found * down
+    late -= found * keys.to(tl.float32)
+    if DELTA:
+        found = tl.dot(tl.where(turned, turned_residuals, 0.0).to(dtype), keys, input_precision=PRECISION)
+        if BEFORE:
+            de += found * up
+            late += found * erased.to(tl.float32)
+        else:
+            de += found * seen
+            later = x_before * ahead * tl.exp2(-own) + found * erased.to(tl.float32)
+    # sums over a stretch's rows from each gate on, and of those before it
+    early = y_behind * behind - late - later
+    summed = tl.cumsum(early, 0) - early
+    total = _own_sums(late + later, at) - _starts(summed, at)
+    d_gates = through * tl.exp2(_own_sums(own, at)) + total + summed - later
+    return dq, dk, de, d_gates * tl.exp2(-own)
+
+
+@triton.jit
+def _starts(x, at):
+    """What the first row of each stretch of 16 has, at each row."""
+    rows: tl.constexpr = x.shape[0]
+    found = _row(x, at, 0)
+    for stretch in tl.static_range(1, rows // 16):
+        found = tl.where((at // 16 == stretch)[:, None], _row(x, at, 16 * stretch), found)
+    return found
+
+
+@triton.jit
+def _ends(x, at):
+    """What the last row of each stretch of 16 has, at each row."""
+    rows: tl.constexpr = x.shape[0]
+    found = _row(x, at, 15)
+    for stretch in tl.static_range(1, rows // 16):
+        found = tl.where((at // 16 == stretch)[:, None], _row(x, at, 16 * stretch + 15), found)
+    return found
+
+
+@triton.jit
+def _own_sums(x, at):
+    """Sums over the rows of each stretch of 16, at each row."""
+    rows: tl.constexpr = x.shape[0]
+    found = tl.zeros_like(x)
+    for stretch in tl.static_range(0, rows // 16):
+        its = (at // 16 == stretch)[:, None]
+        found = tl.where(its, tl.sum(tl.where(its, x, 0.0), 0)[None, :], found)
+    return found
+
+
 @triton.jit(do_not_specialize=["tokens", "each"])
 def _channel_gradients_kernel(
-    q, k, e, gates, keeps, marks, states, d_states, d_reads, d_residuals, d_q, d_k, d_e, d_gates, out_q, out_k, out_e,
-    table, tokens, each, heads,
-    q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
+    d_out, q, k, e, rates, gates, marks, states, d_states, written, d_right, d_reads, d_residuals, d_rates, d_gates,
+    d_q, d_k, d_e, table, tokens, each, heads,
+    d_row, d_token, d_head, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
-    DELTA: tl.constexpr, PRECISION: tl.constexpr,
+    DELTA: tl.constexpr, PRECISION: tl.constexpr, MILD: tl.constexpr, GATHER: tl.constexpr = True,
 ):  # fmt: skip
-    """Gradients of queries, keys and gates, of one chunk, head and block of key channels, from those of what was scaled."""
-    NK: tl.constexpr = (DK + BK - 1) // BK
+    """Gradients of queries, keys, gates and rates, of one chunk and head."""
     program = tl.program_id(0)
-    up = (program % NK) * BK
-    head = ((program // NK) % heads).to(tl.int64)
-    index = program // (NK * heads)
-    row, sequence, start, stop, _ends = segment(index, table, tokens, C, each, False)
+    head = (program % heads).to(tl.int64)
+    index = program // heads
+    row, sequence, start, stop, _ends_here = segment(index, table, tokens, C, each, False)
     if sequence < 0:
         return
     token = start.to(tl.int64)
     place = index.to(tl.int64) * heads + head
     at = tl.arange(0, C)
     rows = at < stop - token
-    q += row * q_row + head * q_head + token * q_token + up
-    k += row * k_row + head * k_head + token * k_token + up
+    places = ((row * tokens + token) + at) * heads + head
+    d_out += row * d_row + head * d_head + token * d_token
+    q += row * q_row + head * q_head + token * q_token
+    k += row * k_row + head * k_head + token * k_token
     if e is not None:
-        e += row * e_row + head * e_head + token * e_token + up
-    base = ((row * tokens + token) * heads + head) * DK + up
+        e += row * e_row + head * e_head + token * e_token
+    written += place * (C * DV)
+    d_right += place * (C * DV)
+    states += place * (DV * DK)
+    d_states += place * (DV * DK)
     dtype: tl.constexpr = q.dtype.element_ty
     inner, columns = tl.arange(0, BK), tl.arange(0, BV)
     mine, other = at[:, None], at[None, :]
-    where = mine * (heads * DK) + inner[None, :]
-    inside = (up + inner < DK)[None, :]
-    live = rows[:, None] & inside
 
-    wrong = marked_rows(marks, ((row * tokens + token) + at) * heads + head, rows)
-    own = _logarithms(gates + base, where, live)
-    later = _logarithms(gates + base, where + heads * DK, ((at + 1 < stop - token) & (at + 1 < C))[:, None] & inside)
-    earlier = own
-    if not BEFORE:
-        earlier = _logarithms(gates + base, where - heads * DK, ((at > 0) & rows)[:, None] & inside)
-    x_q = finite(read_rows(q, mine * q_token + inner[None, :], rows, up + inner, DK, BK)).to(tl.float32)
-    x_k = without(read_rows(k, mine * k_token + inner[None, :], rows, up + inner, DK, BK), wrong).to(tl.float32)
-    x_e = x_k
-    if e is not None:
-        x_e = without(read_rows(e, mine * e_token + inner[None, :], rows, up + inner, DK, BK), wrong).to(tl.float32)
+    wrong = marked_rows(marks, places, rows)
+    rate, _wrong = rates_of(rates, places, rows)
+    on_rate = tl.zeros((C,), tl.float32)
+    for up in range(0, DK, BK):
+        base = ((row * tokens + token) * heads + head) * DK + up
+        where = mine * (heads * DK) + inner[None, :]
+        inside = (up + inner < DK)[None, :]
+        live = rows[:, None] & inside
+        own, least = _logarithms(gates + base, where, live)
+        own = _shut(own)
+        x_q = finite(read_rows(q + up, mine * q_token + inner[None, :], rows, up + inner, DK, BK)).to(tl.float32)
+        x_k = without(read_rows(k + up, mine * k_token + inner[None, :], rows, up + inner, DK, BK), wrong).to(tl.float32)
+        x_e = x_k
+        if e is not None:
+            x_e = read_rows(e + up, mine * e_token + inner[None, :], rows, up + inner, DK, BK)
+            x_e = without(x_e, wrong).to(tl.float32)
 
-    # the whole chunk: queries and keys as they meet states
-    reach, seen, behind = _factors(own, earlier, later, at, C, BEFORE)
-    dq = tl.load(d_q + base + where, mask=live, other=0.0).to(tl.float32)
-    dk = tl.load(d_k + base + where, mask=live, other=0.0).to(tl.float32)
-    x, y_behind, x_before, de = dq * x_q, dk * x_k, tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
-    dq *= reach
-    dk *= behind
-    if DELTA:
-        de = tl.load(d_e + base + where, mask=live, other=0.0).to(tl.float32)
-        if BEFORE:
-            x += de * x_e
+        # the whole chunk: queries and keys as they meet states
+        dq = tl.zeros((C, BK), tl.float32)
+        dk = tl.zeros((C, BK), tl.float32)
+        de = tl.zeros((C, BK), tl.float32)
+        anchor = tl.zeros((BK,), tl.float32)
+        for block in range(0, DV, BV):
+            within = (block + columns < DV)[None, :]
+            its = (block + columns)[:, None] * DK + (up + inner)[None, :]
+            there = (block + columns < DV)[:, None] & (up + inner < DK)[None, :]
+            state = tl.load(states + its, mask=there, other=0.0)
+            d_state = tl.load(d_states + its, mask=there, other=0.0)
+            g = read_rows(d_out + block, mine * d_token + columns[None, :], rows, block + columns, DV, BV)
+            x = tl.load(written + mine * DV + (block + columns)[None, :], mask=within, other=0.0)
+            dq = tl.dot(g, state, dq, input_precision=PRECISION)
+            dk = tl.dot(x, d_state, dk, input_precision=PRECISION)
+            if DELTA:
+                x = tl.load(d_right + mine * DV + (block + columns)[None, :], mask=within, other=0.0)
+                de = tl.dot(x, state, de, input_precision=PRECISION)
+            anchor += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
+        scores, back = place * (C * C) + mine * C + other, place * (C * C) + other * C + mine
+        shares, turned = tl.load(d_reads + scores), tl.load(d_reads + back)
+        taken, turned_taken = shares, turned
+        if DELTA:
+            taken, turned_taken = tl.load(d_residuals + scores), tl.load(d_residuals + back)
+        through = anchor[None, :] + tl.zeros((C, BK), tl.float32)
+        mild = least >= MILD
+        later = own
+        earlier = own
+        if mild:
+            sums = tl.cumsum(own, 0)
+            reach, behind = tl.exp2(sums), tl.exp2(tl.sum(own, 0)[None, :] - sums)
+            seen = reach
+            if not BEFORE:
+                seen = tl.exp2(sums - own)
         else:
-            x_before = de * x_e
-        de *= seen
-    anchor = tl.zeros((BK,), tl.float32)
-    states += place * (DK * DV)
-    d_states += place * (DK * DV)
-    for block in range(0, DV, BV):
-        its = (up + inner)[:, None] * DV + (block + columns)[None, :]
-        there = (up + inner < DK)[:, None] & (block + columns < DV)[None, :]
-        state = tl.load(states + its, mask=there, other=0.0).to(tl.float32)
-        anchor += tl.sum(state * tl.load(d_states + its, mask=there, other=0.0).to(tl.float32), 1)
-    through = anchor[None, :] + tl.zeros((C, BK), tl.float32)
-
-    scores = place * (C * C) + mine * C + other
-    back = place * (C * C) + other * C + mine
-    shares, turned = tl.load(d_reads + scores), tl.load(d_reads + back)
-    taken, turned_taken = shares, turned
-    if DELTA:
-        taken, turned_taken = tl.load(d_residuals + scores), tl.load(d_residuals + back)
-    for level in tl.static_range(0, 6):
-        dq, dk, de, x, x_before, y_behind, through = _gradients_between(
-            dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned,
-            turned_taken, at, dtype, (C // 2) >> level, BEFORE, DELTA, PRECISION,
-        )  # fmt: skip
-    # each query with its own token's key, between which there is no gate
-    alone = tl.sum(tl.where(mine == other, shares.to(tl.float32), 0.0), 1)[:, None]
-    dq += alone * x_k
-    dk += alone * x_q
-    if DELTA:
-        if e is None:
-            dk += de
+            behind_rows = ((at + 1 < stop - token) & (at + 1 < C))[:, None] & inside
+            later, _least = _logarithms(gates + base, where + heads * DK, behind_rows)
+            later = _shut(later)
+            if not BEFORE:
+                earlier, _least = _logarithms(gates + base, where - heads * DK, ((at > 0) & rows)[:, None] & inside)
+                earlier = _shut(earlier)
+            reach, seen, behind = _factors(own, earlier, later, at, C, BEFORE)
+        x, y_behind, x_before = dq * x_q, dk * x_k, tl.zeros((C, BK), tl.float32)
+        dq *= reach
+        dk *= behind
+        if DELTA:
+            on_rate += tl.sum(de * seen * x_e, 1)
+            de *= -rate[:, None]
+            if BEFORE:
+                x += de * x_e
+            else:
+                x_before = de * x_e
+            de *= seen
+        if mild:
+            dq, dk, de, x = _mild_gradients(
+                dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, shares, taken, turned, turned_taken, at,
+                dtype, BEFORE, DELTA, GATHER, PRECISION,
+            )  # fmt: skip
         else:
-            tl.store(out_e + base + where, de.to(dtype), mask=live)
-    tl.store(out_q + base + where, dq.to(dtype), mask=live)
-    tl.store(out_k + base + where, dk.to(dtype), mask=live)
-    if d_gates is not None:
-        tl.store(d_gates + base + where, through + x, mask=live)
+            for level in tl.static_range(0, 6):
+                dq, dk, de, x, x_before, y_behind, through = _gradients_between(
+                    dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned,
+                    turned_taken, at, dtype, (C // 2) >> level, BEFORE, DELTA, PRECISION,
+                )  # fmt: skip
+            x += through
+        # each query with its own token's key, between which there is no gate
+        alone = tl.sum(tl.where(mine == other, shares.to(tl.float32), 0.0), 1)[:, None]
+        dq += alone * x_k
+        dk += alone * x_q
+        if DELTA:
+            if e is None:
+                dk += de
+            else:
+                tl.store(d_e + base + where, de.to(dtype), mask=live)
+        tl.store(d_q + base + where, dq.to(dtype), mask=live)
+        tl.store(d_k + base + where, dk.to(dtype), mask=live)
+        tl.store(d_gates + base + where, x, mask=live)
+    if DELTA and d_rates is not None:
+        found = tl.load(d_rates + places, mask=rows, other=0.0)
+        tl.store(d_rates + places, found - on_rate, mask=rows)
 
 
 scale = Launcher(_scale_kernel)

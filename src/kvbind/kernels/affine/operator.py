@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from kvbind.inner.value import check_choice
-from kvbind.kernels.affine.backward import key_gradients, pair_gradients, state_gradients, value_gradients
+from kvbind.kernels.affine.backward import key_gradients, pair_gradients
 from kvbind.kernels.affine.channels import channel_gradients, scale
-from kvbind.kernels.affine.outputs import outputs
 from kvbind.kernels.affine.prepare import prepare
 from kvbind.kernels.affine.solve import solve
+from kvbind.kernels.affine.state_gradients import part_gradients, state_gradients
+from kvbind.kernels.affine.states import parts as run_parts
 from kvbind.kernels.affine.states import states as run_states
 from kvbind.kernels.affine.tiles import cut
 from kvbind.kernels.causal.segments import Segments, product_precision, token_strides
@@ -33,6 +34,10 @@ from kvbind.kernels.launching import dispatcher
 ORDERS = ("before", "after")
 CHUNKS = (16, 32, 64)
 NARROWEST, WIDEST = 16, 256
+
+
+MULTIPROCESSORS = 132
+"""As many programs are wanted at once: those of an H100 or H200."""
 
 
 class Blocks(NamedTuple):
@@ -48,31 +53,34 @@ def blocks_of(kernel: str, dtype: torch.dtype, key: int, value: int) -> Blocks:
     """The blocks of a kernel for operands of these widths.
 
     Args:
-        kernel: "solve", "prepare", "states", "outputs", "state_gradients", "value_gradients", "pair_gradients",
+        kernel: "solve", "prepare", "parts", "states", "part_gradients", "state_gradients", "pair_gradients",
             "key_gradients", and with gates per key channel "scale" and "channel_gradients".
         dtype: of the operands.
         key: width of keys.
         value: width of values.
     """
-    bk, bv, warps, stages = {
-        "scale": (16, 16, 4, 1),
-        "solve": (128, 16, 4, 1),
-        # Triton 3.6 makes of one block of 64 value columns and several of 64 key channels a kernel that computes wrong
-        "prepare": (64, 64, 4, 1) if min(key, value) > 64 else (128, 128, 4, 1),
-        "states": (128, 16, 8, 4) if key <= 128 else (128, 16, 4, 1),
-        "outputs": (128, 128, 4, 1),
-        "state_gradients": (64, 128, 4, 2),
-        "value_gradients": (64, 64, 4, 2),
-        "pair_gradients": (64, 64, 8, 2),
-        "key_gradients": (64, 64, 4, 2),
-        "channel_gradients": (32, 64, 8, 1),
-    }[kernel]
+    bk, bv, warps, stages = BLOCKS[kernel]
     if dtype == torch.float32:
         # products are three of TF32, from tiles of twice the bytes
-        bk, bv, stages = 32, min(bv, 32), 1
-        if kernel == "states":
-            bk, bv, warps = (32 if key <= 128 else 64), 16, 4
+        bk, bv, warps, stages = 32, min(bv, 32), 4, 1
+    passes = kernel in ("parts", "states", "part_gradients", "state_gradients")
+    if passes and key > 128:
+        bv, warps, stages = (64 if dtype != torch.float32 else 16), 8, 1
     return Blocks(min(bk, max(power_of_2(key), 16)), min(bv, max(power_of_2(value), 16)), warps, stages)
+
+
+BLOCKS = {
+    "scale": (32, 32, 4, 1),
+    "solve": (128, 16, 4, 1),
+    "prepare": (64, 64, 4, 1),
+    "parts": (128, 128, 8, 2),
+    "states": (128, 128, 8, 2),
+    "part_gradients": (128, 128, 8, 2),
+    "state_gradients": (128, 128, 8, 2),
+    "pair_gradients": (64, 64, 8, 2),
+    "key_gradients": (64, 64, 8, 2),
+    "channel_gradients": (32, 64, 8, 1),
+}
 
 
 def _optional(x: Tensor | None) -> Tensor | None:
@@ -95,17 +103,19 @@ def _exact(dtype: torch.dtype) -> str:
     return product_precision(dtype) if dtype == torch.float32 else "tf32"
 
 
-def _run_states(
-    segments: Segments, moves: Tensor | None, writes: Tensor, keeps: Tensor, out: Tensor, initial: Tensor | None,
-    final: Tensor | None, reverse: bool,
-) -> None:  # fmt: skip
-    heads, key, value = writes.shape[1:]
-    blocks = blocks_of("states", writes.dtype, key, value)
-    run_states[(segments.sequences * heads * cdiv(value, blocks.BV),)](
-        writes, moves, keeps, out, initial, final, segments.offsets, segments.each, heads,
-        DK=key, DV=value, NK=cdiv(key, blocks.BK), DELTA=moves is not None, REVERSE=reverse, CHANNEL=keeps.dim() > 2,
-        PRECISION=product_precision(writes.dtype), STAGES=blocks.num_stages, **blocks._asdict(),
-    )  # fmt: skip
+def _width(key: int) -> int:
+    """Key channels that a state is held with."""
+    return max(power_of_2(key), 16)
+
+
+def parts_of(segments: Segments, q: Tensor, v: Tensor) -> int:
+    """Into how many parts sequences are cut that run at once."""
+    key, value = q.shape[3], v.shape[3]
+    if key > 128:
+        return 1
+    programs = segments.sequences * q.shape[2] * cdiv(value, blocks_of("states", q.dtype, key, value).BV)
+    chunks = segments.count // segments.sequences
+    return max(1, min(MULTIPROCESSORS // programs, chunks // 4))
 
 
 class Kept(NamedTuple):
@@ -113,43 +123,57 @@ class Kept(NamedTuple):
 
     Attributes:
         solved: T of each chunk, `[chunks, H, C, C]`.
-        moves: M, `[chunks, H, Dk, Dk]`.
-        keeps: the product of its gates, float32 `[chunks, H]` or `[chunks, H, Dk]`.
+        removed: -W, `[chunks, H, C, Dk]`.
+        reads: A, `[chunks, H, C, C]`.
+        reaches: b of each token, NaN where its output is, float32 `[chunks, H, C]`.
+        tails: with gates per head, `b_C / b`, likewise.
+        keeps: the product of a chunk's gates, float32 `[chunks, H]` or `[chunks, H, Dk]`.
         marks: 1 for tokens that hold what is not finite, int8 `[B, T, H]`.
-        states: the state before it, `[chunks, H, Dk, Dv]`.
+        states: the transpose of the state before each chunk, `[chunks, H, Dv, Dk]`.
+        written: U, `[chunks, H, C, Dv]`.
+        moves: F of each part of a sequence, transposed, float32 `[sequences * parts, H, Dk, Dk]`.
         scaled_q, scaled_k, scaled_e: with gates per key channel, these scaled to the chunk's ends, like q.
-        reads: with them, A, `[chunks, H, C, C]`.
-        residuals: with them, `L / r`, float32 likewise.
+        residuals: with them, `L / r`, float32 `[chunks, H, C, C]`.
     """
 
     solved: Tensor
-    moves: Tensor
+    removed: Tensor
+    reads: Tensor
+    reaches: Tensor
+    tails: Tensor
     keeps: Tensor
     marks: Tensor
     states: Tensor
+    written: Tensor
+    moves: Tensor
     scaled_q: Tensor
     scaled_k: Tensor
     scaled_e: Tensor
-    reads: Tensor
     residuals: Tensor
 
     @staticmethod
-    def room(segments: Segments, q: Tensor, v: Tensor, chunk: int, delta: bool, channel: bool) -> Kept:
-        """Empty tensors of these shapes."""
+    def room(
+        segments: Segments, q: Tensor, v: Tensor, chunk: int, delta: bool, by_head: bool, channel: bool, keep: bool
+    ) -> Kept:
+        """Empty tensors of these shapes; without `keep`, no states and no writes."""
         (_, _, heads, key), value, count = q.shape, v.shape[3], segments.count
-        some, pairs = (count if delta else 0), (heads, chunk, chunk)
+        some, held, parts = (count if delta else 0), (count if keep else 0), parts_of(segments, q, v)
         scaled, wide = (q.shape if channel else (0,)), torch.float32
         return Kept(
-            q.new_empty((some, *pairs)),
-            q.new_empty((some, heads, key, key)),
+            q.new_empty((some, heads, chunk, chunk)),
+            q.new_empty((some, heads, chunk, key)),
+            q.new_empty((count, heads, chunk, chunk)),
+            q.new_empty((count, heads, chunk), dtype=wide),
+            q.new_empty((count if by_head else 0, heads, chunk), dtype=wide),
             q.new_empty((count, heads, key) if channel else (count, heads), dtype=wide),
             q.new_empty(q.shape[:3], dtype=torch.int8),
-            q.new_empty((count, heads, key, value)),
+            q.new_empty((held, heads, value, key)),
+            q.new_empty((held, heads, chunk, value)),
+            q.new_empty((segments.sequences * parts if parts > 1 else 0, heads, key, key), dtype=wide),
             q.new_empty(scaled),
             q.new_empty(scaled),
             q.new_empty(scaled if delta else (0,)),
-            q.new_empty((count if channel else 0, *pairs)),
-            q.new_empty((some if channel else 0, *pairs), dtype=wide),
+            q.new_empty((some if channel else 0, heads, chunk, chunk), dtype=wide),
         )
 
 
@@ -160,26 +184,28 @@ def _is_by_channel(gates: Tensor | None) -> bool:
 @torch.library.custom_op("kvbind::affine_chunks", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, erase: Tensor | None, rates: Tensor | None, gates: Tensor | None,
-    initial: Tensor | None, cu_seqlens: Tensor | None, before: bool, delta: bool, chunk: int,
+    initial: Tensor | None, cu_seqlens: Tensor | None, before: bool, delta: bool, chunk: int, keep: bool,
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor,
 ]:  # fmt: skip
     """Outputs, final states, and `Kept`."""
     segments, channel = cut(q, cu_seqlens, chunk), _is_by_channel(gates)
     tokens, heads, key, value = *q.shape[1:], v.shape[3]
-    kept = Kept.room(segments, q, v, chunk, delta, channel)
-    writes = torch.empty_like(kept.states)
+    kept = Kept.room(segments, q, v, chunk, delta, gates is not None and not channel, channel, keep)
+    planned = q.new_empty((segments.count, heads, chunk, value))
     out, final = v.new_empty(v.shape), q.new_empty((segments.sequences, heads, key, value), dtype=torch.float32)
     options, exact = _options(q, v, chunk, before, delta), _exact(q.dtype)
     alone = {name: options[name] for name in ("DK", "C", "BEFORE", "DELTA", "PRECISION")}
     cuts, grid = (segments.table, tokens, segments.each, heads), (segments.count * heads,)
+    tails, removed, parts = _optional(kept.tails), _optional(kept.removed), parts_of(segments, q, v)
     with on_device_of(q):
         if channel:
             its = blocks_of("scale", q.dtype, key, value)
             scale[grid](
                 q, k, erase, rates, gates, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.reads, kept.residuals,
                 kept.keeps, kept.marks, *cuts, *token_strides(q), *token_strides(k), *_strides(erase),
-                **alone, BK=its.BK, num_warps=its.num_warps, num_stages=its.num_stages,
+                **alone, MILD=_mild(q.dtype), BK=its.BK, num_warps=its.num_warps, num_stages=its.num_stages,
             )  # fmt: skip
             q, k, erase, gates = kept.scaled_q, kept.scaled_k, kept.scaled_e if delta else None, None
         if delta or not channel:
@@ -190,24 +216,48 @@ def _forward(
                 **alone, BK=its.BK, EXACT=exact, num_warps=its.num_warps, num_stages=its.num_stages,
             )  # fmt: skip
         prepare[grid](
-            k, erase, v, rates, gates, kept.solved, kept.moves, writes, kept.keeps, kept.marks, *cuts,
-            *token_strides(k), *_strides(erase), *token_strides(v),
+            q, k, erase, v, rates, gates, kept.solved, kept.removed, planned, kept.reads, kept.reaches, tails, kept.keeps,
+            kept.marks, *cuts, *token_strides(q), *token_strides(k), *_strides(erase), *token_strides(v),
             **options, CHANNEL=channel, **blocks_of("prepare", q.dtype, key, value)._asdict(),
         )  # fmt: skip
-        _run_states(segments, _optional(kept.moves), writes, kept.keeps, kept.states, initial, final, False)
-        its = blocks_of("outputs", q.dtype, key, value)
-        outputs[(segments.count * heads * cdiv(value, its.BV),)](
-            q, k, erase, v, rates, gates, _optional(kept.reads), kept.solved, kept.states, kept.marks, out, *cuts,
-            *token_strides(q), *token_strides(k), *_strides(erase), *token_strides(v), **options, **its._asdict(),
+        places = (segments.table, segments.offsets, tokens, segments.each, heads, parts)
+        ends = None
+        if parts > 1:
+            ends = q.new_empty((segments.sequences * parts, heads, value, key), dtype=torch.float32)
+            its, widths = _passes("parts", options, key, channel, q, v)
+            run_parts[(segments.sequences * (parts - 1) * heads * (cdiv(value, its.BV) + cdiv(key, its.BV)),)](
+                k, removed, planned, tails, kept.keeps, initial, ends, kept.moves, *places, *token_strides(k), **widths,
+            )  # fmt: skip
+        its, widths = _passes("states", options, key, channel, q, v)
+        run_states[(segments.sequences * parts * heads * cdiv(value, its.BV),)](
+            q, k, removed, planned, kept.reads, kept.reaches, tails, kept.keeps, out, _optional(kept.states),
+            _optional(kept.written), initial, final, ends, kept.moves, *places, *token_strides(q), *token_strides(k),
+            **widths, EXACT=exact,
         )  # fmt: skip
     return out, final, *kept
 
 
+def _mild(dtype: torch.dtype) -> float:
+    """The least logarithm (base 2) of a gate per channel that may be divided by."""
+    return -2.0 if dtype == torch.float32 else -8.0
+
+
+def _passes(
+    kernel: str, options: dict[str, object], key: int, channel: bool, q: Tensor, v: Tensor
+) -> tuple[Blocks, dict[str, object]]:
+    """Blocks and constants of a kernel that goes through chunks in order."""
+    its = blocks_of(kernel, q.dtype, key, v.shape[3])
+    named = {name: options[name] for name in ("DK", "DV", "C", "DELTA", "PRECISION")}
+    named |= {"BD": _width(key), "BV": its.BV, "CHANNEL": channel, "STAGES": its.num_stages}
+    return its, named | {"num_warps": its.num_warps, "num_stages": its.num_stages}
+
+
 @_forward.register_fake
-def _(q, k, v, erase, rates, gates, initial, cu_seqlens, before, delta, chunk):
-    segments = cut(q, cu_seqlens, chunk)
+def _(q, k, v, erase, rates, gates, initial, cu_seqlens, before, delta, chunk, keep):
+    segments, channel = cut(q, cu_seqlens, chunk), _is_by_channel(gates)
     final = q.new_empty((segments.sequences, *q.shape[2:], v.shape[3]), dtype=torch.float32)
-    return v.new_empty(v.shape), final, *Kept.room(segments, q, v, chunk, delta, _is_by_channel(gates))
+    by_head = gates is not None and not channel
+    return v.new_empty(v.shape), final, *Kept.room(segments, q, v, chunk, delta, by_head, channel, keep)
 
 
 @torch.library.custom_op("kvbind::affine_chunks_backward", mutates_args=())
@@ -219,10 +269,9 @@ def _backward(
     """Gradients of q, k, v, erase, rates, gates and the initial state; empty where there is none."""
     segments, held, channel = cut(q, cu_seqlens, chunk), Kept(*kept), _is_by_channel(gates)
     tokens, heads, key, value = *q.shape[1:], v.shape[3]
-    all_tokens = q.shape[0] * tokens
     d_out = last_contiguous(d_out)
-    options, cuts = _options(q, v, chunk, before, delta), (segments.table, tokens, segments.each)
-    grid = (segments.count * heads,)
+    options, cuts = _options(q, v, chunk, before, delta), (segments.table, tokens, segments.each, heads)
+    grid, parts = (segments.count * heads,), parts_of(segments, q, v)
 
     def blocks(kernel: str) -> dict[str, int]:
         return blocks_of(kernel, q.dtype, key, value)._asdict()
@@ -233,45 +282,43 @@ def _backward(
     dq, dk, dv, de = like(q), like(k), like(v), like(erase)
     d_rates, d_gates = like(rates, torch.float32), like(gates, torch.float32)
     d_initial = q.new_empty((segments.sequences if needs_initial else 0, heads, key, value), dtype=torch.float32)
-    writes, d_states = torch.empty_like(held.states), torch.empty_like(held.states)
-    written, d_right = like(v), like(v if delta else None)
-    by_head = gates is not None and not channel
-    sums = q.new_empty((4 if by_head else 1, all_tokens, heads), dtype=torch.float32)
-    anchors = q.new_empty((segments.count if by_head else 0, heads), dtype=torch.float32)
-    d_reads, d_residuals = q.new_empty((segments.count, heads, chunk, chunk)), torch.empty_like(held.solved)
-    given, its_gates, found = (q, k, erase), gates, (dq, dk, _optional(de))
-    if channel:
-        # all but the last kernel know of scaled queries and keys alone
-        its_gates, given = None, (held.scaled_q, held.scaled_k, _optional(held.scaled_e))
-        found = (like(q), like(k), like(q) if delta else None)
-    strides = *token_strides(d_out), *(x for each in given for x in _strides(each))
-    reads, operands = _optional(held.reads), (d_out, *given)
+    d_states, d_right = torch.empty_like(held.states), torch.empty_like(held.written)
+    d_reads, d_residuals = torch.empty_like(held.reads), torch.empty_like(held.solved)
+    scaled = (held.scaled_q, held.scaled_k) if channel else (q, k)
+    removed, tails = _optional(held.removed), _optional(held.tails)
+    strides = *token_strides(d_out), *token_strides(scaled[0]), *token_strides(scaled[1])
+    places = (segments.table, segments.offsets, tokens, segments.each, heads, parts)
+    given = *token_strides(d_out), *token_strides(q), *token_strides(k), *_strides(erase)
     with on_device_of(q):
-        state_gradients[grid](
-            *operands, rates, its_gates, reads, held.solved, held.marks, writes, *cuts, heads, *strides,
-            **options, **blocks("state_gradients"),
+        ends = None
+        if parts > 1:
+            ends = q.new_empty((segments.sequences * parts, heads, value, key), dtype=torch.float32)
+            its, widths = _passes("part_gradients", options, key, channel, q, v)
+            part_gradients[(segments.sequences * (parts - 1) * heads * cdiv(value, its.BV),)](
+                d_out, *scaled, removed, held.reads, held.reaches, tails, held.keeps, d_final, ends, *places, *strides, **widths
+            )  # fmt: skip
+        its, widths = _passes("state_gradients", options, key, channel, q, v)
+        state_gradients[(segments.sequences * parts * heads * cdiv(value, its.BV),)](
+            d_out, *scaled, held.solved, removed, held.reads, held.reaches, tails, held.keeps, d_states, d_right, d_final,
+            _optional(d_initial), ends, held.moves, *places, *strides, **widths, EXACT=_exact(q.dtype),
         )  # fmt: skip
-        _run_states(segments, _optional(held.moves), writes, held.keeps, d_states, d_final, _optional(d_initial), True)
-        value_gradients[grid](
-            *operands, v, rates, its_gates, reads, held.solved, held.states, d_states, held.marks, written, d_right, dv,
-            sums, anchors, *cuts, all_tokens, heads, *strides, *token_strides(v), **options, **blocks("value_gradients"),
-        )  # fmt: skip
+        by_head = None if channel else gates
         pair_gradients[grid](
-            *operands, rates, its_gates, _optional(held.residuals), held.marks, written, d_right, sums, anchors, d_reads,
-            d_residuals, _optional(d_rates), d_gates if by_head else None, *cuts, all_tokens, heads, *strides, **options,
-            CHANNEL=channel, EXACT=_exact(q.dtype), **blocks("pair_gradients"),
-        )  # fmt: skip
-        its = blocks("key_gradients")
-        key_gradients[(segments.count * heads * cdiv(key, its["BK"]),)](
-            *operands, rates, its_gates, written, d_right, held.states, d_states, held.marks, d_reads, d_residuals, *found,
-            *cuts, heads, *strides, **options, CHANNEL=channel, **its,
+            d_out, q, k, erase, v, rates, by_head, _optional(held.residuals), held.marks, held.written, d_right, dv, d_reads,
+            d_residuals, _optional(d_rates), None if by_head is None else d_gates, *cuts, *given, *token_strides(v),
+            **options, CHANNEL=channel, EXACT=_exact(q.dtype), **blocks("pair_gradients"),
         )  # fmt: skip
         if channel:
-            its = blocks("channel_gradients")
-            channel_gradients[(segments.count * heads * cdiv(key, its["BK"]),)](
-                q, k, erase, gates, held.keeps, held.marks, held.states, d_states, d_reads, d_residuals, *found, d_gates,
-                dq, dk, _optional(de), *cuts, heads, *token_strides(q), *token_strides(k), *_strides(erase),
-                **options, **its,
+            channel_gradients[grid](
+                d_out, q, k, erase, rates, gates, held.marks, held.states, d_states, held.written, d_right, d_reads,
+                d_residuals, _optional(d_rates), d_gates, dq, dk, de, *cuts, *given, **options, MILD=_mild(q.dtype),
+                **blocks("channel_gradients"),
+            )  # fmt: skip
+        else:
+            key_gradients[grid](
+                d_out, q, k, erase, rates, gates, held.written, d_right, held.states, d_states, held.marks, d_reads,
+                d_residuals, dq, dk, de, _optional(d_rates), _optional(d_gates), *cuts, *given, **options,
+                **blocks("key_gradients"),
             )  # fmt: skip
     return dq, dk, dv, de, d_rates, d_gates, d_initial
 
@@ -288,7 +335,7 @@ def _setup(ctx, inputs, output):
     q, k, v, erase, rates, gates, _, cu_seqlens, *options = inputs
     kept = output[2:]
     ctx.save_for_backward(q, k, v, erase, rates, gates, cu_seqlens, *kept)
-    ctx.options = options
+    ctx.options = options[:-1]
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
 
@@ -303,7 +350,7 @@ def _differentiate(ctx, d_out, d_final, *_):
         list(kept), *ctx.options, needs[6],
     )  # fmt: skip
     found = (dq, dk, dv, de, d_rates, d_gates, d_initial)
-    return *(x if wanted else None for x, wanted in zip(found, needs, strict=False)), *(None,) * 4
+    return *(x if wanted else None for x, wanted in zip(found, needs, strict=False)), *(None,) * 5
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
@@ -363,9 +410,11 @@ def affine_chunks(
     def narrow(x: Tensor) -> Tensor:
         return last_contiguous(x.to(q.dtype))
 
+    operands = (q, k, v, rate, erase, gate, state)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
     found = dispatcher.call(
         _forward, narrow(q), narrow(k), narrow(v), None if erase is None else narrow(erase), plain(rate), plain(gate),
-        plain(state), None if boundaries is None else boundaries.to(q.device), gate_acts == "before", residual, chunk,
+        plain(state), None if boundaries is None else boundaries.to(q.device), gate_acts == "before", residual, chunk, keep,
     )  # fmt: skip
     return found[0], found[1]
 

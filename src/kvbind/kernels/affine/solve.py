@@ -16,32 +16,48 @@ from kvbind.kernels.launching.launcher import Launcher
 
 
 @triton.jit
-def unit_inverse(low, C: tl.constexpr, PRECISION: tl.constexpr):
+def _corner(low, mine, other, H: tl.constexpr):
+    """What is between the halves of stretches of 2 H of a strictly lower triangle, else 0."""
+    return tl.where((mine // (2 * H) == other // (2 * H)) & (mine // H != other // H), low, 0.0)
+
+
+@triton.jit
+def unit_inverse(low, C: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constexpr = 1):
     """The inverse of `1 + low` for a strictly lower triangular `[C, C]`.
 
-    Blocks of 16 x 16 by forward substitution, all at once; what is between them by products. Powers of `low`, which would
-    need no substitution, grow beyond float32 where keys repeat.
+    The inverse of a stretch is that of its halves, and between them `-T_2 L_21 T_1`; blocks of 16 x 16 all at once. Powers of
+    `low`, which would need fewer products, grow beyond float32 where keys repeat.
     """
     N: tl.constexpr = C // 16
-    block, at = tl.arange(0, N), tl.arange(0, 16)
-    same = block[:, None, None, None] == block[None, None, :, None]
-    inside = tl.sum(tl.where(same, tl.reshape(low, (N, 16, N, 16)), 0.0), 2)
-    row, column = at[None, :, None], at[None, None, :]
-    solved = tl.where(row == column, 1.0, tl.zeros((N, 16, 16), tl.float32))
-    for step in range(0, 15):
-        factor = tl.sum(tl.where(column == step, inside, 0.0), 2)
-        known = tl.sum(tl.where(row == step, solved, 0.0), 1)
-        solved -= factor[:, :, None] * known[:, None, :]
-    whole = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), (C, C))
     place = tl.arange(0, C)
     mine, other = place[:, None], place[None, :]
+    if MODE == 2:
+        whole = tl.where(mine == other, 1.0, -_corner(low, mine, other, 1))
+        for level in tl.static_range(1, 4):
+            half = tl.dot(whole, _corner(low, mine, other, 1 << level), input_precision=PRECISION)
+            whole -= tl.dot(half, whole, input_precision=PRECISION)
+    else:
+        block, at = tl.arange(0, N), tl.arange(0, 16)
+        same = block[:, None, None, None] == block[None, None, :, None]
+        inside = tl.sum(tl.where(same, tl.reshape(low, (N, 16, N, 16)), 0.0), 2)
+        row, column = at[None, :, None], at[None, None, :]
+        if MODE == 1:
+            solved = tl.where(row == column, 1.0, -_corner(inside, row, column, 1))
+            for level in tl.static_range(1, 4):
+                half = tl.dot(solved, _corner(inside, row, column, 1 << level), input_precision=PRECISION)
+                solved -= tl.dot(half, solved, input_precision=PRECISION)
+        else:
+            solved = tl.where(row == column, 1.0, tl.zeros((N, 16, 16), tl.float32))
+            for step in range(0, 15):
+                factor = tl.sum(tl.where(column == step, inside, 0.0), 2)
+                known = tl.sum(tl.where(row == step, solved, 0.0), 1)
+                solved -= factor[:, :, None] * known[:, None, :]
+        whole = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), (C, C))
     if C > 16:
-        corner = tl.where((mine // 32 == other // 32) & (mine // 16 != other // 16), low, 0.0)
-        half = tl.dot(whole, corner, input_precision=PRECISION)
+        half = tl.dot(whole, _corner(low, mine, other, 16), input_precision=PRECISION)
         whole -= tl.dot(half, whole, input_precision=PRECISION)
     if C > 32:
-        corner = tl.where(mine // 32 != other // 32, low, 0.0)
-        half = tl.dot(whole, corner, input_precision=PRECISION)
+        half = tl.dot(whole, _corner(low, mine, other, 32), input_precision=PRECISION)
         whole -= tl.dot(half, whole, input_precision=PRECISION)
     return whole
 
@@ -51,7 +67,7 @@ def _solve_kernel(
     k, e, rates, gates, residuals, solved, keeps, marks, table, tokens, each, heads,
     k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, MODE: tl.constexpr = 1,
 ):  # fmt: skip
     """One chunk and head. With `residuals`, `L / r` is given, and T alone is made."""
     program = tl.program_id(0)
@@ -94,7 +110,7 @@ def _solve_kernel(
     else:
         low = tl.load(residuals + place * (C * C) + mine * C + other)
     if DELTA:
-        inverse = unit_inverse(low * rate[:, None], C, EXACT)
+        inverse = unit_inverse(low * rate[:, None], C, EXACT, MODE)
         tl.store(solved + place * (C * C) + mine * C + other, inverse.to(solved.dtype.element_ty))
 
 
