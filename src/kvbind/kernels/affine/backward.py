@@ -31,7 +31,7 @@ def _pair_gradients_kernel(
     table, tokens, each, heads,
     d_row, d_token, d_head, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head, v_row, v_token, v_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
-    DELTA: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    DELTA: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the scores of one chunk and head, of its values, and what pairs give to its rates and gates.
 
@@ -119,11 +119,11 @@ def _pair_gradients_kernel(
             pairs = tl.where(mine < other, matched * given, 0.0)
             if DELTA and BEFORE:
                 pairs -= tl.where(mine < other, erased * taken * rate[None, :], 0.0)
-            inside = tl.dot(pairs, from_gate, input_precision=EXACT)
+            inside = tl.dot(pairs, from_gate, input_precision=PRECISION)
             if DELTA and not BEFORE:
                 pairs = tl.where(mine < other, -erased * taken * rate[None, :], 0.0)
                 from_gate = between(wholes - whole, rests - rest, wholes, rests, mine > other)
-                inside = tl.dot(pairs, from_gate, inside, input_precision=EXACT)
+                inside = tl.dot(pairs, from_gate, inside, input_precision=PRECISION)
             tl.store(d_gates + places, tl.sum(to_gate * inside, 0), mask=rows)
 
 

@@ -31,13 +31,14 @@ def _logarithms(gates, places, live):
     # a little above float32's least normal number, which is a number of float64 and would make such of all
     open_ = gate >= 1.1754944e-38
     logs = tl.where(open_, tl.log2(tl.where(open_, gate, 1.0)), SHUT)
-    return tl.where(tl.abs(gate) < float("inf"), logs, float("inf")), tl.min(tl.min(logs, 1), 0)
+    real = tl.abs(gate) < float("inf")
+    return tl.where(real, logs, float("inf")), tl.min(tl.min(tl.where(real, logs, 0.0), 1), 0)
 
 
 @triton.jit
-def _shut(logs):
-    """Logarithms with gates that are not finite as 0."""
-    return tl.where(logs < float("inf"), logs, SHUT)
+def _open(logs):
+    """Logarithms with gates that are not finite as 1."""
+    return tl.where(logs < float("inf"), logs, 0.0)
 
 
 @triton.jit
@@ -47,15 +48,15 @@ def _row(x, at, ROW: tl.constexpr):
 
 
 @triton.jit
-def _boundaries(sums, at, H: tl.constexpr, GATHER: tl.constexpr):
-    """Of stretches of 2 H, what the last row of their first halves has, at each row."""
-    rows: tl.constexpr = sums.shape[0]
+def _rows(x, at, STRETCH: tl.constexpr, ROW: tl.constexpr, GATHER: tl.constexpr):
+    """At each row, what a row of its stretch has."""
+    rows: tl.constexpr = x.shape[0]
     if GATHER:
-        return tl.gather(sums, (at // (2 * H) * (2 * H) + (H - 1))[:, None] + tl.zeros(sums.shape, tl.int32), 0)
+        return tl.gather(x, (at // STRETCH * STRETCH + ROW)[:, None] + tl.zeros(x.shape, tl.int32), 0)
     else:
-        found = _row(sums, at, H - 1)
-        for stretch in tl.static_range(1, rows // (2 * H)):
-            found = tl.where((at // (2 * H) == stretch)[:, None], _row(sums, at, 2 * H * stretch + H - 1), found)
+        found = _row(x, at, ROW)
+        for stretch in tl.static_range(1, rows // STRETCH):
+            found = tl.where((at // STRETCH == stretch)[:, None], _row(x, at, STRETCH * stretch + ROW), found)
         return found
 
 
@@ -65,7 +66,7 @@ def _mild_scores_between(scores, erased, x, y, z, own, sums, at, dtype: tl.const
     """Scores of reads in second halves of stretches of 2 H with writes in first ones, added."""
     rows: tl.constexpr = own.shape[0]
     if H < rows:
-        reach = sums - _boundaries(sums, at, H, GATHER)
+        reach = sums - _rows(sums, at, 2 * H, H - 1, GATHER)
         second = (at // H % 2 == 1)[:, None]
         factor = tl.exp2(tl.where(second, reach, -reach))
         meet = _meet(at[:, None], at[None, :], H)
@@ -81,22 +82,26 @@ def _mild_scores_between(scores, erased, x, y, z, own, sums, at, dtype: tl.const
 @triton.jit
 def _mild_scores(scores, erased, x, y, z, own, at, dtype: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr,
                  GATHER: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Scores of a chunk whose gates are all mild, added; and factors as of `_factors`."""
+    """Scores of a chunk whose gates are all mild, added; and factors as of `_factors`.
+
+    In stretches of 16 writes are divided by products of gates, which float16 is too narrow for.
+    """
+    wide: tl.constexpr = tl.float32 if dtype == tl.float16 else dtype
     mine, other = at[:, None], at[None, :]
     sums = tl.cumsum(own, 0)
     for level in tl.static_range(0, 2):
         scores, erased = _mild_scores_between(
             scores, erased, x, y, z, own, sums, at, dtype, 32 >> level, BEFORE, DELTA, GATHER, PRECISION
         )
-    reach = sums - _boundaries(sums, at, 8, GATHER)
+    reach = sums - _rows(sums, at, 16, 0, GATHER)
     meet = (mine // 16 == other // 16) & (mine > other)
-    keys = tl.trans((y * tl.exp2(-reach)).to(dtype))
+    keys = tl.trans((y * tl.exp2(-reach)).to(wide))
     factor = tl.exp2(reach)
-    scores += tl.where(meet, tl.dot((x * factor).to(dtype), keys, input_precision=PRECISION), 0.0)
+    scores += tl.where(meet, tl.dot((x * factor).to(wide), keys, input_precision=PRECISION), 0.0)
     if DELTA:
         if not BEFORE:
             factor = tl.exp2(reach - own)
-        erased += tl.where(meet, tl.dot((z * factor).to(dtype), keys, input_precision=PRECISION), 0.0)
+        erased += tl.where(meet, tl.dot((z * factor).to(wide), keys, input_precision=PRECISION), 0.0)
     reach = tl.exp2(sums)
     seen = reach
     if not BEFORE:
@@ -158,10 +163,10 @@ def _scores_between(scores, erased, x, y, z, own, earlier, later, at, dtype: tl.
 
 @triton.jit(do_not_specialize=["tokens", "each"])
 def _scale_kernel(
-    q, k, e, rates, gates, scaled_q, scaled_k, scaled_e, reads, residuals, keeps, marks, table, tokens, each, heads,
+    q, k, e, rates, gates, scaled_q, scaled_k, scaled_e, reads, residuals, keeps, marks, steep, table, tokens, each, heads,
     q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr,
-    PRECISION: tl.constexpr, MILD: tl.constexpr, GATHER: tl.constexpr = True,
+    PRECISION: tl.constexpr, MILD: tl.constexpr, STEEP: tl.constexpr, GATHER: tl.constexpr = True,
 ):  # fmt: skip
     """Scores and scaled queries and keys of one chunk and head."""
     program = tl.program_id(0)
@@ -172,6 +177,9 @@ def _scale_kernel(
         return
     token = start.to(tl.int64)
     place = index.to(tl.int64) * heads + head
+    if STEEP:
+        if tl.load(steep + place) == 0:
+            return
     at = tl.arange(0, C)
     rows = at < stop - token
     places = ((row * tokens + token) + at) * heads + head
@@ -186,6 +194,7 @@ def _scale_kernel(
     gate_places = mine * (heads * DK) + inner[None, :]
 
     _rate, wrong = rates_of(rates, places, rows)
+    steepest = 0.0
     scores = tl.zeros((C, C), tl.float32)
     erased = tl.zeros((C, C), tl.float32)
     for block in range(0, DK, BK):
@@ -195,7 +204,7 @@ def _scale_kernel(
         x = read_rows(q + block, mine * q_token + inner[None, :], rows, block + inner, DK, BK).to(tl.float32)
         y = read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK).to(tl.float32)
         wrong = tl.maximum(wrong, tl.maximum(rows_wrong(y), rows_wrong(own)))
-        own, y = tl.where(own < float("inf"), own, SHUT), finite(y)
+        own, y = _open(own), finite(y)
         z = y
         if e is not None:
             z = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK).to(tl.float32)
@@ -203,18 +212,19 @@ def _scale_kernel(
             z = finite(z)
         real = finite(x)
         scores += tl.where(mine == other, tl.sum(real * y, 1)[:, None], 0.0)
-        if least >= MILD:
+        if not STEEP:
+            steepest = tl.minimum(steepest, least)
             scores, erased, reach, seen, behind = _mild_scores(
                 scores, erased, real, y, z, own, at, dtype, BEFORE, DELTA, GATHER, PRECISION
             )
         else:
             behind_rows = ((at + 1 < stop - token) & (at + 1 < C))[:, None] & inside
             later, _least = _logarithms(logs, gate_places + heads * DK, behind_rows)
-            later = _shut(later)
+            later = _open(later)
             earlier = own
             if not BEFORE:
                 earlier, _least = _logarithms(logs, gate_places - heads * DK, ((at > 0) & rows)[:, None] & inside)
-                earlier = _shut(earlier)
+                earlier = _open(earlier)
             for level in tl.static_range(0, 6):
                 scores, erased = _scores_between(
                     scores, erased, real, y, z, own, earlier, later, at, dtype, (C // 2) >> level, BEFORE, DELTA, PRECISION
@@ -228,6 +238,8 @@ def _scale_kernel(
             tl.store(scaled_e + where, (z * seen).to(dtype), mask=stored)
         tl.store(keeps + place * DK + block + inner, tl.exp2(tl.sum(own, 0)), mask=block + inner < DK)
     tl.store(marks + places, wrong.to(tl.int8), mask=rows)
+    if not STEEP:
+        tl.store(steep + place, (steepest < MILD).to(tl.int8))
     tl.store(reads + place * (C * C) + mine * C + other, scores.to(dtype))
     if DELTA:
         tl.store(residuals + place * (C * C) + mine * C + other, erased)
@@ -305,14 +317,14 @@ def _half_sums(x, at, H: tl.constexpr):
 
 @triton.jit
 def _mild_gradients_between(
-    dq, dk, de, x, x_before, y_behind, through, q, k, e, own, sums, d_reads, d_residuals, turned_reads, turned_residuals, at,
+    dq, dk, de, x, x_before, y_behind, through, q, k, e, own, sums, d_reads, d_residuals, scores, back, at,
     dtype: tl.constexpr, H: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr, GATHER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What `_gradients_between` returns, of a chunk whose gates are all mild."""
     rows: tl.constexpr = own.shape[0]
     if H < rows:
-        reach = sums - _boundaries(sums, at, H, GATHER)
+        reach = sums - _rows(sums, at, 2 * H, H - 1, GATHER)
         second = (at // H % 2 == 1)[:, None]
         factor = tl.exp2(tl.where(second, reach, -reach))
         seen = factor
@@ -328,17 +340,17 @@ def _mild_gradients_between(
         y_behind = tl.where(second, y_behind, y_behind * whole)
         meet, turned = _meet(at[None, :], at[:, None], H), _meet(at[:, None], at[None, :], H)
         keys, queries = (k * factor).to(dtype), (q * factor).to(dtype)
-        found = tl.dot(tl.where(turned, turned_reads, 0.0).to(dtype), keys, input_precision=PRECISION)
+        found = tl.dot(tl.load(d_reads + back, mask=turned, other=0.0), keys, input_precision=PRECISION)
         dq += found * factor
         x += found * q
-        found = tl.dot(tl.where(meet, d_reads, 0.0).to(dtype), queries, input_precision=PRECISION)
+        found = tl.dot(tl.load(d_reads + scores, mask=meet, other=0.0), queries, input_precision=PRECISION)
         if DELTA:
-            shares = tl.where(meet, d_residuals, 0.0).to(dtype)
+            shares = tl.load(d_residuals + scores, mask=meet, other=0.0)
             found = tl.dot(shares, (e * seen).to(dtype), found, input_precision=PRECISION)
         dk += found * factor
         y_behind += found * k
         if DELTA:
-            found = tl.dot(tl.where(turned, turned_residuals, 0.0).to(dtype), keys, input_precision=PRECISION)
+            found = tl.dot(tl.load(d_residuals + back, mask=turned, other=0.0), keys, input_precision=PRECISION)
             de += found * seen
             if BEFORE:
                 x += found * e
@@ -350,40 +362,41 @@ def _mild_gradients_between(
 
 @triton.jit
 def _mild_gradients(
-    dq, dk, de, x, x_before, y_behind, through, q, k, e, own, d_reads, d_residuals, turned_reads, turned_residuals, at,
+    dq, dk, de, x, x_before, y_behind, through, q, k, e, own, d_reads, d_residuals, scores, back, at,
     dtype: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of a chunk whose gates are all mild: gradients with what pairs add to them, and those of gates."""
+    wide: tl.constexpr = tl.float32 if dtype == tl.float16 else dtype
     mine, other = at[:, None], at[None, :]
     sums = tl.cumsum(own, 0)
     for level in tl.static_range(0, 2):
         dq, dk, de, x, x_before, y_behind, through = _mild_gradients_between(
-            dq, dk, de, x, x_before, y_behind, through, q, k, e, own, sums, d_reads, d_residuals, turned_reads,
-            turned_residuals, at, dtype, 32 >> level, BEFORE, DELTA, GATHER, PRECISION,
+            dq, dk, de, x, x_before, y_behind, through, q, k, e, own, sums, d_reads, d_residuals, scores,
+            back, at, dtype, 32 >> level, BEFORE, DELTA, GATHER, PRECISION,
         )  # fmt: skip
 
     # stretches of 16: what hangs on products from their first row on, or up to their last
-    middle = sums - _boundaries(sums, at, 8, GATHER)
+    middle = sums - _rows(sums, at, 16, 0, GATHER)
     first = sums - own
-    ahead = tl.exp2(sums - _starts(first, at))
-    behind = tl.exp2(_ends(sums, at) - sums)
+    ahead = tl.exp2(sums - _rows(first, at, 16, 0, GATHER))
+    behind = tl.exp2(_rows(sums, at, 16, 15, GATHER) - sums)
     up, down, seen = tl.exp2(middle), tl.exp2(-middle), tl.exp2(middle - own)
     meet = (mine // 16 == other // 16) & (mine < other)
     turned = (mine // 16 == other // 16) & (mine > other)
     # from numbers as they enter products, so that pairs on one side of a gate cancel
-    keys, queries = (k * down).to(dtype), (q * up).to(dtype)
-    found = tl.dot(tl.where(turned, turned_reads, 0.0).to(dtype), keys, input_precision=PRECISION)
+    keys, queries = (k * down).to(wide), (q * up).to(wide)
+    found = tl.dot(tl.load(d_reads + back, mask=turned, other=0.0).to(wide), keys, input_precision=PRECISION)
     dq += found * up
     late = x * ahead + found * queries.to(tl.float32)
-    found = tl.dot(tl.where(meet, d_reads, 0.0).to(dtype), queries, input_precision=PRECISION)
+    found = tl.dot(tl.load(d_reads + scores, mask=meet, other=0.0).to(wide), queries, input_precision=PRECISION)
     later = tl.zeros_like(late)
     if DELTA:
-        erased = (e * (up if BEFORE else seen)).to(dtype)
-        found = tl.dot(tl.where(meet, d_residuals, 0.0).to(dtype), erased, found, input_precision=PRECISION)
+        erased = (e * (up if BEFORE else seen)).to(wide)
+        found = tl.dot(tl.load(d_residuals + scores, mask=meet, other=0.0).to(wide), erased, found, input_precision=PRECISION)
     dk += found * down
     late -= found * keys.to(tl.float32)
     if DELTA:
-        found = tl.dot(tl.where(turned, turned_residuals, 0.0).to(dtype), keys, input_precision=PRECISION)
+        found = tl.dot(tl.load(d_residuals + back, mask=turned, other=0.0).to(wide), keys, input_precision=PRECISION)
         if BEFORE:
             de += found * up
             late += found * erased.to(tl.float32)
@@ -393,29 +406,9 @@ def _mild_gradients(
     # sums over a stretch's rows from each gate on, and of those before it
     early = y_behind * behind - late - later
     summed = tl.cumsum(early, 0) - early
-    total = _own_sums(late + later, at) - _starts(summed, at)
+    total = _own_sums(late + later, at) - _rows(summed, at, 16, 0, GATHER)
     d_gates = through * tl.exp2(_own_sums(own, at)) + total + summed - later
     return dq, dk, de, d_gates * tl.exp2(-own)
-
-
-@triton.jit
-def _starts(x, at):
-    """What the first row of each stretch of 16 has, at each row."""
-    rows: tl.constexpr = x.shape[0]
-    found = _row(x, at, 0)
-    for stretch in tl.static_range(1, rows // 16):
-        found = tl.where((at // 16 == stretch)[:, None], _row(x, at, 16 * stretch), found)
-    return found
-
-
-@triton.jit
-def _ends(x, at):
-    """What the last row of each stretch of 16 has, at each row."""
-    rows: tl.constexpr = x.shape[0]
-    found = _row(x, at, 15)
-    for stretch in tl.static_range(1, rows // 16):
-        found = tl.where((at // 16 == stretch)[:, None], _row(x, at, 16 * stretch + 15), found)
-    return found
 
 
 @triton.jit
@@ -431,11 +424,11 @@ def _own_sums(x, at):
 
 @triton.jit(do_not_specialize=["tokens", "each"])
 def _channel_gradients_kernel(
-    d_out, q, k, e, rates, gates, marks, states, d_states, written, d_right, d_reads, d_residuals, d_rates, d_gates,
+    d_out, q, k, e, rates, gates, marks, steep, states, d_states, written, d_right, d_reads, d_residuals, d_rates, d_gates,
     d_q, d_k, d_e, table, tokens, each, heads,
     d_row, d_token, d_head, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
-    DELTA: tl.constexpr, PRECISION: tl.constexpr, MILD: tl.constexpr, GATHER: tl.constexpr = True,
+    DELTA: tl.constexpr, PRECISION: tl.constexpr, STEEP: tl.constexpr, GATHER: tl.constexpr = True,
 ):  # fmt: skip
     """Gradients of queries, keys, gates and rates, of one chunk and head."""
     program = tl.program_id(0)
@@ -446,6 +439,8 @@ def _channel_gradients_kernel(
         return
     token = start.to(tl.int64)
     place = index.to(tl.int64) * heads + head
+    if (tl.load(steep + place) > 0) != STEEP:
+        return
     at = tl.arange(0, C)
     rows = at < stop - token
     places = ((row * tokens + token) + at) * heads + head
@@ -470,8 +465,8 @@ def _channel_gradients_kernel(
         where = mine * (heads * DK) + inner[None, :]
         inside = (up + inner < DK)[None, :]
         live = rows[:, None] & inside
-        own, least = _logarithms(gates + base, where, live)
-        own = _shut(own)
+        own, _least = _logarithms(gates + base, where, live)
+        own = _open(own)
         x_q = finite(read_rows(q + up, mine * q_token + inner[None, :], rows, up + inner, DK, BK)).to(tl.float32)
         x_k = without(read_rows(k + up, mine * k_token + inner[None, :], rows, up + inner, DK, BK), wrong).to(tl.float32)
         x_e = x_k
@@ -499,27 +494,21 @@ def _channel_gradients_kernel(
                 de = tl.dot(x, state, de, input_precision=PRECISION)
             anchor += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
         scores, back = place * (C * C) + mine * C + other, place * (C * C) + other * C + mine
-        shares, turned = tl.load(d_reads + scores), tl.load(d_reads + back)
-        taken, turned_taken = shares, turned
-        if DELTA:
-            taken, turned_taken = tl.load(d_residuals + scores), tl.load(d_residuals + back)
         through = anchor[None, :] + tl.zeros((C, BK), tl.float32)
-        mild = least >= MILD
-        later = own
-        earlier = own
-        if mild:
+        if not STEEP:
             sums = tl.cumsum(own, 0)
             reach, behind = tl.exp2(sums), tl.exp2(tl.sum(own, 0)[None, :] - sums)
             seen = reach
             if not BEFORE:
                 seen = tl.exp2(sums - own)
         else:
+            earlier = own
             behind_rows = ((at + 1 < stop - token) & (at + 1 < C))[:, None] & inside
             later, _least = _logarithms(gates + base, where + heads * DK, behind_rows)
-            later = _shut(later)
+            later = _open(later)
             if not BEFORE:
                 earlier, _least = _logarithms(gates + base, where - heads * DK, ((at > 0) & rows)[:, None] & inside)
-                earlier = _shut(earlier)
+                earlier = _open(earlier)
             reach, seen, behind = _factors(own, earlier, later, at, C, BEFORE)
         x, y_behind, x_before = dq * x_q, dk * x_k, tl.zeros((C, BK), tl.float32)
         dq *= reach
@@ -532,12 +521,16 @@ def _channel_gradients_kernel(
             else:
                 x_before = de * x_e
             de *= seen
-        if mild:
+        if not STEEP:
             dq, dk, de, x = _mild_gradients(
-                dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, shares, taken, turned, turned_taken, at,
-                dtype, BEFORE, DELTA, GATHER, PRECISION,
+                dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, d_reads, d_residuals, scores, back, at, dtype,
+                BEFORE, DELTA, GATHER, PRECISION,
             )  # fmt: skip
         else:
+            shares, turned = tl.load(d_reads + scores), tl.load(d_reads + back)
+            taken, turned_taken = shares, turned
+            if DELTA:
+                taken, turned_taken = tl.load(d_residuals + scores), tl.load(d_residuals + back)
             for level in tl.static_range(0, 6):
                 dq, dk, de, x, x_before, y_behind, through = _gradients_between(
                     dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned,
@@ -545,7 +538,7 @@ def _channel_gradients_kernel(
                 )  # fmt: skip
             x += through
         # each query with its own token's key, between which there is no gate
-        alone = tl.sum(tl.where(mine == other, shares.to(tl.float32), 0.0), 1)[:, None]
+        alone = tl.load(d_reads + place * (C * C) + at * (C + 1)).to(tl.float32)[:, None]
         dq += alone * x_k
         dk += alone * x_q
         if DELTA:

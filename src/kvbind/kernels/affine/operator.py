@@ -71,6 +71,7 @@ def blocks_of(kernel: str, dtype: torch.dtype, key: int, value: int) -> Blocks:
 
 BLOCKS = {
     "scale": (32, 32, 4, 1),
+    "steep_scale": (16, 16, 4, 1),
     "solve": (128, 16, 4, 1),
     "prepare": (64, 64, 4, 1),
     "parts": (128, 128, 8, 2),
@@ -80,6 +81,7 @@ BLOCKS = {
     "pair_gradients": (64, 64, 8, 2),
     "key_gradients": (64, 64, 8, 2),
     "channel_gradients": (32, 64, 8, 1),
+    "steep_channel_gradients": (32, 64, 8, 1),
 }
 
 
@@ -91,16 +93,16 @@ def _strides(x: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if x is None else token_strides(x)
 
 
+def _precision(dtype: torch.dtype) -> str:
+    """The precision of products, and of those of float32 numbers that are made on the way."""
+    return product_precision(dtype) if dtype == torch.float32 else "tf32"
+
+
 def _options(q: Tensor, v: Tensor, chunk: int, before: bool, delta: bool) -> dict[str, object]:
     return {
         "DK": q.shape[-1], "DV": v.shape[-1], "C": chunk, "BEFORE": before, "DELTA": delta,
-        "PRECISION": product_precision(q.dtype),
+        "PRECISION": _precision(q.dtype),
     }  # fmt: skip
-
-
-def _exact(dtype: torch.dtype) -> str:
-    """The precision of products of float32 numbers that are made on the way."""
-    return product_precision(dtype) if dtype == torch.float32 else "tf32"
 
 
 def _width(key: int) -> int:
@@ -134,6 +136,7 @@ class Kept(NamedTuple):
         moves: F of each part of a sequence, transposed, float32 `[sequences * parts, H, Dk, Dk]`.
         scaled_q, scaled_k, scaled_e: with gates per key channel, these scaled to the chunk's ends, like q.
         residuals: with them, `L / r`, float32 `[chunks, H, C, C]`.
+        steep: with them, 1 for chunks of which a gate is too small to divide by, int8 `[chunks, H]`.
     """
 
     solved: Tensor
@@ -150,6 +153,7 @@ class Kept(NamedTuple):
     scaled_k: Tensor
     scaled_e: Tensor
     residuals: Tensor
+    steep: Tensor
 
     @staticmethod
     def room(
@@ -174,6 +178,7 @@ class Kept(NamedTuple):
             q.new_empty(scaled),
             q.new_empty(scaled if delta else (0,)),
             q.new_empty((some if channel else 0, heads, chunk, chunk), dtype=wide),
+            q.new_empty((count if channel else 0, heads), dtype=torch.int8),
         )
 
 
@@ -187,7 +192,7 @@ def _forward(
     initial: Tensor | None, cu_seqlens: Tensor | None, before: bool, delta: bool, chunk: int, keep: bool,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor,
+    Tensor, Tensor,
 ]:  # fmt: skip
     """Outputs, final states, and `Kept`."""
     segments, channel = cut(q, cu_seqlens, chunk), _is_by_channel(gates)
@@ -195,25 +200,26 @@ def _forward(
     kept = Kept.room(segments, q, v, chunk, delta, gates is not None and not channel, channel, keep)
     planned = q.new_empty((segments.count, heads, chunk, value))
     out, final = v.new_empty(v.shape), q.new_empty((segments.sequences, heads, key, value), dtype=torch.float32)
-    options, exact = _options(q, v, chunk, before, delta), _exact(q.dtype)
+    options = _options(q, v, chunk, before, delta)
     alone = {name: options[name] for name in ("DK", "C", "BEFORE", "DELTA", "PRECISION")}
     cuts, grid = (segments.table, tokens, segments.each, heads), (segments.count * heads,)
     tails, removed, parts = _optional(kept.tails), _optional(kept.removed), parts_of(segments, q, v)
     with on_device_of(q):
         if channel:
-            its = blocks_of("scale", q.dtype, key, value)
-            scale[grid](
-                q, k, erase, rates, gates, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.reads, kept.residuals,
-                kept.keeps, kept.marks, *cuts, *token_strides(q), *token_strides(k), *_strides(erase),
-                **alone, MILD=_mild(q.dtype), BK=its.BK, num_warps=its.num_warps, num_stages=its.num_stages,
-            )  # fmt: skip
+            for kernel, steep in (("scale", False), ("steep_scale", True)):
+                its = blocks_of(kernel, q.dtype, key, value)
+                scale[grid](
+                    q, k, erase, rates, gates, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.reads, kept.residuals,
+                    kept.keeps, kept.marks, kept.steep, *cuts, *token_strides(q), *token_strides(k), *_strides(erase),
+                    **alone, MILD=_mild(q.dtype), STEEP=steep, BK=its.BK, num_warps=its.num_warps, num_stages=its.num_stages,
+                )  # fmt: skip
             q, k, erase, gates = kept.scaled_q, kept.scaled_k, kept.scaled_e if delta else None, None
         if delta or not channel:
             its = blocks_of("solve", q.dtype, key, value)
             solve[grid](
                 k, erase, rates, gates, _optional(kept.residuals), kept.solved, kept.keeps, kept.marks, *cuts,
                 *token_strides(k), *_strides(erase),
-                **alone, BK=its.BK, EXACT=exact, num_warps=its.num_warps, num_stages=its.num_stages,
+                **alone, BK=its.BK, num_warps=its.num_warps, num_stages=its.num_stages,
             )  # fmt: skip
         prepare[grid](
             q, k, erase, v, rates, gates, kept.solved, kept.removed, planned, kept.reads, kept.reaches, tails, kept.keeps,
@@ -232,7 +238,7 @@ def _forward(
         run_states[(segments.sequences * parts * heads * cdiv(value, its.BV),)](
             q, k, removed, planned, kept.reads, kept.reaches, tails, kept.keeps, out, _optional(kept.states),
             _optional(kept.written), initial, final, ends, kept.moves, *places, *token_strides(q), *token_strides(k),
-            **widths, EXACT=exact,
+            **widths,
         )  # fmt: skip
     return out, final, *kept
 
@@ -300,20 +306,21 @@ def _backward(
         its, widths = _passes("state_gradients", options, key, channel, q, v)
         state_gradients[(segments.sequences * parts * heads * cdiv(value, its.BV),)](
             d_out, *scaled, held.solved, removed, held.reads, held.reaches, tails, held.keeps, d_states, d_right, d_final,
-            _optional(d_initial), ends, held.moves, *places, *strides, **widths, EXACT=_exact(q.dtype),
+            _optional(d_initial), ends, held.moves, *places, *strides, **widths,
         )  # fmt: skip
         by_head = None if channel else gates
         pair_gradients[grid](
             d_out, q, k, erase, v, rates, by_head, _optional(held.residuals), held.marks, held.written, d_right, dv, d_reads,
             d_residuals, _optional(d_rates), None if by_head is None else d_gates, *cuts, *given, *token_strides(v),
-            **options, CHANNEL=channel, EXACT=_exact(q.dtype), **blocks("pair_gradients"),
+            **options, CHANNEL=channel, **blocks("pair_gradients"),
         )  # fmt: skip
         if channel:
-            channel_gradients[grid](
-                d_out, q, k, erase, rates, gates, held.marks, held.states, d_states, held.written, d_right, d_reads,
-                d_residuals, _optional(d_rates), d_gates, dq, dk, de, *cuts, *given, **options, MILD=_mild(q.dtype),
-                **blocks("channel_gradients"),
-            )  # fmt: skip
+            for kernel, steep in (("channel_gradients", False), ("steep_channel_gradients", True)):
+                channel_gradients[grid](
+                    d_out, q, k, erase, rates, gates, held.marks, held.steep, held.states, d_states, held.written, d_right,
+                    d_reads, d_residuals, _optional(d_rates), d_gates, dq, dk, de, *cuts, *given, **options, STEEP=steep,
+                    **blocks(kernel),
+                )  # fmt: skip
         else:
             key_gradients[grid](
                 d_out, q, k, erase, rates, gates, held.written, d_right, held.states, d_states, held.marks, d_reads,

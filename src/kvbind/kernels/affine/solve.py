@@ -67,7 +67,7 @@ def _solve_kernel(
     k, e, rates, gates, residuals, solved, keeps, marks, table, tokens, each, heads,
     k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, MODE: tl.constexpr = 1,
+    PRECISION: tl.constexpr, MODE: tl.constexpr = 1,
 ):  # fmt: skip
     """One chunk and head. With `residuals`, `L / r` is given, and T alone is made."""
     program = tl.program_id(0)
@@ -110,7 +110,7 @@ def _solve_kernel(
     else:
         low = tl.load(residuals + place * (C * C) + mine * C + other)
     if DELTA:
-        inverse = unit_inverse(low * rate[:, None], C, EXACT, MODE)
+        inverse = unit_inverse(low * rate[:, None], C, PRECISION, MODE)
         tl.store(solved + place * (C * C) + mine * C + other, inverse.to(solved.dtype.element_ty))
 
 

@@ -97,7 +97,7 @@ def _state_gradients_kernel(
     d_out, q, k, solved, removed, reads, reaches, tails, keeps, d_states, d_right, d_final, d_initial, ends, moves,
     table, offsets, tokens, each, heads, parts, d_row, d_token, d_head, q_row, q_token, q_head, k_row, k_token, k_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
-    CHANNEL: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    CHANNEL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One part of a sequence, head and block of value columns."""
     NV: tl.constexpr = (DV + BV - 1) // BV
@@ -127,7 +127,7 @@ def _state_gradients_kernel(
                 move = tl.load(moves + index * (DK * DK) + inner[None, :] * DK + inner[:, None], mask=square, other=0.0)
                 # a part in which something is not finite hands no gradient on
                 move = tl.where(tl.abs(move) < float("inf"), move, 0.0)
-                behind = tl.dot(state, move, behind, input_precision=EXACT)
+                behind = tl.dot(state, move, behind, input_precision=PRECISION)
             state = behind
     keep = kept(keeps, (begin + last - 1).to(tl.int64) * heads + head, first < last, inner, DK, CHANNEL, True)
     for step in tl.range(0, last - first, num_stages=STAGES):

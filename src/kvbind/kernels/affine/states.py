@@ -143,7 +143,7 @@ def _states_kernel(
     q, k, removed, planned, reads, reaches, tails, keeps, out, states, written, initial, final, ends, moves, table, offsets,
     tokens, each, heads, parts, q_row, q_token, q_head, k_row, k_token, k_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
-    CHANNEL: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    CHANNEL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One part of a sequence, head and block of value columns."""
     NV: tl.constexpr = (DV + BV - 1) // BV
@@ -164,7 +164,7 @@ def _states_kernel(
 
     state = turned_state(initial, base, inner, columns, DK, DV, BD, BV)
     if ends is not None:
-        state = started(state, ends, moves, sequence, part, parts, head, heads, inner, columns, DK, DV, BD, EXACT)
+        state = started(state, ends, moves, sequence, part, parts, head, heads, inner, columns, DK, DV, BD, PRECISION)
     keep = kept(keeps, (begin + first).to(tl.int64) * heads + head, first < last, inner, DK, CHANNEL, False)
     for index in tl.range(first, last, num_stages=STAGES):
         place = (begin + index).to(tl.int64) * heads + head
@@ -198,7 +198,7 @@ def _states_kernel(
 
 @triton.jit
 def started(state, ends, moves, sequence, part, parts, head, heads, inner, columns, DK: tl.constexpr, DV: tl.constexpr,
-            BD: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+            BD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The state before a part, from the initial one."""
     inside = (columns < DV)[:, None] & (inner < DK)[None, :]
     for step in range(0, part):
@@ -207,7 +207,7 @@ def started(state, ends, moves, sequence, part, parts, head, heads, inner, colum
         if step > 0:
             square = (inner < DK)[:, None] & (inner < DK)[None, :]
             move = tl.load(moves + index * (DK * DK) + inner[:, None] * DK + inner[None, :], mask=square, other=0.0)
-            behind = tl.dot(state, move, behind, input_precision=EXACT)
+            behind = tl.dot(state, move, behind, input_precision=PRECISION)
         state = behind
     return state
 
