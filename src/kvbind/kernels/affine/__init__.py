@@ -6,5 +6,5 @@
 - Reference implementation: `kvbind.forms.recurrent.recurrent`; `kvbind.forms.affine` is the same form in PyTorch.
 
 `operator` calls the kernels in this order: `channels` where gates are per channel, `solve`, `prepare`, `states` (the one
-that goes through chunks in order), `outputs`; `backward` for the gradients. `tiles` is what they share.
+that goes through chunks in order); for the gradients `state_gradients`, `backward`, `channels`. `tiles` is what they share.
 """

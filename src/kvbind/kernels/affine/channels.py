@@ -65,7 +65,7 @@ def _mild_scores_between(scores, erased, x, y, z, own, sums, at, dtype: tl.const
                          DELTA: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Scores of reads in second halves of stretches of 2 H with writes in first ones, added."""
     rows: tl.constexpr = own.shape[0]
-    if H < rows:
+    if rows > H:
         reach = sums - _rows(sums, at, 2 * H, H - 1, GATHER)
         second = (at // H % 2 == 1)[:, None]
         factor = tl.exp2(tl.where(second, reach, -reach))
@@ -177,7 +177,7 @@ def _scale_kernel(
         return
     token = start.to(tl.int64)
     place = index.to(tl.int64) * heads + head
-    if STEEP:
+    if STEEP:  # noqa: SIM102 - one is known when compiling
         if tl.load(steep + place) == 0:
             return
     at = tl.arange(0, C)
@@ -323,7 +323,7 @@ def _mild_gradients_between(
 ):  # fmt: skip
     """What `_gradients_between` returns, of a chunk whose gates are all mild."""
     rows: tl.constexpr = own.shape[0]
-    if H < rows:
+    if rows > H:
         reach = sums - _rows(sums, at, 2 * H, H - 1, GATHER)
         second = (at // H % 2 == 1)[:, None]
         factor = tl.exp2(tl.where(second, reach, -reach))
@@ -392,7 +392,8 @@ def _mild_gradients(
     later = tl.zeros_like(late)
     if DELTA:
         erased = (e * (up if BEFORE else seen)).to(wide)
-        found = tl.dot(tl.load(d_residuals + scores, mask=meet, other=0.0).to(wide), erased, found, input_precision=PRECISION)
+        shares = tl.load(d_residuals + scores, mask=meet, other=0.0).to(wide)
+        found = tl.dot(shares, erased, found, input_precision=PRECISION)
     dk += found * down
     late -= found * keys.to(tl.float32)
     if DELTA:
@@ -523,8 +524,8 @@ def _channel_gradients_kernel(
             de *= seen
         if not STEEP:
             dq, dk, de, x = _mild_gradients(
-                dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, d_reads, d_residuals, scores, back, at, dtype,
-                BEFORE, DELTA, GATHER, PRECISION,
+                dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, d_reads, d_residuals, scores, back, at,
+                dtype, BEFORE, DELTA, GATHER, PRECISION,
             )  # fmt: skip
         else:
             shares, turned = tl.load(d_reads + scores), tl.load(d_reads + back)

@@ -1,12 +1,12 @@
 """The delta rule and its kin in chunks: `S_t = a_t o S_{t-1} + r_t k_t^T (v_t - e_t M_t)`, `o_t = q_t S_t`.
 
-Four steps, of which one goes through the chunks in order: what each chunk does to the state (`prepare`; with gates per key
-channel, first what these make of queries and keys: `channels`), the state before each chunk (`states`), and what queries
-read (`outputs`). The backward pass (`backward`) takes the gradient of the state through the same kernel from the end.
+Chunks are first prepared all at once (`solve`, `prepare`; with gates per key channel, before that what these make of queries
+and keys: `channels`), then `states` goes through them in order, for the state and outputs. The backward pass takes the
+gradient of the state through them from the end (`state_gradients`), then those of operands all at once (`backward`).
 
 Instances: the delta rule in its WY representation (arXiv 2406.06484), gated (2412.06464), with gates per key channel
 (2510.26692), gated linear attention (2312.06635). Kept for the backward pass: the operands, and of each chunk its inverse,
-the state before it, and what it does to the state.
+the state before it, and what it writes.
 """
 
 from __future__ import annotations
@@ -301,7 +301,8 @@ def _backward(
             ends = q.new_empty((segments.sequences * parts, heads, value, key), dtype=torch.float32)
             its, widths = _passes("part_gradients", options, key, channel, q, v)
             part_gradients[(segments.sequences * (parts - 1) * heads * cdiv(value, its.BV),)](
-                d_out, *scaled, removed, held.reads, held.reaches, tails, held.keeps, d_final, ends, *places, *strides, **widths
+                d_out, *scaled, removed, held.reads, held.reaches, tails, held.keeps, d_final, ends, *places, *strides,
+                **widths,
             )  # fmt: skip
         its, widths = _passes("state_gradients", options, key, channel, q, v)
         state_gradients[(segments.sequences * parts * heads * cdiv(value, its.BV),)](

@@ -81,10 +81,7 @@ def _prepare_kernel(
         y = read_rows(v + block, mine * v_token + columns[None, :], rows, block + columns, DV, BV)
         spoilt = tl.maximum(spoilt, rows_wrong(y))
         y = finite(y)
-        if DELTA:
-            result = tl.dot(by_value, y, input_precision=PRECISION)
-        else:
-            result = y.to(tl.float32) * rate[:, None]
+        result = tl.dot(by_value, y, input_precision=PRECISION) if DELTA else y.to(tl.float32) * rate[:, None]
         where = mine * DV + (block + columns)[None, :]
         tl.store(planned + place * (C * DV) + where, result.to(dtype), mask=(block + columns < DV)[None, :])
 

@@ -25,8 +25,8 @@ def _corner(low, mine, other, H: tl.constexpr):
 def unit_inverse(low, C: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constexpr = 1):
     """The inverse of `1 + low` for a strictly lower triangular `[C, C]`.
 
-    The inverse of a stretch is that of its halves, and between them `-T_2 L_21 T_1`; blocks of 16 x 16 all at once. Powers of
-    `low`, which would need fewer products, grow beyond float32 where keys repeat.
+    The inverse of a stretch is that of its halves, and between them `-T_2 L_21 T_1`; blocks of 16 x 16 all at once. Powers
+    of `low`, which would need fewer products, grow beyond float32 where keys repeat.
     """
     N: tl.constexpr = C // 16
     place = tl.arange(0, C)

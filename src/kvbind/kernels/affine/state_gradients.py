@@ -74,7 +74,7 @@ def _part_gradients_kernel(
     base = (sequence.to(tl.int64) * heads + head) * (DK * DV)
 
     state = tl.zeros((BV, BD), tl.float32)
-    if d_final is not None:
+    if d_final is not None:  # noqa: SIM102 - one is known when compiling
         if part == parts - 1:
             state = turned_state(d_final, base, inner, columns, DK, DV, BD, BV)
     keep = kept(keeps, (begin + last - 1).to(tl.int64) * heads + head, first < last, inner, DK, CHANNEL, True)
@@ -146,7 +146,7 @@ def _state_gradients_kernel(
         where = place * (C * DV) + at[None, :] * DV + columns[:, None]
         tl.store(d_right + where, narrow, mask=(columns < DV)[:, None])
         keep = kept(keeps, place - heads, index > first, inner, DK, CHANNEL, True)
-    if d_initial is not None:
+    if d_initial is not None:  # noqa: SIM102 - one is known when compiling
         if part == 0:
             tl.store(d_initial + base + inner[None, :] * DV + columns[:, None], state, mask=inside)
 

@@ -1,6 +1,6 @@
 """The state, chunk after chunk, and what queries read: `S' = b_C o S + K^T diag(b_C / b) U`, `O = b o (Q S) + A U`.
 
-The state is held as its transpose, `[values, keys]`, so that in all products it is the first operand, which stays in registers.
+The state is held as its transpose, `[values, keys]`: so it is the first operand of all products, and stays in registers.
 
 A sequence is cut into parts that run at once, as there are fewer heads than multiprocessors. A part is an affine map of the
 state that it starts from, `S -> F S + H`: `parts` finds H of each from a state of zeros and F from the identity. `states`
@@ -113,7 +113,7 @@ def _parts_kernel(
     base = (sequence.to(tl.int64) * heads + head) * (DK * DV)
 
     state = tl.where((columns[:, None] == inner[None, :]) & unit, 1.0, tl.zeros((BV, BD), tl.float32))
-    if initial is not None:
+    if initial is not None:  # noqa: SIM102 - one is known when compiling
         if part == 0:
             state = turned_state(initial, base, inner, columns, DK, DV, BD, BV)
     keep = kept(keeps, (begin + first).to(tl.int64) * heads + head, first < last, inner, DK, CHANNEL, False)
