@@ -5,6 +5,6 @@
 - Leave: outputs `[B, T, H, Dv]` and final states `[B or n, H, Dk, Dv]`.
 - Reference implementation: `kvbind.forms.recurrent.recurrent`; `kvbind.forms.affine` is the same form in PyTorch.
 
-`operator` calls the kernels in this order: `channels` where gates are per channel, `solve`, `prepare`, `states` (the one
+`operator` calls the kernels in this order: `channels` where gates are per channel, `prepare`, `states` (the one
 that goes through chunks in order); for the gradients `state_gradients`, `backward`, `channels`. `tiles` is what they share.
 """

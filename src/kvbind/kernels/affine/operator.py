@@ -1,6 +1,6 @@
 """The delta rule and its kin in chunks: `S_t = a_t o S_{t-1} + r_t k_t^T (v_t - e_t M_t)`, `o_t = q_t S_t`.
 
-Chunks are first prepared all at once (`solve`, `prepare`; with gates per key channel, before that what these make of queries
+Chunks are first prepared all at once (`prepare`; with gates per key channel, before that what these make of queries
 and keys: `channels`), then `states` goes through them in order, for the state and outputs. The backward pass takes the
 gradient of the state through them from the end (`state_gradients`), then those of operands all at once (`backward`).
 
@@ -21,7 +21,6 @@ from kvbind.inner.value import check_choice
 from kvbind.kernels.affine.backward import key_gradients, pair_gradients
 from kvbind.kernels.affine.channels import channel_gradients, scale
 from kvbind.kernels.affine.prepare import prepare
-from kvbind.kernels.affine.solve import solve
 from kvbind.kernels.affine.state_gradients import part_gradients, state_gradients
 from kvbind.kernels.affine.states import parts as run_parts
 from kvbind.kernels.affine.states import states as run_states
@@ -53,7 +52,7 @@ def blocks_of(kernel: str, dtype: torch.dtype, key: int, value: int) -> Blocks:
     """The blocks of a kernel for operands of these widths.
 
     Args:
-        kernel: "solve", "prepare", "parts", "states", "part_gradients", "state_gradients", "pair_gradients",
+        kernel: "prepare", "parts", "states", "part_gradients", "state_gradients", "pair_gradients",
             "key_gradients", and with gates per key channel "scale" and "channel_gradients".
         dtype: of the operands.
         key: width of keys.
@@ -72,7 +71,6 @@ def blocks_of(kernel: str, dtype: torch.dtype, key: int, value: int) -> Blocks:
 BLOCKS = {
     "scale": (32, 32, 4, 1),
     "steep_scale": (16, 16, 4, 1),
-    "solve": (128, 16, 4, 1),
     "prepare": (64, 64, 4, 1),
     "parts": (128, 128, 8, 2),
     "states": (128, 128, 8, 2),
@@ -159,12 +157,12 @@ class Kept(NamedTuple):
     def room(
         segments: Segments, q: Tensor, v: Tensor, chunk: int, delta: bool, by_head: bool, channel: bool, keep: bool
     ) -> Kept:
-        """Empty tensors of these shapes; without `keep`, no states and no writes."""
+        """Empty tensors of these shapes; without `keep`, none of what gradients alone take."""
         (_, _, heads, key), value, count = q.shape, v.shape[3], segments.count
         some, held, parts = (count if delta else 0), (count if keep else 0), parts_of(segments, q, v)
         scaled, wide = (q.shape if channel else (0,)), torch.float32
         return Kept(
-            q.new_empty((some, heads, chunk, chunk)),
+            q.new_empty((held if delta else 0, heads, chunk, chunk)),
             q.new_empty((some, heads, chunk, key)),
             q.new_empty((count, heads, chunk, chunk)),
             q.new_empty((count, heads, chunk), dtype=wide),
@@ -214,16 +212,9 @@ def _forward(
                     **alone, MILD=_mild(q.dtype), STEEP=steep, BK=its.BK, num_warps=its.num_warps, num_stages=its.num_stages,
                 )  # fmt: skip
             q, k, erase, gates = kept.scaled_q, kept.scaled_k, kept.scaled_e if delta else None, None
-        if delta or not channel:
-            its = blocks_of("solve", q.dtype, key, value)
-            solve[grid](
-                k, erase, rates, gates, _optional(kept.residuals), kept.solved, kept.keeps, kept.marks, *cuts,
-                *token_strides(k), *_strides(erase),
-                **alone, BK=its.BK, num_warps=its.num_warps, num_stages=its.num_stages,
-            )  # fmt: skip
         prepare[grid](
-            q, k, erase, v, rates, gates, kept.solved, kept.removed, planned, kept.reads, kept.reaches, tails, kept.keeps,
-            kept.marks, *cuts, *token_strides(q), *token_strides(k), *_strides(erase), *token_strides(v),
+            q, k, erase, v, rates, gates, _optional(kept.residuals), _optional(kept.solved), kept.removed, planned, kept.reads,
+            kept.reaches, tails, kept.keeps, kept.marks, *cuts, *token_strides(q), *token_strides(k), *_strides(erase), *token_strides(v),
             **options, CHANNEL=channel, **blocks_of("prepare", q.dtype, key, value)._asdict(),
         )  # fmt: skip
         places = (segments.table, segments.offsets, tokens, segments.each, heads, parts)

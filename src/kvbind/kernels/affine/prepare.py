@@ -1,11 +1,14 @@
 """What each chunk needs to go from the state before it to the one behind it, all chunks at once.
 
-With `T = (1 + L)^-1` (`kvbind.kernels.affine.solve`) a chunk that starts from S writes
+With residuals `U_t = r_t (v_t - e_t M_t)`, where M_t is the state before token t, decayed by its gate or not yet, a chunk
+that starts from S has `(1 + L) U = r o (v - c o (e S))`, `L_tj = r_t (c_t / b_j) <e_t, k_j>` for j < t, c_t being `b_t` or
+`b_(t-1)`. With `T = (1 + L)^-1` it writes
 
     U = P - W S,    P = T diag(r) V,    W = T diag(r c) E
 
 and is read through the scores of queries and keys times what is left of each write, `A_tj = (b_t / b_j) <q_t, k_j>` for
-j <= t. Stored are P, -W, A, and of each token `b` and `b_C / b`.
+j <= t. Stored are P, -W, A, T if gradients may be asked, of each token `b` and `b_C / b`, the product `b_C` of a chunk's gates,
+and which tokens hold what is not finite.
 """
 
 from __future__ import annotations
@@ -13,19 +16,69 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvbind.kernels.affine.tiles import between, marked_rows, rates_of, seen_logarithms, summed_logarithms
-from kvbind.kernels.causal.segments import finite, read_rows, rows_wrong, segment, without
+from kvbind.kernels.affine.tiles import between, gates_wrong, marked_rows, rates_of, seen_logarithms, summed_logarithms
+from kvbind.kernels.causal.segments import finite, read_rows, rows_wrong, segment
 from kvbind.kernels.launching.launcher import Launcher
+
+
+@triton.jit
+def _corner(low, mine, other, H: tl.constexpr):
+    """What is between the halves of stretches of 2 H of a strictly lower triangle, else 0."""
+    return tl.where((mine // (2 * H) == other // (2 * H)) & (mine // H != other // H), low, 0.0)
+
+
+@triton.jit
+def unit_inverse(low, C: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constexpr = 1):
+    """The inverse of `1 + low` for a strictly lower triangular `[C, C]`.
+
+    The inverse of a stretch is that of its halves, and between them `-T_2 L_21 T_1`; blocks of 16 x 16 all at once. Powers
+    of `low`, which would need fewer products, grow beyond float32 where keys repeat.
+    """
+    N: tl.constexpr = C // 16
+    place = tl.arange(0, C)
+    mine, other = place[:, None], place[None, :]
+    if MODE == 2:
+        whole = tl.where(mine == other, 1.0, -_corner(low, mine, other, 1))
+        for level in tl.static_range(1, 4):
+            half = tl.dot(whole, _corner(low, mine, other, 1 << level), input_precision=PRECISION)
+            whole -= tl.dot(half, whole, input_precision=PRECISION)
+    else:
+        block, at = tl.arange(0, N), tl.arange(0, 16)
+        same = block[:, None, None, None] == block[None, None, :, None]
+        inside = tl.sum(tl.where(same, tl.reshape(low, (N, 16, N, 16)), 0.0), 2)
+        row, column = at[None, :, None], at[None, None, :]
+        if MODE == 1:
+            solved = tl.where(row == column, 1.0, -_corner(inside, row, column, 1))
+            for level in tl.static_range(1, 4):
+                half = tl.dot(solved, _corner(inside, row, column, 1 << level), input_precision=PRECISION)
+                solved -= tl.dot(half, solved, input_precision=PRECISION)
+        else:
+            solved = tl.where(row == column, 1.0, tl.zeros((N, 16, 16), tl.float32))
+            for step in range(0, 15):
+                factor = tl.sum(tl.where(column == step, inside, 0.0), 2)
+                known = tl.sum(tl.where(row == step, solved, 0.0), 1)
+                solved -= factor[:, :, None] * known[:, None, :]
+        whole = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), (C, C))
+    if C > 16:
+        half = tl.dot(whole, _corner(low, mine, other, 16), input_precision=PRECISION)
+        whole -= tl.dot(half, whole, input_precision=PRECISION)
+    if C > 32:
+        half = tl.dot(whole, _corner(low, mine, other, 32), input_precision=PRECISION)
+        whole -= tl.dot(half, whole, input_precision=PRECISION)
+    return whole
 
 
 @triton.jit(do_not_specialize=["tokens", "each"])
 def _prepare_kernel(
-    q, k, e, v, rates, gates, solved, removed, planned, reads, reaches, tails, keeps, marks, table, tokens, each, heads,
+    q, k, e, v, rates, gates, residuals, solved, removed, planned, reads, reaches, tails, keeps, marks, table, tokens, each, heads,
     q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head, v_row, v_token, v_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
-    DELTA: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
+    DELTA: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constexpr = 1,
 ):  # fmt: skip
-    """One chunk and head. With `CHANNEL` A is there, q and e come scaled by b and c, and there are no gates."""
+    """One chunk and head.
+
+    With `CHANNEL` A and `L / r` are there, q and e come scaled by b and c, and there are no gates.
+    """
     program = tl.program_id(0)
     head = (program % heads).to(tl.int64)
     index = program // heads
@@ -46,35 +99,54 @@ def _prepare_kernel(
     inner, columns = tl.arange(0, BK), tl.arange(0, BV)
     mine, other = at[:, None], at[None, :]
 
-    rate, _wrong = rates_of(rates, places, rows)
-    wrong = marked_rows(marks, places, rows)
-    whole, rest, wholes, rests = summed_logarithms(gates, places, rows)
-    if DELTA:
-        seen_whole, seen_rest = seen_logarithms(whole, rest, wholes, rests, BEFORE)
-        seen = tl.exp2(seen_whole + seen_rest)
-        inverse = tl.load(solved + place * (C * C) + mine * C + other).to(tl.float32)
-        # what is scaled is T, before it multiplies
-        by_value = (inverse * rate[None, :]).to(dtype)
-        by_key = (inverse * -(rate * seen)[None, :]).to(dtype)
-
+    rate, wrong = rates_of(rates, places, rows)
+    if CHANNEL:
+        wrong = marked_rows(marks, places, rows)
+    else:
+        wrong = tl.maximum(wrong, gates_wrong(gates, places, rows))
     scores = tl.zeros((C, C), tl.float32)
+    low = tl.zeros((C, C), tl.float32)
     unread = tl.zeros((C,), tl.int32)
     for block in range(0, DK, BK):
         x = read_rows(q + block, mine * q_token + inner[None, :], rows, block + inner, DK, BK)
         unread = tl.maximum(unread, rows_wrong(x))
-        if DELTA or not CHANNEL:
-            y = without(read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK), wrong)
         if not CHANNEL:
+            y = read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK)
+            wrong = tl.maximum(wrong, rows_wrong(y))
+            y = finite(y)
             scores = tl.dot(finite(x), tl.trans(y), scores, input_precision=PRECISION)
-        if DELTA:
-            if e is not None:
-                y = without(read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK), wrong)
-            result = tl.dot(by_key, y, input_precision=PRECISION)
-            where = mine * DK + (block + inner)[None, :]
-            tl.store(removed + place * (C * DK) + where, result.to(dtype), mask=(block + inner < DK)[None, :])
+            if DELTA:
+                z = y
+                if e is not None:
+                    z = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK)
+                    wrong = tl.maximum(wrong, rows_wrong(z))
+                    z = finite(z)
+                low = tl.dot(z, tl.trans(y), low, input_precision=PRECISION)
+    whole, rest, wholes, rests = summed_logarithms(gates, places, rows)
     if not CHANNEL:
         scores *= between(wholes, rests, wholes, rests, mine >= other)
         tl.store(reads + place * (C * C) + mine * C + other, scores.to(dtype))
+    if DELTA:
+        seen_whole, seen_rest = seen_logarithms(whole, rest, wholes, rests, BEFORE)
+        seen = tl.exp2(seen_whole + seen_rest)
+        if CHANNEL:
+            low = tl.load(residuals + place * (C * C) + mine * C + other)
+        else:
+            low *= between(seen_whole, seen_rest, wholes, rests, mine > other)
+        inverse = unit_inverse(low * rate[:, None], C, PRECISION, MODE)
+        if solved is not None:
+            tl.store(solved + place * (C * C) + mine * C + other, inverse.to(dtype))
+        # what is scaled is T, before it multiplies
+        by_value = (inverse * rate[None, :]).to(dtype)
+        by_key = (inverse * -(rate * seen)[None, :]).to(dtype)
+        for block in range(0, DK, BK):
+            if e is not None:
+                z = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK)
+            else:
+                z = read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK)
+            result = tl.dot(by_key, finite(z), input_precision=PRECISION)
+            where = mine * DK + (block + inner)[None, :]
+            tl.store(removed + place * (C * DK) + where, result.to(dtype), mask=(block + inner < DK)[None, :])
 
     spoilt = wrong
     for block in range(0, DV, BV):
@@ -92,13 +164,15 @@ def _prepare_kernel(
         tail = tl.exp2((tl.sum(whole, 0) - wholes) + (tl.sum(rest, 0) - rests))
         tl.store(tails + place * C + at, tl.where(wrong > 0, 0.0, tail))
     tl.store(marks + places, spoilt.to(tl.int8), mask=rows)
-    if tl.max(spoilt, 0) > 0:
-        if CHANNEL:
+    lost = tl.max(spoilt, 0) > 0
+    if CHANNEL:
+        if lost:
             for block in range(0, DK, BK):
                 nothing = tl.full((BK,), float("nan"), tl.float32)
                 tl.store(keeps + place * DK + block + inner, nothing, mask=block + inner < DK)
-        else:
-            tl.store(keeps + place, float("nan"))
+    else:
+        keep = tl.exp2(tl.sum(whole, 0) + tl.sum(rest, 0))
+        tl.store(keeps + place, tl.where(lost, float("nan"), keep))
 
 
 prepare = Launcher(_prepare_kernel)

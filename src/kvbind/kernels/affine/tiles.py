@@ -77,22 +77,3 @@ def gates_wrong(gates, places, rows):
 def marked_rows(marks, places, rows):
     """1 for tokens in which something is not finite, else 0."""
     return tl.load(marks + places, mask=rows, other=0).to(tl.int32)
-
-
-@triton.jit
-def read_columns(pointer, at, token_stride, rows, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile of rows, transposed as it is loaded, `[BLOCK, C]`.
-
-    Compilers up to Triton 3.7.0 transpose tiles that are in registers wrongly where these are first operands on Hopper.
-    """
-    places = at[None, :] * token_stride + tl.arange(0, BLOCK)[:, None]
-    if WIDTH % BLOCK == 0:
-        return tl.load(pointer + places, mask=rows[None, :], other=0.0)
-    else:
-        return tl.load(pointer + places, mask=rows[None, :] & (columns < WIDTH)[:, None], other=0.0)
-
-
-@triton.jit
-def without_columns(x, columns):
-    """A tile with zeros in the columns that are marked with 1."""
-    return tl.where(columns[None, :] > 0, 0.0, x).to(x.dtype)
