@@ -8,11 +8,11 @@ With G the gradient of the outputs, U what a chunk writes, D the gradient of the
     of b o q        G S^T,          of (b_C / b) o k   U D^T,          of r c o e   -dR S^T
 
 Two kernels: what pairs of tokens have to do with each other, with values, rates and gates; then queries and keys, with what
-rates and gates have to do with states.
+rates and gates have to do with states; a third adds up what rates and gates are given.
 
-Gates enter as products over spans of tokens. The gradient of one gate is a sum over the spans that hold it, of what the
-whole product is multiplied by times the product of the others: products before it and behind it, and nothing is divided by
-a gate (as in `kvbind.kernels.causal.gate_gradients`).
+Gates enter as products over spans of tokens. The gradient of one gate is a sum over the spans that hold it, divided by the
+gate, or by 2^-64 where it is smaller: a floor that products of the gradient alone have too. No sums are subtracted, so that
+gradients of small gates are as exact as others.
 """
 
 from __future__ import annotations
@@ -20,8 +20,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvbind.kernels.affine.tiles import between, marked_rows, rates_of, seen_logarithms, summed_logarithms
-from kvbind.kernels.causal.segments import finite, read_rows, segment, without
+from kvbind.kernels.affine.tiles import (
+    between,
+    floored_logarithms,
+    marked_rows,
+    rates_of,
+    seen_logarithms,
+    summed_logarithms,
+)
+from kvbind.kernels.causal.segments import finite, logarithms, read_rows, segment, without
 from kvbind.kernels.launching.launcher import Launcher
 
 
@@ -113,32 +120,34 @@ def _pair_gradients_kernel(
                 on_rate -= tl.sum(reach * erased * taken, 0)
             tl.store(d_rates + places, on_rate, mask=rows)
         if d_gates is not None:
-            # rows are of the reads of pairs, then of their writes; columns of gates
-            to_gate = between(-wholes, -rests, whole - wholes, rest - rests, mine < other)
-            from_gate = between(wholes, rests, wholes, rests, mine >= other)
-            pairs = tl.where(mine < other, matched * given, 0.0)
-            if DELTA and BEFORE:
-                pairs -= tl.where(mine < other, erased * taken * rate[None, :], 0.0)
-            inside = tl.dot(pairs, from_gate, input_precision=PRECISION)
+            # of each gate, sums over pairs of a write before it and a read from it on; no sums are subtracted
+            whole, rest, wholes, rests = floored_logarithms(gates, places, rows)
+            pairs = matched * given * between(-wholes, -rests, -wholes, -rests, mine < other)
+            if DELTA:
+                seen_whole, seen_rest = seen_logarithms(whole, rest, wholes, rests, BEFORE)
+                taken *= erased * -rate[None, :] * between(-wholes, -rests, -seen_whole, -seen_rest, mine < other)
+                if BEFORE:
+                    pairs += taken
+            crossing = tl.cumsum(pairs, 1, reverse=True)
             if DELTA and not BEFORE:
-                pairs = tl.where(mine < other, -erased * taken * rate[None, :], 0.0)
-                from_gate = between(wholes - whole, rests - rest, wholes, rests, mine > other)
-                inside = tl.dot(pairs, from_gate, inside, input_precision=PRECISION)
-            tl.store(d_gates + places, tl.sum(to_gate * inside, 0), mask=rows)
+                crossing = tl.dot(taken, tl.where(mine > other, 1.0, 0.0), crossing, input_precision=PRECISION)
+            tl.store(d_gates + places, tl.sum(tl.where(mine < other, crossing, 0.0), 0), mask=rows)
 
 
-@triton.jit(do_not_specialize=["tokens", "each"])
+@triton.jit(do_not_specialize=["tokens", "each", "all_tokens"])
 def _key_gradients_kernel(
     d_out, q, k, e, rates, gates, written, d_right, states, d_states, marks, d_reads, d_residuals, d_q, d_k, d_e,
-    d_rates, d_gates, table, tokens, each, heads,
+    on_rates, on_gates, table, tokens, each, all_tokens, heads,
     d_row, d_token, d_head, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
     DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries and keys of one chunk and head, and what states give to its rates and gates."""
+    """Gradients of queries and keys of one chunk, head and block of key channels, and what states give to rates and gates."""
+    NK: tl.constexpr = (DK + BK - 1) // BK
     program = tl.program_id(0)
-    head = (program % heads).to(tl.int64)
-    index = program // heads
+    up = (program % NK) * BK
+    head = ((program // NK) % heads).to(tl.int64)
+    index = program // (NK * heads)
     row, sequence, start, stop, _ends = segment(index, table, tokens, C, each, False)
     if sequence < 0:
         return
@@ -169,72 +178,88 @@ def _key_gradients_kernel(
     seen_whole, seen_rest = seen_logarithms(whole, rest, wholes, rests, BEFORE)
     seen = tl.exp2(seen_whole + seen_rest)
     started = tl.exp2(wholes + rests)
-    on_read = tl.zeros((C,), tl.float32)
-    on_residual, on_write = on_read, on_read
-    anchor = 0.0
-    for up in range(0, DK, BK):
-        dq = tl.zeros((C, BK), tl.float32)
-        dk = tl.zeros((C, BK), tl.float32)
-        de = tl.zeros((C, BK), tl.float32)
-        for block in range(0, DV, BV):
-            within = (block + columns < DV)[None, :]
-            where = (block + columns)[:, None] * DK + (up + inner)[None, :]
-            inside = (block + columns < DV)[:, None] & (up + inner < DK)[None, :]
-            state = tl.load(states + where, mask=inside, other=0.0)
-            d_state = tl.load(d_states + where, mask=inside, other=0.0)
-            g = read_rows(d_out + block, mine * d_token + columns[None, :], rows, block + columns, DV, BV)
-            x = tl.load(written + mine * DV + (block + columns)[None, :], mask=within, other=0.0)
-            dq = tl.dot(g, state, dq, input_precision=PRECISION)
-            dk = tl.dot(x, d_state, dk, input_precision=PRECISION)
-            if DELTA:
-                dx = tl.load(d_right + mine * DV + (block + columns)[None, :], mask=within, other=0.0)
-                de = tl.dot(dx, state, de, input_precision=PRECISION)
-            if d_gates is not None:
-                anchor += tl.sum(tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1), 0)
-        where, inside = mine * (heads * DK) + (up + inner)[None, :], rows[:, None] & (up + inner < DK)[None, :]
-        x = finite(read_rows(q + up, mine * q_token + inner[None, :], rows, up + inner, DK, BK))
-        y = without(read_rows(k + up, mine * k_token + inner[None, :], rows, up + inner, DK, BK), wrong)
-        z = y
-        if e is not None:
-            z = without(read_rows(e + up, mine * e_token + inner[None, :], rows, up + inner, DK, BK), wrong)
-        if d_gates is not None:
-            on_read += tl.sum(dq * x.to(tl.float32), 1)
-            on_write += tl.sum(dk * y.to(tl.float32), 1)
-        if DELTA and (d_rates is not None or d_gates is not None):
-            on_residual += tl.sum(de * z.to(tl.float32), 1)
-        dq *= started[:, None]
-        dk *= tail[:, None]
-        dq = tl.dot(tl.load(d_reads + turned), y, dq, input_precision=PRECISION)
-        dk = tl.dot(tl.load(d_reads + scores), x, dk, input_precision=PRECISION)
+    anchor = tl.zeros((BK,), tl.float32)
+    dq = tl.zeros((C, BK), tl.float32)
+    dk = tl.zeros((C, BK), tl.float32)
+    de = tl.zeros((C, BK), tl.float32)
+    for block in range(0, DV, BV):
+        within = (block + columns < DV)[None, :]
+        where = (block + columns)[:, None] * DK + (up + inner)[None, :]
+        inside = (block + columns < DV)[:, None] & (up + inner < DK)[None, :]
+        state = tl.load(states + where, mask=inside, other=0.0)
+        d_state = tl.load(d_states + where, mask=inside, other=0.0)
+        g = read_rows(d_out + block, mine * d_token + columns[None, :], rows, block + columns, DV, BV)
+        x = tl.load(written + mine * DV + (block + columns)[None, :], mask=within, other=0.0)
+        dq = tl.dot(g, state, dq, input_precision=PRECISION)
+        dk = tl.dot(x, d_state, dk, input_precision=PRECISION)
         if DELTA:
-            de *= -(rate * seen)[:, None]
-            de = tl.dot(tl.load(d_residuals + turned), y, de, input_precision=PRECISION)
-            dk = tl.dot(tl.load(d_residuals + scores), z, dk, input_precision=PRECISION)
-            if e is None:
-                dk += de
+            dx = tl.load(d_right + mine * DV + (block + columns)[None, :], mask=within, other=0.0)
+            de = tl.dot(dx, state, de, input_precision=PRECISION)
+        if on_gates is not None:
+            anchor += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
+    where, inside = mine * (heads * DK) + (up + inner)[None, :], rows[:, None] & (up + inner < DK)[None, :]
+    x = finite(read_rows(q + up, mine * q_token + inner[None, :], rows, up + inner, DK, BK))
+    y = without(read_rows(k + up, mine * k_token + inner[None, :], rows, up + inner, DK, BK), wrong)
+    z = y
+    if e is not None:
+        z = without(read_rows(e + up, mine * e_token + inner[None, :], rows, up + inner, DK, BK), wrong)
+    stride = (program % NK) * (all_tokens.to(tl.int64) * heads)
+    if DELTA:
+        on_residual = tl.sum(de * z.to(tl.float32), 1)
+        if on_rates is not None:
+            tl.store(on_rates + stride + places, -seen * on_residual, mask=rows)
+    if on_gates is not None:
+        whole, rest, wholes, rests = floored_logarithms(gates, places, rows)
+        tail_of_all = (tl.sum(whole, 0) - wholes) + (tl.sum(rest, 0) - rests)
+        late = tl.sum(dq * x.to(tl.float32), 1) * tl.exp2(wholes + rests)
+        early = tl.sum(dk * y.to(tl.float32), 1) * tl.exp2(tail_of_all)
+        found = tl.sum(anchor, 0) * tl.exp2(tl.sum(whole, 0) + tl.sum(rest, 0)) + tl.zeros((C,), tl.float32)
+        if DELTA:
+            seen_whole, seen_rest = seen_logarithms(whole, rest, wholes, rests, BEFORE)
+            on_residual *= -rate * tl.exp2(seen_whole + seen_rest)
+            if BEFORE:
+                late += on_residual
             else:
-                tl.store(d_e + wide + where, de.to(dtype), mask=inside)
-        tl.store(d_q + wide + where, dq.to(dtype), mask=inside)
-        tl.store(d_k + wide + where, dk.to(dtype), mask=inside)
+                found += tl.sum(tl.where(mine > other, on_residual[:, None], 0.0), 0)
+        # not a sum less its last number, which is of another size where a gate is small
+        found += tl.cumsum(late, 0, reverse=True) + tl.sum(tl.where(mine < other, early[:, None], 0.0), 0)
+        tl.store(on_gates + stride + places, found, mask=rows)
+    dq *= started[:, None]
+    dk *= tail[:, None]
+    dq = tl.dot(tl.load(d_reads + turned), y, dq, input_precision=PRECISION)
+    dk = tl.dot(tl.load(d_reads + scores), x, dk, input_precision=PRECISION)
+    if DELTA:
+        de *= -(rate * seen)[:, None]
+        de = tl.dot(tl.load(d_residuals + turned), y, de, input_precision=PRECISION)
+        dk = tl.dot(tl.load(d_residuals + scores), z, dk, input_precision=PRECISION)
+        if e is None:
+            dk += de
+        else:
+            tl.store(d_e + wide + where, de.to(dtype), mask=inside)
+    tl.store(d_q + wide + where, dq.to(dtype), mask=inside)
+    tl.store(d_k + wide + where, dk.to(dtype), mask=inside)
 
-    if DELTA and d_rates is not None:
-        found = tl.load(d_rates + places, mask=rows, other=0.0)
-        tl.store(d_rates + places, found - seen * on_residual, mask=rows)
+
+@triton.jit(do_not_specialize=["count"])
+def _gate_gradients_kernel(
+    gates, on_rates, on_gates, d_rates, d_gates, count, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Gradients of rates and gates, from what pairs and what each block of key channels gives to them."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    if d_rates is not None:
+        found = tl.load(d_rates + at, mask=inside, other=0.0)
+        for part in range(0, PARTS):
+            found += tl.load(on_rates + part * count.to(tl.int64) + at, mask=inside, other=0.0)
+        tl.store(d_rates + at, found, mask=inside)
     if d_gates is not None:
-        before = tl.exp2((wholes - whole) + (rests - rest))
-        to_gate = between(-wholes, -rests, whole - wholes, rest - rests, mine < other)
-        from_gate = between(wholes, rests, wholes, rests, mine >= other)
-        on_residual *= -rate
-        if BEFORE:
-            on_read += on_residual
-        found = tl.load(d_gates + places, mask=rows, other=0.0)
-        found += before * (tail * anchor + tl.sum(from_gate * on_read[:, None], 0))
-        found += tail * tl.sum(to_gate * on_write[:, None], 0)
-        if DELTA and not BEFORE:
-            from_gate = between(wholes - whole, rests - rest, wholes, rests, mine > other)
-            found += before * tl.sum(from_gate * on_residual[:, None], 0)
-        tl.store(d_gates + places, found, mask=rows)
+        found = tl.load(d_gates + at, mask=inside, other=0.0)
+        for part in range(0, PARTS):
+            found += tl.load(on_gates + part * count.to(tl.int64) + at, mask=inside, other=0.0)
+        whole, rest = logarithms(gates, at, inside, True)
+        tl.store(d_gates + at, found * tl.exp2(-tl.maximum(whole, -64.0) - rest), mask=inside)
 
 
 pair_gradients = Launcher(_pair_gradients_kernel)
 key_gradients = Launcher(_key_gradients_kernel)
+gate_gradients = Launcher(_gate_gradients_kernel)

@@ -423,18 +423,20 @@ def _own_sums(x, at):
     return found
 
 
-@triton.jit(do_not_specialize=["tokens", "each"])
+@triton.jit(do_not_specialize=["tokens", "each", "all_tokens"])
 def _channel_gradients_kernel(
-    d_out, q, k, e, rates, gates, marks, steep, states, d_states, written, d_right, d_reads, d_residuals, d_rates, d_gates,
-    d_q, d_k, d_e, table, tokens, each, heads,
+    d_out, q, k, e, rates, gates, marks, steep, states, d_states, written, d_right, d_reads, d_residuals, on_rates, d_gates,
+    d_q, d_k, d_e, table, tokens, each, all_tokens, heads,
     d_row, d_token, d_head, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
     DELTA: tl.constexpr, PRECISION: tl.constexpr, STEEP: tl.constexpr, GATHER: tl.constexpr = True,
 ):  # fmt: skip
-    """Gradients of queries, keys, gates and rates, of one chunk and head."""
+    """Gradients of queries, keys and gates of one chunk, head and block of key channels, and what it gives to rates."""
+    NK: tl.constexpr = (DK + BK - 1) // BK
     program = tl.program_id(0)
-    head = (program % heads).to(tl.int64)
-    index = program // heads
+    up = (program % NK) * BK
+    head = ((program // NK) % heads).to(tl.int64)
+    index = program // (NK * heads)
     row, sequence, start, stop, _ends_here = segment(index, table, tokens, C, each, False)
     if sequence < 0:
         return
@@ -460,99 +462,96 @@ def _channel_gradients_kernel(
 
     wrong = marked_rows(marks, places, rows)
     rate, _wrong = rates_of(rates, places, rows)
-    on_rate = tl.zeros((C,), tl.float32)
-    for up in range(0, DK, BK):
-        base = ((row * tokens + token) * heads + head) * DK + up
-        where = mine * (heads * DK) + inner[None, :]
-        inside = (up + inner < DK)[None, :]
-        live = rows[:, None] & inside
-        own, _least = _logarithms(gates + base, where, live)
-        own = _open(own)
-        x_q = finite(read_rows(q + up, mine * q_token + inner[None, :], rows, up + inner, DK, BK)).to(tl.float32)
-        x_k = without(read_rows(k + up, mine * k_token + inner[None, :], rows, up + inner, DK, BK), wrong).to(tl.float32)
-        x_e = x_k
-        if e is not None:
-            x_e = read_rows(e + up, mine * e_token + inner[None, :], rows, up + inner, DK, BK)
-            x_e = without(x_e, wrong).to(tl.float32)
+    base = ((row * tokens + token) * heads + head) * DK + up
+    where = mine * (heads * DK) + inner[None, :]
+    inside = (up + inner < DK)[None, :]
+    live = rows[:, None] & inside
+    own, _least = _logarithms(gates + base, where, live)
+    own = _open(own)
+    x_q = finite(read_rows(q + up, mine * q_token + inner[None, :], rows, up + inner, DK, BK)).to(tl.float32)
+    x_k = without(read_rows(k + up, mine * k_token + inner[None, :], rows, up + inner, DK, BK), wrong).to(tl.float32)
+    x_e = x_k
+    if e is not None:
+        x_e = read_rows(e + up, mine * e_token + inner[None, :], rows, up + inner, DK, BK)
+        x_e = without(x_e, wrong).to(tl.float32)
 
-        # the whole chunk: queries and keys as they meet states
-        dq = tl.zeros((C, BK), tl.float32)
-        dk = tl.zeros((C, BK), tl.float32)
-        de = tl.zeros((C, BK), tl.float32)
-        anchor = tl.zeros((BK,), tl.float32)
-        for block in range(0, DV, BV):
-            within = (block + columns < DV)[None, :]
-            its = (block + columns)[:, None] * DK + (up + inner)[None, :]
-            there = (block + columns < DV)[:, None] & (up + inner < DK)[None, :]
-            state = tl.load(states + its, mask=there, other=0.0)
-            d_state = tl.load(d_states + its, mask=there, other=0.0)
-            g = read_rows(d_out + block, mine * d_token + columns[None, :], rows, block + columns, DV, BV)
-            x = tl.load(written + mine * DV + (block + columns)[None, :], mask=within, other=0.0)
-            dq = tl.dot(g, state, dq, input_precision=PRECISION)
-            dk = tl.dot(x, d_state, dk, input_precision=PRECISION)
-            if DELTA:
-                x = tl.load(d_right + mine * DV + (block + columns)[None, :], mask=within, other=0.0)
-                de = tl.dot(x, state, de, input_precision=PRECISION)
-            anchor += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
-        scores, back = place * (C * C) + mine * C + other, place * (C * C) + other * C + mine
-        through = anchor[None, :] + tl.zeros((C, BK), tl.float32)
-        if not STEEP:
-            sums = tl.cumsum(own, 0)
-            reach, behind = tl.exp2(sums), tl.exp2(tl.sum(own, 0)[None, :] - sums)
-            seen = reach
-            if not BEFORE:
-                seen = tl.exp2(sums - own)
-        else:
-            earlier = own
-            behind_rows = ((at + 1 < stop - token) & (at + 1 < C))[:, None] & inside
-            later, _least = _logarithms(gates + base, where + heads * DK, behind_rows)
-            later = _open(later)
-            if not BEFORE:
-                earlier, _least = _logarithms(gates + base, where - heads * DK, ((at > 0) & rows)[:, None] & inside)
-                earlier = _open(earlier)
-            reach, seen, behind = _factors(own, earlier, later, at, C, BEFORE)
-        x, y_behind, x_before = dq * x_q, dk * x_k, tl.zeros((C, BK), tl.float32)
-        dq *= reach
-        dk *= behind
+    # the whole chunk: queries and keys as they meet states
+    dq = tl.zeros((C, BK), tl.float32)
+    dk = tl.zeros((C, BK), tl.float32)
+    de = tl.zeros((C, BK), tl.float32)
+    anchor = tl.zeros((BK,), tl.float32)
+    for block in range(0, DV, BV):
+        within = (block + columns < DV)[None, :]
+        its = (block + columns)[:, None] * DK + (up + inner)[None, :]
+        there = (block + columns < DV)[:, None] & (up + inner < DK)[None, :]
+        state = tl.load(states + its, mask=there, other=0.0)
+        d_state = tl.load(d_states + its, mask=there, other=0.0)
+        g = read_rows(d_out + block, mine * d_token + columns[None, :], rows, block + columns, DV, BV)
+        x = tl.load(written + mine * DV + (block + columns)[None, :], mask=within, other=0.0)
+        dq = tl.dot(g, state, dq, input_precision=PRECISION)
+        dk = tl.dot(x, d_state, dk, input_precision=PRECISION)
         if DELTA:
-            on_rate += tl.sum(de * seen * x_e, 1)
-            de *= -rate[:, None]
-            if BEFORE:
-                x += de * x_e
-            else:
-                x_before = de * x_e
-            de *= seen
-        if not STEEP:
-            dq, dk, de, x = _mild_gradients(
-                dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, d_reads, d_residuals, scores, back, at,
-                dtype, BEFORE, DELTA, GATHER, PRECISION,
+            x = tl.load(d_right + mine * DV + (block + columns)[None, :], mask=within, other=0.0)
+            de = tl.dot(x, state, de, input_precision=PRECISION)
+        anchor += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
+    scores, back = place * (C * C) + mine * C + other, place * (C * C) + other * C + mine
+    through = anchor[None, :] + tl.zeros((C, BK), tl.float32)
+    if not STEEP:
+        sums = tl.cumsum(own, 0)
+        reach, behind = tl.exp2(sums), tl.exp2(tl.sum(own, 0)[None, :] - sums)
+        seen = reach
+        if not BEFORE:
+            seen = tl.exp2(sums - own)
+    else:
+        earlier = own
+        behind_rows = ((at + 1 < stop - token) & (at + 1 < C))[:, None] & inside
+        later, _least = _logarithms(gates + base, where + heads * DK, behind_rows)
+        later = _open(later)
+        if not BEFORE:
+            earlier, _least = _logarithms(gates + base, where - heads * DK, ((at > 0) & rows)[:, None] & inside)
+            earlier = _open(earlier)
+        reach, seen, behind = _factors(own, earlier, later, at, C, BEFORE)
+    x, y_behind, x_before = dq * x_q, dk * x_k, tl.zeros((C, BK), tl.float32)
+    dq *= reach
+    dk *= behind
+    if DELTA:
+        if on_rates is not None:
+            on_rates += (program % NK) * (all_tokens.to(tl.int64) * heads)
+            tl.store(on_rates + places, -tl.sum(de * seen * x_e, 1), mask=rows)
+        de *= -rate[:, None]
+        if BEFORE:
+            x += de * x_e
+        else:
+            x_before = de * x_e
+        de *= seen
+    if not STEEP:
+        dq, dk, de, x = _mild_gradients(
+            dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, d_reads, d_residuals, scores, back, at,
+            dtype, BEFORE, DELTA, GATHER, PRECISION,
+        )  # fmt: skip
+    else:
+        shares, turned = tl.load(d_reads + scores), tl.load(d_reads + back)
+        taken, turned_taken = shares, turned
+        if DELTA:
+            taken, turned_taken = tl.load(d_residuals + scores), tl.load(d_residuals + back)
+        for level in tl.static_range(0, 6):
+            dq, dk, de, x, x_before, y_behind, through = _gradients_between(
+                dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned,
+                turned_taken, at, dtype, (C // 2) >> level, BEFORE, DELTA, PRECISION,
             )  # fmt: skip
+        x += through
+    # each query with its own token's key, between which there is no gate
+    alone = tl.load(d_reads + place * (C * C) + at * (C + 1)).to(tl.float32)[:, None]
+    dq += alone * x_k
+    dk += alone * x_q
+    if DELTA:
+        if e is None:
+            dk += de
         else:
-            shares, turned = tl.load(d_reads + scores), tl.load(d_reads + back)
-            taken, turned_taken = shares, turned
-            if DELTA:
-                taken, turned_taken = tl.load(d_residuals + scores), tl.load(d_residuals + back)
-            for level in tl.static_range(0, 6):
-                dq, dk, de, x, x_before, y_behind, through = _gradients_between(
-                    dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned,
-                    turned_taken, at, dtype, (C // 2) >> level, BEFORE, DELTA, PRECISION,
-                )  # fmt: skip
-            x += through
-        # each query with its own token's key, between which there is no gate
-        alone = tl.load(d_reads + place * (C * C) + at * (C + 1)).to(tl.float32)[:, None]
-        dq += alone * x_k
-        dk += alone * x_q
-        if DELTA:
-            if e is None:
-                dk += de
-            else:
-                tl.store(d_e + base + where, de.to(dtype), mask=live)
-        tl.store(d_q + base + where, dq.to(dtype), mask=live)
-        tl.store(d_k + base + where, dk.to(dtype), mask=live)
-        tl.store(d_gates + base + where, x, mask=live)
-    if DELTA and d_rates is not None:
-        found = tl.load(d_rates + places, mask=rows, other=0.0)
-        tl.store(d_rates + places, found - on_rate, mask=rows)
+            tl.store(d_e + base + where, de.to(dtype), mask=live)
+    tl.store(d_q + base + where, dq.to(dtype), mask=live)
+    tl.store(d_k + base + where, dk.to(dtype), mask=live)
+    tl.store(d_gates + base + where, x, mask=live)
 
 
 scale = Launcher(_scale_kernel)

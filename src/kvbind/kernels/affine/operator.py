@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvbind.inner.value import check_choice
-from kvbind.kernels.affine.backward import key_gradients, pair_gradients
+from kvbind.kernels.affine.backward import gate_gradients, key_gradients, pair_gradients
 from kvbind.kernels.affine.channels import channel_gradients, scale
 from kvbind.kernels.affine.prepare import prepare
 from kvbind.kernels.affine.state_gradients import part_gradients, state_gradients
@@ -77,7 +77,7 @@ BLOCKS = {
     "part_gradients": (128, 128, 8, 2),
     "state_gradients": (128, 128, 8, 2),
     "pair_gradients": (64, 64, 8, 2),
-    "key_gradients": (64, 64, 8, 2),
+    "key_gradients": (64, 64, 4, 2),
     "channel_gradients": (32, 64, 8, 1),
     "steep_channel_gradients": (32, 64, 8, 1),
 }
@@ -306,18 +306,27 @@ def _backward(
             d_residuals, _optional(d_rates), None if by_head is None else d_gates, *cuts, *given, *token_strides(v),
             **options, CHANNEL=channel, **blocks("pair_gradients"),
         )  # fmt: skip
+        kernels = ("channel_gradients", "steep_channel_gradients") if channel else ("key_gradients",)
+        # blocks of key channels give to rates, and to gates per head, each what they have
+        strips, all_tokens = cdiv(key, blocks_of(kernels[0], q.dtype, key, value).BK), q.shape[0] * tokens
+        on_rates, on_gates = (None if x is None else x.new_empty((strips, *x.shape)) for x in (rates, by_head))
+        grid, cuts = (segments.count * heads * strips,), (*cuts[:3], all_tokens, heads)
         if channel:
-            for kernel, steep in (("channel_gradients", False), ("steep_channel_gradients", True)):
+            for steep, kernel in enumerate(kernels):
                 channel_gradients[grid](
                     d_out, q, k, erase, rates, gates, held.marks, held.steep, held.states, d_states, held.written, d_right,
-                    d_reads, d_residuals, _optional(d_rates), d_gates, dq, dk, de, *cuts, *given, **options, STEEP=steep,
+                    d_reads, d_residuals, on_rates, d_gates, dq, dk, de, *cuts, *given, **options, STEEP=bool(steep),
                     **blocks(kernel),
                 )  # fmt: skip
         else:
             key_gradients[grid](
                 d_out, q, k, erase, rates, gates, held.written, d_right, held.states, d_states, held.marks, d_reads,
-                d_residuals, dq, dk, de, _optional(d_rates), _optional(d_gates), *cuts, *given, **options,
-                **blocks("key_gradients"),
+                d_residuals, dq, dk, de, on_rates, on_gates, *cuts, *given, **options, **blocks("key_gradients"),
+            )  # fmt: skip
+        if by_head is not None or (delta and rates is not None):
+            gate_gradients[(cdiv(all_tokens * heads, 1024),)](
+                by_head, on_rates, on_gates, _optional(d_rates) if delta else None, None if by_head is None else d_gates,
+                all_tokens * heads, PARTS=strips, BLOCK=1024, num_warps=4,
             )  # fmt: skip
     return dq, dk, dv, de, d_rates, d_gates, d_initial
 

@@ -37,6 +37,22 @@ def summed_logarithms(gates, places, rows):
 
 
 @triton.jit
+def floored_logarithms(gates, places, rows):
+    """As `summed_logarithms`, of gates that are no less than 2^-64.
+
+    In gradients of gates products over spans of tokens are divided by the gate, and those that hold such a gate are as much as
+    nothing to all other gates.
+    """
+    if gates is None:
+        none = tl.zeros(places.shape, tl.float32)
+        return none, none, none, none
+    else:
+        whole, rest = logarithms(gates, places, rows, True)
+        whole = tl.maximum(whole, -64.0)
+        return whole, rest, tl.cumsum(whole, 0), tl.cumsum(rest, 0)
+
+
+@triton.jit
 def seen_logarithms(whole, rest, wholes, rests, BEFORE: tl.constexpr):
     """The summed logarithms of what residuals read, whole and rest: with each token's own gate, or without."""
     if BEFORE:
