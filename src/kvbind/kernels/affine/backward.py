@@ -242,7 +242,7 @@ def _key_gradients_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def _gate_gradients_kernel(
-    gates, on_rates, on_gates, d_rates, d_gates, count, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    marks, gates, on_rates, on_gates, d_rates, d_gates, count, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Gradients of rates and gates, from what pairs and what each block of key channels gives to them."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

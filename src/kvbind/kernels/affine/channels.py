@@ -166,7 +166,7 @@ def _scale_kernel(
     q, k, e, rates, gates, scaled_q, scaled_k, scaled_e, reads, residuals, keeps, marks, steep, table, tokens, each, heads,
     q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr,
-    PRECISION: tl.constexpr, MILD: tl.constexpr, STEEP: tl.constexpr, GATHER: tl.constexpr = True,
+    PRECISION: tl.constexpr, MILD: tl.constexpr, STEEP: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     """Scores and scaled queries and keys of one chunk and head."""
     program = tl.program_id(0)
@@ -429,7 +429,7 @@ def _channel_gradients_kernel(
     d_q, d_k, d_e, table, tokens, each, all_tokens, heads,
     d_row, d_token, d_head, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
-    DELTA: tl.constexpr, PRECISION: tl.constexpr, STEEP: tl.constexpr, GATHER: tl.constexpr = True,
+    DELTA: tl.constexpr, PRECISION: tl.constexpr, STEEP: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries, keys and gates of one chunk, head and block of key channels, and what it gives to rates."""
     NK: tl.constexpr = (DK + BK - 1) // BK

@@ -209,13 +209,15 @@ def _forward(
                 scale[grid](
                     q, k, erase, rates, gates, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.reads, kept.residuals,
                     kept.keeps, kept.marks, kept.steep, *cuts, *token_strides(q), *token_strides(k), *_strides(erase),
-                    **alone, MILD=_mild(q.dtype), STEEP=steep, BK=its.BK, num_warps=its.num_warps, num_stages=its.num_stages,
+                    **alone, MILD=_mild(q.dtype), STEEP=steep, GATHER=True, BK=its.BK, num_warps=its.num_warps,
+                    num_stages=its.num_stages,
                 )  # fmt: skip
             q, k, erase, gates = kept.scaled_q, kept.scaled_k, kept.scaled_e if delta else None, None
         prepare[grid](
             q, k, erase, v, rates, gates, _optional(kept.residuals), _optional(kept.solved), kept.removed, planned, kept.reads,
-            kept.reaches, tails, kept.keeps, kept.marks, *cuts, *token_strides(q), *token_strides(k), *_strides(erase), *token_strides(v),
-            **options, CHANNEL=channel, **blocks_of("prepare", q.dtype, key, value)._asdict(),
+            kept.reaches, tails, kept.keeps, kept.marks, *cuts, *token_strides(q), *token_strides(k), *_strides(erase),
+            *token_strides(v),
+            **options, CHANNEL=channel, MODE=1, **blocks_of("prepare", q.dtype, key, value)._asdict(),
         )  # fmt: skip
         places = (segments.table, segments.offsets, tokens, segments.each, heads, parts)
         ends = None
@@ -315,7 +317,7 @@ def _backward(
             for steep, kernel in enumerate(kernels):
                 channel_gradients[grid](
                     d_out, q, k, erase, rates, gates, held.marks, held.steep, held.states, d_states, held.written, d_right,
-                    d_reads, d_residuals, on_rates, d_gates, dq, dk, de, *cuts, *given, **options, STEEP=bool(steep),
+                    d_reads, d_residuals, on_rates, d_gates, dq, dk, de, *cuts, *given, **options, STEEP=bool(steep), GATHER=True,
                     **blocks(kernel),
                 )  # fmt: skip
         else:
@@ -325,8 +327,8 @@ def _backward(
             )  # fmt: skip
         if by_head is not None or (delta and rates is not None):
             gate_gradients[(cdiv(all_tokens * heads, 1024),)](
-                by_head, on_rates, on_gates, _optional(d_rates) if delta else None, None if by_head is None else d_gates,
-                all_tokens * heads, PARTS=strips, BLOCK=1024, num_warps=4,
+                held.marks, by_head, on_rates, on_gates, _optional(d_rates) if delta else None,
+                None if by_head is None else d_gates, all_tokens * heads, PARTS=strips, BLOCK=1024, num_warps=4,
             )  # fmt: skip
     return dq, dk, dv, de, d_rates, d_gates, d_initial
 

@@ -28,7 +28,7 @@ def _corner(low, mine, other, H: tl.constexpr):
 
 
 @triton.jit
-def unit_inverse(low, C: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constexpr = 1):
+def unit_inverse(low, C: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constexpr):
     """The inverse of `1 + low` for a strictly lower triangular `[C, C]`.
 
     The inverse of a stretch is that of its halves, and between them `-T_2 L_21 T_1`; blocks of 16 x 16 all at once. Powers
@@ -73,7 +73,7 @@ def _prepare_kernel(
     q, k, e, v, rates, gates, residuals, solved, removed, planned, reads, reaches, tails, keeps, marks, table, tokens, each, heads,
     q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head, v_row, v_token, v_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
-    DELTA: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constexpr = 1,
+    DELTA: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """One chunk and head.
 
