@@ -170,6 +170,7 @@ PARTS = {
     "small gates": ((*PLAIN, "rate", "gate"), {"gates": "small"}),
     "no residual": ((*PLAIN, "gate", "state"), {}),
     "channels": (EVERY, {"channel": True}),
+    "wide keys": ((*PLAIN, "rate", "gate"), {"key": 136}),
 }
 
 
@@ -178,13 +179,13 @@ PARTS = {
 def test_parts_of_a_sequence_run_at_once(case, packed, monkeypatch):
     (names, sizes), bounds = PARTS[case], (0, 1, 1, 30, 150)
     monkeypatch.setattr(operator, "parts_of", lambda segments, q, v: 4)
-    operands = draw(150, names, sequences=4 if packed else None, key=16, value=32, **sizes)
+    operands = draw(150, names, sequences=4 if packed else None, **{"key": 16, "value": 32} | sizes)
     residual = {"residual": case != "no residual"}
 
     def apart(state=None, **o):
         each = []
         for n, (start, stop) in enumerate(pairwise(bounds if packed else (0, 150))):
-            begun = o["q"].new_zeros(1, 1, 16, 32) if state is None else state[n : n + 1]
+            begun = o["q"].new_zeros(1, 1, o["q"].shape[-1], 32) if state is None else state[n : n + 1]
             part = {name: x[:, start:stop] for name, x in o.items()}
             each.append(recurrence(**part, state=begun, **residual) if stop > start else (o["v"][:, :0], begun))
         return tuple(torch.cat(x, dim) for dim, x in zip((1, 0), zip(*each, strict=True), strict=True))

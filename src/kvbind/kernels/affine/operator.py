@@ -22,6 +22,7 @@ from kvbind.kernels.affine.backward import gate_gradients, key_gradients, pair_g
 from kvbind.kernels.affine.channels import channel_gradients, scale
 from kvbind.kernels.affine.prepare import prepare
 from kvbind.kernels.affine.state_gradients import part_gradients, state_gradients
+from kvbind.kernels.affine.states import chain
 from kvbind.kernels.affine.states import parts as run_parts
 from kvbind.kernels.affine.states import states as run_states
 from kvbind.kernels.affine.tiles import cut
@@ -59,12 +60,12 @@ def blocks_of(kernel: str, dtype: torch.dtype, key: int, value: int) -> Blocks:
         value: width of values.
     """
     bk, bv, warps, stages = BLOCKS[kernel]
+    in_order = kernel in ("parts", "states", "part_gradients", "state_gradients")
     if dtype == torch.float32:
         # products are three of TF32, from tiles of twice the bytes
-        bk, bv, warps, stages = 32, min(bv, 32), 4, 1
-    passes = kernel in ("parts", "states", "part_gradients", "state_gradients")
-    if passes and key > 128:
-        bv, warps, stages = (64 if dtype != torch.float32 else 16), 8, 1
+        bk, bv, warps, stages = (32, 16, 8, 1) if in_order else (32, min(bv, 32), 4, 1)
+    elif in_order and key > 128:
+        bv, warps, stages = 64, 8, 1
     return Blocks(min(bk, max(power_of_2(key), 16)), min(bv, max(power_of_2(value), 16)), warps, stages)
 
 
@@ -111,8 +112,6 @@ def _width(key: int) -> int:
 def parts_of(segments: Segments, q: Tensor, v: Tensor) -> int:
     """Into how many parts sequences are cut that run at once."""
     key, value = q.shape[3], v.shape[3]
-    if key > 128:
-        return 1
     programs = segments.sequences * q.shape[2] * cdiv(value, blocks_of("states", q.dtype, key, value).BV)
     chunks = segments.count // segments.sequences
     return max(1, min(MULTIPROCESSORS // programs, chunks // 4))
@@ -220,17 +219,17 @@ def _forward(
             **options, CHANNEL=channel, MODE=1, **blocks_of("prepare", q.dtype, key, value)._asdict(),
         )  # fmt: skip
         places = (segments.table, segments.offsets, tokens, segments.each, heads, parts)
-        ends = None
+        ends = q.new_empty((segments.sequences * parts, heads, value, key), dtype=torch.float32)
         if parts > 1:
-            ends = q.new_empty((segments.sequences * parts, heads, value, key), dtype=torch.float32)
             its, widths = _passes("parts", options, key, channel, q, v)
             run_parts[(segments.sequences * (parts - 1) * heads * (cdiv(value, its.BV) + cdiv(key, its.BV)),)](
                 k, removed, planned, tails, kept.keeps, initial, ends, kept.moves, *places, *token_strides(k), **widths,
             )  # fmt: skip
+            _run_chain(ends, kept.moves, heads, parts, options["PRECISION"], False)
         its, widths = _passes("states", options, key, channel, q, v)
         run_states[(segments.sequences * parts * heads * cdiv(value, its.BV),)](
             q, k, removed, planned, kept.reads, kept.reaches, tails, kept.keeps, out, _optional(kept.states),
-            _optional(kept.written), initial, final, ends, kept.moves, *places, *token_strides(q), *token_strides(k),
+            _optional(kept.written), initial, final, ends, *places, *token_strides(q), *token_strides(k),
             **widths,
         )  # fmt: skip
     return out, final, *kept
@@ -249,6 +248,15 @@ def _passes(
     named = {name: options[name] for name in ("DK", "DV", "C", "DELTA", "PRECISION")}
     named |= {"BD": _width(key), "BV": its.BV, "CHANNEL": channel, "STAGES": its.num_stages}
     return its, named | {"num_warps": its.num_warps, "num_stages": its.num_stages}
+
+
+def _run_chain(ends: Tensor, moves: Tensor, heads: int, parts: int, precision: object, reverse: bool) -> None:
+    value, key = ends.shape[2:]
+    block = min(_width(key), 128)
+    chain[(len(ends) // parts * heads * cdiv(value, 16),)](
+        ends, moves, heads, parts, DK=key, DV=value, BK=block, BV=16, REVERSE=reverse, PRECISION=precision, num_warps=8,
+        num_stages=1,
+    )  # fmt: skip
 
 
 @_forward.register_fake
@@ -289,18 +297,18 @@ def _backward(
     places = (segments.table, segments.offsets, tokens, segments.each, heads, parts)
     given = *token_strides(d_out), *token_strides(q), *token_strides(k), *_strides(erase)
     with on_device_of(q):
-        ends = None
+        ends = q.new_empty((segments.sequences * parts, heads, value, key), dtype=torch.float32)
         if parts > 1:
-            ends = q.new_empty((segments.sequences * parts, heads, value, key), dtype=torch.float32)
             its, widths = _passes("part_gradients", options, key, channel, q, v)
             part_gradients[(segments.sequences * (parts - 1) * heads * cdiv(value, its.BV),)](
                 d_out, *scaled, removed, held.reads, held.reaches, tails, held.keeps, d_final, ends, *places, *strides,
                 **widths,
             )  # fmt: skip
+            _run_chain(ends, held.moves, heads, parts, options["PRECISION"], True)
         its, widths = _passes("state_gradients", options, key, channel, q, v)
         state_gradients[(segments.sequences * parts * heads * cdiv(value, its.BV),)](
             d_out, *scaled, held.solved, removed, held.reads, held.reaches, tails, held.keeps, d_states, d_right, d_final,
-            _optional(d_initial), ends, held.moves, *places, *strides, **widths,
+            _optional(d_initial), ends, *places, *strides, **widths,
         )  # fmt: skip
         by_head = None if channel else gates
         pair_gradients[grid](

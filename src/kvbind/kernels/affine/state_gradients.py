@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvbind.kernels.affine.states import chunk_rows, chunks_of, kept, key_rows, turned_state
+from kvbind.kernels.affine.states import chunk_rows, chunks_of, kept, key_rows, stored_state, turned_state
 from kvbind.kernels.causal.segments import finite
 from kvbind.kernels.launching.launcher import Launcher
 
@@ -94,7 +94,7 @@ def _part_gradients_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "each", "parts"])
 def _state_gradients_kernel(
-    d_out, q, k, solved, removed, reads, reaches, tails, keeps, d_states, d_right, d_final, d_initial, ends, moves,
+    d_out, q, k, solved, removed, reads, reaches, tails, keeps, d_states, d_right, d_final, d_initial, ends,
     table, offsets, tokens, each, heads, parts, d_row, d_token, d_head, q_row, q_token, q_head, k_row, k_token, k_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
     CHANNEL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -117,18 +117,10 @@ def _state_gradients_kernel(
     base = (sequence.to(tl.int64) * heads + head) * (DK * DV)
     inside = (columns < DV)[:, None] & (inner < DK)[None, :]
 
-    state = turned_state(d_final, base, inner, columns, DK, DV, BD, BV)
-    if ends is not None:
-        for step in range(0, parts - 1 - part):
-            index = ((sequence * parts + parts - 1 - step).to(tl.int64)) * heads + head
-            behind = tl.load(ends + index * (DV * DK) + columns[:, None] * DK + inner[None, :], mask=inside, other=0.0)
-            if step > 0:
-                square = (inner < DK)[:, None] & (inner < DK)[None, :]
-                move = tl.load(moves + index * (DK * DK) + inner[None, :] * DK + inner[:, None], mask=square, other=0.0)
-                # a part in which something is not finite hands no gradient on
-                move = tl.where(tl.abs(move) < float("inf"), move, 0.0)
-                behind = tl.dot(state, move, behind, input_precision=PRECISION)
-            state = behind
+    if part == parts - 1:
+        state = turned_state(d_final, base, inner, columns, DK, DV, BD, BV)
+    else:
+        state = stored_state(ends, (sequence * parts + part + 1).to(tl.int64) * heads + head, inner, columns, DK, DV)
     keep = kept(keeps, (begin + last - 1).to(tl.int64) * heads + head, first < last, inner, DK, CHANNEL, True)
     for step in tl.range(0, last - first, num_stages=STAGES):
         index = last - 1 - step

@@ -3,8 +3,8 @@
 The state is held as its transpose, `[values, keys]`: so it is the first operand of all products, and stays in registers.
 
 A sequence is cut into parts that run at once, as there are fewer heads than multiprocessors. A part is an affine map of the
-state that it starts from, `S -> F S + H`: `parts` finds H of each from a state of zeros and F from the identity. `states`
-starts each part from what the maps before it make of the initial state. Of the first part, H is the state behind it itself.
+state that it starts from, `S -> F S + H`: `parts` finds H of each from a state of zeros and F from the identity, of the first
+the state behind it itself; `chain` finds from these the state behind each part; and `states` starts from that.
 """
 
 from __future__ import annotations
@@ -47,6 +47,13 @@ def turned_state(states, base, inner, columns, DK: tl.constexpr, DV: tl.constexp
     else:
         inside = (columns < DV)[:, None] & (inner < DK)[None, :]
         return tl.load(states + base + inner[None, :] * DV + columns[:, None], mask=inside, other=0.0)
+
+
+@triton.jit
+def stored_state(ends, place, inner, columns, DK: tl.constexpr, DV: tl.constexpr):
+    """Columns of a state that is stored as its transpose."""
+    inside = (columns < DV)[:, None] & (inner < DK)[None, :]
+    return tl.load(ends + place * (DV * DK) + columns[:, None] * DK + inner[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -140,7 +147,7 @@ def _parts_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "each", "parts"])
 def _states_kernel(
-    q, k, removed, planned, reads, reaches, tails, keeps, out, states, written, initial, final, ends, moves, table, offsets,
+    q, k, removed, planned, reads, reaches, tails, keeps, out, states, written, initial, final, ends, table, offsets,
     tokens, each, heads, parts, q_row, q_token, q_head, k_row, k_token, k_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
     CHANNEL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -162,9 +169,10 @@ def _states_kernel(
     out += ((row * tokens + start) * heads + head) * DV
     base = (sequence.to(tl.int64) * heads + head) * (DK * DV)
 
-    state = turned_state(initial, base, inner, columns, DK, DV, BD, BV)
-    if ends is not None:
-        state = started(state, ends, moves, sequence, part, parts, head, heads, inner, columns, DK, DV, BD, PRECISION)
+    if part == 0:
+        state = turned_state(initial, base, inner, columns, DK, DV, BD, BV)
+    else:
+        state = stored_state(ends, (sequence * parts + part - 1).to(tl.int64) * heads + head, inner, columns, DK, DV)
     keep = kept(keeps, (begin + first).to(tl.int64) * heads + head, first < last, inner, DK, CHANNEL, False)
     for index in tl.range(first, last, num_stages=STAGES):
         place = (begin + index).to(tl.int64) * heads + head
@@ -197,20 +205,59 @@ def _states_kernel(
 
 
 @triton.jit
-def started(state, ends, moves, sequence, part, parts, head, heads, inner, columns, DK: tl.constexpr, DV: tl.constexpr,
-            BD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """The state before a part, from the initial one."""
-    inside = (columns < DV)[:, None] & (inner < DK)[None, :]
-    for step in range(0, part):
-        index = ((sequence * parts + step).to(tl.int64)) * heads + head
-        behind = tl.load(ends + index * (DV * DK) + columns[:, None] * DK + inner[None, :], mask=inside, other=0.0)
-        if step > 0:
-            square = (inner < DK)[:, None] & (inner < DK)[None, :]
-            move = tl.load(moves + index * (DK * DK) + inner[:, None] * DK + inner[None, :], mask=square, other=0.0)
-            behind = tl.dot(state, move, behind, input_precision=PRECISION)
-        state = behind
-    return state
+def _moved(moves, x, y, behind, up, inner, DK: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, REVERSE: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
+    """A block of key channels of a state, x and y being the blocks of the one before, by F or its transpose."""
+    if REVERSE:
+        where, step = (up + inner)[None, :] * DK + inner[:, None], BK
+    else:
+        where, step = inner[:, None] * DK + (up + inner)[None, :], BK * DK
+    there = (up + inner < DK)[None, :]
+    move = tl.load(moves + where, mask=there & (inner < DK)[:, None], other=0.0)
+    if REVERSE:
+        # a part in which something is not finite hands no gradient on
+        move = tl.where(tl.abs(move) < float("inf"), move, 0.0)
+    behind = tl.dot(x, move, behind, input_precision=PRECISION)
+    if WIDE:
+        move = tl.load(moves + step + where, mask=there & (BK + inner < DK)[:, None], other=0.0)
+        if REVERSE:
+            move = tl.where(tl.abs(move) < float("inf"), move, 0.0)
+        behind = tl.dot(y, move, behind, input_precision=PRECISION)
+    return behind
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _chain_kernel(
+    ends, moves, heads, parts,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """States behind parts, from what they make of none: of one sequence, head, and block of value columns, in place."""
+    NV: tl.constexpr = (DV + BV - 1) // BV
+    WIDE: tl.constexpr = DK > BK
+    program = tl.program_id(0)
+    columns, inner = (program % NV) * BV + tl.arange(0, BV), tl.arange(0, BK)
+    head = (program // NV) % heads
+    sequence = program // (NV * heads)
+    where = columns[:, None] * DK + inner[None, :]
+    inside, wide = (columns < DV)[:, None] & (inner < DK)[None, :], (columns < DV)[:, None] & (BK + inner < DK)[None, :]
+    place = ((sequence * parts + (parts - 1 if REVERSE else 0)) * heads + head).to(tl.int64)
+    x = tl.load(ends + place * (DV * DK) + where, mask=inside, other=0.0)
+    y = x
+    if WIDE:
+        y = tl.load(ends + place * (DV * DK) + BK + where, mask=wide, other=0.0)
+    for _step in range(1, parts - 1):
+        place += -heads if REVERSE else heads
+        its, at = moves + place * (DK * DK), ends + place * (DV * DK)
+        behind = tl.load(at + where, mask=inside, other=0.0)
+        behind = _moved(its, x, y, behind, 0, inner, DK, BK, WIDE, REVERSE, PRECISION)
+        if WIDE:
+            other = tl.load(at + BK + where, mask=wide, other=0.0)
+            y = _moved(its, x, y, other, BK, inner, DK, BK, WIDE, REVERSE, PRECISION)
+            tl.store(at + BK + where, y, mask=wide)
+        x = behind
+        tl.store(at + where, x, mask=inside)
 
 
 parts = Launcher(_parts_kernel)
+chain = Launcher(_chain_kernel)
 states = Launcher(_states_kernel)
