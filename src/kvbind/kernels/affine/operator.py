@@ -122,8 +122,9 @@ class Kept(NamedTuple):
 
     Attributes:
         solved: T of each chunk, `[chunks, H, C, C]`.
-        removed: -W, `[chunks, H, C, Dk]`.
         reads: A, `[chunks, H, C, C]`.
+        weights: r of each token, float32 `[chunks, H, C]`.
+        shares: r c of each, likewise.
         reaches: b of each token, NaN where its output is, float32 `[chunks, H, C]`.
         tails: with gates per head, `b_C / b`, likewise.
         keeps: the product of a chunk's gates, float32 `[chunks, H]` or `[chunks, H, Dk]`.
@@ -137,8 +138,9 @@ class Kept(NamedTuple):
     """
 
     solved: Tensor
-    removed: Tensor
     reads: Tensor
+    weights: Tensor
+    shares: Tensor
     reaches: Tensor
     tails: Tensor
     keeps: Tensor
@@ -156,14 +158,15 @@ class Kept(NamedTuple):
     def room(
         segments: Segments, q: Tensor, v: Tensor, chunk: int, delta: bool, by_head: bool, channel: bool, keep: bool
     ) -> Kept:
-        """Empty tensors of these shapes; without `keep`, none of what gradients alone take."""
+        """Empty tensors of these shapes; without `keep`, no states and no writes."""
         (_, _, heads, key), value, count = q.shape, v.shape[3], segments.count
         some, held, parts = (count if delta else 0), (count if keep else 0), parts_of(segments, q, v)
         scaled, wide = (q.shape if channel else (0,)), torch.float32
         return Kept(
-            q.new_empty((held if delta else 0, heads, chunk, chunk)),
-            q.new_empty((some, heads, chunk, key)),
+            q.new_empty((some, heads, chunk, chunk)),
             q.new_empty((count, heads, chunk, chunk)),
+            q.new_empty((count, heads, chunk), dtype=wide),
+            q.new_empty((some, heads, chunk), dtype=wide),
             q.new_empty((count, heads, chunk), dtype=wide),
             q.new_empty((count if by_head else 0, heads, chunk), dtype=wide),
             q.new_empty((count, heads, key) if channel else (count, heads), dtype=wide),
@@ -189,18 +192,17 @@ def _forward(
     initial: Tensor | None, cu_seqlens: Tensor | None, before: bool, delta: bool, chunk: int, keep: bool,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor,
+    Tensor, Tensor, Tensor,
 ]:  # fmt: skip
     """Outputs, final states, and `Kept`."""
     segments, channel = cut(q, cu_seqlens, chunk), _is_by_channel(gates)
     tokens, heads, key, value = *q.shape[1:], v.shape[3]
     kept = Kept.room(segments, q, v, chunk, delta, gates is not None and not channel, channel, keep)
-    planned = q.new_empty((segments.count, heads, chunk, value))
     out, final = v.new_empty(v.shape), q.new_empty((segments.sequences, heads, key, value), dtype=torch.float32)
     options = _options(q, v, chunk, before, delta)
     alone = {name: options[name] for name in ("DK", "C", "BEFORE", "DELTA", "PRECISION")}
     cuts, grid = (segments.table, tokens, segments.each, heads), (segments.count * heads,)
-    tails, removed, parts = _optional(kept.tails), _optional(kept.removed), parts_of(segments, q, v)
+    tails, parts = _optional(kept.tails), parts_of(segments, q, v)
     with on_device_of(q):
         if channel:
             for kernel, steep in (("scale", False), ("steep_scale", True)):
@@ -212,10 +214,10 @@ def _forward(
                     num_stages=its.num_stages,
                 )  # fmt: skip
             q, k, erase, gates = kept.scaled_q, kept.scaled_k, kept.scaled_e if delta else None, None
+        strides = *token_strides(k), *_strides(erase), *token_strides(v)
         prepare[grid](
-            q, k, erase, v, rates, gates, _optional(kept.residuals), _optional(kept.solved), kept.removed, planned, kept.reads,
-            kept.reaches, tails, kept.keeps, kept.marks, *cuts, *token_strides(q), *token_strides(k), *_strides(erase),
-            *token_strides(v),
+            q, k, erase, v, rates, gates, _optional(kept.residuals), kept.solved, kept.reads, kept.weights, kept.shares,
+            kept.reaches, tails, kept.keeps, kept.marks, *cuts, *token_strides(q), *strides,
             **options, CHANNEL=channel, MODE=1, **blocks_of("prepare", q.dtype, key, value)._asdict(),
         )  # fmt: skip
         places = (segments.table, segments.offsets, tokens, segments.each, heads, parts)
@@ -223,13 +225,14 @@ def _forward(
         if parts > 1:
             its, widths = _passes("parts", options, key, channel, q, v)
             run_parts[(segments.sequences * (parts - 1) * heads * (cdiv(value, its.BV) + cdiv(key, its.BV)),)](
-                k, removed, planned, tails, kept.keeps, initial, ends, kept.moves, *places, *token_strides(k), **widths,
+                k, erase, v, kept.solved, kept.weights, kept.shares, tails, kept.keeps, initial, ends, kept.moves, *places,
+                *strides, **widths,
             )  # fmt: skip
             _run_chain(ends, kept.moves, heads, parts, options["PRECISION"], False)
         its, widths = _passes("states", options, key, channel, q, v)
         run_states[(segments.sequences * parts * heads * cdiv(value, its.BV),)](
-            q, k, removed, planned, kept.reads, kept.reaches, tails, kept.keeps, out, _optional(kept.states),
-            _optional(kept.written), initial, final, ends, *places, *token_strides(q), *token_strides(k),
+            q, k, erase, v, kept.solved, kept.reads, kept.weights, kept.shares, kept.reaches, tails, kept.keeps, out,
+            _optional(kept.states), _optional(kept.written), initial, final, ends, *places, *token_strides(q), *strides,
             **widths,
         )  # fmt: skip
     return out, final, *kept
@@ -291,9 +294,9 @@ def _backward(
     d_initial = q.new_empty((segments.sequences if needs_initial else 0, heads, key, value), dtype=torch.float32)
     d_states, d_right = torch.empty_like(held.states), torch.empty_like(held.written)
     d_reads, d_residuals = torch.empty_like(held.reads), torch.empty_like(held.solved)
-    scaled = (held.scaled_q, held.scaled_k) if channel else (q, k)
-    removed, tails = _optional(held.removed), _optional(held.tails)
-    strides = *token_strides(d_out), *token_strides(scaled[0]), *token_strides(scaled[1])
+    scaled = (held.scaled_q, held.scaled_k, _optional(held.scaled_e)) if channel else (q, k, erase)
+    operands = (d_out, *scaled, held.solved, held.reads, held.shares, held.reaches, _optional(held.tails), held.keeps)
+    strides = *token_strides(d_out), *(x for each in scaled for x in _strides(each))
     places = (segments.table, segments.offsets, tokens, segments.each, heads, parts)
     given = *token_strides(d_out), *token_strides(q), *token_strides(k), *_strides(erase)
     with on_device_of(q):
@@ -301,14 +304,12 @@ def _backward(
         if parts > 1:
             its, widths = _passes("part_gradients", options, key, channel, q, v)
             part_gradients[(segments.sequences * (parts - 1) * heads * cdiv(value, its.BV),)](
-                d_out, *scaled, removed, held.reads, held.reaches, tails, held.keeps, d_final, ends, *places, *strides,
-                **widths,
-            )  # fmt: skip
+                *operands, d_final, ends, *places, *strides, **widths,
+            )
             _run_chain(ends, held.moves, heads, parts, options["PRECISION"], True)
         its, widths = _passes("state_gradients", options, key, channel, q, v)
         state_gradients[(segments.sequences * parts * heads * cdiv(value, its.BV),)](
-            d_out, *scaled, held.solved, removed, held.reads, held.reaches, tails, held.keeps, d_states, d_right, d_final,
-            _optional(d_initial), ends, *places, *strides, **widths,
+            *operands, d_states, d_right, d_final, _optional(d_initial), ends, *places, *strides, **widths,
         )  # fmt: skip
         by_head = None if channel else gates
         pair_gradients[grid](

@@ -2,13 +2,11 @@
 
 With residuals `U_t = r_t (v_t - e_t M_t)`, where M_t is the state before token t, decayed by its gate or not yet, a chunk
 that starts from S has `(1 + L) U = r o (v - c o (e S))`, `L_tj = r_t (c_t / b_j) <e_t, k_j>` for j < t, c_t being `b_t` or
-`b_(t-1)`. With `T = (1 + L)^-1` it writes
+`b_(t-1)`. With `T = (1 + L)^-1` it writes `U = T (r o V - r o c o (E S))`, and is read through the scores of queries and keys
+times what is left of each write, `A_tj = (b_t / b_j) <q_t, k_j>` for j <= t.
 
-    U = P - W S,    P = T diag(r) V,    W = T diag(r c) E
-
-and is read through the scores of queries and keys times what is left of each write, `A_tj = (b_t / b_j) <q_t, k_j>` for
-j <= t. Stored are P, -W, A, T if gradients may be asked, of each token `b` and `b_C / b`, the product `b_C` of a chunk's gates,
-and which tokens hold what is not finite.
+Stored are T, A, of each token r, r c, b and `b_C / b`, the product `b_C` of a chunk's gates, and which tokens hold what is not
+finite.
 """
 
 from __future__ import annotations
@@ -70,7 +68,7 @@ def unit_inverse(low, C: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constex
 
 @triton.jit(do_not_specialize=["tokens", "each"])
 def _prepare_kernel(
-    q, k, e, v, rates, gates, residuals, solved, removed, planned, reads, reaches, tails, keeps, marks, table, tokens, each, heads,
+    q, k, e, v, rates, gates, residuals, solved, reads, weights, shares, reaches, tails, keeps, marks, table, tokens, each, heads,
     q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head, v_row, v_token, v_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
     DELTA: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constexpr,
@@ -134,35 +132,22 @@ def _prepare_kernel(
         else:
             low *= between(seen_whole, seen_rest, wholes, rests, mine > other)
         inverse = unit_inverse(low * rate[:, None], C, PRECISION, MODE)
-        if solved is not None:
-            tl.store(solved + place * (C * C) + mine * C + other, inverse.to(dtype))
-        # what is scaled is T, before it multiplies
-        by_value = (inverse * rate[None, :]).to(dtype)
-        by_key = (inverse * -(rate * seen)[None, :]).to(dtype)
-        for block in range(0, DK, BK):
-            if e is not None:
-                z = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK)
-            else:
-                z = read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK)
-            result = tl.dot(by_key, finite(z), input_precision=PRECISION)
-            where = mine * DK + (block + inner)[None, :]
-            tl.store(removed + place * (C * DK) + where, result.to(dtype), mask=(block + inner < DK)[None, :])
-
+        tl.store(solved + place * (C * C) + mine * C + other, inverse.to(dtype))
     spoilt = wrong
     for block in range(0, DV, BV):
         y = read_rows(v + block, mine * v_token + columns[None, :], rows, block + columns, DV, BV)
         spoilt = tl.maximum(spoilt, rows_wrong(y))
-        y = finite(y)
-        result = tl.dot(by_value, y, input_precision=PRECISION) if DELTA else y.to(tl.float32) * rate[:, None]
-        where = mine * DV + (block + columns)[None, :]
-        tl.store(planned + place * (C * DV) + where, result.to(dtype), mask=(block + columns < DV)[None, :])
+    vectors = place * C + at
+    tl.store(weights + vectors, rate)
+    if DELTA:
+        tl.store(shares + vectors, rate * seen)
 
     # outputs that see a token in which something is not finite are none, and so is the state behind it
     unseen = (tl.cumsum(spoilt, 0) > 0) | (unread > 0)
-    tl.store(reaches + place * C + at, tl.where(unseen, float("nan"), tl.exp2(wholes + rests)))
+    tl.store(reaches + vectors, tl.where(unseen, float("nan"), tl.exp2(wholes + rests)))
     if tails is not None:
         tail = tl.exp2((tl.sum(whole, 0) - wholes) + (tl.sum(rest, 0) - rests))
-        tl.store(tails + place * C + at, tl.where(wrong > 0, 0.0, tail))
+        tl.store(tails + vectors, tl.where(wrong > 0, 0.0, tail))
     tl.store(marks + places, spoilt.to(tl.int8), mask=rows)
     lost = tl.max(spoilt, 0) > 0
     if CHANNEL:

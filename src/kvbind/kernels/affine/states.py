@@ -57,8 +57,9 @@ def stored_state(ends, place, inner, columns, DK: tl.constexpr, DV: tl.constexpr
 
 
 @triton.jit
-def key_rows(pointer, places, rows, inner, DK: tl.constexpr, BD: tl.constexpr):
+def key_rows(pointer, token, stride, rows, inner, DK: tl.constexpr, BD: tl.constexpr):
     """Rows of keys of a chunk, all channels."""
+    places = token[:, None].to(tl.int64) * stride + inner[None, :]
     if DK == BD:
         return tl.load(pointer + places, mask=rows[:, None], other=0.0)
     else:
@@ -66,35 +67,30 @@ def key_rows(pointer, places, rows, inner, DK: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def chunk_rows(pointer, place, at, inner, C: tl.constexpr, DK: tl.constexpr, BD: tl.constexpr):
-    """Rows of a chunk that are stored as `[chunks, H, C, DK]`."""
-    places = place * (C * DK) + at[:, None] * DK + inner[None, :]
-    if DK == BD:
-        return tl.load(pointer + places)
-    else:
-        return tl.load(pointer + places, mask=(inner < DK)[None, :], other=0.0)
+def value_columns(v, token, v_token, rows, columns, there):
+    """Columns of values of a chunk, as rows, in float32."""
+    places = token[None, :].to(tl.int64) * v_token + columns[:, None]
+    return tl.load(v + places, mask=rows[None, :] & there[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def value_columns(pointer, place, at, columns, C: tl.constexpr, DV: tl.constexpr):
-    """Columns of values of a chunk that are stored as `[chunks, H, C, DV]`, as rows."""
-    return tl.load(pointer + place * (C * DV) + at[None, :] * DV + columns[:, None], mask=(columns < DV)[:, None], other=0.0)
-
-
-@triton.jit
-def _written(state, removed, x, place, at, inner, C: tl.constexpr, DK: tl.constexpr, BD: tl.constexpr,
-             DELTA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """U of a chunk, from P and the state before it."""
+def _written(state, x, y, solved, weights, shares, place, at, C: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr):
+    """U of a chunk, from its values x, the keys y at which residuals read, and the state before it."""
+    x *= tl.load(weights + place * C + at)[None, :]
     if DELTA:
-        w = chunk_rows(removed, place, at, inner, C, DK, BD)
-        x = tl.dot(state.to(removed.dtype.element_ty), tl.trans(w), x, input_precision=PRECISION)
+        x -= tl.dot(state, tl.trans(y), input_precision=PRECISION) * tl.load(shares + place * C + at)[None, :]
+    # what is not finite would reach tokens before it
+    x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
+    if DELTA:
+        inverse = tl.load(solved + place * (C * C) + at[:, None] * C + at[None, :])
+        x = tl.dot(x.to(state.dtype), tl.trans(inverse), input_precision=PRECISION)
     return x
 
 
 @triton.jit(do_not_specialize=["tokens", "each", "parts"])
 def _parts_kernel(
-    k, removed, planned, tails, keeps, initial, ends, moves, table, offsets, tokens, each, heads, parts,
-    k_row, k_token, k_head,
+    k, e, v, solved, weights, shares, tails, keeps, initial, ends, moves, table, offsets, tokens, each, heads, parts,
+    k_row, k_token, k_head, e_row, e_token, e_head, v_row, v_token, v_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
     CHANNEL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -115,8 +111,11 @@ def _parts_kernel(
     at, inner = tl.arange(0, C), tl.arange(0, BD)
     columns = tl.where(unit, block - NV, block) * BV + tl.arange(0, BV)
     exist = columns < tl.where(unit, 0, DV)
-    dtype: tl.constexpr = planned.dtype.element_ty
+    dtype: tl.constexpr = v.dtype.element_ty
     k += row * k_row + head * k_head + start.to(tl.int64) * k_token
+    v += row * v_row + head * v_head + start.to(tl.int64) * v_token
+    if e is not None:
+        e += row * e_row + head * e_head + start.to(tl.int64) * e_token
     base = (sequence.to(tl.int64) * heads + head) * (DK * DV)
 
     state = tl.where((columns[:, None] == inner[None, :]) & unit, 1.0, tl.zeros((BV, BD), tl.float32))
@@ -127,13 +126,15 @@ def _parts_kernel(
     for index in tl.range(first, last, num_stages=STAGES):
         place = (begin + index).to(tl.int64) * heads + head
         token = index * C + at
-        x = tl.load(
-            planned + place * (C * DV) + at[None, :] * DV + columns[:, None], mask=exist[:, None], other=0.0
-        ).to(tl.float32)  # fmt: skip
-        x = _written(state, removed, x, place, at, inner, C, DK, BD, DELTA, PRECISION)
+        rows = token < stop - start
+        y = key_rows(k, token, k_token, rows, inner, DK, BD)
+        z = y
+        if DELTA and e is not None:
+            z = key_rows(e, token, e_token, rows, inner, DK, BD)
+        x = value_columns(v, token, v_token, rows, columns, exist)
+        x = _written(state.to(dtype), x, z, solved, weights, shares, place, at, C, DELTA, PRECISION)
         if tails is not None:
             x *= tl.load(tails + place * C + at)[None, :]
-        y = key_rows(k, token[:, None].to(tl.int64) * k_token + inner[None, :], token < stop - start, inner, DK, BD)
         state = tl.dot(x.to(dtype), y, state * keep, input_precision=PRECISION)
         keep = kept(keeps, place + heads, index + 1 < last, inner, DK, CHANNEL, False)
     index = ((sequence * parts + part).to(tl.int64)) * heads + head
@@ -147,8 +148,8 @@ def _parts_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "each", "parts"])
 def _states_kernel(
-    q, k, removed, planned, reads, reaches, tails, keeps, out, states, written, initial, final, ends, table, offsets,
-    tokens, each, heads, parts, q_row, q_token, q_head, k_row, k_token, k_head,
+    q, k, e, v, solved, reads, weights, shares, reaches, tails, keeps, out, states, written, initial, final, ends, table, offsets,
+    tokens, each, heads, parts, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head, v_row, v_token, v_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
     CHANNEL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -163,9 +164,12 @@ def _states_kernel(
     size = (count + parts - 1) // parts
     first, last = tl.minimum(part * size, count), tl.minimum((part + 1) * size, count)
     at, inner = tl.arange(0, C), tl.arange(0, BD)
-    dtype: tl.constexpr = planned.dtype.element_ty
+    dtype: tl.constexpr = v.dtype.element_ty
     q += row * q_row + head * q_head + start.to(tl.int64) * q_token
     k += row * k_row + head * k_head + start.to(tl.int64) * k_token
+    v += row * v_row + head * v_head + start.to(tl.int64) * v_token
+    if e is not None:
+        e += row * e_row + head * e_head + start.to(tl.int64) * e_token
     out += ((row * tokens + start) * heads + head) * DV
     base = (sequence.to(tl.int64) * heads + head) * (DK * DV)
 
@@ -182,21 +186,24 @@ def _states_kernel(
         if states is not None:
             inside = (columns < DV)[:, None] & (inner < DK)[None, :]
             tl.store(states + place * (DV * DK) + columns[:, None] * DK + inner[None, :], held, mask=inside)
-        x = value_columns(planned, place, at, columns, C, DV).to(tl.float32)
-        x = _written(state, removed, x, place, at, inner, C, DK, BD, DELTA, PRECISION)
+        y = key_rows(k, token, k_token, rows, inner, DK, BD)
+        z = y
+        if DELTA and e is not None:
+            z = key_rows(e, token, e_token, rows, inner, DK, BD)
+        x = value_columns(v, token, v_token, rows, columns, columns < DV)
+        x = _written(held, x, z, solved, weights, shares, place, at, C, DELTA, PRECISION)
         narrow = x.to(dtype)
         if written is not None:
             where = place * (C * DV) + at[None, :] * DV + columns[:, None]
             tl.store(written + where, narrow, mask=(columns < DV)[:, None])
-        y = key_rows(q, token[:, None].to(tl.int64) * q_token + inner[None, :], rows, inner, DK, BD)
-        read = tl.dot(held, tl.trans(y), input_precision=PRECISION) * tl.load(reaches + place * C + at)[None, :]
+        queries = key_rows(q, token, q_token, rows, inner, DK, BD)
+        read = tl.dot(held, tl.trans(queries), input_precision=PRECISION) * tl.load(reaches + place * C + at)[None, :]
         scores = tl.load(reads + place * (C * C) + at[:, None] * C + at[None, :])
         read = tl.dot(narrow, tl.trans(scores), read, input_precision=PRECISION)
         where = token[None, :].to(tl.int64) * (heads * DV) + columns[:, None]
         tl.store(out + where, read.to(dtype), mask=rows[None, :] & (columns < DV)[:, None])
         if tails is not None:
             x *= tl.load(tails + place * C + at)[None, :]
-        y = key_rows(k, token[:, None].to(tl.int64) * k_token + inner[None, :], rows, inner, DK, BD)
         state = tl.dot(x.to(dtype), y, state * keep, input_precision=PRECISION)
         keep = kept(keeps, place + heads, index + 1 < last, inner, DK, CHANNEL, False)
     if part == parts - 1:
