@@ -8,7 +8,7 @@ With G the gradient of the outputs, U what a chunk writes, D the gradient of the
     of b o q        G S^T,          of (b_C / b) o k   U D^T,          of r c o e   -dR S^T
 
 Two kernels: what pairs of tokens have to do with each other, with values, rates and gates; then queries and keys, with what
-rates and gates have to do with states; a third adds up what rates and gates are given.
+rates and gates have to do with states. `kvbind.kernels.affine.decays` adds up what rates and gates are given.
 
 Gates enter as products over spans of tokens. The gradient of one gate is a sum over the spans that hold it, divided by the
 gate, or by 2^-64 where it is smaller: a floor that products of the gradient alone have too. No sums are subtracted, so that
@@ -20,30 +20,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvbind.kernels.affine.tiles import (
-    between,
-    floored_logarithms,
-    marked_rows,
-    rates_of,
-    seen_logarithms,
-    summed_logarithms,
-)
-from kvbind.kernels.causal.segments import finite, logarithms, read_rows, segment, without
+from kvbind.kernels.affine.tiles import between, marked_rows
+from kvbind.kernels.causal.segments import finite, read_rows, segment, without
 from kvbind.kernels.launching.launcher import Launcher
 
 
-@triton.jit(do_not_specialize=["tokens", "each"])
+@triton.jit(do_not_specialize=["tokens", "each", "plane"])
 def _pair_gradients_kernel(
-    d_out, q, k, e, v, rates, gates, residuals, marks, written, d_right, d_v, d_reads, d_residuals, d_rates, d_gates,
-    table, tokens, each, heads,
+    d_out, q, k, e, v, wholes, rests, seen_wholes, seen_rests, weights, residuals, marks, written, d_right, d_v, d_reads,
+    d_residuals, given, table, tokens, each, plane, heads,
     d_row, d_token, d_head, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head, v_row, v_token, v_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
-    DELTA: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
+    DELTA: tl.constexpr, CHANNEL: tl.constexpr, RATES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the scores of one chunk and head, of its values, and what pairs give to its rates and gates.
 
     Rows are of the writes, columns of the reads. Without `CHANNEL` the gradients left are of `<q, k>` and `<e, k>`; with it
-    those of A and of `L / r`, which is given.
+    those of A and of `L / r`, which is given. Gates count as no less than 2^-64.
     """
     program = tl.program_id(0)
     head = (program % heads).to(tl.int64)
@@ -65,9 +58,8 @@ def _pair_gradients_kernel(
     mine, other = at[:, None], at[None, :]
     scores = place * (C * C) + mine * C + other
 
-    rate, _wrong = rates_of(rates, places, rows)
     wrong = marked_rows(marks, places, rows)
-    given = tl.zeros((C, C), tl.float32)
+    spent = tl.zeros((C, C), tl.float32)
     taken = tl.zeros((C, C), tl.float32)
     on_rate = tl.zeros((C,), tl.float32)
     for block in range(0, DV, BV):
@@ -75,25 +67,30 @@ def _pair_gradients_kernel(
         where = base + mine * DV + (block + columns)[None, :]
         g = read_rows(d_out + block, mine * d_token + columns[None, :], rows, block + columns, DV, BV)
         x = tl.load(written + where, mask=within, other=0.0)
-        given = tl.dot(x, tl.trans(g), given, input_precision=PRECISION)
+        spent = tl.dot(x, tl.trans(g), spent, input_precision=PRECISION)
         dx = tl.load(d_right + where, mask=within, other=0.0)
         if DELTA:
             taken = tl.dot(x, tl.trans(dx), taken, input_precision=PRECISION)
         dx = dx.to(tl.float32)
-        if d_rates is not None:
+        if RATES:
             y = without(read_rows(v + block, mine * v_token + columns[None, :], rows, block + columns, DV, BV), wrong)
             on_rate += tl.sum(dx * y.to(tl.float32), 1)
         where = mine * (heads * DV) + (block + columns)[None, :]
-        tl.store(d_v + where, (dx * rate[:, None]).to(dtype), mask=rows[:, None] & within)
-    whole, rest, wholes, rests = summed_logarithms(gates, places, rows)
-    seen_whole, seen_rest = seen_logarithms(whole, rest, wholes, rests, BEFORE)
-    reach = between(-wholes, -rests, -wholes, -rests, mine <= other)
-    tl.store(d_reads + scores, (given * reach).to(dtype))
+        dx *= tl.load(weights + place * C + mine)
+        tl.store(d_v + where, dx.to(dtype), mask=rows[:, None] & within)
+    reach = between(wholes, rests, wholes, rests, place, C, True, False)
+    spent *= reach
+    tl.store(d_reads + scores, spent.to(dtype))
     if DELTA:
-        reach = between(-wholes, -rests, -seen_whole, -seen_rest, mine < other)
-        tl.store(d_residuals + scores, (taken * reach * -rate[None, :]).to(dtype))
+        if BEFORE:
+            reach = tl.where(mine < other, reach, 0.0)
+        else:
+            reach = between(wholes, rests, seen_wholes, seen_rests, place, C, True, True)
+        taken *= -reach
+        rate = tl.load(weights + place * C + other)
+        tl.store(d_residuals + scores, (taken * rate).to(dtype))
 
-    if d_rates is not None or d_gates is not None:
+    if RATES or wholes is not None:
         matched = tl.zeros((C, C), tl.float32)
         erased = tl.zeros((C, C), tl.float32)
         if CHANNEL:
@@ -106,7 +103,7 @@ def _pair_gradients_kernel(
                 e += row * e_row + head * e_head + token * e_token
             for block in range(0, DK, BK):
                 y = without(read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK), wrong)
-                if d_gates is not None:
+                if wholes is not None:
                     x = finite(read_rows(q + block, mine * q_token + inner[None, :], rows, block + inner, DK, BK))
                     matched = tl.dot(y, tl.trans(x), matched, input_precision=PRECISION)
                 if DELTA:
@@ -115,37 +112,41 @@ def _pair_gradients_kernel(
                         x = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK)
                         x = without(x, wrong)
                     erased = tl.dot(y, tl.trans(x), erased, input_precision=PRECISION)
-        if d_rates is not None:
+        if DELTA:
+            erased *= taken
+        if RATES:
             if DELTA:
-                on_rate -= tl.sum(reach * erased * taken, 0)
-            tl.store(d_rates + places, on_rate, mask=rows)
-        if d_gates is not None:
-            # of each gate, sums over pairs of a write before it and a read from it on; no sums are subtracted
-            whole, rest, wholes, rests = floored_logarithms(gates, places, rows)
-            pairs = matched * given * between(-wholes, -rests, -wholes, -rests, mine < other)
+                on_rate += tl.sum(erased, 0)
+            tl.store(given + place * C + at, on_rate)
+        if wholes is not None:
+            # of each gate, the sum over pairs of a write before it and a read from it on
+            narrow: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.bfloat16
+            pairs = tl.where(mine < other, matched * spent, 0.0)
             if DELTA:
-                seen_whole, seen_rest = seen_logarithms(whole, rest, wholes, rests, BEFORE)
-                taken *= erased * -rate[None, :] * between(-wholes, -rests, -seen_whole, -seen_rest, mine < other)
+                erased *= rate
                 if BEFORE:
-                    pairs += taken
-            crossing = tl.cumsum(pairs, 1, reverse=True)
+                    pairs += erased
+            late = tl.where(mine >= other, 1.0, tl.zeros((C, C), tl.float32)).to(narrow)
+            crossing = tl.dot(pairs.to(narrow), late, input_precision=PRECISION)
             if DELTA and not BEFORE:
-                crossing = tl.dot(taken, tl.where(mine > other, 1.0, 0.0), crossing, input_precision=PRECISION)
-            tl.store(d_gates + places, tl.sum(tl.where(mine < other, crossing, 0.0), 0), mask=rows)
+                late = tl.where(mine > other, 1.0, tl.zeros((C, C), tl.float32)).to(narrow)
+                crossing = tl.dot(erased.to(narrow), late, crossing, input_precision=PRECISION)
+            tl.store(given + plane.to(tl.int64) + place * C + at, tl.sum(tl.where(mine < other, crossing, 0.0), 0))
 
 
-@triton.jit(do_not_specialize=["tokens", "each", "all_tokens"])
+@triton.jit(do_not_specialize=["tokens", "each", "plane"])
 def _key_gradients_kernel(
-    d_out, q, k, e, rates, gates, written, d_right, states, d_states, marks, d_reads, d_residuals, d_q, d_k, d_e,
-    on_rates, on_gates, table, tokens, each, all_tokens, heads,
+    d_out, q, k, e, reaches, tails, weights, shares, written, d_right, states, d_states, marks, d_reads, d_residuals, d_q, d_k,
+    d_e, given, anchors, table, tokens, each, plane, heads,
     d_row, d_token, d_head, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
-    DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
-    DELTA: tl.constexpr, PRECISION: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
+    RATES: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries and keys of one chunk, head and block of key channels, and what states give to rates and gates."""
     NK: tl.constexpr = (DK + BK - 1) // BK
     program = tl.program_id(0)
-    up = (program % NK) * BK
+    strip = program % NK
+    up = strip * BK
     head = ((program // NK) % heads).to(tl.int64)
     index = program // (NK * heads)
     row, sequence, start, stop, _ends = segment(index, table, tokens, C, each, False)
@@ -171,13 +172,7 @@ def _key_gradients_kernel(
     mine, other = at[:, None], at[None, :]
     scores, turned = place * (C * C) + mine * C + other, place * (C * C) + other * C + mine
 
-    rate, _wrong = rates_of(rates, places, rows)
-    whole, rest, wholes, rests = summed_logarithms(gates, places, rows)
     wrong = marked_rows(marks, places, rows)
-    tail = tl.exp2((tl.sum(whole, 0) - wholes) + (tl.sum(rest, 0) - rests))
-    seen_whole, seen_rest = seen_logarithms(whole, rest, wholes, rests, BEFORE)
-    seen = tl.exp2(seen_whole + seen_rest)
-    started = tl.exp2(wholes + rests)
     anchor = tl.zeros((BK,), tl.float32)
     dq = tl.zeros((C, BK), tl.float32)
     dk = tl.zeros((C, BK), tl.float32)
@@ -195,7 +190,7 @@ def _key_gradients_kernel(
         if DELTA:
             dx = tl.load(d_right + mine * DV + (block + columns)[None, :], mask=within, other=0.0)
             de = tl.dot(dx, state, de, input_precision=PRECISION)
-        if on_gates is not None:
+        if GATES:
             anchor += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
     where, inside = mine * (heads * DK) + (up + inner)[None, :], rows[:, None] & (up + inner < DK)[None, :]
     x = finite(read_rows(q + up, mine * q_token + inner[None, :], rows, up + inner, DK, BK))
@@ -203,33 +198,21 @@ def _key_gradients_kernel(
     z = y
     if e is not None:
         z = without(read_rows(e + up, mine * e_token + inner[None, :], rows, up + inner, DK, BK), wrong)
-    stride = (program % NK) * (all_tokens.to(tl.int64) * heads)
-    if DELTA:
-        on_residual = tl.sum(de * z.to(tl.float32), 1)
-        if on_rates is not None:
-            tl.store(on_rates + stride + places, -seen * on_residual, mask=rows)
-    if on_gates is not None:
-        whole, rest, wholes, rests = floored_logarithms(gates, places, rows)
-        tail_of_all = (tl.sum(whole, 0) - wholes) + (tl.sum(rest, 0) - rests)
-        late = tl.sum(dq * x.to(tl.float32), 1) * tl.exp2(wholes + rests)
-        early = tl.sum(dk * y.to(tl.float32), 1) * tl.exp2(tail_of_all)
-        found = tl.sum(anchor, 0) * tl.exp2(tl.sum(whole, 0) + tl.sum(rest, 0)) + tl.zeros((C,), tl.float32)
-        if DELTA:
-            seen_whole, seen_rest = seen_logarithms(whole, rest, wholes, rests, BEFORE)
-            on_residual *= -rate * tl.exp2(seen_whole + seen_rest)
-            if BEFORE:
-                late += on_residual
-            else:
-                found += tl.sum(tl.where(mine > other, on_residual[:, None], 0.0), 0)
-        # not a sum less its last number, which is of another size where a gate is small
-        found += tl.cumsum(late, 0, reverse=True) + tl.sum(tl.where(mine < other, early[:, None], 0.0), 0)
-        tl.store(on_gates + stride + places, found, mask=rows)
-    dq *= started[:, None]
-    dk *= tail[:, None]
+    vectors = place * C + mine
+    part = given + (2 + 3 * strip) * plane.to(tl.int64) + place * C + at
+    if DELTA and (RATES or GATES):
+        tl.store(part, tl.sum(de * z.to(tl.float32), 1))
+    if GATES:
+        tl.store(part + plane.to(tl.int64), tl.sum(dq * x.to(tl.float32), 1))
+        tl.store(part + 2 * plane.to(tl.int64), tl.sum(dk * y.to(tl.float32), 1))
+        tl.store(anchors + strip * (plane.to(tl.int64) // C) + place, tl.sum(anchor, 0))
+        reach = tl.load(reaches + vectors)
+        dq *= tl.where(reach < float("inf"), reach, 0.0)
+        dk *= tl.load(tails + vectors)
     dq = tl.dot(tl.load(d_reads + turned), y, dq, input_precision=PRECISION)
     dk = tl.dot(tl.load(d_reads + scores), x, dk, input_precision=PRECISION)
     if DELTA:
-        de *= -(rate * seen)[:, None]
+        de *= -tl.load(shares + vectors)
         de = tl.dot(tl.load(d_residuals + turned), y, de, input_precision=PRECISION)
         dk = tl.dot(tl.load(d_residuals + scores), z, dk, input_precision=PRECISION)
         if e is None:
@@ -240,26 +223,5 @@ def _key_gradients_kernel(
     tl.store(d_k + wide + where, dk.to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count"])
-def _gate_gradients_kernel(
-    marks, gates, on_rates, on_gates, d_rates, d_gates, count, PARTS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Gradients of rates and gates, from what pairs and what each block of key channels gives to them."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    if d_rates is not None:
-        found = tl.load(d_rates + at, mask=inside, other=0.0)
-        for part in range(0, PARTS):
-            found += tl.load(on_rates + part * count.to(tl.int64) + at, mask=inside, other=0.0)
-        tl.store(d_rates + at, found, mask=inside)
-    if d_gates is not None:
-        found = tl.load(d_gates + at, mask=inside, other=0.0)
-        for part in range(0, PARTS):
-            found += tl.load(on_gates + part * count.to(tl.int64) + at, mask=inside, other=0.0)
-        whole, rest = logarithms(gates, at, inside, True)
-        tl.store(d_gates + at, found * tl.exp2(-tl.maximum(whole, -64.0) - rest), mask=inside)
-
-
 pair_gradients = Launcher(_pair_gradients_kernel)
 key_gradients = Launcher(_key_gradients_kernel)
-gate_gradients = Launcher(_gate_gradients_kernel)

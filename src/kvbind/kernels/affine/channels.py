@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvbind.kernels.affine.tiles import marked_rows, rates_of
+from kvbind.kernels.affine.tiles import marked_rows
 from kvbind.kernels.causal.segments import SHUT, finite, read_rows, rows_wrong, segment, without
 from kvbind.kernels.launching.launcher import Launcher
 
@@ -163,7 +163,7 @@ def _scores_between(scores, erased, x, y, z, own, earlier, later, at, dtype: tl.
 
 @triton.jit(do_not_specialize=["tokens", "each"])
 def _scale_kernel(
-    q, k, e, rates, gates, scaled_q, scaled_k, scaled_e, reads, residuals, keeps, marks, steep, table, tokens, each, heads,
+    q, k, e, gates, scaled_q, scaled_k, scaled_e, reads, residuals, keeps, marks, steep, table, tokens, each, heads,
     q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr,
     PRECISION: tl.constexpr, MILD: tl.constexpr, STEEP: tl.constexpr, GATHER: tl.constexpr,
@@ -193,7 +193,7 @@ def _scale_kernel(
     mine, other = at[:, None], at[None, :]
     gate_places = mine * (heads * DK) + inner[None, :]
 
-    _rate, wrong = rates_of(rates, places, rows)
+    wrong = marked_rows(marks, places, rows)
     steepest = 0.0
     scores = tl.zeros((C, C), tl.float32)
     erased = tl.zeros((C, C), tl.float32)
@@ -423,13 +423,13 @@ def _own_sums(x, at):
     return found
 
 
-@triton.jit(do_not_specialize=["tokens", "each", "all_tokens"])
+@triton.jit(do_not_specialize=["tokens", "each", "plane"])
 def _channel_gradients_kernel(
-    d_out, q, k, e, rates, gates, marks, steep, states, d_states, written, d_right, d_reads, d_residuals, on_rates, d_gates,
-    d_q, d_k, d_e, table, tokens, each, all_tokens, heads,
+    d_out, q, k, e, weights, gates, marks, steep, states, d_states, written, d_right, d_reads, d_residuals, given, d_gates,
+    d_q, d_k, d_e, table, tokens, each, plane, heads,
     d_row, d_token, d_head, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
-    DELTA: tl.constexpr, PRECISION: tl.constexpr, STEEP: tl.constexpr, GATHER: tl.constexpr,
+    DELTA: tl.constexpr, RATES: tl.constexpr, PRECISION: tl.constexpr, STEEP: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries, keys and gates of one chunk, head and block of key channels, and what it gives to rates."""
     NK: tl.constexpr = (DK + BK - 1) // BK
@@ -461,7 +461,6 @@ def _channel_gradients_kernel(
     mine, other = at[:, None], at[None, :]
 
     wrong = marked_rows(marks, places, rows)
-    rate, _wrong = rates_of(rates, places, rows)
     base = ((row * tokens + token) * heads + head) * DK + up
     where = mine * (heads * DK) + inner[None, :]
     inside = (up + inner < DK)[None, :]
@@ -515,10 +514,9 @@ def _channel_gradients_kernel(
     dq *= reach
     dk *= behind
     if DELTA:
-        if on_rates is not None:
-            on_rates += (program % NK) * (all_tokens.to(tl.int64) * heads)
-            tl.store(on_rates + places, -tl.sum(de * seen * x_e, 1), mask=rows)
-        de *= -rate[:, None]
+        if RATES:
+            tl.store(given + (2 + 3 * (program % NK)) * plane.to(tl.int64) + place * C + at, tl.sum(de * seen * x_e, 1))
+        de *= -tl.load(weights + place * C + mine)
         if BEFORE:
             x += de * x_e
         else:

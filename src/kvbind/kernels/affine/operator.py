@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from kvbind.inner.value import check_choice
-from kvbind.kernels.affine.backward import gate_gradients, key_gradients, pair_gradients
+from kvbind.kernels.affine.backward import key_gradients, pair_gradients
 from kvbind.kernels.affine.channels import channel_gradients, scale
+from kvbind.kernels.affine.decays import PLANES, decays, gate_gradients
 from kvbind.kernels.affine.prepare import prepare
 from kvbind.kernels.affine.state_gradients import part_gradients, state_gradients
 from kvbind.kernels.affine.states import chain
@@ -35,6 +36,9 @@ ORDERS = ("before", "after")
 CHUNKS = (16, 32, 64)
 NARROWEST, WIDEST = 16, 256
 
+
+HEADS = 16
+"""Heads of a program that finds what rates and gates are to tokens."""
 
 MULTIPROCESSORS = 132
 """As many programs are wanted at once: those of an H100 or H200."""
@@ -79,8 +83,8 @@ BLOCKS = {
     "state_gradients": (128, 128, 8, 2),
     "pair_gradients": (64, 64, 8, 2),
     "key_gradients": (64, 64, 4, 2),
-    "channel_gradients": (32, 64, 8, 1),
-    "steep_channel_gradients": (32, 64, 8, 1),
+    "channel_gradients": (32, 256, 8, 1),
+    "steep_channel_gradients": (32, 256, 8, 1),
 }
 
 
@@ -123,10 +127,8 @@ class Kept(NamedTuple):
     Attributes:
         solved: T of each chunk, `[chunks, H, C, C]`.
         reads: A, `[chunks, H, C, C]`.
-        weights: r of each token, float32 `[chunks, H, C]`.
-        shares: r c of each, likewise.
-        reaches: b of each token, NaN where its output is, float32 `[chunks, H, C]`.
-        tails: with gates per head, `b_C / b`, likewise.
+        decays: what rates and gates per head are to each token, float32 `[10, chunks, H, C]`: `decays.PLANES`; b is NaN where
+            an output is.
         keeps: the product of a chunk's gates, float32 `[chunks, H]` or `[chunks, H, Dk]`.
         marks: 1 for tokens that hold what is not finite, int8 `[B, T, H]`.
         states: the transpose of the state before each chunk, `[chunks, H, Dv, Dk]`.
@@ -139,10 +141,7 @@ class Kept(NamedTuple):
 
     solved: Tensor
     reads: Tensor
-    weights: Tensor
-    shares: Tensor
-    reaches: Tensor
-    tails: Tensor
+    decays: Tensor
     keeps: Tensor
     marks: Tensor
     states: Tensor
@@ -155,9 +154,7 @@ class Kept(NamedTuple):
     steep: Tensor
 
     @staticmethod
-    def room(
-        segments: Segments, q: Tensor, v: Tensor, chunk: int, delta: bool, by_head: bool, channel: bool, keep: bool
-    ) -> Kept:
+    def room(segments: Segments, q: Tensor, v: Tensor, chunk: int, delta: bool, channel: bool, keep: bool) -> Kept:
         """Empty tensors of these shapes; without `keep`, no states and no writes."""
         (_, _, heads, key), value, count = q.shape, v.shape[3], segments.count
         some, held, parts = (count if delta else 0), (count if keep else 0), parts_of(segments, q, v)
@@ -165,10 +162,7 @@ class Kept(NamedTuple):
         return Kept(
             q.new_empty((some, heads, chunk, chunk)),
             q.new_empty((count, heads, chunk, chunk)),
-            q.new_empty((count, heads, chunk), dtype=wide),
-            q.new_empty((some, heads, chunk), dtype=wide),
-            q.new_empty((count, heads, chunk), dtype=wide),
-            q.new_empty((count if by_head else 0, heads, chunk), dtype=wide),
+            q.new_empty((len(PLANES), count, heads, chunk), dtype=wide),
             q.new_empty((count, heads, key) if channel else (count, heads), dtype=wide),
             q.new_empty(q.shape[:3], dtype=torch.int8),
             q.new_empty((held, heads, value, key)),
@@ -192,46 +186,52 @@ def _forward(
     initial: Tensor | None, cu_seqlens: Tensor | None, before: bool, delta: bool, chunk: int, keep: bool,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor,
 ]:  # fmt: skip
     """Outputs, final states, and `Kept`."""
     segments, channel = cut(q, cu_seqlens, chunk), _is_by_channel(gates)
     tokens, heads, key, value = *q.shape[1:], v.shape[3]
-    kept = Kept.room(segments, q, v, chunk, delta, gates is not None and not channel, channel, keep)
+    kept = Kept.room(segments, q, v, chunk, delta, channel, keep)
     out, final = v.new_empty(v.shape), q.new_empty((segments.sequences, heads, key, value), dtype=torch.float32)
     options = _options(q, v, chunk, before, delta)
     alone = {name: options[name] for name in ("DK", "C", "BEFORE", "DELTA", "PRECISION")}
     cuts, grid = (segments.table, tokens, segments.each, heads), (segments.count * heads,)
-    tails, parts = _optional(kept.tails), parts_of(segments, q, v)
+    wholes, rests, seen_wholes, seen_rests, _, _, reaches, tails, weights, shares = kept.decays.unbind()
+    by_head, parts = (None if channel else gates), parts_of(segments, q, v)
     with on_device_of(q):
+        decays[(segments.count * cdiv(heads, HEADS),)](
+            kept.decays, rates, by_head, kept.keeps, kept.marks, *cuts[:3], wholes.numel(), heads,
+            C=chunk, BH=HEADS, BEFORE=before, CHANNEL=channel, num_warps=4,
+        )  # fmt: skip
         if channel:
             for kernel, steep in (("scale", False), ("steep_scale", True)):
                 its = blocks_of(kernel, q.dtype, key, value)
                 scale[grid](
-                    q, k, erase, rates, gates, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.reads, kept.residuals,
+                    q, k, erase, gates, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.reads, kept.residuals,
                     kept.keeps, kept.marks, kept.steep, *cuts, *token_strides(q), *token_strides(k), *_strides(erase),
                     **alone, MILD=_mild(q.dtype), STEEP=steep, GATHER=True, BK=its.BK, num_warps=its.num_warps,
                     num_stages=its.num_stages,
                 )  # fmt: skip
-            q, k, erase, gates = kept.scaled_q, kept.scaled_k, kept.scaled_e if delta else None, None
+            q, k, erase = kept.scaled_q, kept.scaled_k, kept.scaled_e if delta else None
+        logs = (None,) * 4 if by_head is None else (wholes, rests, seen_wholes, seen_rests)
         strides = *token_strides(k), *_strides(erase), *token_strides(v)
         prepare[grid](
-            q, k, erase, v, rates, gates, _optional(kept.residuals), kept.solved, kept.reads, kept.weights, kept.shares,
-            kept.reaches, tails, kept.keeps, kept.marks, *cuts, *token_strides(q), *strides,
-            **options, CHANNEL=channel, MODE=1, **blocks_of("prepare", q.dtype, key, value)._asdict(),
+            q, k, erase, v, *logs, weights, _optional(kept.residuals), kept.solved, kept.reads, reaches, tails, kept.keeps,
+            kept.marks, *cuts, *token_strides(q), *strides, CHANNEL=channel, MODE=1,
+            **{name: options[name] for name in ("DK", "DV", "C", "DELTA", "PRECISION")},
+            **blocks_of("prepare", q.dtype, key, value)._asdict(),
         )  # fmt: skip
         places = (segments.table, segments.offsets, tokens, segments.each, heads, parts)
         ends = q.new_empty((segments.sequences * parts, heads, value, key), dtype=torch.float32)
         if parts > 1:
             its, widths = _passes("parts", options, key, channel, q, v)
             run_parts[(segments.sequences * (parts - 1) * heads * (cdiv(value, its.BV) + cdiv(key, its.BV)),)](
-                k, erase, v, kept.solved, kept.weights, kept.shares, tails, kept.keeps, initial, ends, kept.moves, *places,
+                k, erase, v, kept.solved, weights, shares, tails, kept.keeps, initial, ends, kept.moves, *places,
                 *strides, **widths,
             )  # fmt: skip
             _run_chain(ends, kept.moves, heads, parts, options["PRECISION"], False)
         its, widths = _passes("states", options, key, channel, q, v)
         run_states[(segments.sequences * parts * heads * cdiv(value, its.BV),)](
-            q, k, erase, v, kept.solved, kept.reads, kept.weights, kept.shares, kept.reaches, tails, kept.keeps, out,
+            q, k, erase, v, kept.solved, kept.reads, weights, shares, reaches, tails, kept.keeps, out,
             _optional(kept.states), _optional(kept.written), initial, final, ends, *places, *token_strides(q), *strides,
             **widths,
         )  # fmt: skip
@@ -266,8 +266,7 @@ def _run_chain(ends: Tensor, moves: Tensor, heads: int, parts: int, precision: o
 def _(q, k, v, erase, rates, gates, initial, cu_seqlens, before, delta, chunk, keep):
     segments, channel = cut(q, cu_seqlens, chunk), _is_by_channel(gates)
     final = q.new_empty((segments.sequences, *q.shape[2:], v.shape[3]), dtype=torch.float32)
-    by_head = gates is not None and not channel
-    return v.new_empty(v.shape), final, *Kept.room(segments, q, v, chunk, delta, by_head, channel, keep)
+    return v.new_empty(v.shape), final, *Kept.room(segments, q, v, chunk, delta, channel, keep)
 
 
 @torch.library.custom_op("kvbind::affine_chunks_backward", mutates_args=())
@@ -295,7 +294,8 @@ def _backward(
     d_states, d_right = torch.empty_like(held.states), torch.empty_like(held.written)
     d_reads, d_residuals = torch.empty_like(held.reads), torch.empty_like(held.solved)
     scaled = (held.scaled_q, held.scaled_k, _optional(held.scaled_e)) if channel else (q, k, erase)
-    operands = (d_out, *scaled, held.solved, held.reads, held.shares, held.reaches, _optional(held.tails), held.keeps)
+    wholes, rests, _, seen_rests, floored, seen_floored, reaches, tails, weights, shares = held.decays.unbind()
+    operands = (d_out, *scaled, held.solved, held.reads, shares, reaches, tails, held.keeps)
     strides = *token_strides(d_out), *(x for each in scaled for x in _strides(each))
     places = (segments.table, segments.offsets, tokens, segments.each, heads, parts)
     given = *token_strides(d_out), *token_strides(q), *token_strides(k), *_strides(erase)
@@ -312,32 +312,36 @@ def _backward(
             *operands, d_states, d_right, d_final, _optional(d_initial), ends, *places, *strides, **widths,
         )  # fmt: skip
         by_head = None if channel else gates
-        pair_gradients[grid](
-            d_out, q, k, erase, v, rates, by_head, _optional(held.residuals), held.marks, held.written, d_right, dv, d_reads,
-            d_residuals, _optional(d_rates), None if by_head is None else d_gates, *cuts, *given, *token_strides(v),
-            **options, CHANNEL=channel, **blocks("pair_gradients"),
-        )  # fmt: skip
+        logs = (None,) * 4 if by_head is None else (floored, rests, seen_floored, seen_rests)
         kernels = ("channel_gradients", "steep_channel_gradients") if channel else ("key_gradients",)
-        # blocks of key channels give to rates, and to gates per head, each what they have
-        strips, all_tokens = cdiv(key, blocks_of(kernels[0], q.dtype, key, value).BK), q.shape[0] * tokens
-        on_rates, on_gates = (None if x is None else x.new_empty((strips, *x.shape)) for x in (rates, by_head))
-        grid, cuts = (segments.count * heads * strips,), (*cuts[:3], all_tokens, heads)
+        # pairs, and each block of key channels, give to rates and gates
+        strips, plane = cdiv(key, blocks_of(kernels[0], q.dtype, key, value).BK), wholes.numel()
+        gifts = q.new_empty((2 + 3 * strips, *wholes.shape), dtype=torch.float32)
+        anchors = q.new_empty((strips, *wholes.shape[:2]), dtype=torch.float32)
+        pair_gradients[grid](
+            d_out, q, k, erase, v, *logs, weights, _optional(held.residuals), held.marks, held.written, d_right, dv, d_reads,
+            d_residuals, gifts, *cuts[:3], plane, heads, *given, *token_strides(v),
+            **options, CHANNEL=channel, RATES=rates is not None, **blocks("pair_gradients"),
+        )  # fmt: skip
+        grid, cuts = (segments.count * heads * strips,), (*cuts[:3], plane, heads)
         if channel:
             for steep, kernel in enumerate(kernels):
                 channel_gradients[grid](
-                    d_out, q, k, erase, rates, gates, held.marks, held.steep, held.states, d_states, held.written, d_right,
-                    d_reads, d_residuals, on_rates, d_gates, dq, dk, de, *cuts, *given, **options, STEEP=bool(steep), GATHER=True,
-                    **blocks(kernel),
+                    d_out, q, k, erase, weights, gates, held.marks, held.steep, held.states, d_states, held.written, d_right,
+                    d_reads, d_residuals, gifts, d_gates, dq, dk, de, *cuts, *given, **options, RATES=rates is not None,
+                    STEEP=bool(steep), GATHER=True, **blocks(kernel),
                 )  # fmt: skip
         else:
+            its = {name: x for name, x in options.items() if name != "BEFORE"}
             key_gradients[grid](
-                d_out, q, k, erase, rates, gates, held.written, d_right, held.states, d_states, held.marks, d_reads,
-                d_residuals, dq, dk, de, on_rates, on_gates, *cuts, *given, **options, **blocks("key_gradients"),
+                d_out, q, k, erase, reaches, tails, weights, shares, held.written, d_right, held.states, d_states, held.marks,
+                d_reads, d_residuals, dq, dk, de, gifts, anchors, *cuts, *given, **its, RATES=rates is not None,
+                GATES=gates is not None, **blocks("key_gradients"),
             )  # fmt: skip
-        if by_head is not None or (delta and rates is not None):
-            gate_gradients[(cdiv(all_tokens * heads, 1024),)](
-                held.marks, by_head, on_rates, on_gates, _optional(d_rates) if delta else None,
-                None if by_head is None else d_gates, all_tokens * heads, PARTS=strips, BLOCK=1024, num_warps=4,
+        if rates is not None or by_head is not None:
+            gate_gradients[(segments.count * cdiv(heads, HEADS),)](
+                gifts, anchors, held.decays, by_head, _optional(d_rates), None if by_head is None else d_gates, *cuts,
+                C=chunk, BH=HEADS, NK=strips, BEFORE=before, DELTA=delta, num_warps=4,
             )  # fmt: skip
     return dq, dk, dv, de, d_rates, d_gates, d_initial
 

@@ -5,8 +5,7 @@ that starts from S has `(1 + L) U = r o (v - c o (e S))`, `L_tj = r_t (c_t / b_j
 `b_(t-1)`. With `T = (1 + L)^-1` it writes `U = T (r o V - r o c o (E S))`, and is read through the scores of queries and keys
 times what is left of each write, `A_tj = (b_t / b_j) <q_t, k_j>` for j <= t.
 
-Stored are T, A, of each token r, r c, b and `b_C / b`, the product `b_C` of a chunk's gates, and which tokens hold what is not
-finite.
+Stored are T and A, and which tokens hold what is not finite.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvbind.kernels.affine.tiles import between, gates_wrong, marked_rows, rates_of, seen_logarithms, summed_logarithms
+from kvbind.kernels.affine.tiles import between, marked_rows
 from kvbind.kernels.causal.segments import finite, read_rows, rows_wrong, segment
 from kvbind.kernels.launching.launcher import Launcher
 
@@ -68,9 +67,10 @@ def unit_inverse(low, C: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constex
 
 @triton.jit(do_not_specialize=["tokens", "each"])
 def _prepare_kernel(
-    q, k, e, v, rates, gates, residuals, solved, reads, weights, shares, reaches, tails, keeps, marks, table, tokens, each, heads,
+    q, k, e, v, wholes, rests, seen_wholes, seen_rests, weights, residuals, solved, reads, reaches, tails, keeps, marks,
+    table, tokens, each, heads,
     q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head, v_row, v_token, v_head,
-    DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DELTA: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """One chunk and head.
@@ -97,11 +97,7 @@ def _prepare_kernel(
     inner, columns = tl.arange(0, BK), tl.arange(0, BV)
     mine, other = at[:, None], at[None, :]
 
-    rate, wrong = rates_of(rates, places, rows)
-    if CHANNEL:
-        wrong = marked_rows(marks, places, rows)
-    else:
-        wrong = tl.maximum(wrong, gates_wrong(gates, places, rows))
+    wrong = marked_rows(marks, places, rows)
     scores = tl.zeros((C, C), tl.float32)
     low = tl.zeros((C, C), tl.float32)
     unread = tl.zeros((C,), tl.int32)
@@ -120,44 +116,34 @@ def _prepare_kernel(
                     wrong = tl.maximum(wrong, rows_wrong(z))
                     z = finite(z)
                 low = tl.dot(z, tl.trans(y), low, input_precision=PRECISION)
-    whole, rest, wholes, rests = summed_logarithms(gates, places, rows)
     if not CHANNEL:
-        scores *= between(wholes, rests, wholes, rests, mine >= other)
+        scores *= between(wholes, rests, wholes, rests, place, C, False, False)
         tl.store(reads + place * (C * C) + mine * C + other, scores.to(dtype))
     if DELTA:
-        seen_whole, seen_rest = seen_logarithms(whole, rest, wholes, rests, BEFORE)
-        seen = tl.exp2(seen_whole + seen_rest)
         if CHANNEL:
             low = tl.load(residuals + place * (C * C) + mine * C + other)
         else:
-            low *= between(seen_whole, seen_rest, wholes, rests, mine > other)
-        inverse = unit_inverse(low * rate[:, None], C, PRECISION, MODE)
+            low *= between(wholes, rests, seen_wholes, seen_rests, place, C, False, True)
+        inverse = unit_inverse(low * tl.load(weights + place * C + mine), C, PRECISION, MODE)
         tl.store(solved + place * (C * C) + mine * C + other, inverse.to(dtype))
     spoilt = wrong
     for block in range(0, DV, BV):
         y = read_rows(v + block, mine * v_token + columns[None, :], rows, block + columns, DV, BV)
         spoilt = tl.maximum(spoilt, rows_wrong(y))
-    vectors = place * C + at
-    tl.store(weights + vectors, rate)
-    if DELTA:
-        tl.store(shares + vectors, rate * seen)
-
     # outputs that see a token in which something is not finite are none, and so is the state behind it
-    unseen = (tl.cumsum(spoilt, 0) > 0) | (unread > 0)
-    tl.store(reaches + vectors, tl.where(unseen, float("nan"), tl.exp2(wholes + rests)))
-    if tails is not None:
-        tail = tl.exp2((tl.sum(whole, 0) - wholes) + (tl.sum(rest, 0) - rests))
-        tl.store(tails + vectors, tl.where(wrong > 0, 0.0, tail))
     tl.store(marks + places, spoilt.to(tl.int8), mask=rows)
-    lost = tl.max(spoilt, 0) > 0
-    if CHANNEL:
-        if lost:
-            for block in range(0, DK, BK):
-                nothing = tl.full((BK,), float("nan"), tl.float32)
-                tl.store(keeps + place * DK + block + inner, nothing, mask=block + inner < DK)
-    else:
-        keep = tl.exp2(tl.sum(whole, 0) + tl.sum(rest, 0))
-        tl.store(keeps + place, tl.where(lost, float("nan"), keep))
+    if tl.max(tl.maximum(spoilt, unread), 0) > 0:
+        vectors = place * C + at
+        unseen = (tl.cumsum(spoilt, 0) > 0) | (unread > 0)
+        tl.store(reaches + vectors, float("nan"), mask=unseen)
+        tl.store(tails + vectors, 0.0, mask=wrong > 0)
+        if tl.max(spoilt, 0) > 0:
+            if CHANNEL:
+                for block in range(0, DK, BK):
+                    nothing = tl.full((BK,), float("nan"), tl.float32)
+                    tl.store(keeps + place * DK + block + inner, nothing, mask=block + inner < DK)
+            else:
+                tl.store(keeps + place, float("nan"))
 
 
 prepare = Launcher(_prepare_kernel)

@@ -35,8 +35,7 @@ def _back(
     )  # fmt: skip
     y = finite(key_rows(k, token, k_token, rows, inner, DK, BD))
     x = tl.dot(state.to(dtype), tl.trans(y), input_precision=PRECISION)
-    if tails is not None:
-        x *= tl.load(tails + place * C + at)[None, :]
+    x *= tl.load(tails + place * C + at)[None, :]
     x = tl.dot(g, tl.load(reads + square), x, input_precision=PRECISION)
     reach = tl.load(reaches + place * C + at)
     g = (g.to(tl.float32) * tl.where(reach < float("inf"), reach, 0.0)[None, :]).to(dtype)

@@ -133,8 +133,7 @@ def _parts_kernel(
             z = key_rows(e, token, e_token, rows, inner, DK, BD)
         x = value_columns(v, token, v_token, rows, columns, exist)
         x = _written(state.to(dtype), x, z, solved, weights, shares, place, at, C, DELTA, PRECISION)
-        if tails is not None:
-            x *= tl.load(tails + place * C + at)[None, :]
+        x *= tl.load(tails + place * C + at)[None, :]
         state = tl.dot(x.to(dtype), y, state * keep, input_precision=PRECISION)
         keep = kept(keeps, place + heads, index + 1 < last, inner, DK, CHANNEL, False)
     index = ((sequence * parts + part).to(tl.int64)) * heads + head
@@ -202,8 +201,7 @@ def _states_kernel(
         read = tl.dot(narrow, tl.trans(scores), read, input_precision=PRECISION)
         where = token[None, :].to(tl.int64) * (heads * DV) + columns[:, None]
         tl.store(out + where, read.to(dtype), mask=rows[None, :] & (columns < DV)[:, None])
-        if tails is not None:
-            x *= tl.load(tails + place * C + at)[None, :]
+        x *= tl.load(tails + place * C + at)[None, :]
         state = tl.dot(x.to(dtype), y, state * keep, input_precision=PRECISION)
         keep = kept(keeps, place + heads, index + 1 < last, inner, DK, CHANNEL, False)
     if part == parts - 1:
