@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kvbind.kernels.affine.tiles import marked_rows
-from kvbind.kernels.causal.segments import SHUT, finite, read_rows, rows_wrong, segment, without
+from kvbind.kernels.causal.segments import SHUT, finite, read_rows, segment, without
 from kvbind.kernels.launching.launcher import Launcher
 
 
@@ -41,72 +41,123 @@ def _open(logs):
     return tl.where(logs < float("inf"), logs, 0.0)
 
 
-@triton.jit
-def _row(x, at, ROW: tl.constexpr):
-    """A row of a tile."""
-    return tl.sum(tl.where((at == ROW)[:, None], x, 0.0), 0)[None, :]
+@triton.jit(do_not_specialize=["tokens", "each"])
+def _scale_kernel(
+    q, k, e, gates, sums, scaled_q, scaled_k, scaled_e, keeps, marks, steep, table, tokens, each, heads,
+    q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
+    DK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr, MILD: tl.constexpr,
+):  # fmt: skip
+    """Summed logarithms of one chunk and head, and queries and keys scaled to its ends."""
+    program = tl.program_id(0)
+    head = (program % heads).to(tl.int64)
+    index = program // heads
+    row, sequence, start, stop, _ends = segment(index, table, tokens, C, each, False)
+    if sequence < 0:
+        return
+    token = start.to(tl.int64)
+    place = index.to(tl.int64) * heads + head
+    at = tl.arange(0, C)
+    rows = at < stop - token
+    places = ((row * tokens + token) + at) * heads + head
+    q += row * q_row + head * q_head + token * q_token
+    k += row * k_row + head * k_head + token * k_token
+    if e is not None:
+        e += row * e_row + head * e_head + token * e_token
+    base = ((row * tokens + token) * heads + head) * DK
+    dtype: tl.constexpr = q.dtype.element_ty
+    inner, mine = tl.arange(0, BK), at[:, None]
 
-
-@triton.jit
-def _rows(x, at, STRETCH: tl.constexpr, ROW: tl.constexpr, GATHER: tl.constexpr):
-    """At each row, what a row of its stretch has."""
-    rows: tl.constexpr = x.shape[0]
-    if GATHER:
-        return tl.gather(x, (at // STRETCH * STRETCH + ROW)[:, None] + tl.zeros(x.shape, tl.int32), 0)
-    else:
-        found = _row(x, at, ROW)
-        for stretch in tl.static_range(1, rows // STRETCH):
-            found = tl.where((at // STRETCH == stretch)[:, None], _row(x, at, STRETCH * stretch + ROW), found)
-        return found
-
-
-@triton.jit
-def _mild_scores_between(scores, erased, x, y, z, own, sums, at, dtype: tl.constexpr, H: tl.constexpr, BEFORE: tl.constexpr,
-                         DELTA: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Scores of reads in second halves of stretches of 2 H with writes in first ones, added."""
-    rows: tl.constexpr = own.shape[0]
-    if rows > H:
-        reach = sums - _rows(sums, at, 2 * H, H - 1, GATHER)
-        second = (at // H % 2 == 1)[:, None]
-        factor = tl.exp2(tl.where(second, reach, -reach))
-        meet = _meet(at[:, None], at[None, :], H)
-        keys = tl.trans((y * factor).to(dtype))
-        scores += tl.where(meet, tl.dot((x * factor).to(dtype), keys, input_precision=PRECISION), 0.0)
+    wrong = marked_rows(marks, places, rows)
+    steepest = 0.0
+    for block in range(0, DK, BK):
+        where, live = base + block + mine * (heads * DK) + inner[None, :], rows[:, None] & (block + inner < DK)[None, :]
+        own, least = _logarithms(gates, where, live)
+        steepest = tl.minimum(steepest, least)
+        x = read_rows(q + block, mine * q_token + inner[None, :], rows, block + inner, DK, BK).to(tl.float32)
+        y = read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK).to(tl.float32)
+        good = (tl.abs(y) < float("inf")) & (own < float("inf"))
+        z = y
+        if e is not None:
+            z = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK).to(tl.float32)
+            good = good & (tl.abs(z) < float("inf"))
+        wrong = tl.maximum(wrong, tl.max(tl.where(good, 0, 1), 1))
+        own = _open(own)
+        summed = tl.cumsum(own, 0)
+        total = tl.sum(own, 0)[None, :]
+        tl.store(sums + where, summed, mask=live)
+        reach = tl.exp2(summed)
+        # queries keep what is not finite, as it is theirs alone
+        tl.store(scaled_q + where, (x * reach).to(dtype), mask=live)
+        tl.store(scaled_k + where, (finite(y) * tl.exp2(total - summed)).to(dtype), mask=live)
         if DELTA:
-            if not BEFORE:
-                factor = tl.exp2(tl.where(second, reach - own, 0.0))
-            erased += tl.where(meet, tl.dot((z * factor).to(dtype), keys, input_precision=PRECISION), 0.0)
-    return scores, erased
+            seen = reach if BEFORE else tl.exp2(summed - own)
+            tl.store(scaled_e + where, (finite(z) * seen).to(dtype), mask=live)
+        tl.store(keeps + place * DK + (block + inner)[None, :], tl.exp2(total), mask=(block + inner < DK)[None, :])
+    tl.store(marks + places, wrong.to(tl.int8), mask=rows)
+    tl.store(steep + place, (steepest < MILD).to(tl.int8))
 
 
-@triton.jit
-def _mild_scores(scores, erased, x, y, z, own, at, dtype: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr,
-                 GATHER: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Scores of a chunk whose gates are all mild, added; and factors as of `_factors`.
+@triton.jit(do_not_specialize=["tokens", "each"])
+def _scores_kernel(
+    q, k, e, sums, reads, residuals, table, tokens, each, heads,
+    q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
+    DK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of 16 reads of one chunk and head with all writes before them, where all gates are mild.
 
-    In stretches of 16 writes are divided by products of gates, which float16 is too narrow for.
+    Reads are scaled by the product of gates from the first of the 16 on, writes by that of gates up to there; those behind it
+    are divided by it, which float16 is too narrow for.
     """
+    N: tl.constexpr = C // 16
+    program = tl.program_id(0)
+    first = (program % N) * 16
+    head = ((program // N) % heads).to(tl.int64)
+    index = program // (N * heads)
+    row, sequence, start, stop, _ends = segment(index, table, tokens, C, each, False)
+    if sequence < 0:
+        return
+    token = start.to(tl.int64)
+    place = index.to(tl.int64) * heads + head
+    at, own = tl.arange(0, C), first + tl.arange(0, 16)
+    # writes behind all of the reads count as none
+    rows, mine = (at < stop - token) & (at < first + 16), own < stop - token
+    q += row * q_row + head * q_head + token * q_token
+    k += row * k_row + head * k_head + token * k_token
+    if e is not None:
+        e += row * e_row + head * e_head + token * e_token
+    sums += ((row * tokens + token) * heads + head) * DK
+    dtype: tl.constexpr = q.dtype.element_ty
     wide: tl.constexpr = tl.float32 if dtype == tl.float16 else dtype
-    mine, other = at[:, None], at[None, :]
-    sums = tl.cumsum(own, 0)
-    for level in tl.static_range(0, 2):
-        scores, erased = _mild_scores_between(
-            scores, erased, x, y, z, own, sums, at, dtype, 32 >> level, BEFORE, DELTA, GATHER, PRECISION
-        )
-    reach = sums - _rows(sums, at, 16, 0, GATHER)
-    meet = (mine // 16 == other // 16) & (mine > other)
-    keys = tl.trans((y * tl.exp2(-reach)).to(wide))
-    factor = tl.exp2(reach)
-    scores += tl.where(meet, tl.dot((x * factor).to(wide), keys, input_precision=PRECISION), 0.0)
+    inner = tl.arange(0, BK)
+
+    scores = tl.zeros((16, C), tl.float32)
+    erased = tl.zeros((16, C), tl.float32)
+    for block in range(0, DK, BK):
+        inside = (block + inner < DK)[None, :]
+        its = sums + block + inner[None, :]
+        edge = tl.load(its + first * (heads * DK), mask=inside & (first < stop - token), other=0.0)
+        y = finite(read_rows(k + block, at[:, None] * k_token + inner[None, :], rows, block + inner, DK, BK))
+        behind = edge - tl.load(its + at[:, None] * (heads * DK), mask=rows[:, None] & inside, other=0.0)
+        keys = tl.trans((y.to(tl.float32) * tl.exp2(tl.where(rows[:, None], behind, 0.0))).to(wide))
+        reach = tl.load(its + own[:, None] * (heads * DK), mask=mine[:, None] & inside, other=0.0) - edge
+        reach = tl.where(mine[:, None], reach, 0.0)
+        x = finite(read_rows(q + block, own[:, None] * q_token + inner[None, :], mine, block + inner, DK, BK))
+        scores = tl.dot((x.to(tl.float32) * tl.exp2(reach)).to(wide), keys, scores, input_precision=PRECISION)
+        if DELTA:
+            if e is not None:
+                z = finite(read_rows(e + block, own[:, None] * e_token + inner[None, :], mine, block + inner, DK, BK))
+            else:
+                z = finite(read_rows(k + block, own[:, None] * k_token + inner[None, :], mine, block + inner, DK, BK))
+            if not BEFORE:
+                there = (mine & (own > 0))[:, None] & inside
+                reach = tl.load(its + (own - 1)[:, None] * (heads * DK), mask=there, other=0.0) - edge
+                reach = tl.where(mine[:, None], reach, 0.0)
+            erased = tl.dot((z.to(tl.float32) * tl.exp2(reach)).to(wide), keys, erased, input_precision=PRECISION)
+    where = place * (C * C) + own[:, None] * C + at[None, :]
+    tl.store(reads + where, tl.where(own[:, None] >= at[None, :], scores, 0.0).to(dtype))
     if DELTA:
-        if not BEFORE:
-            factor = tl.exp2(reach - own)
-        erased += tl.where(meet, tl.dot((z * factor).to(wide), keys, input_precision=PRECISION), 0.0)
-    reach = tl.exp2(sums)
-    seen = reach
-    if not BEFORE:
-        seen = tl.exp2(sums - own)
-    return scores, erased, reach, seen, tl.exp2(tl.sum(own, 0)[None, :] - sums)
+        tl.store(residuals + where, tl.where(own[:, None] > at[None, :], erased, 0.0))
 
 
 @triton.jit
@@ -162,13 +213,13 @@ def _scores_between(scores, erased, x, y, z, own, earlier, later, at, dtype: tl.
 
 
 @triton.jit(do_not_specialize=["tokens", "each"])
-def _scale_kernel(
-    q, k, e, gates, scaled_q, scaled_k, scaled_e, reads, residuals, keeps, marks, steep, table, tokens, each, heads,
+def _steep_kernel(
+    q, k, e, gates, scaled_q, scaled_k, scaled_e, reads, residuals, steep, table, tokens, each, heads,
     q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr,
-    PRECISION: tl.constexpr, MILD: tl.constexpr, STEEP: tl.constexpr, GATHER: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores and scaled queries and keys of one chunk and head."""
+    """Scores and scaled queries and keys of one chunk and head in which a gate is too small to divide by."""
     program = tl.program_id(0)
     head = (program % heads).to(tl.int64)
     index = program // heads
@@ -177,12 +228,10 @@ def _scale_kernel(
         return
     token = start.to(tl.int64)
     place = index.to(tl.int64) * heads + head
-    if STEEP:  # noqa: SIM102 - one is known when compiling
-        if tl.load(steep + place) == 0:
-            return
+    if tl.load(steep + place) == 0:
+        return
     at = tl.arange(0, C)
     rows = at < stop - token
-    places = ((row * tokens + token) + at) * heads + head
     q += row * q_row + head * q_head + token * q_token
     k += row * k_row + head * k_head + token * k_token
     if e is not None:
@@ -193,56 +242,97 @@ def _scale_kernel(
     mine, other = at[:, None], at[None, :]
     gate_places = mine * (heads * DK) + inner[None, :]
 
-    wrong = marked_rows(marks, places, rows)
-    steepest = 0.0
     scores = tl.zeros((C, C), tl.float32)
     erased = tl.zeros((C, C), tl.float32)
     for block in range(0, DK, BK):
         inside = (block + inner < DK)[None, :]
         logs, stored = gates + base + block, rows[:, None] & inside
-        own, least = _logarithms(logs, gate_places, stored)
+        own, _least = _logarithms(logs, gate_places, stored)
         x = read_rows(q + block, mine * q_token + inner[None, :], rows, block + inner, DK, BK).to(tl.float32)
         y = read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK).to(tl.float32)
-        wrong = tl.maximum(wrong, tl.maximum(rows_wrong(y), rows_wrong(own)))
         own, y = _open(own), finite(y)
         z = y
         if e is not None:
             z = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK).to(tl.float32)
-            wrong = tl.maximum(wrong, rows_wrong(z))
             z = finite(z)
         real = finite(x)
         scores += tl.where(mine == other, tl.sum(real * y, 1)[:, None], 0.0)
-        if not STEEP:
-            steepest = tl.minimum(steepest, least)
-            scores, erased, reach, seen, behind = _mild_scores(
-                scores, erased, real, y, z, own, at, dtype, BEFORE, DELTA, GATHER, PRECISION
+        behind_rows = ((at + 1 < stop - token) & (at + 1 < C))[:, None] & inside
+        later, _least = _logarithms(logs, gate_places + heads * DK, behind_rows)
+        later = _open(later)
+        earlier = own
+        if not BEFORE:
+            earlier, _least = _logarithms(logs, gate_places - heads * DK, ((at > 0) & rows)[:, None] & inside)
+            earlier = _open(earlier)
+        for level in tl.static_range(0, 6):
+            scores, erased = _scores_between(
+                scores, erased, real, y, z, own, earlier, later, at, dtype, (C // 2) >> level, BEFORE, DELTA, PRECISION
             )
-        else:
-            behind_rows = ((at + 1 < stop - token) & (at + 1 < C))[:, None] & inside
-            later, _least = _logarithms(logs, gate_places + heads * DK, behind_rows)
-            later = _open(later)
-            earlier = own
-            if not BEFORE:
-                earlier, _least = _logarithms(logs, gate_places - heads * DK, ((at > 0) & rows)[:, None] & inside)
-                earlier = _open(earlier)
-            for level in tl.static_range(0, 6):
-                scores, erased = _scores_between(
-                    scores, erased, real, y, z, own, earlier, later, at, dtype, (C // 2) >> level, BEFORE, DELTA, PRECISION
-                )
-            reach, seen, behind = _factors(own, earlier, later, at, C, BEFORE)
+        reach, seen, behind = _factors(own, earlier, later, at, C, BEFORE)
         where = base + block + gate_places
         # queries keep what is not finite, as it is theirs alone
         tl.store(scaled_q + where, (x * reach).to(dtype), mask=stored)
         tl.store(scaled_k + where, (y * behind).to(dtype), mask=stored)
         if DELTA:
             tl.store(scaled_e + where, (z * seen).to(dtype), mask=stored)
-        tl.store(keeps + place * DK + block + inner, tl.exp2(tl.sum(own, 0)), mask=block + inner < DK)
-    tl.store(marks + places, wrong.to(tl.int8), mask=rows)
-    if not STEEP:
-        tl.store(steep + place, (steepest < MILD).to(tl.int8))
     tl.store(reads + place * (C * C) + mine * C + other, scores.to(dtype))
     if DELTA:
         tl.store(residuals + place * (C * C) + mine * C + other, erased)
+
+
+@triton.jit
+def _mild_pairs(
+    dq, dk, de, late, later, q, k, e, up, seen, down, meet, turned, d_reads, d_residuals, scores, back, dtype: tl.constexpr,
+    BEFORE: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries and keys with what some pairs add, and what these give to logarithms of gates.
+
+    Reads are scaled by `up`, or `seen` where residuals read, writes by `down`. Each gate is given `late` of the reads from it
+    on, `later` of those behind it. Both are made from numbers as they enter products, so that pairs which do not cross a
+    gate, being in both, cancel.
+    """
+    keys, queries = (k * down).to(dtype), (q * up).to(dtype)
+    found = tl.dot(tl.load(d_reads + back, mask=turned, other=0.0).to(dtype), keys, input_precision=PRECISION)
+    dq += found * up
+    late += found * queries.to(tl.float32)
+    found = tl.dot(tl.load(d_reads + scores, mask=meet, other=0.0).to(dtype), queries, input_precision=PRECISION)
+    if DELTA:
+        erased = (e * seen).to(dtype)
+        shares = tl.load(d_residuals + scores, mask=meet, other=0.0).to(dtype)
+        found = tl.dot(shares, erased, found, input_precision=PRECISION)
+    dk += found * down
+    late -= found * keys.to(tl.float32)
+    if DELTA:
+        shares = tl.load(d_residuals + back, mask=turned, other=0.0).to(dtype)
+        found = tl.dot(shares, keys, input_precision=PRECISION)
+        de += found * seen
+        if BEFORE:
+            late += found * erased.to(tl.float32)
+        else:
+            later += found * erased.to(tl.float32)
+    return dq, dk, de, late, later
+
+
+@triton.jit
+def _mild_between(
+    dq, dk, de, late, later, q, k, e, sums, summed, before, at, last, stride, live, d_reads, d_residuals, scores, back,
+    dtype: tl.constexpr, H: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What pairs give that meet in stretches of 2 H, at the boundary between their halves."""
+    rows: tl.constexpr = dq.shape[0]
+    if rows > H:
+        boundary = tl.minimum(at // (2 * H) * (2 * H) + (H - 1), last)
+        edge = tl.load(sums + boundary[:, None] * stride, mask=live, other=0.0)
+        second = (at // H % 2 == 1)[:, None]
+        up = tl.exp2(tl.where(second, summed - edge, edge - summed))
+        seen = up
+        if not BEFORE:
+            seen = tl.exp2(tl.where(second, before - edge, 0.0))
+        dq, dk, de, late, later = _mild_pairs(
+            dq, dk, de, late, later, q, k, e, up, seen, up, _meet(at[None, :], at[:, None], H),
+            _meet(at[:, None], at[None, :], H), d_reads, d_residuals, scores, back, dtype, BEFORE, DELTA, PRECISION,
+        )  # fmt: skip
+    return dq, dk, de, late, later
 
 
 @triton.jit
@@ -304,132 +394,13 @@ def _gradients_between(
     return dq, dk, de, x, x_before, y_behind, through
 
 
-@triton.jit
-def _half_sums(x, at, H: tl.constexpr):
-    """Sums over the rows of each first and of each second half of stretches of 2 H, at every row of the other half."""
-    rows: tl.constexpr = x.shape[0]
-    found = tl.zeros_like(x)
-    for half in tl.static_range(0, rows // H):
-        total = tl.sum(tl.where((at // H == half)[:, None], x, 0.0), 0)[None, :]
-        found = tl.where((at // H == half + 1 - 2 * (half % 2))[:, None], total, found)
-    return found
-
-
-@triton.jit
-def _mild_gradients_between(
-    dq, dk, de, x, x_before, y_behind, through, q, k, e, own, sums, d_reads, d_residuals, scores, back, at,
-    dtype: tl.constexpr, H: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr, GATHER: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What `_gradients_between` returns, of a chunk whose gates are all mild."""
-    rows: tl.constexpr = own.shape[0]
-    if rows > H:
-        reach = sums - _rows(sums, at, 2 * H, H - 1, GATHER)
-        second = (at // H % 2 == 1)[:, None]
-        factor = tl.exp2(tl.where(second, reach, -reach))
-        seen = factor
-        if not BEFORE:
-            seen = tl.exp2(tl.where(second, reach - own, 0.0))
-        whole = tl.exp2(_half_sums(own, at, H))
-        hung = tl.where(second, x, y_behind) * factor
-        if not BEFORE:
-            hung += tl.where(second, x_before * seen, 0.0)
-            x_before = tl.where(second, x_before * whole, x_before)
-        through = through * whole + _half_sums(hung, at, H)
-        x = tl.where(second, x * whole, x)
-        y_behind = tl.where(second, y_behind, y_behind * whole)
-        meet, turned = _meet(at[None, :], at[:, None], H), _meet(at[:, None], at[None, :], H)
-        keys, queries = (k * factor).to(dtype), (q * factor).to(dtype)
-        found = tl.dot(tl.load(d_reads + back, mask=turned, other=0.0), keys, input_precision=PRECISION)
-        dq += found * factor
-        x += found * q
-        found = tl.dot(tl.load(d_reads + scores, mask=meet, other=0.0), queries, input_precision=PRECISION)
-        if DELTA:
-            shares = tl.load(d_residuals + scores, mask=meet, other=0.0)
-            found = tl.dot(shares, (e * seen).to(dtype), found, input_precision=PRECISION)
-        dk += found * factor
-        y_behind += found * k
-        if DELTA:
-            found = tl.dot(tl.load(d_residuals + back, mask=turned, other=0.0), keys, input_precision=PRECISION)
-            de += found * seen
-            if BEFORE:
-                x += found * e
-            else:
-                x_before += found * e
-
-    return dq, dk, de, x, x_before, y_behind, through
-
-
-@triton.jit
-def _mild_gradients(
-    dq, dk, de, x, x_before, y_behind, through, q, k, e, own, d_reads, d_residuals, scores, back, at,
-    dtype: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Of a chunk whose gates are all mild: gradients with what pairs add to them, and those of gates."""
-    wide: tl.constexpr = tl.float32 if dtype == tl.float16 else dtype
-    mine, other = at[:, None], at[None, :]
-    sums = tl.cumsum(own, 0)
-    for level in tl.static_range(0, 2):
-        dq, dk, de, x, x_before, y_behind, through = _mild_gradients_between(
-            dq, dk, de, x, x_before, y_behind, through, q, k, e, own, sums, d_reads, d_residuals, scores,
-            back, at, dtype, 32 >> level, BEFORE, DELTA, GATHER, PRECISION,
-        )  # fmt: skip
-
-    # stretches of 16: what hangs on products from their first row on, or up to their last
-    middle = sums - _rows(sums, at, 16, 0, GATHER)
-    first = sums - own
-    ahead = tl.exp2(sums - _rows(first, at, 16, 0, GATHER))
-    behind = tl.exp2(_rows(sums, at, 16, 15, GATHER) - sums)
-    up, down, seen = tl.exp2(middle), tl.exp2(-middle), tl.exp2(middle - own)
-    meet = (mine // 16 == other // 16) & (mine < other)
-    turned = (mine // 16 == other // 16) & (mine > other)
-    # from numbers as they enter products, so that pairs on one side of a gate cancel
-    keys, queries = (k * down).to(wide), (q * up).to(wide)
-    found = tl.dot(tl.load(d_reads + back, mask=turned, other=0.0).to(wide), keys, input_precision=PRECISION)
-    dq += found * up
-    late = x * ahead + found * queries.to(tl.float32)
-    found = tl.dot(tl.load(d_reads + scores, mask=meet, other=0.0).to(wide), queries, input_precision=PRECISION)
-    later = tl.zeros_like(late)
-    if DELTA:
-        erased = (e * (up if BEFORE else seen)).to(wide)
-        shares = tl.load(d_residuals + scores, mask=meet, other=0.0).to(wide)
-        found = tl.dot(shares, erased, found, input_precision=PRECISION)
-    dk += found * down
-    late -= found * keys.to(tl.float32)
-    if DELTA:
-        found = tl.dot(tl.load(d_residuals + back, mask=turned, other=0.0).to(wide), keys, input_precision=PRECISION)
-        if BEFORE:
-            de += found * up
-            late += found * erased.to(tl.float32)
-        else:
-            de += found * seen
-            later = x_before * ahead * tl.exp2(-own) + found * erased.to(tl.float32)
-    # sums over a stretch's rows from each gate on, and of those before it
-    early = y_behind * behind - late - later
-    summed = tl.cumsum(early, 0) - early
-    total = _own_sums(late + later, at) - _rows(summed, at, 16, 0, GATHER)
-    d_gates = through * tl.exp2(_own_sums(own, at)) + total + summed - later
-    return dq, dk, de, d_gates * tl.exp2(-own)
-
-
-@triton.jit
-def _own_sums(x, at):
-    """Sums over the rows of each stretch of 16, at each row."""
-    rows: tl.constexpr = x.shape[0]
-    found = tl.zeros_like(x)
-    for stretch in tl.static_range(0, rows // 16):
-        its = (at // 16 == stretch)[:, None]
-        found = tl.where(its, tl.sum(tl.where(its, x, 0.0), 0)[None, :], found)
-    return found
-
-
 @triton.jit(do_not_specialize=["tokens", "each", "plane"])
 def _channel_gradients_kernel(
-    d_out, q, k, e, weights, gates, marks, steep, states, d_states, written, d_right, d_reads, d_residuals, given, d_gates,
+    d_out, q, k, e, weights, gates, sums, marks, steep, states, d_states, written, d_right, d_reads, d_residuals, given, d_gates,
     d_q, d_k, d_e, table, tokens, each, plane, heads,
     d_row, d_token, d_head, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
-    DELTA: tl.constexpr, RATES: tl.constexpr, PRECISION: tl.constexpr, STEEP: tl.constexpr, GATHER: tl.constexpr,
+    DELTA: tl.constexpr, RATES: tl.constexpr, PRECISION: tl.constexpr, STEEP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries, keys and gates of one chunk, head and block of key channels, and what it gives to rates."""
     NK: tl.constexpr = (DK + BK - 1) // BK
@@ -494,14 +465,7 @@ def _channel_gradients_kernel(
             de = tl.dot(x, state, de, input_precision=PRECISION)
         anchor += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
     scores, back = place * (C * C) + mine * C + other, place * (C * C) + other * C + mine
-    through = anchor[None, :] + tl.zeros((C, BK), tl.float32)
-    if not STEEP:
-        sums = tl.cumsum(own, 0)
-        reach, behind = tl.exp2(sums), tl.exp2(tl.sum(own, 0)[None, :] - sums)
-        seen = reach
-        if not BEFORE:
-            seen = tl.exp2(sums - own)
-    else:
+    if STEEP:
         earlier = own
         behind_rows = ((at + 1 < stop - token) & (at + 1 < C))[:, None] & inside
         later, _least = _logarithms(gates + base, where + heads * DK, behind_rows)
@@ -510,24 +474,29 @@ def _channel_gradients_kernel(
             earlier, _least = _logarithms(gates + base, where - heads * DK, ((at > 0) & rows)[:, None] & inside)
             earlier = _open(earlier)
         reach, seen, behind = _factors(own, earlier, later, at, C, BEFORE)
-    x, y_behind, x_before = dq * x_q, dk * x_k, tl.zeros((C, BK), tl.float32)
-    dq *= reach
-    dk *= behind
-    if DELTA:
-        if RATES:
-            tl.store(given + (2 + 3 * (program % NK)) * plane.to(tl.int64) + place * C + at, tl.sum(de * seen * x_e, 1))
-        de *= -tl.load(weights + place * C + mine)
-        if BEFORE:
-            x += de * x_e
-        else:
-            x_before = de * x_e
-        de *= seen
-    if not STEEP:
-        dq, dk, de, x = _mild_gradients(
-            dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, d_reads, d_residuals, scores, back, at,
-            dtype, BEFORE, DELTA, GATHER, PRECISION,
-        )  # fmt: skip
     else:
+        sums += base + inner[None, :]
+        stride = heads * DK
+        summed = tl.load(sums + mine * stride, mask=live, other=0.0)
+        before = tl.load(sums + (mine - 1) * stride, mask=live & (mine > 0), other=0.0)
+        last = (tl.minimum(stop - token, C) - 1).to(tl.int32)
+        whole = tl.load(sums + last * stride, mask=inside, other=0.0)
+        reach, behind = tl.exp2(summed), tl.exp2(whole - summed)
+        seen = reach if BEFORE else tl.exp2(before)
+    if DELTA and RATES:
+        tl.store(given + (2 + 3 * (program % NK)) * plane.to(tl.int64) + place * C + at, tl.sum(de * seen * x_e, 1))
+    if STEEP:
+        through = anchor[None, :] + tl.zeros((C, BK), tl.float32)
+        x, y_behind, x_before = dq * x_q, dk * x_k, tl.zeros((C, BK), tl.float32)
+        dq *= reach
+        dk *= behind
+        if DELTA:
+            de *= -tl.load(weights + place * C + mine)
+            if BEFORE:
+                x += de * x_e
+            else:
+                x_before = de * x_e
+            de *= seen
         shares, turned = tl.load(d_reads + scores), tl.load(d_reads + back)
         taken, turned_taken = shares, turned
         if DELTA:
@@ -538,6 +507,33 @@ def _channel_gradients_kernel(
                 turned_taken, at, dtype, (C // 2) >> level, BEFORE, DELTA, PRECISION,
             )  # fmt: skip
         x += through
+    else:
+        wide: tl.constexpr = tl.float32 if dtype == tl.float16 else dtype
+        dq *= reach
+        dk *= behind
+        late, early, later = dq * x_q, dk * x_k, tl.zeros((C, BK), tl.float32)
+        if DELTA:
+            de *= seen * -tl.load(weights + place * C + mine)
+            if BEFORE:
+                late += de * x_e
+            else:
+                later += de * x_e
+        for level in tl.static_range(0, 2):
+            dq, dk, de, late, later = _mild_between(
+                dq, dk, de, late, later, x_q, x_k, x_e, sums, summed, before, at, last, stride, live, d_reads, d_residuals, scores,
+                back, dtype, 32 >> level, BEFORE, DELTA, PRECISION,
+            )  # fmt: skip
+        # in stretches of 16 writes are divided by products of gates, which float16 is too narrow for
+        edge = tl.load(sums + (at // 16 * 16)[:, None] * stride, mask=live, other=0.0)
+        near = mine // 16 == other // 16
+        up, down = tl.exp2(summed - edge), tl.exp2(edge - summed)
+        dq, dk, de, late, later = _mild_pairs(
+            dq, dk, de, late, later, x_q, x_k, x_e, up, up if BEFORE else tl.exp2(before - edge), down,
+            near & (mine < other), near & (mine > other), d_reads, d_residuals, scores, back, wide, BEFORE, DELTA, PRECISION,
+        )  # fmt: skip
+        early -= late + later
+        x = anchor[None, :] * tl.exp2(whole) + tl.sum(late + later, 0)[None, :] + tl.cumsum(early, 0) - early - later
+        x *= tl.exp2(-own)
     # each query with its own token's key, between which there is no gate
     alone = tl.load(d_reads + place * (C * C) + at * (C + 1)).to(tl.float32)[:, None]
     dq += alone * x_k
@@ -553,4 +549,6 @@ def _channel_gradients_kernel(
 
 
 scale = Launcher(_scale_kernel)
+scores = Launcher(_scores_kernel)
+steep_scores = Launcher(_steep_kernel)
 channel_gradients = Launcher(_channel_gradients_kernel)

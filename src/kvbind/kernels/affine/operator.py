@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvbind.inner.value import check_choice
 from kvbind.kernels.affine.backward import key_gradients, pair_gradients
-from kvbind.kernels.affine.channels import channel_gradients, scale
+from kvbind.kernels.affine.channels import channel_gradients, scale, scores, steep_scores
 from kvbind.kernels.affine.decays import PLANES, decays, gate_gradients
 from kvbind.kernels.affine.prepare import prepare
 from kvbind.kernels.affine.state_gradients import part_gradients, state_gradients
@@ -75,7 +75,8 @@ def blocks_of(kernel: str, dtype: torch.dtype, key: int, value: int) -> Blocks:
 
 BLOCKS = {
     "scale": (32, 32, 4, 1),
-    "steep_scale": (16, 16, 4, 1),
+    "scores": (64, 16, 4, 1),
+    "steep_scores": (16, 16, 4, 1),
     "prepare": (64, 64, 4, 1),
     "parts": (128, 128, 8, 2),
     "states": (128, 128, 8, 2),
@@ -135,6 +136,7 @@ class Kept(NamedTuple):
         written: U, `[chunks, H, C, Dv]`.
         moves: F of each part of a sequence, transposed, float32 `[sequences * parts, H, Dk, Dk]`.
         scaled_q, scaled_k, scaled_e: with gates per key channel, these scaled to the chunk's ends, like q.
+        sums: with them, their summed logarithms from each chunk's start on, float32, like q.
         residuals: with them, `L / r`, float32 `[chunks, H, C, C]`.
         steep: with them, 1 for chunks of which a gate is too small to divide by, int8 `[chunks, H]`.
     """
@@ -150,6 +152,7 @@ class Kept(NamedTuple):
     scaled_q: Tensor
     scaled_k: Tensor
     scaled_e: Tensor
+    sums: Tensor
     residuals: Tensor
     steep: Tensor
 
@@ -171,6 +174,7 @@ class Kept(NamedTuple):
             q.new_empty(scaled),
             q.new_empty(scaled),
             q.new_empty(scaled if delta else (0,)),
+            q.new_empty(scaled, dtype=wide),
             q.new_empty((some if channel else 0, heads, chunk, chunk), dtype=wide),
             q.new_empty((count if channel else 0, heads), dtype=torch.int8),
         )
@@ -186,6 +190,7 @@ def _forward(
     initial: Tensor | None, cu_seqlens: Tensor | None, before: bool, delta: bool, chunk: int, keep: bool,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor,
 ]:  # fmt: skip
     """Outputs, final states, and `Kept`."""
     segments, channel = cut(q, cu_seqlens, chunk), _is_by_channel(gates)
@@ -203,14 +208,23 @@ def _forward(
             C=chunk, BH=HEADS, BEFORE=before, CHANNEL=channel, num_warps=4,
         )  # fmt: skip
         if channel:
-            for kernel, steep in (("scale", False), ("steep_scale", True)):
-                its = blocks_of(kernel, q.dtype, key, value)
-                scale[grid](
-                    q, k, erase, gates, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.reads, kept.residuals,
-                    kept.keeps, kept.marks, kept.steep, *cuts, *token_strides(q), *token_strides(k), *_strides(erase),
-                    **alone, MILD=_mild(q.dtype), STEEP=steep, GATHER=True, BK=its.BK, num_warps=its.num_warps,
-                    num_stages=its.num_stages,
-                )  # fmt: skip
+            strides = *token_strides(q), *token_strides(k), *_strides(erase)
+            its = blocks_of("scale", q.dtype, key, value)
+            plain = {name: x for name, x in alone.items() if name != "PRECISION"}
+            scale[grid](
+                q, k, erase, gates, kept.sums, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.keeps, kept.marks, kept.steep,
+                *cuts, *strides, **plain, MILD=_mild(q.dtype), BK=its.BK, num_warps=its.num_warps, num_stages=its.num_stages,
+            )  # fmt: skip
+            its = blocks_of("scores", q.dtype, key, value)
+            scores[(grid[0] * (chunk // 16),)](
+                q, k, erase, kept.sums, kept.reads, kept.residuals, *cuts, *strides,
+                **alone, BK=its.BK, num_warps=its.num_warps, num_stages=its.num_stages,
+            )  # fmt: skip
+            its = blocks_of("steep_scores", q.dtype, key, value)
+            steep_scores[grid](
+                q, k, erase, gates, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.reads, kept.residuals, kept.steep,
+                *cuts, *strides, **alone, BK=its.BK, num_warps=its.num_warps, num_stages=its.num_stages,
+            )  # fmt: skip
             q, k, erase = kept.scaled_q, kept.scaled_k, kept.scaled_e if delta else None
         logs = (None,) * 4 if by_head is None else (wholes, rests, seen_wholes, seen_rests)
         strides = *token_strides(k), *_strides(erase), *token_strides(v)
@@ -327,9 +341,9 @@ def _backward(
         if channel:
             for steep, kernel in enumerate(kernels):
                 channel_gradients[grid](
-                    d_out, q, k, erase, weights, gates, held.marks, held.steep, held.states, d_states, held.written, d_right,
+                    d_out, q, k, erase, weights, gates, held.sums, held.marks, held.steep, held.states, d_states, held.written, d_right,
                     d_reads, d_residuals, gifts, d_gates, dq, dk, de, *cuts, *given, **options, RATES=rates is not None,
-                    STEEP=bool(steep), GATHER=True, **blocks(kernel),
+                    STEEP=bool(steep), **blocks(kernel),
                 )  # fmt: skip
         else:
             its = {name: x for name, x in options.items() if name != "BEFORE"}
