@@ -136,13 +136,13 @@ def _pair_gradients_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "each", "plane"])
 def _key_gradients_kernel(
-    d_out, q, k, e, reaches, tails, weights, shares, written, d_right, states, d_states, marks, d_reads, d_residuals, d_q, d_k,
-    d_e, given, anchors, table, tokens, each, plane, heads,
+    d_out, q, k, e, reaches, tails, shares, written, d_right, states, d_states, marks, d_reads, d_residuals, d_q, d_k, d_e,
+    given, anchors, table, tokens, each, plane, heads,
     d_row, d_token, d_head, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
     RATES: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries and keys of one chunk, head and block of key channels, and what states give to rates and gates."""
+    """Gradients of queries and keys of one chunk, head and block of key channels, and what it gives to rates and gates."""
     NK: tl.constexpr = (DK + BK - 1) // BK
     program = tl.program_id(0)
     strip = program % NK

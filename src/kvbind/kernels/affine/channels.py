@@ -106,8 +106,8 @@ def _scores_kernel(
 ):  # fmt: skip
     """Scores of 16 reads of one chunk and head with all writes before them, where all gates are mild.
 
-    Reads are scaled by the product of gates from the first of the 16 on, writes by that of gates up to there; those behind it
-    are divided by it, which float16 is too narrow for.
+    Reads are scaled by the product of gates from the first of the 16 on, writes by that of gates up to there; those behind
+    it are divided by it, which float16 is too narrow for.
     """
     N: tl.constexpr = C // 16
     program = tl.program_id(0)
@@ -287,8 +287,8 @@ def _mild_pairs(
 ):  # fmt: skip
     """Gradients of queries and keys with what some pairs add, and what these give to logarithms of gates.
 
-    Reads are scaled by `up`, or `seen` where residuals read, writes by `down`. Each gate is given `late` of the reads from it
-    on, `later` of those behind it. Both are made from numbers as they enter products, so that pairs which do not cross a
+    Reads are scaled by `up`, or `seen` where residuals read, writes by `down`. Each gate is given `late` of the reads from
+    it on, `later` of those behind it. Both are made from numbers as they enter products, so that pairs which do not cross a
     gate, being in both, cancel.
     """
     keys, queries = (k * down).to(dtype), (q * up).to(dtype)
@@ -396,8 +396,8 @@ def _gradients_between(
 
 @triton.jit(do_not_specialize=["tokens", "each", "plane"])
 def _channel_gradients_kernel(
-    d_out, q, k, e, weights, gates, sums, marks, steep, states, d_states, written, d_right, d_reads, d_residuals, given, d_gates,
-    d_q, d_k, d_e, table, tokens, each, plane, heads,
+    d_out, q, k, e, weights, gates, sums, marks, steep, states, d_states, written, d_right, d_reads, d_residuals, given,
+    d_gates, d_q, d_k, d_e, table, tokens, each, plane, heads,
     d_row, d_token, d_head, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BEFORE: tl.constexpr,
     DELTA: tl.constexpr, RATES: tl.constexpr, PRECISION: tl.constexpr, STEEP: tl.constexpr,
@@ -520,8 +520,8 @@ def _channel_gradients_kernel(
                 later += de * x_e
         for level in tl.static_range(0, 2):
             dq, dk, de, late, later = _mild_between(
-                dq, dk, de, late, later, x_q, x_k, x_e, sums, summed, before, at, last, stride, live, d_reads, d_residuals, scores,
-                back, dtype, 32 >> level, BEFORE, DELTA, PRECISION,
+                dq, dk, de, late, later, x_q, x_k, x_e, sums, summed, before, at, last, stride, live, d_reads, d_residuals,
+                scores, back, dtype, 32 >> level, BEFORE, DELTA, PRECISION,
             )  # fmt: skip
         # in stretches of 16 writes are divided by products of gates, which float16 is too narrow for
         edge = tl.load(sums + (at // 16 * 16)[:, None] * stride, mask=live, other=0.0)

@@ -80,8 +80,8 @@ def _gate_gradients_kernel(
 ):  # fmt: skip
     """Gradients of rates and gates of one chunk and block of heads, from what pairs and blocks of key channels give.
 
-    `given` is `[2 + 3 NK, chunks, H, C]`: what pairs give to rates and to logarithms of gates; and of each block of keys, sums
-    over channels of `r_t c_t` times what residuals give, of what reads give, and of what writes give. `anchors` is
+    `given` is `[2 + 3 NK, chunks, H, C]`: what pairs give to rates and to logarithms of gates; and of each block of keys,
+    sums over channels of `r_t c_t` times what residuals give, of what reads give, and of what writes give. `anchors` is
     `[NK, chunks, H]`. No sums are subtracted, so that gradients of small gates are as exact as others.
     """
     blocks = (heads + BH - 1) // BH

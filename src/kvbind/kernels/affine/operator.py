@@ -128,8 +128,8 @@ class Kept(NamedTuple):
     Attributes:
         solved: T of each chunk, `[chunks, H, C, C]`.
         reads: A, `[chunks, H, C, C]`.
-        decays: what rates and gates per head are to each token, float32 `[10, chunks, H, C]`: `decays.PLANES`; b is NaN where
-            an output is.
+        decays: what rates and gates per head are to each token, float32 `[10, chunks, H, C]`: `decays.PLANES`; b is NaN
+            where an output is.
         keeps: the product of a chunk's gates, float32 `[chunks, H]` or `[chunks, H, Dk]`.
         marks: 1 for tokens that hold what is not finite, int8 `[B, T, H]`.
         states: the transpose of the state before each chunk, `[chunks, H, Dv, Dk]`.
@@ -212,8 +212,9 @@ def _forward(
             its = blocks_of("scale", q.dtype, key, value)
             plain = {name: x for name, x in alone.items() if name != "PRECISION"}
             scale[grid](
-                q, k, erase, gates, kept.sums, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.keeps, kept.marks, kept.steep,
-                *cuts, *strides, **plain, MILD=_mild(q.dtype), BK=its.BK, num_warps=its.num_warps, num_stages=its.num_stages,
+                q, k, erase, gates, kept.sums, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.keeps, kept.marks,
+                kept.steep, *cuts, *strides, **plain, MILD=_mild(q.dtype), BK=its.BK, num_warps=its.num_warps,
+                num_stages=its.num_stages,
             )  # fmt: skip
             its = blocks_of("scores", q.dtype, key, value)
             scores[(grid[0] * (chunk // 16),)](
@@ -341,14 +342,14 @@ def _backward(
         if channel:
             for steep, kernel in enumerate(kernels):
                 channel_gradients[grid](
-                    d_out, q, k, erase, weights, gates, held.sums, held.marks, held.steep, held.states, d_states, held.written, d_right,
-                    d_reads, d_residuals, gifts, d_gates, dq, dk, de, *cuts, *given, **options, RATES=rates is not None,
-                    STEEP=bool(steep), **blocks(kernel),
+                    d_out, q, k, erase, weights, gates, held.sums, held.marks, held.steep, held.states, d_states,
+                    held.written, d_right, d_reads, d_residuals, gifts, d_gates, dq, dk, de, *cuts, *given, **options,
+                    RATES=rates is not None, STEEP=bool(steep), **blocks(kernel),
                 )  # fmt: skip
         else:
             its = {name: x for name, x in options.items() if name != "BEFORE"}
             key_gradients[grid](
-                d_out, q, k, erase, reaches, tails, weights, shares, held.written, d_right, held.states, d_states, held.marks,
+                d_out, q, k, erase, reaches, tails, shares, held.written, d_right, held.states, d_states, held.marks,
                 d_reads, d_residuals, dq, dk, de, gifts, anchors, *cuts, *given, **its, RATES=rates is not None,
                 GATES=gates is not None, **blocks("key_gradients"),
             )  # fmt: skip

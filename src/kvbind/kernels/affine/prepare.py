@@ -2,8 +2,8 @@
 
 With residuals `U_t = r_t (v_t - e_t M_t)`, where M_t is the state before token t, decayed by its gate or not yet, a chunk
 that starts from S has `(1 + L) U = r o (v - c o (e S))`, `L_tj = r_t (c_t / b_j) <e_t, k_j>` for j < t, c_t being `b_t` or
-`b_(t-1)`. With `T = (1 + L)^-1` it writes `U = T (r o V - r o c o (E S))`, and is read through the scores of queries and keys
-times what is left of each write, `A_tj = (b_t / b_j) <q_t, k_j>` for j <= t.
+`b_(t-1)`. With `T = (1 + L)^-1` it writes `U = T (r o V - r o c o (E S))`, and is read through the scores of queries and
+keys times what is left of each write, `A_tj = (b_t / b_j) <q_t, k_j>` for j <= t.
 
 Stored are T and A, and which tokens hold what is not finite.
 """

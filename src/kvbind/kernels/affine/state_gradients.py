@@ -86,8 +86,8 @@ def _part_gradients_kernel(
         place = (begin + index).to(tl.int64) * heads + head
         token = index * C + at
         _narrow, state = _back(
-            state, d_out, q, k, e, solved, reads, shares, reaches, tails, place, token, token < stop - start, at, inner, columns,
-            keep, d_token, q_token, k_token, e_token, C, DK, DV, BD, DELTA, PRECISION,
+            state, d_out, q, k, e, solved, reads, shares, reaches, tails, place, token, token < stop - start, at, inner,
+            columns, keep, d_token, q_token, k_token, e_token, C, DK, DV, BD, DELTA, PRECISION,
         )  # fmt: skip
         keep = kept(keeps, place - heads, index > first, inner, DK, CHANNEL, True)
     index = ((sequence * parts + part).to(tl.int64)) * heads + head
@@ -135,8 +135,8 @@ def _state_gradients_kernel(
         where = place * (DV * DK) + columns[:, None] * DK + inner[None, :]
         tl.store(d_states + where, state.to(dtype), mask=inside)
         narrow, state = _back(
-            state, d_out, q, k, e, solved, reads, shares, reaches, tails, place, token, token < stop - start, at, inner, columns,
-            keep, d_token, q_token, k_token, e_token, C, DK, DV, BD, DELTA, PRECISION,
+            state, d_out, q, k, e, solved, reads, shares, reaches, tails, place, token, token < stop - start, at, inner,
+            columns, keep, d_token, q_token, k_token, e_token, C, DK, DV, BD, DELTA, PRECISION,
         )  # fmt: skip
         where = place * (C * DV) + at[None, :] * DV + columns[:, None]
         tl.store(d_right + where, narrow, mask=(columns < DV)[:, None])

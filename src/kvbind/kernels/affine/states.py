@@ -3,8 +3,8 @@
 The state is held as its transpose, `[values, keys]`: so it is the first operand of all products, and stays in registers.
 
 A sequence is cut into parts that run at once, as there are fewer heads than multiprocessors. A part is an affine map of the
-state that it starts from, `S -> F S + H`: `parts` finds H of each from a state of zeros and F from the identity, of the first
-the state behind it itself; `chain` finds from these the state behind each part; and `states` starts from that.
+state that it starts from, `S -> F S + H`: `parts` finds H of each from a state of zeros and F from the identity, of the
+first the state behind it itself; `chain` finds from these the state behind each part; and `states` starts from that.
 """
 
 from __future__ import annotations
@@ -147,8 +147,9 @@ def _parts_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "each", "parts"])
 def _states_kernel(
-    q, k, e, v, solved, reads, weights, shares, reaches, tails, keeps, out, states, written, initial, final, ends, table, offsets,
-    tokens, each, heads, parts, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head, v_row, v_token, v_head,
+    q, k, e, v, solved, reads, weights, shares, reaches, tails, keeps, out, states, written, initial, final, ends,
+    table, offsets, tokens, each, heads, parts, q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
+    v_row, v_token, v_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr,
     CHANNEL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
