@@ -232,6 +232,7 @@ def _forward(
         prepare[grid](
             q, k, erase, v, *logs, weights, _optional(kept.residuals), kept.solved, kept.reads, reaches, tails, kept.keeps,
             kept.marks, *cuts, *token_strides(q), *strides, CHANNEL=channel, MODE=1,
+            NARROW=q.dtype != torch.float32,
             **{name: options[name] for name in ("DK", "DV", "C", "DELTA", "PRECISION")},
             **blocks_of("prepare", q.dtype, key, value)._asdict(),
         )  # fmt: skip

@@ -65,13 +65,32 @@ def unit_inverse(low, C: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constex
     return whole
 
 
+@triton.jit
+def _inverse(low, C: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, NARROW: tl.constexpr):
+    """`unit_inverse`; with `NARROW` of products of float16, which hold 11 bits of numbers below 65504."""
+    if NARROW:
+        place = tl.arange(0, C)
+        mine, other = place[:, None], place[None, :]
+        whole = tl.where(mine == other, 1.0, -_corner(low, mine, other, 1))
+        for level in tl.static_range(1, 6):
+            if C > (1 << level):
+                half = tl.dot(whole.to(tl.float16), _corner(low, mine, other, 1 << level).to(tl.float16))
+                whole -= tl.dot(half.to(tl.float16), whole.to(tl.float16))
+        # larger ones, as rates and keys make them for which states grow with every token
+        if tl.max(tl.max(tl.where(tl.abs(whole) < 30000.0, 0, 1), 1), 0) > 0:
+            whole = unit_inverse(low, C, PRECISION, MODE)
+        return whole
+    else:
+        return unit_inverse(low, C, PRECISION, MODE)
+
+
 @triton.jit(do_not_specialize=["tokens", "each"])
 def _prepare_kernel(
     q, k, e, v, wholes, rests, seen_wholes, seen_rests, weights, residuals, solved, reads, reaches, tails, keeps, marks,
     table, tokens, each, heads,
     q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head, v_row, v_token, v_head,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DELTA: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constexpr,
+    DELTA: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """One chunk and head.
 
@@ -124,7 +143,7 @@ def _prepare_kernel(
             low = tl.load(residuals + place * (C * C) + mine * C + other)
         else:
             low *= between(wholes, rests, seen_wholes, seen_rests, place, C, False, True)
-        inverse = unit_inverse(low * tl.load(weights + place * C + mine), C, PRECISION, MODE)
+        inverse = _inverse(low * tl.load(weights + place * C + mine), C, MODE, PRECISION, NARROW)
         tl.store(solved + place * (C * C) + mine * C + other, inverse.to(dtype))
     spoilt = wrong
     for block in range(0, DV, BV):
