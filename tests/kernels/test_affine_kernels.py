@@ -178,7 +178,7 @@ PARTS = {
 @pytest.mark.parametrize("case", PARTS)
 def test_parts_of_a_sequence_run_at_once(case, packed, monkeypatch):
     (names, sizes), bounds = PARTS[case], (0, 1, 1, 30, 150)
-    monkeypatch.setattr(operator, "parts_of", lambda segments, q, v: 4)
+    monkeypatch.setattr(operator, "parts_of", lambda *_: 4)
     operands = draw(150, names, sequences=4 if packed else None, **{"key": 16, "value": 32} | sizes)
     residual = {"residual": case != "no residual"}
 

@@ -21,6 +21,7 @@ from kvbind.inner.value import check_choice
 from kvbind.kernels.affine.backward import key_gradients, pair_gradients
 from kvbind.kernels.affine.channels import channel_gradients, scale, scores, steep_scores
 from kvbind.kernels.affine.decays import PLANES, decays, gate_gradients
+from kvbind.kernels.affine.launches import HEADS, Call, constants_of, parts_of
 from kvbind.kernels.affine.prepare import prepare
 from kvbind.kernels.affine.state_gradients import part_gradients, state_gradients
 from kvbind.kernels.affine.states import chain
@@ -29,64 +30,12 @@ from kvbind.kernels.affine.states import states as run_states
 from kvbind.kernels.affine.tiles import cut
 from kvbind.kernels.causal.segments import Segments, product_precision, token_strides
 from kvbind.kernels.common.devices import on_device_of
-from kvbind.kernels.common.operands import DTYPES, cdiv, last_contiguous, power_of_2
+from kvbind.kernels.common.operands import DTYPES, cdiv, last_contiguous
 from kvbind.kernels.launching import dispatcher
 
 ORDERS = ("before", "after")
 CHUNKS = (16, 32, 64)
 NARROWEST, WIDEST = 16, 256
-
-
-HEADS = 16
-"""Heads of a program that finds what rates and gates are to tokens."""
-
-MULTIPROCESSORS = 132
-"""As many programs are wanted at once: those of an H100 or H200."""
-
-
-class Blocks(NamedTuple):
-    """How one kernel cuts widths, and how it is launched."""
-
-    BK: int
-    BV: int
-    num_warps: int
-    num_stages: int
-
-
-def blocks_of(kernel: str, dtype: torch.dtype, key: int, value: int) -> Blocks:
-    """The blocks of a kernel for operands of these widths.
-
-    Args:
-        kernel: "prepare", "parts", "states", "part_gradients", "state_gradients", "pair_gradients",
-            "key_gradients", and with gates per key channel "scale" and "channel_gradients".
-        dtype: of the operands.
-        key: width of keys.
-        value: width of values.
-    """
-    bk, bv, warps, stages = BLOCKS[kernel]
-    in_order = kernel in ("parts", "states", "part_gradients", "state_gradients")
-    if dtype == torch.float32:
-        # products are three of TF32, from tiles of twice the bytes
-        bk, bv, warps, stages = (32, 16, 8, 1) if in_order else (32, min(bv, 32), 4, 1)
-    elif in_order and key > 128:
-        bv, warps, stages = 64, 8, 1
-    return Blocks(min(bk, max(power_of_2(key), 16)), min(bv, max(power_of_2(value), 16)), warps, stages)
-
-
-BLOCKS = {
-    "scale": (32, 32, 4, 1),
-    "scores": (64, 16, 4, 1),
-    "steep_scores": (16, 16, 4, 1),
-    "prepare": (64, 64, 4, 1),
-    "parts": (128, 128, 8, 2),
-    "states": (128, 128, 8, 2),
-    "part_gradients": (128, 128, 8, 2),
-    "state_gradients": (128, 128, 8, 2),
-    "pair_gradients": (64, 64, 8, 2),
-    "key_gradients": (64, 64, 4, 2),
-    "channel_gradients": (32, 256, 8, 1),
-    "steep_channel_gradients": (32, 256, 8, 1),
-}
 
 
 def _optional(x: Tensor | None) -> Tensor | None:
@@ -102,24 +51,16 @@ def _precision(dtype: torch.dtype) -> str:
     return product_precision(dtype) if dtype == torch.float32 else "tf32"
 
 
-def _options(q: Tensor, v: Tensor, chunk: int, before: bool, delta: bool) -> dict[str, object]:
-    return {
-        "DK": q.shape[-1], "DV": v.shape[-1], "C": chunk, "BEFORE": before, "DELTA": delta,
-        "PRECISION": _precision(q.dtype),
-    }  # fmt: skip
+def _call(q: Tensor, v: Tensor, rates: Tensor | None, gates: Tensor | None, before: bool, delta: bool, chunk: int) -> Call:
+    channel = gates is not None and gates.dim() > 3
+    by_head = gates is not None and not channel
+    return Call(
+        q.dtype, q.shape[3], v.shape[3], chunk, before, delta, channel, rates is not None, by_head, _precision(q.dtype)
+    )
 
 
-def _width(key: int) -> int:
-    """Key channels that a state is held with."""
-    return max(power_of_2(key), 16)
-
-
-def parts_of(segments: Segments, q: Tensor, v: Tensor) -> int:
-    """Into how many parts sequences are cut that run at once."""
-    key, value = q.shape[3], v.shape[3]
-    programs = segments.sequences * q.shape[2] * cdiv(value, blocks_of("states", q.dtype, key, value).BV)
-    chunks = segments.count // segments.sequences
-    return max(1, min(MULTIPROCESSORS // programs, chunks // 4))
+def _parts(segments: Segments, q: Tensor, v: Tensor) -> int:
+    return parts_of(segments.sequences, segments.count, q.shape[2], v.shape[3])
 
 
 class Kept(NamedTuple):
@@ -160,7 +101,7 @@ class Kept(NamedTuple):
     def room(segments: Segments, q: Tensor, v: Tensor, chunk: int, delta: bool, channel: bool, keep: bool) -> Kept:
         """Empty tensors of these shapes; without `keep`, no states and no writes."""
         (_, _, heads, key), value, count = q.shape, v.shape[3], segments.count
-        some, held, parts = (count if delta else 0), (count if keep else 0), parts_of(segments, q, v)
+        some, held, parts = (count if delta else 0), (count if keep else 0), _parts(segments, q, v)
         scaled, wide = (q.shape if channel else (0,)), torch.float32
         return Kept(
             q.new_empty((some, heads, chunk, chunk)),
@@ -180,10 +121,6 @@ class Kept(NamedTuple):
         )
 
 
-def _is_by_channel(gates: Tensor | None) -> bool:
-    return gates is not None and gates.dim() > 3
-
-
 @torch.library.custom_op("kvbind::affine_chunks", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, erase: Tensor | None, rates: Tensor | None, gates: Tensor | None,
@@ -193,94 +130,65 @@ def _forward(
     Tensor,
 ]:  # fmt: skip
     """Outputs, final states, and `Kept`."""
-    segments, channel = cut(q, cu_seqlens, chunk), _is_by_channel(gates)
+    segments, call = cut(q, cu_seqlens, chunk), _call(q, v, rates, gates, before, delta, chunk)
     tokens, heads, key, value = *q.shape[1:], v.shape[3]
-    kept = Kept.room(segments, q, v, chunk, delta, channel, keep)
+    kept = Kept.room(segments, q, v, chunk, delta, call.channel, keep)
     out, final = v.new_empty(v.shape), q.new_empty((segments.sequences, heads, key, value), dtype=torch.float32)
-    options = _options(q, v, chunk, before, delta)
-    alone = {name: options[name] for name in ("DK", "C", "BEFORE", "DELTA", "PRECISION")}
-    cuts, grid = (segments.table, tokens, segments.each, heads), (segments.count * heads,)
+    by_head, parts = (gates if call.gates else None), _parts(segments, q, v)
+    cuts, grid = (segments.table, tokens, segments.each, heads), segments.count * heads
+    places = (segments.table, segments.offsets, tokens, segments.each, heads, parts)
     wholes, rests, seen_wholes, seen_rests, _, _, reaches, tails, weights, shares = kept.decays.unbind()
-    by_head, parts = (None if channel else gates), parts_of(segments, q, v)
+    logs = (wholes, rests, seen_wholes, seen_rests) if call.gates else (None,) * 4
     with on_device_of(q):
         decays[(segments.count * cdiv(heads, HEADS),)](
             kept.decays, rates, by_head, kept.keeps, kept.marks, *cuts[:3], wholes.numel(), heads,
-            C=chunk, BH=HEADS, BEFORE=before, CHANNEL=channel, num_warps=4,
+            **constants_of("decays", call),
         )  # fmt: skip
-        if channel:
+        if call.channel:
             strides = *token_strides(q), *token_strides(k), *_strides(erase)
-            its = blocks_of("scale", q.dtype, key, value)
-            plain = {name: x for name, x in alone.items() if name != "PRECISION"}
-            scale[grid](
+            scale[(grid,)](
                 q, k, erase, gates, kept.sums, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.keeps, kept.marks,
-                kept.steep, *cuts, *strides, **plain, MILD=_mild(q.dtype), BK=its.BK, num_warps=its.num_warps,
-                num_stages=its.num_stages,
+                kept.steep, *cuts, *strides, **constants_of("scale", call),
             )  # fmt: skip
-            its = blocks_of("scores", q.dtype, key, value)
-            scores[(grid[0] * (chunk // 16),)](
-                q, k, erase, kept.sums, kept.reads, kept.residuals, *cuts, *strides,
-                **alone, BK=its.BK, num_warps=its.num_warps, num_stages=its.num_stages,
+            scores[(grid * (chunk // 16),)](
+                q, k, erase, kept.sums, kept.reads, kept.residuals, *cuts, *strides, **constants_of("scores", call),
             )  # fmt: skip
-            its = blocks_of("steep_scores", q.dtype, key, value)
-            steep_scores[grid](
+            steep_scores[(grid,)](
                 q, k, erase, gates, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.reads, kept.residuals, kept.steep,
-                *cuts, *strides, **alone, BK=its.BK, num_warps=its.num_warps, num_stages=its.num_stages,
+                *cuts, *strides, **constants_of("steep_scores", call),
             )  # fmt: skip
             q, k, erase = kept.scaled_q, kept.scaled_k, kept.scaled_e if delta else None
-        logs = (None,) * 4 if by_head is None else (wholes, rests, seen_wholes, seen_rests)
         strides = *token_strides(k), *_strides(erase), *token_strides(v)
-        prepare[grid](
-            q, k, erase, v, *logs, weights, _optional(kept.residuals), kept.solved, kept.reads, reaches, tails, kept.keeps,
-            kept.marks, *cuts, *token_strides(q), *strides, CHANNEL=channel, MODE=1,
-            NARROW=q.dtype != torch.float32,
-            **{name: options[name] for name in ("DK", "DV", "C", "DELTA", "PRECISION")},
-            **blocks_of("prepare", q.dtype, key, value)._asdict(),
+        prepare[(grid,)](
+            q, k, erase, v, *logs, weights, _optional(kept.residuals), kept.solved, kept.reads, reaches, kept.keeps,
+            kept.marks, *cuts, *token_strides(q), *strides, **constants_of("prepare", call),
         )  # fmt: skip
-        places = (segments.table, segments.offsets, tokens, segments.each, heads, parts)
-        ends = q.new_empty((segments.sequences * parts, heads, value, key), dtype=torch.float32)
+        ends, chains = _ends(segments, parts, q, v), segments.sequences * heads
         if parts > 1:
-            its, widths = _passes("parts", options, key, channel, q, v)
-            run_parts[(segments.sequences * (parts - 1) * heads * (cdiv(value, its.BV) + cdiv(key, its.BV)),)](
+            its = constants_of("parts", call)
+            run_parts[(chains * (parts - 1) * (cdiv(value, its["BV"]) + cdiv(key, its["BV"])),)](
                 k, erase, v, kept.solved, weights, shares, tails, kept.keeps, initial, ends, kept.moves, *places,
-                *strides, **widths,
+                *strides, **its,
             )  # fmt: skip
-            _run_chain(ends, kept.moves, heads, parts, options["PRECISION"], False)
-        its, widths = _passes("states", options, key, channel, q, v)
-        run_states[(segments.sequences * parts * heads * cdiv(value, its.BV),)](
+            its = constants_of("chain", call)
+            chain[(chains * cdiv(value, its["BV"]),)](ends, kept.moves, heads, parts, **its)
+        its = constants_of("states", call)
+        run_states[(chains * parts * cdiv(value, its["BV"]),)](
             q, k, erase, v, kept.solved, kept.reads, weights, shares, reaches, tails, kept.keeps, out,
             _optional(kept.states), _optional(kept.written), initial, final, ends, *places, *token_strides(q), *strides,
-            **widths,
+            **its,
         )  # fmt: skip
     return out, final, *kept
 
 
-def _mild(dtype: torch.dtype) -> float:
-    """The least logarithm (base 2) of a gate per channel that may be divided by."""
-    return -2.0 if dtype == torch.float32 else -8.0
-
-
-def _passes(
-    kernel: str, options: dict[str, object], key: int, channel: bool, q: Tensor, v: Tensor
-) -> tuple[Blocks, dict[str, object]]:
-    """Blocks and constants of a kernel that goes through chunks in order."""
-    its = blocks_of(kernel, q.dtype, key, v.shape[3])
-    named = {name: options[name] for name in ("DK", "DV", "C", "DELTA", "PRECISION")}
-    named |= {"BD": _width(key), "BV": its.BV, "CHANNEL": channel, "STAGES": its.num_stages}
-    return its, named | {"num_warps": its.num_warps, "num_stages": its.num_stages}
-
-
-def _run_chain(ends: Tensor, moves: Tensor, heads: int, parts: int, precision: object, reverse: bool) -> None:
-    value, key = ends.shape[2:]
-    block = min(_width(key), 128)
-    chain[(len(ends) // parts * heads * cdiv(value, 16),)](
-        ends, moves, heads, parts, DK=key, DV=value, BK=block, BV=16, REVERSE=reverse, PRECISION=precision, num_warps=8,
-        num_stages=1,
-    )  # fmt: skip
+def _ends(segments: Segments, parts: int, q: Tensor, v: Tensor) -> Tensor:
+    """Room for states behind parts, or gradients of those before them, transposed."""
+    return q.new_empty((segments.sequences * parts, q.shape[2], v.shape[3], q.shape[3]), dtype=torch.float32)
 
 
 @_forward.register_fake
 def _(q, k, v, erase, rates, gates, initial, cu_seqlens, before, delta, chunk, keep):
-    segments, channel = cut(q, cu_seqlens, chunk), _is_by_channel(gates)
+    segments, channel = cut(q, cu_seqlens, chunk), gates is not None and gates.dim() > 3
     final = q.new_empty((segments.sequences, *q.shape[2:], v.shape[3]), dtype=torch.float32)
     return v.new_empty(v.shape), final, *Kept.room(segments, q, v, chunk, delta, channel, keep)
 
@@ -292,14 +200,10 @@ def _backward(
     needs_initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, erase, rates, gates and the initial state; empty where there is none."""
-    segments, held, channel = cut(q, cu_seqlens, chunk), Kept(*kept), _is_by_channel(gates)
+    segments, held = cut(q, cu_seqlens, chunk), Kept(*kept)
+    call = _call(q, v, rates, gates, before, delta, chunk)
     tokens, heads, key, value = *q.shape[1:], v.shape[3]
     d_out = last_contiguous(d_out)
-    options, cuts = _options(q, v, chunk, before, delta), (segments.table, tokens, segments.each, heads)
-    grid, parts = (segments.count * heads,), parts_of(segments, q, v)
-
-    def blocks(kernel: str) -> dict[str, int]:
-        return blocks_of(kernel, q.dtype, key, value)._asdict()
 
     def like(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         return q.new_empty((0,) if x is None else x.shape, dtype=dtype or q.dtype)
@@ -309,55 +213,52 @@ def _backward(
     d_initial = q.new_empty((segments.sequences if needs_initial else 0, heads, key, value), dtype=torch.float32)
     d_states, d_right = torch.empty_like(held.states), torch.empty_like(held.written)
     d_reads, d_residuals = torch.empty_like(held.reads), torch.empty_like(held.solved)
-    scaled = (held.scaled_q, held.scaled_k, _optional(held.scaled_e)) if channel else (q, k, erase)
     wholes, rests, _, seen_rests, floored, seen_floored, reaches, tails, weights, shares = held.decays.unbind()
+    by_head, parts, plane = (gates if call.gates else None), _parts(segments, q, v), wholes.numel()
+    logs = (floored, rests, seen_floored, seen_rests) if call.gates else (None,) * 4
+    places = (segments.table, segments.offsets, tokens, segments.each, heads, parts)
+    cuts, grid = (segments.table, tokens, segments.each, plane, heads), segments.count * heads
+    chains, strips = segments.sequences * heads, constants_of("gate_gradients", call)["NK"]
+    scaled = (held.scaled_q, held.scaled_k, _optional(held.scaled_e)) if call.channel else (q, k, erase)
     operands = (d_out, *scaled, held.solved, held.reads, shares, reaches, tails, held.keeps)
     strides = *token_strides(d_out), *(x for each in scaled for x in _strides(each))
-    places = (segments.table, segments.offsets, tokens, segments.each, heads, parts)
     given = *token_strides(d_out), *token_strides(q), *token_strides(k), *_strides(erase)
+    # what pairs, and each block of key channels, give to rates and gates
+    gifts = q.new_empty((2 + 3 * strips, *wholes.shape), dtype=torch.float32)
+    anchors = q.new_empty((strips, *wholes.shape[:2]), dtype=torch.float32)
     with on_device_of(q):
-        ends = q.new_empty((segments.sequences * parts, heads, value, key), dtype=torch.float32)
+        ends = _ends(segments, parts, q, v)
         if parts > 1:
-            its, widths = _passes("part_gradients", options, key, channel, q, v)
-            part_gradients[(segments.sequences * (parts - 1) * heads * cdiv(value, its.BV),)](
-                *operands, d_final, ends, *places, *strides, **widths,
-            )
-            _run_chain(ends, held.moves, heads, parts, options["PRECISION"], True)
-        its, widths = _passes("state_gradients", options, key, channel, q, v)
-        state_gradients[(segments.sequences * parts * heads * cdiv(value, its.BV),)](
-            *operands, d_states, d_right, d_final, _optional(d_initial), ends, *places, *strides, **widths,
+            its = constants_of("part_gradients", call)
+            part_gradients[(chains * (parts - 1) * cdiv(value, its["BV"]),)](
+                *operands, d_final, ends, *places, *strides, **its,
+            )  # fmt: skip
+            its = constants_of("chain", call, True)
+            chain[(chains * cdiv(value, its["BV"]),)](ends, held.moves, heads, parts, **its)
+        its = constants_of("state_gradients", call)
+        state_gradients[(chains * parts * cdiv(value, its["BV"]),)](
+            *operands, d_states, d_right, d_final, _optional(d_initial), ends, *places, *strides, **its,
         )  # fmt: skip
-        by_head = None if channel else gates
-        logs = (None,) * 4 if by_head is None else (floored, rests, seen_floored, seen_rests)
-        kernels = ("channel_gradients", "steep_channel_gradients") if channel else ("key_gradients",)
-        # pairs, and each block of key channels, give to rates and gates
-        strips, plane = cdiv(key, blocks_of(kernels[0], q.dtype, key, value).BK), wholes.numel()
-        gifts = q.new_empty((2 + 3 * strips, *wholes.shape), dtype=torch.float32)
-        anchors = q.new_empty((strips, *wholes.shape[:2]), dtype=torch.float32)
-        pair_gradients[grid](
+        pair_gradients[(grid,)](
             d_out, q, k, erase, v, *logs, weights, _optional(held.residuals), held.marks, held.written, d_right, dv, d_reads,
-            d_residuals, gifts, *cuts[:3], plane, heads, *given, *token_strides(v),
-            **options, CHANNEL=channel, RATES=rates is not None, **blocks("pair_gradients"),
+            d_residuals, gifts, *cuts, *given, *token_strides(v), **constants_of("pair_gradients", call),
         )  # fmt: skip
-        grid, cuts = (segments.count * heads * strips,), (*cuts[:3], plane, heads)
-        if channel:
-            for steep, kernel in enumerate(kernels):
-                channel_gradients[grid](
+        if call.channel:
+            for kernel in ("channel_gradients", "steep_channel_gradients"):
+                channel_gradients[(grid * strips,)](
                     d_out, q, k, erase, weights, gates, held.sums, held.marks, held.steep, held.states, d_states,
-                    held.written, d_right, d_reads, d_residuals, gifts, d_gates, dq, dk, de, *cuts, *given, **options,
-                    RATES=rates is not None, STEEP=bool(steep), **blocks(kernel),
+                    held.written, d_right, d_reads, d_residuals, gifts, d_gates, dq, dk, de, *cuts, *given,
+                    **constants_of(kernel, call),
                 )  # fmt: skip
         else:
-            its = {name: x for name, x in options.items() if name != "BEFORE"}
-            key_gradients[grid](
+            key_gradients[(grid * strips,)](
                 d_out, q, k, erase, reaches, tails, shares, held.written, d_right, held.states, d_states, held.marks,
-                d_reads, d_residuals, dq, dk, de, gifts, anchors, *cuts, *given, **its, RATES=rates is not None,
-                GATES=gates is not None, **blocks("key_gradients"),
+                d_reads, d_residuals, dq, dk, de, gifts, anchors, *cuts, *given, **constants_of("key_gradients", call),
             )  # fmt: skip
         if rates is not None or by_head is not None:
             gate_gradients[(segments.count * cdiv(heads, HEADS),)](
-                gifts, anchors, held.decays, by_head, _optional(d_rates), None if by_head is None else d_gates, *cuts,
-                C=chunk, BH=HEADS, NK=strips, BEFORE=before, DELTA=delta, num_warps=4,
+                gifts, anchors, held.decays, by_head, _optional(d_rates), d_gates if call.gates else None, *cuts,
+                **constants_of("gate_gradients", call),
             )  # fmt: skip
     return dq, dk, dv, de, d_rates, d_gates, d_initial
 

@@ -25,72 +25,56 @@ def _corner(low, mine, other, H: tl.constexpr):
 
 
 @triton.jit
-def unit_inverse(low, C: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constexpr):
-    """The inverse of `1 + low` for a strictly lower triangular `[C, C]`.
-
-    The inverse of a stretch is that of its halves, and between them `-T_2 L_21 T_1`; blocks of 16 x 16 all at once. Powers
-    of `low`, which would need fewer products, grow beyond float32 where keys repeat.
-    """
+def _exact_inverse(low, C: tl.constexpr, PRECISION: tl.constexpr):
+    """`unit_inverse` of products of float32, blocks of 16 x 16 all at once."""
     N: tl.constexpr = C // 16
-    place = tl.arange(0, C)
+    block, at, place = tl.arange(0, N), tl.arange(0, 16), tl.arange(0, C)
+    same = block[:, None, None, None] == block[None, None, :, None]
+    inside = tl.sum(tl.where(same, tl.reshape(low, (N, 16, N, 16)), 0.0), 2)
+    row, column = at[None, :, None], at[None, None, :]
+    solved = tl.where(row == column, 1.0, -_corner(inside, row, column, 1))
+    for level in tl.static_range(1, 4):
+        half = tl.dot(solved, _corner(inside, row, column, 1 << level), input_precision=PRECISION)
+        solved -= tl.dot(half, solved, input_precision=PRECISION)
+    whole = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), (C, C))
     mine, other = place[:, None], place[None, :]
-    if MODE == 2:
-        whole = tl.where(mine == other, 1.0, -_corner(low, mine, other, 1))
-        for level in tl.static_range(1, 4):
+    for level in tl.static_range(4, 6):
+        if (1 << level) < C:
             half = tl.dot(whole, _corner(low, mine, other, 1 << level), input_precision=PRECISION)
             whole -= tl.dot(half, whole, input_precision=PRECISION)
-    else:
-        block, at = tl.arange(0, N), tl.arange(0, 16)
-        same = block[:, None, None, None] == block[None, None, :, None]
-        inside = tl.sum(tl.where(same, tl.reshape(low, (N, 16, N, 16)), 0.0), 2)
-        row, column = at[None, :, None], at[None, None, :]
-        if MODE == 1:
-            solved = tl.where(row == column, 1.0, -_corner(inside, row, column, 1))
-            for level in tl.static_range(1, 4):
-                half = tl.dot(solved, _corner(inside, row, column, 1 << level), input_precision=PRECISION)
-                solved -= tl.dot(half, solved, input_precision=PRECISION)
-        else:
-            solved = tl.where(row == column, 1.0, tl.zeros((N, 16, 16), tl.float32))
-            for step in range(0, 15):
-                factor = tl.sum(tl.where(column == step, inside, 0.0), 2)
-                known = tl.sum(tl.where(row == step, solved, 0.0), 1)
-                solved -= factor[:, :, None] * known[:, None, :]
-        whole = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), (C, C))
-    if C > 16:
-        half = tl.dot(whole, _corner(low, mine, other, 16), input_precision=PRECISION)
-        whole -= tl.dot(half, whole, input_precision=PRECISION)
-    if C > 32:
-        half = tl.dot(whole, _corner(low, mine, other, 32), input_precision=PRECISION)
-        whole -= tl.dot(half, whole, input_precision=PRECISION)
     return whole
 
 
 @triton.jit
-def _inverse(low, C: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, NARROW: tl.constexpr):
-    """`unit_inverse`; with `NARROW` of products of float16, which hold 11 bits of numbers below 65504."""
+def unit_inverse(low, C: tl.constexpr, PRECISION: tl.constexpr, NARROW: tl.constexpr):
+    """The inverse of `1 + low` for a strictly lower triangular `[C, C]`.
+
+    The inverse of a stretch is that of its halves, and between them `-T_2 L_21 T_1`. Powers of `low`, which would need fewer
+    products, grow beyond float32 where keys repeat. With `NARROW` products are of float16, which holds 11 bits of numbers
+    below 65504; larger ones come about only where rates and keys let states grow with every token.
+    """
     if NARROW:
         place = tl.arange(0, C)
         mine, other = place[:, None], place[None, :]
         whole = tl.where(mine == other, 1.0, -_corner(low, mine, other, 1))
         for level in tl.static_range(1, 6):
-            if C > (1 << level):
+            if (1 << level) < C:
                 half = tl.dot(whole.to(tl.float16), _corner(low, mine, other, 1 << level).to(tl.float16))
                 whole -= tl.dot(half.to(tl.float16), whole.to(tl.float16))
-        # larger ones, as rates and keys make them for which states grow with every token
         if tl.max(tl.max(tl.where(tl.abs(whole) < 30000.0, 0, 1), 1), 0) > 0:
-            whole = unit_inverse(low, C, PRECISION, MODE)
+            whole = _exact_inverse(low, C, PRECISION)
         return whole
     else:
-        return unit_inverse(low, C, PRECISION, MODE)
+        return _exact_inverse(low, C, PRECISION)
 
 
 @triton.jit(do_not_specialize=["tokens", "each"])
 def _prepare_kernel(
-    q, k, e, v, wholes, rests, seen_wholes, seen_rests, weights, residuals, solved, reads, reaches, tails, keeps, marks,
+    q, k, e, v, wholes, rests, seen_wholes, seen_rests, weights, residuals, solved, reads, reaches, keeps, marks,
     table, tokens, each, heads,
     q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head, v_row, v_token, v_head,
-    DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DELTA: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constexpr, NARROW: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DELTA: tl.constexpr, CHANNEL: tl.constexpr,
+    PRECISION: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """One chunk and head.
 
@@ -113,28 +97,32 @@ def _prepare_kernel(
     if e is not None:
         e += row * e_row + head * e_head + token * e_token
     dtype: tl.constexpr = v.dtype.element_ty
-    inner, columns = tl.arange(0, BK), tl.arange(0, BV)
+    inner = tl.arange(0, BK)
     mine, other = at[:, None], at[None, :]
 
-    wrong = marked_rows(marks, places, rows)
     scores = tl.zeros((C, C), tl.float32)
     low = tl.zeros((C, C), tl.float32)
-    unread = tl.zeros((C,), tl.int32)
+    # NaN where something is not finite, else 0
+    unread = tl.zeros((C, BK), tl.float32)
+    spoilt = tl.zeros((C, BK), tl.float32)
     for block in range(0, DK, BK):
         x = read_rows(q + block, mine * q_token + inner[None, :], rows, block + inner, DK, BK)
-        unread = tl.maximum(unread, rows_wrong(x))
+        unread += x.to(tl.float32) * 0.0
         if not CHANNEL:
             y = read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK)
-            wrong = tl.maximum(wrong, rows_wrong(y))
+            spoilt += y.to(tl.float32) * 0.0
             y = finite(y)
             scores = tl.dot(finite(x), tl.trans(y), scores, input_precision=PRECISION)
             if DELTA:
                 z = y
                 if e is not None:
                     z = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK)
-                    wrong = tl.maximum(wrong, rows_wrong(z))
+                    spoilt += z.to(tl.float32) * 0.0
                     z = finite(z)
                 low = tl.dot(z, tl.trans(y), low, input_precision=PRECISION)
+    for block in range(0, DV, BK):
+        y = read_rows(v + block, mine * v_token + inner[None, :], rows, block + inner, DV, BK)
+        spoilt += y.to(tl.float32) * 0.0
     if not CHANNEL:
         scores *= between(wholes, rests, wholes, rests, place, C, False, False)
         tl.store(reads + place * (C * C) + mine * C + other, scores.to(dtype))
@@ -143,26 +131,21 @@ def _prepare_kernel(
             low = tl.load(residuals + place * (C * C) + mine * C + other)
         else:
             low *= between(wholes, rests, seen_wholes, seen_rests, place, C, False, True)
-        inverse = _inverse(low * tl.load(weights + place * C + mine), C, MODE, PRECISION, NARROW)
+        inverse = unit_inverse(low * tl.load(weights + place * C + mine), C, PRECISION, NARROW)
         tl.store(solved + place * (C * C) + mine * C + other, inverse.to(dtype))
-    spoilt = wrong
-    for block in range(0, DV, BV):
-        y = read_rows(v + block, mine * v_token + columns[None, :], rows, block + columns, DV, BV)
-        spoilt = tl.maximum(spoilt, rows_wrong(y))
+
     # outputs that see a token in which something is not finite are none, and so is the state behind it
-    tl.store(marks + places, spoilt.to(tl.int8), mask=rows)
-    if tl.max(tl.maximum(spoilt, unread), 0) > 0:
-        vectors = place * C + at
-        unseen = (tl.cumsum(spoilt, 0) > 0) | (unread > 0)
-        tl.store(reaches + vectors, float("nan"), mask=unseen)
-        tl.store(tails + vectors, 0.0, mask=wrong > 0)
-        if tl.max(spoilt, 0) > 0:
-            if CHANNEL:
-                for block in range(0, DK, BK):
-                    nothing = tl.full((BK,), float("nan"), tl.float32)
-                    tl.store(keeps + place * DK + block + inner, nothing, mask=block + inner < DK)
-            else:
-                tl.store(keeps + place, float("nan"))
+    wrong = tl.maximum(marked_rows(marks, places, rows), rows_wrong(spoilt))
+    tl.store(marks + places, wrong.to(tl.int8), mask=rows)
+    unseen = (tl.cumsum(wrong, 0) > 0) | (rows_wrong(unread) > 0)
+    tl.store(reaches + place * C + at, float("nan"), mask=unseen)
+    if tl.max(wrong, 0) > 0:
+        if CHANNEL:
+            for block in range(0, DK, BK):
+                nothing = tl.full((BK,), float("nan"), tl.float32)
+                tl.store(keeps + place * DK + block + inner, nothing, mask=block + inner < DK)
+        else:
+            tl.store(keeps + place, float("nan"))
 
 
 prepare = Launcher(_prepare_kernel)
