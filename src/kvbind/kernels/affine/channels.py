@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kvbind.kernels.affine.tiles import marked_rows
-from kvbind.kernels.causal.segments import SHUT, finite, read_rows, segment, without
+from kvbind.kernels.causal.segments import SHUT, finite, read_rows, rows_wrong, segment, without
 from kvbind.kernels.launching.launcher import Launcher
 
 
@@ -43,7 +43,7 @@ def _open(logs):
 
 @triton.jit(do_not_specialize=["tokens", "each"])
 def _scale_kernel(
-    q, k, e, gates, sums, scaled_q, scaled_k, scaled_e, keeps, marks, steep, table, tokens, each, heads,
+    q, k, e, gates, sums, scaled_q, scaled_k, scaled_e, keeps, reaches, marks, steep, table, tokens, each, heads,
     q_row, q_token, q_head, k_row, k_token, k_head, e_row, e_token, e_head,
     DK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr, MILD: tl.constexpr,
 ):  # fmt: skip
@@ -68,6 +68,7 @@ def _scale_kernel(
     inner, mine = tl.arange(0, BK), at[:, None]
 
     wrong = marked_rows(marks, places, rows)
+    unread = tl.zeros((C,), tl.int32)
     steepest = 0.0
     for block in range(0, DK, BK):
         where, live = base + block + mine * (heads * DK) + inner[None, :], rows[:, None] & (block + inner < DK)[None, :]
@@ -81,6 +82,7 @@ def _scale_kernel(
             z = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK).to(tl.float32)
             good = good & (tl.abs(z) < float("inf"))
         wrong = tl.maximum(wrong, tl.max(tl.where(good, 0, 1), 1))
+        unread = tl.maximum(unread, rows_wrong(x))
         own = _open(own)
         summed = tl.cumsum(own, 0)
         total = tl.sum(own, 0)[None, :]
@@ -94,6 +96,7 @@ def _scale_kernel(
             tl.store(scaled_e + where, (finite(z) * seen).to(dtype), mask=live)
         tl.store(keeps + place * DK + (block + inner)[None, :], tl.exp2(total), mask=(block + inner < DK)[None, :])
     tl.store(marks + places, wrong.to(tl.int8), mask=rows)
+    tl.store(reaches + place * C + at, float("nan"), mask=unread > 0)
     tl.store(steep + place, (steepest < MILD).to(tl.int8))
 
 

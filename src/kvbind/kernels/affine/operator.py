@@ -147,8 +147,8 @@ def _forward(
         if call.channel:
             strides = *token_strides(q), *token_strides(k), *_strides(erase)
             scale[(grid,)](
-                q, k, erase, gates, kept.sums, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.keeps, kept.marks,
-                kept.steep, *cuts, *strides, **constants_of("scale", call),
+                q, k, erase, gates, kept.sums, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.keeps, reaches,
+                kept.marks, kept.steep, *cuts, *strides, **constants_of("scale", call),
             )  # fmt: skip
             scores[(grid * (chunk // 16),)](
                 q, k, erase, kept.sums, kept.reads, kept.residuals, *cuts, *strides, **constants_of("scores", call),

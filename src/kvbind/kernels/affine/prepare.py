@@ -68,6 +68,31 @@ def unit_inverse(low, C: tl.constexpr, PRECISION: tl.constexpr, NARROW: tl.const
         return _exact_inverse(low, C, PRECISION)
 
 
+@triton.jit
+def _pairs(q, k, e, at, rows, q_token, k_token, e_token, DK: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+           DELTA: tl.constexpr, CLEAN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """`<q, k>` and `<e, k>`; with `CLEAN` of what is finite alone, and which rows of q, and of k and e, are not."""
+    inner, mine = tl.arange(0, BK), at[:, None]
+    scores = tl.zeros((C, C), tl.float32)
+    low = tl.zeros((C, C), tl.float32)
+    unread = tl.zeros((C,), tl.int32)
+    wrong = tl.zeros((C,), tl.int32)
+    for block in range(0, DK, BK):
+        x = read_rows(q + block, mine * q_token + inner[None, :], rows, block + inner, DK, BK)
+        y = read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK)
+        z = y
+        if DELTA and e is not None:
+            z = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK)
+        if CLEAN:
+            unread = tl.maximum(unread, rows_wrong(x))
+            wrong = tl.maximum(wrong, tl.maximum(rows_wrong(y), rows_wrong(z)))
+            x, y, z = finite(x), finite(y), finite(z)
+        scores = tl.dot(x, tl.trans(y), scores, input_precision=PRECISION)
+        if DELTA:
+            low = tl.dot(z, tl.trans(y), low, input_precision=PRECISION)
+    return scores, low, unread, wrong
+
+
 @triton.jit(do_not_specialize=["tokens", "each"])
 def _prepare_kernel(
     q, k, e, v, wholes, rests, seen_wholes, seen_rests, weights, residuals, solved, reads, reaches, keeps, marks,
@@ -100,29 +125,32 @@ def _prepare_kernel(
     inner = tl.arange(0, BK)
     mine, other = at[:, None], at[None, :]
 
-    scores = tl.zeros((C, C), tl.float32)
-    low = tl.zeros((C, C), tl.float32)
     # NaN where something is not finite, else 0
-    unread = tl.zeros((C, BK), tl.float32)
-    spoilt = tl.zeros((C, BK), tl.float32)
-    for block in range(0, DK, BK):
-        x = read_rows(q + block, mine * q_token + inner[None, :], rows, block + inner, DK, BK)
-        unread += x.to(tl.float32) * 0.0
-        if not CHANNEL:
-            y = read_rows(k + block, mine * k_token + inner[None, :], rows, block + inner, DK, BK)
-            spoilt += y.to(tl.float32) * 0.0
-            y = finite(y)
-            scores = tl.dot(finite(x), tl.trans(y), scores, input_precision=PRECISION)
-            if DELTA:
-                z = y
-                if e is not None:
-                    z = read_rows(e + block, mine * e_token + inner[None, :], rows, block + inner, DK, BK)
-                    spoilt += z.to(tl.float32) * 0.0
-                    z = finite(z)
-                low = tl.dot(z, tl.trans(y), low, input_precision=PRECISION)
+    odd = tl.zeros((C, BK), tl.float32)
     for block in range(0, DV, BK):
-        y = read_rows(v + block, mine * v_token + inner[None, :], rows, block + inner, DV, BK)
-        spoilt += y.to(tl.float32) * 0.0
+        odd += 0.0 * read_rows(v + block, mine * v_token + inner[None, :], rows, block + inner, DV, BK).to(tl.float32)
+    wrong = tl.maximum(marked_rows(marks, places, rows), rows_wrong(odd))
+    unread = tl.zeros((C,), tl.int32)
+    if not CHANNEL:
+        scores, low, _none, _none = _pairs(
+            q, k, e, at, rows, q_token, k_token, e_token, DK, C, BK, DELTA, False, PRECISION
+        )  # fmt: skip
+        if tl.max(tl.max(tl.where(tl.abs(scores) + tl.abs(low) < float("inf"), 0, 1), 1), 0) > 0:
+            scores, low, unread, its = _pairs(
+                q, k, e, at, rows, q_token, k_token, e_token, DK, C, BK, DELTA, True, PRECISION
+            )  # fmt: skip
+            wrong = tl.maximum(wrong, its)
+    # outputs that see a token in which something is not finite are none, and so is the state behind it
+    tl.store(marks + places, wrong.to(tl.int8), mask=rows)
+    unseen = (tl.cumsum(wrong, 0) > 0) | (unread > 0)
+    tl.store(reaches + place * C + at, float("nan"), mask=unseen)
+    if tl.max(wrong, 0) > 0:
+        if CHANNEL:
+            for block in range(0, DK, BK):
+                nothing = tl.full((BK,), float("nan"), tl.float32)
+                tl.store(keeps + place * DK + block + inner, nothing, mask=block + inner < DK)
+        else:
+            tl.store(keeps + place, float("nan"))
     if not CHANNEL:
         scores *= between(wholes, rests, wholes, rests, place, C, False, False)
         tl.store(reads + place * (C * C) + mine * C + other, scores.to(dtype))
@@ -133,19 +161,6 @@ def _prepare_kernel(
             low *= between(wholes, rests, seen_wholes, seen_rests, place, C, False, True)
         inverse = unit_inverse(low * tl.load(weights + place * C + mine), C, PRECISION, NARROW)
         tl.store(solved + place * (C * C) + mine * C + other, inverse.to(dtype))
-
-    # outputs that see a token in which something is not finite are none, and so is the state behind it
-    wrong = tl.maximum(marked_rows(marks, places, rows), rows_wrong(spoilt))
-    tl.store(marks + places, wrong.to(tl.int8), mask=rows)
-    unseen = (tl.cumsum(wrong, 0) > 0) | (rows_wrong(unread) > 0)
-    tl.store(reaches + place * C + at, float("nan"), mask=unseen)
-    if tl.max(wrong, 0) > 0:
-        if CHANNEL:
-            for block in range(0, DK, BK):
-                nothing = tl.full((BK,), float("nan"), tl.float32)
-                tl.store(keeps + place * DK + block + inner, nothing, mask=block + inner < DK)
-        else:
-            tl.store(keeps + place, float("nan"))
 
 
 prepare = Launcher(_prepare_kernel)
