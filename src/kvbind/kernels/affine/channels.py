@@ -1,17 +1,15 @@
 """Gates per key channel: what they make of queries and keys, and the way back.
 
-A score of a read t and a write j is `sum_f q_tf k_jf exp(B_tf - B_jf)`, where B are the summed logarithms of gates. Scaling
-all of a chunk to one boundary divides by products of gates, which overflow. Here a chunk is halved, its halves are halved,
-and so on (as in `kvbind.forms.channels`): the reads of every second half meet the writes of the first at the boundary
-between them, reads scaled by the product of gates from there on, writes by that of the gates up to it. All factors are
-products over stretches that begin or end at a boundary, and sums of logarithms are never subtracted.
+A score of a read t and a write j is `sum_f q_tf k_jf exp(B_tf - B_jf)`, where B are the logarithms of gates summed from the
+chunk's start on. B is stored once, so that all kernels read it at the boundaries that they need. Scores of 16 reads are
+products of reads scaled by `exp(B_t - B_s)` and writes scaled by `exp(B_s - B_j)`, s being the first of the 16: at most 1
+but for the writes among the 16 themselves, which are divided by products of gates. Where a gate of a chunk is too small for
+that, the chunk is *steep* and goes the longer way of `kvbind.kernels.affine.halves`, in launches that do nothing elsewhere.
 
 With the scores and with queries and keys scaled to the chunk's own ends, the other kernels need know nothing of channels.
 
-The gradient of a gate goes the other way, from the chunk to its halves. What hangs on a stretch is a sum of three kinds of
-terms: `z` times the product of all its gates, `x_t` times that up to token t, `y_j` times that behind token j. For its
-first half, z is the second's product times its own, and the second's x, each with its product, are added; and likewise for
-the second. At single tokens, what is left of z and x is the gradient. Nothing is divided by a gate.
+The gradient of the logarithm of a gate is the sum over reads from it on of what they give to their B, less that over writes
+from it on: pairs that lie behind the gate are in both sums, as products of the same rounded numbers, and cancel.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvbind.kernels.affine.halves import factors, gradients_between, meets, scores_between
 from kvbind.kernels.affine.tiles import marked_rows
 from kvbind.kernels.causal.segments import SHUT, finite, read_rows, rows_wrong, segment, without
 from kvbind.kernels.launching.launcher import Launcher
@@ -163,58 +162,6 @@ def _scores_kernel(
         tl.store(residuals + where, tl.where(own[:, None] > at[None, :], erased, 0.0))
 
 
-@triton.jit
-def _up_to(logs, H: tl.constexpr):
-    """Sums of rows of each stretch of H up to every row, its own included."""
-    if H == 1:
-        return logs
-    else:
-        rows: tl.constexpr = logs.shape[0]
-        width: tl.constexpr = logs.shape[1]
-        return tl.reshape(tl.cumsum(tl.reshape(logs, (rows // H, H, width)), 1), (rows, width))
-
-
-@triton.jit
-def _from(logs, H: tl.constexpr):
-    """Sums of rows of each stretch of H from every row on, its own included."""
-    if H == 1:
-        return logs
-    else:
-        rows: tl.constexpr = logs.shape[0]
-        width: tl.constexpr = logs.shape[1]
-        return tl.reshape(tl.cumsum(tl.reshape(logs, (rows // H, H, width)), 1, reverse=True), (rows, width))
-
-
-@triton.jit
-def _factors(own, earlier, later, at, H: tl.constexpr, BEFORE: tl.constexpr):
-    """Of stretches of H: products of gates up to each row; those that a residual sees; those behind each row."""
-    reach = tl.exp2(_up_to(own, H))
-    seen = reach
-    if not BEFORE:
-        seen = tl.exp2(_up_to(tl.where((at % H == 0)[:, None], 0.0, earlier), H))
-    return reach, seen, tl.exp2(_from(tl.where((at % H == H - 1)[:, None], 0.0, later), H))
-
-
-@triton.jit
-def _meet(mine, other, H: tl.constexpr):
-    """Whether a row is in the second half of a stretch of 2 H and a column in its first."""
-    return (mine // (2 * H) == other // (2 * H)) & (mine // H > other // H)
-
-
-@triton.jit
-def _scores_between(scores, erased, x, y, z, own, earlier, later, at, dtype: tl.constexpr, H: tl.constexpr,
-                    BEFORE: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Scores of reads in second halves of stretches of 2 H with writes in first ones, added."""
-    if H > 0:
-        reach, seen, behind = _factors(own, earlier, later, at, H, BEFORE)
-        meet = _meet(at[:, None], at[None, :], H)
-        keys = tl.trans((y * behind).to(dtype))
-        scores += tl.where(meet, tl.dot((x * reach).to(dtype), keys, input_precision=PRECISION), 0.0)
-        if DELTA:
-            erased += tl.where(meet, tl.dot((z * seen).to(dtype), keys, input_precision=PRECISION), 0.0)
-    return scores, erased
-
-
 @triton.jit(do_not_specialize=["tokens", "each"])
 def _steep_kernel(
     q, k, e, gates, scaled_q, scaled_k, scaled_e, reads, residuals, steep, table, tokens, each, heads,
@@ -268,10 +215,10 @@ def _steep_kernel(
             earlier, _least = _logarithms(logs, gate_places - heads * DK, ((at > 0) & rows)[:, None] & inside)
             earlier = _open(earlier)
         for level in tl.static_range(0, 6):
-            scores, erased = _scores_between(
+            scores, erased = scores_between(
                 scores, erased, real, y, z, own, earlier, later, at, dtype, (C // 2) >> level, BEFORE, DELTA, PRECISION
             )
-        reach, seen, behind = _factors(own, earlier, later, at, C, BEFORE)
+        reach, seen, behind = factors(own, earlier, later, at, C, BEFORE)
         where = base + block + gate_places
         # queries keep what is not finite, as it is theirs alone
         tl.store(scaled_q + where, (x * reach).to(dtype), mask=stored)
@@ -332,69 +279,10 @@ def _mild_between(
         if not BEFORE:
             seen = tl.exp2(tl.where(second, before - edge, 0.0))
         dq, dk, de, late, later = _mild_pairs(
-            dq, dk, de, late, later, q, k, e, up, seen, up, _meet(at[None, :], at[:, None], H),
-            _meet(at[:, None], at[None, :], H), d_reads, d_residuals, scores, back, dtype, BEFORE, DELTA, PRECISION,
+            dq, dk, de, late, later, q, k, e, up, seen, up, meets(at[None, :], at[:, None], H),
+            meets(at[:, None], at[None, :], H), d_reads, d_residuals, scores, back, dtype, BEFORE, DELTA, PRECISION,
         )  # fmt: skip
     return dq, dk, de, late, later
-
-
-@triton.jit
-def _halves(x, H: tl.constexpr):
-    """Sums over the rows of each first and of each second half of stretches of 2 H, at every row of the other half."""
-    rows: tl.constexpr = x.shape[0]
-    width: tl.constexpr = x.shape[1]
-    second = (tl.arange(0, 2) > 0)[None, :, None, None]
-    parted = tl.reshape(x, (rows // (2 * H), 2, H, width))
-    of_first = tl.sum(tl.sum(tl.where(second, 0.0, parted), 2), 1)[:, None, None, :]
-    of_second = tl.sum(tl.sum(tl.where(second, parted, 0.0), 2), 1)[:, None, None, :]
-    return tl.reshape(tl.where(second, of_first, of_second) + tl.zeros_like(parted), (rows, width))
-
-
-@triton.jit
-def _gradients_between(
-    dq, dk, de, x, x_before, y_behind, through, q, k, e, own, earlier, later, d_reads, d_residuals, turned_reads,
-    turned_residuals, at, dtype: tl.constexpr, H: tl.constexpr, BEFORE: tl.constexpr, DELTA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What pairs that meet in stretches of 2 H add to gradients, and what hangs on their halves.
-
-    What hangs on stretches of 2 H: x multiplies products up to each row, its own included, `x_before` those without it,
-    `y_behind` products behind it, and `through` the product of all. Gradients of scores have rows of the writes, and turned
-    of the reads.
-    """
-    if H > 0:
-        reach, seen, behind = _factors(own, earlier, later, at, H, BEFORE)
-        second = (at // H % 2 == 1)[:, None]
-        # products of the other half
-        whole = tl.exp2(_halves(own, H))
-        through = through * whole + _halves(tl.where(second, x * reach, y_behind * behind), H)
-        if not BEFORE:
-            through += _halves(tl.where(second, x_before * seen, 0.0), H)
-            x_before = tl.where(second, x_before * whole, x_before)
-        x = tl.where(second, x * whole, x)
-        y_behind = tl.where(second, y_behind, y_behind * whole)
-
-        # rows are of the writes
-        meet = _meet(at[None, :], at[:, None], H)
-        keys, queries = (k * behind).to(dtype), (q * reach).to(dtype)
-        turned = _meet(at[:, None], at[None, :], H)
-        found = tl.dot(tl.where(turned, turned_reads, 0.0).to(dtype), keys, input_precision=PRECISION)
-        dq += found * reach
-        x += found * q
-        found = tl.dot(tl.where(meet, d_reads, 0.0).to(dtype), queries, input_precision=PRECISION)
-        if DELTA:
-            shares = tl.where(meet, d_residuals, 0.0).to(dtype)
-            found = tl.dot(shares, (e * seen).to(dtype), found, input_precision=PRECISION)
-        dk += found * behind
-        y_behind += found * k
-        if DELTA:
-            found = tl.dot(tl.where(turned, turned_residuals, 0.0).to(dtype), keys, input_precision=PRECISION)
-            de += found * seen
-            if BEFORE:
-                x += found * e
-            else:
-                x_before += found * e
-    return dq, dk, de, x, x_before, y_behind, through
 
 
 @triton.jit(do_not_specialize=["tokens", "each", "plane"])
@@ -476,7 +364,7 @@ def _channel_gradients_kernel(
         if not BEFORE:
             earlier, _least = _logarithms(gates + base, where - heads * DK, ((at > 0) & rows)[:, None] & inside)
             earlier = _open(earlier)
-        reach, seen, behind = _factors(own, earlier, later, at, C, BEFORE)
+        reach, seen, behind = factors(own, earlier, later, at, C, BEFORE)
     else:
         sums += base + inner[None, :]
         stride = heads * DK
@@ -505,7 +393,7 @@ def _channel_gradients_kernel(
         if DELTA:
             taken, turned_taken = tl.load(d_residuals + scores), tl.load(d_residuals + back)
         for level in tl.static_range(0, 6):
-            dq, dk, de, x, x_before, y_behind, through = _gradients_between(
+            dq, dk, de, x, x_before, y_behind, through = gradients_between(
                 dq, dk, de, x, x_before, y_behind, through, x_q, x_k, x_e, own, earlier, later, shares, taken, turned,
                 turned_taken, at, dtype, (C // 2) >> level, BEFORE, DELTA, PRECISION,
             )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -117,7 +117,7 @@ def _blocks(kernel: str, call: Call) -> Blocks:
 
 
 @cache
-def constants_of(kernel: str, call: Call, reverse: bool = False) -> dict[str, object]:
+def constants_of(kernel: str, call: Call, reverse: bool = False) -> dict[str, Any]:
     """The constants of a launch by name, warps, stages and registers among them.
 
     Args:

@@ -1,8 +1,8 @@
 """The delta rule and its kin in chunks: `S_t = a_t o S_{t-1} + r_t k_t^T (v_t - e_t M_t)`, `o_t = q_t S_t`.
 
-Chunks are first prepared all at once (`prepare`; with gates per key channel, before that what these make of queries
-and keys: `channels`), then `states` goes through them in order, for the state and outputs. The backward pass takes the
-gradient of the state through them from the end (`state_gradients`), then those of operands all at once (`backward`).
+Chunks are first prepared all at once (`decays`, `prepare`; with gates per key channel, between the two what these make of
+queries and keys: `channels`), then `states` goes through them in order, for the state and outputs. The backward pass takes
+the gradient of the state through them from the end (`state_gradients`), then those of operands all at once (`backward`).
 
 Instances: the delta rule in its WY representation (arXiv 2406.06484), gated (2412.06464), with gates per key channel
 (2510.26692), gated linear attention (2312.06635). Kept for the backward pass: the operands, and of each chunk its inverse,
