@@ -19,7 +19,7 @@ WIDEST_MOVE = 128
 """Key channels of a block of the map of a part."""
 
 
-class Call(NamedTuple):
+class AffineCall(NamedTuple):
     """What constants of kernels depend on.
 
     Attributes:
@@ -98,7 +98,7 @@ NAMES = {
 """Constants of each kernel."""
 
 
-def _blocks(kernel: str, call: Call) -> Blocks:
+def _blocks(kernel: str, call: AffineCall) -> Blocks:
     wide = call.dtype == torch.float32
     if kernel in IN_ORDER:
         blocks = IN_ORDER[kernel]
@@ -117,7 +117,7 @@ def _blocks(kernel: str, call: Call) -> Blocks:
 
 
 @cache
-def constants_of(kernel: str, call: Call, reverse: bool = False) -> dict[str, Any]:
+def constants_of(kernel: str, call: AffineCall, reverse: bool = False) -> dict[str, Any]:
     """The constants of a launch by name, warps, stages and registers among them.
 
     Args:

@@ -21,7 +21,7 @@ from kvbind.inner.value import check_choice
 from kvbind.kernels.affine.backward import key_gradients, pair_gradients
 from kvbind.kernels.affine.channels import channel_gradients, scale, scores, steep_scores
 from kvbind.kernels.affine.decays import PLANES, decays, gate_gradients
-from kvbind.kernels.affine.launches import HEADS, Call, constants_of, parts_of
+from kvbind.kernels.affine.launches import HEADS, AffineCall, constants_of, parts_of
 from kvbind.kernels.affine.prepare import prepare
 from kvbind.kernels.affine.state_gradients import part_gradients, state_gradients
 from kvbind.kernels.affine.states import chain
@@ -51,12 +51,12 @@ def _precision(dtype: torch.dtype) -> str:
     return product_precision(dtype) if dtype == torch.float32 else "tf32"
 
 
-def _call(q: Tensor, v: Tensor, rates: Tensor | None, gates: Tensor | None, before: bool, delta: bool, chunk: int) -> Call:
+def _call(
+    q: Tensor, v: Tensor, rates: Tensor | None, gates: Tensor | None, before: bool, delta: bool, chunk: int
+) -> AffineCall:  # fmt: skip
     channel = gates is not None and gates.dim() > 3
-    by_head = gates is not None and not channel
-    return Call(
-        q.dtype, q.shape[3], v.shape[3], chunk, before, delta, channel, rates is not None, by_head, _precision(q.dtype)
-    )
+    by_head, widths = gates is not None and not channel, (q.shape[3], v.shape[3])
+    return AffineCall(q.dtype, *widths, chunk, before, delta, channel, rates is not None, by_head, _precision(q.dtype))
 
 
 def _parts(segments: Segments, q: Tensor, v: Tensor) -> int:
