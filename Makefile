@@ -35,8 +35,8 @@ VERSION_TESTS := tests/models tests/tasks tests/train/test_config.py tests/train
 
 .PHONY: table2 test docs test-faults test-nightly test-newest test-oldest test-serving package lock clean
 
-table2: $(RUN)/.lock  ## train the ladder on real text and write its report to runs/
-	$(RUN)/bin/kvbind reproduce table2 --task language --scale smoke
+table2: $(RUN)/.lock  ## train the ladder on real text and write its report to runs/; EDITS changes settings, as train.steps=40
+	$(RUN)/bin/kvbind reproduce table2 --task language --scale smoke $(EDITS)
 
 test: $(TEST)/.lock  ## lint, types, floors and tests
 	$(TEST)/bin/ruff format --check .

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from matplotlib.ticker import FormatStrFormatter, FuncFormatter, LogLocator
@@ -12,7 +11,7 @@ from matplotlib.ticker import FormatStrFormatter, FuncFormatter, LogLocator
 import kvbind
 from kvbind import InnerLoop, Linear
 from kvbind.bench.tables.decoding import decoding_rows
-from kvbind.experiments.plotting import BLUE, GREEN, ORANGE, RED, figure
+from kvbind.experiments.plotting import BLUE, GREEN, ORANGE, RED, figure, write_png
 from kvbind.hardware import ACCELERATORS
 
 DOCS = Path(__file__).parent
@@ -25,24 +24,26 @@ def visibility() -> None:
     tokens, chunk, width = 24, 6, 16
     q, k = (F.normalize(torch.rand(1, tokens, 1, width), dim=-1) for _ in range(2))
     v = torch.randn(1, tokens, 1, width)
-    drawing, axes = plt.subplots(1, 4, figsize=(11, 3.1), layout="constrained")
-    for ax, name in zip(axes, ("past", "token", "chunk", "full"), strict=True):
-        spec = InnerLoop(network=Linear(), visibility=name, chunk=None if name == "full" else chunk)
-        weights = {"out": torch.zeros(1, width, width)}
-        matrix = kvbind.linearize(spec, weights, q, k, v).matrix()[0, 0]
-        ax.imshow(matrix.where(matrix != 0, torch.nan), cmap="viridis", vmin=0, vmax=1)
-        for edge in range(chunk, tokens, chunk):
-            ax.axhline(edge - 0.5, color="0.6", linewidth=0.5)
-            ax.axvline(edge - 0.5, color="0.6", linewidth=0.5)
-        ax.set(title=name, xlabel="token that wrote", xticks=[], yticks=[])
-    axes[0].set_ylabel("token that reads")
-    drawing.savefig(IMAGES / "visibility.png", dpi=150)
+    with figure(IMAGES / "visibility.png", 11, 3.1) as drawing:
+        axes = drawing.subplots(1, 4)
+        for ax, name in zip(axes, ("past", "token", "chunk", "full"), strict=True):
+            spec = InnerLoop(network=Linear(), visibility=name, chunk=None if name == "full" else chunk)
+            weights = {"out": torch.zeros(1, width, width)}
+            matrix = kvbind.linearize(spec, weights, q, k, v).matrix()[0, 0]
+            ax.imshow(matrix.where(matrix != 0, torch.nan), cmap="viridis", vmin=0, vmax=1)
+            ax.grid(visible=False)
+            for side in ax.spines.values():
+                side.set_visible(True)
+            for edge in range(chunk, tokens, chunk):
+                ax.axhline(edge - 0.5, color="0.6", linewidth=0.5)
+                ax.axvline(edge - 0.5, color="0.6", linewidth=0.5)
+            ax.set(title=name, xlabel="token that wrote", xticks=[], yticks=[])
+        axes[0].set_ylabel("token that reads")
 
 
 def training_losses(name: str) -> torch.Tensor:
     """The training loss of every step of a run of the 30m preset."""
-    lines = (RESULTS / "language-30m" / f"{name}.jsonl").read_text().splitlines()
-    return torch.tensor([row["loss"] for row in map(json.loads, lines) if "loss" in row])
+    return torch.tensor(json.loads((RESULTS / "language-30m" / "run.json").read_text())["losses"][name])
 
 
 def smooth(x: torch.Tensor, steps: int = 10) -> torch.Tensor:
@@ -165,11 +166,11 @@ def scenes() -> None:
     from kvbind.tasks.views.procedural import Cameras, make_cameras, make_scenes
     from kvbind.tasks.views.raycast import render
 
-    count, views, side = 6, 8, 128
+    count, views, side = 4, 8, 128
     c2w, intrinsics = make_cameras("train", count, views, (side, side), Cameras(sector=360))
     pictures = render(make_scenes("train", count), c2w, intrinsics, (side, side), samples=3)
     sheet = pictures.permute(0, 3, 1, 4, 2).reshape(count * side, views * side, 3)
-    Image.fromarray(sheet.numpy()).save(IMAGES / "views-scenes.png", optimize=True)
+    write_png(IMAGES / "views-scenes.png", Image.fromarray(sheet.numpy()))
 
 
 def cameras() -> None:
@@ -276,8 +277,8 @@ def views(path: Path) -> None:
 
 def ladder(path: Path, name: str) -> None:
     """A table's quality by row, the paper's and ours."""
+    from kvbind.experiments.outcomes.plots import quality_figure
     from kvbind.experiments.report.table_contents import read_outcome
-    from kvbind.experiments.tables.plots import quality_figure
 
     quality_figure(IMAGES / name, read_outcome(json.loads(path.read_text())))
 
@@ -349,8 +350,7 @@ if __name__ == "__main__":
     kernels_training()
     decoding()
     growth()
-    smoke, small = (RESULTS / f"table2-language-{scale}" / "results.json" for scale in ("smoke", "small"))
-    ladder(small if small.is_file() else smoke, "ladder.png")  # the README's first picture
+    ladder(RESULTS / "table2-language-small" / "results.json", "ladder.png")  # the README's first picture
     capacity(RESULTS / "capacity-small-cpu" / "results.json")
     if (RESULTS / "bench" / "kernels-shapes-h100.json").is_file():
         kernels()
@@ -360,3 +360,5 @@ if __name__ == "__main__":
     views(RESULTS / "bench" / "views-h200.json")
     for name in ("scaling-2-h200", "scaling-h200"):
         scaling(RESULTS / "bench" / f"{name}.json")
+    for drawn in IMAGES.glob("*.svg"):  # beside some of the PNGs, larger and the same
+        drawn.unlink()

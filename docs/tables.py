@@ -25,10 +25,10 @@ from kvbind.bench.tables.peers import peer_grids, short_grid
 from kvbind.bench.tables.scaling import scaling_grids
 from kvbind.bench.tables.serving import served_grid, serving_grid, size_grid
 from kvbind.bench.tables.verify import summary_grid, verify_grid
-from kvbind.experiments.report.contents import STATES
+from kvbind.experiments.outcomes.claims import STATES
+from kvbind.experiments.outcomes.text import as_grid, describe, quality_columns, row_names, speed_columns
 from kvbind.experiments.report.rules import plain as plain_rule
 from kvbind.experiments.report.table_contents import read_outcome
-from kvbind.experiments.tables.text import as_grid, describe, quality_columns, row_names, speed_columns
 
 DOCS = Path(__file__).parent
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]

@@ -20,6 +20,7 @@ from kvbind.cli.commands.reproduce import sources
 from kvbind.experiments import EXPERIMENTS
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.tasks import TASKS, open_task_module
+from released import released, weights_of
 
 SMALL = [
     "model.fields.hidden_size=16", "model.fields.num_hidden_layers=1", "model.fields.num_attn_heads=2",
@@ -139,6 +140,9 @@ def test_two_inner_loops_are_compared_field_by_field(run, tmp_path):
     assert run("compare", "gdn2", "kda", "erase=true", "token_lr=false")[1] == (
         "gdn2 and kda erase=true token_lr=false are the same inner loop\n"
     )
+    code, out, _ = run("compare", "simple_gla", "retnet")
+    assert out.startswith("simple_gla and retnet are the same inner loop, in layers that make its operands in other ways:\n")
+    assert ["rotary", "'none'", "'sequence'"] in [line.split() for line in out.splitlines()]
     code, out, _ = run("compare", "lact_llm", "momentum=false", "chunk=64")
     assert (code, [line.split()[0] for line in out.splitlines()[1:]]) == (0, ["momentum", "chunk"])
     assert "did you mean 'titans'" in " ".join(run("compare", "titan", "titans")[2].split())
@@ -351,21 +355,17 @@ def test_other_tasks_train_from_their_smallest_preset_and_show_their_own_metrics
 
 def test_a_released_checkpoint_of_another_family_converts(run, tmp_path):
     import torch
-    from safetensors import safe_open
 
-    fixture = Path(__file__).parent / "fixtures" / "lact_nvs_tiny.safetensors"
-    with safe_open(str(fixture), framework="pt") as file:
-        config, names = file.metadata()["config"], list(file.keys())
-        weights = {name.removeprefix("weight/"): file.get_tensor(name) for name in names if name.startswith("weight/")}
-    torch.save({"model": weights}, tmp_path / "lact.pt")
+    config, tensors = released("lact_nvs")
+    torch.save({"model": weights_of(tensors)}, tmp_path / "lact.pt")
     code, _, errors = run("convert", str(tmp_path / "lact.pt"), str(tmp_path / "ours"))
     assert code == 2
     assert "config must name it" in " ".join(errors.split())
-    (tmp_path / "lact.json").write_text(config)
+    (tmp_path / "lact.json").write_text(json.dumps(config))
     code, out, _ = run("convert", str(tmp_path / "lact.pt"), str(tmp_path / "ours"), "--config", str(tmp_path / "lact.json"))
     assert code == 0
     assert "ours" in out
-    assert kvbind.models.lact_nvs.LactNvs.from_pretrained(tmp_path / "ours").config.dim == json.loads(config)["dim"]
+    assert kvbind.models.lact_nvs.LactNvs.from_pretrained(tmp_path / "ours").config.dim == config["dim"]
 
 
 def test_a_run_is_evaluated_on_other_text_at_another_length(run, trained, tmp_path):

@@ -177,7 +177,7 @@ def test_data_that_cannot_be_read_end_in_one_line_before_anything_else(run, home
     code, out, errors = run("train", "language", "--data", "own", "--out", "mine", "--verbose", *SMALL)
     assert (code, out) == (2, "")
     assert message in errors
-    assert len(errors.splitlines()) == 2  # and the one on --traceback
+    assert len(errors.splitlines()) == 1
     assert not (home / "mine").exists()
 
 
@@ -200,7 +200,7 @@ def test_a_broken_configuration_ends_in_one_line_with_file_and_line(run, home, c
     code, out, errors = run("train", "language", "--preset", "its.yaml", "--out", "mine")
     assert (code, out) == (2, "")
     assert message in errors
-    assert len(errors.splitlines()) == 2
+    assert len(errors.splitlines()) == 1
 
 
 def test_a_broken_inner_loop_in_a_file_names_the_file(run, home):
@@ -247,17 +247,15 @@ def test_tables_fit_narrow_terminals(run, monkeypatch, columns):
 
 
 @pytest.mark.parametrize("columns", [20, 60, 200])
-def test_systems_are_a_line_each_below_their_family(run, monkeypatch, columns):
+def test_systems_are_a_line_each_below_their_family_that_a_terminal_folds(run, monkeypatch, columns):
     whole = run("systems")[1]
     assert "no token lr, erase, writes 2\n" in whole
     monkeypatch.setattr("kvbind.cli.output.console", lambda: Screen(width=columns, force_terminal=True, color_system=None))
     code, out, _ = run("systems")
     assert code == 0
-    lines = out.splitlines()
-    assert max(map(len, lines)) <= columns
-    assert [line.split()[0] for line in lines if line][1:-1] == [line.split()[0] for line in whole.splitlines() if line][
-        1:-1
-    ]
+    assert max(map(len, out.splitlines())) <= columns
+    assert out.split() == whole.split()  # nothing is cut
+    lines = [line for line in out.splitlines() if not line.startswith("  ")]  # without what goes on below itself
     families = [i for i, line in enumerate(lines) if not line]
     assert lines[families[0] + 1][:8] == "LaCT and"
     assert len(families) == 6  # of systems five, and what to type next

@@ -2,9 +2,12 @@
 
 import ast
 import re
+import subprocess
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
+
+import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
 REGISTRIES = ("kvbind.models.families", "kvbind.models.opening")
@@ -104,3 +107,24 @@ def test_no_two_modules_import_each_other():
 def test_no_two_modules_of_experiments_have_one_name():
     leaves = [name.rpartition(".")[2] for name in modules() if name.startswith("kvbind.experiments.")]
     assert sorted(leaves) == sorted(set(leaves))
+
+
+TREE, FILE = 10_000_000, 700_000
+"""Bytes that a clone's files may have, all together and each."""
+
+
+def test_a_clone_is_small():
+    root = SOURCE.parent
+    listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no clone")
+    sizes = {name: path.stat().st_size for name in listed.stdout.split("\0") if name and (path := root / name).is_file()}
+    assert sizes
+    largest = "; the largest:\n" + "\n".join(f"{sizes[name]:9,} {name}" for name in sorted(sizes, key=sizes.get)[:-11:-1])
+    how = (
+        "leave out results that a command makes again on a CPU, write JSON by `laid_out` and `save`, draw pictures by "
+        "`experiments/plotting.py`, and make fixtures at the smallest size that still says something"
+    )
+    too_large = [name for name, size in sizes.items() if size > FILE]
+    assert not too_large, f"{', '.join(too_large)}: a file has at most {FILE:,} bytes; {how}{largest}"
+    assert sum(sizes.values()) < TREE, f"{sum(sizes.values()):,} bytes of files, at most {TREE:,}; {how}{largest}"

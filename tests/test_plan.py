@@ -343,6 +343,7 @@ def test_on_a_narrow_terminal_numbers_stay_whole_and_decided_edits_are_said_once
 def test_what_does_not_fit_is_refused_by_name(tmp_path, capsys):
     for words, message in (
         (["--gpus", "8,x"], "gpus must be whole numbers from 1 to 1,048,576 with commas between them; got '8,x'"),
+        (["--gpus", "8, 8"], "gpus must be different numbers; got 8, 8"),
         (["--gpus", "8,10000000000"], "gpus must be whole numbers from 1 to 1,048,576"),
         (["--gpus", "1" * 5000], "gpus must be whole numbers from 1 to 1,048,576"),
         (["--tokens", "1" + "0" * 30], "tokens times batch must be at most 1,125,899,906,842,624 in a step; got 1000"),

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import zipfile
+import zlib
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
@@ -34,6 +35,9 @@ NODES = 100_000
 
 JSON_LIMIT, YAML_LIMIT = 256 * 2**20, 2**20
 """The largest files of each kind that are read, in bytes."""
+
+EXPANSION = 100
+"""How many times its own size a file compressed by gzip may expand to."""
 
 LINKED_FOLDERS = ("additional_chat_templates",)
 """Folders inside a model's that loaders read."""
@@ -105,25 +109,46 @@ def check_regular(path: str | Path) -> Path:
 
 
 def read_text(path: str | Path, limit: int = JSON_LIMIT) -> str:
-    """A UTF-8 file.
+    """A UTF-8 file; one whose name ends on ".gz" is expanded.
 
     Args:
         path: the file.
-        limit: the most bytes that it may have.
+        limit: the most bytes that it may have, before and after.
 
     Raises:
-        ValueError: a file that is larger, or no text.
+        ValueError: a file that is larger, that expands to more or to more than `EXPANSION` times its size, that gzip has not
+            written whole, or that is no text.
         OSError: a file that cannot be read.
     """
     with check_regular(path).open("rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        # to read up to a limit would take memory for all of it
+        large = os.fstat(file.fileno()).st_size > limit
+        content = b"" if large else file.read()
+    if large:
         raise ValueError(f"{path} must have at most {limit / 2**20:g} MiB; it has more")
+    if Path(path).suffix == ".gz":
+        content = _expanded(content, path, min(limit, EXPANSION * len(content)))
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ValueError(f"{path} must be text in UTF-8; its byte {error.start}, in line {line}, is none") from error
+
+
+def _expanded(content: bytes, path: str | Path, limit: int) -> bytes:
+    """What gzip has compressed, once; never more than `limit` bytes are held."""
+    stream = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    try:
+        expanded = stream.decompress(content, limit + 1)
+    except zlib.error as error:
+        raise ValueError(f"{path} must be a gzip file; it is not: {error}") from error
+    if len(expanded) > limit:
+        raise ValueError(
+            f"{path} must expand to at most {JSON_LIMIT / 2**20:g} MiB and {EXPANSION} times its size; it expands to more"
+        )
+    if not stream.eof or stream.unused_data:
+        raise ValueError(f"{path} must be one whole gzip file; it is cut short or followed by something else")
+    return expanded
 
 
 def read_json(path: str | Path, *, finite: bool = True, limit: int = JSON_LIMIT) -> Any:
@@ -132,10 +157,10 @@ def read_json(path: str | Path, *, finite: bool = True, limit: int = JSON_LIMIT)
     Args:
         path: the file.
         finite: refuse numbers that are not finite, such as NaN.
-        limit: the most bytes that it may have.
+        limit: as `read_text`.
 
     Raises:
-        ValueError: a file that is no JSON, or as `check_plain`.
+        ValueError: a file that is no JSON, or as `read_text` and `check_plain`.
         OSError: a file that cannot be read.
     """
     return parse_json(read_text(path, limit), path, finite=finite)

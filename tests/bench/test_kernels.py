@@ -524,14 +524,14 @@ def test_a_kernel_that_is_wrong_somewhere_fails(monkeypatch, dtype, wrong):
 
 
 @pytest.mark.parametrize("form", ["recurrent", "parallel"])
-def test_the_twin_computes_in_the_precision_it_is_asked_for(form):
+def test_pytorch_computes_in_the_precision_it_is_asked_for(form):
     spec = systems.ladder(systems.lact_llm(8))["rung3"].replace(orthogonalize=NewtonSchulz(dtype=torch.float32))
     leaves = in_precision(draw_leaves(spec, Size(1, 40, 2, 16), CPU), torch.float32, torch.float32)
     given = operators.arguments(spec, leaves)
     weights = operators.weights_of(leaves)
     exact, _ = run(spec, leaves, form)
-    same, _ = operators.twin(torch.float32)(spec, weights, state=None, form=form, **given)
-    low, state = operators.twin(torch.bfloat16)(spec, weights, state=None, form=form, **given)
+    same, _ = operators.pytorch_in(torch.float32)(spec, weights, state=None, form=form, **given)
+    low, state = operators.pytorch_in(torch.bfloat16)(spec, weights, state=None, form=form, **given)
     assert (same - exact).norm() <= 1e-6 * exact.norm()
     assert (low - exact).norm() > 1e-3 * exact.norm()
     assert {x.dtype for x in state.tensors.values()} == {torch.bfloat16}

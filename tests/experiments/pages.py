@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 import torch
 
 from kvbind import systems
-from kvbind.experiments.report.explorer import examples
-from kvbind.experiments.report.explorer.heads import look_at, spec_data
-from kvbind.experiments.report.explorer.untrained import as_call, embedded, leaves_of
+from kvbind.experiments.inspection import examples
+from kvbind.experiments.inspection.heads import look_at, spec_data
+from kvbind.experiments.inspection.untrained import as_call, embedded, leaves_of
 
 WORDS = ["one", "</script><b>two", "three & four", "'five'"] * 16
 

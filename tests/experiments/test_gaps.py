@@ -11,11 +11,11 @@ from test_figures_1_to_3 import SMALL, VIEWS
 from test_tables import TOY
 
 from kvbind import tasks
+from kvbind.experiments import progress
 from kvbind.experiments.request import Request
 from kvbind.experiments.studies import chunks, gaps, sizes
 from kvbind.experiments.subjects import FRACTIONS, ON_THE_WAY, SUBJECTS, TaskScale
 from kvbind.experiments.tables import table2
-from kvbind.experiments.training import progress
 from kvbind.experiments.training.plans import UnfinishedError, configuration, plan_runs, row_configs
 from kvbind.experiments.training.runs import train_run
 from kvbind.provenance import processor

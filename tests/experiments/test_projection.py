@@ -5,10 +5,9 @@ import pytest
 from rich.console import Console
 
 from kvbind.experiments.request import Measure
-from kvbind.experiments.tables import table2
-from kvbind.experiments.training import projection
+from kvbind.experiments.tables import projection, table2
+from kvbind.experiments.tables.projection import AT_ONCE, GPUS, WARM_UP, Steps
 from kvbind.experiments.training.plans import configuration, with_inner
-from kvbind.experiments.training.projection import AT_ONCE, GPUS, WARM_UP, Steps
 from kvbind.tasks import open_task_module
 
 TINY = {

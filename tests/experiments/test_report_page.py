@@ -17,26 +17,26 @@ from typer.testing import CliRunner
 from kvbind import DepthwiseConv, inner_loss, linearize, systems
 from kvbind.cli import app, main
 from kvbind.experiments import plotting
-from kvbind.experiments.report import charts, command, svg
-from kvbind.experiments.report import run_contents as page_runs
-from kvbind.experiments.report.command import make_report, open_server
-from kvbind.experiments.report.explorer import examples, untrained
-from kvbind.experiments.report.explorer.heads import (
+from kvbind.experiments.inspection import examples, untrained
+from kvbind.experiments.inspection.heads import (
     gathered,
     look_at,
     principal,
     quantized,
     weights_of,
 )
-from kvbind.experiments.report.explorer.untrained import as_call, embedded, leaves_of
+from kvbind.experiments.inspection.untrained import as_call, embedded, leaves_of
+from kvbind.experiments.outcomes.table import TableRow
+from kvbind.experiments.outcomes.verdicts import costs_little
+from kvbind.experiments.report import charts, command, svg
+from kvbind.experiments.report import run_contents as page_runs
+from kvbind.experiments.report.command import make_report, open_server
 from kvbind.experiments.report.finding_contents import DRAW
 from kvbind.experiments.report.page import as_script, find_parts, headline
 from kvbind.experiments.report.rules import plain
 from kvbind.experiments.report.sections import sections_of
 from kvbind.experiments.scales import digits_apart, widened
 from kvbind.experiments.subjects import NONE, SUBJECTS
-from kvbind.experiments.tables.table import TableRow
-from kvbind.experiments.tables.verdicts import costs_little
 from kvbind.experiments.training.run_folders import config_header, open_run
 
 

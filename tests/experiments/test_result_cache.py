@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -103,9 +104,21 @@ def test_throughput_that_an_older_file_holds_is_not_measured_again(tmp_path, mon
     assert asked == [2, 2]
 
 
-def test_lists_of_numbers_are_a_line_each_and_read_as_they_were(tmp_path):
-    data = {"curve": [[0, 1.5e-9], [1, -2.25]], "none": [None, 3], "texts": ["[\n 1\n]", "1"], "empty": [], "one": [7]}
+def test_what_fits_a_line_and_what_holds_numbers_alone_is_a_line_and_is_read_as_it_was(tmp_path):
+    curve = [[i, i / 7] for i in range(99)]
+    data = {
+        "curve": curve,
+        "by": {"a": 1.5e-9, "b": [None, math.nan]},
+        "texts": ["a\n b" * 9, "c" * 120],
+        "empty": [],
+        "x": 7,
+    }
     write_json(tmp_path / "a.json", data)
-    assert read_json(tmp_path / "a.json") == data
+    found = read_json(tmp_path / "a.json")
+    assert math.isnan(found["by"]["b"].pop())
+    data["by"]["b"].pop()
+    assert found == data
     lines = (tmp_path / "a.json").read_text().splitlines()
-    assert {"    [0, 1.5e-09],", '  "none": [null, 3],', '  "one": [7]'} <= set(lines)
+    assert lines[:3] == ["{", f' "curve": {json.dumps(curve)},', ' "by": {"a": 1.5e-09, "b": [null, "NaN"]},']
+    first, second = map(json.dumps, data["texts"])
+    assert lines[3:] == [' "texts": [', f"  {first},", f"  {second}", " ],", ' "empty": [],', ' "x": 7', "}"]

@@ -128,7 +128,8 @@ def test_a_fast_matrix_keeps_its_own_learned_rates(task, place):
     assert [len(layer.rate_names) for layer in layers] == [3, 1]
     x = torch.randn(2, 8, 16 if task == "language" else 32)
     rates = [layer.learning_rates(x)["out"] for layer in layers]
-    assert torch.equal(*rates)
+    # products of other widths are rounded otherwise on some processors
+    torch.testing.assert_close(*rates)
 
 
 def test_weights_of_other_models_are_not_carried(place):

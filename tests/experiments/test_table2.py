@@ -9,7 +9,7 @@ from kvbind import InnerLoop, explain, systems
 from kvbind.experiments.report.table_contents import read_outcome, speed_charts
 from kvbind.experiments.subjects import SUBJECTS, throughput
 from kvbind.experiments.subjects.published import LANGUAGE
-from kvbind.experiments.tables.table import BASELINES, LABELS
+from kvbind.experiments.subjects.rows import BASELINES, LABELS
 from kvbind.experiments.tables.table2 import TABLE, reproduce
 from kvbind.experiments.training import runs
 from kvbind.experiments.training.plans import configuration, with_inner

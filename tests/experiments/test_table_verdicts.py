@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvbind.experiments.outcomes.table import TableRow
+from kvbind.experiments.outcomes.verdicts import beyond, judge, speeds_up, worsening
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.experiments.subjects.published import Published
-from kvbind.experiments.tables.table import TableRow, unfinished
 from kvbind.experiments.tables.table1 import TABLE as TABLE1
 from kvbind.experiments.tables.table2 import TABLE as TABLE2
-from kvbind.experiments.tables.verdicts import beyond, judge, speeds_up, worsening
 from kvbind.experiments.training.runs import Run
+from kvbind.experiments.training.trained_rows import unfinished
 
 LANGUAGE, IMAGES, VIEWS = (SUBJECTS[name] for name in ("language", "images", "views"))
 

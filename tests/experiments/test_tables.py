@@ -15,13 +15,15 @@ from kvbind import tasks
 from kvbind.experiments import subjects
 from kvbind.experiments.subjects import NONE, ON_THE_WAY, SUBJECTS, Metric, Series, Subject, TaskScale
 from kvbind.experiments.subjects.published import INNER_LOOP_SPEED, Published
+from kvbind.experiments.subjects.rows import BASELINES, LABELS
 from kvbind.experiments.subjects.throughput import TrainingSpeed
 from kvbind.experiments.tables import reproduce as module
 from kvbind.experiments.tables import table1, table2
-from kvbind.experiments.tables.table import BASELINES, LABELS
 from kvbind.experiments.training import runs
 from kvbind.experiments.training.plans import configuration, with_inner
+from kvbind.experiments.training.runs import Run
 from kvbind.tasks import open_task_module
+from kvbind.train.metrics import read_metrics
 
 TOY = Subject(
     metric=Metric("score", "score", "score (dB)", "higher"),
@@ -106,13 +108,23 @@ def test_means_come_with_the_standard_error_over_seeds(ladder):
     assert "3 seeds (mean ± standard error)" in " ".join(shown.split())
 
 
-def test_training_throughput_is_of_all_the_rows_runs(ladder):
-    _, results, _ = ladder
+def test_training_throughput_is_of_the_median_step_of_each_of_the_rows_runs(ladder):
+    place, results, _ = ladder
     for row in results["rows"]:
         if row["applies"]:
-            points, seconds = (sum(run[key] for run in row["runs"]) for key in ("points", "training_seconds"))
-            assert points == 3 * 3 * 8
-            assert row["training_points_per_second"] == pytest.approx(points / seconds)
+            assert sum(run["points"] for run in row["runs"]) == 3 * 3 * 8
+            steps = [read_metrics(place / run["folder"]) for run in row["runs"]]
+            rates = [[x["points_per_second"] for x in one if "loss" in x] for one in steps]
+            assert row["training_points_per_second"] == pytest.approx(statistics.fmean(map(statistics.median, rates)))
+
+
+def test_the_speed_of_a_run_does_not_count_its_first_steps(tmp_path):
+    run = Run(tmp_path, {"points": 12, "training_seconds": 6.0}, reused=True)
+    assert run.speed("points") == 2
+    rates = [*[0.1] * 10, *[6.0] * 4, *[8.0] * 26]
+    lines = [json.dumps({"step": i, "points_per_second": x}) for i, x in enumerate(rates, start=1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert run.speed("points") == 8
 
 
 def test_a_terminal_of_80_columns_is_wide_enough(ladder):

@@ -1,11 +1,13 @@
 """The page of a report and its server: they show what they were made of, and nothing that a name in it may ask for."""
 
 import base64
+import gzip
 import hashlib
 import http.client
 import json
 import re
 import threading
+import tracemalloc
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
@@ -299,6 +301,31 @@ def test_damaged_results_are_refused_by_name(damage, tmp_path):
     assert str(place) in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert not list(Path(tmp_path).rglob("report.html"))
+
+
+def compressed_models(tmp_path, content):
+    """The error that models in a file of this content end in."""
+    (tmp_path / "models.json.gz").write_bytes(content)
+    (tmp_path / "results.json").write_text(json.dumps(figure1() | {"experiment": "explorer", "models": "models.json.gz"}))
+    with pytest.raises(ValueError, match=r"models\.json\.gz must ") as refusal:
+        find_parts([tmp_path])
+    return str(refusal.value)
+
+
+def test_compressed_models_that_expand_without_bound_are_refused_before_they_are_held(tmp_path):
+    bomb = gzip.compress(b'{"title": "' + bytes(50 * 2**20))
+    assert len(bomb) < 2**16
+    tracemalloc.start()
+    try:
+        assert "and 100 times its size; it expands to more" in compressed_models(tmp_path, bomb)
+        assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:-9], lambda x: x + x, lambda x: b"", lambda x: x[10:], lambda x: x + b" "])
+def test_compressed_models_that_are_not_one_whole_file_are_refused(change, tmp_path):
+    assert "gzip file" in compressed_models(tmp_path, change(gzip.compress(b"{}")))
 
 
 def test_pictures_of_a_model_come_from_its_file_alone(tmp_path):

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvbind.layers import window_attention as module
 from kvbind.layers.rotary import rotary_tables, rotate
+from kvbind.layers.softmax import is_for_flash
 from kvbind.layers.window_attention import (
     MASK_BLOCK,
     OWN_KERNELS,
@@ -187,6 +188,45 @@ def test_flex_attention_equals_attention_in_blocks(bounds):
     wanted = torch.autograd.grad(window_attention(*on_cpu, 300, cu_seqlens=bounds).square().sum(), on_cpu)
     for x, y in zip(torch.autograd.grad(got.square().sum(), (q, k, v)), wanted, strict=True):
         torch.testing.assert_close(x.cpu(), y, rtol=1e-4, atol=1e-4)
+
+
+def flash_written_out(q, k, v, *rest, window_size_left, window_size_right):
+    """What PyTorch says of its FlashAttention: `[B, T, H, D]`, the last query at the last key."""
+    assert rest == (None, None, q.shape[1], k.shape[1], 0.0, True, False)
+    row = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None]
+    column = torch.arange(k.shape[1])[None, :]
+    seen = (column >= row - window_size_left) & (column <= row + window_size_right)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return (torch.nn.functional.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2),)
+
+
+@pytest.mark.parametrize(("ahead", "held"), [(0, None), (6, None), (6, (6, 6)), (6, (2, 2)), (6, (0, 0)), (6, (2, 5))])
+def test_prompts_are_read_by_flash_attention_where_rows_are_as_long(ahead, held, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 2, 8, generator=generator) for n in (20, ahead + 20, ahead + 20))
+    expected = window_attention(q, k, v, 7, ahead=ahead, held=held)
+    calls = []
+    monkeypatch.setattr(module, "is_for_flash", lambda *operands: True)
+    monkeypatch.setattr(
+        torch.ops.aten, "_flash_attention_forward", lambda *x, **y: calls.append(1) or flash_written_out(*x, **y)
+    )
+    with torch.no_grad():
+        got = window_attention(q, k, v, 7, ahead=ahead, held=held)
+    torch.testing.assert_close(got, expected)
+    assert len(calls) == (held != (2, 5))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it is for CUDA")
+@pytest.mark.parametrize(("ahead", "held"), [(0, None), (299, None), (299, (299,)), (299, (100,))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flash_attention_on_a_gpu_equals_attention_in_float64(dtype, ahead, held):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 64, generator=generator).to(dtype) for n in (1000, ahead + 1000, ahead + 1000))
+    assert is_for_flash(*(x.cuda().transpose(1, 2) for x in (q, k, v)))
+    with torch.no_grad():
+        got = window_attention(q.cuda(), k.cuda(), v.cuda(), 300, ahead=ahead, held=held)
+    expected = window_attention(q.double(), k.double(), v.double(), 300, ahead=ahead, held=held)
+    torch.testing.assert_close(got.cpu().double(), expected, rtol=0, atol=1e-2)
 
 
 @pytest.fixture

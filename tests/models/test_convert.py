@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
@@ -16,20 +15,9 @@ from kvbind.models import lact_nvs, vittt
 from kvbind.models.convert import convert
 from kvbind.models.lact_nvs import LactNvs, LactNvsConfig
 from kvbind.models.vittt import VitttConfig, VitttForImageClassification
-
-FIXTURES = Path(__file__).parent.parent / "fixtures"
+from released import released, weights_of
 
 HIERARCHICAL = {"dim": [8, 16, 16], "depths": [1, 2, 1], "num_heads": [2, 2, 4], "num_classes": 5}
-
-
-def fixture(name):
-    with safe_open(str(FIXTURES / f"{name}_tiny.safetensors"), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return json.loads(file.metadata()["config"]), tensors
-
-
-def weights_of(tensors):
-    return {name.removeprefix("weight/"): x for name, x in tensors.items() if name.startswith("weight/")}
 
 
 def same(one, other):
@@ -38,7 +26,7 @@ def same(one, other):
 
 def released_vittt(folder, state=None, fields=None, **beside):
     folder.mkdir()
-    torch.save({"model": state or weights_of(fixture("vittt")[1]), **beside}, folder / "checkpoint.pth")
+    torch.save({"model": state or weights_of(released("vittt")[1]), **beside}, folder / "checkpoint.pth")
     if fields is not None:
         (folder / "config.json").write_text(json.dumps(fields))
     return folder
@@ -46,7 +34,7 @@ def released_vittt(folder, state=None, fields=None, **beside):
 
 def released_views(folder, edit=lambda fields: fields):
     folder.mkdir()
-    fields, tensors = fixture("lact_nvs")
+    fields, tensors = released("lact_nvs")
     torch.save({"model": weights_of(tensors)}, folder / "model.pt")
     (folder / "config.yaml").write_text(yaml.safe_dump(edit(fields)))
     return folder
@@ -54,17 +42,17 @@ def released_views(folder, edit=lambda fields: fields):
 
 def test_vittt_comes_out_of_its_weights_alone_and_gives_the_released_logits(tmp_path):
     # whatever training left beside the weights, and the names that wrappers give them
-    state = {f"module.{name}": x for name, x in weights_of(fixture("vittt")[1]).items()}
+    state = {f"module.{name}": x for name, x in weights_of(released("vittt")[1]).items()}
     source = released_vittt(tmp_path / "released", state, epoch=3, args=argparse.Namespace(lr=0.1))
     model = AutoModelForImageClassification.from_pretrained(convert(source, tmp_path / "ours")).eval()
     assert isinstance(model, VitttForImageClassification)
-    tensors = fixture("vittt")[1]
+    tensors = released("vittt")[1]
     with torch.no_grad():
         torch.testing.assert_close(model(tensors["image"]).logits, tensors["logits"], rtol=0, atol=1e-5)
 
 
 def test_vittt_there_and_back_gives_the_released_checkpoint_again(tmp_path):
-    config, tensors = fixture("vittt")
+    config, tensors = released("vittt")
     back = convert(
         convert(released_vittt(tmp_path / "released", fields=config), tmp_path / "ours"), tmp_path / "back", to="released"
     )
@@ -122,7 +110,7 @@ def test_an_ablation_that_does_not_use_the_gate_is_read_without_it(tmp_path):
 def test_view_synthesis_gives_the_released_images_and_comes_back(tmp_path):
     source = released_views(tmp_path / "released")
     target = convert(source, tmp_path / "ours")
-    fields, tensors = fixture("lact_nvs")
+    fields, tensors = released("lact_nvs")
     model = LactNvs.from_pretrained(target)
     model.inner = model.inner.replace(orthogonalize=model.inner.orthogonalize.replace(dtype=torch.float32))
     inputs = [tensors[f"input/{name}"] for name in ("image", "c2w", "fxfycxcy")]

@@ -1,25 +1,16 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from test_lact_nvs_cameras import random_cameras
 
 from kvbind import Anchor, NewtonSchulz
 from kvbind.models import lact_nvs
 from kvbind.models.lact_nvs import INNER_LOOPS, PRESETS, LactNvs, LactNvsConfig, Scene
-
-FIXTURE = Path(__file__).parent.parent / "fixtures" / "lact_nvs_tiny.safetensors"
+from released import released, weights_of
 
 SMALL = LactNvsConfig(dim=16, layers=2, patch_size=4, head_dim=8, fast_head_dim=16)
-
-
-def fixture():
-    with safe_open(str(FIXTURE), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return json.loads(file.metadata()["config"]), tensors
 
 
 def in_full_precision(model):
@@ -50,9 +41,9 @@ def targets(count, batch=2, seed=100):
 
 
 def test_released_weights_give_the_released_images():
-    config, tensors = fixture()
+    config, tensors = released("lact_nvs")
     model = in_full_precision(lact_nvs.from_released_config(config))
-    model.load_state_dict({n.removeprefix("weight/"): x for n, x in tensors.items() if n.startswith("weight/")})
+    model.load_state_dict(weights_of(tensors))
     inputs = [tensors[f"input/{name}"] for name in ("image", "c2w", "fxfycxcy")]
     cameras = [tensors[f"target/{name}"] for name in ("c2w", "fxfycxcy")]
     with torch.no_grad():
@@ -292,9 +283,9 @@ def test_lists_of_views_of_one_size_are_taken():
 
 
 def test_released_fields_become_the_configuration():
-    config, _ = fixture()
+    config, _ = released("lact_nvs")
     read = LactNvsConfig.from_released_config(config)
-    assert read == LactNvsConfig(dim=64, layers=2, patch_size=8, head_dim=16, fast_head_dim=32)
+    assert read == LactNvsConfig(dim=32, layers=2, patch_size=4, head_dim=16, fast_head_dim=16)
     assert read.inner.orthogonalize == NewtonSchulz(((3.4445, -4.7750, 2.0315),) * 5)
     fast = config["block_config"][1]["params"]
     del fast["inter_multi"], fast["base_lr"]
@@ -304,13 +295,13 @@ def test_released_fields_become_the_configuration():
 
 
 def change_block(place, **fields):
-    config, _ = fixture()
+    config, _ = released("lact_nvs")
     config["block_config"][place]["params"].update(fields)
     return config
 
 
 def reordered():
-    config, _ = fixture()
+    config, _ = released("lact_nvs")
     config["block_config"].reverse()
     return config
 
@@ -324,7 +315,7 @@ def reordered():
         (change_block(1, heads=4), "got 'heads'"),
         (reordered(), "block_config must be attention inside each image"),
         ({"dim": 64, "layers": 2, "block_config": []}, "must have patch_size"),
-        ({**fixture()[0], "layer": 2}, "got 'layer' \\(did you mean 'layers'"),
+        ({**released("lact_nvs")[0], "layer": 2}, "got 'layer' \\(did you mean 'layers'"),
     ],
 )
 def test_released_fields_that_are_not_supported_are_refused(fields, message):

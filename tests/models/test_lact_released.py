@@ -1,12 +1,10 @@
 """Released checkpoints and configurations of the LaCT language model."""
 
 import json
-from pathlib import Path
 
 import lact_reference
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -14,8 +12,7 @@ import kvbind
 from kvbind import NewtonSchulz
 from kvbind.models import LactConfig, LactForCausalLM, LactModel
 from kvbind.models.convert import convert
-
-FIXTURE = Path(__file__).parent.parent / "fixtures" / "lact_llm_tiny.safetensors"
+from released import released, weights_of
 
 SMALL = {
     "hidden_size": 32,
@@ -52,12 +49,6 @@ VARIANTS = {
 }
 
 
-def fixture():
-    with safe_open(str(FIXTURE), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return json.loads(file.metadata()["config"]), tensors
-
-
 def in_full_precision(model):
     for layer in model.model.layers:
         if layer.inner.orthogonalize is not None:
@@ -78,9 +69,9 @@ def scrambled(model):
 
 @pytest.mark.parametrize("form", ["recurrent", "auto"])
 def test_released_weights_give_the_released_logits(form):
-    config, tensors = fixture()
+    config, tensors = released("lact_llm")
     model = LactForCausalLM.from_released_config(config)
-    model.load_state_dict({n.removeprefix("weight/"): x for n, x in tensors.items() if n.startswith("weight/")})
+    model.load_state_dict(weights_of(tensors))
     in_full_precision(model)
     for layer in model.model.layers:
         layer.attn.form = form

@@ -1,17 +1,12 @@
 """Released checkpoints and configurations of ViTTT, and every inner loop against the plainly written reference."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 import vittt_reference
-from safetensors import safe_open
 
 from kvbind import Linear, systems
 from kvbind.models import vittt
-
-FIXTURE = Path(__file__).parent.parent / "fixtures" / "vittt_tiny.safetensors"
+from released import released, weights_of
 
 PLAIN = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "num_classes": 5}
 HIERARCHICAL = {"dim": [8, 16, 16], "depths": [1, 2, 1], "num_heads": [2, 2, 4], "num_classes": 5, "drop_path_rate": 0.0}
@@ -36,12 +31,6 @@ LOSSES = {
 }
 
 
-def fixture():
-    with safe_open(str(FIXTURE), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return json.loads(file.metadata()["config"]), tensors
-
-
 def scrambled(model):
     """Every parameter and statistic drawn anew, large enough that the inner loop matters."""
     generator = torch.Generator().manual_seed(0)
@@ -54,9 +43,9 @@ def scrambled(model):
 
 
 def test_released_weights_give_the_released_logits():
-    config, tensors = fixture()
+    config, tensors = released("vittt")
     model = vittt.from_released_config(config).eval()
-    model.load_state_dict({n.removeprefix("weight/"): x for n, x in tensors.items() if n.startswith("weight/")})
+    model.load_state_dict(weights_of(tensors))
     with torch.no_grad():
         logits = model(tensors["image"])
     torch.testing.assert_close(logits, tensors["logits"], rtol=0, atol=1e-5)

@@ -14,7 +14,7 @@ from served import CHUNK, VOCAB, forced, prompt, saved  # noqa: E402
 import published  # noqa: E402
 from kvbind.inner.projections import Projections  # noqa: E402
 from kvbind.layers.layout import Layout  # noqa: E402
-from kvbind.models.lact.model import LactBlock  # noqa: E402
+from kvbind.models.lact.blocks import LactBlock  # noqa: E402
 from kvbind.serving import layer, ranks  # noqa: E402
 from models.lact_small import LADDER, small_config  # noqa: E402
 

@@ -14,7 +14,7 @@ from kvbind.inner.projections import Projections
 from kvbind.inner.systems import SYSTEMS
 from kvbind.layers.lact import check_fits_lact_layer
 from kvbind.layers.layout import Layout
-from kvbind.models.lact.model import LactBlock
+from kvbind.models.lact.blocks import LactBlock
 from kvbind.serving.states import Pages, Pool, StateLayout
 from kvbind.serving.steps import Decoding, Pieces, PieceTails, Preparation, ServedStep, StepPlan, advance
 from models.lact_small import LADDER, exact, small_config

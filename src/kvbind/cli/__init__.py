@@ -33,6 +33,10 @@ USAGE: type[Exception] = typer.BadParameter.__mro__[1]
 """What typer raises for a command line that is none, which has no public name of its own."""
 
 
+USERS_MISTAKE = 2
+"""The exit code."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command, and leave with its exit code; a user's mistake ends it with one line on stderr and code 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -53,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError, ImportError, OSError) as error:
         if traceback:
             raise
-        fail(error, 2)
+        fail(error, USERS_MISTAKE)
     except RuntimeError as error:
         if traceback or type(error).__name__ not in ("TrainingStoppedError", "OutOfMemoryError", "WorkerKilledError"):
             raise
@@ -84,11 +88,12 @@ def fail_usage(error: Any) -> NoReturn:
 
 
 def fail(error: Exception, code: int) -> NoReturn:
-    """Say what went wrong in one line, and leave."""
+    """Say what went wrong in one line, and leave; of what is no user's mistake also how to see where."""
     stderr = Screen(stderr=True)
     stderr.print("error: ", style="bold red", end="")
     stderr.print(str(error), soft_wrap=True)
-    stderr.print("(--traceback shows where)", style="dim")
+    if code != USERS_MISTAKE:
+        stderr.print("(--traceback shows where)", style="dim")
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
+from PIL import Image
 
 from kvbind.experiments.scales import digits_apart, widened
 from kvbind.train.files import write_with
@@ -48,9 +50,24 @@ _STYLE: Any = {
 }
 
 
+COLOURS = 128
+"""In a PNG: lines, texts and colour maps look the same in these as in all, in a quarter of the bytes."""
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """Write a picture as PNG, in `COLOURS` colours chosen from its own.
+
+    Args:
+        path: of the PNG.
+        image: the picture.
+    """
+    few = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    write_with(path, lambda partial: few.save(partial, "PNG", optimize=True))
+
+
 @contextmanager
 def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure in the house style, written to `path` in the format that its name ends on.
+    """A figure in the house style, written to `path`.
 
     Args:
         path: of the PNG.
@@ -62,7 +79,9 @@ def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
         fig = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(fig)
         yield fig
-        write_with(path, lambda partial: fig.savefig(partial, dpi=160))
+        drawn = io.BytesIO()
+        fig.savefig(drawn, format="png", dpi=160)
+        write_png(path, Image.open(drawn))
 
 
 @contextmanager

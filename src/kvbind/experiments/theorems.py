@@ -22,8 +22,9 @@ from kvbind.bench.harness.named_operands import NARROW, arguments, draw_leaves, 
 from kvbind.bench.harness.operands import Size
 from kvbind.bench.verify.accuracy import relative_error
 from kvbind.experiments import plotting
+from kvbind.experiments.outcomes.claims import Verdict
 from kvbind.experiments.plotting import picture
-from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.report.findings import Findings, write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.subjects import NONE
 from kvbind.inner.gates import decays

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvbind.forms.attention_factors import Anchored, OutputHead, Partial, SeenShare
 from kvbind.forms.autocast import without_autocast
-from kvbind.forms.linear_attention import Anchored, LinearAttention, OutputHead, Partial, SeenShare
+from kvbind.forms.linear_attention import LinearAttention
 from kvbind.forms.recurrent import (
     Chunk,
     chunk_gates,

@@ -68,7 +68,7 @@ def state_rule(spec: InnerLoop) -> str:
         return f"S_s'  = S_s {'+' if spec.sign > 0 else '-'} c (sum over the span of {write}), c of its last token"
     kept = "S_c"
     if isinstance(spec.retention, Retention) and spec.retention.per == "key":
-        kept = "a_c o S_c, a gate for each row"
+        kept = "diag(a_c) S_c"
     elif spec.retention:
         kept = "a_c S_c"
     if spec.decays_before:
@@ -78,7 +78,8 @@ def state_rule(spec: InnerLoop) -> str:
         body = f"({body}), drawn back to its anchor A: (1 - p) S + p A with p = {spec.anchor.strength} w(F) of each weight"
     if spec.normalize is True:
         body = f"({body}) * (starting norm / new norm of each value channel), a decay that depends on the data"
-    return f"S_c+1 = {body}"
+    rows = isinstance(spec.retention, Retention) and spec.retention.per == "key"
+    return f"S_c+1 = {body}{', with a gate in a_c for each row' if rows else ''}"
 
 
 def output_rule(spec: InnerLoop) -> str:

@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvbind.layers.fast_weights import FastWeightLayer, FastWeightState
+    from kvbind.layers.fast_weight_state import FastWeightState
+    from kvbind.layers.fast_weights import FastWeightLayer
     from kvbind.layers.in_place import InPlaceMLP
     from kvbind.layers.inner_call import InnerCall
     from kvbind.layers.lact import LactLayer, LactState
@@ -36,7 +37,7 @@ __all__ = [
 
 _HOMES = {
     "FastWeightLayer": "fast_weights",
-    "FastWeightState": "fast_weights",
+    "FastWeightState": "fast_weight_state",
     "InPlaceMLP": "in_place",
     "InnerCall": "inner_call",
     "LactLayer": "lact",

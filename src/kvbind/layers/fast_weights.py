@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from kvbind.forms.api import FORMS, Form
 from kvbind.forms.state import State
@@ -19,11 +16,12 @@ from kvbind.inner.projections import DEFAULTS, Constant, Making, Projections, St
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_choice, check_positive_int
 from kvbind.layers.convolution import Behind, OnRanks, ShortConvolution, Tails
+from kvbind.layers.fast_weight_output import Made, joined, output_norm
+from kvbind.layers.fast_weight_state import FastWeightState
 from kvbind.layers.fitting import check_built, check_fits_causal_layer
 from kvbind.layers.gates import DecayMaker, GateMaker, SigmoidMaker, Sizes, draw, maker_of, projection
 from kvbind.layers.inner_call import InnerCall, check_state, run_rows
 from kvbind.layers.layout import Layout
-from kvbind.layers.norm import RMSNorm
 from kvbind.layers.operands import split_heads, wide
 from kvbind.layers.projection_fit import check_fits_projections, fast_widths, making_of, rate_of
 from kvbind.layers.rotary import Tables, rotary_tables, rotate
@@ -34,65 +32,6 @@ UNIT_EPS = 1e-6
 KAPPA, ALPHA, RHO, CORRECTION = 0.71, 1.02, -0.04, 1.0
 """Before training: RWKV-7's factors on removal keys, of writing keys, and of its bonus (the first without its slope over
 channels); Comba's D."""
-
-
-@dataclass(frozen=True)
-class FastWeightState:
-    """Where some sequences stopped in one layer: of constant size.
-
-    Attributes:
-        fast: fast weights and pending tokens, as `kvbind.ttt` returns them.
-        tails: what the convolution ("conv", `[B, width - 1, C]`) and mixing with the token before ("shift", `[B, 1, d]`)
-            read of the last tokens.
-        seen: how many tokens each sequence has had.
-
-    A pytree of the two.
-    """
-
-    fast: State
-    tails: Mapping[str, Tensor]
-    seen: tuple[int, ...]
-
-    def tensors(self) -> list[Tensor]:
-        """All that it holds."""
-        return [*self.fast.tensors.values(), *self.tails.values()]
-
-    def select(self, index: Tensor) -> FastWeightState:
-        """The sequences at `index` (int64 `[n]`), in that order, as often as they are named."""
-        rows = index.tolist()
-        tails = {name: x.index_select(0, index.to(x.device)) for name, x in self.tails.items()}
-        return FastWeightState(self.fast[index], tails, tuple(self.seen[i] for i in rows))
-
-
-pytree.register_pytree_node(
-    FastWeightState,
-    lambda state: ([state.fast, dict(state.tails)], state.seen),
-    lambda leaves, seen: FastWeightState(*leaves, seen),  # type: ignore[call-arg]
-    serialized_type_name="kvbind.FastWeightState",
-)
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a layer has made of its input for one call.
-
-    Attributes:
-        q: queries `[B, T, H, Dk]`.
-        k: keys `[B, T n, H, Dk]`, n writes of a token side by side.
-        v: values, likewise.
-        lr: rates `[B, T n, H]`, or a number.
-        gates: arguments of `ttt` by name.
-        beside: what passes the fast weights by, before the output's norm ("value") or behind it ("bonus"), `[B, T, H, Dv]`.
-        gate: what multiplies the output, `[B, T, H, Dv]`, or None.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    lr: Tensor | float
-    gates: dict[str, Tensor]
-    beside: dict[str, Tensor]
-    gate: Tensor | None
 
 
 class FastWeightLayer(nn.Module):
@@ -176,7 +115,7 @@ class FastWeightLayer(nn.Module):
         self.output_gate = None
         if p.output_gate != "none":
             self.output_gate = projection(d, outputs, p.gate_rank, p.gate_between, p.gate_bias, self.value_width)
-        self.output_norm = self._norm(outputs)
+        self.output_norm = output_norm(p, heads, self.value_width)
         self.o_proj = nn.Linear(outputs, d, bias=False)
 
         self.makers = nn.ModuleDict()
@@ -213,18 +152,6 @@ class FastWeightLayer(nn.Module):
             self.weights.update({_named(name): parameter(heads, *x) for name, x in self._built_shapes.items()})
         self.weights.update({_named(name): parameter(heads, *x) for name, x in self._vectors.items()})
         self.reset_parameters()
-
-    def _norm(self, outputs: int) -> nn.Module | None:
-        p = self.projections
-        if p.output_norm == "rms":
-            return RMSNorm(self.value_width, eps=p.output_eps)
-        if p.output_norm == "rms_all":
-            return RMSNorm(outputs, eps=p.output_eps)
-        if p.output_norm == "layer":
-            return nn.LayerNorm(outputs, eps=p.output_eps)
-        if p.output_norm == "group":
-            return nn.GroupNorm(self.heads, outputs, eps=p.output_eps * self.value_width)
-        return None
 
     def _maker(self, making: Making, channels: int | None) -> GateMaker:
         span = self._inner.span or self._inner.chunk or 1
@@ -504,24 +431,7 @@ class FastWeightLayer(nn.Module):
 
     def _join(self, fast: Tensor, made: Made) -> Tensor:
         """The output of fast weights `[B, T, H, Dv]`, normed and gated: `[B, T, H Dv]`."""
-        p, norm = self.projections, self.output_norm
-        if "value" in made.beside:
-            fast = fast + made.beside["value"].to(fast.dtype)
-        gate = None if made.gate is None else GATINGS[p.output_gate](made.gate)
-        if gate is not None and p.gate_first:
-            fast = fast * gate
-        if isinstance(norm, nn.GroupNorm):
-            shape = fast.shape
-            fast = norm(fast.flatten(2).flatten(0, 1)).to(fast.dtype).reshape(shape)
-        elif norm is not None and p.output_norm != "rms":
-            fast = norm(fast.flatten(2)).to(fast.dtype).reshape(fast.shape)
-        elif norm is not None:
-            fast = norm(fast)
-        if "bonus" in made.beside:
-            fast = fast + made.beside["bonus"].to(fast.dtype)
-        if gate is not None and not p.gate_first:
-            fast = fast * gate
-        return fast.flatten(2)
+        return joined(fast, made, self.projections, self.output_norm)
 
     def extra_repr(self) -> str:
         """What `print` shows beside the modules."""
@@ -529,13 +439,6 @@ class FastWeightLayer(nn.Module):
 
 
 DECLARED = frozenset(gate.name for gate in GATES)
-
-GATINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "linear": lambda x: x,
-}
 
 
 def unit(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,3 +24,31 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+
+def is_for_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `flash_in_window` takes operands of this width and dtype, on this device."""
+    narrow = q.dtype in (torch.bfloat16, torch.float16) and q.dtype == k.dtype == v.dtype
+    if not q.is_cuda or not narrow or q.shape[-1] % 8 or q.shape[-1] > 256:
+        return False
+    known = torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.is_flash_attention_available()
+    return known and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def flash_in_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """PyTorch's FlashAttention with the window that `scaled_dot_product_attention` has no argument for.
+
+    Args:
+        q: `[B, H, T, D]` on a GPU, such as `is_for_flash` says.
+        k: `[B, H, S, D]`, S at least T; the last T are the queries' own.
+        v: `[B, H, S, D]`.
+        window: how many keys a query sees, the last one its own.
+
+    Returns:
+        `[B, H, T, D]`.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    output: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, window_size_left=window - 1, window_size_right=0
+    )[0]
+    return output.transpose(1, 2)

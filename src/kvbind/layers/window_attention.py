@@ -1,9 +1,9 @@
 """Causal softmax attention over a sliding window: which of PyTorch's attentions to call, and with which mask.
 
 A token attends to itself and the `window - 1` tokens before it in its own sequence. Training on CUDA uses FlexAttention,
-compiled for its length. Everything else uses `scaled_dot_product_attention` on one block of queries after another, so
-that memory grows with `T * window`, not `T * T`: the CPU, for which FlexAttention has no backward, and reading prompts,
-which come in every length, each of which would be compiled for.
+compiled for its length. Reading a prompt there uses FlashAttention, as prompts come in every length, each of which would be
+compiled for. Everything else uses `scaled_dot_product_attention` on one block of queries after another, so that memory
+grows with `T * window`, not `T * T`: the CPU, for which FlexAttention has no backward, and prompts packed or padded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvbind.forms.finite import known_finite, spoilt
 from kvbind.kernels.common.devices import runs_on
 from kvbind.kernels.common.tracing import is_eager, is_exported, is_transformed
 from kvbind.layers.layout import sequence_starts
-from kvbind.layers.softmax import softmax_attention
+from kvbind.layers.softmax import flash_in_window, is_for_flash, softmax_attention
 from kvbind.sequence.boundaries import Boundaries
 
 Bounds = tuple[int, ...] | Boundaries
@@ -123,6 +123,10 @@ def _attention(
     trained = torch.is_grad_enabled() and q.requires_grad and not is_transformed()
     if trained and q.is_cuda and held is None and not short and q.dtype != torch.float64:
         return _flex(q, k, v, window, cu_seqlens, ahead)
+    even = cu_seqlens is None and (held is None or len(set(held)) == 1)
+    if even and q.shape[2] > 1 and not torch.is_grad_enabled() and is_eager() and is_for_flash(q, k, v):
+        unfilled = 0 if held is None else ahead - held[0]
+        return flash_in_window(q, k[:, :, unfilled:], v[:, :, unfilled:], window)
     return _blocked(q, k, v, window, cu_seqlens, ahead, held)
 
 

@@ -140,7 +140,7 @@ def in_place_flops(config: InPlaceConfig, length: int) -> Parts:
 
 def _projected(config: LactConfig, kind: type[nn.Module]) -> int:
     """Entries of the matrices, or of the kernels, by which a layer without attention makes what a token takes."""
-    from kvbind.models.lact.model import make_mixer
+    from kvbind.models.lact.blocks import make_mixer
 
     with torch.device("meta"):
         layer = make_mixer(config)

@@ -21,7 +21,7 @@ from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import ladder
 from kvbind.models import PRESETS, LactConfig
 from kvbind.plan.costs import Mesh, PlannedTraining, memory, seconds
-from kvbind.train.files import write_text
+from kvbind.train.files import laid_out, write_text
 
 SHIPPED = Path(__file__).parent / "calibration.json"
 
@@ -297,7 +297,7 @@ def save_calibration(found: Calibration, path: Path = SHIPPED) -> None:
         "exposed": found.exposed,
         "points": points,
     }
-    write_text(path, json.dumps(plain, indent=1) + "\n")
+    write_text(path, laid_out(plain) + "\n")
 
 
 def load_calibration(path: Path = SHIPPED) -> Calibration:

@@ -114,6 +114,8 @@ def make_plans(
         raise ValueError(
             f"gpus must be whole numbers from 1 to {MOST_GPUS:,} with commas between them; got {shortened(gpus)}"
         )
+    if len({int(part) for part in counts}) < len(counts):
+        raise ValueError(f"gpus must be different numbers; got {gpus}")
     device = accelerator(hardware)
     job, planned = job_of(preset, overrides, tokens, batch, recompute)
     spent = Budget(planned if budget is None else budget, price)

@@ -24,8 +24,8 @@ from kvbind.layers.layout import Layout
 from kvbind.layers.norm import ResidualNorm
 from kvbind.layers.operands import make_operands
 from kvbind.layers.rotary import Tables
+from kvbind.models.lact.blocks import LactMLP, make_mixer
 from kvbind.models.lact.config import LactConfig
-from kvbind.models.lact.model import LactMLP, make_mixer
 from kvbind.serving.cache import FastWeightsMetadata, PendingCache, PendingMetadata, pending_name
 from kvbind.serving.checks import state_layout
 from kvbind.serving.plugin import BACKEND

@@ -21,7 +21,8 @@ from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-from kvbind.layers.fast_weights import FastWeightLayer, FastWeightState
+from kvbind.layers.fast_weight_state import FastWeightState
+from kvbind.layers.fast_weights import FastWeightLayer
 from kvbind.layers.lact import LactLayer
 
 PAGED = ("k", "v")

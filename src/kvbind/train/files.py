@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -88,10 +89,12 @@ def sync_all(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically, and its folder where there is none."""
+    """Write a small file atomically, and its folder where there is none; one whose name ends on ".gz" by gzip."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = text.encode()
     with atomic_write(path) as file:
-        file.write(text.encode())
+        # without the time, so that the same text makes the same file
+        file.write(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
 def write_with(path: Path, write: Callable[[Path], None]) -> None:
@@ -133,6 +136,36 @@ def to_json(data: Any, indent: int | None = None) -> str:
     """Plain data as JSON in which numbers that are not finite are the texts "NaN", "Infinity" and "-Infinity"."""
     separators = (",", ":") if indent is None else None
     return json.dumps(spelled(data), indent=indent, separators=separators, allow_nan=False)
+
+
+WIDTH = 125
+"""Of the lines of JSON that is read by eye, where more than numbers would stand in a longer one."""
+
+
+def laid_out(data: Any, depth: int = 0) -> str:
+    """Plain data as JSON for the eye: what fits a line is one, and so is what holds numbers alone.
+
+    Args:
+        data: plain data.
+        depth: how many lists and mappings it lies in.
+    """
+    line = json.dumps(data)
+    if not isinstance(data, dict | list | tuple) or depth + len(line) < WIDTH or _numeric(data):
+        return line
+    blank = "\n" + " " * (depth + 1)
+    if isinstance(data, dict):
+        parts = [f"{json.dumps(str(key))}: {laid_out(value, depth + 1)}" for key, value in data.items()]
+    else:
+        parts = [laid_out(value, depth + 1) for value in data]
+    opening, closing = "{}" if isinstance(data, dict) else "[]"
+    return f"{opening}{blank}{f',{blank}'.join(parts)}{blank[:-1]}{closing}"
+
+
+def _numeric(data: Any) -> bool:
+    """Whether lists and mappings hold numbers alone."""
+    if isinstance(data, dict | list | tuple):
+        return all(map(_numeric, data.values() if isinstance(data, dict) else data))
+    return data is None or isinstance(data, int | float)
 
 
 def from_json(text: str | bytes) -> Any:

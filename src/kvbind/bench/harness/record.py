@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +12,10 @@ from typing import Any
 import torch
 
 from kvbind.provenance import command, machine, versions
-from kvbind.train.files import write_text
+from kvbind.train.files import laid_out, write_text
+
+DIGITS = 8
+"""Of measured numbers in a file; no table shows more."""
 
 OUT_OF_TIME = "no time left"
 """What a row whose case had no time says under "skipped"."""
@@ -63,4 +65,13 @@ def save(path: Path | None, record: dict[str, Any]) -> None:
     """Write a record as JSON, whole or not at all; nothing where there is no path."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(record, indent=1) + "\n")
+        write_text(path, laid_out(rounded(record)) + "\n")
+
+
+def rounded(data: Any) -> Any:
+    """Plain data whose fractions have `DIGITS` digits."""
+    if isinstance(data, float):
+        return float(f"{data:.{DIGITS}g}")
+    if isinstance(data, dict):
+        return {key: rounded(value) for key, value in data.items()}
+    return [rounded(value) for value in data] if isinstance(data, list | tuple) else data

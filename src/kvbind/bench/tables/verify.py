@@ -10,7 +10,7 @@ from kvbind.bench.tables.grid import Grid, Row
 
 def verify_grid(record: Mapping[str, Any]) -> Grid:
     """The table of a record of `kvbind bench verify`."""
-    header = ("case", "operands", "by", "output", "state", "gradients", "of", "/ twin", "")
+    header = ("case", "operands", "by", "output", "state", "gradients", "of", "/ PyTorch", "")
     lines = []
     for row in record["rows"]:
         result = "PASS" if row["passed"] else "FAIL"
@@ -28,7 +28,7 @@ def verify_grid(record: Mapping[str, Any]) -> Grid:
                 f"{ours['state']:.1e}",
                 f"{ours['gradients'][worst]:.1e}",
                 worst,
-                f"{_over_twin(row):.2f}",
+                f"{_over_pytorch(row):.2f}",
                 result,
             )
         )
@@ -36,7 +36,9 @@ def verify_grid(record: Mapping[str, Any]) -> Grid:
     said = [f"{row['case']}, {row['dtype']}: {'; '.join(row['problems'])}" for row in failed]
     title = "Relative errors in norm against the PyTorch form in float64 on the same operands"
     said.insert(
-        0, "gradients: the largest error of any, and whose it is; / twin: output's or that gradient's over the twin's own"
+        0,
+        "gradients: the largest error of any, and whose it is; / PyTorch: output's or that gradient's over PyTorch's own in "
+        "that precision",
     )
     return Grid("verify", title, header, tuple(lines), left=3, note="\n".join(said))
 
@@ -53,12 +55,15 @@ def promises_grid(record: Mapping[str, Any]) -> Grid:
     return Grid("promises", title, header, tuple(lines), left=1, note=record["rules"])
 
 
-def _over_twin(row: Row) -> float:
-    """The error of the output or of the worst gradient, whichever is larger, in units of the twin's own."""
-    ours, twins = row["errors"], row["twin_errors"]
+def _over_pytorch(row: Row) -> float:
+    """The error of the output or of the worst gradient, whichever is larger, in units of PyTorch's own.
+
+    Records of before the field had its name call it "twin_errors".
+    """
+    ours, own = row["errors"], row.get("pytorch_errors") or row["twin_errors"]
     worst = max(ours["gradients"], key=ours["gradients"].__getitem__)
-    pairs = (ours["output"], twins["output"]), (ours["gradients"][worst], twins["gradients"][worst])
-    return max((x / own for x, own in pairs if own > 0), default=float("nan"))
+    pairs = (ours["output"], own["output"]), (ours["gradients"][worst], own["gradients"][worst])
+    return max((x / y for x, y in pairs if y > 0), default=float("nan"))
 
 
 def summary_grid(record: Mapping[str, Any]) -> Grid:
@@ -72,7 +77,7 @@ def summary_grid(record: Mapping[str, Any]) -> Grid:
         "output",
         "state",
         "gradients",
-        "/ twin",
+        "/ PyTorch",
     )
     lines = []
     kinds = dict.fromkeys((row["dtype"], row["newton_schulz"]) for row in record["rows"])
@@ -89,8 +94,8 @@ def summary_grid(record: Mapping[str, Any]) -> Grid:
                 f"{sum(not row['passed'] for row in rows)}",
                 *(f"{max((e[name] for e in errors), default=float('nan')):.1e}" for name in ("output", "state")),
                 f"{max((max(e['gradients'].values()) for e in errors), default=float('nan')):.1e}",
-                f"{max(map(_over_twin, measured), default=float('nan')):.2f}",
+                f"{max(map(_over_pytorch, measured), default=float('nan')):.2f}",
             )
         )
-    note = "the largest relative error of any case; / twin: the largest quotient of one and the twin's own"
+    note = "the largest relative error of any case; / PyTorch: the largest quotient of one and PyTorch's own there"
     return Grid("summary", "Errors against float64", header, tuple(lines), note=note)

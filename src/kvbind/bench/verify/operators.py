@@ -5,7 +5,7 @@ Three evaluations of one call, on the same rounded operands:
 - *reference*: PyTorch's recurrent form in float64 (`KVBIND_KERNELS=0`); under token visibility at full size, where it needs
   a state for every token, the parallel form in float64, which other tests hold to it.
 - *ours*: `ttt` as it comes.
-- *twin*: the PyTorch form with operands, state and every product in the working precision, from `twin`.
+- *PyTorch*: the PyTorch form with operands, state and every product in the working precision, from `pytorch_in`.
 
 Newton-Schulz runs in float64 in the reference, in float32 for float32 operands, and for bfloat16 operands in bfloat16, as
 released, unless a case says otherwise.
@@ -50,18 +50,18 @@ DTYPES = ("float32", "bfloat16")
 BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 """Bounds on relative errors in norm."""
 
-TWINS = 2.0
-"""Bound in units of the twin's own error."""
+TIMES = 2.0
+"""Bound in units of PyTorch's own error in the same precision."""
 
-SHAPED_GRADIENT, SHAPED_TWINS = 1e-4, 4.0
+SHAPED_GRADIENT, SHAPED_TIMES = 1e-4, 4.0
 """Both for gradients through Newton-Schulz, which magnifies rounding some hundred times: there the errors of two correct
 evaluations differ by more than a factor of two, and PyTorch's own form exceeds it."""
 
 RULES = (
     "float32: output, state and every gradient within 1e-5; through Newton-Schulz output and state within that or twice the "
-    "twin's own error, gradients within 1e-4 or four times it. bfloat16, float16: all within twice the twin's own error or "
-    "1e-5, output and state also within 1e-2; through Newton-Schulz within twice the twin's own error, gradients within "
-    "four times it. Norms and pending tokens in the state within 1e-5 always."
+    "error of PyTorch in float32, gradients within 1e-4 or four times it. bfloat16, float16: all within twice the error of "
+    "PyTorch in that precision or 1e-5, output and state also within 1e-2; through Newton-Schulz within twice that error, "
+    "gradients within four times it. Norms and pending tokens in the state within 1e-5 always."
 )
 """Relative errors in norm; what is not finite breaks them."""
 
@@ -130,7 +130,7 @@ def slope_of(slopes: Leaves, name: str, result: Tensor) -> Tensor:
     return slopes[name].to(result.dtype)
 
 
-def twin(dtype: torch.dtype) -> Call:
+def pytorch_in(dtype: torch.dtype) -> Call:
     """`ttt` by the PyTorch forms with operands, rates, gates and state in `dtype`, so that every product is too.
 
     `ttt` itself keeps state, rates and gates in float32 at the least. Packed sequences run one after another, and the
@@ -176,12 +176,12 @@ def _cast(call: Operands, dtype: torch.dtype) -> Operands:
     return replace(call, q=change(call.q), tokens=call.tokens.spread().map(change), state=call.state.map(change))
 
 
-def problems(errors: dict[str, Any], twins: dict[str, Any], dtype: str, *, shaped: bool) -> list[str]:
+def problems(errors: dict[str, Any], pytorch: dict[str, Any], dtype: str, *, shaped: bool) -> list[str]:
     """What breaks `RULES`.
 
     Args:
         errors: ours, from `relative_errors`.
-        twins: the twin's.
+        pytorch: of PyTorch in the same precision.
         dtype: of the operands.
         shaped: the inner loop has Newton-Schulz.
     """
@@ -197,16 +197,16 @@ def problems(errors: dict[str, Any], twins: dict[str, Any], dtype: str, *, shape
             return BOUNDS[dtype]
         if not shaped:
             # some gradients come from float32 alone, whose own errors say little
-            by_twin = max(TWINS * own, BOUNDS["float32"])
-            return by_twin if gradient else min(BOUNDS[dtype], by_twin)
-        by_twin = (SHAPED_TWINS if gradient else TWINS) * own
-        return by_twin if dtype != "float32" else max(SHAPED_GRADIENT if gradient else BOUNDS[dtype], by_twin)
+            by_pytorch = max(TIMES * own, BOUNDS["float32"])
+            return by_pytorch if gradient else min(BOUNDS[dtype], by_pytorch)
+        by_pytorch = (SHAPED_TIMES if gradient else TIMES) * own
+        return by_pytorch if dtype != "float32" else max(SHAPED_GRADIENT if gradient else BOUNDS[dtype], by_pytorch)
 
     for name in ("output", "state"):
-        hold(name, errors[name], bound(twins[name], False))
+        hold(name, errors[name], bound(pytorch[name], False))
     hold("norms and pending tokens", errors["kept"], BOUNDS["float32"])
     for name, error in errors["gradients"].items():
-        hold(f"gradient of {name}", error, bound(twins["gradients"][name], True))
+        hold(f"gradient of {name}", error, bound(pytorch["gradients"][name], True))
     return found
 
 
@@ -216,27 +216,27 @@ def described(case: VerifyCase | LayerOperator, dtype: str) -> dict[str, Any]:
 
 
 Evaluations = tuple[Callable[[], Evaluation], Callable[[], Evaluation], Callable[[], Evaluation]]
-"""The reference, the twin and ours, to be run."""
+"""The reference, PyTorch in the working precision, and ours, to be run."""
 
 
 def verify(case: VerifyCase | LayerOperator, dtype: str, device: torch.device) -> dict[str, Any]:
-    """One case in one dtype: errors of ours and of the twin, the operators that ran, and what breaks the rules."""
+    """One case in one dtype: errors of ours and of PyTorch, the operators that ran, and what breaks the rules."""
     narrow = getattr(torch, dtype)
     exact, low, ours = of_piece(case, narrow, device) if isinstance(case, LayerOperator) else of_case(case, narrow, device)
     with without_kernels():
         reference = exact()
-        twins = relative_errors(low(), reference)
+        pytorch = relative_errors(low(), reference)
     results: list[Evaluation] = []
     operators = operators_of(lambda: results.append(ours()))
     errors = relative_errors(results[0], reference)
-    found = problems(errors, twins, dtype, shaped=case.facts["newton_schulz"])
+    found = problems(errors, pytorch, dtype, shaped=case.facts["newton_schulz"])
     return described(case, dtype) | {
-        "operators": operators, "errors": errors, "twin_errors": twins, "problems": found, "passed": not found
+        "operators": operators, "errors": errors, "pytorch_errors": pytorch, "problems": found, "passed": not found
     }  # fmt: skip
 
 
 def of_piece(case: LayerOperator, narrow: torch.dtype, device: torch.device) -> Evaluations:
-    """Of a piece of the layer, whose twin is what runs without kernels."""
+    """Of a piece of the layer, of which PyTorch's is what runs without kernels."""
     leaves = case.draw(device, narrow)
     low = partial(case.evaluate, leaves, narrow)
     return partial(case.evaluate, leaves, torch.float64), low, low
@@ -261,7 +261,7 @@ def of_case(case: VerifyCase, narrow: torch.dtype, device: torch.device) -> Eval
     spec = case.spec_in(narrow)
     return (
         lambda: of(case.spec_in(exact), case.reference, ttt, exact, exact),
-        lambda: of(spec, case.form, twin(narrow), narrow, wide),
+        lambda: of(spec, case.form, pytorch_in(narrow), narrow, wide),
         lambda: of(spec, case.form, on_fla if case.fla else ttt, narrow, wide),
     )
 

@@ -22,11 +22,12 @@ def command(
         ),
     ],
 ) -> None:
-    """Say field by field in what two inner loops differ, or what edits change of one.
+    """Say field by field in what two inner loops differ, or what edits change of one; of equal ones, how layers differ.
 
     For example: [bold]kvbind compare kda gdn2[/], [bold]kvbind compare titans mine.yaml[/],
     [bold]kvbind compare lact_llm update=last lact_video[/], or [bold]kvbind compare lact_llm momentum=false chunk=64[/]
     """
+    from kvbind.inner.systems.layers import PROJECTIONS
     from kvbind.inner.systems.registry import named_or_file
 
     loops = inner_loops(words, 2)
@@ -37,8 +38,12 @@ def command(
     (first, one), (second, other) = loops
     differing = one.differences(other)
     if not differing:
-        output.console().print(f"{first} and {second} are the same inner loop")
-        return
+        if {first, second} <= set(PROJECTIONS):
+            differing = PROJECTIONS[first].differences(PROJECTIONS[second])
+        said = ", in layers that make its operands in other ways:" if differing else ""
+        output.console().print(f"{first} and {second} are the same inner loop{said}", soft_wrap=True)
+        if not differing:
+            return
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("field", first, second):
         table.add_column(name, no_wrap=name == "field", overflow="fold")

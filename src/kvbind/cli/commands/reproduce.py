@@ -113,8 +113,8 @@ def command(
     them together and fills all GPUs.
     """
     from kvbind.experiments import EXPERIMENTS, open_experiment
+    from kvbind.experiments.progress import plan_experiment
     from kvbind.experiments.request import Measure
-    from kvbind.experiments.training.progress import plan_experiment
     from kvbind.inner.value import nearest
 
     known = (*EXPERIMENTS, "all")

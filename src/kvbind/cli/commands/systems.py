@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import textwrap
 from typing import Any
 
 from kvbind.cli import output
@@ -16,22 +18,24 @@ def command() -> None:
 
     screen = output.console()
     wide = max(map(len, SYSTEMS)) + 2
-    # lines of a terminal are cut at its end, a file's are left whole
-    shown: dict[str, Any] = {
-        "no_wrap": True,
-        "overflow": "ellipsis" if screen.is_terminal else "ignore",
-        "crop": screen.is_terminal,
-    }
-    screen.print(f"{'system':<{wide}}{'parallel':<10}built of", style="dim", **shown)
+    # a line of a terminal goes on below itself, a file's is left whole
+    width = screen.width if screen.is_terminal else sys.maxsize
+    indent = " " * (wide + 10 if width >= 2 * (wide + 10) else 2)
+
+    def show(line: str, style: str | None = None, behind: str = "") -> None:
+        for part in textwrap.wrap(line, width, subsequent_indent=behind, break_on_hyphens=False):
+            screen.print(part, style=style, soft_wrap=True)
+
+    show(f"{'system':<{wide}}{'parallel':<10}built of", "dim")
     for title, names in groupby(SYSTEMS, lambda name: family(SYSTEMS[name])):
-        screen.print(f"\n{title}", style="bold", **shown)
+        screen.print()
+        show(title, "bold")
         for name in names:
             inner = SYSTEMS[name]()
             parallel = "no" if parallel_obstacles(inner) else "yes"
-            screen.print(f"{name:<{wide}}{parallel:<10}{in_short(inner)}", **shown)
-    screen.print(
-        "\nkvbind explain NAME says which linear attention one is, kvbind compare NAME NAME where two differ", **shown
-    )
+            show(f"{name:<{wide}}{parallel:<10}{in_short(inner)}", behind=indent)
+    screen.print()
+    show("kvbind explain NAME says which linear attention one is, kvbind compare NAME NAME where two differ")
 
 
 def in_short(inner: Any) -> str:

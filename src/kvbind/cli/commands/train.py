@@ -110,7 +110,9 @@ def command(
     if run.reused:
         screen.print(f"{folder} holds this run, finished earlier: nothing was trained (--fresh trains anew)", soft_wrap=True)
     output.show_metrics(screen, run.result["held_out"])
-    screen.print(f"{run.result['steps']} steps in {run.result['training_seconds']:.0f} s, {run.result['skipped']} skipped")
+    result, unit = run.result, run.result["unit"]
+    speed = f"{run.speed(unit):,.0f} {unit}/s at the median step"
+    screen.print(f"{result['steps']} steps in {result['training_seconds']:.0f} s ({speed}), {result['skipped']} skipped")
     screen.print(f"model: {folder / WEIGHTS}", soft_wrap=True)
     output.say_next(screen, task, folder)
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from kvbind import inner_loss
 from kvbind.experiments import plotting
 from kvbind.experiments.layer_calls import LayerCall, changed, seen_calls
+from kvbind.experiments.outcomes.claims import Verdict
 from kvbind.experiments.plotting import picture
-from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.report.findings import Findings, write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.results.cache import ResultCache
 from kvbind.experiments.subjects import Metric

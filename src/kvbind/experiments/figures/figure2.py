@@ -20,8 +20,9 @@ from torch import Tensor
 
 from kvbind.experiments import plotting
 from kvbind.experiments.layer_calls import first_calls
+from kvbind.experiments.outcomes.claims import Verdict
 from kvbind.experiments.plotting import picture
-from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.report.findings import Findings, write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.training.trained_rows import train_rows
 from kvbind.train.step import precision
@@ -151,7 +152,7 @@ def check_sklearn(what: str) -> None:
 
 def as_map(layer: Layer, pair: str) -> dict[str, Any]:
     """A map as `results.json` holds it: the points of each set."""
-    places = layer.maps[pair].round(2).tolist()
+    places = layer.maps[pair].astype(np.float64).round(1).tolist()  # finer than a picture shows
     middle = len(places) // 2
     return {"layer": layer.number, "sets": dict(zip(PAIRS[pair], (places[:middle], places[middle:]), strict=True))}
 

@@ -15,10 +15,11 @@ from itertools import combinations
 from typing import Any
 
 from kvbind.experiments import plotting
-from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.outcomes.claims import Verdict
+from kvbind.experiments.report.findings import Findings, write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.results.cache import ResultCache
-from kvbind.experiments.tables.table import BASELINES
+from kvbind.experiments.subjects.rows import BASELINES
 from kvbind.experiments.tables.table2 import TABLE
 from kvbind.experiments.training.run_folders import exported
 from kvbind.experiments.training.trained_rows import Trained, train_rows

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from kvbind.experiments import plotting
-from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.outcomes.claims import Verdict
+from kvbind.experiments.report.findings import Findings, write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.results.cache import ResultCache
+from kvbind.experiments.tables.projection import CACHE, Steps, measure_steps
 from kvbind.experiments.training.jobs import TrainingJob
 from kvbind.experiments.training.plans import RunsPlan, UnfinishedError, configuration, plan_runs, report_folder, with_inner
-from kvbind.experiments.training.projection import CACHE, Steps, measure_steps
 from kvbind.experiments.training.runs import Fingerprints, Run
 from kvbind.inner.value import check_choice
 from kvbind.tasks import open_task_module

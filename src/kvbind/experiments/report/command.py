@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kvbind import systems
+from kvbind.experiments.inspection.untrained import untrained_models
 from kvbind.experiments.report.checks import are_models
-from kvbind.experiments.report.explorer.untrained import untrained_models
 from kvbind.experiments.report.page import find_parts, write_page
 from kvbind.experiments.report.page_cache import PageCache, Say
 from kvbind.experiments.report.server import open_server

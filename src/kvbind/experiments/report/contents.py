@@ -14,9 +14,6 @@ from kvbind.files import check_regular
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
-STATES = {True: "holds", False: "does not hold", None: "not decided at this scale"}
-"""What is said of a verdict, by whether the claim holds."""
-
 
 @dataclass(frozen=True)
 class PageTable:

@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 
 from kvbind.experiments import EXPERIMENTS, plotting
+from kvbind.experiments.outcomes.table import CURVE, SMOOTHING
 from kvbind.experiments.report import charts
 from kvbind.experiments.report.charts import Chart
 from kvbind.experiments.report.contents import PagePart, PageTable, Picture, facts
 from kvbind.experiments.subjects import named_subject
-from kvbind.experiments.tables.table import CURVE, SMOOTHING
 from kvbind.files import inside
 
 Results = Mapping[str, Any]

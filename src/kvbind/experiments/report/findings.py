@@ -10,34 +10,12 @@ from typing import Any
 
 import torch
 
+from kvbind.experiments.outcomes.claims import Verdict
 from kvbind.experiments.report import page
-from kvbind.experiments.report.contents import STATES
 from kvbind.experiments.report.finding_contents import findings_part
 from kvbind.experiments.request import Request
 from kvbind.experiments.results.files import write_json
 from kvbind.provenance import command, machine, today, versions
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the numbers say to a claim.
-
-    Attributes:
-        claim: in words.
-        rule: when it holds.
-        holds: whether it does; None where the numbers decide neither way.
-        found: the numbers that decided.
-    """
-
-    claim: str
-    rule: str
-    holds: bool | None
-    found: str
-
-    @property
-    def word(self) -> str:
-        """What is said of it."""
-        return STATES[self.holds]
 
 
 @dataclass(frozen=True)

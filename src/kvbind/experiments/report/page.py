@@ -71,7 +71,7 @@ def write_page(
     Args:
         path: of the HTML file.
         parts: what came out.
-        explorer: models to look into, as `kvbind.experiments.report.explorer` makes them.
+        explorer: models to look into, as `kvbind.experiments.studies.explorer` makes them.
         versions: of the packages that made the page.
     """
     script, sections = asset("page.js"), sections_of(parts)

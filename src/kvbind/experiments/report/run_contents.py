@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from kvbind.experiments import plotting
+from kvbind.experiments.outcomes.table import CURVE, SMOOTHING
 from kvbind.experiments.report import charts
 from kvbind.experiments.report.charts import Chart, Points
 from kvbind.experiments.report.contents import PagePart, PageTable, Picture, facts, shown
 from kvbind.experiments.report.page_cache import PageCache
 from kvbind.experiments.subjects import NONE, SUBJECTS
-from kvbind.experiments.tables.table import CURVE, SMOOTHING
 from kvbind.experiments.training.run_folders import MADE_BY
 from kvbind.files import check_regular, inside, read_json
 from kvbind.tasks import NEXT

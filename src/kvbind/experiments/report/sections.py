@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvbind.experiments import EXPERIMENTS
-from kvbind.experiments.report.contents import STATES, PagePart
+from kvbind.experiments.outcomes.claims import STATES
+from kvbind.experiments.report.contents import PagePart
 from kvbind.experiments.report.rules import plain
 
 SCALES = ("paper", "small", "smoke")

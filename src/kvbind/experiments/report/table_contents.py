@@ -10,14 +10,14 @@ from typing import Any
 import yaml
 
 from kvbind.experiments import open_experiment, plotting
+from kvbind.experiments.outcomes.plots import headings
+from kvbind.experiments.outcomes.table import TableOutcome, TableRow
+from kvbind.experiments.outcomes.text import NOT_APPLICABLE, as_grid, describe, quality_columns, speed_columns
 from kvbind.experiments.report import charts
 from kvbind.experiments.report.charts import Chart, Points
 from kvbind.experiments.report.contents import PagePart, PageTable, Picture, facts
 from kvbind.experiments.subjects import named_subject
 from kvbind.experiments.subjects.published import Published
-from kvbind.experiments.tables.plots import headings
-from kvbind.experiments.tables.table import TableOutcome, TableRow
-from kvbind.experiments.tables.text import NOT_APPLICABLE, as_grid, describe, quality_columns, speed_columns
 from kvbind.experiments.training.runs import Run, flatten
 from kvbind.files import inside
 

@@ -20,7 +20,8 @@ from kvbind.experiments.figures import figure1, figure2
 from kvbind.experiments.figures.figure1 import AtSteps, evaluated, metric_and_losses
 from kvbind.experiments.figures.figure2 import MOST_LAYERS, PAIRS, POINTS, held_out_sets, look
 from kvbind.experiments.layer_calls import changed
-from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.outcomes.claims import Verdict
+from kvbind.experiments.report.findings import Findings, write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.saved_models.saved_model import Saved
 from kvbind.experiments.subjects import NONE, Metric, named_subject

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from kvbind.experiments import plotting
+from kvbind.experiments.outcomes.claims import Verdict
 from kvbind.experiments.plotting import picture
-from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.report.findings import Findings, write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.saved_models.simplification_plan import SimplificationPlan
 from kvbind.experiments.subjects import NONE, Metric, named_subject

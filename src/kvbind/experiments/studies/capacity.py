@@ -21,10 +21,10 @@ from kvbind.experiments.report.findings import write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.studies.capacity_findings import SOFTMAX, CapacityPoint, draw, findings
 from kvbind.experiments.studies.state_bytes import state_bytes
-from kvbind.experiments.tables.table import unfinished
 from kvbind.experiments.training.jobs import TrainingJob
 from kvbind.experiments.training.plans import RunsPlan, plan_configs
 from kvbind.experiments.training.runs import Run
+from kvbind.experiments.training.trained_rows import unfinished
 from kvbind.inner.systems import RUNGS, SYSTEMS
 from kvbind.inner.value import check_choice
 from kvbind.layers.fitting import check_fits_causal_layer

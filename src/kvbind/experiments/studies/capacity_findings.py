@@ -10,10 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from kvbind.experiments import plotting
+from kvbind.experiments.outcomes.claims import Verdict
+from kvbind.experiments.outcomes.verdicts import ERRORS, beyond
 from kvbind.experiments.report.charts import ladder_tones
-from kvbind.experiments.report.findings import Findings, Verdict
+from kvbind.experiments.report.findings import Findings
 from kvbind.experiments.request import Request
-from kvbind.experiments.tables.verdicts import ERRORS, beyond
 from kvbind.experiments.training.plans import RunsPlan
 from kvbind.inner.systems import RUNGS
 from kvbind.train.config import to_plain

@@ -11,11 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from kvbind.experiments import plotting
-from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.outcomes.claims import Verdict
+from kvbind.experiments.outcomes.verdicts import ERRORS, beyond
+from kvbind.experiments.report.findings import Findings, write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.studies.trends import mean_and_error
 from kvbind.experiments.subjects import Metric, named_subject
-from kvbind.experiments.tables.verdicts import ERRORS, beyond
 from kvbind.experiments.training.jobs import TrainingJob
 from kvbind.experiments.training.plans import RunsPlan, UnfinishedError, configuration, data_edits, plan_runs, with_inner
 from kvbind.experiments.training.runs import Fingerprints, run_name

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from kvbind.experiments import plotting
+from kvbind.experiments.outcomes.claims import Verdict
 from kvbind.experiments.plotting import picture
-from kvbind.experiments.report.findings import Findings, Verdict, write_findings
+from kvbind.experiments.report.findings import Findings, write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.saved_models.simplification_plan import fine_tuning
 from kvbind.experiments.subjects import NONE, Metric
-from kvbind.experiments.tables.table import LABELS
+from kvbind.experiments.subjects.rows import LABELS
 from kvbind.experiments.training.jobs import TrainingJob, default_workers
 from kvbind.experiments.training.plans import UnfinishedError
 from kvbind.experiments.training.run_folders import WEIGHTS

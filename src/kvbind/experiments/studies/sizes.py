@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from kvbind.experiments.outcomes.text import count
 from kvbind.experiments.report.findings import Findings, write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.studies import trends
 from kvbind.experiments.studies.trends import Gaps
 from kvbind.experiments.subjects import named_subject
-from kvbind.experiments.tables.table import row_labels
-from kvbind.experiments.tables.text import count
+from kvbind.experiments.subjects.rows import row_labels
 from kvbind.experiments.training.jobs import TrainingJob
 from kvbind.experiments.training.plans import RunsPlan, UnfinishedError, plan_runs
 from kvbind.experiments.training.runs import Fingerprints

@@ -22,18 +22,17 @@ from kvbind.experiments.report.findings import Findings, write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.results.cache import ResultCache
 from kvbind.experiments.studies.state_bytes import state_bytes
-from kvbind.experiments.tables.table import unfinished
 from kvbind.experiments.training.jobs import TrainingJob
 from kvbind.experiments.training.plans import RunsPlan, configuration, data_edits, plan_configs
 from kvbind.experiments.training.run_folders import exported, load_model
 from kvbind.experiments.training.runs import Run
+from kvbind.experiments.training.trained_rows import unfinished
 from kvbind.inner.value import check_choice
 from kvbind.models.lact.cache import CACHE
 from kvbind.tasks import language
 from kvbind.tasks.language.table_rows import FULL
 from kvbind.tasks.tokenizers import open_tokenizer
 from kvbind.train.config import to_plain
-from kvbind.train.metrics import read_metrics
 
 TASK = "language"
 
@@ -58,9 +57,6 @@ SCALES = ("smoke", "small", "large")
 
 STEP = 16
 """Widths of MLPs are multiples of this."""
-
-START = 10
-"""Steps that compile and tune, whose speed does not count; no more than a quarter of all."""
 
 TOKENS = {"smoke": 32, "small": 256, "large": 256}
 """How many are decoded for their time, by scale."""
@@ -196,12 +192,6 @@ def decoded(name: str, runs: Mapping[int, Run], plan: RunsPlan, request: Request
     return found
 
 
-def training_speed(run: Run) -> float:
-    """Tokens per second of a run's median step, those aside that compile and tune."""
-    found = [row["tokens_per_second"] for row in read_metrics(run.folder) if "tokens_per_second" in row]
-    return statistics.median(found[min(START, len(found) // 4) :])
-
-
 def along(runs: Mapping[int, Run]) -> Along:
     """Held-out losses by position, averaged over seeds."""
     held_out = [run.result["held_out"] for run in runs.values()]
@@ -232,7 +222,7 @@ def findings(
         losses = [run.result["held_out"]["loss"] for run in runs[name].values()]
         error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None
         first = runs[name][min(runs[name])]
-        speed, cost = training_speed(first), decoding[name]
+        speed, cost = first.speed("tokens"), decoding[name]
         size = first.result["parameters"]
         data.append({
             "name": name, "label": labels[name], "parameters": size, "loss": own.overall, "loss_standard_error": error,

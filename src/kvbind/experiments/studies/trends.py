@@ -12,9 +12,9 @@ import matplotlib as mpl
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from kvbind.experiments import plotting
-from kvbind.experiments.report.findings import Verdict
+from kvbind.experiments.outcomes.claims import Verdict
+from kvbind.experiments.outcomes.verdicts import ERRORS
 from kvbind.experiments.subjects import NONE, Metric
-from kvbind.experiments.tables.verdicts import ERRORS
 
 LEAST = 3
 """Places that a line is fitted through."""

@@ -7,20 +7,23 @@ whether that is done on the machine that writes the report: runs may have been t
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from kvbind.bench.harness.operands import Size
 from kvbind.bench.kernels.forms import tokens_per_second
 from kvbind.experiments.results.cache import ResultCache
-from kvbind.experiments.training.runs import Run
 from kvbind.forms.analysis import explain
 from kvbind.forms.api import Form
 from kvbind.inner import InnerLoop
+
+if TYPE_CHECKING:
+    from kvbind.experiments.training.runs import Run
 
 Speeds = dict[str, dict[str, float | None]]
 """Units per second by row and column; None for what a row does not have."""
@@ -160,11 +163,8 @@ class TrainingSpeed:
     def measure(
         self, configs: Mapping[str, Any], runs: Mapping[str, Sequence[Run]], device: torch.device, path: Path, fresh: bool
     ) -> Speeds:
-        """Units per second of training, over all of a row's runs."""
-        return {
-            name: {"training": sum(r.result[self.unit] for r in of_row) / sum(r.result["training_seconds"] for r in of_row)}
-            for name, of_row in runs.items()
-        }
+        """Units per second of training, averaged over a row's runs."""
+        return {name: {"training": statistics.fmean(run.speed(self.unit) for run in own)} for name, own in runs.items()}
 
 
 Speed = InnerLoopSpeed | TrainingSpeed

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kvbind.experiments import plotting
+from kvbind.experiments.outcomes.plots import draw_all
+from kvbind.experiments.outcomes.table import TableOutcome, as_csv
+from kvbind.experiments.outcomes.text import Column, as_grid, comparison, describe, quality_columns, row_names, speed_columns
 from kvbind.experiments.report.contents import PagePart, PageTable
 from kvbind.experiments.report.page import write_index
 from kvbind.experiments.report.table_contents import table_part
 from kvbind.experiments.results.files import write_csv, write_json
-from kvbind.experiments.tables.plots import draw_all
-from kvbind.experiments.tables.table import LABELS, TableOutcome, as_csv
-from kvbind.experiments.tables.text import Column, as_grid, comparison, describe, quality_columns, row_names, speed_columns
+from kvbind.experiments.subjects.rows import LABELS
 from kvbind.train.files import write_text
 
 

@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from kvbind.experiments.outcomes.table import Table, TableOutcome, TableRow, as_data
+from kvbind.experiments.outcomes.text import describe, terminal_tables
+from kvbind.experiments.outcomes.verdicts import judge
 from kvbind.experiments.request import Request
 from kvbind.experiments.subjects import ALL, SUBJECTS, Subject, named_subject
+from kvbind.experiments.subjects.rows import BASELINES, NO_FAST_WEIGHTS, row_labels
 from kvbind.experiments.subjects.throughput import Speeds
 from kvbind.experiments.tables.output import write_overview, write_report
-from kvbind.experiments.tables.table import BASELINES, NO_FAST_WEIGHTS, Table, TableOutcome, TableRow, as_data, row_labels
-from kvbind.experiments.tables.text import describe, terminal_tables
-from kvbind.experiments.tables.verdicts import judge
+from kvbind.experiments.tables.projection import measure_rows
 from kvbind.experiments.training.jobs import TrainingJob
 from kvbind.experiments.training.plans import RunsPlan, UnfinishedError, plan_runs, report_folder
-from kvbind.experiments.training.projection import measure_rows
 from kvbind.experiments.training.runs import Run
 from kvbind.provenance import command, machine, today, versions
 from kvbind.train.config import to_plain, to_yaml

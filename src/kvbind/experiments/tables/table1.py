@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from functools import partial
 
+from kvbind.experiments.outcomes.table import Table
 from kvbind.experiments.tables.reproduce import reproduce_table
-from kvbind.experiments.tables.table import Table
 from kvbind.experiments.training import plans
 
 TABLE = Table(

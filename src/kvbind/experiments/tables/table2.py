@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from functools import partial
 
+from kvbind.experiments.outcomes.table import Table
+from kvbind.experiments.subjects.rows import BASELINES
 from kvbind.experiments.tables.reproduce import reproduce_table
-from kvbind.experiments.tables.table import BASELINES, Table
 from kvbind.experiments.training import plans
 from kvbind.inner.systems import RUNGS
 

@@ -13,7 +13,7 @@ import torch
 
 from kvbind.experiments.request import Request
 from kvbind.experiments.subjects import named_subject
-from kvbind.experiments.tables.table import LABELS
+from kvbind.experiments.subjects.rows import LABELS
 from kvbind.experiments.training.jobs import Finished, TrainingJob, default_workers
 from kvbind.experiments.training.run_folders import RESULT
 from kvbind.experiments.training.runs import Fingerprints, Run, run_name
@@ -151,7 +151,7 @@ def plan_runs(
 
     Args:
         name: of the experiment.
-        rows: names among `kvbind.experiments.tables.table.LABELS`.
+        rows: names among `kvbind.experiments.subjects.rows.LABELS`.
         request: what was asked.
         known: fingerprints of data that were read already.
         edits: of every run's configuration, before those that were asked for.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -37,6 +38,9 @@ from kvbind.train.metrics import FILE, read_metrics
 from kvbind.train.parallel import is_sharded
 from kvbind.train.ranks import barrier, connected, rank, ranks, restarted
 
+START = 10
+"""Steps that compile and tune, whose speed does not count; no more than a quarter of all."""
+
 STEPS = "train.steps"
 """The one key of what matters that may change, upwards, while a run stays where it is."""
 
@@ -62,6 +66,17 @@ class Run:
     def time_note(self) -> str:
         """How long it was trained, for people: the seconds of its steps alone, or that it was finished earlier."""
         return "finished earlier" if self.reused else f"{self.result['training_seconds']:.0f} s of training alone"
+
+    def speed(self, unit: str) -> float:
+        """Units per second of the median step, those aside that compile and tune.
+
+        Args:
+            unit: what the task counts, such as "tokens". Of a run whose metrics are not here, all steps count together.
+        """
+        rates = [row[f"{unit}_per_second"] for row in read_metrics(self.folder) if f"{unit}_per_second" in row]
+        if not rates:
+            return float(self.result[unit] / self.result["training_seconds"])
+        return statistics.median(rates[min(START, len(rates) // 4) :])
 
     def losses(self) -> list[float | None]:
         """The training loss of each step, None for one that was skipped or whose line was lost."""

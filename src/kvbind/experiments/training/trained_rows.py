@@ -11,7 +11,7 @@ import torch
 
 from kvbind.experiments.request import Request
 from kvbind.experiments.subjects import Subject, named_subject
-from kvbind.experiments.tables.table import row_labels, unfinished
+from kvbind.experiments.subjects.rows import row_labels
 from kvbind.experiments.training.jobs import TrainingJob
 from kvbind.experiments.training.plans import UnfinishedError, plan_runs
 from kvbind.experiments.training.run_folders import WEIGHTS, exported, load_model
@@ -62,7 +62,7 @@ def train_rows(name: str, rows: Sequence[str], tasks: Sequence[str], request: Re
 
     Args:
         name: of the experiment, whose folder the report goes to.
-        rows: names among `kvbind.experiments.tables.table.LABELS`.
+        rows: names among `kvbind.experiments.subjects.rows.LABELS`.
         tasks: those that the experiment is made for.
         request: what was asked.
         weights: whether the experiment looks into models, so that runs that came without their weights are left out.
@@ -117,3 +117,15 @@ def sentence(why: str, rows: Mapping[str, tuple[Iterable[int], Container[int]]])
     """A sentence on runs that are left out, given as `unfinished` takes them; empty where there are none."""
     which = unfinished(rows)
     return f" {why}, and left out: {which}." if which else ""
+
+
+def unfinished(rows: Mapping[str, tuple[Iterable[int], Container[int]]]) -> str:
+    """Runs that are missing, in words; empty where there are none.
+
+    Args:
+        rows: by name, the seeds that were planned and those of them that are finished.
+    """
+    missing = {name: sorted(seed for seed in planned if seed not in there) for name, (planned, there) in rows.items()}
+    return ", ".join(
+        f"{name} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})" for name, seeds in missing.items() if seeds
+    )

@@ -30,7 +30,7 @@ from kvbind.kernels.affine.states import states as run_states
 from kvbind.kernels.affine.tiles import cut
 from kvbind.kernels.causal.segments import Segments, product_precision, token_strides
 from kvbind.kernels.common.devices import on_device_of
-from kvbind.kernels.common.operands import DTYPES, cdiv, last_contiguous
+from kvbind.kernels.common.operands import DTYPES, cdiv, last_contiguous, sequence_count
 from kvbind.kernels.launching import dispatcher
 
 ORDERS = ("before", "after")
@@ -289,8 +289,7 @@ def _differentiate(ctx, d_out, d_final, *_):
         _backward, d_out, None if d_final is None else d_final.contiguous(), q, k, v, erase, rates, gates, cu_seqlens,
         list(kept), *ctx.options, needs[6],
     )  # fmt: skip
-    found = (dq, dk, dv, de, d_rates, d_gates, d_initial)
-    return *(x if wanted else None for x, wanted in zip(found, needs, strict=False)), *(None,) * 5
+    return dispatcher.asked(needs, dq, dk, dv, de, d_rates, d_gates, d_initial)
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
@@ -386,15 +385,6 @@ def _check(
         raise ValueError("erase must be None without a residual, which alone reads there; got a tensor")
     if chunk not in CHUNKS:
         raise ValueError(f"chunk must be 16, 32 or 64; got {chunk!r}")
-    sequences = q.shape[0]
-    if boundaries is not None:
-        if boundaries.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"boundaries must be int32 or int64; got {boundaries.dtype}")
-        if boundaries.dim() != 1 or len(boundaries) < 2:
-            raise ValueError(f"boundaries must be [n + 1] for n >= 1 sequences; got shape {list(boundaries.shape)}")
-        if q.shape[0] != 1:
-            raise ValueError(f"boundaries must come with B = 1, sequences packed into one row; got B = {q.shape[0]}")
-        sequences = len(boundaries) - 1
-    expected = (sequences, q.shape[2], q.shape[3], v.shape[3])
+    expected = (sequence_count("boundaries", boundaries, q.shape[0]), q.shape[2], q.shape[3], v.shape[3])
     if state is not None and state.shape != expected:
         raise ValueError(f"state must be {list(expected)}; got shape {list(state.shape)}")

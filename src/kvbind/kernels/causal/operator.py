@@ -19,7 +19,7 @@ from kvbind.kernels.causal.segment_pass import pass_blocks, segment_pass
 from kvbind.kernels.causal.segment_states import segment_states
 from kvbind.kernels.causal.segments import TILE, Segments, segment_table
 from kvbind.kernels.common.devices import multiprocessors
-from kvbind.kernels.common.operands import cdiv, last_contiguous
+from kvbind.kernels.common.operands import cdiv, last_contiguous, sequence_count
 from kvbind.kernels.launching import dispatcher
 
 MODES = ("token", "past", "chunk")
@@ -265,10 +265,7 @@ def _differentiate(ctx, d_out, d_final, _):
         _backward, d_out, d_final, q, k, v, rates, decay, initial_state, starts, cu_seqlens, *ctx.options, needs[3],
         needs[5],
     )  # fmt: skip
-    return (
-        dq, dk, dv, d_rates if needs[3] else None, d_decay if needs[4] else None, d_initial if needs[5] else None,
-        *(None,) * 5,
-    )  # fmt: skip
+    return dispatcher.asked(needs, dq, dk, dv, d_rates, d_decay, d_initial)
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
@@ -308,15 +305,6 @@ def _check(
         raise ValueError(f"decay must be None for mode={mode!r}; gates need mode='token'")
     if sign not in (1, -1):
         raise ValueError(f"sign must be 1.0 or -1.0; got {sign!r}")
-    sequences = q.shape[0]
-    if cu_seqlens is not None:
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cu_seqlens must be int32 or int64; got {cu_seqlens.dtype}")
-        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-            raise ValueError(f"cu_seqlens must be [n + 1] for n >= 1 sequences; got shape {tuple(cu_seqlens.shape)}")
-        if q.shape[0] != 1:
-            raise ValueError(f"cu_seqlens must come with B = 1, sequences packed into one row; got B = {q.shape[0]}")
-        sequences = len(cu_seqlens) - 1
-    expected = (sequences, q.shape[2], q.shape[3], v.shape[3])
+    expected = (sequence_count("cu_seqlens", cu_seqlens, q.shape[0]), q.shape[2], q.shape[3], v.shape[3])
     if initial_state is not None and initial_state.shape != expected:
         raise ValueError(f"initial_state must be {list(expected)}; got shape {tuple(initial_state.shape)}")

@@ -44,3 +44,26 @@ def cdiv(a: int, b: int) -> int:
 def power_of_2(n: int) -> int:
     """The least power of two that is no less than `n`; `triton.next_power_of_2` takes the host 4 us."""
     return 1 << (n - 1).bit_length()
+
+
+def sequence_count(name: str, boundaries: Tensor | None, batch: int) -> int:
+    """How many sequences a call has: the rows of its batch, or those between boundaries in one row.
+
+    Args:
+        name: of the boundaries' argument.
+        boundaries: `[n + 1]`, or None.
+        batch: rows.
+
+    Raises:
+        TypeError: boundaries that are no whole numbers.
+        ValueError: boundaries of another shape, or of more rows than one.
+    """
+    if boundaries is None:
+        return batch
+    if boundaries.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64; got {boundaries.dtype}")
+    if boundaries.dim() != 1 or len(boundaries) < 2:
+        raise ValueError(f"{name} must be [n + 1] for n >= 1 sequences; got shape {list(boundaries.shape)}")
+    if batch != 1:
+        raise ValueError(f"{name} must come with B = 1, sequences packed into one row; got B = {batch}")
+    return len(boundaries) - 1

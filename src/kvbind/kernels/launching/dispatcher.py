@@ -8,6 +8,7 @@ a call of the operator's body.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,17 @@ def call(operator: CustomOpDef, *args: Any) -> Any:
     """
     body = getattr(operator, "_init_fn", None)
     return body(*args) if body is not None and is_plain(args) else operator(*args)
+
+
+def asked(needs: Sequence[bool], *gradients: Any) -> tuple[Any, ...]:
+    """What a backward returns: the gradients that autograd asks for, and None for all other inputs.
+
+    Args:
+        needs: `ctx.needs_input_grad`.
+        *gradients: of the first inputs, in their order.
+    """
+    found = tuple(x if wanted else None for x, wanted in zip(gradients, needs, strict=False))
+    return found + (None,) * (len(needs) - len(found))
 
 
 _UNMARKED = contextlib.nullcontext()

@@ -12,7 +12,7 @@ from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from kvbind.layers.attention import AttentionState
-from kvbind.layers.fast_weights import FastWeightState
+from kvbind.layers.fast_weight_state import FastWeightState
 from kvbind.layers.lact import LactState
 
 if TYPE_CHECKING:

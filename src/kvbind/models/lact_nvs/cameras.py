@@ -71,7 +71,17 @@ def ray_maps(c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int]) -> Tensor:
         `[..., 9, h, w]`, float32 or wider.
     """
     origins, directions = rays(c2w, fxfycxcy, size)
-    return torch.cat((origins, directions, torch.linalg.cross(origins, directions, dim=-3)), dim=-3)
+    return torch.cat((origins, directions, _cross(origins, directions, dim=-3)), dim=-3)
+
+
+def _cross(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """The cross product along an axis of three, by its parts.
+
+    Compiled, `torch.linalg.cross` looks its parts up by computed indices. With PyTorch 2.11 and Triton 3.6 such a kernel
+    gave wrong rays where the compiler had chosen blocks of 512 and 8 warps, which was so in half of all compilations.
+    """
+    (a1, a2, a3), (b1, b2, b3) = a.unbind(dim), b.unbind(dim)
+    return torch.stack((a2 * b3 - a3 * b2, a3 * b1 - a1 * b3, a1 * b2 - a2 * b1), dim)
 
 
 def project(points: Tensor, c2w: Tensor, fxfycxcy: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,8 +171,8 @@ def mean_frame(c2w: Tensor) -> SceneFrame:
         raise ValueError(f"c2w must hold at least one camera; got shape {list(c2w.shape)}")
     centre, forward, down = (c2w[..., :3, axis].mean(-2) for axis in (3, 2, 1))
     forward, flat = _unit(forward)
-    right, parallel = _unit(torch.linalg.cross(down, forward, dim=-1))
-    turn = torch.stack((right, torch.linalg.cross(forward, right, dim=-1), forward), dim=-1)
+    right, parallel = _unit(_cross(down, forward, dim=-1))
+    turn = torch.stack((right, _cross(forward, right, dim=-1), forward), dim=-1)
     turn = torch.where((flat | parallel)[..., None, None], c2w[..., 0, :3, :3], turn)
     axes = torch.cat((turn, centre[..., None]), dim=-1)
     bottom = torch.zeros_like(axes[..., :1, :])

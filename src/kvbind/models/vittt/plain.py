@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_bool, check_positive_int
 from kvbind.layers.attention import grid_positions
 from kvbind.layers.grid import Grid, to_tokens
+from kvbind.layers.plain_modules import WEIGHTS, is_plain
 from kvbind.layers.vittt import INIT_STD
 from kvbind.models.vittt.blocks import drop_path_rates, vittt_blocks
 from kvbind.models.vittt.image_model import ImageModel, height_and_width
@@ -38,8 +40,13 @@ class PatchEmbed(nn.Module):
         for name, side, patch in zip(("height", "width"), image.shape[-2:], self.proj.kernel_size, strict=True):
             if side % patch or not side:
                 raise ValueError(f"image's {name} must be a multiple of the patch's, {patch}; got {side}")
-        output: Tensor = self.proj(image)
-        return output
+        proj, (height, width) = self.proj, self.proj.kernel_size
+        if not is_plain(proj, nn.Conv2d) or type(proj.weight) not in WEIGHTS or type(proj.bias) not in WEIGHTS:
+            output: Tensor = proj(image)
+            return output
+        # patches do not overlap: a product, several times as fast as libraries' convolutions with strides
+        patches = image.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.flatten(3), proj.weight.flatten(1), proj.bias).permute(0, 3, 1, 2)
 
 
 class Vittt(ImageModel):

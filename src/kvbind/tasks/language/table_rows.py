@@ -34,7 +34,7 @@ def baselines(config: LanguageConfig) -> dict[str, dict[str, Any]]:
         attention.
     """
     from kvbind.models import LactConfig
-    from kvbind.models.lact.model import LactBlock
+    from kvbind.models.lact.blocks import LactBlock
 
     own = LactConfig(**model_fields(config.model) | {"inner": inner_loop(config.model)})
     if own.projections is not None:

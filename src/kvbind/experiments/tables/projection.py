@@ -23,7 +23,7 @@ from kvbind.experiments.report.findings import Findings, write_findings
 from kvbind.experiments.request import Measure, Request
 from kvbind.experiments.results.cache import ResultCache
 from kvbind.experiments.subjects import ALL, NONE, SUBJECTS, Subject, named_subject
-from kvbind.experiments.tables.table import row_labels
+from kvbind.experiments.subjects.rows import row_labels
 from kvbind.experiments.training.plans import configuration, report_folder, row_configs
 from kvbind.inner.value import check_choice
 from kvbind.precision import matmul_precision

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table as TerminalTable
 
+from kvbind.experiments.outcomes.table import TableOutcome, TableRow
 from kvbind.experiments.subjects import NONE, Metric
-from kvbind.experiments.tables.table import TableOutcome, TableRow
 from kvbind.screen import column_groups
 
 NOT_APPLICABLE, UNFINISHED = "does not apply", "unfinished"

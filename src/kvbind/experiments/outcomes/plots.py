@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvbind.experiments import plotting
-from kvbind.experiments.tables.table import SMOOTHING, TableOutcome
-from kvbind.experiments.tables.text import NOT_APPLICABLE, UNFINISHED
+from kvbind.experiments.outcomes.table import SMOOTHING, TableOutcome
+from kvbind.experiments.outcomes.text import NOT_APPLICABLE, UNFINISHED
 
 Pictures = dict[str, tuple[str, str]]
 """A file and a description by heading."""

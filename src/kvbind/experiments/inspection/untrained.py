@@ -12,10 +12,10 @@ from torch import Tensor
 from kvbind import InnerLoop, systems
 from kvbind.bench.harness.named_operands import NARROW, Leaves, arguments, draw_leaves, weights_of
 from kvbind.bench.harness.operands import Size
+from kvbind.experiments.inspection import examples
+from kvbind.experiments.inspection.heads import look_at, spec_data
 from kvbind.experiments.layer_calls import LayerCall
-from kvbind.experiments.report.explorer import examples
-from kvbind.experiments.report.explorer.heads import look_at, spec_data
-from kvbind.experiments.tables.table import LABELS
+from kvbind.experiments.subjects.rows import LABELS
 from kvbind.inner.systems import RUNGS
 from kvbind.tasks.views.procedural import Cameras, make_cameras, make_scenes
 from kvbind.tasks.views.raycast import render

@@ -11,9 +11,9 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from kvbind.experiments.report.findings import Verdict
+from kvbind.experiments.outcomes.claims import Verdict
+from kvbind.experiments.outcomes.table import Table, TableRow
 from kvbind.experiments.subjects import Metric, Subject
-from kvbind.experiments.tables.table import Table, TableRow
 
 ERRORS = 2
 """Standard errors that a difference must lie away from a limit."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,30 +11,9 @@ from typing import Any
 from kvbind.experiments import plotting
 from kvbind.experiments.subjects import Subject
 from kvbind.experiments.subjects.published import Published
+from kvbind.experiments.subjects.rows import BASELINES
 from kvbind.experiments.training.runs import Run
-from kvbind.tasks.inner_loops import SOFTMAX, WINDOW
-
-LABELS = {
-    "rung0": "the full system",
-    "rung1": "last layer alone updated",
-    "rung2": "no weight normalization",
-    "rung3": "one linear layer",
-    "rung4": "no per-token rate",
-    "rung5": "no momentum",
-    "rung6": "no orthogonalization",
-    "ascent": "gradient ascent",
-    "key_for_query": "key for query",
-    WINDOW: "window attention alone",
-    SOFTMAX: "full softmax attention",
-}
-"""What each row changes: each rung keeps the changes above it, the next two change the full system, and the last two are
-`BASELINES`."""
-
-BASELINES = (WINDOW, SOFTMAX)
-"""Rows that the paper does not have: models of the same size without fast weights."""
-
-NO_FAST_WEIGHTS = {"fast_weights": False}
-"""In the place of a baseline's inner loop."""
+from kvbind.experiments.training.trained_rows import unfinished
 
 SMOOTHING, CURVE = 0.95, 100
 """How training losses are shown: the weight of what came before, and the number of points."""
@@ -220,20 +199,3 @@ def as_csv(data: Mapping[str, Any]) -> dict[str, Any]:
     if data["runs"]:
         flat["training_seconds"] = sum(run["training_seconds"] for run in data["runs"])
     return flat | {f"paper_{name}": value for name, value in data["paper"].items()}
-
-
-def unfinished(rows: Mapping[str, tuple[Iterable[int], Container[int]]]) -> str:
-    """Runs that are missing, in words; empty where there are none.
-
-    Args:
-        rows: by name, the seeds that were planned and those of them that are finished.
-    """
-    missing = {name: sorted(seed for seed in planned if seed not in there) for name, (planned, there) in rows.items()}
-    return ", ".join(
-        f"{name} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})" for name, seeds in missing.items() if seeds
-    )
-
-
-def row_labels(names: Sequence[str], subject: Subject) -> dict[str, str]:
-    """What each row changes, in the task's words."""
-    return {name: subject.labels.get(name, LABELS[name]) for name in names}

@@ -1,6 +1,6 @@
 """The explorer's trained models: what their layers do on a held-out text, image or scene, row by row of table 2.
 
-Writes, beside `results.json`, one file of some megabytes that `kvbind report` puts into its page, so that models can be
+Writes, beside `results.json`, one compressed file that `kvbind report` puts into its page, so that models can be
 looked into where they are not.
 """
 
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvbind.experiments.inspection import examples
+from kvbind.experiments.inspection.examples import Example
+from kvbind.experiments.inspection.heads import look_at, spec_data
 from kvbind.experiments.layer_calls import LayerCall, seen_calls
-from kvbind.experiments.report.explorer import examples
-from kvbind.experiments.report.explorer.examples import Example
-from kvbind.experiments.report.explorer.heads import look_at, spec_data
 from kvbind.experiments.report.findings import Findings, write_findings
 from kvbind.experiments.request import Request
 from kvbind.experiments.saved_models.attention_maps import spread
 from kvbind.experiments.subjects import SUBJECTS
-from kvbind.experiments.tables.table import BASELINES
+from kvbind.experiments.subjects.rows import BASELINES
 from kvbind.experiments.tables.table2 import TABLE
 from kvbind.experiments.training.trained_rows import train_rows
 from kvbind.tasks.images.augment import normalized
@@ -29,10 +29,10 @@ from kvbind.tasks.views.task import predict
 from kvbind.train.files import to_json, write_text
 from kvbind.train.step import precision
 
-FILE = "models.json"
+FILE = "models.json.gz"
 
-LAYERS = 3
-"""Layers that are looked at, spread over the depth."""
+LAYERS = 2
+"""Layers that are looked at: the first and the last."""
 
 CHUNKS, TOKENS = 8, 8192
 """The text is so many chunks long, and no longer than so many tokens or than the model was trained on."""
@@ -69,8 +69,8 @@ def reproduce(**options: Any) -> dict[str, Any]:
     seen = {
         "title": title,
         "group": "trained models",
-        "about": f"Trained as in table 2, {title}, the first seed; shown on {trained.subject.held_out}, up to {LAYERS} "
-        f"layers over the depth.{trained.missing}",
+        "about": f"Trained as in table 2, {title}, the first seed; shown on {trained.subject.held_out}, the first and the "
+        f"last layer.{trained.missing}",
         "example": example,
         "rows": rows,
     }
@@ -97,7 +97,7 @@ def calls_of(model: nn.Module, config: Any, device: torch.device, *inputs: Any, 
 
 
 def look_at_layers(layers: Sequence[Sequence[LayerCall]], cells: Tensor) -> dict[str, Any]:
-    """Some layers over the depth, each with the heads of all its calls."""
+    """The first and the last layer, each with the heads of all its calls."""
     return {
         **spec_data(layers[0][0].spec),
         "layers": [

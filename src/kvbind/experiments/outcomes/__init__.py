@@ -1,0 +1,1 @@
+"""What came out of trained rows, as values, text, pictures and verdicts."""
