@@ -60,8 +60,8 @@ class Blocks(NamedTuple):
 IN_ORDER = {
     "parts": Blocks(128, 64, 4, 3),
     "states": Blocks(128, 64, 4, 2),
-    "part_gradients": Blocks(128, 128, 8, 3),
-    "state_gradients": Blocks(128, 128, 8, 3),
+    "part_gradients": Blocks(128, 128, 8, 2),
+    "state_gradients": Blocks(128, 128, 8, 2),
 }
 """Kernels that go through chunks in order. All key channels of a state are in one block."""
 
