@@ -69,7 +69,7 @@ AT_ONCE = {
     "scale": Blocks(32, 16, 4, 1),
     "scores": Blocks(64, 16, 4, 1),
     "steep_scores": Blocks(16, 16, 4, 1),
-    "prepare": Blocks(64, 16, 4, 1, 168),
+    "prepare": Blocks(64, 16, 4, 1, 128),
     "pair_gradients": Blocks(64, 64, 4, 2),
     "key_gradients": Blocks(64, 64, 4, 2),
     # of several blocks of values Triton 3.6 makes a kernel that computes wrong
