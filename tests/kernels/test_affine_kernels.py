@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import kvbind
 from kvbind.bench.harness.kernel_switch import operators_of
 from kvbind.forms import delta
+from kvbind.kernels.affine import operator
 from kvbind.kernels.affine.operator import affine_chunks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -160,6 +161,38 @@ def test_packed_sequences_are_apart(channel):
     exact = results(apart, operands, {}, torch.float64)
     cu = torch.tensor(BOUNDS, dtype=torch.int32, device=DEVICE)
     size, name = worst(results(affine_chunks, operands, {"boundaries": cu, "chunk": 16}), exact)
+    assert size < 1e-5, name
+
+
+PARTS = {
+    "delta": ((*PLAIN, "rate", "state"), {}),
+    "gated": (EVERY, {}),
+    "small gates": ((*PLAIN, "rate", "gate"), {"gates": "small"}),
+    "no residual": ((*PLAIN, "gate", "state"), {}),
+    "channels": (EVERY, {"channel": True}),
+    "wide keys": ((*PLAIN, "rate", "gate"), {"key": 136}),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["alone", "packed"])
+@pytest.mark.parametrize("case", PARTS)
+def test_parts_of_a_sequence_run_at_once(case, packed, monkeypatch):
+    (names, sizes), bounds = PARTS[case], (0, 1, 1, 30, 150)
+    monkeypatch.setattr(operator, "parts_of", lambda *_: 4)
+    operands = draw(150, names, sequences=4 if packed else None, **{"key": 16, "value": 32} | sizes)
+    residual = {"residual": case != "no residual"}
+
+    def apart(state=None, **o):
+        each = []
+        for n, (start, stop) in enumerate(pairwise(bounds if packed else (0, 150))):
+            begun = o["q"].new_zeros(1, 1, o["q"].shape[-1], 32) if state is None else state[n : n + 1]
+            part = {name: x[:, start:stop] for name, x in o.items()}
+            each.append(recurrence(**part, state=begun, **residual) if stop > start else (o["v"][:, :0], begun))
+        return tuple(torch.cat(x, dim) for dim, x in zip((1, 0), zip(*each, strict=True), strict=True))
+
+    exact = results(apart, operands, {}, torch.float64)
+    cu = {"boundaries": torch.tensor(bounds, device=DEVICE)} if packed else {}
+    size, name = worst(results(affine_chunks, operands, {"chunk": 16} | residual | cu), exact)
     assert size < 1e-5, name
 
 

@@ -5,6 +5,7 @@
 - Leave: outputs `[B, T, H, Dv]` and final states `[B or n, H, Dk, Dv]`.
 - Reference implementation: `kvbind.forms.recurrent.recurrent`; `kvbind.forms.affine` is the same form in PyTorch.
 
-`operator` calls the kernels in this order: `channels` where gates are per channel, `solve`, `prepare`, `states` (the one
-that goes through chunks in order), `outputs`; `backward` for the gradients. `tiles` is what they share.
+`operator` calls the kernels in this order: `decays`; `channels` where gates are per channel, with `halves`; `prepare`;
+`states`, which goes through chunks in order; for the gradients `state_gradients`, likewise in order, `backward` or
+`channels`, and `decays`. `launches` says how each is launched; `tiles` is what they share.
 """

@@ -1,12 +1,12 @@
 """The delta rule and its kin in chunks: `S_t = a_t o S_{t-1} + r_t k_t^T (v_t - e_t M_t)`, `o_t = q_t S_t`.
 
-Four steps, of which one goes through the chunks in order: what each chunk does to the state (`prepare`; with gates per key
-channel, first what these make of queries and keys: `channels`), the state before each chunk (`states`), and what queries
-read (`outputs`). The backward pass (`backward`) takes the gradient of the state through the same kernel from the end.
+Chunks are first prepared all at once (`decays`, `prepare`; with gates per key channel, between the two what these make of
+queries and keys: `channels`), then `states` goes through them in order, for the state and outputs. The backward pass takes
+the gradient of the state through them from the end (`state_gradients`), then those of operands all at once (`backward`).
 
 Instances: the delta rule in its WY representation (arXiv 2406.06484), gated (2412.06464), with gates per key channel
 (2510.26692), gated linear attention (2312.06635). Kept for the backward pass: the operands, and of each chunk its inverse,
-the state before it, and what it does to the state.
+the state before it, and what it writes.
 """
 
 from __future__ import annotations
@@ -18,61 +18,24 @@ import torch
 from torch import Tensor
 
 from kvbind.inner.value import check_choice
-from kvbind.kernels.affine.backward import key_gradients, pair_gradients, state_gradients, value_gradients
-from kvbind.kernels.affine.channels import channel_gradients, scale
-from kvbind.kernels.affine.outputs import outputs
+from kvbind.kernels.affine.backward import key_gradients, pair_gradients
+from kvbind.kernels.affine.channels import channel_gradients, scale, scores, steep_scores
+from kvbind.kernels.affine.decays import PLANES, decays, gate_gradients
+from kvbind.kernels.affine.launches import HEADS, AffineCall, constants_of, parts_of
 from kvbind.kernels.affine.prepare import prepare
-from kvbind.kernels.affine.solve import solve
+from kvbind.kernels.affine.state_gradients import part_gradients, state_gradients
+from kvbind.kernels.affine.states import chain
+from kvbind.kernels.affine.states import parts as run_parts
 from kvbind.kernels.affine.states import states as run_states
 from kvbind.kernels.affine.tiles import cut
 from kvbind.kernels.causal.segments import Segments, product_precision, token_strides
 from kvbind.kernels.common.devices import on_device_of
-from kvbind.kernels.common.operands import DTYPES, cdiv, last_contiguous, power_of_2, sequence_count
+from kvbind.kernels.common.operands import DTYPES, cdiv, last_contiguous, sequence_count
 from kvbind.kernels.launching import dispatcher
 
 ORDERS = ("before", "after")
 CHUNKS = (16, 32, 64)
 NARROWEST, WIDEST = 16, 256
-
-
-class Blocks(NamedTuple):
-    """How one kernel cuts widths, and how it is launched."""
-
-    BK: int
-    BV: int
-    num_warps: int
-    num_stages: int
-
-
-def blocks_of(kernel: str, dtype: torch.dtype, key: int, value: int) -> Blocks:
-    """The blocks of a kernel for operands of these widths.
-
-    Args:
-        kernel: "solve", "prepare", "states", "outputs", "state_gradients", "value_gradients", "pair_gradients",
-            "key_gradients", and with gates per key channel "scale" and "channel_gradients".
-        dtype: of the operands.
-        key: width of keys.
-        value: width of values.
-    """
-    bk, bv, warps, stages = {
-        "scale": (16, 16, 4, 1),
-        "solve": (128, 16, 4, 1),
-        # Triton 3.6 makes of one block of 64 value columns and several of 64 key channels a kernel that computes wrong
-        "prepare": (64, 64, 4, 1) if min(key, value) > 64 else (128, 128, 4, 1),
-        "states": (128, 16, 8, 4) if key <= 128 else (128, 16, 4, 1),
-        "outputs": (128, 128, 4, 1),
-        "state_gradients": (64, 128, 4, 2),
-        "value_gradients": (64, 64, 4, 2),
-        "pair_gradients": (64, 64, 8, 2),
-        "key_gradients": (64, 64, 4, 2),
-        "channel_gradients": (32, 64, 8, 1),
-    }[kernel]
-    if dtype == torch.float32:
-        # products are three of TF32, from tiles of twice the bytes
-        bk, bv, stages = 32, min(bv, 32), 1
-        if kernel == "states":
-            bk, bv, warps = (32 if key <= 128 else 64), 16, 4
-    return Blocks(min(bk, max(power_of_2(key), 16)), min(bv, max(power_of_2(value), 16)), warps, stages)
 
 
 def _optional(x: Tensor | None) -> Tensor | None:
@@ -83,29 +46,21 @@ def _strides(x: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if x is None else token_strides(x)
 
 
-def _options(q: Tensor, v: Tensor, chunk: int, before: bool, delta: bool) -> dict[str, object]:
-    return {
-        "DK": q.shape[-1], "DV": v.shape[-1], "C": chunk, "BEFORE": before, "DELTA": delta,
-        "PRECISION": product_precision(q.dtype),
-    }  # fmt: skip
-
-
-def _exact(dtype: torch.dtype) -> str:
-    """The precision of products of float32 numbers that are made on the way."""
+def _precision(dtype: torch.dtype) -> str:
+    """The precision of products, and of those of float32 numbers that are made on the way."""
     return product_precision(dtype) if dtype == torch.float32 else "tf32"
 
 
-def _run_states(
-    segments: Segments, moves: Tensor | None, writes: Tensor, keeps: Tensor, out: Tensor, initial: Tensor | None,
-    final: Tensor | None, reverse: bool,
-) -> None:  # fmt: skip
-    heads, key, value = writes.shape[1:]
-    blocks = blocks_of("states", writes.dtype, key, value)
-    run_states[(segments.sequences * heads * cdiv(value, blocks.BV),)](
-        writes, moves, keeps, out, initial, final, segments.offsets, segments.each, heads,
-        DK=key, DV=value, NK=cdiv(key, blocks.BK), DELTA=moves is not None, REVERSE=reverse, CHANNEL=keeps.dim() > 2,
-        PRECISION=product_precision(writes.dtype), STAGES=blocks.num_stages, **blocks._asdict(),
-    )  # fmt: skip
+def _call(
+    q: Tensor, v: Tensor, rates: Tensor | None, gates: Tensor | None, before: bool, delta: bool, chunk: int
+) -> AffineCall:  # fmt: skip
+    channel = gates is not None and gates.dim() > 3
+    by_head, widths = gates is not None and not channel, (q.shape[3], v.shape[3])
+    return AffineCall(q.dtype, *widths, chunk, before, delta, channel, rates is not None, by_head, _precision(q.dtype))
+
+
+def _parts(segments: Segments, q: Tensor, v: Tensor) -> int:
+    return parts_of(segments.sequences, segments.count, q.shape[2], v.shape[3])
 
 
 class Kept(NamedTuple):
@@ -113,101 +68,129 @@ class Kept(NamedTuple):
 
     Attributes:
         solved: T of each chunk, `[chunks, H, C, C]`.
-        moves: M, `[chunks, H, Dk, Dk]`.
-        keeps: the product of its gates, float32 `[chunks, H]` or `[chunks, H, Dk]`.
+        reads: A, `[chunks, H, C, C]`.
+        decays: what rates and gates per head are to each token, float32 `[10, chunks, H, C]`: `decays.PLANES`; b is NaN
+            where an output is.
+        keeps: the product of a chunk's gates, float32 `[chunks, H]` or `[chunks, H, Dk]`.
         marks: 1 for tokens that hold what is not finite, int8 `[B, T, H]`.
-        states: the state before it, `[chunks, H, Dk, Dv]`.
+        states: the transpose of the state before each chunk, `[chunks, H, Dv, Dk]`.
+        written: U, `[chunks, H, C, Dv]`.
+        moves: F of each part of a sequence, transposed, float32 `[sequences * parts, H, Dk, Dk]`.
         scaled_q, scaled_k, scaled_e: with gates per key channel, these scaled to the chunk's ends, like q.
-        reads: with them, A, `[chunks, H, C, C]`.
-        residuals: with them, `L / r`, float32 likewise.
+        sums: with them, their summed logarithms from each chunk's start on, float32, like q.
+        residuals: with them, `L / r`, float32 `[chunks, H, C, C]`.
+        steep: with them, 1 for chunks of which a gate is too small to divide by, int8 `[chunks, H]`.
     """
 
     solved: Tensor
-    moves: Tensor
+    reads: Tensor
+    decays: Tensor
     keeps: Tensor
     marks: Tensor
     states: Tensor
+    written: Tensor
+    moves: Tensor
     scaled_q: Tensor
     scaled_k: Tensor
     scaled_e: Tensor
-    reads: Tensor
+    sums: Tensor
     residuals: Tensor
+    steep: Tensor
 
     @staticmethod
-    def room(segments: Segments, q: Tensor, v: Tensor, chunk: int, delta: bool, channel: bool) -> Kept:
-        """Empty tensors of these shapes."""
+    def room(segments: Segments, q: Tensor, v: Tensor, chunk: int, delta: bool, channel: bool, keep: bool) -> Kept:
+        """Empty tensors of these shapes; without `keep`, no states and no writes."""
         (_, _, heads, key), value, count = q.shape, v.shape[3], segments.count
-        some, pairs = (count if delta else 0), (heads, chunk, chunk)
+        some, held, parts = (count if delta else 0), (count if keep else 0), _parts(segments, q, v)
         scaled, wide = (q.shape if channel else (0,)), torch.float32
         return Kept(
-            q.new_empty((some, *pairs)),
-            q.new_empty((some, heads, key, key)),
+            q.new_empty((some, heads, chunk, chunk)),
+            q.new_empty((count, heads, chunk, chunk)),
+            q.new_empty((len(PLANES), count, heads, chunk), dtype=wide),
             q.new_empty((count, heads, key) if channel else (count, heads), dtype=wide),
             q.new_empty(q.shape[:3], dtype=torch.int8),
-            q.new_empty((count, heads, key, value)),
+            q.new_empty((held, heads, value, key)),
+            q.new_empty((held, heads, chunk, value)),
+            q.new_empty((segments.sequences * parts if parts > 1 else 0, heads, key, key), dtype=wide),
             q.new_empty(scaled),
             q.new_empty(scaled),
             q.new_empty(scaled if delta else (0,)),
-            q.new_empty((count if channel else 0, *pairs)),
-            q.new_empty((some if channel else 0, *pairs), dtype=wide),
+            q.new_empty(scaled, dtype=wide),
+            q.new_empty((some if channel else 0, heads, chunk, chunk), dtype=wide),
+            q.new_empty((count if channel else 0, heads), dtype=torch.int8),
         )
-
-
-def _is_by_channel(gates: Tensor | None) -> bool:
-    return gates is not None and gates.dim() > 3
 
 
 @torch.library.custom_op("kvbind::affine_chunks", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, erase: Tensor | None, rates: Tensor | None, gates: Tensor | None,
-    initial: Tensor | None, cu_seqlens: Tensor | None, before: bool, delta: bool, chunk: int,
+    initial: Tensor | None, cu_seqlens: Tensor | None, before: bool, delta: bool, chunk: int, keep: bool,
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor,
 ]:  # fmt: skip
     """Outputs, final states, and `Kept`."""
-    segments, channel = cut(q, cu_seqlens, chunk), _is_by_channel(gates)
+    segments, call = cut(q, cu_seqlens, chunk), _call(q, v, rates, gates, before, delta, chunk)
     tokens, heads, key, value = *q.shape[1:], v.shape[3]
-    kept = Kept.room(segments, q, v, chunk, delta, channel)
-    writes = torch.empty_like(kept.states)
+    kept = Kept.room(segments, q, v, chunk, delta, call.channel, keep)
     out, final = v.new_empty(v.shape), q.new_empty((segments.sequences, heads, key, value), dtype=torch.float32)
-    options, exact = _options(q, v, chunk, before, delta), _exact(q.dtype)
-    alone = {name: options[name] for name in ("DK", "C", "BEFORE", "DELTA", "PRECISION")}
-    cuts, grid = (segments.table, tokens, segments.each, heads), (segments.count * heads,)
+    by_head, parts = (gates if call.gates else None), _parts(segments, q, v)
+    cuts, grid = (segments.table, tokens, segments.each, heads), segments.count * heads
+    places = (segments.table, segments.offsets, tokens, segments.each, heads, parts)
+    wholes, rests, seen_wholes, seen_rests, _, _, reaches, tails, weights, shares = kept.decays.unbind()
+    logs = (wholes, rests, seen_wholes, seen_rests) if call.gates else (None,) * 4
     with on_device_of(q):
-        if channel:
-            its = blocks_of("scale", q.dtype, key, value)
-            scale[grid](
-                q, k, erase, rates, gates, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.reads, kept.residuals,
-                kept.keeps, kept.marks, *cuts, *token_strides(q), *token_strides(k), *_strides(erase),
-                **alone, BK=its.BK, num_warps=its.num_warps, num_stages=its.num_stages,
-            )  # fmt: skip
-            q, k, erase, gates = kept.scaled_q, kept.scaled_k, kept.scaled_e if delta else None, None
-        if delta or not channel:
-            its = blocks_of("solve", q.dtype, key, value)
-            solve[grid](
-                k, erase, rates, gates, _optional(kept.residuals), kept.solved, kept.keeps, kept.marks, *cuts,
-                *token_strides(k), *_strides(erase),
-                **alone, BK=its.BK, EXACT=exact, num_warps=its.num_warps, num_stages=its.num_stages,
-            )  # fmt: skip
-        prepare[grid](
-            k, erase, v, rates, gates, kept.solved, kept.moves, writes, kept.keeps, kept.marks, *cuts,
-            *token_strides(k), *_strides(erase), *token_strides(v),
-            **options, CHANNEL=channel, **blocks_of("prepare", q.dtype, key, value)._asdict(),
+        decays[(segments.count * cdiv(heads, HEADS),)](
+            kept.decays, rates, by_head, kept.keeps, kept.marks, *cuts[:3], wholes.numel(), heads,
+            **constants_of("decays", call),
         )  # fmt: skip
-        _run_states(segments, _optional(kept.moves), writes, kept.keeps, kept.states, initial, final, False)
-        its = blocks_of("outputs", q.dtype, key, value)
-        outputs[(segments.count * heads * cdiv(value, its.BV),)](
-            q, k, erase, v, rates, gates, _optional(kept.reads), kept.solved, kept.states, kept.marks, out, *cuts,
-            *token_strides(q), *token_strides(k), *_strides(erase), *token_strides(v), **options, **its._asdict(),
+        if call.channel:
+            strides = *token_strides(q), *token_strides(k), *_strides(erase)
+            scale[(grid,)](
+                q, k, erase, gates, kept.sums, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.keeps, reaches,
+                kept.marks, kept.steep, *cuts, *strides, **constants_of("scale", call),
+            )  # fmt: skip
+            scores[(grid * (chunk // 16),)](
+                q, k, erase, kept.sums, kept.reads, kept.residuals, *cuts, *strides, **constants_of("scores", call),
+            )  # fmt: skip
+            steep_scores[(grid,)](
+                q, k, erase, gates, kept.scaled_q, kept.scaled_k, kept.scaled_e, kept.reads, kept.residuals, kept.steep,
+                *cuts, *strides, **constants_of("steep_scores", call),
+            )  # fmt: skip
+            q, k, erase = kept.scaled_q, kept.scaled_k, kept.scaled_e if delta else None
+        strides = *token_strides(k), *_strides(erase), *token_strides(v)
+        prepare[(grid,)](
+            q, k, erase, v, *logs, weights, _optional(kept.residuals), kept.solved, kept.reads, reaches, kept.keeps,
+            kept.marks, *cuts, *token_strides(q), *strides, **constants_of("prepare", call),
+        )  # fmt: skip
+        ends, chains = _ends(segments, parts, q, v), segments.sequences * heads
+        if parts > 1:
+            its = constants_of("parts", call)
+            run_parts[(chains * (parts - 1) * (cdiv(value, its["BV"]) + cdiv(key, its["BV"])),)](
+                k, erase, v, kept.solved, weights, shares, tails, kept.keeps, initial, ends, kept.moves, *places,
+                *strides, **its,
+            )  # fmt: skip
+            its = constants_of("chain", call)
+            chain[(chains * cdiv(value, its["BV"]),)](ends, kept.moves, heads, parts, **its)
+        its = constants_of("states", call)
+        run_states[(chains * parts * cdiv(value, its["BV"]),)](
+            q, k, erase, v, kept.solved, kept.reads, weights, shares, reaches, tails, kept.keeps, out,
+            _optional(kept.states), _optional(kept.written), initial, final, ends, *places, *token_strides(q), *strides,
+            **its,
         )  # fmt: skip
     return out, final, *kept
 
 
+def _ends(segments: Segments, parts: int, q: Tensor, v: Tensor) -> Tensor:
+    """Room for states behind parts, or gradients of those before them, transposed."""
+    return q.new_empty((segments.sequences * parts, q.shape[2], v.shape[3], q.shape[3]), dtype=torch.float32)
+
+
 @_forward.register_fake
-def _(q, k, v, erase, rates, gates, initial, cu_seqlens, before, delta, chunk):
-    segments = cut(q, cu_seqlens, chunk)
+def _(q, k, v, erase, rates, gates, initial, cu_seqlens, before, delta, chunk, keep):
+    segments, channel = cut(q, cu_seqlens, chunk), gates is not None and gates.dim() > 3
     final = q.new_empty((segments.sequences, *q.shape[2:], v.shape[3]), dtype=torch.float32)
-    return v.new_empty(v.shape), final, *Kept.room(segments, q, v, chunk, delta, _is_by_channel(gates))
+    return v.new_empty(v.shape), final, *Kept.room(segments, q, v, chunk, delta, channel, keep)
 
 
 @torch.library.custom_op("kvbind::affine_chunks_backward", mutates_args=())
@@ -217,15 +200,10 @@ def _backward(
     needs_initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, erase, rates, gates and the initial state; empty where there is none."""
-    segments, held, channel = cut(q, cu_seqlens, chunk), Kept(*kept), _is_by_channel(gates)
+    segments, held = cut(q, cu_seqlens, chunk), Kept(*kept)
+    call = _call(q, v, rates, gates, before, delta, chunk)
     tokens, heads, key, value = *q.shape[1:], v.shape[3]
-    all_tokens = q.shape[0] * tokens
     d_out = last_contiguous(d_out)
-    options, cuts = _options(q, v, chunk, before, delta), (segments.table, tokens, segments.each)
-    grid = (segments.count * heads,)
-
-    def blocks(kernel: str) -> dict[str, int]:
-        return blocks_of(kernel, q.dtype, key, value)._asdict()
 
     def like(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         return q.new_empty((0,) if x is None else x.shape, dtype=dtype or q.dtype)
@@ -233,45 +211,54 @@ def _backward(
     dq, dk, dv, de = like(q), like(k), like(v), like(erase)
     d_rates, d_gates = like(rates, torch.float32), like(gates, torch.float32)
     d_initial = q.new_empty((segments.sequences if needs_initial else 0, heads, key, value), dtype=torch.float32)
-    writes, d_states = torch.empty_like(held.states), torch.empty_like(held.states)
-    written, d_right = like(v), like(v if delta else None)
-    by_head = gates is not None and not channel
-    sums = q.new_empty((4 if by_head else 1, all_tokens, heads), dtype=torch.float32)
-    anchors = q.new_empty((segments.count if by_head else 0, heads), dtype=torch.float32)
-    d_reads, d_residuals = q.new_empty((segments.count, heads, chunk, chunk)), torch.empty_like(held.solved)
-    given, its_gates, found = (q, k, erase), gates, (dq, dk, _optional(de))
-    if channel:
-        # all but the last kernel know of scaled queries and keys alone
-        its_gates, given = None, (held.scaled_q, held.scaled_k, _optional(held.scaled_e))
-        found = (like(q), like(k), like(q) if delta else None)
-    strides = *token_strides(d_out), *(x for each in given for x in _strides(each))
-    reads, operands = _optional(held.reads), (d_out, *given)
+    d_states, d_right = torch.empty_like(held.states), torch.empty_like(held.written)
+    d_reads, d_residuals = torch.empty_like(held.reads), torch.empty_like(held.solved)
+    wholes, rests, _, seen_rests, floored, seen_floored, reaches, tails, weights, shares = held.decays.unbind()
+    by_head, parts, plane = (gates if call.gates else None), _parts(segments, q, v), wholes.numel()
+    logs = (floored, rests, seen_floored, seen_rests) if call.gates else (None,) * 4
+    places = (segments.table, segments.offsets, tokens, segments.each, heads, parts)
+    cuts, grid = (segments.table, tokens, segments.each, plane, heads), segments.count * heads
+    chains, strips = segments.sequences * heads, constants_of("gate_gradients", call)["NK"]
+    scaled = (held.scaled_q, held.scaled_k, _optional(held.scaled_e)) if call.channel else (q, k, erase)
+    operands = (d_out, *scaled, held.solved, held.reads, shares, reaches, tails, held.keeps)
+    strides = *token_strides(d_out), *(x for each in scaled for x in _strides(each))
+    given = *token_strides(d_out), *token_strides(q), *token_strides(k), *_strides(erase)
+    # what pairs, and each block of key channels, give to rates and gates
+    gifts = q.new_empty((2 + 3 * strips, *wholes.shape), dtype=torch.float32)
+    anchors = q.new_empty((strips, *wholes.shape[:2]), dtype=torch.float32)
     with on_device_of(q):
-        state_gradients[grid](
-            *operands, rates, its_gates, reads, held.solved, held.marks, writes, *cuts, heads, *strides,
-            **options, **blocks("state_gradients"),
+        ends = _ends(segments, parts, q, v)
+        if parts > 1:
+            its = constants_of("part_gradients", call)
+            part_gradients[(chains * (parts - 1) * cdiv(value, its["BV"]),)](
+                *operands, d_final, ends, *places, *strides, **its,
+            )  # fmt: skip
+            its = constants_of("chain", call, True)
+            chain[(chains * cdiv(value, its["BV"]),)](ends, held.moves, heads, parts, **its)
+        its = constants_of("state_gradients", call)
+        state_gradients[(chains * parts * cdiv(value, its["BV"]),)](
+            *operands, d_states, d_right, d_final, _optional(d_initial), ends, *places, *strides, **its,
         )  # fmt: skip
-        _run_states(segments, _optional(held.moves), writes, held.keeps, d_states, d_final, _optional(d_initial), True)
-        value_gradients[grid](
-            *operands, v, rates, its_gates, reads, held.solved, held.states, d_states, held.marks, written, d_right, dv,
-            sums, anchors, *cuts, all_tokens, heads, *strides, *token_strides(v), **options, **blocks("value_gradients"),
+        pair_gradients[(grid,)](
+            d_out, q, k, erase, v, *logs, weights, _optional(held.residuals), held.marks, held.written, d_right, dv, d_reads,
+            d_residuals, gifts, *cuts, *given, *token_strides(v), **constants_of("pair_gradients", call),
         )  # fmt: skip
-        pair_gradients[grid](
-            *operands, rates, its_gates, _optional(held.residuals), held.marks, written, d_right, sums, anchors, d_reads,
-            d_residuals, _optional(d_rates), d_gates if by_head else None, *cuts, all_tokens, heads, *strides, **options,
-            CHANNEL=channel, EXACT=_exact(q.dtype), **blocks("pair_gradients"),
-        )  # fmt: skip
-        its = blocks("key_gradients")
-        key_gradients[(segments.count * heads * cdiv(key, its["BK"]),)](
-            *operands, rates, its_gates, written, d_right, held.states, d_states, held.marks, d_reads, d_residuals, *found,
-            *cuts, heads, *strides, **options, CHANNEL=channel, **its,
-        )  # fmt: skip
-        if channel:
-            its = blocks("channel_gradients")
-            channel_gradients[(segments.count * heads * cdiv(key, its["BK"]),)](
-                q, k, erase, gates, held.keeps, held.marks, held.states, d_states, d_reads, d_residuals, *found, d_gates,
-                dq, dk, _optional(de), *cuts, heads, *token_strides(q), *token_strides(k), *_strides(erase),
-                **options, **its,
+        if call.channel:
+            for kernel in ("channel_gradients", "steep_channel_gradients"):
+                channel_gradients[(grid * strips,)](
+                    d_out, q, k, erase, weights, gates, held.sums, held.marks, held.steep, held.states, d_states,
+                    held.written, d_right, d_reads, d_residuals, gifts, d_gates, dq, dk, de, *cuts, *given,
+                    **constants_of(kernel, call),
+                )  # fmt: skip
+        else:
+            key_gradients[(grid * strips,)](
+                d_out, q, k, erase, reaches, tails, shares, held.written, d_right, held.states, d_states, held.marks,
+                d_reads, d_residuals, dq, dk, de, gifts, anchors, *cuts, *given, **constants_of("key_gradients", call),
+            )  # fmt: skip
+        if rates is not None or by_head is not None:
+            gate_gradients[(segments.count * cdiv(heads, HEADS),)](
+                gifts, anchors, held.decays, by_head, _optional(d_rates), d_gates if call.gates else None, *cuts,
+                **constants_of("gate_gradients", call),
             )  # fmt: skip
     return dq, dk, dv, de, d_rates, d_gates, d_initial
 
@@ -288,7 +275,7 @@ def _setup(ctx, inputs, output):
     q, k, v, erase, rates, gates, _, cu_seqlens, *options = inputs
     kept = output[2:]
     ctx.save_for_backward(q, k, v, erase, rates, gates, cu_seqlens, *kept)
-    ctx.options = options
+    ctx.options = options[:-1]
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
 
@@ -362,9 +349,11 @@ def affine_chunks(
     def narrow(x: Tensor) -> Tensor:
         return last_contiguous(x.to(q.dtype))
 
+    operands = (q, k, v, rate, erase, gate, state)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
     found = dispatcher.call(
         _forward, narrow(q), narrow(k), narrow(v), None if erase is None else narrow(erase), plain(rate), plain(gate),
-        plain(state), None if boundaries is None else boundaries.to(q.device), gate_acts == "before", residual, chunk,
+        plain(state), None if boundaries is None else boundaries.to(q.device), gate_acts == "before", residual, chunk, keep,
     )  # fmt: skip
     return found[0], found[1]
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbind.kernels.causal.segments import Segments, logarithms, segment_table
+from kvbind.kernels.causal.segments import Segments, segment_table
 from kvbind.kernels.common.operands import cdiv
 
 
@@ -26,73 +26,29 @@ def cut(x: Tensor, cu_seqlens: Tensor | None, chunk: int) -> Segments:
 
 
 @triton.jit
-def summed_logarithms(gates, places, rows):
-    """Logarithms of a chunk's gates, whole and rest, each token's own and summed up to it; zeros where there are none."""
-    if gates is None:
-        none = tl.zeros(places.shape, tl.float32)
-        return none, none, none, none
+def between(whole, rest, seen_whole, seen_rest, place, C: tl.constexpr, WRITES: tl.constexpr, STRICT: tl.constexpr):
+    """What is left at reads of what earlier tokens write, `[C, C]`, else 0.
+
+    Rows are of the reads, whose summed logarithms `seen_` are, and columns of the writes; or, with `WRITES`, the other way.
+    With `STRICT` no token reads what it writes itself. Without gates, all is left.
+    """
+    at = tl.arange(0, C)
+    mine, other = at[:, None], at[None, :]
+    if WRITES:
+        read, write = other, mine
     else:
-        whole, rest = logarithms(gates, places, rows, True)
-        return whole, rest, tl.cumsum(whole, 0), tl.cumsum(rest, 0)
-
-
-@triton.jit
-def seen_logarithms(whole, rest, wholes, rests, BEFORE: tl.constexpr):
-    """The summed logarithms of what residuals read, whole and rest: with each token's own gate, or without."""
-    if BEFORE:
-        return wholes, rests
+        read, write = mine, other
+    visible = write < read if STRICT else write <= read
+    if whole is None:
+        return tl.where(visible, 1.0, tl.zeros((C, C), tl.float32))
     else:
-        return wholes - whole, rests - rest
-
-
-@triton.jit
-def between(later_whole, later_rest, whole, rest, visible):
-    """What is left at rows of what columns write, where it is visible; else 0."""
-    reach = (later_whole[:, None] - whole[None, :]) + (later_rest[:, None] - rest[None, :])
-    return tl.where(visible, tl.exp2(tl.where(visible, reach, 0.0)), 0.0)
-
-
-@triton.jit
-def rates_of(rates, places, rows):
-    """The rates of a chunk's tokens, 0 behind its end and where they are not finite; and which are not, marked with 1."""
-    if rates is None:
-        return tl.where(rows, 1.0, 0.0), tl.zeros(places.shape, tl.int32)
-    else:
-        rate = tl.load(rates + places, mask=rows, other=0.0)
-        good = tl.abs(rate) < float("inf")
-        return tl.where(good, rate, 0.0), tl.where(good, 0, 1)
-
-
-@triton.jit
-def gates_wrong(gates, places, rows):
-    """1 for gates that are not finite, else 0."""
-    if gates is None:
-        return tl.zeros(places.shape, tl.int32)
-    else:
-        gate = tl.load(gates + places, mask=rows, other=1.0)
-        return tl.where(tl.abs(gate) < float("inf"), 0, 1)
+        vectors = place * C
+        reach = tl.load(seen_whole + vectors + read) - tl.load(whole + vectors + write)
+        reach += tl.load(seen_rest + vectors + read) - tl.load(rest + vectors + write)
+        return tl.where(visible, tl.exp2(tl.where(visible, reach, 0.0)), 0.0)
 
 
 @triton.jit
 def marked_rows(marks, places, rows):
     """1 for tokens in which something is not finite, else 0."""
     return tl.load(marks + places, mask=rows, other=0).to(tl.int32)
-
-
-@triton.jit
-def read_columns(pointer, at, token_stride, rows, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile of rows, transposed as it is loaded, `[BLOCK, C]`.
-
-    Compilers up to Triton 3.7.0 transpose tiles that are in registers wrongly where these are first operands on Hopper.
-    """
-    places = at[None, :] * token_stride + tl.arange(0, BLOCK)[:, None]
-    if WIDTH % BLOCK == 0:
-        return tl.load(pointer + places, mask=rows[None, :], other=0.0)
-    else:
-        return tl.load(pointer + places, mask=rows[None, :] & (columns < WIDTH)[:, None], other=0.0)
-
-
-@triton.jit
-def without_columns(x, columns):
-    """A tile with zeros in the columns that are marked with 1."""
-    return tl.where(columns[None, :] > 0, 0.0, x).to(x.dtype)
