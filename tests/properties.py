@@ -13,8 +13,9 @@ import torch
 from hypothesis import strategies as st
 
 import kvbind
-from kvbind.forms import affine_blocks, parallel
 from kvbind.forms.obstacles import parallel_obstacles
+from kvbind.forms.parallel import affine_blocks
+from kvbind.forms.parallel import form as parallel
 from strategies import Operands, leaves, operands, parallel_specs, small_sizes, specs
 
 CAUSAL = ("past", "chunk", "token")

@@ -117,7 +117,7 @@ def test_systems_are_listed_with_whether_they_are_parallel(run):
 def test_a_system_is_explained_at_the_asked_shapes(run):
     code, out, _ = run("explain", "lact_llm", "--heads", "2", "--key-width", "64", "--tokens", "4096", "--chunk", "128")
     assert code == 0
-    shapes = kvbind.forms.analysis.Shapes(2, 64, 64, 64, 4096)
+    shapes = kvbind.forms.explained.analysis.Shapes(2, 64, 64, 64, 4096)
     assert out.strip() == str(kvbind.explain(kvbind.systems.lact_llm(128), shapes))
 
 

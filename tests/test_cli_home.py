@@ -230,7 +230,8 @@ def test_an_interrupt_before_anything_is_written_is_said(run, book, monkeypatch)
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    for name, words in (("kvbind.train.config.read_config", book), ("kvbind.forms.analysis.explain", ["explain", "gla"])):
+    explained = ("kvbind.forms.explained.analysis.explain", ["explain", "gla"])
+    for name, words in (("kvbind.train.config.read_config", book), explained):
         monkeypatch.setattr(name, interrupted)
         code, out, errors = run(*words)
         assert (code, out, errors.split()) == (130, "", ["interrupted"])

@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvbind.forms.analysis import Explanation, NoParallelFormError, explain
     from kvbind.forms.api import inner_loss, ttt
-    from kvbind.forms.linear_attention import LinearAttention
-    from kvbind.forms.linearize import linearize
+    from kvbind.forms.attention.linear_attention import LinearAttention
+    from kvbind.forms.attention.linearize import linearize
+    from kvbind.forms.explained.analysis import Explanation, NoParallelFormError, explain
     from kvbind.forms.state import State
     from kvbind.inner import (
         GLU,
@@ -69,9 +69,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "kvbind.forms.analysis": ("Explanation", "NoParallelFormError", "explain"),
+    "kvbind.forms.explained.analysis": ("Explanation", "NoParallelFormError", "explain"),
     "kvbind.forms.api": ("inner_loss", "ttt"),
-    "kvbind.forms.linearize": ("LinearAttention", "linearize"),
+    "kvbind.forms.attention.linearize": ("LinearAttention", "linearize"),
     "kvbind.forms.state": ("State",),
     "kvbind.models.lact.sharding": ("shard_batch",),
     "kvbind.sequence": ("SequenceShard", "count_bytes", "sequence_parallel"),

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from kvbind.bench.layers.window_attention import bench_attention
 from kvbind.cli import app
-from kvbind.layers import window_attention as module
+from kvbind.layers.attention import window_attention as module
 
 
 def test_times_attention_in_blocks_with_keys_ahead_and_without(tmp_path):

@@ -17,7 +17,7 @@ from kvbind.bench.kernels import peers
 from kvbind.bench.kernels.goals import SIZE
 from kvbind.bench.kernels.span_peer import span_peer, span_step
 from kvbind.bench.tables.peers import peer_grids
-from kvbind.forms import fla
+from kvbind.forms.on_kernels import fla
 from kvbind.inner.systems import RUNGS
 
 CPU = torch.device("cpu")

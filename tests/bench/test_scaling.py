@@ -14,7 +14,7 @@ from kvbind.bench.training.overlap import covered, kernels, shares
 from kvbind.bench.training.scaling import ScalingSettings, cases, equality, finished, measured
 from kvbind.bench.training.scaling_worker import OUT_OF_MEMORY, ScalingCase
 from kvbind.inner.systems import ladder
-from kvbind.layers.window_attention import halo_of
+from kvbind.layers.attention.window_attention import halo_of
 from kvbind.models import PRESETS, LactConfig
 from kvbind.plan.calibration import calibrate, read_points
 from kvbind.plan.costs import Mesh, PlannedTraining, traffic

@@ -65,7 +65,7 @@ def started(**environment):
     """Start the pool, with `environment` in its processes."""
     context = multiprocessing.get_context("forkserver")
     # the imports are paid for once, in a process without threads
-    context.set_forkserver_preload(["kvbind.models.lact.model", "torch", "kvbind.forms.dispatch"])
+    context.set_forkserver_preload(["kvbind.models.lact.model", "torch", "kvbind.forms.on_kernels.dispatch"])
     with tempfile.TemporaryDirectory() as folder:
         ends = [context.Pipe() for _ in range(MOST)]
         processes = [

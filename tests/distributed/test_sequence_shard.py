@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import kvbind
 from kvbind import NoParallelFormError, SequenceShard, explain, sequence_parallel, shard_batch, ttt
-from kvbind.forms.analysis import sequence_schedule
+from kvbind.forms.explained.analysis import sequence_schedule
 from kvbind.models.lact.loss import IGNORE
 from kvbind.sequence import current_shard
 from kvbind.sequence.exchanges import HaloPlan

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvbind.layers.window_attention import MASK_BLOCK, halo_of, window_attention, window_block_mask
+from kvbind.layers.attention.window_attention import MASK_BLOCK, halo_of, window_attention, window_block_mask
 
 
 @pytest.mark.parametrize("window", [1, 7, 200])

@@ -20,7 +20,7 @@ from kvbind.experiments.layer_calls import seen_calls
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.experiments.tables import table1
 from kvbind.experiments.training.plans import UnfinishedError
-from kvbind.layers import lact
+from kvbind.layers.lact import layer as lact
 from kvbind.layers.layout import Layout
 
 SMALL = [

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbind.forms import affine_blocks
-from kvbind.forms.affine import affine
-from kvbind.forms.affine_operands import AffineRule, AffineState, Columns, Gates
-from kvbind.forms.scan import ScanGate
+from kvbind.forms.parallel import affine_blocks
+from kvbind.forms.parallel.affine import affine
+from kvbind.forms.parallel.affine_operands import AffineRule, AffineState, Columns, Gates
+from kvbind.forms.parallel.scan import ScanGate
 from strategies import error
 
 B, H, F, DV = 2, 2, 3, 4

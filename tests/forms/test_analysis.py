@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kvbind
 from kvbind import GLU, MLP, InnerLoop, Linear, NewtonSchulz, SwiGLU, systems
-from kvbind.forms.costs import Shapes
+from kvbind.forms.explained.costs import Shapes
 from kvbind.inner.fields import Window
 from published import SYSTEMS as PUBLISHED
 from strategies import memory, operands, parallel_specs, specs

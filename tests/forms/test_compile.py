@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 import kvbind
 from kvbind import systems
 from kvbind.forms import opaque
-from kvbind.layers.lact import LactLayer
+from kvbind.layers.lact.layer import LactLayer
 from kvbind.layers.lact_nvs import LactNvsLayer
 from kvbind.layers.vittt import VitttLayer
 from strategies import error, memory, operands

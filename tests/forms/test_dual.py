@@ -10,10 +10,10 @@ import torch.nn.functional as nnf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbind.forms import affine_blocks
-from kvbind.forms.affine_operands import AffineRule, Columns, Gates
-from kvbind.forms.dual import DualState, Layers, dual
-from kvbind.forms.scan import ScanGate
+from kvbind.forms.parallel import affine_blocks
+from kvbind.forms.parallel.affine_operands import AffineRule, Columns, Gates
+from kvbind.forms.parallel.dual import DualState, Layers, dual
+from kvbind.forms.parallel.scan import ScanGate
 
 B, H, D, HIDDEN = 2, 2, 3, 4
 

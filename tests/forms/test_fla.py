@@ -20,7 +20,7 @@ from fla_stand_in import StandIn
 from kvbind import Linear, systems
 from kvbind.bench.harness.named_operands import arguments, draw_leaves, in_precision, weights_of
 from kvbind.bench.harness.operands import Size
-from kvbind.forms import dispatch, fla
+from kvbind.forms.on_kernels import dispatch, fla
 from kvbind.forms.state import State
 from kvbind.forms.validation import check_operands
 from kvbind.inner.gates import given_gates

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 import kvbind
 from kvbind import InnerLoop, Linear, NewtonSchulz, SwiGLU
-from kvbind.forms import affine_blocks, blockwise, evaluate, parallel, spanwise
+from kvbind.forms import evaluate
+from kvbind.forms.parallel import affine_blocks, blockwise, spanwise
+from kvbind.forms.parallel import form as parallel
 from kvbind.forms.tokens import Tokens
 from strategies import affine_specs, error, leaves, memory, operands, parallel_specs, shaped_specs, small_sizes, span_specs
 

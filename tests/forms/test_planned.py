@@ -18,7 +18,7 @@ from kvbind import MLP, InnerLoop, Linear, NewtonSchulz, SwiGLU, ttt
 from kvbind.bench.harness.kernel_switch import operators_of
 from kvbind.bench.harness.named_operands import draw_leaves, in_precision, run
 from kvbind.bench.harness.operands import Size
-from kvbind.forms import planned
+from kvbind.forms.on_kernels import planned
 from kvbind.kernels.common.devices import has_triton, interpreted
 from kvbind.kernels.launching.bound_kernel import BoundKernel
 

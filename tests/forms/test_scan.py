@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbind.bench.verify.accuracy import scan_errors
-from kvbind.forms.scan import decay_matrix, linear_scan, product_of, products_after
+from kvbind.forms.parallel.scan import decay_matrix, linear_scan, product_of, products_after
 from strategies import error
 
 

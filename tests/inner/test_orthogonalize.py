@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbind import NewtonSchulz
-from kvbind.forms.linear_attention import polynomial
+from kvbind.forms.attention.linear_attention import polynomial
 from kvbind.inner import LANGUAGE_COEFFICIENTS, VIEWS_COEFFICIENTS
 from reference import newton_schulz
 from strategies import error

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import kvbind
 from kvbind.bench.harness.kernel_switch import operators_of
-from kvbind.forms import delta
+from kvbind.forms.on_kernels import delta
 from kvbind.kernels.affine import operator
 from kvbind.kernels.affine.operator import affine_chunks
 

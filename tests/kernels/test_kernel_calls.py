@@ -10,7 +10,7 @@ from torch._dynamo.backends.debugging import aot_eager
 import kvbind.kernels
 from kvbind import GLU, MLP, InnerLoop, Linear, NewtonSchulz, SwiGLU, ttt
 from kvbind.bench.harness.kernel_switch import operators_of
-from kvbind.forms import dispatch, planned
+from kvbind.forms.on_kernels import dispatch, planned
 from kvbind.inner.systems import vittt
 from kvbind.kernels.common.devices import has_triton, interpreted
 

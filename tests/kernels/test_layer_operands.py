@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kvbind import InnerLoop, Linear
 from kvbind.kernels.elementwise import layer_operands as module
 from kvbind.kernels.elementwise.layer_operands import covers
-from kvbind.layers.lact import LactLayer
+from kvbind.layers.lact.layer import LactLayer
 from kvbind.layers.operands import Paths, make_operands, plain_operands
 from kvbind.layers.rotary import rotary_tables
 

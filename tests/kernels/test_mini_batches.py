@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("kernels need a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
 import kvbind
-from kvbind.forms.kernel_calls.mini_batches import shares_of
+from kvbind.forms.on_kernels.kernel_calls.mini_batches import shares_of
 from kvbind.forms.tokens import Tokens
 from kvbind.kernels.mini_batches import operator as module
 from kvbind.kernels.mini_batches.operator import covers, mini_batches

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbind.bench.models.views import FullAttentionNvs
-from kvbind.layers.attention import FullAttention, WindowAttention, grid_positions
+from kvbind.layers.attention.modules import FullAttention, WindowAttention, grid_positions
 from kvbind.layers.layout import Layout
 from kvbind.layers.rotary import rotary_tables, rotate
 from kvbind.models import LactConfig, LactForCausalLM

@@ -25,8 +25,8 @@ from kvbind.inner.projections import (
     Step,
 )
 from kvbind.inner.systems import PROJECTIONS
-from kvbind.layers.convolution import Tails
-from kvbind.layers.fast_weights import FastWeightLayer
+from kvbind.layers.fast_weights.convolution import Tails
+from kvbind.layers.fast_weights.layer import FastWeightLayer
 from kvbind.layers.layout import Layout
 from kvbind.sequence.boundaries import Boundaries, with_room
 from published import SPAN, SYSTEMS

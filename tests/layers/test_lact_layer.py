@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kvbind
 from kvbind import GLU, MLP, DepthwiseConv, InnerLoop, Linear, SwiGLU
 from kvbind.layers.fast_matrices import LowRankMatrix
-from kvbind.layers.lact import LactLayer
+from kvbind.layers.lact.layer import LactLayer
 from kvbind.layers.layout import Layout
 from kvbind.layers.plain_modules import is_a_product
 from kvbind.layers.rotary import rotary_tables

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvbind.layers import window_attention as module
-from kvbind.layers.rotary import rotary_tables, rotate
-from kvbind.layers.softmax import is_for_flash
-from kvbind.layers.window_attention import (
+from kvbind.layers.attention import window_attention as module
+from kvbind.layers.attention.softmax import is_for_flash
+from kvbind.layers.attention.window_attention import (
     MASK_BLOCK,
     OWN_KERNELS,
     QUERY_BLOCK,
@@ -21,6 +20,7 @@ from kvbind.layers.window_attention import (
     window_attention,
     window_block_mask,
 )
+from kvbind.layers.rotary import rotary_tables, rotate
 from kvbind.sequence.boundaries import Boundaries, with_room
 
 

@@ -7,9 +7,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import kvbind
-from kvbind.forms.costs import Shapes, training_flops, work
-from kvbind.layers import lact as lact_layer
-from kvbind.layers.window_attention import window_attention
+from kvbind.forms.explained.costs import Shapes, training_flops, work
+from kvbind.layers.attention.window_attention import window_attention
+from kvbind.layers.lact import layer as lact_layer
 from kvbind.models.flops import in_place_flops, lact_flops, lact_nvs_flops, llama_flops, vittt_flops, window_pairs
 from kvbind.models.lact_nvs import LactNvs, LactNvsConfig
 from kvbind.models.lact_nvs.config import INNER_LOOPS as VIEWS_LOOPS

@@ -36,7 +36,7 @@ from transformers import (
 import kvbind
 from checkpointing import enable_checkpointing
 from kvbind.cli import main
-from kvbind.layers.in_place import InPlaceMLP
+from kvbind.layers.in_place.layer import InPlaceMLP
 from kvbind.models import InPlaceCache, InPlaceConfig, InPlaceForCausalLM
 from kvbind.models.in_place import in_place
 from kvbind.models.lact.cache import CACHE

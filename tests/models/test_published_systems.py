@@ -11,7 +11,7 @@ from checkpointing import enable_checkpointing
 from kvbind import InnerLoop, Linear
 from kvbind.inner.projections import DEFAULTS, Constant, Projections
 from kvbind.inner.systems import PROJECTIONS
-from kvbind.layers.fast_weights import FastWeightLayer
+from kvbind.layers.fast_weights.layer import FastWeightLayer
 from kvbind.models import LactConfig, LactForCausalLM
 from kvbind.models.flops import lact_flops
 from kvbind.models.lact.decoding import obstacle

@@ -4,7 +4,7 @@ import torch
 
 from kvbind.inner.projections import Projections
 from kvbind.inner.systems import PROJECTIONS, SYSTEMS
-from kvbind.layers.lact import check_fits_lact_layer
+from kvbind.layers.lact.layer import check_fits_lact_layer
 from kvbind.models import LactForCausalLM
 from models.lact_small import LADDER, exact, small_config
 

@@ -12,7 +12,7 @@ from kvbind.forms.tokens import Tokens
 from kvbind.inner.gates import given_gates
 from kvbind.inner.projections import Projections
 from kvbind.inner.systems import SYSTEMS
-from kvbind.layers.lact import check_fits_lact_layer
+from kvbind.layers.lact.layer import check_fits_lact_layer
 from kvbind.layers.layout import Layout
 from kvbind.models.lact.blocks import LactBlock
 from kvbind.serving.states import Pages, Pool, StateLayout

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kvbind import Anchor, InnerLoop, Linear, NewtonSchulz, systems
-from kvbind.layers.fast_weights import FastWeightLayer
-from kvbind.layers.lact import LactLayer
+from kvbind.layers.fast_weights.layer import FastWeightLayer
+from kvbind.layers.lact.layer import LactLayer
 from kvbind.models import PRESETS as LANGUAGE_SIZES
 from kvbind.models.lact_nvs import LactNvs
 from kvbind.tasks import TASKS, images, language, open_task_module

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from kvbind.forms.api import ttt
 from kvbind.forms.state import State
 from kvbind.inner.spec import InnerLoop
-from kvbind.layers.fast_weights import FastWeightLayer
+from kvbind.layers.fast_weights.layer import FastWeightLayer
 from kvbind.layers.inner_call import InnerCall
-from kvbind.layers.lact import LactLayer
+from kvbind.layers.lact.layer import LactLayer
 from kvbind.layers.lact_nvs import LactNvsLayer
 from kvbind.layers.layout import Layout
 from kvbind.layers.rotary import Tables

@@ -9,14 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvbind.forms import opaque, planned
-from kvbind.forms.analysis import NoParallelFormError, explain
+from kvbind.forms import opaque
 from kvbind.forms.autocast import without_autocast
-from kvbind.forms.evaluate import FORMS as FORMS
-from kvbind.forms.evaluate import Form as Form
-from kvbind.forms.evaluate import idles, run
+from kvbind.forms.evaluate import FORMS, Form, idles, run
+from kvbind.forms.explained.analysis import NoParallelFormError, explain
 from kvbind.forms.obstacles import best_form, parallel_in_spans, parallel_obstacles
-from kvbind.forms.parallel import masks_in_parallel
+from kvbind.forms.on_kernels import planned
+from kvbind.forms.parallel.form import masks_in_parallel
 from kvbind.forms.recurrent import Chunk, chunks, closed, seen_weights, write
 from kvbind.forms.sharded import sharded
 from kvbind.forms.state import State

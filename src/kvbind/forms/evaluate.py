@@ -9,12 +9,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from kvbind.forms import dispatch
-from kvbind.forms.finite import guarded
 from kvbind.forms.obstacles import best_form
-from kvbind.forms.parallel import masks_in_parallel, parallel
+from kvbind.forms.on_kernels import dispatch
+from kvbind.forms.parallel.finite import guarded
+from kvbind.forms.parallel.form import masks_in_parallel, parallel
+from kvbind.forms.parallel.spanwise import in_spans
 from kvbind.forms.recurrent import recurrent
-from kvbind.forms.spanwise import in_spans
 from kvbind.forms.state import State
 from kvbind.forms.validation import Operands
 from kvbind.inner.spec import InnerLoop

@@ -39,7 +39,7 @@ def parallel_obstacles(spec: InnerLoop) -> tuple[Obstacle, ...]:
     trained part is one ungated matrix and no orthogonalization or clipping acts on the update: the delta rule, which the
     WY representation makes parallel. What else an inner loop has keeps its form where writes simply add up: `erase`, several
     `writes` per token, gates per key channel and before the gradient, `refresh`, windows, rates of steps and readers, a bias
-    of the last layer, and a head that outputs alone pass (`kvbind.forms.affine`).
+    of the last layer, and a head that outputs alone pass (`kvbind.forms.parallel.affine`).
     """
     found = extension_obstacles(spec)
     if spec.update == "all" and spec.network.theta:
@@ -69,7 +69,7 @@ def parallel_obstacles(spec: InnerLoop) -> tuple[Obstacle, ...]:
 
 
 def parallel_in_spans(spec: InnerLoop) -> bool:
-    """Whether all tokens of a span can be run at once where spans must run in order: the dual form (`kvbind.forms.dual`).
+    """Whether all tokens of a span can be run at once where spans must run in order: the dual form (`parallel/dual.py`).
 
     Gradients may read the state as they like where several updates share the weights that they are taken at, or several
     tokens of a chunk see weights of their own. The network is then a chain of layers, and what a span writes adds up.

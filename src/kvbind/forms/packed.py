@@ -17,13 +17,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kvbind.forms import dispatch
-from kvbind.forms.analysis import NoParallelFormError, explain
 from kvbind.forms.autocast import without_autocast
-from kvbind.forms.kernel_calls.chunked import chunked_documents, read_network
-from kvbind.forms.kernel_calls.recurrent import recurrent_chunks
+from kvbind.forms.explained.analysis import NoParallelFormError, explain
 from kvbind.forms.obstacles import parallel_obstacles
-from kvbind.forms.parallel import SHORT_CHUNK
+from kvbind.forms.on_kernels import dispatch
+from kvbind.forms.on_kernels.kernel_calls.chunked import chunked_documents, read_network
+from kvbind.forms.on_kernels.kernel_calls.recurrent import recurrent_chunks
+from kvbind.forms.parallel.form import SHORT_CHUNK
 from kvbind.forms.recurrent import write
 from kvbind.forms.tokens import Tokens, as_factor
 from kvbind.forms.validation import LearningRate, Operands, check_operands

@@ -6,7 +6,8 @@ their places many at once; what their writing takes beyond that is also computed
 
 What single tokens read, and the updates of the chunks that they complete, are `read` and `completed` on tensors in
 one piece, of all rows or of one: the same operators on operands of the same shapes and strides whether calls run them or a
-captured step does (`kvbind.layers.slots`). Products of other layouts, or of other numbers of matrices, may round otherwise.
+captured step does (`kvbind.layers.lact.slots`). Products of other layouts, or of other numbers of matrices, may round
+otherwise.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvbind.forms import dispatch
 from kvbind.forms.autocast import without_autocast
-from kvbind.forms.kernel_calls.recurrent import recurrent_chunks, run_recurrent
+from kvbind.forms.on_kernels import dispatch
+from kvbind.forms.on_kernels.kernel_calls.recurrent import recurrent_chunks, run_recurrent
 from kvbind.forms.recurrent import chunk_update
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens

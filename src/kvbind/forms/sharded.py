@@ -18,13 +18,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvbind.forms import dispatch
-from kvbind.forms.analysis import sequence_schedule
-from kvbind.forms.kernel_calls.chunked import run_chunked_slice
-from kvbind.forms.parallel import runs_blockwise, segment
-from kvbind.forms.scan import product_of, products_after
+from kvbind.forms.explained.analysis import sequence_schedule
+from kvbind.forms.on_kernels import dispatch
+from kvbind.forms.on_kernels.kernel_calls.chunked import run_chunked_slice
+from kvbind.forms.parallel.form import runs_blockwise, segment
+from kvbind.forms.parallel.scan import product_of, products_after
+from kvbind.forms.parallel.summary import block_summary, stacked, unstacked
 from kvbind.forms.state import State
-from kvbind.forms.summary import block_summary, stacked, unstacked
 from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import Engine, Operands
 from kvbind.inner.rule import FastWeights

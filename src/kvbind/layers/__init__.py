@@ -12,11 +12,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvbind.layers.fast_weight_state import FastWeightState
-    from kvbind.layers.fast_weights import FastWeightLayer
-    from kvbind.layers.in_place import InPlaceMLP
+    from kvbind.layers.fast_weights.layer import FastWeightLayer
+    from kvbind.layers.fast_weights.state import FastWeightState
+    from kvbind.layers.in_place.layer import InPlaceMLP
     from kvbind.layers.inner_call import InnerCall
-    from kvbind.layers.lact import LactLayer, LactState
+    from kvbind.layers.lact.layer import LactLayer, LactState
     from kvbind.layers.lact_nvs import LactNvsLayer
     from kvbind.layers.layout import Layout
     from kvbind.layers.norm import RMSNorm
@@ -36,13 +36,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FastWeightLayer": "fast_weights",
-    "FastWeightState": "fast_weight_state",
-    "InPlaceMLP": "in_place",
+    "FastWeightLayer": "fast_weights.layer",
+    "FastWeightState": "fast_weights.state",
+    "InPlaceMLP": "in_place.layer",
     "InnerCall": "inner_call",
-    "LactLayer": "lact",
+    "LactLayer": "lact.layer",
     "LactNvsLayer": "lact_nvs",
-    "LactState": "lact",
+    "LactState": "lact.layer",
     "Layout": "layout",
     "RMSNorm": "norm",
     "VitttLayer": "vittt",

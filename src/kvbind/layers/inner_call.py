@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kvbind.forms.api import Form, ttt
-from kvbind.forms.linear_attention import LinearAttention
-from kvbind.forms.linearize import linearize
+from kvbind.forms.api import ttt
+from kvbind.forms.attention.linear_attention import LinearAttention
+from kvbind.forms.attention.linearize import linearize
+from kvbind.forms.evaluate import Form
 from kvbind.forms.packed import packed
 from kvbind.forms.state import State
 from kvbind.forms.validation import LearningRate

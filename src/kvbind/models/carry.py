@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from kvbind.layers.fast_matrices import lact_parameter, vittt_parameter
-from kvbind.layers.fast_weights import FastWeightLayer
-from kvbind.layers.lact import LactLayer
+from kvbind.layers.fast_weights.layer import FastWeightLayer
+from kvbind.layers.lact.layer import LactLayer
 from kvbind.layers.lact_nvs import LactNvsLayer
 from kvbind.layers.vittt import VitttLayer
 

@@ -2,9 +2,9 @@
 
 What is counted is the arithmetic that the definition needs, in matrix products and convolutions, two per multiply-add:
 every product once forward and, in the backward pass, once for the gradient of each of its factors. Fast weights count by
-`kvbind.forms.costs.training_flops`, Newton-Schulz among them; window attention counts the pairs inside the window. What
-an implementation computes again (checkpointed blocks, logits, attention scores, features) is not counted, nor is what is
-elementwise. So recomputation lowers the utilization, and a faster form of the same inner loop raises it.
+`kvbind.forms.explained.costs.training_flops`, Newton-Schulz among them; window attention counts the pairs inside the window.
+What an implementation computes again (checkpointed blocks, logits, attention scores, features) is not counted, nor is what
+is elementwise. So recomputation lowers the utilization, and a faster form of the same inner loop raises it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from kvbind.forms.costs import Shapes, training_flops
+from kvbind.forms.explained.costs import Shapes, training_flops
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_positive_int
-from kvbind.layers.convolution import ShortConvolution
+from kvbind.layers.fast_weights.convolution import ShortConvolution
 from kvbind.models.in_place.config import InPlaceConfig
 from kvbind.models.lact.config import LactConfig
 from kvbind.models.lact_nvs.config import LactNvsConfig

@@ -14,11 +14,11 @@ from functools import cache, cached_property
 
 import torch
 
-from kvbind.forms.analysis import sequence_schedule
-from kvbind.forms.block_costs import BlockWork
-from kvbind.forms.costs import Shapes, cost, training_flops
+from kvbind.forms.explained.analysis import sequence_schedule
+from kvbind.forms.explained.block_costs import BlockWork
+from kvbind.forms.explained.costs import Shapes, cost, training_flops
 from kvbind.forms.obstacles import parallel_obstacles
-from kvbind.forms.summary import is_dense
+from kvbind.forms.parallel.summary import is_dense
 from kvbind.hardware import Accelerator
 from kvbind.inner.value import check_choice, check_positive_int
 from kvbind.models import LactConfig, LactForCausalLM

@@ -9,8 +9,8 @@ import torch
 
 from kvbind.inner.projections import Projections
 from kvbind.inner.spec import InnerLoop
-from kvbind.layers.fast_weights import FastWeightLayer
-from kvbind.layers.lact import LactLayer
+from kvbind.layers.fast_weights.layer import FastWeightLayer
+from kvbind.layers.lact.layer import LactLayer
 from kvbind.models.lact.config import LactConfig
 from kvbind.serving.states import StateLayout
 

@@ -13,13 +13,13 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from kvbind.forms.api import Form
+from kvbind.forms.evaluate import Form
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.gates import given_gates
 from kvbind.inner.spec import InnerLoop
-from kvbind.layers.convolution import Tails
-from kvbind.layers.fast_weights import FastWeightLayer
-from kvbind.layers.lact import LactLayer
+from kvbind.layers.fast_weights.convolution import Tails
+from kvbind.layers.fast_weights.layer import FastWeightLayer
+from kvbind.layers.lact.layer import LactLayer
 from kvbind.layers.layout import Layout
 from kvbind.layers.norm import ResidualNorm
 from kvbind.layers.operands import make_operands

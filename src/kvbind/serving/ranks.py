@@ -15,9 +15,9 @@ from vllm.distributed import (
 )
 
 from kvbind.inner.gates import DECLARED
-from kvbind.layers.fast_weights import FastWeightLayer
+from kvbind.layers.fast_weights.layer import FastWeightLayer
 from kvbind.layers.gates import GateMaker
-from kvbind.layers.lact import LactLayer
+from kvbind.layers.lact.layer import LactLayer
 from kvbind.layers.operands import Paths, wide
 
 

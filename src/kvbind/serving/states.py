@@ -21,9 +21,9 @@ from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
-from kvbind.layers.fast_weight_state import FastWeightState
-from kvbind.layers.fast_weights import FastWeightLayer
-from kvbind.layers.lact import LactLayer
+from kvbind.layers.fast_weights.layer import FastWeightLayer
+from kvbind.layers.fast_weights.state import FastWeightState
+from kvbind.layers.lact.layer import LactLayer
 
 PAGED = ("k", "v")
 """What pages hold of a pending token."""

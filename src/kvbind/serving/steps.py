@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbind.forms.api import Form, ttt
+from kvbind.forms.api import ttt
+from kvbind.forms.evaluate import Form
 from kvbind.forms.pending import completed, read
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
@@ -147,7 +148,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class PieceTails:
-    """What stands before the pieces of a step, of which slots keep the last tokens: `kvbind.layers.convolution.Tails`.
+    """What stands before the pieces of a step, of which slots keep the last tokens, as `Tails` of a layer.
 
     Attributes:
         pieces: the pieces.

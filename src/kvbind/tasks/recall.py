@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvbind.inner.value import check_choice
-from kvbind.layers.convolution import ShortConvolution
+from kvbind.layers.attention.softmax import softmax_attention
+from kvbind.layers.fast_weights.convolution import ShortConvolution
 from kvbind.layers.operands import split_heads
-from kvbind.layers.softmax import softmax_attention
 from kvbind.tasks import inner_loops, preset_files
 from kvbind.tasks.contents import Contents
 from kvbind.tasks.inner_loops import table_rows

@@ -32,7 +32,7 @@ def command(
     from kvbind.bench.harness.record import growing, provenance
     from kvbind.bench.models.decoding import CAUSAL, DecodingLoad, bench_systems
     from kvbind.bench.tables.decoding import decoding_grid
-    from kvbind.forms import fla
+    from kvbind.forms.on_kernels import fla
     from kvbind.inner.value import check_choice
 
     place = open_device(device)

@@ -8,7 +8,7 @@ import torch
 
 from kvbind.bench.harness.device_time import duration
 from kvbind.bench.harness.operands import Size
-from kvbind.forms.costs import Shapes, cost
+from kvbind.forms.explained.costs import Shapes, cost
 from kvbind.inner.spec import InnerLoop
 
 

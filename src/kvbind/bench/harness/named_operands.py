@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvbind.bench.harness.operands import Size, draw_gate
-from kvbind.forms.api import Form, ttt
+from kvbind.forms.api import ttt
+from kvbind.forms.evaluate import Form
 from kvbind.forms.state import State
 from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.spec import InnerLoop

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbind.forms.api import Form, ttt
+from kvbind.forms.api import ttt
+from kvbind.forms.evaluate import Form
 from kvbind.inner.gates import Gate
 from kvbind.inner.networks import DepthwiseConv
 from kvbind.inner.spec import InnerLoop

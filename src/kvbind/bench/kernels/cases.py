@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from kvbind.bench.harness.operands import Size
-from kvbind.forms.api import Form
+from kvbind.forms.evaluate import Form
 from kvbind.forms.obstacles import parallel_obstacles
 from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.spec import InnerLoop

@@ -11,7 +11,7 @@ import torch
 
 from kvbind.bench.harness.operands import DrawnOperands, Size
 from kvbind.bench.harness.timing import median_seconds, peak_bytes
-from kvbind.forms.api import Form
+from kvbind.forms.evaluate import Form
 from kvbind.forms.obstacles import parallel_obstacles
 from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.spec import InnerLoop

@@ -33,8 +33,8 @@ from kvbind.bench.kernels.cases import PASSES
 from kvbind.bench.kernels.goals import SIZE, goal_of
 from kvbind.bench.kernels.measure import passes
 from kvbind.bench.kernels.span_peer import span_peer, span_step
-from kvbind.forms import fla
 from kvbind.forms.obstacles import parallel_obstacles
+from kvbind.forms.on_kernels import fla
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import lact_llm, ladder, named
 

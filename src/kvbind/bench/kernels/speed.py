@@ -23,7 +23,7 @@ from kvbind.bench.kernels import own_processes
 from kvbind.bench.kernels.cases import PASSES, SpeedCase, SpeedSettings, What, plan
 from kvbind.bench.kernels.goals import SOURCE, goal_of
 from kvbind.bench.kernels.measure import measure
-from kvbind.forms import fla
+from kvbind.forms.on_kernels import fla
 
 
 def bench_kernels(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kvbind.bench.harness.timing import median_seconds, now
-from kvbind.layers import window_attention as module
-from kvbind.layers.window_attention import halo_of, window_attention
+from kvbind.layers.attention import window_attention as module
+from kvbind.layers.attention.window_attention import halo_of, window_attention
 
 OWN, SHARED, BLOCKS = "own", "any length", "blocks"
 """What runs: a kernel compiled for the length alone, one for any length, or attention in blocks."""

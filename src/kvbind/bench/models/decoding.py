@@ -18,7 +18,7 @@ from kvbind.bench.harness.timing import now
 from kvbind.bench.training.steps import build
 from kvbind.inner.systems import PROJECTIONS, SYSTEMS, named
 from kvbind.kernels.launching.cuda_graphs import capture
-from kvbind.layers.attention import AttentionState
+from kvbind.layers.attention.modules import AttentionState
 from kvbind.models import LactCache, LactForCausalLM
 from kvbind.models.lact.cache import CACHE
 

@@ -12,7 +12,7 @@ from kvbind.bench.models.serving import RequestLoad
 from kvbind.bench.tables.grid import Grid
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import PROJECTIONS, SYSTEMS, ladder
-from kvbind.layers.lact import NOT_MADE
+from kvbind.layers.lact.layer import NOT_MADE
 from kvbind.models import PRESETS
 from kvbind.serving.checks import check_servable
 from kvbind.serving.sizes import RequestSize

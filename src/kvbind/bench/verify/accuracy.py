@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from kvbind.bench.harness.operands import DrawnOperands, Size
-from kvbind.forms.api import Form
+from kvbind.forms.evaluate import Form
 from kvbind.forms.obstacles import parallel_obstacles
-from kvbind.forms.scan import linear_scan
+from kvbind.forms.parallel.scan import linear_scan
 from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import lact_llm, ladder

@@ -9,9 +9,9 @@ import torch
 
 from kvbind.bench.harness.operands import Size
 from kvbind.bench.layers.operators import LayerOperator, pieces
-from kvbind.forms import fla
-from kvbind.forms.api import Form
+from kvbind.forms.evaluate import Form
 from kvbind.forms.obstacles import best_form, parallel_obstacles
+from kvbind.forms.on_kernels import fla
 from kvbind.inner import systems
 from kvbind.inner.head import LayerNormHead
 from kvbind.inner.networks import MLP, Linear, SwiGLU

@@ -33,9 +33,10 @@ from kvbind.bench.harness.record import growing, provenance
 from kvbind.bench.harness.timing import release
 from kvbind.bench.layers.operators import LayerOperator
 from kvbind.bench.verify.cases import FULL, SMALL, VerifyCase, cases
-from kvbind.forms import fla
-from kvbind.forms.api import Form, ttt
-from kvbind.forms.parallel import parallel
+from kvbind.forms.api import ttt
+from kvbind.forms.evaluate import Form
+from kvbind.forms.on_kernels import fla
+from kvbind.forms.parallel.form import parallel
 from kvbind.forms.recurrent import recurrent
 from kvbind.forms.state import State
 from kvbind.forms.validation import Operands, check_operands

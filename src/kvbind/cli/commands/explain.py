@@ -37,8 +37,8 @@ def command(
 
     [dim]{network: SwiGLU, momentum: true, chunk: 512}[/]
     """
-    from kvbind.forms.analysis import explain as analyse
-    from kvbind.forms.costs import Shapes
+    from kvbind.forms.explained.analysis import explain as analyse
+    from kvbind.forms.explained.costs import Shapes
     from kvbind.inner.systems import ladder
 
     ((_, inner),) = inner_loops([system, *(edits or [])], 1)

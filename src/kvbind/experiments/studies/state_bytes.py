@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from kvbind.forms.state import State
-from kvbind.layers.attention import AttentionState
-from kvbind.layers.fast_weight_state import FastWeightState
+from kvbind.layers.attention.modules import AttentionState
+from kvbind.layers.fast_weights.state import FastWeightState
 from kvbind.models.lact.cache import LactCache, MixerState
 
 

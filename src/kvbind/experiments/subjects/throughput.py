@@ -18,8 +18,8 @@ import torch
 from kvbind.bench.harness.operands import Size
 from kvbind.bench.kernels.forms import tokens_per_second
 from kvbind.experiments.results.cache import ResultCache
-from kvbind.forms.analysis import explain
-from kvbind.forms.api import Form
+from kvbind.forms.evaluate import Form
+from kvbind.forms.explained.analysis import explain
 from kvbind.inner import InnerLoop
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
 """Scores and gradients of a chunk with gates per key channel that are too small to divide by.
 
-A chunk is halved, its halves are halved, and so on (as in `kvbind.forms.channels`): the reads of every second half meet the
-writes of the first at the boundary between them, reads scaled by the product of gates from there on, writes by that of the
-gates up to it. All factors are products over stretches that begin or end at a boundary, and sums of logarithms are never
-subtracted.
+A chunk is halved, its halves are halved, and so on (as in `kvbind.forms.parallel.channels`): the reads of every second half
+meet the writes of the first at the boundary between them, reads scaled by the product of gates from there on, writes by that
+of the gates up to it. All factors are products over stretches that begin or end at a boundary, and sums of logarithms are
+never subtracted.
 
 The gradient of a gate goes the other way, from the chunk to its halves. What hangs on a stretch is a sum of three kinds of
 terms: `z` times the product of all its gates, `x_t` times that up to token t, `y_j` times that behind token j. For its

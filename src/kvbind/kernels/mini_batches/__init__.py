@@ -21,7 +21,7 @@ steps, in order, with the state's gradient in registers (`state_gradients`).
 - Enter: queries and keys `[B, T, H, Dk]`, values `[B, T, H, Dv]` of one dtype, the state float32 in one piece, rates
   `[B, T, H, ..]`, maybe shares and a head's gain and shift; T is a whole number of mini-batches.
 - Leave: outputs `[B, T, H, Dv]`, and the state after the last mini-batch.
-- Reference implementation: `kvbind.forms.dual.dual`.
+- Reference implementation: `kvbind.forms.parallel.dual.dual`.
 
 `operator` checks and launches, `parts` is what the kernels share.
 """

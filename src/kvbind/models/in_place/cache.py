@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
-from kvbind.layers.in_place import InPlaceState
+from kvbind.layers.in_place.layer import InPlaceState
 
 
 class InPlaceCache(DynamicCache):

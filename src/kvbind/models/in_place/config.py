@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from kvbind.forms.api import FORMS, Form
+from kvbind.forms.evaluate import FORMS, Form
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import in_place_ttt
 from kvbind.inner.value import check_bool, check_choice, check_positive, check_positive_int

@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from kvbind.forms.validation import check_cu_seqlens
 from kvbind.kernels.common.tracing import is_mapped
-from kvbind.layers.chunk_plan import ChunkPlan, documents_of, plan_of
-from kvbind.layers.in_place import Call, InPlaceMLP
+from kvbind.layers.in_place.chunk_plan import ChunkPlan, documents_of, plan_of
+from kvbind.layers.in_place.layer import Call, InPlaceMLP
 from kvbind.models.in_place.cache import InPlaceCache
 from kvbind.models.in_place.config import REFUSED, InPlaceConfig
 from kvbind.models.lact.cache import CACHE, CACHE_NAMES, given_cache

@@ -7,13 +7,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvbind.inner.spec import InnerLoop
 from kvbind.kernels.elementwise.swiglu import swiglu
-from kvbind.layers.attention import WindowAttention
-from kvbind.layers.fast_weights import FastWeightLayer
-from kvbind.layers.lact import LactLayer
+from kvbind.layers.attention.modules import WindowAttention
+from kvbind.layers.fast_weights.layer import FastWeightLayer
+from kvbind.layers.lact.layer import LactLayer
+from kvbind.layers.lact.slots import DecodeStep, Slots
 from kvbind.layers.layout import Layout
 from kvbind.layers.norm import ResidualNorm
 from kvbind.layers.rotary import Tables
-from kvbind.layers.slots import DecodeStep, Slots
 from kvbind.models.lact.cache import MixerState
 from kvbind.models.lact.config import LactConfig
 

@@ -11,9 +11,9 @@ from torch.utils import _pytree as pytree
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from kvbind.layers.attention import AttentionState
-from kvbind.layers.fast_weight_state import FastWeightState
-from kvbind.layers.lact import LactState
+from kvbind.layers.attention.modules import AttentionState
+from kvbind.layers.fast_weights.state import FastWeightState
+from kvbind.layers.lact.layer import LactState
 
 if TYPE_CHECKING:
     from kvbind.models.lact.decoding import Rows

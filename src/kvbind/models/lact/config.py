@@ -7,13 +7,13 @@ from typing import Any, Self
 
 from transformers import PretrainedConfig
 
-from kvbind.forms.api import FORMS, Form
+from kvbind.forms.evaluate import FORMS, Form
 from kvbind.inner.projections import DEFAULTS, Projections
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import PROJECTIONS, lact_llm
 from kvbind.inner.value import check_bool, check_choice, check_positive, check_positive_int, nearest
-from kvbind.layers.lact import NOT_MADE
-from kvbind.layers.projection_fit import fast_widths
+from kvbind.layers.fast_weights.projection_fit import fast_widths
+from kvbind.layers.lact.layer import NOT_MADE
 from kvbind.models.ablations import (
     LANGUAGE_NAMES,
     check_all_used,
@@ -92,8 +92,8 @@ class LactConfig(WithImports, PretrainedConfig):
         projections: how fast weights are a layer of their own, without attention, as `kvbind.layers.FastWeightLayer` takes
             it: a `Projections`, its plain dict, or the name of a system whose published layer it is
             (`kvbind.inner.systems.PROJECTIONS`). None for `LactLayer`, attention and fast weights on one set of queries,
-            keys and values; or, where the inner loop has what that does not make (`kvbind.layers.lact.NOT_MADE`), for a
-            `FastWeightLayer` that follows the inner loop. With it, `num_lact_heads`, `inter_multi` and `base_lr` are those
+            keys and values; or, where the inner loop has what that does not make (`kvbind.layers.lact.layer.NOT_MADE`), for
+            a `FastWeightLayer` that follows the inner loop. With it, `num_lact_heads`, `inter_multi` and `base_lr` are those
             of that layer, and fields of attention and of queries, keys and values have no meaning.
         fast_weights: False for attention alone, as a baseline: over `window_size` tokens, as many as a text has or fewer.
             `inner` and the fields of fast weights then have no meaning.

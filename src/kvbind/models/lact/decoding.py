@@ -2,9 +2,10 @@
 
 A token of a decoding step is some thirty launches in every layer, which take the host ten times what they take the GPU.
 Here all of them are one replay: of the step function `token`, plain PyTorch and kernels on tensors that stay where they are
-(`kvbind.layers.slots`). Where a chunk of some rows ends, a second graph updates their fast weights: one for all rows, where
-all are due, and one for a single row that is replayed for each, where prompts had different lengths. Calls update by the
-same rule, layer by layer, with the same operators (`kvbind.forms.pending`), so that tokens do not depend on who runs them.
+(`kvbind.layers.lact.slots`). Where a chunk of some rows ends, a second graph updates their fast weights: one for all rows,
+where all are due, and one for a single row that is replayed for each, where prompts had different lengths. Calls update by
+the same rule, layer by layer, with the same operators (`kvbind.forms.pending`), so that tokens do not depend on who runs
+them.
 
 Who owns what:
 
@@ -36,12 +37,12 @@ from torch.utils.hooks import RemovableHandle
 from kvbind.forms.autocast import autocasts
 from kvbind.kernels.common.tracing import is_eager
 from kvbind.kernels.launching import cuda_graphs
-from kvbind.layers.attention import WindowAttention
-from kvbind.layers.fast_weights import FastWeightLayer
-from kvbind.layers.lact import LactLayer, LactState
+from kvbind.layers.attention.modules import WindowAttention
+from kvbind.layers.fast_weights.layer import FastWeightLayer
+from kvbind.layers.lact.layer import LactLayer, LactState
+from kvbind.layers.lact.slots import DecodeStep, Slots
 from kvbind.layers.plain_modules import WEIGHTS
 from kvbind.layers.rotary import rotary_tables
-from kvbind.layers.slots import DecodeStep, Slots
 
 if TYPE_CHECKING:
     from kvbind.models.lact.cache import MixerState

@@ -17,8 +17,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvbind.kernels.common.tracing import is_exported
-from kvbind.layers.fast_weights import FastWeightLayer
-from kvbind.layers.lact import LactLayer
+from kvbind.layers.fast_weights.layer import FastWeightLayer
+from kvbind.layers.lact.layer import LactLayer
 from kvbind.layers.norm import RMSNorm
 from kvbind.layers.plain_modules import is_a_product
 from kvbind.layers.rotary import rotary_tables

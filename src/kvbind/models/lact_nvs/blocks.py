@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from kvbind.forms.state import State
 from kvbind.inner.spec import InnerLoop
-from kvbind.layers.attention import FullAttention
+from kvbind.layers.attention.modules import FullAttention
+from kvbind.layers.attention.softmax import softmax_attention
 from kvbind.layers.lact_nvs import LactNvsLayer
 from kvbind.layers.norm import RMSNorm, add_layer_norm
 from kvbind.layers.operands import split_heads
-from kvbind.layers.softmax import softmax_attention
 from kvbind.models.lact_nvs.config import LactNvsConfig
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvbind.inner.spec import InnerLoop
-from kvbind.layers.attention import FullAttention
+from kvbind.layers.attention.modules import FullAttention
 from kvbind.layers.grid import Grid, add_convolution
 from kvbind.layers.norm import add_layer_norm
 from kvbind.layers.vittt import INIT_STD, VitttLayer

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kvbind.inner.spec import InnerLoop
 from kvbind.inner.value import check_bool, check_positive_int
-from kvbind.layers.attention import grid_positions
+from kvbind.layers.attention.modules import grid_positions
 from kvbind.layers.grid import Grid, to_tokens
 from kvbind.layers.plain_modules import WEIGHTS, is_plain
 from kvbind.layers.vittt import INIT_STD

@@ -1,0 +1,1 @@
+"""Softmax attention: over a window of tokens, over all, and its cache."""
