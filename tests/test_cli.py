@@ -7,6 +7,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -441,6 +442,30 @@ def test_an_interruption_says_how_to_go_on(run, book, monkeypatch):
     code, _, errors = run("train", "language", "--data", str(book), *SMALL)
     assert code == 130
     assert "goes on from the last checkpoint" in errors
+
+
+@pytest.mark.parametrize("name", ["typer", "rich"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_interruption_while_modules_are_imported_is_said(name, wrapped, tmp_path):
+    # as Python 3.11 does where it comes while a class is made
+    said = "raise RuntimeError('a class') from KeyboardInterrupt()" if wrapped else "raise KeyboardInterrupt"
+    (tmp_path / f"{name}.py").write_text(said)
+    path = os.pathsep.join((str(tmp_path), *sys.path))
+    done = subprocess.run(
+        [sys.executable, "-m", "kvbind", "systems"],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
+
+
+def test_the_entry_point_imports_nothing_before_it_heeds_an_interruption():
+    scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"kvbind": "kvbind.__main__:main"}
+    code = (
+        "import sys, kvbind.__main__\nprint(*(x for x in sys.modules if x.partition('.')[0] in ('kvbind', 'typer', 'rich')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["kvbind", "kvbind.interrupt", "kvbind.__main__"]
 
 
 def test_help_does_not_wait_for_pytorch():

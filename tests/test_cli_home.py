@@ -230,12 +230,23 @@ def test_an_interrupt_before_anything_is_written_is_said(run, book, monkeypatch)
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
+    def wrapped(*_, **__):
+        raise RuntimeError("a class") from KeyboardInterrupt()
+
     explained = ("kvbind.forms.explained.analysis.explain", ["explain", "gla"])
     for name, words in (("kvbind.train.config.read_config", book), explained):
-        monkeypatch.setattr(name, interrupted)
-        code, out, errors = run(*words)
-        assert (code, out, errors.split()) == (130, "", ["interrupted"])
+        for ending in (interrupted, wrapped):
+            monkeypatch.setattr(name, ending)
+            code, out, errors = run(*words)
+            assert (code, out, errors.split()) == (130, "", ["interrupted"])
     assert not Path("mine").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder in which none can be made")
+def test_a_folder_that_cannot_be_made_is_named(run, book):
+    code, _, errors = run(*book, "--out", "/proc/x/y")
+    assert code == 2
+    assert "the run's folder '/proc/x/y' cannot be made: " in errors
 
 
 @pytest.mark.parametrize("columns", [60, 80])

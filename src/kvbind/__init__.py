@@ -6,7 +6,6 @@ Names are imported when first asked for, so that the command `kvbind` answers wi
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,10 +33,7 @@ if TYPE_CHECKING:
     from kvbind.models.lact.sharding import shard_batch
     from kvbind.sequence import SequenceShard, count_bytes, sequence_parallel
 
-try:
-    __version__ = version("kvbind")
-except PackageNotFoundError:
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = [
     "GLU",
@@ -82,6 +78,8 @@ _PACKAGES = ("bench", "experiments", "forms", "inner", "layers", "models", "sequ
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return import_module(f"kvbind.{name}")
+    if name == "__version__":
+        return _version()
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = next((home for home, names in _HOMES.items() if name in names), "kvbind.inner")
@@ -89,5 +87,14 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("kvbind")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PACKAGES})
+    return sorted({*globals(), *__all__, *_PACKAGES, "__version__"})

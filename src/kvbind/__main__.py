@@ -1,6 +1,27 @@
-"""`python -m kvbind`."""
+"""The command `kvbind`, and `python -m kvbind`.
 
-from kvbind.cli import main
+A Ctrl-C while modules are imported, which takes the most of a short command's time, ends it as any other does.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from kvbind.interrupt import CODE, is_interrupt, say_interrupted
+
+
+def main() -> None:
+    """Run the command, and leave with its exit code."""
+    try:
+        from kvbind.cli import main as run
+
+        run()
+    except BaseException as error:
+        if not is_interrupt(error):
+            raise
+        say_interrupted()
+        sys.exit(CODE)
+
 
 if __name__ == "__main__":
     main()

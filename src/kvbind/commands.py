@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from kvbind.screen import Screen
+from kvbind.interrupt import CODE, is_interrupt, say_interrupted
 
 
 def add_commands(app: typer.Typer, package: ModuleType, order: Sequence[str] = ()) -> None:
@@ -49,9 +49,11 @@ def as_run(command: Callable[..., None]) -> Callable[..., None]:
     def run(*values: Any, **named: Any) -> None:
         try:
             command(*map(at_home, values), **{name: at_home(x) for name, x in named.items()})
-        except KeyboardInterrupt:
-            Screen(stderr=True).print("\ninterrupted")
-            raise typer.Exit(130) from None
+        except BaseException as error:
+            if not is_interrupt(error):
+                raise
+            say_interrupted()
+            raise typer.Exit(CODE) from None
 
     return run
 

@@ -17,6 +17,7 @@ import pytest
 
 from experiments.pages import figure1, table2, write_run
 from kvbind.experiments.report import command
+from kvbind.experiments.report.checks import read_model
 from kvbind.experiments.report.command import make_report, open_server
 from kvbind.experiments.report.page import find_parts
 
@@ -266,7 +267,7 @@ RESULTS = {
     "a picture that is none": (damaged(pictures=[PICTURE | {"file": "text.png"}]), r"text\.png must be a PNG"),
     "a picture without a name": (damaged(pictures=[PICTURE | {"file": 3}]), "must have file"),
     "links among pictures": ({**figure1(), "experiment": "figure9", "pictures": 0}, "must have a list of pictures"),
-    "verdicts that are none": (damaged(verdicts=[3]), "verdicts must be mappings"),
+    "verdicts that are none": (damaged(verdicts=[3]), "verdicts must have fields; got 3"),
     "a verdict of its own": (damaged(verdicts=[{"claim": "", "rule": "", "found": "", "holds": "yes"}]), "must have holds"),
     "a table of numbers": (damaged(tables=[{"heading": "", "header": ["a"], "rows": [[1]]}]), "must have rows"),
     "no scale": ({name: x for name, x in figure1().items() if name != "scale"}, "must have scale as kvbind"),
@@ -335,6 +336,47 @@ def test_pictures_of_a_model_come_from_its_file_alone(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(figure1() | {"experiment": "explorer", "models": "models.json"}))
     with pytest.raises(ValueError, match=r"models\.json's panels must have source"):
         find_parts([tmp_path])
+
+
+def without(own, name):
+    return {key: x for key, x in own.items() if key != name}
+
+
+HEAD = {
+    "name": "head 0", "size": 1, "codes": "fw==", "most": 1.0, "q": [[0.0], [0.0]], "k": [[], []], "k_at": [],
+    "shares": [1.0, None], "before": [1.0], "after": [None], "steps": [[0, 1.0], [1, None]],
+}  # fmt: skip
+LAYER = {"name": "layer 0", "heads": [HEAD]}
+ROW = {"name": "rung0", "label": "all", "spec": "InnerLoop()", "obstacle": None, "layers": [LAYER]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (ROW, None),
+        (2, "'s row 1 must have fields; got 2"),
+        *((without(ROW, name), f"'s row 1 must have {name} as .* got none") for name in ROW),
+        (ROW | {"layers": []}, r"'s row 1 must have layers as .* got \[\]"),
+        (ROW | {"layers": [{"name": "layer 0"}]}, "'s row 1, in its layers, must have heads as .* got none"),
+        *(
+            (ROW | {"layers": [LAYER | {"heads": [HEAD, without(HEAD, name)]}]},
+             f"'s row 1, in its heads, must have {name} as .* got none")
+            for name in HEAD
+        ),
+        (ROW | {"layers": [LAYER | {"heads": [HEAD | {"q": [[1.0], []]}]}]}, "'s row 1, in its heads, must have q as"),
+        (ROW | {"layers": [LAYER | {"heads": [HEAD | {"steps": [[0]]}]}]}, "'s row 1, in its heads, must have steps as"),
+    ],
+)  # fmt: skip
+def test_rows_that_the_explorer_cannot_show_are_refused_by_file_and_number(row, message, tmp_path):
+    example = {"kind": "text", "tokens": ["a"], "unit": "token"}
+    (tmp_path / "models.json").write_text(
+        json.dumps({"title": "a", "group": "b", "about": "c", "rows": [ROW, row], "example": example})
+    )
+    if message is None:
+        assert read_model(tmp_path / "models.json")["rows"] == [ROW, ROW]
+        return
+    with pytest.raises(ValueError, match=rf"models\.json{message}"):
+        read_model(tmp_path / "models.json")
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "result.json", "pictures/it.png"])

@@ -259,6 +259,10 @@ def parse_overrides(overrides: Sequence[str]) -> DictConfig:
         raise ValueError(f"overrides must be key=value with a YAML value; got {list(overrides)}: {reason}") from error
 
 
+KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
+"""What values of a type are called."""
+
+
 def merge(base: Any, *changes: DictConfig) -> Any:
     """`base` with changes, each checked against its keys and types."""
     for change in changes:
@@ -283,6 +287,9 @@ def merge(base: Any, *changes: DictConfig) -> Any:
             if OmegaConf.is_config(old) and not OmegaConf.is_dict(old):
                 count = f" of {len(old)}" if isinstance(old, TupleConfig) else ""
                 message = f"configuration key {where!r} must be a list{count}, such as {[*old]}; got {got!r}"
+                raise ConfigKeyValueError(str(where), message) from error
+            if type(old) in KINDS:
+                message = f"configuration key {where!r} must be {KINDS[type(old)]}, such as {old!r}; got {got!r}"
                 raise ConfigKeyValueError(str(where), message) from error
             raise ConfigKeyValueError(str(where), f"configuration key {where!r}: {str(error).splitlines()[0]}") from error
     return base

@@ -17,7 +17,9 @@ def command(
     sizes: Annotated[str, typer.Option(help="full, for a GPU, or tiny, for a look on a CPU.")] = "full",
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to time each kind of steps at the most.")] = 1.5,
     budget: Annotated[float, typer.Option(min=0.0, help="End after this, seconds.")] = 540,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep what is in the file, measure the rest.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what is in the file, of this machine and versions; measure the rest.")
+    ] = False,
     device: Device = "auto",
     out: Out = None,
 ) -> None:

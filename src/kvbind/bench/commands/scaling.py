@@ -31,7 +31,9 @@ def command(
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to time each case, after one step to warm up.")] = 6.0,
     limit: Annotated[float, typer.Option(min=1.0, help="Give up on one case after this, seconds.")] = 180.0,
     budget: Annotated[float, typer.Option(min=0.0, help="Run nothing after this, seconds.")] = 540.0,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that are in the file, measure the rest.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the rows in the file, of this machine and versions; measure the rest.")
+    ] = False,
     device: Device = "auto",
     out: Out = None,
 ) -> None:
@@ -42,10 +44,9 @@ def command(
     """
     import torch
 
-    from kvbind.bench.harness.record import growing, provenance, save
+    from kvbind.bench.harness.record import growing, provenance, resumed, save
     from kvbind.bench.tables.scaling import scaling_grids
     from kvbind.bench.training.scaling import WHATS, ScalingSettings, cases, equality, finished, measured
-    from kvbind.files import read_json
     from kvbind.inner.systems import RUNGS
     from kvbind.inner.value import check_choice
     from kvbind.plan.costs import RECOMPUTE
@@ -63,13 +64,14 @@ def command(
         equality_length=equality_tokens, equality_steps=steps, recompute=recompute, seconds=seconds,
     )  # fmt: skip
     planned = cases(some_of(what, WHATS, "what"), numbers, settings)
+    about = provenance(place, ("triton",)) | {"config": asdict(settings) | {"gpus": numbers}}
     kept: dict[int, dict[str, Any]] = {}
     if resume and out is not None and out.is_file():
-        kept = finished(read_json(out, finite=False)["rows"], planned)
+        kept = resumed(out, about, lambda rows: finished(rows, planned))
     held = torch.cuda.get_device_properties(place).total_memory if place.type == "cuda" else None
     rest = [case for number, case in enumerate(planned) if number not in kept]
     rows = measured(rest, place.type, budget=budget, limit=limit, memory_bytes=held)
-    about, record = provenance(place, ("triton",)) | {"config": asdict(settings) | {"gpus": numbers}}, {}
+    record: dict[str, Any] = {}
     for record in growing(about, len(planned), rows, kept.values()):
         record["equality"] = equality(record["rows"])
         if len(record["rows"]) == len(kept):

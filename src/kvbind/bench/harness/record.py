@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from kvbind.files import blaming, read_json, shortened
 from kvbind.provenance import command, machine, versions
 from kvbind.train.files import laid_out, write_text
+
+T = TypeVar("T")
 
 DIGITS = 8
 """Of measured numbers in a file; no table shows more."""
@@ -35,6 +38,32 @@ def provenance(device: torch.device, packages: tuple[str, ...] = ()) -> dict[str
         "machine": machine(device),
         "versions": found,
     }
+
+
+def resumed(path: Path, about: Mapping[str, Any], take: Callable[[list[dict[str, Any]]], T]) -> T:
+    """What a command goes on with of an earlier record of its own.
+
+    Args:
+        path: of the record.
+        about: `provenance` of now, under which its rows will stand.
+        take: what makes use of the rows; fails where they are none.
+
+    Raises:
+        ValueError: no such record, or one of another machine or of other versions.
+        OSError: a file that cannot be read.
+    """
+    record = read_json(path, finite=False)
+    with blaming(path, "what this command wrote, to go on with"):
+        if not isinstance(record, dict) or not isinstance(record.get("rows"), list):
+            raise ValueError(f"it holds {shortened(record)}, no rows with their machine and versions")
+        then = {**record["machine"], **record["versions"]}
+        taken = take(record["rows"])
+    now = {**about["machine"], **about["versions"]}
+    other = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if other:
+        was, is_now = (", ".join(f"{name} {shortened(x.get(name))}" for name in other) for x in (then, now))
+        raise ValueError(f"{path} must be of this machine and these versions, to go on with; it has {was}; here is {is_now}")
+    return taken
 
 
 def growing(

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from kvbind.bench.harness.device_time import first_line
-from kvbind.bench.harness.record import OUT_OF_TIME, answered, provenance, save
+from kvbind.bench.harness.record import OUT_OF_TIME, answered, provenance, resumed, save
 from kvbind.bench.harness.timing import DeadlineError, at_most
 from kvbind.bench.models.plans import PARTS, SIZES, Found, Measurement, ModelRow, plan
-from kvbind.files import read_json
+from kvbind.files import shortened
 from kvbind.hardware import peak_flops
 
 Results = dict[tuple[str, str], dict[str, Found]]
@@ -26,8 +26,17 @@ Results = dict[tuple[str, str], dict[str, Found]]
 
 
 def results_of(rows: Iterable[Mapping[str, Any]]) -> Results:
-    """What an earlier record has found."""
-    return {(row["name"], side): dict(row[f"{side}_ways"]) for row in rows for side in ("ours", "peer", "beside")}
+    """What an earlier record has found.
+
+    Raises:
+        KeyError, TypeError, ValueError: rows that are none.
+    """
+    results = {(row["name"], side): dict(row[f"{side}_ways"]) for row in rows for side in ("ours", "peer", "beside")}
+    for ways in results.values():
+        for way, found in ways.items():
+            if not isinstance(found.get("value", 0.0), int | float) or not {"value", "failed", "skipped"} & set(found):
+                raise ValueError(f"{way!r} holds {shortened(found)}, no value")
+    return results
 
 
 def row_of(row: ModelRow, results: Results, peak: float | None) -> dict[str, Any]:
@@ -148,7 +157,7 @@ def main(
         The record.
 
     Raises:
-        ValueError: an unknown part or size.
+        ValueError: an unknown part or size; with `resume` a file that is no record of this machine and these versions.
     """
     parts = PARTS if what == "all" else tuple(what.split(",") if isinstance(what, str) else what)
     if not parts or not set(parts) <= set(PARTS):
@@ -157,15 +166,15 @@ def main(
         raise ValueError(f"sizes must be one of {', '.join(SIZES)}; got {sizes!r}")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     place, path = torch.device(name), None if out is None else Path(out)
+    about = provenance(place, ("triton", "timm")) | {"config": {"sizes": sizes, "seconds": seconds, "budget": budget}}
     results: Results = {}
     if resume and path is not None and path.is_file():
-        results = results_of(read_json(path, finite=False)["rows"])
+        results = resumed(path, about, results_of)
     earlier = {name for name, _ in results}
     every, _ = plan(PARTS, SIZES[sizes], place, seconds)
     _, jobs = plan(parts, SIZES[sizes], place, seconds)
     rows = [row for row in every if row.part in parts or row.name in earlier]
     peak = peak_flops(torch.cuda.get_device_name(place)) if place.type == "cuda" else None
-    about = provenance(place, ("triton", "timm")) | {"config": {"sizes": sizes, "seconds": seconds, "budget": budget}}
 
     def record() -> dict[str, Any]:
         found = [row_of(row, results, peak) for row in rows]

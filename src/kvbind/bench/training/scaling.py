@@ -196,8 +196,12 @@ def finished(rows: Sequence[dict[str, Any]], planned: Sequence[ScalingCase]) -> 
     Args:
         rows: of a record.
         planned: the cases of now.
+
+    Raises:
+        KeyError, TypeError: rows that do not say what was measured.
     """
-    settled = [row for row in rows if row.get("skipped") in (None, OUT_OF_MEMORY, LARGER_THAN_ONE, NEEDS_MORE)]
+    lasting = (None, OUT_OF_MEMORY, LARGER_THAN_ONE, NEEDS_MORE)
+    settled = [row for row in rows if row["what"] in WHATS and row.get("skipped") in lasting]
     return {number: row for number, case in enumerate(planned) for row in settled if row | case.row() == row}
 
 

@@ -27,6 +27,32 @@ def _verdict(value: object) -> bool:
     return value is None or isinstance(value, bool)
 
 
+def _number(value: object) -> bool:
+    """A number, or None for one without bound."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _numbers(value: object) -> bool:
+    return isinstance(value, list) and all(map(_number, value))
+
+
+def _pair(value: Any) -> bool:
+    return _numbers(value) and len(value) == 2
+
+
+def _places(value: object) -> bool:
+    """Two components of points."""
+    return isinstance(value, list) and len(value) == 2 and all(map(_numbers, value)) and len(value[0]) == len(value[1])
+
+
+def _filled(value: Any) -> bool:
+    return isinstance(value, list) and bool(value)
+
+
+def _pairs(value: Any) -> bool:
+    return _filled(value) and all(map(_pair, value))
+
+
 Fields = Mapping[str, Callable[[object], bool]]
 
 NEEDED: Fields = {"experiment": _text, "scale": _text}
@@ -36,6 +62,14 @@ LISTS: Mapping[str, Fields] = {
     "tables": {"heading": _text, "header": _texts, "rows": _rows},
     "pictures": {"heading": _text, "file": _text, "text": _text},
 }
+
+ROW: Fields = {"name": _text, "label": _text, "spec": _text, "obstacle": lambda x: x is None or _text(x), "layers": _filled}
+LAYER: Fields = {"name": _text, "heads": _filled}
+HEAD: Fields = {
+    "name": _text, "size": lambda x: isinstance(x, int) and x > 0, "codes": _text, "most": _number, "q": _places,
+    "k": _places, "k_at": _numbers, "shares": _pair, "before": _numbers, "after": _numbers, "steps": _pairs,
+}  # fmt: skip
+"""Of a model to look into, what the page's script reads without asking."""
 
 
 def check_results(results: Mapping[str, Any], file: Path) -> None:
@@ -86,7 +120,17 @@ def check_model(model: Any, where: str) -> None:
         ValueError: a field that is missing or of another type, or a picture that is not in it.
     """
     texts = dict.fromkeys(("title", "group", "about"), _text)
-    _check(model, texts | {"rows": lambda x: isinstance(x, list) and bool(x)}, where)
+    _check(model, texts | {"rows": _filled}, where)
+    _check_example(model, where)
+    for i, row in enumerate(model["rows"]):
+        _check(row, ROW, f"{where}'s row {i}", {"found": _text})
+        for layer in row["layers"]:
+            _check(layer, LAYER, f"{where}'s row {i}, in its layers,")
+            for head in layer["heads"]:
+                _check(head, HEAD, f"{where}'s row {i}, in its heads,")
+
+
+def _check_example(model: Mapping[str, Any], where: str) -> None:
     example = model.get("example")
     if not isinstance(example, dict):
         raise ValueError(f"{where} must have an example; got {shortened(example)}")
@@ -103,8 +147,8 @@ def check_model(model: Any, where: str) -> None:
 def _check(given: object, needed: Fields, where: str, known: Fields | None = None) -> None:
     """Of a mapping's fields, those that are needed, and those that are known where they are there."""
     if not isinstance(given, Mapping):
-        raise ValueError(f"{where} must be mappings of fields; got {shortened(given)}")
+        raise ValueError(f"{where} must have fields; got {shortened(given)}")
     for name, fits in {**needed, **(known or {})}.items():
-        if (name in needed or name in given) and not fits(given.get(name)):
+        if (name in needed and name not in given) or (name in given and not fits(given[name])):
             found = shortened(given[name]) if name in given else "none"
             raise ValueError(f"{where} must have {name} as kvbind reproduce writes it; got {found}")

@@ -275,13 +275,17 @@ def only_one(folder: Path) -> Iterator[None]:
 
     Raises:
         ValueError: another process holds it.
+        OSError: it cannot be made.
     """
     try:
         import fcntl
     except ImportError:  # Windows, where nothing is held
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"the run's folder {str(folder)!r} cannot be made: {error.strerror}") from error
     # readers that a killed process has left behind hold its lock until they notice, some seconds later
     until = time.monotonic() + (PATIENCE if restarted() else 0)
     with os.fdopen(open_own(folder / ".lock", os.O_RDWR)) as file:
