@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from kvbind.interrupt import CODE, is_interrupt, say_interrupted
+from kvbind.interrupt import is_interrupt
 
 
 def add_commands(app: typer.Typer, package: ModuleType, order: Sequence[str] = ()) -> None:
@@ -43,17 +43,16 @@ def help_of(command: Callable[..., None]) -> str:
 
 
 def as_run(command: Callable[..., None]) -> Callable[..., None]:
-    """`command`, given `at_home` of every argument; a Ctrl-C that it says nothing about ends it with a word."""
+    """`command`, given `at_home` of every argument; of a Ctrl-C that something made another error of, it is one again."""
 
     @functools.wraps(command)
     def run(*values: Any, **named: Any) -> None:
         try:
             command(*map(at_home, values), **{name: at_home(x) for name, x in named.items()})
-        except BaseException as error:
-            if not is_interrupt(error):
-                raise
-            say_interrupted()
-            raise typer.Exit(CODE) from None
+        except Exception as error:
+            if is_interrupt(error):
+                raise KeyboardInterrupt from error
+            raise
 
     return run
 

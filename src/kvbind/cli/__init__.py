@@ -17,6 +17,7 @@ import typer
 from kvbind.bench.app import app as bench
 from kvbind.cli import commands, output
 from kvbind.commands import add_commands
+from kvbind.interrupt import CODE, say_interrupted
 from kvbind.screen import LogLines, Screen
 
 app = typer.Typer(
@@ -63,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         fail(error, 1)
     else:
+        if code == CODE:
+            say_interrupted()
         # commands return nothing, and what ends them early its code
         sys.exit(code or 0)
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvbind.interrupt import CODE
 from kvbind.screen import Screen
 from kvbind.tasks import NEXT
 
@@ -30,7 +30,7 @@ def continuable() -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         said = str(interrupt) or "interrupted; the same command goes on from the last checkpoint, if there is one"
         Screen(stderr=True).print(f"\n{said}{', without --fresh' if '--fresh' in sys.argv else ''}", soft_wrap=True)
-        raise typer.Exit(130) from None
+        sys.exit(CODE)  # not typer's `Exit`, which with this code stands for a Ctrl-C that nobody has said anything of
 
 
 def say_next(screen: Console, task: str, run: Path) -> None:
