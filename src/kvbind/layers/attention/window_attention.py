@@ -72,8 +72,8 @@ def window_attention(
         # an empty slice of a row
         return q
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    # one query has nothing behind it that it must not see; on GPUs numbers are not looked at
-    if q.shape[2] == 1 or q.is_cuda or known_finite(q, k, v):
+    # on GPUs numbers are not looked at
+    if q.is_cuda or known_finite(q, k, v):
         return _attention(q, k, v, window, cu_seqlens, ahead, held).transpose(1, 2)
     # a weight of 0 would hand what is not finite to every query of a block
     asks, wrong = ~q.isfinite().all(-1), ~(k.isfinite().all(-1) & v.isfinite().all(-1))
