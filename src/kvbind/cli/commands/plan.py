@@ -37,7 +37,7 @@ def command(
     calibrate: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Results of kvbind bench step, scaling or models, for this plan and later ones; may be given several times.",
+            help="Results of kvbind bench step, scaling or models, for this and later plans; may be given several times.",
             show_default=False,
             metavar="FILE",
         ),
