@@ -283,3 +283,8 @@ def test_one_token_that_sees_what_is_not_finite_is_not_a_number(keys, which):
     operands = {name: torch.randn(1, n, 1, 8, generator=generator) for name, n in (("q", 1), ("k", keys), ("v", keys))}
     operands[which][:, -1, :, 0] = float("nan")
     assert window_attention(*operands.values(), 512, ahead=keys - 1).isnan().all()
+
+
+def test_no_rows_have_no_outputs():
+    nothing = torch.zeros(0, 3, 2, 8)
+    assert window_attention(nothing, nothing, nothing, 2, held=()).shape == nothing.shape

@@ -68,8 +68,8 @@ def window_attention(
     Returns:
         `[B, T, H, D]` in q's dtype; NaN where a query, or a key or value that it sees, is not finite.
     """
-    if not q.shape[1]:
-        # an empty slice of a row
+    if not q.shape[0] or not q.shape[1]:
+        # no rows, or an empty slice of them
         return q
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     # on GPUs numbers are not looked at
