@@ -89,7 +89,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on(run, book, monk
     monkeypatch.setattr(LanguageTask, "loss", interrupted)
     code, _, errors = run(*book, "train.checkpoint_minutes=0", "train.steps=6")
     assert code == 130
-    assert "mine was stopped behind step 2 of 6, with a checkpoint; the same command goes on from there" in errors
+    assert "mine was stopped after step 2 of 6, with a checkpoint; the same command goes on from there" in errors
     assert latest_checkpoint(tmp_path / "mine")["done"]["step"] == 2
     code, out, _ = run(*book, "train.checkpoint_minutes=0", "train.steps=6")
     assert code == 0

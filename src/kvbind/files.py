@@ -36,8 +36,8 @@ NODES = 100_000
 JSON_LIMIT, YAML_LIMIT = 256 * 2**20, 2**20
 """The largest files of each kind that are read, in bytes."""
 
-EXPANSION = 100
-"""How many times its own size a file compressed by gzip may expand to."""
+EXPANSION, ALWAYS = 100, 2**20
+"""How many times its own size a file compressed by gzip may expand to, and how many bytes whatever its size."""
 
 LINKED_FOLDERS = ("additional_chat_templates",)
 """Folders inside a model's that loaders read."""
@@ -127,7 +127,7 @@ def read_text(path: str | Path, limit: int = JSON_LIMIT) -> str:
     if large:
         raise ValueError(f"{path} must have at most {limit / 2**20:g} MiB; it has more")
     if Path(path).suffix == ".gz":
-        content = _expanded(content, path, min(limit, EXPANSION * len(content)))
+        content = _expanded(content, path, min(limit, max(EXPANSION * len(content), ALWAYS)))
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -144,7 +144,7 @@ def _expanded(content: bytes, path: str | Path, limit: int) -> bytes:
         raise ValueError(f"{path} must be a gzip file; it is not: {error}") from error
     if len(expanded) > limit:
         raise ValueError(
-            f"{path} must expand to at most {JSON_LIMIT / 2**20:g} MiB and {EXPANSION} times its size; it expands to more"
+            f"{path} must expand to at most {limit:,} bytes ({EXPANSION} times its size, or what such files may have)"
         )
     if not stream.eof or stream.unused_data:
         raise ValueError(f"{path} must be one whole gzip file; it is cut short or followed by something else")

@@ -86,7 +86,7 @@ def test_a_worker_that_is_ended_leaves_a_checkpoint(job):
         if step == 3:
             worker.end()
 
-    with pytest.raises(OutOfTimeError, match=r"was stopped behind step .* with a checkpoint"):
+    with pytest.raises(OutOfTimeError, match=r"was stopped after step .* with a checkpoint"):
         worker.train(mine, end)
     worker.process.wait(60)
     assert latest_checkpoint(mine.folder)["done"]["step"] >= 3

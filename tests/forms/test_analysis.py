@@ -179,8 +179,10 @@ def test_one_more_token_moves_its_operands_and_the_state():
 def test_the_text_says_what_runs_on_gpus():
     assert kvbind.explain(NAMED["delta_net"]).kernels.startswith("kvbind.kernels.")
     assert "on GPUs: kvbind.kernels.chunked" in str(kvbind.explain(systems.ladder(LACT)["rung2"]))
-    assert kvbind.explain(LACT).kernels == ""
-    assert "on GPUs" not in str(kvbind.explain(LACT))
+    assert "on GPUs: kvbind.kernels.recurrent" in str(kvbind.explain(LACT))
+    several = kvbind.explain(LACT.replace(steps=2))
+    assert several.kernels == ""
+    assert "on GPUs: PyTorch" in str(several)
 
 
 def test_costs_of_the_paper_model_are_those_of_hand_counts():

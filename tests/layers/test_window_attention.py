@@ -274,3 +274,17 @@ def test_rotation_depends_on_relative_position_and_keeps_norms():
     torch.testing.assert_close(at(x, 3) @ at(y, 10), at(x, 13) @ at(y, 20), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(at(x, 7).norm(), x.norm(), rtol=1e-6, atol=1e-6)
     assert (at(x, 3) @ at(y, 10) - at(x, 3) @ at(y, 11)).abs() > 1e-3
+
+
+@pytest.mark.parametrize("keys", [1, 2, 5, 64])
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_one_token_that_sees_what_is_not_finite_is_not_a_number(keys, which):
+    generator = torch.Generator().manual_seed(0)
+    operands = {name: torch.randn(1, n, 1, 8, generator=generator) for name, n in (("q", 1), ("k", keys), ("v", keys))}
+    operands[which][:, -1, :, 0] = float("nan")
+    assert window_attention(*operands.values(), 512, ahead=keys - 1).isnan().all()
+
+
+def test_no_rows_have_no_outputs():
+    nothing = torch.zeros(0, 3, 2, 8)
+    assert window_attention(nothing, nothing, nothing, 2, held=()).shape == nothing.shape

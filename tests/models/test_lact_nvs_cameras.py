@@ -262,3 +262,11 @@ def test_shapes_and_types_are_checked():
         check_intrinsics("fxfycxcy", [[30.0, 30, 16, 16]])
     with pytest.raises(ValueError, match=r"fxfycxcy must be \[B, V, 4\], fx, fy, cx, cy; got shape \[1, 2, 3\]"):
         check_intrinsics("fxfycxcy", torch.ones(1, 2, 3))
+
+
+def test_cameras_without_a_mean_have_finite_gradients():
+    ahead, back = torch.eye(4), torch.diag(torch.tensor([-1.0, 1, -1, 1]))
+    ahead[2, 3], back[2, 3] = -2, 2
+    poses = torch.stack((ahead, back)).requires_grad_()
+    normalize_cameras(poses).square().sum().backward()
+    assert poses.grad.isfinite().all()

@@ -10,6 +10,7 @@ from kvbind import systems
 from kvbind.models import vittt
 from kvbind.models.vittt import zoo
 from kvbind.models.vittt.blocks import StochasticDepth
+from kvbind.models.vittt.plain import PatchEmbed, Vittt
 
 PLAIN = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "num_classes": 5}
 HIERARCHICAL = {"dim": (8, 16, 16, 24), "depths": (1, 2, 1, 1), "num_heads": (2, 2, 4, 3), "num_classes": 5}
@@ -332,3 +333,26 @@ def test_without_timm_nothing_is_registered_and_nothing_fails(monkeypatch):
 def test_an_unknown_size_is_named_with_the_nearest_known_one():
     with pytest.raises(ValueError, match="did you mean 'vittt_small'"):
         vittt.build("vittt_smal")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": (8, 4)}, {"stride": (16, 8), "padding": (0, 4)}, {"stride": (16, 8), "groups": 3}]
+)
+def test_patches_are_what_the_convolution_makes_of_them(options):
+    """A stride below the patch's size is a usual way to denser tokens."""
+    embed = PatchEmbed((16, 8), 3, 24)
+    embed.proj = torch.nn.Conv2d(3, 24, (16, 8), **({"stride": (16, 8)} | options))
+    image = torch.randn(2, 3, 48, 24)
+    torch.testing.assert_close(embed(image), embed.proj(image))
+
+
+def test_patches_may_have_an_adapter():
+    peft = pytest.importorskip("peft")
+    model = Vittt(embed_dim=24, depth=1, num_heads=2, patch_size=16, num_classes=3).eval()
+    image = torch.randn(1, 3, 32, 32)
+    before = model(image)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["patch_embed.proj"], r=2))
+    torch.testing.assert_close(adapted(image), before)
+    torch.nn.init.ones_(model.patch_embed.proj.lora_B.default.weight)
+    assert not torch.equal(adapted(image), before)
+    assert model.patch == (16, 16)

@@ -18,26 +18,7 @@ from kvbind.train.config import load_config, read_config, to_yaml
 EVERY = [(task, preset) for task in TASKS for preset in open_task_module(task).PRESETS]
 
 OF_TASK = {
-    "language": [
-        "lact_llm",
-        "linear_attention",
-        "simple_gla",
-        "retnet",
-        "mamba2",
-        "gla",
-        "delta_net",
-        "gated_delta_net",
-        "delta_product",
-        "kda",
-        "gdn2",
-        "comba",
-        "rwkv7",
-        "ttt_linear",
-        "ttt_mlp",
-        "titans",
-        "atlas",
-        "in_place_ttt",
-    ],
+    "language": [name for name, make in systems.SYSTEMS.items() if make().visibility in ("past", "token")],
     "views": ["lact_nvs", "vittt", "zipmap", "tttlrm", "elastic_lact"],
     "images": ["vittt"],
 }

@@ -30,7 +30,7 @@ def test_a_run_that_is_asked_to_end_leaves_a_checkpoint_and_goes_on_bit_for_bit(
     whole, rest = make_model(), make_model()
     train(whole, Toy(), how, tmp_path / "whole")
     watch, stop = asked_behind(step)
-    with pytest.raises(EndedEarlyError, match=rf"stopped behind step {step} of 20"):
+    with pytest.raises(EndedEarlyError, match=rf"stopped after step {step} of 20"):
         train(make_model(), Toy(), how, tmp_path / "parts", watch, stop=stop)
     assert latest_checkpoint(tmp_path / "parts")["done"]["step"] == step
     seen = []
@@ -65,7 +65,7 @@ def test_the_first_signal_is_noted_and_the_next_does_what_it_always_does(number,
         assert interrupted()
         assert signal.getsignal(number) == usual
     assert signal.getsignal(number) == usual
-    assert "once more ends at once" in capfd.readouterr().err
+    assert "a second signal ends at once" in capfd.readouterr().err
 
 
 def test_ctrl_c_before_anybody_asks_interrupts_at_once():

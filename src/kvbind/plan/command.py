@@ -13,7 +13,7 @@ from rich.console import Console
 from kvbind.files import shortened
 from kvbind.hardware import accelerator
 from kvbind.models import LactConfig
-from kvbind.plan.calibration import Calibration, load_calibration, read_points, rung_name, save_calibration
+from kvbind.plan.calibration import SHIPPED, Calibration, load_calibration, read_points, rung_name, save_calibration
 from kvbind.plan.calibration import calibrate as fit
 from kvbind.plan.costs import PlannedTraining
 from kvbind.plan.planner import MeshPlan, plan
@@ -165,6 +165,7 @@ def run_plan(
     """
     if calibrate:
         save_calibration(fit([point for path in calibrate for point in read_points(path)]))
+        console.print(f"written to {SHIPPED}, which all later plans take", soft_wrap=True, markup=False)
     made = make_plans(preset, gpus, overrides, **options)
     show(made.plans, made.title, made.budget, made.calibration, made.training, console)
     found = {"command": command(), "preset": preset, "overrides": list(overrides)}

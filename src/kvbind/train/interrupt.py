@@ -15,7 +15,7 @@ from kvbind.train.ranks import ranks
 NOTED: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 """The signals, and what they do where nobody has said otherwise."""
 
-SAID = b"\nending behind this step, with a checkpoint; once more ends at once\n"
+SAID = b"\nending after this step, with a checkpoint; a second signal ends at once\n"
 
 
 @contextmanager

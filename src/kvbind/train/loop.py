@@ -313,7 +313,7 @@ def _train(
                 saver.save(done.step, state(), plain | ({} if average is None else {"averaged": average.updates}))
                 last_saved = time.monotonic()
             if ending and not last:
-                raise EndedEarlyError(f"{folder} was stopped behind step {done.step} of {config.steps}")
+                raise EndedEarlyError(f"{folder} was stopped after step {done.step} of {config.steps}")
     if average is not None:
         with torch.no_grad():
             for mine, theirs in zip(model.state_dict().values(), evaluated.state_dict().values(), strict=True):

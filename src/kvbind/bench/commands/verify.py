@@ -29,6 +29,7 @@ def command(
     from kvbind.bench.tables.verify import promises_grid, summary_grid, verify_grid
     from kvbind.bench.verify.operators import DTYPES, verified
     from kvbind.bench.verify.promises import verified_promises
+    from kvbind.kernels.common.devices import has_triton
 
     place = open_device(device)
     if some_of(what, ("operators", "models"), "what") == ("models",):
@@ -45,7 +46,7 @@ def command(
     record = write_growing(records, out, every=20)
     if not record["kernels"]:
         console.print(f"kernels are off on {place}: {record['why_off']}; nothing was verified", style="bold red")
-        if place.type == "cpu":
+        if place.type == "cpu" and has_triton():
             console.print("TRITON_INTERPRET=1 KVBIND_KERNELS=force kvbind bench verify --small --device cpu does it here")
         raise typer.Exit(1)
     show_grid(verify_grid(record))

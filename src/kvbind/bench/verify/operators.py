@@ -43,7 +43,7 @@ from kvbind.forms.validation import Operands, check_operands
 from kvbind.inner import systems
 from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels.common.devices import interpreted
+from kvbind.kernels.common.devices import has_triton, interpreted
 from kvbind.precision import matmul_precision
 
 DTYPES = ("float32", "bfloat16")
@@ -377,4 +377,6 @@ def why_off(device: torch.device) -> str | None:
 
     if operators_of(run):
         return None
+    if not has_triton():
+        return "Triton is not installed (pip install 'kvbind[gpu]')"
     return f"`ttt` used none (kernels need an NVIDIA GPU, Triton, and {VARIABLE} other than 0)"

@@ -37,7 +37,7 @@ def command(
     calibrate: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Results of kvbind bench step, scaling or models, to take efficiencies from; may be given several times.",
+            help="Results of kvbind bench step, scaling or models, for this and later plans; may be given several times.",
             show_default=False,
             metavar="FILE",
         ),

@@ -112,10 +112,10 @@ class Explanation:
 
     @property
     def kernels(self) -> str:
-        """What runs its parallel or dual form on GPUs, for people; empty where that is PyTorch alone."""
+        """What runs its form on GPUs, for people; empty where that is PyTorch alone."""
         from kvbind.forms.on_kernels.dispatch import kernels_of  # which goes by this analysis
 
-        return "" if self.form == "recurrent" else kernels_of(self.spec)
+        return kernels_of(self.spec)
 
     @property
     def nearest_name(self) -> str | None:
@@ -138,8 +138,7 @@ class Explanation:
             rung = f"{name.replace('rung', 'rung ')} ({RUNGS[name]}), that is, " if name else ""
             lines.append(f"nearest parallel relative: {rung}replace({edit})")
         lines.append(f"over ranks: {_OVER_RANKS[self.sequence_schedule]}")
-        if self.kernels:
-            lines.append(f"on GPUs: {self.kernels}")
+        lines.append(f"on GPUs: {self.kernels or 'PyTorch'}")
         s, c = self.shapes, self.cost
         among = c.orthogonalize_flops_per_token
         orthogonalization = f", of which orthogonalization {among / 1e6:.3f}" if among else ""

@@ -21,6 +21,9 @@ from kvbind.kernels.common.operands import DTYPES
 WIDTHS = range(16, 257)
 """Of keys and values: those that `kvbind.kernels.affine` takes."""
 
+WIDEST_BY_CHANNEL = 128
+"""Of both, where channels decay apart and writes read the state: wider ones were never right on a GPU."""
+
 
 def unlike_recurrence(spec: InnerLoop, visibilities: Sequence[str], extensions: Sequence[str]) -> str | None:
     """Why an inner loop is not one matrix that each token writes and then reads; None where it is.
@@ -45,13 +48,17 @@ def obstacle(spec: InnerLoop) -> str | None:
     reason = unlike_recurrence(spec, ("token", "chunk"), ("retention", "erase", "writes"))
     if reason is not None:
         return reason
-    by_channel = isinstance(spec.retention, Retention) and spec.retention.per == "key"
-    if spec.loss == "dot" and not by_channel:
+    if spec.loss == "dot" and not by_channel(spec):
         return "its writes do not read the state, nor do its channels decay apart (kvbind.kernels.causal)"
     return None
 
 
-def call_obstacle(call: Operands) -> str | None:
+def by_channel(spec: InnerLoop) -> bool:
+    """Whether each key channel decays by a gate of its own."""
+    return isinstance(spec.retention, Retention) and spec.retention.per == "key"
+
+
+def call_obstacle(spec: InnerLoop, call: Operands) -> str | None:
     """Why `kvbind.kernels.affine` does not take the operands of a call; None where it does."""
     q, tokens = call.q, call.tokens
     if not runs_on(q.device):
@@ -61,6 +68,8 @@ def call_obstacle(call: Operands) -> str | None:
     if q.shape[-1] not in WIDTHS or tokens.v.shape[-1] not in WIDTHS:
         most = f"{WIDTHS.start} to {WIDTHS.stop - 1}"
         return f"keys and values must have {most} channels; got {q.shape[-1]} and {tokens.v.shape[-1]}"
+    if by_channel(spec) and spec.loss != "dot" and max(q.shape[-1], tokens.v.shape[-1]) > WIDEST_BY_CHANNEL:
+        return f"with gates per channel at most {WIDEST_BY_CHANNEL}; got {q.shape[-1]} and {tokens.v.shape[-1]}"
     if not q.numel():
         return "there must be tokens; got none"
     return None if tokens.mask is None else "all tokens must write; got update_tokens"

@@ -218,7 +218,7 @@ def mini_batches_take(spec: InnerLoop, call: Operands) -> bool:
 
 def affine_takes(spec: InnerLoop, call: Operands) -> bool:
     """Whether `delta.call_obstacle` has nothing against a call."""
-    return delta.call_obstacle(call) is None
+    return delta.call_obstacle(spec, call) is None
 
 
 def full_glu_takes(spec: InnerLoop, call: Operands) -> bool:

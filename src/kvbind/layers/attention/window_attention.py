@@ -68,12 +68,12 @@ def window_attention(
     Returns:
         `[B, T, H, D]` in q's dtype; NaN where a query, or a key or value that it sees, is not finite.
     """
-    if not q.shape[1]:
-        # an empty slice of a row
+    if not q.shape[0] or not q.shape[1]:
+        # no rows, or an empty slice of them
         return q
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    # one query has nothing behind it that it must not see; on GPUs numbers are not looked at
-    if q.shape[2] == 1 or q.is_cuda or known_finite(q, k, v):
+    # on GPUs numbers are not looked at
+    if q.is_cuda or known_finite(q, k, v):
         return _attention(q, k, v, window, cu_seqlens, ahead, held).transpose(1, 2)
     # a weight of 0 would hand what is not finite to every query of a block
     asks, wrong = ~q.isfinite().all(-1), ~(k.isfinite().all(-1) & v.isfinite().all(-1))

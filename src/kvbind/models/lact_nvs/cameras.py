@@ -185,7 +185,9 @@ def mean_frame(c2w: Tensor) -> SceneFrame:
 def _unit(vector: Tensor) -> tuple[Tensor, Tensor]:
     """A vector brought to length 1, and whether it is too short for that."""
     length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
-    return vector / length, length[..., 0] < DEGENERATE
+    short = length < DEGENERATE
+    # where the result is not used, its gradient must still be finite
+    return torch.where(short, 0.0, vector) / torch.where(short, 1.0, length), short[..., 0]
 
 
 def normalize_cameras(c2w: Tensor) -> Tensor:

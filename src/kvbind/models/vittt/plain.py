@@ -29,6 +29,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch: tuple[int, int], in_chans: int, dim: int) -> None:
         super().__init__()
+        self.patch = patch
         self.proj = nn.Conv2d(in_chans, dim, patch, patch)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -37,16 +38,28 @@ class PatchEmbed(nn.Module):
         Raises:
             ValueError: a side that is no multiple of the patch's.
         """
-        for name, side, patch in zip(("height", "width"), image.shape[-2:], self.proj.kernel_size, strict=True):
+        for name, side, patch in zip(("height", "width"), image.shape[-2:], self.patch, strict=True):
             if side % patch or not side:
                 raise ValueError(f"image's {name} must be a multiple of the patch's, {patch}; got {side}")
-        proj, (height, width) = self.proj, self.proj.kernel_size
-        if not is_plain(proj, nn.Conv2d) or type(proj.weight) not in WEIGHTS or type(proj.bias) not in WEIGHTS:
-            output: Tensor = proj(image)
+        if not self._is_a_product():
+            output: Tensor = self.proj(image)
             return output
-        # patches do not overlap: a product, several times as fast as libraries' convolutions with strides
+        # several times as fast as libraries' convolutions with strides
+        height, width = self.patch
         patches = image.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(patches.flatten(3), proj.weight.flatten(1), proj.bias).permute(0, 3, 1, 2)
+        return F.linear(patches.flatten(3), self.proj.weight.flatten(1), self.proj.bias).permute(0, 3, 1, 2)
+
+    def _is_a_product(self) -> bool:
+        """Whether the projection is still of patches that do not overlap, and nothing else."""
+        proj = self.proj
+        if (
+            not is_plain(proj, nn.Conv2d)
+            or type(proj.weight) not in WEIGHTS
+            or type(proj.bias) not in (*WEIGHTS, type(None))
+        ):
+            return False
+        shape = (proj.kernel_size, proj.stride, proj.padding, proj.dilation, proj.groups)
+        return shape == (self.patch, self.patch, (0, 0), (1, 1), 1)
 
 
 class Vittt(ImageModel):
@@ -116,8 +129,7 @@ class Vittt(ImageModel):
 
     @property
     def patch(self) -> tuple[int, int]:
-        height, width = self.patch_embed.proj.kernel_size
-        return height, width
+        return self.patch_embed.patch
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
