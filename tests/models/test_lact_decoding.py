@@ -13,10 +13,10 @@ import torch
 from lact_small import LADDER, cache_of, small_model, tokens
 
 import kvbind
-from kvbind import layers
 from kvbind.forms import pending
 from kvbind.kernels.common.devices import runs_on
 from kvbind.kernels.launching import cuda_graphs
+from kvbind.layers import lact as lact_layers
 from kvbind.models import LactCache
 from kvbind.models.lact import decoding
 from kvbind.models.lact.cache import CACHE
@@ -123,7 +123,7 @@ def test_calls_read_and_update_by_the_operators_of_replays(kernels, lengths, ste
 
         return run
 
-    for name, modules in {"read": (pending, layers.lact), "completed": (pending, layers.slots)}.items():
+    for name, modules in {"read": (pending, lact_layers.layer), "completed": (pending, lact_layers.slots)}.items():
         changed = watched(name, getattr(pending, name))
         for module in modules:
             monkeypatch.setattr(module, name, changed)
