@@ -307,8 +307,8 @@ def test_one_more_token_of_a_state_takes_few_operators():
         tables = rotary_tables(layout.positions, built.head_width, built.rope_theta)
         with Launches() as seen:
             _, after = built(x, layout, tables, state, return_state=True)
-    # most are those of queries, keys and outputs, for which kernels take two launches
-    assert len(seen.names) <= 64, sorted(seen.names)
+    # most are those of queries, keys and outputs, for which kernels take two launches; a CPU looks whether three are finite
+    assert len(seen.names) <= 67, sorted(seen.names)
     # the pending chunk is not copied, nor are its rates and gates computed, and one query needs no mask
     assert seen.names.count("aten::cat") <= 8
     assert not {"aten::softplus", "aten::sigmoid", "aten::arange", "aten::clone"} & set(seen.names)
