@@ -159,7 +159,7 @@ def test_a_run_that_is_out_of_time_leaves_a_checkpoint_and_goes_on_as_if_it_had_
         steps.append(step)
         time.sleep(0.3)
 
-    with pytest.raises(OutOfTimeError, match="behind step 1"):
+    with pytest.raises(OutOfTimeError, match="stopped after step 1 of 4, with a checkpoint"):
         train_run("language", parts.config, parts.folder, slow, time.monotonic() + 0.2)
     assert steps == [1]
     assert sorted(path.name for path in (parts.folder / "checkpoints").iterdir()) == ["step-00000001"]
