@@ -1,6 +1,7 @@
 """Repairs of Triton 3.6's interpreter, which runs kernels on a CPU for tests (`TRITON_INTERPRET=1`).
 
-It holds bfloat16 as 16-bit integers: it multiplies those in `tl.dot`, and cuts float32 off where GPUs round to nearest.
+It holds bfloat16 as 16-bit integers: it multiplies those in `tl.dot`, and cuts float32 off where GPUs round to nearest. Of a
+number and NaN it takes NaN for the maximum and the minimum, where GPUs take the number.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def _widened(handle: Any) -> Any:
 
 
 def repair() -> None:
-    """Make the interpreter multiply and round bfloat16 as GPUs do; a second call changes nothing."""
+    """Make the interpreter multiply, round and compare as GPUs do; a second call changes nothing."""
     if getattr(InterpreterBuilder, "rounds_bfloat16", False):
         return
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
@@ -37,4 +38,6 @@ def repair() -> None:
         return dot(self, a, b, d, *rest)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
+    InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     InterpreterBuilder.rounds_bfloat16 = True

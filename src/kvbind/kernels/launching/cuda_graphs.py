@@ -112,8 +112,14 @@ def _find(key: Hashable, make: Callable[[], S]) -> _Captured[S] | None:
         with torch.inference_mode(False):
             entry = _captured[key] = _Captured(make())
         if len(_captured) > CAPACITY:
-            _captured.popitem(last=False)
+            _finish(_captured.popitem(last=False)[1])
         return entry
+
+
+def _finish(entry: _Captured) -> None:
+    """Wait for what uses a step: its memory goes back to the stream that it was made on, and others may be at work on it."""
+    with entry.lock:
+        entry.done.synchronize()
 
 
 def capture(work: Callable[[], object], device: torch.device, stream: Any, pool: Any) -> Callable[[], object]:
@@ -155,5 +161,7 @@ def capture(work: Callable[[], object], device: torch.device, stream: Any, pool:
 def clear() -> None:
     """Drop all graphs and their buffers."""
     with _lock:
+        for entry in _captured.values():
+            _finish(entry)
         _captured.clear()
         _seen.clear()
