@@ -163,7 +163,7 @@ class _CallOperands:
         return repeated(key, self.q.device, lambda: make(self.workspace, *self.flags))
 
     def lies_as_buffers(self) -> bool:
-        """Whether Triton compiles the same kernels for a chunk's tokens here as for copies of them, so that graphs load none."""
+        """Whether Triton compiles the same kernels for tokens here as for copies of them, so that graphs load none."""
         strides = [stride for x in (self.k, self.v) for stride in x.stride()[:3]]
         fit = all(stride % 16 == 0 and stride < 2**31 for stride in strides)
         fit = fit and (self.k.data_ptr() | self.v.data_ptr()) % 16 == 0
