@@ -6,10 +6,11 @@ import os
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
+import triton
 import triton.language as tl
 
 from kvbind.kernels.common.interpreter import _scattered, repair
