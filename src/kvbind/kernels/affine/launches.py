@@ -81,7 +81,7 @@ AT_ONCE = {
 """Kernels of which each program has one chunk."""
 
 LARGE = {*IN_ORDER, "channel_gradients", "steep_channel_gradients"}
-"""Kernels that take as many registers as a thread can have. Without `wgmma`, `ptxas` 12.8 gave some 32 where it was not said."""
+"""Kernels that take all registers of a thread. Without `wgmma`, `ptxas` 12.8 gave some of them 32 where it was not said."""
 
 NAMES = {
     "decays": "C BH BEFORE CHANNEL",
