@@ -253,14 +253,15 @@ def test_a_kind_of_calls_is_warmed_up_once_whatever_the_number_of_tokens_and_seq
     monkeypatch.setattr(equal_chunks, "can_warm_up", lambda _: True)
     seen = []
 
-    def begun(part, length, batch, gates=("rates",)):
+    def warm_up(part, length, batch, gates=("rates",)):
         plan = plan_of(draw(length=length, by_head=False, gates=gates, theta=True, batch=batch))
-        for _ in range(2):
-            plan.begun(part, lambda x: seen.append((x, warming_up())), part)
+        plan.warm_up(part, lambda x: seen.append((x, warming_up())), (part,))
+        assert plan.met == {part}
 
-    begun("forward", 70, 1)
-    assert seen == [("forward", True), ("forward", False), ("forward", False)]
-    begun("forward", 200, 2)
-    begun("backward", 70, 1)
-    begun("forward", 70, 1, gates=())
-    assert [warmed_up for _, warmed_up in seen[3:]] == [False] * 2 + [True, False, False] * 2
+    warm_up("forward", 70, 1)
+    assert seen == [("forward", True)]
+    warm_up("forward", 200, 2)
+    assert len(seen) == 1
+    warm_up("backward", 70, 1)
+    warm_up("forward", 70, 1, gates=())
+    assert seen[1:] == [("backward", True), ("forward", True)]
