@@ -18,6 +18,7 @@ import kvbind
 from kvbind.bench.harness.kernel_switch import operators_of
 from kvbind.forms.on_kernels import delta
 from kvbind.kernels.affine import operator
+from kvbind.kernels.affine.launches import IN_ORDER, AffineCall, constants_of
 from kvbind.kernels.affine.operator import affine_chunks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -340,3 +341,17 @@ def test_bad_arguments_are_named(changed, says):
     given = {name: torch.zeros(1, 4, 1, 16) for name in PLAIN} | changed
     with pytest.raises(ValueError, match=says):
         affine_chunks(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+
+
+def test_passes_have_small_blocks_and_all_registers_where_products_are_not_by_warp_groups():
+    wide, narrow = (
+        AffineCall(dtype, 128, 128, 64, True, True, False, True, True, "tf32", True)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    for kernel in IN_ORDER:
+        assert "maxnreg" not in constants_of(kernel, narrow)
+        without = constants_of(kernel, narrow._replace(warpgroups=False))
+        assert (without["BV"], without["num_warps"], without["maxnreg"]) == (64, 4, 255)
+        assert constants_of(kernel, wide)["maxnreg"] == 255
+    assert "maxnreg" not in constants_of("chain", wide)
+    assert constants_of("chain", wide._replace(key=256))["maxnreg"] == 255

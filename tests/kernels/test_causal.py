@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import kvbind
 from kvbind.kernels.causal import operator as causal
+from kvbind.kernels.causal import segment_pass
 from kvbind.kernels.causal.operator import causal_linear_attention
 from kvbind.kernels.causal.segments import segment_table
 
@@ -359,3 +360,27 @@ def test_the_future_does_not_leak_into_the_past(case, value):
         assert not after[1 if bounds else 0].isfinite().all()
         if bounds:
             assert torch.equal(after[[0, 2]], state[[0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "warpgroups", "most"),
+    [
+        (torch.float32, 512, True, 255),
+        (torch.float32, 128, True, None),
+        (torch.bfloat16, 512, True, None),
+        (torch.bfloat16, 512, False, 255),
+        (torch.bfloat16, 64, False, None),
+    ],
+)
+def test_wide_passes_without_warp_groups_say_how_many_registers_they_take(monkeypatch, dtype, width, warpgroups, most):
+    found = []
+
+    class Noted:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: found.append(constants.get("maxnreg"))
+
+    monkeypatch.setattr(segment_pass, "_pass_kernel", Noted())
+    monkeypatch.setattr(segment_pass, "by_warpgroups", lambda x: warpgroups)
+    with torch.no_grad():
+        causal_linear_attention(*(torch.zeros(1, 64, 1, width, dtype=dtype, device=DEVICE) for _ in range(3)))
+    assert found == [most, most]

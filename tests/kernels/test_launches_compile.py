@@ -98,7 +98,7 @@ def compile_case(name):
     operator.by_warpgroups = lambda x: capability >= 90
     calls = {
         # chunks of 64 take the compiler longer than all else here
-        "delta rule": delta, "channels": lambda: delta(zeros(1, 1024, 4, 128), 32), "rung 0": recurrent,
+        "delta rule": delta, "channels": lambda: delta(zeros(1, 1024, 4, 128), 16), "rung 0": recurrent,
         "segments": segments, "around": around,
     }  # fmt: skip
     with compiling(capability) as found:

@@ -310,3 +310,7 @@ def test_states_and_tiles_that_registers_do_not_hold_are_not_taken():
     assert covers(torch.bfloat16, 32, 64, 256, 64)
     assert not covers(torch.bfloat16, 64, 64, 256, 64)
     assert not covers(torch.float64, 16, 16, 0, 16)
+    # of a block with less shared memory
+    assert covers(torch.bfloat16, 16, 64, 256, 64, roomy=False)
+    assert covers(torch.bfloat16, 64, 128, 0, 128, roomy=False)
+    assert not covers(torch.bfloat16, 64, 128, 0, 128, momentum=True, roomy=False)

@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 
 from kvbind import NewtonSchulz
 from kvbind.inner import LANGUAGE_COEFFICIENTS, VIEWS_COEFFICIENTS
+from kvbind.kernels.common import devices
 from kvbind.kernels.launching.bound_kernel import stream_of
 from kvbind.kernels.newton_schulz import tiled as products
+from kvbind.kernels.newton_schulz.one_program import fits_one_program
 from kvbind.kernels.newton_schulz.operator import (
     BoundNewtonSchulz,
     newton_schulz,
     newton_schulz_backward,
     newton_schulz_forward,
+    saved_shapes,
 )
 from strategies import error
 
@@ -253,6 +256,18 @@ def test_the_plain_functions_are_the_differentiable_one_and_keep_only_when_asked
     result, kept = newton_schulz_forward(x, TWO, torch.bfloat16, keep=False)
     assert torch.equal(result, y)
     assert all(part.numel() == 0 for part in kept)
+
+
+@pytest.mark.parametrize("room", [99 << 10, 163 << 10])
+def test_large_matrices_go_tile_by_tile_where_blocks_have_little_room(monkeypatch, room):
+    monkeypatch.setattr(devices, "shared_memory", lambda index: room)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    device, x = torch.device("cuda", 0), torch.empty(3, 2, 65, 70)
+    for here, roomy in ((device, room > 128 << 10), (x.device, True)):
+        assert devices.is_roomy(here) is roomy
+        _, squares = saved_shapes(x.shape, 5, torch.bfloat16, True, here)
+        assert squares == (6, 1 if roomy else products.pieces(65, 70))
+        assert fits_one_program(64, 64, torch.bfloat16, roomy)
 
 
 def test_an_empty_batch():

@@ -27,7 +27,7 @@ from kvbind.inner.network import Network
 from kvbind.inner.networks import GLU, MLP, DepthwiseConv, Linear, SwiGLU
 from kvbind.inner.orthogonalize import NewtonSchulz
 from kvbind.inner.spec import InnerLoop
-from kvbind.kernels.common.devices import runs_on
+from kvbind.kernels.common.devices import is_roomy, runs_on
 from kvbind.kernels.common.operands import DTYPES
 
 WIDEST_CAUSAL = 512
@@ -213,7 +213,7 @@ def mini_batches_take(spec: InnerLoop, call: Operands) -> bool:
     from kvbind.kernels.mini_batches.operator import covers
 
     hidden = call.state.tensors["weights.out"].shape[-2] if spec.network.theta else 0
-    return covers(q.dtype, spec.refresh, k.shape[-1], hidden, v.shape[-1], spec.momentum)
+    return covers(q.dtype, spec.refresh, k.shape[-1], hidden, v.shape[-1], spec.momentum, is_roomy(q.device))
 
 
 def affine_takes(spec: InnerLoop, call: Operands) -> bool:

@@ -46,7 +46,7 @@ from kvbind.kernels.causal.segments import (
     store_state,
     token_strides,
 )
-from kvbind.kernels.common.devices import on_device_of
+from kvbind.kernels.common.devices import by_warpgroups, on_device_of
 from kvbind.kernels.common.operands import cdiv
 from kvbind.kernels.launching.launcher import Launcher
 
@@ -412,6 +412,10 @@ def segment_pass(
     if tile_states is not None and reverse:
         anchors = value.new_empty((len(tile_states), heads, parts), dtype=torch.float32)
     grid = (segments.count * heads * parts,)
+    options = {"num_warps": blocks.warps}
+    if blocks.rows * blocks.row_blocks >= 256 and (read.dtype == torch.float32 or not by_warpgroups(read)):
+        # where it was not said, `ptxas` 12.8 gave such kernels 32 without `wgmma`
+        options["maxnreg"] = 255
     if grid[0]:
         given = value if primal is None else primal
         with on_device_of(read):
@@ -424,6 +428,6 @@ def segment_pass(
                     DK=read.shape[-1], DV=width, TILE=TILE, STEP=TILE // chunk * chunk, CHUNK=chunk, STRICT=strict,
                     REVERSE=reverse, TRANSPOSED=transposed, SIGN=sign, PRECISION=product_precision(read.dtype),
                     BK=blocks.rows, NK=blocks.row_blocks, BV=blocks.columns, CAREFUL=careful,
-                    num_warps=blocks.warps, num_stages=1 if careful else blocks.stages,
+                    num_stages=1 if careful else blocks.stages, **options,
                 )  # fmt: skip
     return out, dots, anchors

@@ -187,7 +187,8 @@ def _(
     stored, across = keep and momentum is not None, RankExchange.of(group, numbers)
     iterates, squares = (0,), (0,)
     if coefficients:
-        iterates, squares = saved_shapes((chunks, heads, *matrix), len(coefficients) // 3, orthogonal_dtype, keep)
+        shape, iterations = (chunks, heads, *matrix), len(coefficients) // 3
+        iterates, squares = saved_shapes(shape, iterations, orthogonal_dtype, keep, q.device)
     return (
         q.new_empty(*q.shape[:2], v.shape[2]),
         state.new_empty(count, heads, *matrix),

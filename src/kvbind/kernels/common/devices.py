@@ -41,6 +41,13 @@ def shared_memory(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
+def is_roomy(device: torch.device) -> bool:
+    """Whether a block may have 163 KiB of shared memory, as on compute capability 8.0, 9.0 and 10.0; off GPUs, so."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return True
+    return shared_memory(torch.cuda.current_device() if device.index is None else device.index) >= 163 << 10
+
+
 def capable(index: int) -> bool:
     """Whether CUDA device `index` is an NVIDIA GPU of at least `LEAST_CAPABILITY`."""
     return capability(index) >= LEAST_CAPABILITY

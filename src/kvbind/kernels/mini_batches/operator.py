@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbind.kernels.common.devices import on_device_of
+from kvbind.kernels.common.devices import is_roomy, on_device_of
 from kvbind.kernels.common.operands import cdiv, dot_precision, power_of_2
 from kvbind.kernels.launching import dispatcher
 from kvbind.kernels.launching.launcher import Launcher
@@ -93,7 +93,7 @@ def mini_batches(
     """
     momentum = shares is not None and shares.shape[-1] == size + 4
     widths = q.shape[-1], hidden, v.shape[-1]
-    if not covers(q.dtype, size, *widths, momentum) or len({x.dtype for x in (q, k, v)}) > 1:
+    if not covers(q.dtype, size, *widths, momentum, is_roomy(q.device)) or len({x.dtype for x in (q, k, v)}) > 1:
         raise ValueError(
             f"q, k and v must be of one dtype, all widths powers of two from 16 to that one's {MOST_WIDTH}, states within "
             f"{MOST_NUMBERS}, tiles within {MOST_IN_TILE}, and size from 2 to {MOST_TOKENS}; got {q.dtype} {list(q.shape)}, "
@@ -111,15 +111,21 @@ def mini_batches(
     return out, end
 
 
-def covers(dtype: torch.dtype, size: int, key_width: int, hidden: int, value_width: int, momentum: bool = False) -> bool:
-    """Whether `mini_batches` takes operands of `dtype` and of these widths, in mini-batches of `size` tokens."""
+def covers(
+    dtype: torch.dtype, size: int, key_width: int, hidden: int, value_width: int, momentum: bool = False, roomy: bool = True
+) -> bool:
+    """Whether `mini_batches` takes operands of `dtype` and of these widths, in mini-batches of `size` tokens.
+
+    With less shared memory than `is_roomy` asks for, the largest states have at most 64 channels.
+    """
     most = MOST_WIDTH.get(dtype, 0)
     narrow = min(key_width, value_width) >= 16 and max(key_width, value_width) <= most
     tiles = all(width == power_of_2(width) for width in (key_width, value_width, hidden or 16))
     if not narrow or not tiles or (hidden and hidden < 16) or not 1 < size <= MOST_TOKENS:
         return False
     numbers, tile = _numbers(key_width, hidden, value_width, momentum), _rows(size) * max(key_width, hidden, value_width)
-    return numbers <= MOST_NUMBERS[dtype] and tile <= MOST_IN_TILE[dtype]
+    room = MOST_NUMBERS[dtype] if roomy or max(key_width, value_width) <= 64 else MOST_NUMBERS[dtype] // 2
+    return numbers <= room and tile <= MOST_IN_TILE[dtype]
 
 
 def _rows(size: int) -> int:

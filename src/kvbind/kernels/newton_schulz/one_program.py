@@ -16,12 +16,13 @@ LOW = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl
 """Precisions of the iteration, as Triton names them."""
 
 
-def fits_one_program(rows: int, columns: int, dtype: torch.dtype) -> bool:
+def fits_one_program(rows: int, columns: int, dtype: torch.dtype, roomy: bool = True) -> bool:
     """Whether one program holds a matrix (`rows <= columns`) of `dtype` through all its iterations.
 
-    Float32 products outside the matrix units are unrolled in full, so that fewer fit.
+    Float32 products outside the matrix units are unrolled in full, so that fewer fit; and the gradient of the largest takes
+    128 KiB of shared memory, which not all devices have (`is_roomy`).
     """
-    return columns <= (32 if dtype == torch.float32 else 128)
+    return columns <= (32 if dtype == torch.float32 else 128 if roomy else 64)
 
 
 @Launcher

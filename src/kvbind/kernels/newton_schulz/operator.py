@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbind.kernels.common.devices import on_device_of
+from kvbind.kernels.common.devices import is_roomy, on_device_of
 from kvbind.kernels.newton_schulz import tiled as products
 from kvbind.kernels.newton_schulz.one_program import LOW, fits_one_program, whole_backward, whole_forward, whole_options
 from kvbind.kernels.newton_schulz.tiled import pieces
@@ -108,12 +108,12 @@ def newton_schulz_forward(
     n, m, k = wide.shape
     out = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
     saved = torch.empty(_saved_shape(wide.shape, len(coefficients), keep), dtype=dtype, device=x.device)
-    squares = torch.empty(_squares_shape(wide.shape, dtype, keep), dtype=torch.float32, device=x.device)
+    squares = torch.empty(_squares_shape(wide.shape, dtype, keep, x.device), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return out, (saved, squares)
     row, column = _strides(tall, m, k)
     with on_device_of(x):
-        if fits_one_program(m, k, dtype):
+        if fits_one_program(m, k, dtype, is_roomy(x.device)):
             whole_forward[(n,)](
                 wide, out, saved if keep else None, squares if keep else None, n, *wide.stride(),
                 COEFFICIENTS=_flat(coefficients), M=m, N=k, OUT_ROW=row, OUT_COLUMN=column, **whole_options(m, k, dtype),
@@ -155,7 +155,7 @@ def newton_schulz_backward(
         return out
     row, column = _strides(tall, m, k)
     with on_device_of(grad):
-        if fits_one_program(m, k, dtype):
+        if fits_one_program(m, k, dtype, is_roomy(grad.device)):
             whole_backward[(n,)](
                 states, squares, wide, out, n, *wide.stride(), COEFFICIENTS=_flat(coefficients), M=m, N=k, OUT_ROW=row,
                 OUT_COLUMN=column, **whole_options(m, k, dtype),
@@ -236,21 +236,21 @@ def _saved_shape(wide: Sequence[int], iterations: int, keep: bool) -> tuple[int,
     return (iterations, *wide) if keep else (0,)
 
 
-def _squares_shape(wide: Sequence[int], dtype: torch.dtype, keep: bool) -> tuple[int, ...]:
+def _squares_shape(wide: Sequence[int], dtype: torch.dtype, keep: bool, device: torch.device) -> tuple[int, ...]:
     if not keep:
         return (0,)
     # widths are compiled into the kernels: where a trace has them as symbols, it takes their values
     m, k = int(wide[1]), int(wide[2])
-    return (wide[0], 1 if fits_one_program(m, k, dtype) else pieces(m, k))
+    return (wide[0], 1 if fits_one_program(m, k, dtype, is_roomy(device)) else pieces(m, k))
 
 
 def saved_shapes(
-    shape: Sequence[int], iterations: int, dtype: torch.dtype, keep: bool
+    shape: Sequence[int], iterations: int, dtype: torch.dtype, keep: bool, device: torch.device
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of what `newton_schulz_forward` keeps of matrices `[..., M, N]`."""
+    """The shapes of what `newton_schulz_forward` keeps of matrices `[..., M, N]` on a device."""
     rows, columns = sorted(shape[-2:])
     wide = (math.prod(shape[:-2]), rows, columns)
-    return _saved_shape(wide, iterations, keep), _squares_shape(wide, dtype, keep)
+    return _saved_shape(wide, iterations, keep), _squares_shape(wide, dtype, keep, device)
 
 
 @torch.library.custom_op("kvbind::newton_schulz", mutates_args=())
@@ -269,7 +269,7 @@ def _(
     return (
         x.new_empty(x.shape, dtype=out_dtype),
         x.new_empty(_saved_shape(wide.shape, len(coefficients) // 3, keep), dtype=dtype),
-        x.new_empty(_squares_shape(wide.shape, dtype, keep), dtype=torch.float32),
+        x.new_empty(_squares_shape(wide.shape, dtype, keep, x.device), dtype=torch.float32),
     )
 
 
