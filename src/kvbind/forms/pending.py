@@ -71,6 +71,10 @@ class PendingState:
         """No tokens behind a state."""
         return PendingState(state, state.weights)
 
+    def values_apart(self) -> PendingState:
+        """This without the values of tokens in their places, as `State.values_apart`."""
+        return replace(self, state=self.state.values_apart()) if "pending.v" in self.state.tensors else self
+
     def settled(self) -> State:
         """The state with all tokens in their places, as `ttt` would have returned it."""
         if self.make is None:

@@ -6,9 +6,9 @@ here each row has its place, and a token changes what lies there:
 - keys and values of the window lie in a ring: that of the token at position p at p modulo the window, over the one that has
   just left it. Nothing moves when a token comes.
 - a chunk's tokens lie at their place in the chunk, as many as it has: also the last, which `LactState` never holds.
+- values of a chunk that the ring has are nowhere else: they are made of those in the ring when the chunk ends.
 - where a row stands is a number on the device (`DecodeStep`); no shape, and nothing the host decides, depends on it. A
-chunk's
-  update is work of its own (`Slots.complete`), for rows that the host, which can count, knows to be due.
+  chunk's update is work of its own (`Slots.complete`), for rows that the host, which can count, knows to be due.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from kvbind.kernels.common.devices import runs_on
 from kvbind.kernels.common.tracing import is_eager
 from kvbind.layers.attention.softmax import softmax_attention
 from kvbind.layers.attention.window_cache import WindowCache
+from kvbind.layers.lact.token_writer import ValueWriter
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,28 @@ class Slots:
         fast: by dotted name, tensors like those of a `State` that are no pending tokens; `[B, ...]`.
         cache: keys and values like those of the rows, `[B, S, H, D]`.
         tokens: tokens like those that write, `[B, H, T, ...]`.
+        values: makes a chunk's values of those in the ring; None where that does not have them all.
     """
 
-    def __init__(self, spec: InnerLoop, window: int, fast: Mapping[str, Tensor], cache: WindowCache, tokens: Tokens) -> None:
+    def __init__(
+        self,
+        spec: InnerLoop,
+        window: int,
+        fast: Mapping[str, Tensor],
+        cache: WindowCache,
+        tokens: Tokens,
+        values: ValueWriter | None,
+    ) -> None:
         assert spec.chunk is not None
-        self.spec, self.window, self.chunk = spec, window, spec.chunk
+        self.spec, self.window, self.chunk, self.value_writer = spec, window, spec.chunk, values
         batch, _, heads, width = cache.keys.shape
         self.keys = cache.keys.new_zeros(batch, heads, window, width)
         self.values = torch.zeros_like(self.keys)
         self.fast = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in fast.items()}
         self.pending = {
-            name: x.new_zeros(batch, x.shape[1], spec.chunk, *x.shape[3:]) for name, x in tokens.spread().tensors().items()
+            name: x.new_zeros(batch, x.shape[1], spec.chunk, *x.shape[3:])
+            for name, x in tokens.spread().tensors().items()
+            if name != "v" or values is None
         }
         self.weights = {name.removeprefix("weights."): x for name, x in self.fast.items() if name.startswith("weights.")}
 
@@ -145,14 +157,17 @@ class Slots:
 
     def put(self, step: DecodeStep, tokens: Tokens) -> None:
         """Take in one token of each row as a writer, `[B, H, 1, ...]`."""
-        for name, x in tokens.spread().tensors().items():
+        made = tokens.spread().tensors()
+        for name, held in self.pending.items():
+            x = made[name]
             place = step.place[:, None].reshape(-1, 1, 1, *(1,) * (x.dim() - 3)).expand(x.shape)
-            self.pending[name].scatter_(2, place, x)
+            held.scatter_(2, place, x)
 
-    def complete(self, rows: Tensor | None, store: bool = True) -> None:
+    def complete(self, seen: Tensor, rows: Tensor | None, store: bool = True) -> None:
         """Update the fast weights of rows that have all tokens of a chunk.
 
         Args:
+            seen: how many tokens each row has had, int64 `[B]`.
             rows: which, int64 `[n]`; None for all of them.
             store: False to throw away what comes of it, which compiles what a capture may not.
         """
@@ -161,12 +176,23 @@ class Slots:
             return x if rows is None else x.index_select(0, rows)
 
         fast = State(self.spec, self.fast, ()).fast.map(take)
-        after = completed(self.spec, fast, Tokens.of(self.pending).map(take))
+        pending = {name: take(x) for name, x in self.pending.items()}
+        if self.value_writer is not None:
+            pending["v"] = self._chunk_values(take(seen), take(self.values))
+        after = completed(self.spec, fast, Tokens.of(pending))
         for name, x in changed(self.spec, after).items() if store else ():
             if rows is None:
                 self.fast[name].copy_(x)
             else:
                 self.fast[name].index_copy_(0, rows, x)
+
+    def _chunk_values(self, seen: Tensor, ring: Tensor) -> Tensor:
+        """What rows' last `chunk` tokens are written with, `[B, H, chunk, D]` in one piece, of a ring of values."""
+        assert self.value_writer is not None
+        places = torch.arange(self.chunk, device=ring.device)
+        where = (seen[:, None] - self.chunk + places).remainder(self.window)
+        found = ring.take_along_dim(where[:, None, :, None], dim=2)
+        return self.value_writer.make(found.transpose(1, 2)).transpose(1, 2).contiguous()
 
     def _places(self) -> Tensor:
         return torch.arange(self.window, device=self.keys.device)

@@ -14,24 +14,40 @@ from kvbind.layers.operands import split_heads, wide
 
 
 @dataclass(frozen=True)
+class ValueWriter:
+    """From attention's values to those that fast weights are written with.
+
+    Attributes:
+        heads: fast heads.
+        silu: silu on values.
+    """
+
+    heads: int
+    silu: bool
+
+    def make(self, v: Tensor) -> Tensor:
+        """Values `[B, T, H D]`, whatever their heads, as the fast weights take them: `[B, T, H, D]`."""
+        v = v.flatten(2)
+        return split_heads(F.silu(v) if self.silu else v, self.heads)
+
+
+@dataclass(frozen=True)
 class TokenWriter:
     """The last steps, elementwise and without parameters, so that they may be left for many tokens at once.
 
     Attributes:
-        heads: fast heads.
+        values: what is made of values.
         learned: the matrices that the layer has learned rates for, in the order of their logits.
         updated: the matrices that the inner loop updates.
         base_lr_inverse: what is added to the logits of rates.
-        silu_v: silu on values.
         called: gates that come as they are, made by modules of their own, and not as logits.
         followers: vectors among the updated, each with the matrix whose rate it takes.
     """
 
-    heads: int
+    values: ValueWriter
     learned: tuple[str, ...]
     updated: tuple[str, ...]
     base_lr_inverse: float
-    silu_v: bool
     called: tuple[str, ...] = ()
     followers: tuple[tuple[str, str], ...] = ()
 
@@ -47,11 +63,12 @@ class TokenWriter:
         gates = {gate.name: self.gate(gate.name, made[gate.name]) for gate in GATES if gate.name in made}
         rates: dict[str, Tensor | float] = {}
         rates |= self.rates(made["lr"]) if "lr" in made else dict.fromkeys(self.updated, 1.0)
-        return Tokens(made["k"], self.values(made["v"]), rates, gates)
+        return Tokens(made["k"], self.values.make(made["v"]), rates, gates)
 
-    def values(self, v: Tensor) -> Tensor:
-        """Values `[B, T, H D]` as the fast weights take them, `[B, T, H, D]`."""
-        return split_heads(F.silu(v) if self.silu_v else v, self.heads)
+    @property
+    def heads(self) -> int:
+        """Fast heads."""
+        return self.values.heads
 
     def rates(self, logits: Tensor) -> dict[str, Tensor]:
         """Rates `[B, T, H]` by updated matrix, float32 or wider: softplus of the logits and the base rate's."""
@@ -73,4 +90,4 @@ class TokenWriter:
         mine, theirs = ((x.learned, x.updated, x.called, x.followers) for x in (self, other))
         names = mine == theirs
         numbers = self.heads == other.heads and self.base_lr_inverse == other.base_lr_inverse
-        return names and numbers and self.silu_v == other.silu_v
+        return names and numbers and self.values.silu == other.values.silu

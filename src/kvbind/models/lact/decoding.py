@@ -121,19 +121,19 @@ class Rows:
                 assert isinstance(state, LactState)
                 if i == len(self.layers):
                     self.layers.append(block.attn.slots(state))
-                self.layers[i].load(state.fast, state.cache, self.seen)
+                self.layers[i].load(state.pending.settled(), state.cache, self.seen)
                 states[i] = state = None
         except Exception:
             for i, slots in enumerate(self.layers):
                 if states[i] is None:
-                    states[i] = LactState(*slots.state(self.seen), self.seen)
+                    states[i] = LactState(*slots.state(self.seen), self.seen, slots.value_writer)
             raise
         self.holder = weakref.ref(cache)
 
     def release(self) -> list[MixerState]:
         """Move the cache out: its states, in tensors of their own."""
         self.holder = None
-        return [LactState(*slots.state(self.seen), self.seen) for slots in self.layers]
+        return [LactState(*slots.state(self.seen), self.seen, slots.value_writer) for slots in self.layers]
 
     def reorder(self, order: list[int]) -> None:
         """Have rows `order` in this order."""
@@ -185,11 +185,11 @@ class Rows:
         """Capture the update of all rows, or of one."""
         rows = None if name == "all" else self.row
         # layers are alike
-        self._aside(lambda: self.layers[0].complete(rows, store=False))
+        self._aside(lambda: self.layers[0].complete(self.counts, rows, store=False))
 
         def work() -> None:
             for slots in self.layers:
-                slots.complete(rows)
+                slots.complete(self.counts, rows)
 
         try:
             self.graphs[name] = cuda_graphs.capture(work, self.device, self.stream, self.pool)
