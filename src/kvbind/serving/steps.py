@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvbind.forms.api import ttt
 from kvbind.forms.evaluate import Form
-from kvbind.forms.pending import completed, read
+from kvbind.forms.pending import completed, read, read_rounded
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.spec import InnerLoop
@@ -232,7 +232,10 @@ def advance(step: ServedStep, pool: Pool, q: Tensor, tokens: Tokens, form: Form 
 def _read(pool: Pool, slots: Tensor, places: Tensor, length: int, q: Tensor, tokens: Tokens) -> Tensor:
     """Outputs `[1, n * length, H, Dv]` of pieces of one length that bring no chunk to an end before their last token."""
     queries, keys = (x[0].unflatten(0, (-1, length)) for x in (q, tokens.k))
-    found = read(pool.layout.spec, pool.weights(slots), queries, keys)
+    if pool.rounds and length == 1:
+        found = read_rounded(pool.layout.spec, pool.rounded(slots), queries, keys)
+    else:
+        found = read(pool.layout.spec, pool.weights(slots), queries, keys)
     pool.put(tokens.map(lambda x: x.transpose(1, 2)), slots.repeat_interleave(length), places)
     return found.flatten(0, 1)[None]
 

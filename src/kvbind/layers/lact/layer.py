@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from kvbind.forms.autocast import without_autocast
 from kvbind.forms.evaluate import FORMS, Form
-from kvbind.forms.pending import PendingState, read
+from kvbind.forms.pending import PendingState
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.gates import GATES, Gate
@@ -75,7 +75,8 @@ class LactState:
 
     def tensors(self) -> list[Tensor]:
         """All that it holds, in their places."""
-        return [*self.pending.settled().tensors.values(), self.cache.keys, self.cache.values]
+        rounded = self.pending.rounded or {}
+        return [*self.pending.settled().tensors.values(), *rounded.values(), self.cache.keys, self.cache.values]
 
     def select(self, index: Tensor) -> LactState:
         """The sequences at `index` (int64 `[n]`), in that order, as often as they are named."""
@@ -130,10 +131,13 @@ class LactLayer(nn.Module):
         output_scale: the learned scale `silu(ttt_scale_proj(x))`.
         released_parameters: build what released checkpoints hold, a SwiGLU's matrices with learned rates for each, whether
             or not `inner` has a use for them.
+        decode_dtype: "bfloat16" for decoding steps that read float32 fast weights rounded to it, where tokens see the last
+            update (`visibility="past"`) and no gradients are wanted; updates stay in float32. None: as they are.
 
     Attributes:
         inner: the inner loop; assigning one that asks for parameters that were not built raises.
         form: as above; may be assigned.
+        decode_dtype: as above; may be assigned.
 
     Raises:
         ValueError: widths that do not divide, or an inner loop that cannot run in a causal layer.
@@ -161,6 +165,7 @@ class LactLayer(nn.Module):
         rope_theta: float = 1e6,
         output_scale: bool = True,
         released_parameters: bool = False,
+        decode_dtype: DecodeDtype | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -179,9 +184,11 @@ class LactLayer(nn.Module):
                 f"{hidden_size // num_attn_heads} channels"
             )
         check_choice("form", form, FORMS)
+        check_decode_dtype(decode_dtype)
         check_fits_lact_layer(inner)
 
         self.hidden_size, self.window_size, self.form = hidden_size, window_size, form
+        self.decode_dtype = decode_dtype
         self.num_attn_heads, self.num_lact_heads = num_attn_heads, num_lact_heads
         self.head_width, self.fast_width = hidden_size // num_attn_heads, hidden_size // num_lact_heads
         self.silu_v, self.rope_theta = silu_v, rope_theta
@@ -293,20 +300,18 @@ class LactLayer(nn.Module):
         called = tuple(name for name, gate in self._gates().items() if not is_a_gate(gate))
         network, updated = self._inner.network, self._inner.updated
         followers = tuple((name, network.rate_of(name)) for name in updated if name in network.vectors)
-        return TokenWriter(self.values, self.rate_names, updated, self.base_lr_inverse, called, followers)
+        return TokenWriter(
+            self.num_lact_heads, self.rate_names, updated, self.base_lr_inverse, self.silu_v, called, followers
+        )
 
     @property
-    def values(self) -> ValueWriter:
-        """How values of attention become those that tokens write."""
-        return ValueWriter(self.num_lact_heads, self.silu_v)
+    def pending_values(self) -> ValueWriter | None:
+        """What makes the values of a chunk that is not complete of those in the cache, where that has all of them.
 
-    @property
-    def window_has_pending_values(self) -> bool:
-        """Whether the values of a chunk that is not complete are left to the cache, which has them all.
-
-        Where each token sees more than the last update, each would have to make them again.
+        None where it has not, and where each token sees more than the last update and would have to make them again.
         """
-        return 0 < self._inner.room < self.window_size and self._inner.visibility == "past"
+        has_all = 0 < self._inner.room < self.window_size and self._inner.visibility == "past"
+        return self.writing.values if has_all else None
 
     def _logits(self, x: Tensor) -> dict[str, Tensor]:
         """What the inner loop's rates ("lr") and gates, and the output's scale ("scale"), are made of: `[B, T, n]` each.
@@ -407,7 +412,7 @@ class LactLayer(nn.Module):
         if pending is None:
             return output, None
         after = window_cache_after(cache, seen_k, seen_v, self.window_size, length, layout.lengths)
-        values = self.values if self.window_has_pending_values else None
+        values = self.pending_values
         if values is not None:
             pending = pending.values_apart()
         return output, LactState(pending, after, layout.after(seen or (0,) * batch, length), values)
@@ -420,8 +425,9 @@ class LactLayer(nn.Module):
         k, v = (cache.keys.new_empty(1, heads, 1, width) for width in widths)
         wide = k.new_empty(1, heads, 1, dtype=torch.promote_types(k.dtype, torch.float32))
         like = Tokens(k, v, dict.fromkeys(self._inner.updated, wide), dict.fromkeys(self._inner.gates, wide))
-        values = self.values if self.window_has_pending_values else None
-        return Slots(self._inner, self.window_size, held, cache, like, values)
+        return Slots(
+            self._inner, self.window_size, held, cache, like, self.pending_values, rounds=self.decode_dtype is not None
+        )
 
     def step(self, x: Tensor, tables: Tables, place: DecodeStep, slots: Slots) -> Tensor:
         """Mix one more token of each row, and take it in where the rows are: `forward` without a shape that depends on them.
@@ -442,11 +448,11 @@ class LactLayer(nn.Module):
         mixed = slots.attend(place, q, k, split_heads(v, self.num_attn_heads)).flatten(2)
         made = self._logits(x)
         scale = made.pop("scale", None)
-        fast = read(self._inner, slots.weights, fast_q, fast_k)
+        fast = slots.read(fast_q, fast_k)
         writing = self.writing
         if slots.value_writer is not None:
             # the ring has the values, of which nothing is made before the chunk's end
-            writing = replace(writing, values=replace(self.values, silu=False))
+            writing = replace(writing, silu_v=False)
         tokens = writing.tokens({"k": fast_k, "v": v, **made})
         slots.put(place, tokens.map(lambda y: y.transpose(1, 2)))
         output: Tensor = self.o_proj(self._join(fast, scale, mixed))
@@ -471,17 +477,20 @@ class LactLayer(nn.Module):
         """Run the inner loop: outputs `[B, T, H, D]`, and its state where wanted; `made` as `TokenWriter` takes it."""
         inner, writing = self._inner, self.writing
         answer = before = None
+        rounds = self.decode_dtype is not None
         if state is not None:
             going_on = return_state and layout.lengths is None
-            found = state.pending.read(inner, q, made, writing) if going_on else None
+            found = state.pending.read(inner, q, made, writing, rounds) if going_on else None
             if found is not None:
                 return found
             before = state.fast
             if going_on:
-                found = PendingState.of(before).complete(inner, q, made, writing)
+                # what was rounded of these weights is at hand
+                pending = replace(state.pending, state=before, later=(), count=0, make=None)
+                found = pending.complete(inner, q, made, writing, rounds)
                 if found is not None:
                     return found
-                answer = state.pending.answer(inner, q, made["k"])
+                answer = pending.answer(inner, q, made["k"], rounds)
         weights, tokens = self.start_weights() if before is None else None, writing.tokens(made)
         output, after = run_rows(
             inner, weights, q, tokens.k, tokens.v, tokens.rates, tokens.gates, layout, form=self.form, state=before,
@@ -506,6 +515,20 @@ def side_by_side(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, ...]:
 def is_a_gate(gate: nn.Module) -> TypeGuard[nn.Sequential]:
     """Whether a gate is a layer and a sigmoid behind it, and no more, so that the layer alone may be called."""
     return is_plain(gate, nn.Sequential) and len(gate) == 2 and is_plain(gate[1], nn.Sigmoid)
+
+
+DecodeDtype = Literal["bfloat16"]
+"""What decoding may read fast weights in."""
+
+
+def check_decode_dtype(given: object) -> None:
+    """Refuse what decoding cannot read fast weights in.
+
+    Raises:
+        ValueError: neither None nor of `DecodeDtype`.
+    """
+    if given is not None:
+        check_choice("decode_dtype", given, get_args(DecodeDtype))
 
 
 NOT_MADE = ("erase", "writes")

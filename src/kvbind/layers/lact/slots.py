@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvbind.forms.pending import PendingState, changed, completed
+from kvbind.forms.halves import join, split
+from kvbind.forms.pending import PendingState, alike, changed, completed, of_all_rows, read, read_rounded
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.spec import InnerLoop
@@ -67,6 +68,7 @@ class Slots:
         cache: keys and values like those of the rows, `[B, S, H, D]`.
         tokens: tokens like those that write, `[B, H, T, ...]`.
         values: makes a chunk's values of those in the ring; None where that does not have them all.
+        rounds: tokens read float32 fast weights rounded to bfloat16, which lie beside what rounding leaves of them.
     """
 
     def __init__(
@@ -77,13 +79,22 @@ class Slots:
         cache: WindowCache,
         tokens: Tokens,
         values: ValueWriter | None,
+        rounds: bool = False,
     ) -> None:
         assert spec.chunk is not None
         self.spec, self.window, self.chunk, self.value_writer = spec, window, spec.chunk, values
         batch, _, heads, width = cache.keys.shape
         self.keys = cache.keys.new_zeros(batch, heads, window, width)
         self.values = torch.zeros_like(self.keys)
-        self.fast = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in fast.items()}
+        self.rounds = rounds and fast["weights.out"].dtype == torch.float32
+        self.alike = {f"weights.{name}" for name in alike(spec)} if self.rounds else set()
+        self.fast, self.rest = dict[str, Tensor](), dict[str, Tensor]()
+        for name, x in fast.items():
+            halves = self.rounds and name.startswith("weights.")
+            shape = x[:1].shape if name in self.alike else x.shape
+            self.fast[name] = torch.empty(shape, dtype=torch.bfloat16 if halves else x.dtype, device=x.device)
+            if halves:
+                self.rest[name] = torch.empty(shape, dtype=torch.int16, device=x.device)
         self.pending = {
             name: x.new_zeros(batch, x.shape[1], spec.chunk, *x.shape[3:])
             for name, x in tokens.spread().tensors().items()
@@ -99,8 +110,13 @@ class Slots:
             cache: the last keys and values that they had.
             seen: how many tokens each has had.
         """
-        for name, x in self.fast.items():
-            x.copy_(state.tensors[name])
+        for name in self.fast:
+            x = state.tensors[name]
+            if name in self.alike:
+                if not of_all_rows(x):
+                    raise ValueError(f"a state's {name!r} must be the same for all rows, as nothing updates it")
+                x = x[:1]
+            self._keep(name, x, None)
         for name, x in self.pending.items():
             if state.has_room:
                 x[:, :, : self.chunk - 1].copy_(state.tensors[f"pending.{name}"])
@@ -117,7 +133,7 @@ class Slots:
     def state(self, seen: Sequence[int]) -> tuple[PendingState, WindowCache]:
         """What rows that have had `seen` tokens left, in tensors of their own."""
         lengths = tuple(n % self.chunk for n in seen)
-        tensors = {name: x.clone() for name, x in self.fast.items()}
+        tensors = {name: self._whole(name, None) if name in self.rest else x.clone() for name, x in self.fast.items()}
         device = self.keys.device
         if self.chunk > 1:
             unfilled = torch.arange(self.chunk - 1, device=device) >= torch.tensor(lengths, device=device)[:, None]
@@ -138,7 +154,8 @@ class Slots:
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Have at rows `target` (int64 `[n]`) what rows `source` hold now."""
-        for x in (self.keys, self.values, *self.fast.values(), *self.pending.values()):
+        each = [x for held in (self.fast, self.rest) for name, x in held.items() if name not in self.alike]
+        for x in (self.keys, self.values, *each, *self.pending.values()):
             x.index_copy_(0, target, x.index_select(0, source))
 
     def attend(self, step: DecodeStep, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -154,6 +171,10 @@ class Slots:
         age = (step.positions - self._places()).remainder(self.window)
         seen = (age < step.count[:, None])[:, None, None, :]
         return softmax_attention(q.transpose(1, 2), self.keys, self.values, seen).transpose(1, 2)
+
+    def read(self, q: Tensor, k: Tensor) -> Tensor:
+        """What the fast weights say of one token, `[B, 1, H, D]` each."""
+        return (read_rounded if self.rounds else read)(self.spec, self.weights, q, k)
 
     def put(self, step: DecodeStep, tokens: Tokens) -> None:
         """Take in one token of each row as a writer, `[B, H, 1, ...]`."""
@@ -175,16 +196,37 @@ class Slots:
         def take(x: Tensor) -> Tensor:
             return x if rows is None else x.index_select(0, rows)
 
-        fast = State(self.spec, self.fast, ()).fast.map(take)
+        held = {name: self._whole(name, rows).contiguous() for name in self.fast}
+        fast = State(self.spec, held, ()).fast
         pending = {name: take(x) for name, x in self.pending.items()}
         if self.value_writer is not None:
             pending["v"] = self._chunk_values(take(seen), take(self.values))
         after = completed(self.spec, fast, Tokens.of(pending))
         for name, x in changed(self.spec, after).items() if store else ():
+            self._keep(name, x, rows)
+
+    def _whole(self, name: str, rows: Tensor | None) -> Tensor:
+        """One of the fast weights or what belongs to them, of all rows or of some."""
+        count, own = (len(self.keys), None) if rows is None else (len(rows), None if name in self.alike else rows)
+
+        def some(x: Tensor) -> Tensor:
+            return x if own is None else x.index_select(0, own)
+
+        whole = some(self.fast[name])
+        if name in self.rest:
+            whole = join(whole, some(self.rest[name]))
+        return whole.expand(count, *whole.shape[1:])
+
+    def _keep(self, name: str, x: Tensor, rows: Tensor | None) -> None:
+        """Put one of them in its place, of all rows or of some."""
+        parts = (
+            zip((self.fast[name], self.rest[name]), split(x), strict=True) if name in self.rest else ((self.fast[name], x),)
+        )
+        for held, part in parts:
             if rows is None:
-                self.fast[name].copy_(x)
+                held.copy_(part)
             else:
-                self.fast[name].index_copy_(0, rows, x)
+                held.index_copy_(0, rows, part)
 
     def _chunk_values(self, seen: Tensor, ring: Tensor) -> Tensor:
         """What rows' last `chunk` tokens are written with, `[B, H, chunk, D]` in one piece, of a ring of values."""

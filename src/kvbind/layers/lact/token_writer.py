@@ -26,7 +26,7 @@ class ValueWriter:
     silu: bool
 
     def make(self, v: Tensor) -> Tensor:
-        """Values `[B, T, H D]`, whatever their heads, as the fast weights take them: `[B, T, H, D]`."""
+        """Values `[B, T, H D]`, or of any heads, as the fast weights take them: `[B, T, H, D]`."""
         v = v.flatten(2)
         return split_heads(F.silu(v) if self.silu else v, self.heads)
 
@@ -36,18 +36,20 @@ class TokenWriter:
     """The last steps, elementwise and without parameters, so that they may be left for many tokens at once.
 
     Attributes:
-        values: what is made of values.
+        heads: fast heads.
         learned: the matrices that the layer has learned rates for, in the order of their logits.
         updated: the matrices that the inner loop updates.
         base_lr_inverse: what is added to the logits of rates.
+        silu_v: silu on values.
         called: gates that come as they are, made by modules of their own, and not as logits.
         followers: vectors among the updated, each with the matrix whose rate it takes.
     """
 
-    values: ValueWriter
+    heads: int
     learned: tuple[str, ...]
     updated: tuple[str, ...]
     base_lr_inverse: float
+    silu_v: bool
     called: tuple[str, ...] = ()
     followers: tuple[tuple[str, str], ...] = ()
 
@@ -66,9 +68,9 @@ class TokenWriter:
         return Tokens(made["k"], self.values.make(made["v"]), rates, gates)
 
     @property
-    def heads(self) -> int:
-        """Fast heads."""
-        return self.values.heads
+    def values(self) -> ValueWriter:
+        """What is made of values."""
+        return ValueWriter(self.heads, self.silu_v)
 
     def rates(self, logits: Tensor) -> dict[str, Tensor]:
         """Rates `[B, T, H]` by updated matrix, float32 or wider: softplus of the logits and the base rate's."""
@@ -90,4 +92,4 @@ class TokenWriter:
         mine, theirs = ((x.learned, x.updated, x.called, x.followers) for x in (self, other))
         names = mine == theirs
         numbers = self.heads == other.heads and self.base_lr_inverse == other.base_lr_inverse
-        return names and numbers and self.values.silu == other.values.silu
+        return names and numbers and self.silu_v == other.silu_v
