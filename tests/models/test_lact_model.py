@@ -371,6 +371,21 @@ def test_configuration_holds_the_inner_loop_as_plain_data(tmp_path):
     assert config.inner == InnerLoop(network=Linear(), chunk=4)
 
 
+def test_what_decoding_reads_is_a_field_of_the_configuration(tmp_path):
+    model = small_model()
+    assert model.config.decode_dtype is None
+    model.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, decode_dtype="bfloat16")
+    assert {layer.attn.decode_dtype for layer in model.model.layers} == {"bfloat16"}
+    model.save_pretrained(tmp_path)
+    assert LactConfig.from_pretrained(tmp_path).decode_dtype == "bfloat16"
+    with pytest.raises(ValueError, match=r"decode_dtype must be one of 'bfloat16'; got 'float16'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, decode_dtype="float16")
+    for fields in ({"fast_weights": False}, {"projections": "gla"}):
+        with pytest.raises(ValueError, match="decode_dtype must be None but for fast weights beside attention"):
+            small_config(decode_dtype="bfloat16", **fields)
+
+
 def test_a_saved_model_loads_with_another_inner_loop(tmp_path):
     small_model().save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, inner=LADDER["rung0"].replace(steps=2), ttt_form="recurrent")

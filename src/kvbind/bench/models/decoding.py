@@ -19,6 +19,7 @@ from kvbind.bench.training.steps import build
 from kvbind.inner.systems import PROJECTIONS, SYSTEMS, named
 from kvbind.kernels.launching.cuda_graphs import capture
 from kvbind.layers.attention.modules import AttentionState
+from kvbind.layers.lact.layer import LactState
 from kvbind.models import LactCache, LactForCausalLM
 from kvbind.models.lact.cache import CACHE
 
@@ -144,8 +145,12 @@ def cache_bytes(cache: LactCache) -> int:
 
 
 def state_bytes(cache: LactCache) -> int:
-    """The bytes of the fast weights in a cache, with tokens that are still to be written."""
-    fast = [state.fast for state in cache.states if not isinstance(state, AttentionState)]
+    """The bytes of the fast weights in a cache, with what it has beside attention of tokens that are still to be written."""
+    fast = [
+        state.held if isinstance(state, LactState) else state.fast
+        for state in cache.states
+        if not isinstance(state, AttentionState)
+    ]
     return bytes_of([x for state in fast for x in state.tensors.values()])
 
 

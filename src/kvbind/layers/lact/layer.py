@@ -58,9 +58,14 @@ class LactState:
     values: ValueWriter | None = None
 
     @property
+    def held(self) -> State:
+        """What it has of fast weights and pending chunk, all tokens in their places."""
+        return self.pending.settled()
+
+    @property
     def fast(self) -> State:
         """Fast weights and pending chunk, as `kvbind.ttt` returns them."""
-        state = self.pending.settled()
+        state = self.held
         if self.values is None or not state.has_room:
             return state
         held, room, lengths = self.cache.values, state.spec.room, state.pending_lengths
@@ -76,18 +81,18 @@ class LactState:
     def tensors(self) -> list[Tensor]:
         """All that it holds, in their places."""
         rounded = self.pending.rounded or {}
-        return [*self.pending.settled().tensors.values(), *rounded.values(), self.cache.keys, self.cache.values]
+        return [*self.held.tensors.values(), *rounded.values(), self.cache.keys, self.cache.values]
 
     def select(self, index: Tensor) -> LactState:
         """The sequences at `index` (int64 `[n]`), in that order, as often as they are named."""
         rows, where = index.tolist(), index.to(self.cache.keys.device)
-        fast = PendingState.of(self.pending.settled()[index])
+        fast = PendingState.of(self.held[index])
         return LactState(fast, self.cache.select(rows, where), tuple(self.seen[i] for i in rows), self.values)
 
 
 pytree.register_pytree_node(
     LactState,
-    lambda state: ([state.pending.settled(), state.cache], (state.seen, state.values)),
+    lambda state: ([state.held, state.cache], (state.seen, state.values)),
     lambda parts, context: _state_of(parts, *context),
     serialized_type_name="kvbind.LactState",
 )
@@ -419,7 +424,7 @@ class LactLayer(nn.Module):
 
     def slots(self, state: LactState) -> Slots:
         """Room for rows like those of a state, for `step`; nothing in it yet."""
-        settled, cache = state.pending.settled(), state.cache
+        settled, cache = state.held, state.cache
         held = {name: x for name, x in settled.tensors.items() if not name.startswith("pending.")}
         heads, widths = self.num_lact_heads, (self.fast_width, self.fast_width)
         k, v = (cache.keys.new_empty(1, heads, 1, width) for width in widths)

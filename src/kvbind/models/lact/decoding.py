@@ -121,7 +121,7 @@ class Rows:
                 assert isinstance(state, LactState)
                 if i == len(self.layers):
                     self.layers.append(block.attn.slots(state))
-                self.layers[i].load(state.pending.settled(), state.cache, self.seen)
+                self.layers[i].load(state.held, state.cache, self.seen)
                 states[i] = state = None
         except Exception:
             for i, slots in enumerate(self.layers):
