@@ -152,6 +152,10 @@ class Slots:
         cache = WindowCache(latest(self.keys), latest(self.values), tuple(min(n, room) for n in seen))
         return PendingState.of(State(self.spec, tensors, lengths)), cache
 
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [self.keys, self.values, *self.fast.values(), *self.rest.values(), *self.pending.values()]
+
     def move(self, source: Tensor, target: Tensor) -> None:
         """Have at rows `target` (int64 `[n]`) what rows `source` hold now."""
         each = [x for held in (self.fast, self.rest) for name, x in held.items() if name not in self.alike]
