@@ -194,7 +194,7 @@ def test_a_job_is_to_begin_anew_until_it_has_taken_a_step(job):
 
 def test_the_time_of_a_run_says_what_it_is_of(tmp_path):
     result = {"training_seconds": 7.4}
-    assert Run(tmp_path, result, reused=False).time_note == "7 s of training alone"
+    assert Run(tmp_path, result, reused=False).time_note == "7.4 s of training alone"
     assert Run(tmp_path, result, reused=True).time_note == "finished earlier"
 
 
