@@ -490,7 +490,7 @@ def test_bad_input_after_a_good_call_is_refused_as_ever():
     if DEVICE == "cpu":
         refused("finite", **{"weights.out": nothing})
     refused("momentum", momentum=None)
-    refused("momentum", TypeError, momentum=0.5)
+    refused("momentum", TypeError, momentum="0.5")
     refused("retention", retention=given["momentum"])
     refused("lr must be a number", TypeError, lr=True)
     refused("lr must be finite", lr=float("nan"))
