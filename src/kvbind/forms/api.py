@@ -204,4 +204,6 @@ def inner_loss(
             loss = loss_value(spec.loss, spec.network.predict(at_weights, read.to(dtype)), tokens.v.to(dtype))
             losses.append(tokens.mean(loss))
             fast = closed(spec, after, tokens) if part.closes and spec.refresh != "call" else after
+    if not losses:
+        return k.new_zeros(k.shape[0], k.shape[2], 0, dtype=call.state.dtype)
     return torch.stack(losses, dim=-1)
