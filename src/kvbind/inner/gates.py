@@ -79,7 +79,10 @@ def given_gates(log_retention: Any = None, **gates: Any) -> dict[str, Any]:
         ValueError: a gate that was given as it is and as a logarithm.
         TypeError: a logarithm that is neither a number nor a floating-point tensor.
     """
-    given = {name: gate for name, gate in gates.items() if gate is not None}
+    given = {}
+    for name, gate in gates.items():
+        if gate is not None:
+            given[name] = gate
     log = log_retention
     if log is None:
         return given
