@@ -12,15 +12,17 @@ import pytest
 
 pytest.importorskip("triton")
 
-SHARED = {80: 163 << 10, 90: 227 << 10}
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes of shared memory that a block may have, by compute capability."""
 REGISTERS = 64 << 10
 """Of a multiprocessor, all of which a block may have."""
 GIVEN_UP = 32
 """Registers of a thread that `ptxas` gave to some large kernels, of which it then spilled nearly all."""
+EMPTY = 8
+"""Registers of a kernel that does nothing, which is what comes of sums that overflow tensor memory."""
 CASES = {
     "delta rule": (80, {"_prepare_kernel", "_parts_kernel", "_chain_kernel", "_part_gradients_kernel"}),
-    "channels": (90, {"_scale_kernel", "_scores_kernel", "_steep_kernel", "_channel_gradients_kernel"}),
+    "channels": (100, {"_scale_kernel", "_scores_kernel", "_steep_kernel", "_channel_gradients_kernel"}),
     "rung 0": (90, {"_factors_kernel", "_second_kernel", "_outer_kernel", "_rows_kernel", "_apply_kernel"}),
     "segments": (80, {"_write_kernel", "_scan_kernel"}),
     "around": (80, {"_norm_backward", "_cross_entropy", "_split", "_join", "_operands_backward", "_backward_kernel"}),
@@ -95,7 +97,7 @@ def compile_case(name):
 
     capability, _ = CASES[name]
     # tensors here are on no GPU that could be asked
-    operator.by_warpgroups = lambda x: capability >= 90
+    operator.by_warpgroups = lambda x: capability == 90
     calls = {
         # chunks of 64 take the compiler longer than all else here
         "delta rule": delta, "channels": lambda: delta(zeros(1, 1024, 4, 128), 16), "rung 0": recurrent,
@@ -125,6 +127,7 @@ def test_every_launch_fits(compiled, name):
         assert shared <= SHARED[capability], kernel
         assert registers * 32 * warps <= REGISTERS, kernel
         assert registers > GIVEN_UP or stack == 0, kernel
+        assert registers > EMPTY, kernel
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from kvbind import NewtonSchulz
 from kvbind.inner import LANGUAGE_COEFFICIENTS, VIEWS_COEFFICIENTS
 from kvbind.kernels.common import devices
 from kvbind.kernels.launching.bound_kernel import stream_of
+from kvbind.kernels.newton_schulz import one_program
 from kvbind.kernels.newton_schulz import tiled as products
 from kvbind.kernels.newton_schulz.one_program import fits_one_program
 from kvbind.kernels.newton_schulz.operator import (
@@ -258,13 +259,14 @@ def test_the_plain_functions_are_the_differentiable_one_and_keep_only_when_asked
     assert all(part.numel() == 0 for part in kept)
 
 
-@pytest.mark.parametrize("room", [99 << 10, 163 << 10])
-def test_large_matrices_go_tile_by_tile_where_blocks_have_little_room(monkeypatch, room):
+@pytest.mark.parametrize(("room", "major"), [(99 << 10, 8), (163 << 10, 8), (227 << 10, 9), (227 << 10, 10)])
+def test_large_matrices_go_tile_by_tile_where_blocks_have_little_room(monkeypatch, room, major):
     monkeypatch.setattr(devices, "shared_memory", lambda index: room)
+    monkeypatch.setattr(one_program, "capability", lambda index: (major, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     device, x = torch.device("cuda", 0), torch.empty(3, 2, 65, 70)
-    for here, roomy in ((device, room > 128 << 10), (x.device, True)):
-        assert devices.is_roomy(here) is roomy
+    for here, roomy in ((device, room > 128 << 10 and major < 10), (x.device, True)):
+        assert one_program.has_room(here) is roomy
         _, squares = saved_shapes(x.shape, 5, torch.bfloat16, True, here)
         assert squares == (6, 1 if roomy else products.pieces(65, 70))
         assert fits_one_program(64, 64, torch.bfloat16, roomy)

@@ -33,7 +33,7 @@ class AffineCall(NamedTuple):
         rates: there are rates.
         gates: there are gates per head.
         precision: of products, and of those of float32 numbers that are made on the way.
-        warpgroups: products take operands from shared memory (`kvbind.kernels.common.devices.by_warpgroups`).
+        warpgroups: products are by groups of warps (`kvbind.kernels.common.devices.by_warpgroups`).
     """
 
     dtype: torch.dtype
@@ -113,7 +113,7 @@ def _blocks(kernel: str, call: AffineCall) -> Blocks:
         elif call.key > 128:
             blocks = Blocks(256, 64, 8, 1)
         elif not call.warpgroups:
-            # operands are in registers too
+            # operands are in registers too, or sums in tensor memory, which larger ones overflow
             blocks = Blocks(128, 64, 4, blocks.stages)
     elif kernel == "chain":
         blocks = Blocks(WIDEST_MOVE, 16, 8, 1)

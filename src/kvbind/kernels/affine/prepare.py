@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from kvbind.kernels.affine.tiles import between, marked_rows
-from kvbind.kernels.causal.segments import finite, read_rows, rows_wrong, segment
+from kvbind.kernels.causal.segments import any_wrong, finite, read_rows, rows_wrong, segment
 from kvbind.kernels.launching.launcher import Launcher
 
 
@@ -61,7 +61,7 @@ def unit_inverse(low, C: tl.constexpr, PRECISION: tl.constexpr, NARROW: tl.const
             if (1 << level) < C:
                 half = tl.dot(whole.to(tl.float16), _corner(low, mine, other, 1 << level).to(tl.float16))
                 whole -= tl.dot(half.to(tl.float16), whole.to(tl.float16))
-        if tl.max(tl.max(tl.where(tl.abs(whole) < 30000.0, 0, 1), 1), 0) > 0:
+        if tl.max(tl.where(tl.abs(whole) < 30000.0, 0, 1)) > 0:
             whole = _exact_inverse(low, C, PRECISION)
         return whole
     else:
@@ -135,7 +135,7 @@ def _prepare_kernel(
         scores, low, _none, _none = _pairs(
             q, k, e, at, rows, q_token, k_token, e_token, DK, C, BK, DELTA, False, PRECISION
         )  # fmt: skip
-        if tl.max(tl.max(tl.where(tl.abs(scores) + tl.abs(low) < float("inf"), 0, 1), 1), 0) > 0:
+        if any_wrong(tl.abs(scores) + tl.abs(low)) > 0:
             scores, low, unread, its = _pairs(
                 q, k, e, at, rows, q_token, k_token, e_token, DK, C, BK, DELTA, True, PRECISION
             )  # fmt: skip

@@ -34,6 +34,7 @@ from torch import Tensor
 from kvbind.kernels.causal.segments import (
     TILE,
     Segments,
+    any_wrong,
     finite,
     initial_state,
     logarithms,
@@ -55,7 +56,7 @@ from kvbind.kernels.launching.launcher import Launcher
 def _inner_product(tile_states, base, state, inner, columns, DK: tl.constexpr, DV: tl.constexpr):
     """The inner product of two blocks of states."""
     places, inside = state_places(inner, columns, DK, DV, False)
-    return tl.sum(tl.sum(state * tl.load(tile_states + base + places, mask=inside, other=0.0).to(tl.float32), 1), 0)
+    return tl.sum(state * tl.load(tile_states + base + places, mask=inside, other=0.0).to(tl.float32))
 
 
 @triton.jit
@@ -70,13 +71,13 @@ def _store_dots(
 @triton.jit
 def _wrong_state(s0, s1, s2, s3, NK: tl.constexpr):
     """1 where any number of a state is not finite, else 0."""
-    wrong = tl.max(rows_wrong(s0), 0)
+    wrong = any_wrong(s0)
     if NK > 1:
-        wrong = tl.maximum(wrong, tl.max(rows_wrong(s1), 0))
+        wrong = tl.maximum(wrong, any_wrong(s1))
     if NK > 2:
-        wrong = tl.maximum(wrong, tl.max(rows_wrong(s2), 0))
+        wrong = tl.maximum(wrong, any_wrong(s2))
     if NK > 3:
-        wrong = tl.maximum(wrong, tl.max(rows_wrong(s3), 0))
+        wrong = tl.maximum(wrong, any_wrong(s3))
     return wrong
 
 

@@ -104,6 +104,13 @@ def rows_wrong(x):
 
 
 @triton.jit
+def any_wrong(x):
+    """1 where any number of a tile of float32 is not finite, else 0."""
+    # over both axes at once: of products one after the other does not compile for capability 10.0 (Triton 3.6, 3.7)
+    return tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1))
+
+
+@triton.jit
 def rows_silent(x):
     """1 for rows of a tile that are all zeros, else 0."""
     return 1 - tl.max(tl.where(x == 0, 0, 1), 1)

@@ -69,8 +69,8 @@ def runs_on(device: torch.device) -> bool:
 
 
 def by_warpgroups(x: Tensor) -> bool:
-    """Whether products on the device of `x` take operands from shared memory: compute capability 9 to 11; off GPUs, so."""
-    return not x.is_cuda or 9 <= capability(x.device.index)[0] < 12
+    """Whether products on the device of `x` are by groups of four warps: compute capability 9 alone; off GPUs, so."""
+    return not x.is_cuda or capability(x.device.index)[0] == 9
 
 
 _HERE = contextlib.nullcontext()

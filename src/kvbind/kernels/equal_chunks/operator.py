@@ -27,6 +27,7 @@ from kvbind.kernels.equal_chunks.tma_products import TokenRows
 from kvbind.kernels.launching import dispatcher
 from kvbind.kernels.launching.bound_kernel import BoundKernel, stream_of
 from kvbind.kernels.launching.warm_up import can_warm_up, compiling_ahead
+from kvbind.kernels.newton_schulz.one_program import has_room
 from kvbind.kernels.newton_schulz.operator import BoundNewtonSchulz
 
 if TYPE_CHECKING:
@@ -144,7 +145,8 @@ class LaunchPlan:
         """Newton-Schulz of all chunks' writes."""
         if keep not in self.orthogonals:
             s, shape = self.shapes, (self.chunks * self.heads, self.hidden, self.value_width)
-            self.orthogonals[keep] = BoundNewtonSchulz(shape, s.coefficients, s.precision, keep, multiprocessors(self.like))
+            processors, roomy = multiprocessors(self.like), has_room(self.device)
+            self.orthogonals[keep] = BoundNewtonSchulz(shape, s.coefficients, s.precision, keep, processors, roomy)
         return self.orthogonals[keep]
 
     def forward(

@@ -49,7 +49,8 @@ def _through_step(
     d_entering, d_left = d_end, tl.sum(d_end, 0)
     d_buffer_in_state, d_buffer_left = d_left, d_left
     if FLOW >= 2:
-        d_left = tl.sum(tl.sum(matrix.to(tl.float32) * grad, 1), 0)
+        # over both axes at once: of products one after the other does not compile for capability 10.0 (Triton 3.6, 3.7)
+        d_left = tl.sum(matrix.to(tl.float32) * grad)
         if BIAS:
             d_left += tl.sum(bias * bias_grad, 0)
     if FLOW == 3:
@@ -63,8 +64,8 @@ def _through_step(
         if OWN:
             d_shifted += entering[:, None] * bias_buffer_grad[None, :]
             d_entering += tl.sum(shifted * bias_buffer_grad[None, :], 1)
-        d_buffer_in_state = tl.sum(tl.sum(wide_buffer * grad, 1), 0)
-        d_buffer_left = tl.sum(tl.sum(wide_buffer * buffer_grad, 1), 0)
+        d_buffer_in_state = tl.sum(wide_buffer * grad)
+        d_buffer_left = tl.sum(wide_buffer * buffer_grad)
         if BIAS:
             d_buffer_in_state += tl.sum(bias_buffer * bias_grad, 0)
             d_buffer_left += tl.sum(bias_buffer * bias_buffer_grad, 0)

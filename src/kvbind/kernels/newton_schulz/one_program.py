@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvbind.kernels.common.devices import capability, is_roomy
 from kvbind.kernels.common.operands import dot_precision, power_of_2
 from kvbind.kernels.launching.launcher import Launcher
 from kvbind.kernels.newton_schulz.tiled import EPSILON, coefficient, inverse_norm
@@ -16,11 +17,22 @@ LOW = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl
 """Precisions of the iteration, as Triton names them."""
 
 
+def has_room(device: torch.device) -> bool:
+    """Whether a program of a device may have 128 KiB of shared memory, and sums of so many products outside tensor memory.
+
+    Of compute capability 10 and 11 sums are there, and these have no place: Triton 3.6 and 3.7 make an empty kernel.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return True
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return is_roomy(device) and capability(index)[0] not in (10, 11)
+
+
 def fits_one_program(rows: int, columns: int, dtype: torch.dtype, roomy: bool = True) -> bool:
     """Whether one program holds a matrix (`rows <= columns`) of `dtype` through all its iterations.
 
-    Float32 products outside the matrix units are unrolled in full, so that fewer fit; and the gradient of the largest takes
-    128 KiB of shared memory, which not all devices have (`is_roomy`).
+    Float32 products outside the matrix units are unrolled in full, so that fewer fit; and the gradient of the largest asks
+    for what not all devices have (`has_room`).
     """
     return columns <= (32 if dtype == torch.float32 else 128 if roomy else 64)
 
@@ -92,7 +104,8 @@ def whole_backward(
         value = tl.dot(poly, low, value, input_precision=PRECISION)
     scale, norm = inverse_norm(squares + batch, 1)
     x = tl.load(saved + batch * (M * N) + at, mask=inside, other=0.0).to(tl.float32)
-    along = tl.where(norm > 0, tl.sum(tl.sum(value * x, 1), 0) / tl.where(norm > 0, norm, 1.0), 0.0)
+    # over both axes at once: of products one after the other does not compile for capability 10.0 (Triton 3.6, 3.7)
+    along = tl.where(norm > 0, tl.sum(value * x) / tl.where(norm > 0, norm, 1.0), 0.0)
     value = scale * value - along * x
     out += batch * (M * N)
     tl.store(out + rows[:, None] * OUT_ROW + columns[None, :] * OUT_COLUMN, value.to(out.dtype.element_ty), mask=inside)

@@ -21,9 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbind.kernels.common.devices import is_roomy, on_device_of
+from kvbind.kernels.common.devices import on_device_of
 from kvbind.kernels.newton_schulz import tiled as products
-from kvbind.kernels.newton_schulz.one_program import LOW, fits_one_program, whole_backward, whole_forward, whole_options
+from kvbind.kernels.newton_schulz.one_program import (
+    LOW,
+    fits_one_program,
+    has_room,
+    whole_backward,
+    whole_forward,
+    whole_options,
+)
 from kvbind.kernels.newton_schulz.tiled import pieces
 
 
@@ -113,7 +120,7 @@ def newton_schulz_forward(
         return out, (saved, squares)
     row, column = _strides(tall, m, k)
     with on_device_of(x):
-        if fits_one_program(m, k, dtype, is_roomy(x.device)):
+        if fits_one_program(m, k, dtype, has_room(x.device)):
             whole_forward[(n,)](
                 wide, out, saved if keep else None, squares if keep else None, n, *wide.stride(),
                 COEFFICIENTS=_flat(coefficients), M=m, N=k, OUT_ROW=row, OUT_COLUMN=column, **whole_options(m, k, dtype),
@@ -155,7 +162,7 @@ def newton_schulz_backward(
         return out
     row, column = _strides(tall, m, k)
     with on_device_of(grad):
-        if fits_one_program(m, k, dtype, is_roomy(grad.device)):
+        if fits_one_program(m, k, dtype, has_room(grad.device)):
             whole_backward[(n,)](
                 states, squares, wide, out, n, *wide.stride(), COEFFICIENTS=_flat(coefficients), M=m, N=k, OUT_ROW=row,
                 OUT_COLUMN=column, **whole_options(m, k, dtype),
@@ -174,16 +181,18 @@ class BoundNewtonSchulz:
         dtype: precision of the products' operands.
         keep: whether there is a gradient.
         processors: multiprocessors of the device.
+        roomy: what `has_room` says of it.
     """
 
     def __init__(
-        self, shape: Sequence[int], coefficients: Sequence[Sequence[float]], dtype: torch.dtype, keep: bool, processors: int
-    ) -> None:
+        self, shape: Sequence[int], coefficients: Sequence[Sequence[float]], dtype: torch.dtype, keep: bool, processors: int,
+        roomy: bool = True,
+    ) -> None:  # fmt: skip
         n, rows, columns = self.shape = tuple(shape)
         self.dtype, flat, tall = dtype, _flat(coefficients), rows > columns
         m, k = sorted((rows, columns))
         row, column = _strides(tall, m, k)
-        self.whole = fits_one_program(m, k, dtype)
+        self.whole = fits_one_program(m, k, dtype, roomy)
         self.squares = n, 1 if self.whole else pieces(m, k)
         self.saved = len(coefficients) if keep else min(2, len(coefficients)), n, m, k
         self.keep = keep
@@ -241,7 +250,7 @@ def _squares_shape(wide: Sequence[int], dtype: torch.dtype, keep: bool, device: 
         return (0,)
     # widths are compiled into the kernels: where a trace has them as symbols, it takes their values
     m, k = int(wide[1]), int(wide[2])
-    return (wide[0], 1 if fits_one_program(m, k, dtype, is_roomy(device)) else pieces(m, k))
+    return (wide[0], 1 if fits_one_program(m, k, dtype, has_room(device)) else pieces(m, k))
 
 
 def saved_shapes(
