@@ -220,7 +220,10 @@ def test_zeros_that_are_shared_are_there_for_every_stream(monkeypatch, capturing
         is_current_stream_capturing=lambda: capturing,
         current_stream=lambda device: SimpleNamespace(synchronize=lambda: waited.append(device)),
     )
-    monkeypatch.setattr(operands, "torch", SimpleNamespace(cuda=cuda, zeros=lambda count, device: torch.zeros(count)))
+    stand_in = SimpleNamespace(
+        cuda=cuda, inference_mode=torch.inference_mode, full=lambda shape, value, device: torch.full(shape, value)
+    )
+    monkeypatch.setattr(operands, "torch", stand_in)
     monkeypatch.setattr(operands, "_shared", {})
     device = torch.device("cuda", 0)
     first = zeros(device, 3)
