@@ -40,8 +40,8 @@ class Budget:
 
 
 HEADER = (
-    "GPUs", "replicate x shard x sequence", "sequences/step", "tokens/GPU", "GiB", "GB received", "per step", "tokens/s",
-    "MFU", "in all", "GPU hours",
+    "GPUs", "replicate x shard x sequence", "sequences/step", "tokens/GPU", "GiB", "GB received", "time/step", "tokens/s",
+    "MFU", "total", "GPU hours",
 )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def cells(option: Option, budget: Budget) -> list[str]:
 
 PARTS_HEADER = (
     "GPUs", "replicate x shard x sequence", "sequences/step", "tokens/GPU", "weights, gradients, optimizer", "gathered",
-    "activations", "GiB in all", "GB for weights", "GB for the sequence", "per step", "tokens/s", "MFU", "in all",
+    "activations", "GiB in all", "GB for weights", "GB for the sequence", "time/step", "tokens/s", "MFU", "total",
 )  # fmt: skip
 
 
