@@ -49,6 +49,7 @@ def _kernels(monkeypatch):
     monkeypatch.setenv("KVBIND_KERNELS", "force")
     monkeypatch.setattr(planned, "_kinds", {})
     monkeypatch.setattr(planned, "_plans", {})
+    monkeypatch.setattr(planned, "_last", {})
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -490,7 +491,7 @@ def test_bad_input_after_a_good_call_is_refused_as_ever():
     if DEVICE == "cpu":
         refused("finite", **{"weights.out": nothing})
     refused("momentum", momentum=None)
-    refused("momentum", TypeError, momentum=0.5)
+    refused("momentum", TypeError, momentum="0.5")
     refused("retention", retention=given["momentum"])
     refused("lr must be a number", TypeError, lr=True)
     refused("lr must be finite", lr=float("nan"))
@@ -663,7 +664,7 @@ def test_threads_share_a_plan(calls, monkeypatch):
     spec = BARE.replace(token_lr=True)
     given = [draw(spec, tokens=65, seed=seed) for seed in range(3)]
     want = [results(spec, x) for x in given]
-    planned._kinds.clear(), planned._plans.clear()
+    planned._kinds.clear(), planned._plans.clear(), planned._last.clear()
     found = [None] * 3
 
     def work(place):
@@ -830,7 +831,132 @@ def test_a_key_tells_all_that_checks_look_at(monkeypatch):
             assert key() != usual
 
 
-@pytest.mark.parametrize(("rung", "forward", "training"), [("rung6", 4, 12), ("rung2", 17, 55)])
+@pytest.fixture
+def looked_up(monkeypatch):
+    """How many keys were made, of calls whose values nothing checks, as on a GPU."""
+    monkeypatch.setattr(planned, "straight", lambda q: True)
+    made, make = [], planned.key_of
+    monkeypatch.setattr(planned, "key_of", lambda *args: made.append(1) or make(*args))
+    return made
+
+
+RATED = BARE.replace(token_lr=True, retention=True)
+
+
+def test_a_call_like_the_last_one_makes_no_key(looked_up, calls):
+    given = draw(RATED)
+    for _ in range(2):
+        call(RATED, given)
+    assert len(looked_up) == 2
+    want = results(RATED, given)
+    found = results(RATED, {name: x.detach().clone().requires_grad_() for name, x in given.items()})
+    assert len(looked_up) == 2
+    assert len(calls) == 4
+    assert all(x is y or torch.equal(x, y) for x, y in zip(want.values(), found.values(), strict=True))
+
+
+def test_numbers_may_differ_from_those_of_the_last_call(looked_up, calls):
+    given = {name: x.detach() for name, x in draw(BARE, tokens=128).items()}
+    y = [call(BARE, given, lr=rate)[0] for rate in (0.5, 0.5, 0.25, 2)]
+    assert len(looked_up) == 2
+    assert torch.equal(y[0], y[1])
+    assert not torch.equal(y[0], y[2])
+    with torch.no_grad():
+        given["v"].mul_(2)
+    assert (call(BARE, given, lr=0.25)[0] - y[0]).norm() <= 1e-2 * y[0].norm()
+    assert len(looked_up) == 2
+
+
+CHANGES = {
+    "dtype": lambda given: given | {"q": given["q"].bfloat16()},
+    "shape": lambda given: given | {name: x[:, :128] for name, x in given.items() if not name.startswith("weights")},
+    "one shape": lambda given: given | {"lr": given["lr"][:, :128]},
+    "strides": lambda given: given | {"k": given["k"].transpose(1, 2).contiguous().transpose(1, 2)},
+    "alignment": lambda given: given | {"v": shifted(given["v"])},
+    "device": lambda given: given | {"weights.out": given["weights.out"].to("meta")},
+    "requires_grad": lambda given: given | {"k": given["k"].clone().requires_grad_()},
+    "type": lambda given: given | {"weights.out": torch.nn.Parameter(given["weights.out"])},
+    "no tensor": lambda given: given | {"q": given["q"].tolist()},
+    "a number": lambda given: given | {"lr": 1.0},
+    "no number": lambda given: given | {"lr": float("nan")},
+    "a truth": lambda given: given | {"lr": True},
+    "a number for a gate": lambda given: given | {"retention": 0.5},
+    "rates by name": lambda given: given | {"lr": {"out": given["lr"]}},
+    "no gate": lambda given: {name: x for name, x in given.items() if name != "retention"},
+    "another gate": lambda given: {("momentum" if n == "retention" else n): x for n, x in given.items()},
+    "weights of other names": lambda given: {n.replace("out", "in"): x for n, x in given.items()},
+    "the imaginary part": lambda given: given | {"lr": torch.complex(given["lr"], given["lr"]).imag},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_since_the_last_call_is_noticed(name, looked_up):
+    spec = RATED.replace(token_lr=False) if name in ("no number", "a truth") else RATED
+    given = {name: x.detach() for name, x in draw(spec, heads=2).items()} | ({} if spec is RATED else {"lr": 1})
+    for _ in range(3):
+        call(spec, given)
+    assert len(looked_up) == 2
+    changed = CHANGES[name](given)
+
+    def outcome():
+        try:
+            return call(spec, changed)
+        except Exception as error:
+            return type(error), str(error)
+
+    found = outcome()
+    assert len(looked_up) == 3
+    planned._last.clear(), planned._kinds.clear(), planned._plans.clear()
+    want = outcome()
+    if isinstance(want[0], torch.Tensor):
+        assert torch.equal(found[0], want[0])
+    else:
+        assert found == want
+
+
+def test_modes_and_switches_since_the_last_call_are_noticed(looked_up, calls, monkeypatch):
+    given = {name: x.detach() for name, x in draw(BARE, tokens=128).items()}
+    for _ in range(3):
+        y, _ = call(BARE, given)
+    assert len(looked_up) == 2
+    with torch.inference_mode():
+        assert call(BARE, given)[0].is_inference()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert call(BARE, given)[0].dtype == y.dtype
+    assert len(looked_up) == 4
+    for form in ("auto", "recurrent"):
+        call(BARE, given, form)
+    assert len(looked_up) == 6
+    call(BARE, given)
+    many = len(calls)
+    with monkeypatch.context() as off:
+        off.setenv("KVBIND_KERNELS", "0")
+        call(BARE, given)
+    torch.func.grad(lambda q: call(BARE, given | {"q": q})[0].float().sum())(given["q"])
+    torch.vmap(lambda q: call(BARE, given | {"q": q})[0])(given["q"][None])
+    assert len(calls) == many
+
+
+def test_without_pytorchs_guards_every_call_has_its_key(looked_up, calls, monkeypatch):
+    monkeypatch.setattr(planned, "_Guards", None)
+    given = draw(BARE, tokens=128)
+    for _ in range(3):
+        call(BARE, given)
+    assert len(looked_up) == len(calls) == 3
+
+
+def test_inner_loops_whose_last_calls_are_remembered_have_a_limit(looked_up, monkeypatch):
+    monkeypatch.setattr(planned, "MOST", 2)
+    given = draw(BARE, tokens=128)
+    specs = [InnerLoop(network=Linear(), chunk=64, token_lr=False) for _ in range(5)]
+    for spec in specs:
+        for _ in range(3):
+            call(spec, given)
+    assert len(looked_up) == 10
+    assert len(planned._last) <= 2
+
+
+@pytest.mark.parametrize(("rung", "forward", "training"), [("rung6", 4, 12), ("rung2", 17, 53)])
 def test_a_planned_call_has_few_operators_besides_its_launches(rung, forward, training, monkeypatch):
     """What a call costs the host is in the operators of PyTorch that it calls."""
     spec = RUNGS[rung]

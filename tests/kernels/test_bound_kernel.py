@@ -53,8 +53,20 @@ def test_the_first_launch_is_tritons_and_later_ones_go_past_it(kernel):
     assert block.base is other
     assert args[:9] == (5, 1, 1, 9, "function", "packed", None, None, None)
     assert args[10:] == (y.data_ptr(), 4, 8)
+
+
+def test_all_but_tensors_is_as_in_the_first_launch(kernel):
+    launch = BoundKernel(kernel, [None] * 3, (5,), (4,), WIDTH=8)
+    x, y = torch.zeros(4), torch.zeros(4)
     with pytest.raises(ValueError, match="zip"):
-        launch(9, other)
+        launch(7, x)
+    for _ in range(2):
+        launch(7, x, None, y)
+    assert kernel.seen[1][1][9:] == (x.data_ptr(), None, y.data_ptr(), 4, 8)
+    plain = BoundKernel(kernel, [None] * 2, (5, 6, 7), (4,), WIDTH=8)
+    for stream in (7, 9):
+        plain(stream, x, y)
+    assert kernel.seen[-1][1] == (5, 6, 7, 9, "function", "packed", None, None, None, x.data_ptr(), y.data_ptr(), 4, 8)
 
 
 def test_in_a_warm_up_a_launch_compiles_and_the_next_is_still_the_first(kernel, monkeypatch):
@@ -126,10 +138,6 @@ def test_what_triton_made_in_c_is_called_itself_with_descriptors_by_address(monk
     assert made.seen[0] == (*before, f"map of {address}", 4, 8, 8, 1, y.data_ptr(), 4, 8)
     assert made.seen[2] == made.seen[0]
     assert encoded == [(x.data_ptr(), (3, 4, 70, [2, 8], [4, 8], [8, 1], 0)) for x in (x, other)]
-    launch(9, x, None)
-    assert made.seen[3][-3:] == (None, 4, 8)
-    with pytest.raises(ValueError, match="zip"):
-        launch(9, x)
 
 
 @pytest.mark.usefixtures("kernel")

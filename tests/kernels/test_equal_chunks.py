@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kvbind.kernels.common import operands
 from kvbind.kernels.common.devices import has_triton, interpreted
 from kvbind.kernels.common.operands import laid_out, zeros
 from kvbind.kernels.launching.warm_up import warming_up
@@ -212,6 +213,26 @@ def test_plans_share_zeros_and_hold_nothing_that_grows_with_a_model():
     assert not zeros(given["q"].device, 2 * 16 * 16).any()
 
 
+@pytest.mark.parametrize("capturing", [False, True])
+def test_zeros_that_are_shared_are_there_for_every_stream(monkeypatch, capturing):
+    waited = []
+    cuda = SimpleNamespace(
+        is_current_stream_capturing=lambda: capturing,
+        current_stream=lambda device: SimpleNamespace(synchronize=lambda: waited.append(device)),
+    )
+    stand_in = SimpleNamespace(
+        cuda=cuda, inference_mode=torch.inference_mode, full=lambda shape, value, device: torch.full(shape, value)
+    )
+    monkeypatch.setattr(operands, "torch", stand_in)
+    monkeypatch.setattr(operands, "_shared", {})
+    device = torch.device("cuda", 0)
+    first = zeros(device, 3)
+    # a graph fills its memory when it is replayed, which may be never
+    assert (zeros(device, 3) is first) is not capturing
+    assert waited == ([] if capturing else [device])
+    assert zeros(device, 4) is not first
+
+
 def test_saved_tensors_of_other_strides_are_brought_back_to_theirs():
     given = draw(length=128, by_head=True, gates=("rates",), theta=False, heads=2)
     plan = plan_of(given)
@@ -235,14 +256,15 @@ def test_a_kind_of_calls_is_warmed_up_once_whatever_the_number_of_tokens_and_seq
     monkeypatch.setattr(equal_chunks, "can_warm_up", lambda _: True)
     seen = []
 
-    def begun(part, length, batch, gates=("rates",)):
+    def warm_up(part, length, batch, gates=("rates",)):
         plan = plan_of(draw(length=length, by_head=False, gates=gates, theta=True, batch=batch))
-        for _ in range(2):
-            plan.begun(part, lambda x: seen.append((x, warming_up())), part)
+        plan.warm_up(part, lambda x: seen.append((x, warming_up())), (part,))
+        assert plan.met == {part}
 
-    begun("forward", 70, 1)
-    assert seen == [("forward", True), ("forward", False), ("forward", False)]
-    begun("forward", 200, 2)
-    begun("backward", 70, 1)
-    begun("forward", 70, 1, gates=())
-    assert [warmed_up for _, warmed_up in seen[3:]] == [False] * 2 + [True, False, False] * 2
+    warm_up("forward", 70, 1)
+    assert seen == [("forward", True)]
+    warm_up("forward", 200, 2)
+    assert len(seen) == 1
+    warm_up("backward", 70, 1)
+    warm_up("forward", 70, 1, gates=())
+    assert seen[1:] == [("backward", True), ("forward", True)]

@@ -89,10 +89,10 @@ def test_kernels_remembered_have_a_limit(kernel, monkeypatch):
 
 def test_what_triton_made_in_c_is_called_itself_where_no_descriptors_are(kernel, monkeypatch):
     called = []
-    monkeypatch.setattr(launching, "caller_of", lambda _: (lambda *args: called.append(args), ()))
+    monkeypatch.setattr(launching, "caller_of", lambda _: (lambda *args: called.append(args), ("function",), ()))
     monkeypatch.setattr(launching, "stream_of", lambda device: 70)
     launcher, x = Launcher(kernel), torch.zeros(8)
     for length in (5, 6):
         launcher[(2,)](x, None, length, 8, WIDTH=8, TILE=16)
-    assert called == [((2, 1, 1), 70, x.data_ptr(), None, 6, 8, 8, 16)]
+    assert called == [(2, 1, 1, 70, "function", x.data_ptr(), None, 6, 8, 8, 16)]
     assert kernel.ran == []

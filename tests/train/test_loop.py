@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import math
 
@@ -7,11 +8,12 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from toy import Toy, config, make_model
 
-from kvbind.train import TrainingStoppedError, latest_checkpoint, optimizer, train
+from kvbind.train import TrainingStoppedError, latest_checkpoint, optimizer, step, train
 from kvbind.train.loop import evaluate
 from kvbind.train.metrics import read_metrics
 from kvbind.train.optimizer import learning_rate, make_optimizer
 from kvbind.train.ranks import WHOLE
+from kvbind.train.step import TrainingStep
 
 
 def losses(folder):
@@ -262,3 +264,56 @@ def test_weights_that_are_not_finite_from_the_start_end_a_run_in_a_line(tmp_path
         model[0].weight[0, 0] = math.nan
     with pytest.raises(TrainingStoppedError, match="new weights not finite in 3 steps in a row"):
         train(model, Toy(), config(max_skipped=3), tmp_path)
+
+
+class Watched(nn.Sequential):
+    """A model that notes in each backward pass whether autograd may hand it to threads of its own."""
+
+    def __init__(self):
+        super().__init__(*make_model())
+        self.threads = []
+        self[0].weight.register_hook(lambda _: self.threads.append(torch._C._is_multithreading_enabled()))
+
+
+@pytest.mark.parametrize(
+    ("edits", "expected"),
+    [
+        ({}, {False}),
+        ({"accumulate": 2, "ema": 0.9}, {False}),
+        ({"activation_checkpointing": "block"}, {False}),
+        ({"activation_checkpointing": "offload"}, {True}),
+        ({"graphs": "on"}, {True}),
+    ],
+)
+def test_eager_gradients_of_one_process_are_found_in_its_own_thread_and_are_the_same(tmp_path, monkeypatch, edits, expected):
+    edits = {"graphs": "off", "evaluate_every": 5} | edits
+    model = Watched()
+    train(model, Toy(), config(**edits), tmp_path / "one")
+    # until an optimizer has its state, no step is replayed
+    assert set(model.threads[2 if "on" in edits.values() else 0 :]) == expected
+    assert torch._C._is_multithreading_enabled()
+    monkeypatch.setattr(TrainingStep, "_in_one_thread", lambda self: contextlib.nullcontext())
+    other = Watched()
+    train(other, Toy(), config(**edits), tmp_path / "many")
+    assert set(other.threads) == {True}
+    assert losses(tmp_path / "one") == losses(tmp_path / "many")
+    assert held_out(tmp_path / "one") == held_out(tmp_path / "many")
+    assert torch.equal(weights(model), weights(other))
+
+
+def test_several_processes_keep_autograds_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "ranks", lambda: 2)
+    model = Watched()
+    train(model, Toy(), config(steps=3), tmp_path)
+    assert set(model.threads) == {True}
+
+
+def test_a_backward_pass_that_fails_leaves_autograds_threads_as_they_were(tmp_path):
+    def fail(_):
+        raise RuntimeError("no gradient")
+
+    model = make_model()
+    model[0].weight.register_hook(fail)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        train(model, Toy(), config(), tmp_path)
+    assert torch._C._is_multithreading_enabled()

@@ -66,6 +66,20 @@ class InnerCall(NamedTuple):
         )  # fmt: skip
 
 
+def check_input(x: Tensor, width: int) -> None:
+    """Refuse what no layer mixes.
+
+    Args:
+        x: a layer's input.
+        width: of its tokens.
+
+    Raises:
+        ValueError: anything but `[B, T, width]` with at least one sequence.
+    """
+    if x.dim() != 3 or x.shape[2] != width or not x.shape[0]:
+        raise ValueError(f"x must be [B, T, {width}] with at least one sequence; got shape {list(x.shape)}")
+
+
 class LayerState(Protocol):
     """Where sequences stopped in a layer."""
 

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -181,9 +181,21 @@ class TrainingStep:
         with self.together.accumulating(last=last), inside:
             with self.precision():
                 part = self.task.loss(self.together.module, batch) * one.weight / self.accumulate
-            part.backward()
+            with self._in_one_thread():
+                part.backward()
         found: Tensor = part.detach()
         return found
+
+    def _in_one_thread(self) -> AbstractContextManager[Any]:
+        """Gradients in this thread, which waits for them anyway.
+
+        Else autograd hands a pass over a GPU to a thread of that device and takes it back, which cost the host as much as a
+        small call of `ttt` with its gradients (docs/kernels.md). Where gradients of several processes meet meanwhile, or
+        activations come back from the host, its threads stay.
+        """
+        if ranks() > 1 or self.config.activation_checkpointing == "offload":
+            return nullcontext()
+        return torch.autograd.set_multithreading_enabled(False)
 
     def _eagerly(self, rate: float, unsaved: float) -> Outcome:
         for group in self.optimizer.param_groups:

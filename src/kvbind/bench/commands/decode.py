@@ -60,5 +60,5 @@ def command(
     about = provenance(place, ("triton", *fla.PACKAGES)) | {"config": config}
     rows = bench_systems(known_preset(preset), chosen, place, dtype, loads, switches, seconds, reads)
     planned = len(loads) * len(switches) * max(len(chosen), 1)
-    show_grid(decoding_grid(write_growing(growing(about, planned, rows), out, every=1)))
+    show_grid(decoding_grid(write_growing(growing(about, planned, rows), out)))
     say_written(out)

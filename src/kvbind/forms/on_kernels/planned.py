@@ -3,12 +3,15 @@
 What a call may be and what runs it depend on its inner loop and on shapes, strides and dtypes, not on numbers. The first
 call of a kind is checked and analysed as any other; if its kernels can be planned (`kvbind.kernels.equal_chunks`, and under
 token visibility `causal` and `affine`), the plan is kept under all that it depended on, and later calls look it up.
+A call like the last one of its inner loop is told by PyTorch's own guards, which take a tenth of the time of a key.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial, reduce
+from operator import or_
+from os import environ
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,7 +22,7 @@ from kvbind.forms.on_kernels.kernel_calls.causal import run_causal
 from kvbind.forms.on_kernels.kernel_calls.operands import activation_of, contiguous_matrices
 from kvbind.forms.state import Deferred, State
 from kvbind.forms.tokens import Tokens
-from kvbind.forms.validation import Engine, LearningRate, Operands
+from kvbind.forms.validation import Engine, LearningRate, Operands, PerToken
 from kvbind.inner.gates import decays
 from kvbind.inner.networks import GLU
 from kvbind.inner.rule import FastWeights
@@ -48,10 +51,37 @@ class Kind(NamedTuple):
     planned: Planned | PlannedByToken | None
 
 
+class Last(NamedTuple):
+    """The last call of an inner loop that something planned ran.
+
+    Attributes:
+        kind: its kind.
+        form: the one that it asked for.
+        switches: what the environment said of kernels.
+        named: names of its weights, gates and rates.
+        rate: 1 or `float` for a rate that is a number, else None.
+        check: whether tensors are like its own in type, shape, strides, dtype, device and `requires_grad`, and seen by the
+            same parts of PyTorch: none that traces, transforms or casts them.
+    """
+
+    kind: Kind
+    form: str
+    switches: tuple[Any, Any]
+    named: Key
+    rate: Any
+    check: Callable[..., bool]
+
+
 _kinds: dict[Key, Kind] = {}
 _plans: dict[Key, Planned | PlannedByToken] = {}
 """By the inner loop itself in place of its identity."""
+_last: dict[int, Last] = {}
+"""By the identity of the inner loop."""
 
+# not of PyTorch's public interface: where it is missing, every call is looked up by its key
+_Guards: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
+
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -74,10 +104,10 @@ class Planned:
         q, k, v = (x.transpose(1, 2) for x in (call.q, call.tokens.k, call.tokens.v))
         self.spec, self.theta = spec, tuple(spec.network.theta)
         self.batch, self.rest = q.shape[0], q.shape[1] % spec.chunk
-        self.heads = q.shape[2]
+        self.heads, self.nothing, self.reads_keys = q.shape[2], (0,) * q.shape[0], spec.query == "key"
         # tokens like the call's without keeping them, for states with none pending
         self.none = call.tokens.map(lambda x: x[:, :, :0].detach().clone())
-        rates = as_rates(lr["out"] if isinstance(lr, Mapping) else lr, k)
+        rates = as_rates(rate_of(lr), k)
         theta = None
         # the others are cast where they are joined
         start = weights["out"]
@@ -114,32 +144,33 @@ class Planned:
         gates: Mapping[str, Tensor],
     ) -> tuple[Tensor, State]:
         """What `ttt` returns."""
-        rate = lr["out"] if isinstance(lr, Mapping) else lr
-        rates = as_rates(rate, k)
-        read = k if self.spec.query == "key" else q
-        theta = [weights[name] for name in self.theta]
-        output, end, velocity = self.plan.run(read, k, v, rates, *decays(gates), self._start(weights), theta)
-        if output.dtype != q.dtype:
+        rate = rate_of(lr)
+        output, end, velocity = self.plan.run(
+            k if self.reads_keys else q, k, v, as_rates(rate, k), *decays(gates),
+            weights["out"] if self.dense else self._start(weights), [weights[name] for name in self.theta],
+        )  # fmt: skip
+        if self.reads_keys:
             output = output.to(q.dtype)
-        moved = {} if velocity is None else {"out": velocity}
-
-        def state(pending: Tokens) -> State:
-            kept = {name: weights[name].float().expand(self.batch, self.heads, -1, -1) for name in self.theta}
-            return State.of(self.spec, FastWeights(kept | {"out": end}, moved, {}), pending, self.rest)
-
         if self.rest:
             # made at once, as the call's tensors may be written over
             each = rate.transpose(1, 2) if isinstance(rate, Tensor) else float(rate)
             kept = {name: gates[name].transpose(1, 2).float() for name in self.spec.gates}
             tokens = Tokens(k.transpose(1, 2), v.transpose(1, 2), {"out": each}, kept)
-            return output, state(tokens.span(len(tokens) - self.rest, len(tokens)))
-        differentiated = torch.is_grad_enabled()
+            return output, self._state(weights, end, velocity, tokens.span(len(tokens) - self.rest, len(tokens)))
+        later = Deferred(partial(self._tensors, weights, end, velocity, torch.is_grad_enabled()))
+        return output, State(self.spec, later, self.nothing)
 
-        def tensors() -> Mapping[str, Tensor]:
-            with torch.inference_mode(False), torch.set_grad_enabled(differentiated):
-                return state(self.none).tensors
+    def _state(self, weights: Mapping[str, Tensor], end: Tensor, velocity: Tensor | None, pending: Tokens) -> State:
+        kept = {name: weights[name].float().expand(self.batch, self.heads, -1, -1) for name in self.theta}
+        moved = {} if velocity is None else {"out": velocity}
+        return State.of(self.spec, FastWeights(kept | {"out": end}, moved, {}), pending, self.rest)
 
-        return output, State(self.spec, Deferred(tensors), (0,) * self.batch)
+    def _tensors(
+        self, weights: Mapping[str, Tensor], end: Tensor, velocity: Tensor | None, differentiated: bool
+    ) -> Mapping[str, Tensor]:
+        """Those of the state, made as they would have been in the call."""
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiated):
+            return self._state(weights, end, velocity, self.none).tensors
 
 
 class PlannedByToken:
@@ -167,7 +198,7 @@ class PlannedByToken:
         gates: Mapping[str, Tensor],
     ) -> tuple[Tensor, State]:
         """What `ttt` returns."""
-        rate, start = lr["out"] if isinstance(lr, Mapping) else lr, weights["out"].float()
+        rate, start = rate_of(lr), weights["out"].float()
         if start.dim() == 3:
             start = start.expand(q.shape[0], -1, -1, -1)
         if self.attention is not None:
@@ -187,6 +218,13 @@ class PlannedByToken:
         return output.transpose(1, 2).to(q.dtype), state
 
 
+def rate_of(lr: LearningRate) -> Tensor | float:
+    """That of the one matrix that is updated."""
+    if isinstance(lr, Tensor) or type(lr) is float:
+        return lr
+    return lr["out"] if isinstance(lr, Mapping) else lr
+
+
 def as_rates(rate: Tensor | float, k: Tensor) -> Tensor | None:
     """A rate as launches take it, float32 `[B, T, H]`, or None for 1."""
     if isinstance(rate, Tensor):
@@ -201,7 +239,7 @@ def key_of(
     k: Tensor,
     v: Tensor,
     lr: LearningRate,
-    gates: Mapping[str, Tensor],
+    gates: Mapping[str, PerToken],
     form: str,
 ) -> Key | None:
     """All that the handling of a call depends on, or None where it cannot be told from outside.
@@ -210,13 +248,15 @@ def key_of(
     """
     if type(weights) is not dict or type(form) is not str:
         return None
+    # plans take a gate of each token
+    if gates and not all(isinstance(gate, Tensor) and gate.dim() > 2 for gate in gates.values()):
+        return None
     if type(lr) is dict:
         rates: tuple[Any, ...] = (*lr, *lr.values())
     else:
         rates = (lr,)
-    switches = os.environ.get("KVBIND_KERNELS"), os.environ.get("KVBIND_FLA")
     # how many weights there are tells their names from those of gates
-    key: list[Any] = [id(spec), form, *switches, len(weights), *weights, *gates]
+    key: list[Any] = [id(spec), form, *_switches(), len(weights), *weights, *gates]
     try:
         for x in (q, k, v, *weights.values(), *gates.values(), *rates):
             if isinstance(x, Tensor):
@@ -236,6 +276,74 @@ def key_of(
     return tuple(key)
 
 
+def again(
+    spec: InnerLoop,
+    weights: Mapping[str, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: LearningRate,
+    gates: Mapping[str, Tensor],
+    form: str,
+) -> Planned | PlannedByToken | None:
+    """What runs a call like the last one of its inner loop, if that was planned; None for all others."""
+    last = _last.get(id(spec))
+    if last is None or type(weights) is not dict or last.form != form or last.switches != _switches():
+        return None
+    named, rate, rates = _named(weights, lr, gates)
+    tensors = (q, k, v, *weights.values(), *gates.values(), *rates)
+    if named != last.named or rate != last.rate or not last.check(*tensors) or not _aligned(tensors):
+        return None
+    return last.kind.planned
+
+
+def remember(
+    kind: Kind, weights: Mapping[str, Tensor], q: Tensor, k: Tensor, v: Tensor, lr: LearningRate, gates: Any, form: str
+) -> None:
+    """Let calls like this one, of a kind that is planned, be known by `again`."""
+    named, rate, rates = _named(weights, lr, gates)
+    tensors = (q, k, v, *weights.values(), *gates.values(), *rates)
+    if _Guards is None or not all(isinstance(x, Tensor) for x in tensors) or not _aligned(tensors):
+        return
+    shapes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
+    guards = _Guards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
+    _kept(_last, id(kind.spec), Last(kind, form, _switches(), named, rate, guards.check))
+
+
+def _named(weights: Mapping[str, Tensor], lr: LearningRate, gates: Mapping[str, Tensor]) -> tuple[Key, Any, Iterable[Any]]:
+    """Names of a call's tensors, how many of them are weights, what its rate is if a number, and else its rates."""
+    if isinstance(lr, Tensor):
+        return (len(weights), *weights, *gates), None, (lr,)
+    if type(lr) is dict:
+        return (len(weights), *weights, *gates, None, *lr), None, lr.values()
+    number: Any = lr
+    # no bool, which is an int too
+    if type(lr) in (int, float) and abs(number) <= LARGEST:
+        return (len(weights), *weights, *gates), 1 if lr == 1 else float, ()
+    return (len(weights), *weights, *gates), None, (lr,)
+
+
+# what `environ` keeps, as it keeps it: of a variable that is not set, asking itself takes two exceptions
+_variables: Mapping[Any, Any] = getattr(environ, "_data", environ)
+_encoded = environ.encodekey if _variables is not environ else str
+_KERNELS, _FLA = _encoded("KVBIND_KERNELS"), _encoded("KVBIND_FLA")
+
+
+def _switches() -> tuple[Any, Any]:
+    """What the environment says of kernels."""
+    return _variables.get(_KERNELS), _variables.get(_FLA)
+
+
+def _aligned(tensors: Iterable[Tensor]) -> bool:
+    """Whether all addresses are as those of a fetch must be."""
+    return not reduce(or_, map(Tensor.data_ptr, tensors)) % 16
+
+
+def straight(q: Tensor) -> bool:
+    """Whether values of operands are not checked, so that all that is checked of a call is in its key."""
+    return q.is_cuda
+
+
 def known(key: Key | None) -> Kind | None:
     """What is known of a kind of calls."""
     return None if key is None else _kinds.get(key)
@@ -253,7 +361,7 @@ def learn(key: Key, spec: InnerLoop, call: Operands, lr: LearningRate, weights: 
     return _kept(_kinds, key, Kind(spec, planned))
 
 
-def _kept(known: dict[Key, T], key: Key, new: T) -> T:
+def _kept(known: dict[K, T], key: K, new: T) -> T:
     if len(known) >= MOST:
         known.clear()
     known[key] = new
@@ -271,7 +379,7 @@ def can_plan(spec: InnerLoop, call: Operands, lr: LearningRate, weights: Mapping
         return False
     if spec.visibility == "chunk" and q.shape[1] % spec.chunk:
         return False
-    rate = lr["out"] if isinstance(lr, Mapping) else lr
+    rate = rate_of(lr)
     if isinstance(rate, Tensor) and (rate.dtype != torch.float32 or rate.data_ptr() % 16 or rate.dim() != 3):
         return False
     if len({weights[name].shape for name in spec.network.theta}) > 1:
@@ -293,7 +401,7 @@ def engine_by_token(spec: InnerLoop, call: Operands, lr: LearningRate, form: str
         return None
     if form not in ("auto", "parallel") or call.q.shape[2] < 2 or call.tokens.mask is not None or fla.considered():
         return None
-    rate = lr["out"] if isinstance(lr, Mapping) else lr
+    rate = rate_of(lr)
     if isinstance(rate, Tensor) and rate.dim() != 3:
         return None
     return dispatch.own_engine(spec, call, "parallel")

@@ -61,10 +61,19 @@ def runs_on(device: torch.device) -> bool:
     return capable(device.index if device.index is not None else torch.cuda.current_device())
 
 
+def by_warpgroups(x: Tensor) -> bool:
+    """Whether products on the device of `x` take operands from shared memory: compute capability 9 to 11; off GPUs, so."""
+    return not x.is_cuda or 9 <= capability(x.device.index)[0] < 12
+
+
+_HERE = contextlib.nullcontext()
+
+
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device; this makes it that of `x`."""
-    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
-    return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
+    # where there is a tensor on a GPU, nothing need be initialized to ask for the current one
+    elsewhere = x.is_cuda and x.device.index != torch._C._cuda_getDevice()
+    return torch.cuda.device(x.device) if elsewhere else _HERE
 
 
 @cache

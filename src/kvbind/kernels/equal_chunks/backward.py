@@ -107,13 +107,13 @@ class BackwardLaunches:
             self.query_theta(stream, q, du, by_runs[0])
             del du
 
-        d_state = torch.empty((plan.batch, plan.heads, plan.hidden, plan.value_width), device=plan.device)
+        d_state = plan.wide.new_empty((plan.batch, plan.heads, plan.hidden, plan.value_width))
         nothing = zeros(plan.device, plan.batch * plan.heads * plan.size)
         d_end = nothing if d_end is None else ready(d_end)
         d_end_velocity = nothing if d_end_velocity is None else ready(d_end_velocity)
         counts = (blocks_of(plan.size), plan.batch, plan.complete, plan.heads)
-        d_momentum = torch.empty(counts, device=plan.device) if momentum is not None else None
-        d_decay = torch.empty(counts, device=plan.device) if decay is not None else None
+        d_momentum = plan.wide.new_empty(counts) if momentum is not None else None
+        d_decay = plan.wide.new_empty(counts) if decay is not None else None
         d_velocity = plan.matrices(plan.batch) if momentum is not None else unused
         m, r = unused if momentum is None else momentum, unused if decay is None else decay
         held = unused if velocities is None else velocities
@@ -127,13 +127,13 @@ class BackwardLaunches:
             out_dtype = plan.dtype if momentum is None else torch.float32
             d_writes = plan.orthogonal(True).backward(stream, (iterates, squares), d_shaped, out_dtype)
             if momentum is not None:
-                d_moved, d_writes = d_writes, plan.matrices(plan.chunks, plan.dtype)
+                d_moved, d_writes = d_writes, plan.matrices(plan.chunks, unused)
                 self.moving_scan(
                     stream, d_moved, unused, m, r, zero, held, states, plan.sequences, d_end, d_end_velocity,
                     d_writes, unused, d_velocity, dm, unused,
                 )  # fmt: skip
         else:
-            d_writes = plan.matrices(plan.chunks, plan.dtype)
+            d_writes = plan.matrices(plan.chunks, unused)
             self.states_scan(
                 stream, parts, unused, m, r, zero, held, states, plan.sequences, d_end, d_end_velocity,
                 d_writes, d_state, d_velocity, dm, dr,
@@ -170,8 +170,7 @@ class BackwardLaunches:
         return [dq, dk, dv, d_rates, d_momentum, d_decay, d_state, d_theta]
 
     def _sums(self, plan: LaunchPlan, width: int, tile: int) -> Tensor:
-        shape = (plan.batch, plan.length, plan.heads, cdiv(width, tile))
-        return torch.empty(shape, device=plan.device)
+        return plan.wide.new_empty((plan.batch, plan.length, plan.heads, cdiv(width, tile)))
 
     def _theta(self, plan: LaunchPlan) -> Tensor:
         """Room for the gradient of theta by way of queries and of keys, in parts, `[2, sets, parts, H, D, count * F]`."""
@@ -179,4 +178,4 @@ class BackwardLaunches:
         assert theta is not None
         parts = plan.batch * self.runs // theta.sets
         shape = (2, theta.sets, parts, plan.heads, plan.key_width, theta.factors * plan.hidden)
-        return torch.empty(shape, device=plan.device)
+        return plan.wide.new_empty(shape)

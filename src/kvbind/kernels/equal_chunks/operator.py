@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from kvbind.kernels.chunked.prefix_sums import MatrixOrder, bound_scan
 from kvbind.kernels.common.devices import multiprocessors, on_device_of
-from kvbind.kernels.common.operands import laid_out, zeros
+from kvbind.kernels.common.operands import filled, laid_out, zeros
 from kvbind.kernels.equal_chunks import library_products
 from kvbind.kernels.equal_chunks import tma_products as products
 from kvbind.kernels.equal_chunks.call_shapes import CallShapes
@@ -53,8 +53,10 @@ class LaunchPlan:
         self.chunks = self.batch * self.complete
         self.whole = self.complete * s.chunk == self.length
         self.size = self.hidden * self.value_width
-        self.like = like.new_empty(0)
+        # what room for others is asked of, which takes the host less than to name a dtype and a device
+        self.like, self.wide = like.new_empty(0), like.new_empty(0, dtype=torch.float32)
         self.staged = bool(s.coefficients)
+        self.lying = s.q.strides, s.k.strides, s.v.strides, s.rates
         self.met: set[str] = set()
         self.orthogonals: dict[bool, BoundNewtonSchulz] = {}
         self.no_velocity = zeros(self.device, self.size) if s.momentum else self.like
@@ -119,12 +121,11 @@ class LaunchPlan:
 
     def tokens(self, rows: TokenRows) -> Tensor:
         """Room for tokens."""
-        return torch.empty_strided(rows.shape, rows.strides, dtype=self.dtype, device=self.device)
+        return self.like.new_empty_strided(rows.shape, rows.strides)
 
-    def matrices(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Room for matrices of the last layer's shape, so many of each head."""
-        shape = (count * self.heads, self.hidden, self.value_width)
-        return torch.empty(shape, dtype=dtype, device=self.device)
+    def matrices(self, count: int, like: Tensor | None = None) -> Tensor:
+        """Room for matrices of the last layer's shape, so many of each head; float32, or of a tensor's dtype."""
+        return (self.wide if like is None else like).new_empty((count * self.heads, self.hidden, self.value_width))
 
     @cached_property
     def scans(self) -> list[BoundKernel]:
@@ -187,9 +188,9 @@ class LaunchPlan:
         self.write(stream, written, v, parts)
         del written
         shape = (self.batch, self.heads, self.hidden, self.value_width)
-        end = torch.empty(shape, device=self.device)
-        end_velocity = torch.empty(shape, device=self.device) if s.momentum else None
-        states = self.matrices(self.batch * self.states, self.dtype)
+        end = self.wide.new_empty(shape)
+        end_velocity = self.wide.new_empty(shape) if s.momentum else None
+        states = self.matrices(self.batch * self.states, unused)
         velocities: Any = None
         iterates: Any = None
         squares: Any = None
@@ -230,8 +231,7 @@ class LaunchPlan:
     def spread(self, mean: Tensor) -> Tensor:
         """The gradient of a gate `[B, T, H]` from that of its means."""
         chunk = self.shapes.chunk
-        each = (mean / chunk)[:, :, None]
-        tokens = each.expand(-1, -1, chunk, -1).flatten(1, 2)
+        tokens = (mean.unsqueeze(2) * filled(self.device, chunk, 1 / chunk).unsqueeze(1)).flatten(1, 2)
         return tokens if self.whole else F.pad(tokens, (0, 0, 0, self.length - tokens.shape[1]))
 
     def run(
@@ -257,13 +257,11 @@ class LaunchPlan:
             start: float32 `[H, F, Dv]` or `[B, H, F, Dv]`, matrices contiguous.
             theta: the other matrices, float32 `[H, D, F]` or `[B, H, D, F]`.
         """
+        tensors = (q, k, v, rates, momentum, decay, start, *theta)
         with on_device_of(q):
-            tensors = (q, k, v, rates, momentum, decay, start, *theta)
             if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-                output, end, *velocity = _Planned.apply(self, *tensors)
-                return output, end, velocity[0] if velocity else None
-            output, end, moved, _ = self.evaluated(q, k, v, rates, momentum, decay, start, theta, False)
-            return output, end, moved
+                return _Planned.apply(self, *tensors)
+            return self.evaluated(q, k, v, rates, momentum, decay, start, theta, False)[:3]
 
     def evaluated(
         self,
@@ -280,35 +278,38 @@ class LaunchPlan:
         """`forward` of gates `[B, T, H]` on the current stream; keeps the gates' means too where it keeps anything."""
         with dispatcher.marked("equal_chunks"):
             m, r = self.means(momentum), self.means(decay)
-            output, end, moved, saved = self.begun(
-                "forward", self.forward, stream_of(self.index), q, k, v, rates, m, r, start, theta, keep
-            )
+            args = stream_of(self.index), q, k, v, rates, m, r, start, theta, keep
+            if "forward" not in self.met:
+                self.warm_up("forward", self.forward, args)
+            output, end, moved, saved = self.forward(*args)
         return output, end, moved, [m, r, *saved]
 
-    def begun(self, part: str, body: Callable[..., Any], *args: Any) -> Any:
-        """What `body` returns; before the first call of a kind all that it launches is compiled, in threads.
+    def warm_up(self, part: str, body: Callable[..., Any], args: Sequence[Any]) -> None:
+        """Before the first call of a kind, compile all that `body` launches, in threads.
 
         A kind is all that compilation depends on: not how many tokens and sequences there are, nor where they lie.
         """
-        if part not in self.met:
-            self.met.add(part)
-            s = self.shapes
-            flags = self.by_head, s.own, s.rates is None, s.momentum, s.decay, s.chunk, s.coefficients, s.precision
-            theta = s.theta and s.theta._replace(sets=1)
-            kind = part, self.dtype, self.device, self.heads, self.key_width, self.value_width, theta, *flags
-            if kind not in _met and can_warm_up(args):
-                with compiling_ahead():
-                    body(*args)
-                _met.add(kind)
-        return body(*args)
-
-    def like_saved(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """q, k, v and rates laid out as in the forward pass, also where hooks of autograd brought them back otherwise."""
+        self.met.add(part)
         s = self.shapes
-        wanted = (s.q.strides, s.k.strides, s.v.strides, s.rates)
-        return [
-            x if x is None or strides is None else laid_out(x, strides) for x, strides in zip(tensors, wanted, strict=True)
-        ]
+        flags = self.by_head, s.own, s.rates is None, s.momentum, s.decay, s.chunk, s.coefficients, s.precision
+        theta = s.theta and s.theta._replace(sets=1)
+        kind = part, self.dtype, self.device, self.heads, self.key_width, self.value_width, theta, *flags
+        if kind not in _met and can_warm_up(args):
+            with compiling_ahead():
+                body(*args)
+            _met.add(kind)
+
+    def like_saved(self, saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """What begins with q, k, v and rates as in the forward pass, also where hooks of autograd brought it otherwise."""
+        pointers = 0
+        for x in saved:
+            if x is not None:
+                pointers |= x.data_ptr()
+        if not pointers % 16 and all(x is None or x.stride() == lies for x, lies in zip(saved, self.lying, strict=False)):
+            return saved
+        first = zip(saved, self.lying, strict=False)
+        rest = [x if x is None or not x.data_ptr() % 16 else x.clone() for x in saved[len(self.lying) :]]
+        return [x if x is None or lies is None else laid_out(x, lies) for x, lies in first] + rest
 
     @cached_property
     def forgetful_scan(self) -> BoundKernel:
@@ -338,29 +339,34 @@ class _Planned(torch.autograd.Function):
     """A plan with its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, plan: LaunchPlan, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: LaunchPlan, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         q, k, v, rates, momentum, decay, start, *theta = tensors
         output, end, velocity, saved = plan.evaluated(q, k, v, rates, momentum, decay, start, theta, True)
         ctx.save_for_backward(q, k, v, rates, *saved)
         ctx.set_materialize_grads(False)
-        ctx.plan, ctx.shapes = plan, [None if x is None else x.shape for x in tensors]
-        return (output, end) if velocity is None else (output, end, velocity)
+        ctx.plan, ctx.shared, ctx.theta = plan, start.dim() == 3, (*theta[0].shape[:-1], len(theta), -1) if theta else ()
+        return output, end, velocity
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_output: Tensor | None, d_end: Tensor | None, d_velocity: Tensor | None = None) -> Any:
-        plan, given = ctx.plan, ctx.saved_tensors
-        saved = [*plan.like_saved(given[:4]), *(x if x is None or not x.data_ptr() % 16 else x.clone() for x in given[4:])]
-        strides = plan.output.strides
-        d_output = plan.tokens(plan.output).zero_() if d_output is None else laid_out(d_output, strides)
-        with dispatcher.marked("equal_chunks_backward"):
-            dq, dk, dv, d_rates, d_momentum, d_decay, d_start, d_theta = plan.begun(
-                "backward", plan.backward_launches.run, plan, stream_of(plan.index), d_output, d_end, d_velocity,
-                saved[:6], saved[6:],
-            )  # fmt: skip
-            gates = [None if x is None else plan.spread(x) for x in (d_momentum, d_decay)]
-        start = ctx.shapes[6]
-        if len(start) == 3:
-            d_start = d_start.sum(0) if plan.batch > 1 else d_start[0]
-        found = [] if d_theta is None else [x.reshape(ctx.shapes[7]) for x in d_theta.split(plan.hidden, dim=-1)]
-        return None, dq, dk, dv, d_rates, *gates, d_start, *found
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        # what makes an error of a second differentiation costs as much as a launch
+        return _differentiate_once(ctx, *gradients) if torch.is_grad_enabled() else _differentiate(ctx, *gradients)
+
+
+def _differentiate(ctx: Any, d_output: Tensor | None, d_end: Tensor | None, d_velocity: Tensor | None) -> Any:
+    plan = ctx.plan
+    saved = plan.like_saved(ctx.saved_tensors)
+    d_output = plan.tokens(plan.output).zero_() if d_output is None else laid_out(d_output, plan.output.strides)
+    with dispatcher.marked("equal_chunks_backward"):
+        args = plan, stream_of(plan.index), d_output, d_end, d_velocity, saved[:6], saved[6:]
+        if "backward" not in plan.met:
+            plan.warm_up("backward", plan.backward_launches.run, args)
+        dq, dk, dv, d_rates, d_momentum, d_decay, d_start, d_theta = plan.backward_launches.run(*args)
+        gates = [None if x is None else plan.spread(x) for x in (d_momentum, d_decay)]
+    if ctx.shared:
+        d_start = d_start.sum(0) if plan.batch > 1 else d_start[0]
+    found = () if d_theta is None else d_theta.view(ctx.theta).unbind(-2)
+    return None, dq, dk, dv, d_rates, *gates, d_start, *found
+
+
+_differentiate_once = once_differentiable(_differentiate)

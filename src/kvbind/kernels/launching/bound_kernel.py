@@ -48,8 +48,8 @@ class BoundKernel:
 
     Args:
         kernel: the kernel; its first arguments are the tensors.
-        views: for each tensor a `View`, or None where the kernel takes its address, or is given none. Addresses must be
-            multiples of 16.
+        views: for each tensor a `View`, or None where the kernel takes its address, or is given none; views come first.
+            Addresses must be multiples of 16.
         grid: programs along each axis.
         numbers: the arguments after the tensors.
         constants: of the compiler, with `num_warps` and `num_stages`.
@@ -62,14 +62,18 @@ class BoundKernel:
     ) -> None:
         self.kernel, self.views, self.numbers, self.constants = kernel, tuple(views), tuple(numbers), constants
         self.grid = (*grid, 1, 1)[:3]
-        self.launch: Callable[..., None] | None = None
+        self.launch: Callable[[int, Sequence[Any]], None] | None = None
 
     def __call__(self, stream: int, *tensors: Any) -> None:
-        """Launch on a stream of the current device, which is that of the tensors; in a warm-up, compile."""
-        if self.launch is None:
+        """Launch on a stream of the current device, which is that of the tensors; in a warm-up, compile.
+
+        Of tensors, those that are None are so in every launch.
+        """
+        launch = self.launch
+        if launch is None:
             self._first(tensors)
         else:
-            self.launch(stream, tensors)
+            launch(stream, tensors)
 
     def _first(self, tensors: Sequence[Any]) -> None:
         from triton.tools.tensor_descriptor import TensorDescriptor
@@ -86,39 +90,45 @@ class BoundKernel:
         if compiled is None or interpreted():
             return
         rest = (*self.numbers, *(self.constants[name] for name in self.kernel.arg_names if name in self.constants))
-        self.launch = _bound(compiled, self.grid, self.views, rest)
+        views = [view for view in self.views if view is not None]
+        self.launch = _bound(compiled, self.grid, views, rest, any(x is None for x in tensors))
 
 
-def _bound(compiled: Any, grid: tuple[int, ...], views: Sequence[View | None], rest: tuple[Any, ...]) -> Callable[..., None]:
-    call, metas = caller_of(compiled)
-    makers: list[Callable[[Any], Any] | None] = [*views]
-    if metas is not None and len(metas) == sum(view is not None for view in views):
-        queue = iter(metas)
-        makers = [None if view is None else _Encoder(*_descriptors(), view, next(queue)) for view in views]
+def _bound(
+    compiled: Any, grid: tuple[int, ...], views: Sequence[View], rest: tuple[Any, ...], partial: bool
+) -> Callable[[int, Sequence[Any]], None]:
+    """What launches again, of tensors that begin with those of the views; some are None if `partial`."""
+    call, middle, metas = caller_of(compiled)
+    makers: Sequence[Callable[[Any], Sequence[Any]]] = views
+    if metas is not None and len(metas) == len(views):
+        makers = [_Encoder(*_descriptors(), view, meta) for view, meta in zip(views, metas, strict=True)]
     else:
-        call = _usual(compiled)
+        call, middle = _usual(compiled)
+    (x, y, z), count = grid, len(views)
 
     def launch(stream: int, tensors: Sequence[Any]) -> None:
+        # an address is given as a number: Triton does not ask the driver then whether the device can reach it
+        if not count and not partial:
+            call(x, y, z, stream, *middle, *map(Tensor.data_ptr, tensors), *rest)
+            return
         args: list[Any] = []
-        for make, x in zip(makers, tensors, strict=True):
-            if make is None:
-                # of an address given as a number Triton does not ask the driver whether the device can reach it
-                args.append(x if x is None else x.data_ptr())
-            else:
-                args += make(x)
-        call(grid, stream, *args, *rest)
+        for make, tensor in zip(makers, tensors, strict=False):
+            args += make(tensor)
+        args += [None if tensor is None else tensor.data_ptr() for tensor in tensors[count:]]
+        call(x, y, z, stream, *middle, *args, *rest)
 
     return launch
 
 
-def caller_of(compiled: Any) -> tuple[Callable[..., None], Sequence[Any] | None]:
-    """What launches a compiled kernel on a grid, a stream and its arguments.
+def caller_of(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...], Sequence[Any] | None]:
+    """What launches a compiled kernel, as `call(x, y, z, stream, *middle, *args)`.
 
     It is the function that Triton 3.6 made in C for the kernel's signature, without the wrappers around it, and where
     things are not as there, Triton's launcher.
 
     Returns:
-        The function; and how each tensor that the kernel takes by descriptor is encoded, or None where Triton does it.
+        The function; what it takes between a stream and the kernel's arguments; and how each tensor that the kernel takes by
+        descriptor is encoded, or None where Triton does it.
     """
     run = compiled.run
     made: Any = getattr(run, "launch", None)
@@ -129,23 +139,13 @@ def caller_of(compiled: Any) -> tuple[Callable[..., None], Sequence[Any] | None]
     known = isinstance(made, BuiltinFunctionType) and made.__module__ == "__triton_launcher"
     scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
     if not known or scratch or not all(metas):
-        return _usual(compiled), None
-    before = (run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None)
-    function = compiled.function
-
-    def call(grid: Sequence[int], stream: int, *args: Any) -> None:
-        made(*grid, stream, function, *before, *args)
-
-    return call, metas
+        return *_usual(compiled), None
+    flags = run.launch_cooperative_grid, run.launch_pdl
+    return made, (compiled.function, *flags, None, None, compiled.packed_metadata, None, None, None), metas
 
 
-def _usual(compiled: Any) -> Callable[..., None]:
-    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
-
-    def call(grid: Sequence[int], stream: int, *args: Any) -> None:
-        run(*grid, stream, function, packed, None, None, None, *args)
-
-    return call
+def _usual(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    return compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
 
 
 def _descriptors() -> tuple[Any, Any]:

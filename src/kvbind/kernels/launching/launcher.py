@@ -26,7 +26,7 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel, self.interpreted = kernel, interpreted()
-        self.compiled: dict[tuple[Any, ...], tuple[Any, bool, list[Any]]] = {}
+        self.compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...] | None, list[Any]]] = {}
         if not self.interpreted:
             self.names = kernel.arg_names
             self.plain = [parameter.do_not_specialize for parameter in kernel.params]
@@ -59,13 +59,15 @@ class Launcher:
                 key.append(value.dtype)
                 given[place] = address = value.data_ptr()
                 pointers |= address
+            elif value is None:
+                key.append(None)
             elif hasattr(value, "block_shape"):
                 # a descriptor of a tensor, whose address and strides the accelerator asks to be aligned
                 key += (value.base.dtype, *value.block_shape)
             else:
                 key.append(kind)
-        first = args[0] if isinstance(args[0], Tensor) else args[0].base
-        key.append(first.device.index)
+        device = (args[0] if isinstance(args[0], Tensor) else args[0].base).device.index
+        key.append(device)
         fixed, ordinary = tuple(key), pointers % 16 == 0 and largest < 2**31
         if warming_up():
             if not ordinary or is_new((self, fixed)):
@@ -81,17 +83,17 @@ class Launcher:
             compiled = self.kernel[grid](*args, **constants)
             # Triton has none to give where something other than it compiles
             if compiled is not None:
-                call, metas = caller_of(compiled)
+                call, middle, metas = caller_of(compiled)
+                rest = [constants[name] for name in self.names[len(args) :]]
                 # descriptors are Triton's to encode
                 straight = metas is not None and not metas
-                rest = [constants[name] for name in self.names[len(args) :]]
-                self.compiled[fixed] = call if straight else compiled, straight, rest
+                self.compiled[fixed] = (call, middle, rest) if straight else (compiled, None, rest)
             return
         if callable(grid):
             grid = grid(constants)
-        call, straight, rest = found
-        grid = (*grid, 1, 1)[:3]
-        if straight:
-            call(grid, stream_of(first.device.index), *given, *rest)
+        call, between, rest = found
+        x, y, z = (*grid, 1, 1)[:3]
+        if between is None:
+            call[x, y, z](*given, *rest)
         else:
-            call[grid](*given, *rest)
+            call(x, y, z, stream_of(device), *between, *given, *rest)

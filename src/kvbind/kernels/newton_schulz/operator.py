@@ -200,11 +200,11 @@ class BoundNewtonSchulz:
 
     def forward(self, stream: int, x: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
         """What `newton_schulz_forward` returns, on a stream of the current device; what is not kept may be None."""
-        out = torch.empty(self.shape, dtype=out_dtype, device=x.device)
+        out = x.new_empty(self.shape, dtype=out_dtype)
         saved = squares = None
         if self.keep or not self.whole:
-            saved = torch.empty(self.saved, dtype=self.dtype, device=x.device)
-            squares = torch.empty(self.squares, device=x.device)
+            saved = x.new_empty(self.saved, dtype=self.dtype)
+            squares = x.new_empty(self.squares, dtype=torch.float32)
         if self.whole:
             self.whole_forward(stream, x, out, saved, squares)
             return out, (saved, squares)
@@ -215,7 +215,7 @@ class BoundNewtonSchulz:
 
     def backward(self, stream: int, saved: Sequence[Tensor], grad: Tensor, out_dtype: torch.dtype) -> Tensor:
         """What `newton_schulz_backward` returns, of a contiguous gradient."""
-        out = torch.empty(self.shape, dtype=out_dtype, device=grad.device)
+        out = grad.new_empty(self.shape, dtype=out_dtype)
         states, squares = saved
         if self.whole:
             self.whole_backward(stream, states, squares, grad, out)

@@ -25,7 +25,7 @@ from kvbind.layers.attention.window_attention import halo_of, window_attention
 from kvbind.layers.attention.window_cache import WindowCache, window_cache_after
 from kvbind.layers.fast_matrices import LowRankMatrix, inverse_softplus, lact_parameter, with_released_parameters
 from kvbind.layers.fitting import check_built, check_fits_causal_layer, check_rates_built
-from kvbind.layers.inner_call import InnerCall, check_state, run_rows
+from kvbind.layers.inner_call import InnerCall, check_input, check_state, run_rows
 from kvbind.layers.lact.slots import DecodeStep, Slots
 from kvbind.layers.lact.token_writer import TokenWriter, ValueWriter
 from kvbind.layers.layout import Layout
@@ -350,6 +350,7 @@ class LactLayer(nn.Module):
             ValueError: a slice of a row that is cut over ranks, which is no call of its own, or boundaries of packed rows
                 that the device alone knows.
         """
+        check_input(x, self.hidden_size)
         if layout is None:
             layout = Layout.rows(x.shape[1], x.device)
         if layout.sequence is not None:
@@ -382,9 +383,11 @@ class LactLayer(nn.Module):
             `[B, T, d]`, of no meaning at padding, and the state or None.
 
         Raises:
-            ValueError: a state together with packed sequences or a slice of a row, or of another batch or inner loop.
+            ValueError: an input without a sequence or of another shape; a state together with packed sequences or a slice of
+                a row, or of another batch or inner loop.
             TypeError: a state of another kind of layer.
         """
+        check_input(x, self.hidden_size)
         batch, length, _ = x.shape
         seen = check_state(x, layout, state, LactState, return_state)
         if layout is None:
