@@ -29,6 +29,7 @@ from kvbind.experiments.outcomes.claims import STATES
 from kvbind.experiments.outcomes.text import as_grid, describe, quality_columns, row_names, speed_columns
 from kvbind.experiments.report.rules import plain as plain_rule
 from kvbind.experiments.report.table_contents import read_outcome
+from kvbind.screen import duration
 
 DOCS = Path(__file__).parent
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
@@ -160,7 +161,7 @@ def views_table(record: dict[str, Any], path: str) -> str:
     """Both models of `kvbind bench views`, side by side; cells say where a model did not fit or was not tried."""
     found = {(row["model"], row["views"]): row for row in record["rows"]}
     columns: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "reading": ("read_seconds", lambda s: f"{s * 1e3:.0f} ms" if s < 1 else f"{s:.1f} s"),
+        "reading": ("read_seconds", duration),
         "frames/s": ("frames_per_second", lambda x: f"{x:.0f}"),
         "kept": ("scene_bytes", size),
         "peak, reading": ("read_bytes", size),
@@ -217,7 +218,7 @@ def plain(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 def made_by(record: dict[str, Any], path: str) -> str:
     """Where an experiment's numbers come from."""
     device, torch = record["machine"]["device"], record["versions"]["torch"]
-    return f"`{record['command']}`, {record['wall_seconds']:.0f} s on {device}, torch {torch}; data in `{path}`."
+    return f"`{record['command']}`, {duration(record['wall_seconds'])} on {device}, torch {torch}; data in `{path}`."
 
 
 def plan_table(words: str) -> str:

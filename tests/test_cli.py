@@ -5,8 +5,11 @@ import json
 import os
 import pkgutil
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import threading
 import tomllib
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import kvbind
 import kvbind.bench.commands
 import kvbind.cli.commands
 import kvbind.models.lact_nvs
+from kvbind import cli, screen
 from kvbind.cli import main
 from kvbind.cli.commands.reproduce import sources
 from kvbind.experiments import EXPERIMENTS
@@ -509,7 +513,7 @@ def test_steps_of_paper_scale_are_measured_and_nothing_is_trained(run, tmp_path)
     results = json.loads((tmp_path / "steps" / "results.json").read_text())
     assert [row["name"] for row in results["measured"]] == ["rung6"]
     assert results["measure"]["price"] == 4
-    assert "days on 64" in out
+    assert "on 64" in out
     assert not list(tmp_path.rglob("result.json"))
 
 
@@ -537,3 +541,31 @@ def test_help_names_every_experiment_once_and_breaks_no_paragraph_in_the_middle(
         assert len(re.findall(rf"(?:^|, ){name}(?= \(|,)", named)) == 1, name
     assert len(re.findall(r"\([^)]*\)", named)) == len(set(re.findall(r"\([^)]*\)", named)))
     assert "trains all seven rungs of the ladder and two controls" in out
+
+
+def test_a_silent_command_is_heard_of(monkeypatch):
+    heard, said = threading.Event(), []
+    monkeypatch.setattr(screen, "SILENCE", 0.03)
+    monkeypatch.setattr(screen, "break_silence", lambda what, begun: (said.append(what), heard.set()))
+    monkeypatch.setattr(cli, "app", lambda words, **options: not heard.wait(60))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "verify", "--small"])
+    assert ended.value.code == 0
+    assert said[0] == "kvbind bench verify"
+    # of several processes, the first one speaks
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli, "heard_of", pytest.fail)
+    with pytest.raises(SystemExit):
+        cli.main(["train", "language"])
+
+
+def test_a_run_that_is_not_finished_is_gone_on_with_by_the_command_that_is_named(run, trained):
+    shutil.rmtree(trained / "model")
+    (trained / "result.json").unlink()
+    code, _, errors = run("generate", str(trained))
+    assert code == 2
+    said = re.search(r"is at step 3 of 3, and has no model/ yet; kvbind (train .+) goes on with it$", errors.strip())
+    code, out, errors = run(*shlex.split(said[1]))
+    assert (code, errors) == (0, "")
+    assert "goes on from the checkpoint at step 3 of 3" in out
+    assert run("generate", str(trained), "--tokens", "2")[0] == 0

@@ -5,6 +5,7 @@ A Ctrl-C while modules are imported, which takes the most of a short command's t
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from kvbind.interrupt import CODE, is_interrupt, say_interrupted
@@ -21,6 +22,9 @@ def main() -> None:
             raise
         say_interrupted()
         sys.exit(CODE)
+    finally:
+        # the interpreter looks for garbage once more before it ends: a second among what PyTorch has loaded
+        gc.freeze()
 
 
 if __name__ == "__main__":

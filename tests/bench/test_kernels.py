@@ -279,14 +279,14 @@ def test_mistakes_are_named(words, message):
 
 def test_first_calls_are_timed_in_a_fresh_process():
     case = asdict(tiny("rung6", tokens=64))
-    result = in_fresh_process(own_processes.first_calls, {"case": case, "device": "cpu"}, {"OMP_NUM_THREADS": "1"}, 120)
+    result = in_fresh_process(own_processes.first_calls, {"case": case, "device": "cpu"}, {"OMP_NUM_THREADS": "1"}, 1e5)
     assert result["again_seconds"] > 0
     assert result["first_seconds"] > 0
     assert set(result["new_length_seconds"]) == {"72", "69", "63"}
 
 
 def test_a_job_that_takes_too_long_is_ended_and_one_that_fails_says_why():
-    with pytest.raises(TookTooLongError, match="no result after 0 s"):
+    with pytest.raises(TookTooLongError, match="no result after 50 ms"):
         in_fresh_process(own_processes.first_calls, {"case": asdict(tiny()), "device": "cpu"}, {}, 0.05)
     with pytest.raises(RuntimeError, match="KeyError: 'case'"):
         in_fresh_process(own_processes.first_calls, {}, {}, 60)
@@ -543,7 +543,7 @@ def test_several_processes_verify_what_one_does():
     one, several = (
         {
             row["case"]: row
-            for row in operators.attempts(chosen, CPU, small=True, workers=workers, deadline=time.monotonic() + 120)
+            for row in operators.attempts(chosen, CPU, small=True, workers=workers, deadline=time.monotonic() + 1e6)
         }
         for workers in (1, 2)
     )

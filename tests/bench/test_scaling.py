@@ -114,7 +114,7 @@ def test_what_needs_more_memory_than_what_ran_out_of_it_is_not_tried(monkeypatch
     planned = [ScalingCase("sequence", 2, 1, 2, "tiny", "rung2", "parallel", n, 1) for n in (128, 256, 512)]
     planned.append(replace(planned[0], what="fsdp", shard=2, sequence=1, batch=2))
     asked = outcomes(monkeypatch, [{"seconds": 1}, {"skipped": OUT_OF_MEMORY}], [{"seconds": 2}])
-    rows = list(measured(planned, "cpu", budget=60, limit=60))
+    rows = list(measured(planned, "cpu", budget=1e6, limit=1e6))
     assert [(row["what"], row["length"], row.get("skipped")) for row in rows] == [
         ("sequence", 128, None),
         ("sequence", 256, "out of memory"),
@@ -127,13 +127,14 @@ def test_what_needs_more_memory_than_what_ran_out_of_it_is_not_tried(monkeypatch
 def test_other_cases_go_on_after_one_that_failed(monkeypatch):
     planned = [ScalingCase("fsdp", n, n, 1, "tiny", "rung2", "parallel", 128, n) for n in (1, 2)]
     outcomes(monkeypatch, [{"skipped": "failed: ValueError: no"}], [{"seconds": 1}])
-    assert [row.get("skipped") for row in measured(planned, "cpu", budget=60, limit=60)] == ["failed: ValueError: no", None]
+    rows = measured(planned, "cpu", budget=1e6, limit=1e6)
+    assert [row.get("skipped") for row in rows] == ["failed: ValueError: no", None]
 
 
 def test_what_cannot_fit_is_not_tried(monkeypatch):
     planned = [ScalingCase("sequence", 1, 1, 1, "760m", "rung2", "parallel", n, 1) for n in (32768, 1 << 20)]
     asked = outcomes(monkeypatch, [{"seconds": 1}])
-    rows = list(measured(planned, "cuda", budget=60, limit=60, memory_bytes=80e9))
+    rows = list(measured(planned, "cuda", budget=1e6, limit=1e6, memory_bytes=80e9))
     assert {row["length"]: row.get("skipped") for row in rows} == {32768: None, 1 << 20: "needs more memory, by kvbind plan"}
     assert asked == [[("sequence", 32768)]]
 
@@ -160,19 +161,19 @@ def test_resuming_measures_what_is_missing_behind_what_is_there(monkeypatch, tmp
         return json.loads(out.read_text())
 
     asked = outcomes(monkeypatch, [{"losses": [1]}], [{"losses": [2]}])
-    first = command("1", "--budget", "60")
+    first = command("1", "--budget", "1e6")
     assert (first["planned"], first["complete"], len(first["rows"])) == (1, True, 1)
     late = command("1,2", "--resume", "--budget", "0")
     assert (late["planned"], late["complete"]) == (2, False)
     assert [row.get("skipped") for row in late["rows"]] == [None, "no time left"]
-    whole = command("1,2", "--resume", "--budget", "60")
+    whole = command("1,2", "--resume", "--budget", "1e6")
     assert whole["rows"] == [first["rows"][0], whole["rows"][1]]
     assert whole["rows"][1]["losses"] == [2]
     assert whole["complete"]
     assert list(whole)[-4:] == ["planned", "complete", "rows", "equality"]
     # where nothing is missing, the record stays that of the command that measured
     before = out.read_bytes()
-    command("1", "--resume", "--budget", "60")
+    command("1", "--resume", "--budget", "1e6")
     assert out.read_bytes() == before
     assert len(asked) == 2
 
@@ -209,15 +210,15 @@ def test_rows_come_as_processes_write_them_and_errors_are_quoted(monkeypatch, tm
         raise ValueError("too long")
         """,
     )
-    rows = list(measured(planned, "cpu", budget=60, limit=60))
+    rows = list(measured(planned, "cpu", budget=1e6, limit=1e6))
     assert rows[0]["seconds"] == 1
     assert rows[1]["skipped"] == "failed: ValueError: too long"
 
 
 def test_a_case_that_takes_too_long_is_ended(monkeypatch, tmp_path):
     planned = processes(monkeypatch, tmp_path, "time.sleep(600)")
-    rows = list(measured(planned[:1], "cpu", budget=60, limit=0.5))
-    assert rows[0]["skipped"] == "took more than 0 s"
+    rows = list(measured(planned[:1], "cpu", budget=1e6, limit=0.5))
+    assert rows[0]["skipped"] == "took more than 500 ms"
 
 
 def test_communication_is_exposed_where_nothing_else_runs():

@@ -23,7 +23,7 @@ def torchrun(count, *arguments, restarts=0):
     """
     command = [*LAUNCHER, "--standalone", f"--nproc-per-node={count}", f"--max-restarts={restarts}"]
     done = subprocess.run(
-        [*command, *map(str, arguments)], env=environment(), capture_output=True, text=True, timeout=300, check=False
+        [*command, *map(str, arguments)], env=environment(), capture_output=True, text=True, timeout=500, check=False
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -39,7 +39,7 @@ def torchrun_on_nodes(nodes, *arguments, restarts=0):
         for _ in range(nodes)
     ]
     try:
-        return [launcher.wait(120) for launcher in launchers]
+        return [launcher.wait(500) for launcher in launchers]
     finally:
         for launcher in launchers:
             launcher.terminate()  # it ends its processes

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 MOST = 4
-PATIENCE = 60
+PATIENCE = 400
 """Seconds after which ranks that do not answer are taken to wait for each other forever."""
 
 

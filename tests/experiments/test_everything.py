@@ -157,7 +157,7 @@ def test_reports_that_are_written_at_once_are_listed_as_they_come(tmp_path, monk
     def write_beside(one, gpu):
         places[one.title] = gpu
         if one.experiment == "table1":
-            listed.wait(60)
+            listed.wait()
         return f"{one.title}: done", None
 
     monkeypatch.setattr(reproduce_all, "write_beside", write_beside)

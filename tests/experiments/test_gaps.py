@@ -113,7 +113,7 @@ def test_a_plan_says_what_is_left_by_the_time_of_runs_like_it(tmp_path, monkeypa
             assert x["basis"] == progress.OTHERS
             assert x["seconds"] == pytest.approx(STEPS * max(steps)), name
     assert all(x["machine"]["device"] == processor() for x in finished)
-    assert "seconds of training are left, one run after another. Starts" in shown
+    assert " of training are left, one run after another. Starts" in shown
     assert "GPU" not in shown
     assert "H200" not in shown
     (tmp_path / "trained").joinpath(left["1/6 rung0 seed 1"]["folder"].rpartition("/")[2], "result.json").unlink()
@@ -149,7 +149,7 @@ def test_without_a_gpu_no_time_is_known_until_a_run_of_the_scale_is_finished_on_
     each = run.result["training_seconds"] / 3
     assert [left[row]["basis"] for row in ("rung0", "ascent")] == [progress.HERE, progress.OTHERS]
     assert all(x["seconds"] == pytest.approx(each * x["steps"], rel=1e-3) for x in left.values())
-    assert "seconds of training are left" in shown
+    assert " of training are left" in shown
     assert {x["seconds"] for x in planned("data.batch=1")[0]["runs"]} == {None}  # another scale
 
     result = json.loads((folder / "result.json").read_text())
@@ -161,16 +161,16 @@ def test_without_a_gpu_no_time_is_known_until_a_run_of_the_scale_is_finished_on_
 @pytest.mark.parametrize(
     ("known", "unknown", "gpu", "said"),
     [
-        (40, 0, True, "40 seconds of one GPU are left, 0.1 pieces of ten minutes"),
+        (40, 0, True, "40 s of one GPU are left, 0.1 pieces of ten minutes"),
         (40, 1, True, "; of 1 run(s) nothing is known. Starts"),
         (
             40,
             1,
             False,
-            "40 seconds of training are left, one run after another; of 1 run(s) no time is known for this processor. ",
+            "40 s of training are left, one run after another; of 1 run(s) no time is known for this processor. ",
         ),
         (0, 2, False, "nothing on the scale of what is left of 2 run(s) was finished on it."),
-        (0, 0, False, "0 seconds of training are left"),
+        (0, 0, False, "0 s of training are left"),
     ],
 )
 def test_a_plans_sum_is_of_the_device_that_trains(known, unknown, gpu, said):

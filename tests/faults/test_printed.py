@@ -5,11 +5,14 @@ import json
 import logging
 import os
 import pickle
+import re
 
 import pytest
 
 from kvbind import cli
 from kvbind.screen import Screen, visible
+from kvbind.tasks.start import weights_hash
+from kvbind.train.unfinished import unfinished
 
 NAME = "[red]a[/red] [/] :smile: \x1b[31mred\x1b]0;title\x07 \x9b2J \u202egnp"
 SHOWN = r"[red]a[/red] [/] :smile: \x1b[31mred\x1b]0;title\x07 \x9b2J \u202egnp"
@@ -87,3 +90,27 @@ def test_an_unfinished_run_is_no_model(tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.main(words)
         assert "run must be finished" in capsys.readouterr().err
+
+
+def test_a_run_that_has_left_no_model_says_how_far_it_is_and_how_to_go_on(tmp_path):
+    run = tmp_path / "my run"
+    run.mkdir()
+    config = run / "config.yaml"
+    config.write_text("# kvbind train images\ntrain:\n  steps: 2000\n")
+    command = f"kvbind train images --preset '{config}' --out '{run}'"
+    assert unfinished(run).endswith(f"no model/ and no checkpoint yet; {command} begins at its first step")
+    for name, whole in (("step-00000040", True), ("step-00000082", True), ("step-00000090", False)):
+        (run / "checkpoints" / name).mkdir(parents=True)
+        if whole:
+            (run / "checkpoints" / name / "complete").write_text(f"{name}\n")
+    there = f"'{run}' is at step 82 of 2,000, and has no model/ yet; {command} goes on with it"
+    assert unfinished(run) == there
+    with pytest.raises(ValueError, match=f"start.model must be of a finished run; {re.escape(there)}"):
+        weights_hash(run)
+    (run / "result.json").write_text("{}")
+    assert unfinished(run).endswith(f"without its model/; {command} --fresh trains it anew")
+    config.write_text("steps: 3\n")
+    assert unfinished(run).endswith("has no model/ yet, which the command that trains it leaves there")
+    (run / "model").mkdir()
+    with pytest.raises(ValueError, match=f"whose model is {re.escape(repr(str(run / 'model')))}"):
+        weights_hash(run)

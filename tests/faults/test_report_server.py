@@ -41,7 +41,7 @@ def serving(path, **options):
 
 
 def ask(port, path, method, headers):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port)
     connection.putrequest(method, path, skip_host=True)
     for name, value in {"Host": f"localhost:{port}", **headers}.items():
         for one in value if isinstance(value, list) else [value]:

@@ -57,7 +57,7 @@ def test_only_update_tokens_count():
 def test_bad_arguments_are_refused_by_name():
     spec = systems.lact_llm(chunk=4)
     o = operands(spec)
-    with pytest.raises(ValueError, match="momentum must be a tensor"):
+    with pytest.raises(ValueError, match="momentum must be a number or a tensor"):
         kvbind.inner_loss(spec, o.weights, o.k, o.v)
     with pytest.raises(ValueError, match="at must be one of 'before', 'after'; got 'during'"):
         kvbind.inner_loss(spec, o.weights, o.k, o.v, at="during", **o.options)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import kvbind
 from kvbind import systems
-from kvbind.forms.pending import MOST, PendingState
+from kvbind.forms.pending import MOST, PendingState, alike, read, read_rounded, rounded
 from kvbind.forms.tokens import Tokens
 from strategies import error, memory, operands
 
@@ -176,3 +176,67 @@ def test_tokens_of_another_maker_go_to_their_places_before_others_are_read():
     assert torch.equal(found[0], expected[0])
     assert (found[1].count, len(found[1].later)) == (1, 1)
     assert found[1].settled().pending_lengths == (4,) * o.q.shape[0]
+
+
+ERROR = 2**-7
+"""Of a head's output, relative, where weights of width 64 or more are read in bfloat16; half of it of a last layer alone."""
+
+
+def drawn_weights(spec, batch, width):
+    """Fast weights of some rows, of which those that no update changes are one for all, and queries `[B, T, H, D]`."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {n: torch.randn(batch, 2, width, width, generator=generator) / width**0.5 for n in spec.network.matrices}
+    weights |= {n: weights[n][:1].expand_as(weights[n]) for n in alike(spec)}
+    return weights, torch.randn(batch, 48, 2, width, generator=generator)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("width", [64, 192])
+@pytest.mark.parametrize("name", ["rung0", "rung2", "rung6"])
+def test_reads_in_bfloat16_are_as_near_to_the_definition_as_is_said(name, width, batch):
+    spec = SPECS[name]
+    weights, q = drawn_weights(spec, batch, width)
+    held = rounded(spec, weights)
+    assert {x.dtype for x in held.values()} == {torch.bfloat16}
+    assert {n: len(x) for n, x in held.items()} == {n: 1 if n in alike(spec) else batch for n in weights}
+    assert bool(alike(spec)) == (name == "rung2")
+    exact = read(spec, {n: x.double() for n, x in weights.items()}, q.double(), q.double())
+    for dtype in (torch.float32, torch.bfloat16):
+        found = read_rounded(spec, held, q.to(dtype), q.to(dtype))
+        assert found.dtype == dtype
+        wrong = (found.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+        assert wrong.mean() < (ERROR if spec.network.hidden_layers else ERROR / 2)
+        assert wrong.max() < 2 * ERROR
+        # and no nearer than rounding lets it be
+        assert wrong.mean() > ERROR / 8
+
+
+@pytest.mark.parametrize("name", ["rung0", "rung2", "rung6", "key"])
+def test_only_single_tokens_without_gradients_are_read_in_bfloat16_and_states_stay_as_they_are(name):
+    spec = SPECS[name]
+    o = operands(spec, tokens=40, dtype=torch.float32)
+    start = PendingState.of(started(spec, [13] * o.q.shape[0], o))
+    caches, before = {False: start, True: start}, None
+    with torch.no_grad():
+        for at in range(13, 18):
+            part, found = o.span(at, at + 1), {}
+            for rounds, held in caches.items():
+                step = held.read(spec, part.q, made(part), WRITER, rounds) or held.complete(
+                    spec, part.q, made(part), WRITER, rounds
+                )
+                found[rounds], caches[rounds] = step
+            assert not torch.equal(found[True], found[False])
+            assert error(found[True], found[False]) < 0.03
+            settled = [held.settled() for held in caches.values()]
+            assert all(torch.equal(x, settled[1].tensors[n]) for n, x in settled[0].tensors.items())
+            # rounded once for each chunk
+            if at in (14, 17):
+                assert caches[True].rounded is before
+            before = caches[True].rounded
+            assert (before is None) == (at == 15)
+        two = o.span(18, 20)
+        pair = [start.read(spec, two.q, made(two), WRITER, rounds)[0] for rounds in (True, False)]
+        assert torch.equal(*pair)
+    one = o.span(18, 19)
+    pair = [start.read(spec, one.q, made(one), WRITER, rounds)[0] for rounds in (True, False)]
+    assert torch.equal(*pair)

@@ -491,7 +491,7 @@ def test_bad_input_after_a_good_call_is_refused_as_ever():
     if DEVICE == "cpu":
         refused("finite", **{"weights.out": nothing})
     refused("momentum", momentum=None)
-    refused("momentum", TypeError, momentum=0.5)
+    refused("momentum", TypeError, momentum="0.5")
     refused("retention", retention=given["momentum"])
     refused("lr must be a number", TypeError, lr=True)
     refused("lr must be finite", lr=float("nan"))
@@ -880,6 +880,7 @@ CHANGES = {
     "a number": lambda given: given | {"lr": 1.0},
     "no number": lambda given: given | {"lr": float("nan")},
     "a truth": lambda given: given | {"lr": True},
+    "a number for a gate": lambda given: given | {"retention": 0.5},
     "rates by name": lambda given: given | {"lr": {"out": given["lr"]}},
     "no gate": lambda given: {name: x for name, x in given.items() if name != "retention"},
     "another gate": lambda given: {("momentum" if n == "retention" else n): x for n, x in given.items()},

@@ -3,6 +3,7 @@ import torch
 
 import kvbind
 from kvbind import InnerLoop, Linear, SwiGLU, systems
+from kvbind.forms.on_kernels.planned import key_of
 from kvbind.forms.validation import check_cu_seqlens
 from strategies import operands
 
@@ -50,13 +51,17 @@ CASES = [
     (
         LACT,
         put(momentum=lambda a: None),
-        "momentum must be a tensor .B, T, H., as the inner loop has momentum=True; got None",
+        "momentum must be a number or a tensor .B, T, H., as the inner loop has momentum=True; got None",
     ),
     (PLAIN, put(momentum=lambda a: torch.ones(2, 6, 2)), "momentum must be None, as the inner loop has momentum=False"),
     (PLAIN, put(retention=lambda a: torch.ones(2, 6, 2)), "retention must be None"),
-    (PLAIN.replace(retention=True), put(retention=lambda a: None), "retention must be a tensor"),
+    (PLAIN.replace(retention=True), put(retention=lambda a: None), "retention must be a number or a tensor"),
     (LACT, put(momentum=lambda a: a["momentum"][:, :5]), "momentum must be .B, T, H. = .2, 6, 2.; got shape .2, 5, 2."),
-    (LACT, put(momentum=lambda a: 0.9), "momentum must be a tensor .B, T, H.; got float"),
+    (LACT, put(momentum=lambda a: "0.9"), "momentum must be a number or a tensor .B, T, H.; got str"),
+    (LACT, put(momentum=lambda a: True), "momentum must be a number or a tensor .B, T, H.; got bool"),
+    (LACT, put(momentum=lambda a: float("inf")), "momentum must be finite in torch.float64; got inf"),
+    (LACT, put(momentum=lambda a: 10**400), "momentum must be finite in torch.float64"),
+    (systems.comba(), put(erase=lambda a: 0.5), "erase must be a tensor .B, T, H, Dk.; got float"),
     (LACT, put(lr=lambda a: torch.ones(2, 6)), "lr must be .B, T, H."),
     (LACT, put(lr=lambda a: torch.ones(2, 6, 2, dtype=torch.long)), "lr must be floating-point"),
     (LACT, put(lr=lambda a: float("nan")), "lr must be finite in torch.float64; got nan"),
@@ -153,3 +158,38 @@ def test_tensors_on_another_device_are_refused():
         call(LACT, put(k=lambda a: a["k"].to("meta")))
     with pytest.raises(ValueError, match=r"must be on q's device, cpu; weights\.gate is on meta"):
         call(LACT, put(weights=lambda a: {name: x.to("meta") for name, x in a["weights"].items()}))
+
+
+GATED = {
+    name: spec
+    for name, spec in {name: make() for name, make in systems.SYSTEMS.items()}.items()
+    if any(gate.writes != "itself" for gate in spec.gates.values())
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_a_number_is_the_gate_of_all_tokens_and_heads(name):
+    spec = GATED[name]
+    o = operands(spec, value_width=3)
+    rest = {"lr": torch.rand(2, 7 * spec.writes, 2, dtype=torch.float64) if spec.token_lr else 0.2}
+    rest |= {gate: o.options[gate] for gate, declared in spec.gates.items() if declared.writes == "itself"}
+    numbers = {gate: 0.25 + 0.25 * i for i, gate in enumerate(gate for gate in spec.gates if gate not in rest)}
+    tensors = {gate: torch.full_like(o.options[gate], number) for gate, number in numbers.items()}
+    scalars = {gate: torch.tensor(number) for gate, number in numbers.items()}
+    expected, state = kvbind.ttt(spec, dict(o.weights), o.q, o.k, o.v, **rest, **tensors)
+    loss = kvbind.inner_loss(spec, dict(o.weights), o.k, o.v, **rest, **tensors)
+    for gates in (numbers, scalars):
+        y, after = kvbind.ttt(spec, dict(o.weights), o.q, o.k, o.v, **rest, **gates)
+        assert torch.equal(y, expected)
+        assert all(torch.equal(x, state.tensors[key]) for key, x in after.tensors.items())
+        assert torch.equal(kvbind.inner_loss(spec, dict(o.weights), o.k, o.v, **rest, **gates), loss)
+    z = kvbind.linearize(spec, dict(o.weights), o.q, o.k, o.v, **rest, **numbers).output()
+    assert torch.allclose(z, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_calls_with_gates_that_are_numbers_have_no_plan():
+    spec, tensor = PLAIN.replace(momentum=True), torch.full((2, 6, 2), 0.5)
+    x, weights = torch.zeros(2, 6, 2, 3), {"out": torch.zeros(2, 3, 3)}
+    keys = [key_of(spec, weights, x, x, x, 1.0, {"momentum": gate}, "auto") for gate in (tensor, 0.5, tensor[0, 0, 0])]
+    assert keys[0] is not None
+    assert keys[1:] == [None, None]

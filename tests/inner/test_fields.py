@@ -1,6 +1,7 @@
 """What fields exclude each other, how they are written, and how values that mean the same are one value."""
 
 import json
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -128,8 +129,14 @@ def test_a_gate_may_be_given_as_its_logarithm():
     assert torch.equal(y, z)
     with pytest.raises(ValueError, match="log_retention must be None beside retention"):
         kvbind.ttt(spec, weights, q, k, v, lr=0.1, retention=logs.exp(), log_retention=logs)
-    with pytest.raises(TypeError, match="log_retention must be a floating-point tensor; got float"):
-        kvbind.ttt(spec, weights, q, k, v, lr=0.1, log_retention=-0.5)
+    y, _ = kvbind.ttt(spec, weights, q, k, v, lr=0.1, retention=math.exp(-0.5))
+    z, _ = kvbind.ttt(spec, weights, q, k, v, lr=0.1, log_retention=-0.5)
+    assert torch.equal(y, z)
+    with pytest.raises(TypeError, match="log_retention must be a number or a floating-point tensor; got str"):
+        kvbind.ttt(spec, weights, q, k, v, lr=0.1, log_retention="-0.5")
+    for log in (0.1, float("nan"), 1e4):
+        with pytest.raises(ValueError, match="log_retention must be at most 0, as a retention is at most 1; got"):
+            kvbind.ttt(spec, weights, q, k, v, lr=0.1, log_retention=log)
     with pytest.raises(ValueError, match="retention must be None, as the inner loop has retention=False"):
         kvbind.ttt(TOKEN, weights, q, k, v, lr=0.1, log_retention=logs)
 

@@ -33,7 +33,9 @@ def cuda(monkeypatch):
 
     fake = SimpleNamespace(
         CUDAGraph=Graph,
-        Event=lambda: SimpleNamespace(record=lambda stream: state.log.append("recorded")),
+        Event=lambda: SimpleNamespace(
+            record=lambda stream: state.log.append("recorded"), synchronize=lambda: state.log.append("finished")
+        ),
         Stream=object,
         current_stream=lambda: SimpleNamespace(wait_event=lambda event: state.log.append("waited")),
         device=lambda _: contextlib.nullcontext(),
@@ -89,8 +91,11 @@ def test_keys_have_graphs_of_their_own_and_the_oldest_goes(cuda):
         steps[key] = use(cuda, key)
         assert use(cuda, 0) is steps[0]
     assert use(cuda, cuda_graphs.CAPACITY) is steps[cuda_graphs.CAPACITY]
+    assert cuda.log.count("finished") == 1
     assert use(cuda, 1) is not steps[1]
     assert cuda.log.count("captured") == cuda_graphs.CAPACITY + 2
+    # what is dropped may be at work on another stream
+    assert cuda.log.count("finished") == 2
 
 
 @pytest.mark.parametrize("why", ["switched off", "inside another capture", "not CUDA"])

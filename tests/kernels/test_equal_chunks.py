@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kvbind.kernels.common import operands
 from kvbind.kernels.common.devices import has_triton, interpreted
 from kvbind.kernels.common.operands import laid_out, zeros
 from kvbind.kernels.launching.warm_up import warming_up
@@ -210,6 +211,26 @@ def test_plans_share_zeros_and_hold_nothing_that_grows_with_a_model():
             assert sum(x.numel() for x in tensors) < 64
     assert not plans[0].no_velocity.any()
     assert not zeros(given["q"].device, 2 * 16 * 16).any()
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_zeros_that_are_shared_are_there_for_every_stream(monkeypatch, capturing):
+    waited = []
+    cuda = SimpleNamespace(
+        is_current_stream_capturing=lambda: capturing,
+        current_stream=lambda device: SimpleNamespace(synchronize=lambda: waited.append(device)),
+    )
+    stand_in = SimpleNamespace(
+        cuda=cuda, inference_mode=torch.inference_mode, full=lambda shape, value, device: torch.full(shape, value)
+    )
+    monkeypatch.setattr(operands, "torch", stand_in)
+    monkeypatch.setattr(operands, "_shared", {})
+    device = torch.device("cuda", 0)
+    first = zeros(device, 3)
+    # a graph fills its memory when it is replayed, which may be never
+    assert (zeros(device, 3) is first) is not capturing
+    assert waited == ([] if capturing else [device])
+    assert zeros(device, 4) is not first
 
 
 def test_saved_tensors_of_other_strides_are_brought_back_to_theirs():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
@@ -14,7 +15,8 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
 import kvbind
 from kvbind import InnerLoop, Linear, NewtonSchulz, SwiGLU
 from kvbind.kernels.launching import cuda_graphs
-from kvbind.kernels.recurrent import update_rule, workspace
+from kvbind.kernels.launching.launcher import Launcher
+from kvbind.kernels.recurrent import operator, update_rule, workspace
 from kvbind.kernels.recurrent.operator import covers, recurrent_swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -250,6 +252,51 @@ def test_operands_that_do_not_fit_are_named(change, message):
     o |= {name: None if shape is None else torch.zeros(shape, device=DEVICE) for name, shape in change.items()}
     with pytest.raises(ValueError, match=message):
         fused(spec, o)
+
+
+def kinds_of(launches):
+    """By what Triton compiles a kernel of its own for each of some launches."""
+
+    def kind(x):
+        if isinstance(x, torch.Tensor):
+            return x.dtype, x.data_ptr() % 16 == 0
+        return (x == 1, x % 16 == 0, x >= 2**31) if isinstance(x, int) else type(x)
+
+    return {
+        (launcher.kernel.fn.__name__, *map(kind, args), *sorted(constants.items(), key=str))
+        for launcher, args, constants in launches
+    }
+
+
+@pytest.mark.parametrize("layout", ["tokens", "heads", "slices"])
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 3), (2, 2)])
+def test_chunks_where_they_lie_are_updated_by_the_kernels_of_graphs(monkeypatch, batch, heads, layout):
+    spec = SPECS["full LaCT"].replace(retention=True)
+    o = operands(spec, batch=batch, heads=heads)
+    if layout == "heads":
+        o |= {name: o[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("q", "k", "v")}
+    elif layout == "slices":
+        o |= {name: torch.cat((o[name], o[name][..., :4]), -1)[..., :-4] for name in ("q", "k", "v")}
+    launches, launch = [], Launcher.launch
+
+    def noted(self, grid, *args, **constants):
+        launches.append((self, args, constants))
+        launch(self, grid, *args, **constants)
+
+    monkeypatch.setattr(Launcher, "launch", noted)
+    expected, here = fused(spec, o), kinds_of(launches)
+    launches.clear()
+    # a graph replays a step's run
+    monkeypatch.setattr(operator._CallOperands, "repeated", copied)
+    found = fused(spec, o)
+    assert here == kinds_of(launches)
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+
+
+@contextlib.contextmanager
+def copied(call, make):
+    step = make(call.workspace, *call.flags)
+    yield step, lambda: step.run()
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="graphs are CUDA's")

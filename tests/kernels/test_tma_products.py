@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,6 +139,16 @@ def test_features_and_their_gradients(activation, factors, sets, rated):
         assert sums.isnan().all()
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_features_of_what_is_no_number_are_none(activation):
+    x, theta = tokens(1, 64, 1, 16), Theta(1, 1, 64, activation)
+    x[0, 5] = torch.nan
+    y = torch.zeros(1, 64, 1, 64, dtype=x.dtype, device=DEVICE)
+    products.features(TokenRows.of(x), theta, LIKE)(STREAM, x, randn(1, 16, 64), y, LIKE)
+    assert y[0, 5].isnan().all()
+    assert y.isnan().sum() == 64
+
+
 @pytest.mark.parametrize(("batch", "length", "heads"), [(1, 16, 1), (3, 65, 1), (1, 1, 5)])
 def test_every_token_is_rated(batch, length, heads):
     x = tokens(batch, length, heads, 48, "heads")
@@ -146,6 +157,16 @@ def test_every_token_is_rated(batch, length, heads):
     products.rated(TokenRows.of(x), rates.stride(), TokenRows.of(y[:batch]))(STREAM, x, rates, y)
     close(y[:batch], x.double() * rates.double()[..., None])
     assert y[batch:].isnan().all()
+
+
+def test_heads_may_lie_further_apart_than_32_bits_count():
+    x, rates = tokens(1, 2, 3, 16), torch.rand(1, 2, 3, device=DEVICE)
+    apart, room = (1, 16, 2**30, 1), 2**31 + 32
+    # memory that is for the most part never touched
+    memory = torch.empty(room, dtype=x.dtype, device=DEVICE) if x.is_cuda else torch.from_numpy(np.empty(room, np.float16))
+    far, y = memory.as_strided(x.shape, apart).copy_(x), unwritten(*x.shape)
+    products.rated(TokenRows.of(far), rates.stride(), TokenRows.of(y))(STREAM, far, rates, y)
+    close(y, x.double() * rates.double()[..., None])
 
 
 @pytest.mark.parametrize("last", [None, True, False])

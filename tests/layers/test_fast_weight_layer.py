@@ -419,6 +419,9 @@ def built(inner, **fields):
     ("make", "error", "message"),
     [
         (projected(rate=PerHead()), TypeError, "rate must be one of Sigmoid, Softplus, Constant; got PerHead"),
+        (projected(retention=0.9), TypeError, r"Constant; got 0.9 \(Constant\(0.9\) is that for all tokens and heads\)"),
+        (projected(removal=0.9), TypeError, "removal must be one of Sigmoid; got 0.9$"),
+        (projected(retention=Constant(1.5)), ValueError, "retention must not exceed 1"),
         (projected(write_gate=Step()), ValueError, "takes its step from a retention that is a Decay"),
         (projected(retention=Sigmoid(scale=2.0)), ValueError, "retention must not exceed 1"),
         (projected(tied=True), ValueError, "tied needs a convolution on both"),

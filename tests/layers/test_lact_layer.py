@@ -314,3 +314,44 @@ def test_one_more_token_of_a_state_takes_few_operators():
     assert not {"aten::softplus", "aten::sigmoid", "aten::arange", "aten::clone"} & set(seen.names)
     assert after.fast.pending_lengths == (10, 10)
     assert after.seen == (42, 42)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("window", "apart"), [(8, True), (11, True), (7, False)])
+def test_a_window_as_long_as_a_chunk_has_the_values_of_pending_tokens(window, apart, dtype, monkeypatch):
+    one = LactLayer(32, 4, 2, kvbind.systems.lact_llm(chunk=8), window, low_rank=4).to(dtype)
+    x, more = torch.randn(3, 21, 32, dtype=dtype), torch.randn(3, 30, 32, dtype=dtype)
+
+    def run():
+        """States behind a prompt whose rows have 21, 6 and 16 tokens, behind single tokens, and behind a piece."""
+        with torch.no_grad():
+            _, state = one(x, Layout(torch.arange(21)[None], lengths=(21, 6, 16)), return_state=True)
+            states = [state]
+            for part in more.split([1] * 13 + [17], 1):
+                y, state = one(part, state=state, return_state=True)
+                states.append(state)
+        return y, [*states, state.select(torch.tensor([2, 0, 0]))]
+
+    output, states = run()
+    assert {state.values is not None for state in states} == {apart}
+    assert {"pending.v" in state.held.tensors for state in states} == {not apart}
+    monkeypatch.setattr(LactLayer, "pending_values", None)
+    expected, others = run()
+    assert torch.equal(output, expected)
+    for found, other in zip(states, others, strict=True):
+        found.fast.check()
+        assert found.fast.pending_lengths == other.fast.pending_lengths
+        assert list(found.fast.tensors) == list(other.fast.tensors)
+        for name, y in found.fast.tensors.items():
+            assert torch.equal(y, other.fast.tensors[name]), name
+        values = other.fast.tensors["pending.v"]
+        saved = sum(y.nbytes for y in other.tensors()) - sum(y.nbytes for y in found.tensors())
+        assert saved == (values.nbytes if apart else 0)
+
+
+def test_a_state_keeps_no_more_memory_than_it_has_numbers_for():
+    one = LactLayer(32, 4, 2, kvbind.systems.ladder(kvbind.systems.lact_llm(chunk=8))["rung2"], 8, low_rank=4)
+    with torch.no_grad():
+        _, state = one(torch.randn(2, 45, 32), return_state=True)
+    storages = {y.untyped_storage().data_ptr(): y.untyped_storage().nbytes() for y in state.tensors()}
+    assert sum(storages.values()) <= sum(y.numel() * y.element_size() for y in state.tensors())

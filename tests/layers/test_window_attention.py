@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,6 +215,29 @@ def test_prompts_are_read_by_flash_attention_where_rows_are_as_long(ahead, held,
         got = window_attention(q, k, v, 7, ahead=ahead, held=held)
     torch.testing.assert_close(got, expected)
     assert len(calls) == (held != (2, 5))
+
+
+@pytest.mark.parametrize(
+    ("layout", "taken"),
+    [
+        ({}, True),
+        ({"stride": (16, 1, 16, 1)}, True),
+        ({"stride": (1, 1, 24, 1)}, True),
+        ({"stride": (160, 80, 20, 1)}, False),
+        ({"stride": (512, 256, 1, 16)}, False),
+        ({"data_ptr": 264}, False),
+        ({"dtype": torch.float32}, False),
+    ],
+)
+def test_flash_attention_reads_rows_in_vectors(layout, taken, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+
+    def stand_in(stride=(512, 256, 16, 1), data_ptr=256, dtype=torch.bfloat16):
+        known = {"shape": (1, 1, 16, 16), "is_cuda": True, "device": 0, "dtype": dtype}
+        return SimpleNamespace(**known, stride=lambda: stride, data_ptr=lambda: data_ptr)
+
+    assert is_for_flash(stand_in(), stand_in(**layout), stand_in()) is taken
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="it is for CUDA")

@@ -185,7 +185,7 @@ def test_a_layer_in_a_model_of_ones_own_reads_sequences_from_their_start():
         close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)), atol=1e-8)
     with pytest.raises(RuntimeError, match=r"from_start"):
         mlp(x)
-    with pytest.raises(ValueError, match=r"x must be \[B, T, 16\]; got \[33, 16\]"):
+    with pytest.raises(ValueError, match=r"x must be \[B, T, 16\] with at least one sequence; got shape \[33, 16\]"):
         mlp.from_start(torch.zeros(33, 16, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"source must have the shape of x"):
         mlp.from_start(x, source[:, 1:])
@@ -745,7 +745,7 @@ def test_calls_that_do_not_fit_are_refused():
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match=r"input_ids must be \[B, T\]; got shape \[4\]"):
+    with pytest.raises(ValueError, match=r"input_ids must be \[B, T\] with at least one sequence; got shape \[4\]"):
         model(ids[0])
     with pytest.raises(ValueError, match="attention_mask must be"):
         model(ids, attention_mask=torch.ones(2, 1, 4, 4))

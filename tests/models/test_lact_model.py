@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from checkpointing import enable_checkpointing
 from kvbind import MLP, InnerLoop, Linear
 from kvbind.models import PRESETS, LactCache, LactConfig, LactForCausalLM, LactModel
 from kvbind.models.lact import loss
+from kvbind.models.lact.blocks import LactBlock
 from kvbind.models.lact.loss import linear_cross_entropy
 from kvbind.sequence.boundaries import Boundaries, with_room
 
@@ -371,6 +373,21 @@ def test_configuration_holds_the_inner_loop_as_plain_data(tmp_path):
     assert config.inner == InnerLoop(network=Linear(), chunk=4)
 
 
+def test_what_decoding_reads_is_a_field_of_the_configuration(tmp_path):
+    model = small_model()
+    assert model.config.decode_dtype is None
+    model.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, decode_dtype="bfloat16")
+    assert {layer.attn.decode_dtype for layer in model.model.layers} == {"bfloat16"}
+    model.save_pretrained(tmp_path)
+    assert LactConfig.from_pretrained(tmp_path).decode_dtype == "bfloat16"
+    with pytest.raises(ValueError, match=r"decode_dtype must be one of 'bfloat16'; got 'float16'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, decode_dtype="float16")
+    for fields in ({"fast_weights": False}, {"projections": "gla"}):
+        with pytest.raises(ValueError, match="decode_dtype must be None but for fast weights beside attention"):
+            small_config(decode_dtype="bfloat16", **fields)
+
+
 def test_a_saved_model_loads_with_another_inner_loop(tmp_path):
     small_model().save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, inner=LADDER["rung0"].replace(steps=2), ttt_form="recurrent")
@@ -421,6 +438,18 @@ def test_the_760m_preset_is_the_papers():
     assert (config.hidden_size, config.num_hidden_layers, config.num_attn_heads, config.num_lact_heads) == (1536, 24, 24, 4)
     assert (config.window_size, config.inner.chunk, config.w0_w2_low_rank) == (2048, 2048, 32)
     assert (config.base_lr, config.vocab_size, config.rope_theta, config.mlp_width) == (1e-3, 32000, 1e6, 4096)
+
+
+def test_a_cache_of_the_760m_preset_has_the_size_that_the_documentation_says():
+    preset, found = PRESETS["760m"], []
+    for rung in ("rung0", "rung2"):
+        inner = kvbind.systems.ladder(preset["inner"])[rung]
+        with torch.device("meta"), torch.no_grad():
+            layer = LactBlock(LactConfig(**{**preset, "inner": inner})).attn.bfloat16()
+            _, state = layer(torch.empty(1, 5000, layer.hidden_size, dtype=torch.bfloat16), return_state=True)
+        found.append(round(preset["num_hidden_layers"] * sum(x.nbytes for x in state.tensors()) / 2**20))
+    page = (Path(__file__).parents[2] / "docs" / "language-model.md").read_text()
+    assert "takes {} MiB in bfloat16 at rung 0 and {} at rung 2".format(*found) in page
 
 
 @pytest.mark.parametrize("rung", ["rung0", "rung2"])

@@ -222,7 +222,8 @@ BAD_VIEWS = {
     "bytes": (swap(0, lambda image: (image * 255).byte()), TypeError, r"image must be floating-point.*torch.uint8"),
     "values to 255": (swap(0, lambda image: image * 255), ValueError, r"image must be RGB in \[0, 1\]; got values from"),
     "NaN": (swap(0, lambda image: image * float("nan")), ValueError, r"image must be RGB in \[0, 1\]"),
-    "no views": (swap(0, lambda image: image[:, :0]), ValueError, "image must have at least one view"),
+    "no views": (swap(0, lambda image: image[:, :0]), ValueError, "image must have at least one scene and one view"),
+    "no scenes": (swap(0, lambda image: image[:0]), ValueError, "image must have at least one scene and one view"),
     "an alpha channel": (swap(0, lambda image: image[:, :, [0, 1, 2, 2]]), ValueError, r"image must be \[B, V, 3, h, w\]"),
     "one image": (
         swap(0, lambda image: image[0, 0]),

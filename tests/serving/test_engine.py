@@ -90,6 +90,21 @@ def test_greedy_tokens_are_those_of_generate(name, tmp_path):
         torch.testing.assert_close(logits, alone, rtol=0, atol=far)
 
 
+def test_fast_weights_may_be_read_in_bfloat16(tmp_path):
+    model = saved(tmp_path, "rung2", decode_dtype="bfloat16")
+    llm = engine(tmp_path)
+    poison(llm)
+    prompts = [prompt(n, seed=n) for n in (5, CHUNK, 2 * CHUNK + 3, 75)]
+    outputs = ask(llm, prompts, greedy(3 * CHUNK, logprobs=VOCAB))
+    for asked, output in zip(prompts, outputs, strict=True):
+        logits = torch.tensor([[step[i].logprob for i in range(VOCAB)] for step in output.outputs[0].logprobs])
+        # the first comes of the prompt, which is read as ever
+        exact = forced(model, asked, said(output))
+        torch.testing.assert_close(logits[:1], exact[:1], rtol=0, atol=1e-4)
+        assert not torch.allclose(logits[1:], exact[1:], rtol=0, atol=1e-4)
+        assert ((logits - exact).norm(dim=-1) / exact.norm(dim=-1)).max() < 0.05
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("served")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import published
+from kvbind.forms.halves import split
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.gates import given_gates
 from kvbind.inner.projections import Projections
@@ -18,6 +19,7 @@ from kvbind.models.lact.blocks import LactBlock
 from kvbind.serving.states import Pages, Pool, StateLayout
 from kvbind.serving.steps import Decoding, Pieces, PieceTails, Preparation, ServedStep, StepPlan, advance
 from models.lact_small import LADDER, exact, small_config
+from strategies import error
 
 CHUNK, PAGE = 5, 4
 
@@ -65,17 +67,18 @@ def layer_of(name):
 class Engine:
     """A paged engine in few lines: slots and pages are handed out, taken back and handed out again with what was in them."""
 
-    def __init__(self, name):
+    def __init__(self, name, dtype=torch.float64, rounds=False):
         torch.manual_seed(0)
-        self.layer = layer_of(name).double()
+        self.layer, self.dtype = layer_of(name).to(dtype), dtype
         with torch.device("meta"):
             self.layout = StateLayout.of(layer_of(name))
         self.start = {name: x.detach() for name, x in self.layer.start_weights().items()}
         # what is left in a slot or on a page must not matter
-        rows = torch.full((4, self.layout.size), torch.nan, dtype=torch.float64)
-        self.pool = Pool(self.layout, rows, self.start)
+        rows = torch.full((4, self.layout.size), torch.nan, dtype=dtype)
+        rounded = {n: split(x)[0] for n, x in self.start.items()} if rounds else None
+        self.pool = Pool(self.layout, rows, self.start, rounded_start=rounded)
         width = sum(self.layout.widths)
-        self.cells = torch.full((64, self.layout.heads, PAGE, width), torch.nan, dtype=torch.float64)
+        self.cells = torch.full((64, self.layout.heads, PAGE, width), torch.nan, dtype=dtype)
         self.free, self.held = list(range(64)), {}
 
     def drawn(self, length, seed):
@@ -88,7 +91,7 @@ class Engine:
 
     def input(self, length, seed):
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(1, length, self.layer.hidden_size, generator=generator, dtype=torch.float64)
+        return torch.randn(1, length, self.layer.hidden_size, generator=generator, dtype=torch.float64).to(self.dtype)
 
     def cut(self, made, start, stop):
         """Some of a sequence's tokens."""
@@ -224,6 +227,28 @@ def test_a_slot_and_pages_of_an_earlier_sequence_leave_no_trace(name):
         got = [engine.step({seed: engine.cut(made, a, b)})[0] for a, b in pairwise(pieces)]
         torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=0, atol=1e-9)
         assert engine.end(seed) == 0
+
+
+@pytest.mark.parametrize("name", ["rung0", "rung2", "rung6", "prenorm"])
+def test_single_tokens_may_be_read_in_bfloat16_of_states_that_stay_as_they_are(name):
+    engines = [Engine(name, torch.float32, rounds) for rounds in (False, True)]
+    lengths = (3 * CHUNK + 2, CHUNK, 2 * CHUNK + 1)
+    found = []
+    for engine in engines:
+        drawn = [engine.drawn(length, seed)[0] for seed, length in enumerate(lengths)]
+        # some tokens at once, and then one by one
+        outputs = engine.step({i: engine.cut(made, 0, 3) for i, made in enumerate(drawn)})
+        for at in range(3, max(lengths)):
+            now = {i: engine.cut(made, at, at + 1) for i, made in enumerate(drawn) if at < lengths[i]}
+            outputs += engine.step(now)
+        found.append(outputs)
+    assert all(map(torch.equal, found[0][:3], found[1][:3]))
+    for as_it_is, rounded in zip(found[0][3:], found[1][3:], strict=True):
+        assert not torch.equal(as_it_is, rounded)
+        assert error(rounded, as_it_is) < 0.03
+    plain, halved = (engine.pool for engine in engines)
+    assert not torch.equal(plain.rows[:3], halved.rows[:3])
+    torch.testing.assert_close(halved.whole(halved.rows[:3]), plain.rows[:3], rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_layout_of_one_rank_of_two_has_half_of_the_numbers():

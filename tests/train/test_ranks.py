@@ -22,7 +22,7 @@ def words(store, count):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join()
     return [found[i] for i in range(count)]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from kvbind.screen import GAP, Screen, column_groups
+from kvbind.screen import GAP, Screen, column_groups, progress_screen
 
 if TYPE_CHECKING:
     from kvbind.bench.tables.grid import Grid
@@ -17,16 +17,19 @@ if TYPE_CHECKING:
 console = Screen()
 
 
-def write_growing(records: Iterable[dict[str, Any]], out: Path | None, every: int = 0) -> dict[str, Any]:
-    """Write a record as it grows, say how far it is each time after `every` rows (0 for never), and give it whole."""
+def write_growing(records: Iterable[dict[str, Any]], out: Path | None) -> dict[str, Any]:
+    """Write a record as it grows, say how far it is, and give it whole."""
     from kvbind.bench.harness.record import save
+    from kvbind.train.bars import progress_bars
 
-    record: dict[str, Any] = {}
-    for record in records:
-        save(out, record)
-        done = len(record["rows"])
-        if every and done and (done % every == 0 or done == record["planned"]):
-            console.print(f"{done} of {record['planned']}")
+    each = iter(records)
+    record = next(each)
+    save(out, record)
+    with progress_bars(progress_screen(console), unit="row") as add:
+        watch = add("measuring", record["planned"])
+        for record in each:
+            save(out, record)
+            watch(len(record["rows"]), "")
     return record
 
 

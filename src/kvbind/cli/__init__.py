@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
@@ -18,7 +19,7 @@ from kvbind.bench.app import app as bench
 from kvbind.cli import commands, output
 from kvbind.commands import add_commands
 from kvbind.interrupt import CODE, say_interrupted
-from kvbind.screen import LogLines, Screen
+from kvbind.screen import LogLines, Screen, heard_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     traceback = "--traceback" in words
     try:
         check_utf8(words)
-        code = app([word for word in words if word != "--traceback"], prog_name="kvbind", standalone_mode=False)
+        words = [word for word in words if word != "--traceback"]
+        with contextlib.nullcontext() if os.environ.get("RANK", "0") != "0" else heard_of(named(words)):
+            code = app(words, prog_name="kvbind", standalone_mode=False)
     except USAGE as error:
         fail_usage(error)
     except (ValueError, TypeError, ImportError, OSError) as error:
@@ -70,6 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(code or 0)
 
 
+def named(words: Sequence[str]) -> str:
+    """A command's name, of its command line."""
+    return " ".join(["kvbind", *words[: 2 if words[:1] == ["bench"] else 1]])
+
+
 def check_utf8(words: Sequence[str]) -> None:
     """Raise `ValueError` for a word that is not UTF-8, as YAML, JSON and files of weights have no such names."""
     for word in words:
@@ -83,21 +91,31 @@ def fail_usage(error: Any) -> NoReturn:
     """Say in one line what is wrong with the command line, and leave. Without any word, the help is there already."""
     said = " ".join(error.format_message().replace("Value error, ", "").split())
     if said and type(error).__name__ != "NoArgsIsHelpError":
-        stderr = Screen(stderr=True)
-        stderr.print("error: ", style="bold red", end="")
         command = "kvbind" if error.ctx is None else error.ctx.command_path
-        stderr.print(f"{said[0].lower()}{said[1:].rstrip('.')} ({command} --help says what it takes)", soft_wrap=True)
+        say_error(f"{said[0].lower()}{said[1:].rstrip('.')} ({command} --help says what it takes)")
     sys.exit(error.exit_code)
 
 
 def fail(error: Exception, code: int) -> NoReturn:
     """Say what went wrong in one line, and leave; of what is no user's mistake also how to see where."""
-    stderr = Screen(stderr=True)
-    stderr.print("error: ", style="bold red", end="")
-    stderr.print(str(error), soft_wrap=True)
+    say_error(str(error))
     if code != USERS_MISTAKE:
-        stderr.print("(--traceback shows where)", style="dim")
+        say_error("(--traceback shows where)", "", "dim")
     sys.exit(code)
+
+
+def say_error(text: str, mark: str = "error: ", style: str | None = None) -> None:
+    """Write a line on stderr; where that cannot be written to, the exit code alone says it.
+
+    Args:
+        text: the line.
+        mark: what stands before it, in red.
+        style: of the text, by rich's name.
+    """
+    stderr = Screen(stderr=True)
+    with contextlib.suppress(OSError, SystemExit):  # rich ends the process where a pipe is closed
+        stderr.print(mark, style="bold red", end="")
+        stderr.print(text, style=style, soft_wrap=True)
 
 
 def show_version(wanted: bool) -> None:

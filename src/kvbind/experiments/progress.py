@@ -25,6 +25,7 @@ from rich.table import Table as TerminalTable
 from kvbind.experiments.training.jobs import TrainingJob, visible_gpus
 from kvbind.experiments.training.run_folders import CONFIG, RESULT, open_run, result_of
 from kvbind.provenance import machine
+from kvbind.screen import duration
 from kvbind.tasks.inner_loops import SOFTMAX, WINDOW
 from kvbind.train.checkpoint import checkpoints, step_of
 from kvbind.train.config import config_hash, what_matters
@@ -231,11 +232,11 @@ def show(title: str, jobs: Sequence[tuple[str, TrainingJob]], console: Console |
     unknown = sum(math.isnan(x.seconds) for x in found)
     if console is not None:
         table = TerminalTable(box=box.SIMPLE_HEAD, pad_edge=False)
-        for heading in ("run", "steps done", "of", "seconds left", ""):
+        for heading in ("run", "steps done", "of", "left", ""):
             table.add_column(heading, justify="left" if heading in ("run", "") else "right", no_wrap=True)
         for x in found:
-            seconds = "unknown" if math.isnan(x.seconds) else f"{x.seconds:,.0f}"
-            table.add_row(x.job.title, f"{x.done:,}", f"{x.steps:,}", seconds, x.basis)
+            left = "unknown" if math.isnan(x.seconds) else duration(x.seconds)
+            table.add_row(x.job.title, f"{x.done:,}", f"{x.steps:,}", left, x.basis)
         console.print(title, style="bold", markup=False)
         console.print(table)
         in_all = summary(known, unknown, len(found), any(on_gpu(x.job) for x in found))
@@ -263,8 +264,8 @@ def summary(known: float, unknown: int, runs: int, gpu: bool) -> str:
     if gpu:
         gpus = len(visible_gpus())
         return (
-            f"{known:,.0f} seconds of one GPU are left, {known / 600:,.1f} pieces of ten minutes"
-            + (f"; about {known / gpus:,.0f} seconds on the {gpus} that are here" if gpus > 1 else "")
+            f"{duration(known)} of one GPU are left, {known / 600:,.1f} pieces of ten minutes"
+            + (f"; about {duration(known / gpus)} on the {gpus} that are here" if gpus > 1 else "")
             + (f"; of {unknown} run(s) nothing is known" if unknown else "")
             + f". {aside}"
         )
@@ -272,7 +273,7 @@ def summary(known: float, unknown: int, runs: int, gpu: bool) -> str:
         left = f"what is left of {unknown} run(s)" if unknown < runs else "these runs"
         return f"No time is known for this processor: nothing on the scale of {left} was finished on it."
     others = f"; of {unknown} run(s) no time is known for this processor" if unknown else ""
-    return f"{known:,.0f} seconds of training are left, one run after another{others}. {aside}"
+    return f"{duration(known)} of training are left, one run after another{others}. {aside}"
 
 
 def plan_experiment(experiment: str, **options: Any) -> dict[str, Any]:

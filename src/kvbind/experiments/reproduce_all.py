@@ -29,6 +29,7 @@ from kvbind.experiments.training.jobs import VISIBLE, TrainingJob, visible_gpus
 from kvbind.experiments.training.plans import RunsPlan, plan_runs, report_folder
 from kvbind.experiments.training.runs import Fingerprints, Run
 from kvbind.experiments.training.workers import train_all
+from kvbind.screen import duration
 from kvbind.train.files import read_json
 
 THEOREMS = "theorems"
@@ -295,8 +296,8 @@ def conclude(out: Path, reports: Sequence[Report], results: dict[str, Any], requ
     said = [verdict["holds"] for entry in listed for verdict in entry["verdicts"]]
     request.say(
         f"{len(listed)} reports, {len(unfinished)} unfinished; of {len(said)} claims {said.count(True)} hold, "
-        f"{said.count(False)} do not, {said.count(None)} are not decided at this scale. {results['wall_seconds']:.0f} s; "
-        f"{out / 'all.json'} lists them"
+        f"{said.count(False)} do not, {said.count(None)} are not decided at this scale. "
+        f"{duration(results['wall_seconds'])}; {out / 'all.json'} lists them"
     )
     there = [one.folder for one in reports if one.title not in unfinished]
     if not there:

@@ -19,7 +19,7 @@ from kvbind.forms.parallel.form import masks_in_parallel
 from kvbind.forms.recurrent import Chunk, chunks, closed, seen_weights, write
 from kvbind.forms.sharded import sharded
 from kvbind.forms.state import State
-from kvbind.forms.validation import LearningRate, check_operands, check_shard
+from kvbind.forms.validation import LearningRate, PerToken, check_operands, check_shard
 from kvbind.inner.gates import given_gates
 from kvbind.inner.losses import loss_value
 from kvbind.inner.rule import set_off
@@ -37,12 +37,12 @@ def ttt(
     v: Tensor,
     *,
     lr: LearningRate = 1.0,
-    momentum: Tensor | None = None,
-    retention: Tensor | None = None,
-    log_retention: Tensor | None = None,
+    momentum: PerToken | None = None,
+    retention: PerToken | None = None,
+    log_retention: PerToken | None = None,
     erase: Tensor | None = None,
-    read_rate: Tensor | None = None,
-    step_rate: Tensor | None = None,
+    read_rate: PerToken | None = None,
+    step_rate: PerToken | None = None,
     state: State | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     update_tokens: slice | Tensor | None = None,
@@ -68,12 +68,13 @@ def ttt(
         k: keys `[B, T, H, Dk]`; with `spec.writes` n above 1 `[B, T n, H, Dk]`, those of a token side by side, and likewise
             values, rates and `erase`.
         v: values `[B, T, H, Dv]`.
-        lr: learning rate: a number, `[B, T, H]`, or a dict of these by updated matrix. Biases and a head's gamma take that
-            of their matrix unless they are named.
-        momentum: per-token gate `[B, T, H]`, averaged over each chunk; exactly when `spec.momentum`.
+        lr: learning rate: a number, which is that of all tokens and heads, `[B, T, H]`, or a dict of these by updated
+            matrix. Biases and a head's gamma take that of their matrix unless they are named.
+        momentum: per-token gate `[B, T, H]`, averaged over each chunk; exactly when `spec.momentum`. A gate may also be a
+            number, which is that of all tokens and heads.
         retention: per-token gate in (0, 1], `[B, T, H]`, or `[B, T, H, Dk]` per key channel, averaged over each chunk;
             exactly when `spec.retention`.
-        log_retention: its logarithm in its place, of the same shape.
+        log_retention: its logarithm in its place, of the same shape, or a number.
         erase: keys `[B, T, H, Dk]` at which residuals read; exactly when `spec.erase`.
         read_rate: per-token gate `[B, T, H]`; exactly when `spec.read_rate`.
         step_rate: per-token gate `[B, T, H]`, averaged over each chunk; exactly when `spec.step_rate`.
@@ -151,12 +152,12 @@ def inner_loss(
     v: Tensor,
     *,
     lr: LearningRate = 1.0,
-    momentum: Tensor | None = None,
-    retention: Tensor | None = None,
-    log_retention: Tensor | None = None,
+    momentum: PerToken | None = None,
+    retention: PerToken | None = None,
+    log_retention: PerToken | None = None,
     erase: Tensor | None = None,
-    step_rate: Tensor | None = None,
-    read_rate: Tensor | None = None,
+    step_rate: PerToken | None = None,
+    read_rate: PerToken | None = None,
     update_tokens: slice | Tensor | None = None,
     at: Literal["before", "after"] = "after",
 ) -> Tensor:
@@ -208,4 +209,6 @@ def inner_loss(
             loss = loss_value(spec.loss, spec.network.predict(at_weights, read.to(dtype)), tokens.v.to(dtype))
             losses.append(tokens.mean(loss))
             fast = closed(spec, after, tokens) if part.closes and spec.refresh != "call" else after
+    if not losses:
+        return k.new_zeros(k.shape[0], k.shape[2], 0, dtype=call.state.dtype)
     return torch.stack(losses, dim=-1)

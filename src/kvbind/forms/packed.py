@@ -26,7 +26,7 @@ from kvbind.forms.on_kernels.kernel_calls.recurrent import recurrent_chunks
 from kvbind.forms.parallel.form import SHORT_CHUNK
 from kvbind.forms.recurrent import write
 from kvbind.forms.tokens import Tokens, as_factor
-from kvbind.forms.validation import LearningRate, Operands, check_operands
+from kvbind.forms.validation import LearningRate, Operands, PerToken, check_operands
 from kvbind.inner.gates import decays, given_gates
 from kvbind.inner.network import gated
 from kvbind.inner.rule import FastWeights, rescale, shape_update
@@ -58,8 +58,8 @@ def packed(
     *,
     lr: LearningRate = 1.0,
     form: str = "auto",
-    log_retention: Tensor | None = None,
-    **gates: Tensor | None,
+    log_retention: PerToken | None = None,
+    **gates: PerToken | None,
 ) -> Tensor:
     """The outputs of `ttt` for documents packed into one row.
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvbind.forms.autocast import without_autocast
+from kvbind.forms.halves import split
 from kvbind.forms.on_kernels import dispatch
 from kvbind.forms.on_kernels.kernel_calls.recurrent import recurrent_chunks, run_recurrent
 from kvbind.forms.recurrent import chunk_update
@@ -29,6 +30,7 @@ from kvbind.forms.tokens import Tokens
 from kvbind.forms.validation import Operands
 from kvbind.inner.rule import FastWeights
 from kvbind.inner.spec import InnerLoop
+from kvbind.kernels.common.tracing import is_eager
 
 Made = Mapping[str, Tensor]
 
@@ -58,6 +60,7 @@ class PendingState:
         later: of each call what its writers are made of, tensors by name whose axis 1 is of tokens, "k" among them.
         count: how many tokens all calls had.
         make: makes writers of such tensors.
+        rounded: the fast weights as `rounded` has them, once a single token was read with them.
     """
 
     state: State
@@ -65,11 +68,16 @@ class PendingState:
     later: tuple[Made, ...] = ()
     count: int = 0
     make: TokenMaker | None = None
+    rounded: Mapping[str, Tensor] | None = None
 
     @staticmethod
     def of(state: State) -> PendingState:
         """No tokens behind a state."""
         return PendingState(state, state.weights)
+
+    def values_apart(self) -> PendingState:
+        """This without the values of tokens in their places, as `State.values_apart`."""
+        return replace(self, state=self.state.values_apart()) if "pending.v" in self.state.tensors else self
 
     def settled(self) -> State:
         """The state with all tokens in their places, as `ttt` would have returned it."""
@@ -78,7 +86,9 @@ class PendingState:
         joined = {name: torch.cat([made[name] for made in self.later], dim=1) for name in self.later[0]}
         return self.state.append(self.make.tokens(joined).map(lambda x: x.transpose(1, 2)))
 
-    def read(self, spec: InnerLoop, q: Tensor, made: Made, make: TokenMaker) -> tuple[Tensor, PendingState] | None:
+    def read(
+        self, spec: InnerLoop, q: Tensor, made: Made, make: TokenMaker, rounds: bool = False
+    ) -> tuple[Tensor, PendingState] | None:
         """Outputs at some queries, and what is then pending: what `ttt` says where only the last update is seen.
 
         Args:
@@ -86,13 +96,14 @@ class PendingState:
             q: queries `[B, T, H, Dk]`.
             made: what as many writers are made of; rates and gates are to be in the state's dtype.
             make: makes them.
+            rounds: single tokens are read in bfloat16 (`read_rounded`).
 
         Returns:
             Outputs `[B, T, H, Dv]` in q's dtype; None where a chunk is completed, tokens see more than the last update or
             there are none, which is for `ttt`.
         """
         if self.make is not None and not self.make.same_as(make):
-            return PendingState.of(self.settled()).read(spec, q, made, make)
+            return PendingState.of(self.settled()).read(spec, q, made, make, rounds)
         state, count = self.state, self.count + q.shape[1]
         if (
             spec.visibility != "past"
@@ -104,12 +115,21 @@ class PendingState:
             return None
         if not state.spec.same_as(spec) or max(state.pending_lengths) + count >= spec.room + 1:
             return None
-        held = self._in_one_piece()
-        output = read(spec, held.weights, q, made["k"])
-        after = PendingState(held.state, held.weights, (*self.later, made), count, make)
-        return output, after if count < MOST else PendingState.of(after.settled())
+        output, held = self._read(spec, q, made["k"], rounds)
+        after = replace(held, later=(*self.later, made), count=count, make=make)
+        return output, after if count < MOST else replace(PendingState.of(after.settled()), rounded=after.rounded)
 
-    def complete(self, spec: InnerLoop, q: Tensor, made: Made, make: TokenMaker) -> tuple[Tensor, PendingState] | None:
+    def _read(self, spec: InnerLoop, q: Tensor, k: Tensor, rounds: bool) -> tuple[Tensor, PendingState]:
+        """Outputs at some queries, and this with what reading them has made of the fast weights."""
+        if rounds and q.shape[1] == 1 and self.state.dtype == torch.float32 and not torch.is_grad_enabled():
+            made = rounded(spec, self.weights) if self.rounded is None else self.rounded
+            return read_rounded(spec, made, q, k), replace(self, rounded=made)
+        held = self._in_one_piece()
+        return read(spec, held.weights, q, k), held
+
+    def complete(
+        self, spec: InnerLoop, q: Tensor, made: Made, make: TokenMaker, rounds: bool = False
+    ) -> tuple[Tensor, PendingState] | None:
         """Outputs of one token of each sequence, which completes a chunk of some of them, and the state after it.
 
         Sequences are updated all at once where all of them have had equally many tokens of their chunk, and else one by
@@ -120,6 +140,7 @@ class PendingState:
             q: queries `[B, 1, H, Dk]`.
             made: as `read` takes it.
             make: makes tokens of it, as `read` takes it.
+            rounds: as `read` takes it.
 
         Returns:
             As `read`, outputs computed as those of tokens that complete no chunk; None where there are several
@@ -130,9 +151,9 @@ class PendingState:
             return None
         if (spec.room and not self.state.has_room) or "pending.mask" in self.state.tensors:
             return None
-        held = PendingState.of(self.settled())._in_one_piece()
-        state, lengths = held.state, held.state.pending_lengths
-        output = read(spec, held.weights, q, made["k"])
+        output, held = self._read(spec, q, made["k"], rounds)
+        state = PendingState.of(held.settled())._in_one_piece().state
+        lengths = state.pending_lengths
         new = make.tokens(made).map(lambda x: x.transpose(1, 2)).spread().tensors()
         together = len(set(lengths)) == 1
         parts = [slice(0, len(lengths))] if together else [slice(i, i + 1) for i in range(len(lengths))]
@@ -162,20 +183,23 @@ class PendingState:
         state = State(self.state.spec, tensors, self.state.pending_lengths)
         return replace(self, state=state, weights=state.weights)
 
-    def answer(self, spec: InnerLoop, q: Tensor, k: Tensor) -> Tensor | None:
+    def answer(self, spec: InnerLoop, q: Tensor, k: Tensor, rounds: bool = False) -> Tensor | None:
         """Outputs of one token of each sequence, which may complete a chunk: computed as those of tokens that do not.
 
         Args:
             spec: the inner loop.
             q: queries `[B, 1, H, Dk]`.
             k: keys, likewise.
+            rounds: as `read` takes it.
 
         Returns:
             `[B, 1, H, Dv]`; None where there are several tokens, or where they see more than the last update.
         """
         if q.shape[1] != 1 or spec.visibility != "past" or q.shape[0] != self.state.batch or "refresh" in spec.extensions:
             return None
-        return read(spec, self.weights, q, k) if self.state.spec.same_as(spec) else None
+        if not self.state.spec.same_as(spec):
+            return None
+        return self._read(spec, q, k, rounds)[0]
 
 
 def read(spec: InnerLoop, weights: Mapping[str, Tensor], q: Tensor, k: Tensor) -> Tensor:
@@ -183,6 +207,45 @@ def read(spec: InnerLoop, weights: Mapping[str, Tensor], q: Tensor, k: Tensor) -
     with without_autocast(q.device.type):
         asked = k if spec.query == "key" else q
         output = spec.network.apply(weights, asked.transpose(1, 2).to(weights["out"].dtype))
+    return output.transpose(1, 2).to(q.dtype)
+
+
+def rounded(spec: InnerLoop, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fast weights `[B, H, in, out]`, float32, in bfloat16; `[1, H, in, out]` where no update tells rows apart."""
+    same = {name for name in alike(spec) if name in weights and of_all_rows(weights[name])}
+    return {name: split((x[:1] if name in same else x).contiguous())[0] for name, x in weights.items()}
+
+
+def alike(spec: InnerLoop) -> tuple[str, ...]:
+    """The weights that no update changes, where these are all that the last layer reads and multiplies."""
+    network = spec.network
+    head = () if network.output_head is None else network.output_head.vectors
+    last = {"out", "out.bias", *head}
+    if not network.applies_itself or not last.issuperset(spec.updated):
+        return ()
+    return tuple(name for name in network.tensors if name not in last)
+
+
+def of_all_rows(x: Tensor) -> bool:
+    """Whether `x` `[B, ...]` has the same for every row."""
+    if x.shape[0] == 1 or x.stride(0) == 0:
+        return True
+    return is_eager() and bool((x == x[:1]).all())
+
+
+def read_rounded(spec: InnerLoop, weights: Mapping[str, Tensor], q: Tensor, k: Tensor) -> Tensor:
+    """What `read` says of fast weights in bfloat16, with products in bfloat16; those `[1, H, in, out]` are read once.
+
+    Relative to a head's output in float32 the error is some 2^-8: as much as rounding puts on each operand of a product.
+    """
+    network = spec.network
+    with without_autocast(q.device.type):
+        asked = (k if spec.query == "key" else q).transpose(1, 2).to(torch.bfloat16)
+        hidden = [weights[name] for name in alike(spec)]
+        if len(asked) == 1 or not hidden or any(x.shape[0] > 1 for x in hidden):
+            output = network.apply(weights, asked)
+        else:
+            output = network.apply_to_rows(weights, asked)
     return output.transpose(1, 2).to(q.dtype)
 
 

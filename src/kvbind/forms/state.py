@@ -66,6 +66,8 @@ class State:
             "pending.v" `[B, H, room, D]`, "pending.rates.M" and "pending.G" of each gate G `[B, H, room]`, and where some
             of the tokens do not write "pending.mask" `[B, 1, room]`.
         pending_lengths: how many of the pending places each sequence fills; the rest are zeros.
+
+    Inside a cache "pending.v" may be left out, where a layer holds the same values elsewhere (`values_apart`).
     """
 
     spec: InnerLoop
@@ -135,6 +137,33 @@ class State:
         """Whether this state holds places for pending tokens; the state before a sequence's first token does not."""
         return "pending.k" in self.tensors
 
+    def values_apart(self) -> State:
+        """This state without the values of its pending tokens, for who has them elsewhere; `with_values` puts them back."""
+        tensors = {name: x for name, x in self.tensors.items() if name != "pending.v"}
+        return State(self.spec, tensors, self.pending_lengths)
+
+    def with_values(self, v: Tensor) -> State:
+        """This state with values `[B, H, room, Dv]` of its pending tokens, zeros in places that are not filled."""
+        tensors = {}
+        for name, x in self.tensors.items():
+            tensors[name] = x
+            if name == "pending.k":
+                tensors["pending.v"] = v
+        return State(self.spec, tensors, self.pending_lengths)
+
+    def in_own_memory(self) -> State:
+        """This state, of which nothing keeps more memory alive than its own, as a view of the states of all chunks would."""
+        held: dict[int, int] = {}
+        for x in self.tensors.values():
+            place = x.untyped_storage().data_ptr()
+            held[place] = held.get(place, 0) + x.numel() * x.element_size()
+
+        def own(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            return x.clone() if storage.nbytes() > held[storage.data_ptr()] else x
+
+        return self.map(own)
+
     def append(self, tokens: Tokens) -> State:
         """This state with more tokens of every sequence pending, which complete no chunk."""
         if tokens.mask is not None or "pending.mask" in self.tensors:
@@ -157,6 +186,8 @@ class State:
 
         tensors = dict(self.tensors)
         for name, x in tokens.spread().tensors().items():
+            if name == "v" and "pending.v" not in tensors:
+                continue
             held = tensors[f"pending.{name}"]
             if len(set(lengths)) == 1:
                 filled = put(held, x, lengths[0])

@@ -20,7 +20,10 @@ from kvbind.inner.value import nearest, values_checked
 from kvbind.kernels.common.tracing import has_values
 from kvbind.sequence.shard import SequenceShard
 
-LearningRate = float | Tensor | Mapping[str, float | Tensor]
+PerToken = float | Tensor
+"""A gate: a number for all tokens and heads, or a tensor that says it of each."""
+
+LearningRate = PerToken | Mapping[str, PerToken]
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def check_operands(
     k: Tensor,
     v: Tensor,
     lr: LearningRate,
-    gates: Mapping[str, Tensor],
+    gates: Mapping[str, PerToken],
     state: State | None,
     cu_seqlens: Tensor | Sequence[int] | None,
     update_tokens: slice | Tensor | None,
@@ -75,7 +78,7 @@ def check_operands(
         k.transpose(1, 2),
         v.transpose(1, 2),
         check_rates(spec, lr, k.shape[:3], dtype),
-        check_gates(spec, gates, q.shape, dtype),
+        check_gates(spec, gates, q, dtype),
     )
 
     if state is None:
@@ -281,42 +284,49 @@ def check_rates(spec: InnerLoop, lr: LearningRate, shape: Sequence[int], dtype: 
     return dict.fromkeys(spec.updated, rate)
 
 
-def _rate(argument: str, rate: float | Tensor, shape: Sequence[int], dtype: torch.dtype) -> float | Tensor:
+def _rate(argument: str, rate: PerToken, shape: Sequence[int], dtype: torch.dtype) -> PerToken:
     if isinstance(rate, Tensor):
-        if rate.dim() == 0:
-            rate = rate.expand(tuple(shape))
-        return _per_token(argument, rate, shape, dtype)
-    if isinstance(rate, bool) or not isinstance(rate, int | float):
-        raise TypeError(f"{argument} must be a number, a tensor [B, T, H] or a dict by matrix; got {type(rate).__name__}")
-    if not abs(rate) <= torch.finfo(dtype).max:
-        raise ValueError(f"{argument} must be finite in {dtype}; got {rate}")
-    return float(rate)
+        return _per_token(argument, rate.expand(tuple(shape)) if rate.dim() == 0 else rate, shape, dtype)
+    return _number(argument, rate, dtype, "a number, a tensor [B, T, H] or a dict by matrix")
 
 
-def check_gates(spec: InnerLoop, given: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+def _number(argument: str, value: float, dtype: torch.dtype, kinds: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{argument} must be {kinds}; got {type(value).__name__}")
+    if not abs(value) <= torch.finfo(dtype).max:
+        raise ValueError(f"{argument} must be finite in {dtype}; got {value}")
+    return float(value)
+
+
+def check_gates(spec: InnerLoop, given: Mapping[str, PerToken], q: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """The gates that the spec asks for, each there exactly when it does: `[B, H, T]` or `[B, H, T, Dk]`, a row per write.
 
     Args:
         spec: the inner loop.
         given: by name.
-        shape: B, T, H and Dk.
+        q: queries `[B, T, H, Dk]`.
         dtype: of the result.
     """
-    batch, tokens, heads, width = shape
+    batch, tokens, heads, width = q.shape
     for name in given:
         if name not in spec.gates:
             value = getattr(spec, name)
             raise ValueError(f"{name} must be None, as the inner loop has {name}={value!r}; got a gate")
     gates = {}
     for name, declared in spec.gates.items():
-        gate = given.get(name)
+        gate, itself, rows = given.get(name), declared.writes == "itself", tokens * spec.writes
+        kinds = f"{'a' if itself else 'a number or a'} tensor {declared.axes}"
         if gate is None:
             value = getattr(spec, name)
-            raise ValueError(f"{name} must be a tensor {declared.axes}, as the inner loop has {name}={value!r}; got None")
-        if not isinstance(gate, Tensor):
-            raise TypeError(f"{name} must be a tensor {declared.axes}; got {type(gate).__name__}")
-        itself, rows = declared.writes == "itself", tokens * spec.writes
+            raise ValueError(f"{name} must be {kinds}, as the inner loop has {name}={value!r}; got None")
         need = (batch, rows if itself else tokens, heads, *((width,) if declared.per == "key" else ()))
+        if itself and not isinstance(gate, Tensor):
+            raise TypeError(f"{name} must be {kinds}; got {type(gate).__name__}")
+        if not isinstance(gate, Tensor):
+            number = _number(name, gate, dtype, kinds)
+            gate = torch.full(need, number, dtype=dtype, device=q.device)
+        elif gate.dim() == 0 and not itself:
+            gate = gate.expand(need)
         x = _per_token(name, gate, need, dtype, declared.axes)
         if spec.writes > 1 and not itself:
             x = x.repeat_interleave(spec.writes, dim=2)

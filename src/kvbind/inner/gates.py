@@ -7,6 +7,7 @@ gates of an inner loop, `InnerLoop.gates`, as one mapping by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -76,7 +77,7 @@ def given_gates(log_retention: Any = None, **gates: Any) -> dict[str, Any]:
 
     Raises:
         ValueError: a gate that was given as it is and as a logarithm.
-        TypeError: a logarithm that is no floating-point tensor.
+        TypeError: a logarithm that is neither a number nor a floating-point tensor.
     """
     given = {}
     for name, gate in gates.items():
@@ -87,7 +88,11 @@ def given_gates(log_retention: Any = None, **gates: Any) -> dict[str, Any]:
         return given
     if "retention" in given:
         raise ValueError("log_retention must be None beside retention, of which it is the logarithm; got both")
+    if isinstance(log, int | float) and not isinstance(log, bool):
+        if not log <= 0:
+            raise ValueError(f"log_retention must be at most 0, as a retention is at most 1; got {log}")
+        return given | {"retention": math.exp(log)}
     if not isinstance(log, Tensor) or not log.is_floating_point():
         found = log.dtype if isinstance(log, Tensor) else type(log).__name__
-        raise TypeError(f"log_retention must be a floating-point tensor; got {found}")
+        raise TypeError(f"log_retention must be a number or a floating-point tensor; got {found}")
     return given | {"retention": log.to(torch.promote_types(log.dtype, torch.float32)).exp()}

@@ -119,13 +119,33 @@ class Network(Value, abc.ABC):
 
     def last_layer(self, weights: Weights, x: Tensor) -> Tensor:
         """What the last layer makes of `x`, before a head: `[..., T, Dk]` to `[..., T, Dv]`."""
-        z = gated(self.gate(weights, x), self.read(self.features(weights, x), weights["out"]))
+        return self._last(weights, self.gate(weights, x), self.features(weights, x))
+
+    def _last(self, weights: Weights, gate: Tensor | None, features: Tensor) -> Tensor:
+        z = gated(gate, self.read(features, weights["out"]))
         return z + weights["out.bias"] if self.has_bias else z
 
     def apply(self, weights: Weights, x: Tensor) -> Tensor:
         """`f(x)` as outputs read it: `[..., T, Dk]` to `[..., T, Dv]`."""
-        z, head = self.last_layer(weights, x), self.output_head
+        return self._headed(weights, self.last_layer(weights, x), x)
+
+    def _headed(self, weights: Weights, z: Tensor, x: Tensor) -> Tensor:
+        head = self.output_head
         return z if head is None or head.where == "loss" else head.apply(weights, z, x)
+
+    def apply_to_rows(self, weights: Weights, x: Tensor) -> Tensor:
+        """`f(x)` of rows `[B, H, T, Dk]` whose weights before the last layer are the same, `[1, H, in, out]`.
+
+        Each of those is read once: a product with all rows' tokens, in place of one for every row.
+        """
+        tokens = x.transpose(0, 1).flatten(1, 2)[None]
+
+        def by_row(y: Tensor) -> Tensor:
+            return y[0].unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1)
+
+        gate = self.gate(weights, tokens)
+        z = self._last(weights, None if gate is None else by_row(gate), by_row(self.features(weights, tokens)))
+        return self._headed(weights, z, x)
 
     def predict(self, weights: Weights, x: Tensor) -> Tensor:
         """`f(x)` as the loss takes it: `apply`, but for a head that is not in both."""

@@ -313,7 +313,9 @@ class Projections(Value):
         for name, kinds in KINDS.items():
             making = getattr(self, name)
             if making is not None and not isinstance(making, kinds):
-                raise TypeError(f"{name} must be one of {', '.join(kind.__name__ for kind in kinds)}; got {making!r}")
+                known, number = ", ".join(kind.__name__ for kind in kinds), isinstance(making, int | float)
+                hint = f" (Constant({making}) is that for all tokens and heads)" if number and Constant in kinds else ""
+                raise TypeError(f"{name} must be one of {known}; got {making!r}{hint}")
         Projected(self.gate_rank, self.gate_between, self.gate_bias)
         if self.tied and not (self.conv and {"q", "k"} <= set(self.conv_on)):
             raise ValueError("tied needs a convolution on both q and k, which tells them apart")
@@ -321,6 +323,8 @@ class Projections(Value):
             raise ValueError("conv_on must name some of 'q', 'k', 'v' where conv is not 0; got none")
         if isinstance(self.retention, Sigmoid) and self.retention.scale > 1:
             raise ValueError(f"retention must not exceed 1, which a Sigmoid of scale={self.retention.scale} does")
+        if isinstance(self.retention, Constant) and self.retention.value > 1:
+            raise ValueError(f"retention must not exceed 1, which {self.retention!r} does")
         if isinstance(self.write_gate, Step) and not isinstance(self.retention, Decay):
             raise ValueError(f"write_gate=Step() takes its step from a retention that is a Decay; got {self.retention!r}")
 

@@ -17,6 +17,7 @@ from kvbind.forms.packed import packed
 from kvbind.forms.state import State
 from kvbind.forms.validation import LearningRate
 from kvbind.inner.spec import InnerLoop
+from kvbind.kernels.common.tracing import is_eager
 from kvbind.layers.layout import Layout
 from kvbind.sequence.boundaries import Boundaries
 
@@ -63,6 +64,20 @@ class InnerCall(NamedTuple):
         return linearize(
             self.inner, self.weights, self.q, self.k, self.v, lr=self.lr, **self.gates, update_tokens=update_tokens,
         )  # fmt: skip
+
+
+def check_input(x: Tensor, width: int) -> None:
+    """Refuse what no layer mixes.
+
+    Args:
+        x: a layer's input.
+        width: of its tokens.
+
+    Raises:
+        ValueError: anything but `[B, T, width]` with at least one sequence.
+    """
+    if x.dim() != 3 or x.shape[2] != width or not x.shape[0]:
+        raise ValueError(f"x must be [B, T, {width}] with at least one sequence; got shape {list(x.shape)}")
 
 
 class LayerState(Protocol):
@@ -148,7 +163,7 @@ def run_rows(
         output, after = ttt(
             inner, weights, q, k, v, lr=lr, **gates, state=state, cu_seqlens=documents, form=form, sequence=shard
         )
-        return output, after if return_state else None
+        return output, _kept(after, q.shape[1]) if return_state else None
     real = torch.arange(q.shape[1], device=q.device) < torch.tensor(layout.lengths, device=q.device)[:, None]
     bounds = [0]
     for length in layout.lengths:
@@ -168,4 +183,9 @@ def run_rows(
     )  # fmt: skip
     output = joined.new_zeros(*q.shape[:2], *joined.shape[2:])
     output[real] = joined[0]
-    return output, after
+    return output, _kept(after, q.shape[1])
+
+
+def _kept(after: State, tokens: int) -> State:
+    """A state that may be kept for long; of single tokens none has more memory than it needs."""
+    return after.in_own_memory() if tokens > 1 and is_eager() else after

@@ -18,7 +18,7 @@ from kvbind.inner.value import check_positive_int
 from kvbind.kernels.common.devices import runs_on
 from kvbind.layers.fast_matrices import inverse_softplus, lact_parameter, with_released_parameters
 from kvbind.layers.fitting import check_built, check_rates_built, check_sees_everything
-from kvbind.layers.inner_call import InnerCall
+from kvbind.layers.inner_call import InnerCall, check_input
 from kvbind.layers.norm import NORM_EPS, RMSNorm
 from kvbind.layers.operands import split_heads, unit, wide
 from kvbind.layers.plain_modules import input_dtype, is_a_product
@@ -142,6 +142,7 @@ class LactNvsLayer(nn.Module):
 
     def call(self, x: Tensor) -> InnerCall:
         """What the layer gives to `kvbind.ttt` for normalized input `[B, T, d]`."""
+        check_input(x, self.dim)
         return InnerCall(
             self._inner, self.start_weights(), *unit_operands(self.to_qkv(x), self.heads), self.learning_rates(x)
         )
@@ -160,7 +161,7 @@ class LactNvsLayer(nn.Module):
             `[B, T, d]`, and the fast weights after the update.
 
         Raises:
-            ValueError: a state of another inner loop, batch or width.
+            ValueError: an input without a scene or of another shape, or a state of another inner loop, batch or width.
         """
         output, after = self.call(x).run(update_tokens, state)
         mixed: Tensor = self.c_proj(self.o_norm(output).flatten(2))

@@ -15,7 +15,7 @@ from kvbind.inner.value import check_positive_int
 from kvbind.kernels.common.tracing import is_exported
 from kvbind.layers.fast_matrices import vittt_parameter
 from kvbind.layers.fitting import check_built, check_sees_everything
-from kvbind.layers.inner_call import InnerCall
+from kvbind.layers.inner_call import InnerCall, check_input
 from kvbind.layers.operands import split_heads, wide
 
 INIT_STD = 0.02
@@ -145,6 +145,7 @@ class VitttLayer(nn.Module):
         Raises:
             ValueError: a grid that T tokens do not fill, or that `inner_conv` is not made for.
         """
+        check_input(x, self.dim)
         # plain numbers: a compiler makes a graph for each grid, as the convolution's inner loop names it; an exported
         # program is one graph for all
         if not is_exported():
@@ -190,7 +191,7 @@ class VitttLayer(nn.Module):
             `[B, T, d]`.
 
         Raises:
-            ValueError: a grid that does not fit.
+            ValueError: an input without an image or of another shape, or a grid that does not fit.
         """
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if autocasts(kind) else x.dtype

@@ -126,14 +126,23 @@ def make_plans(
     everything, _ = job.parameters
     rung = f", {job.rung.replace('rung', 'rung ')}" if job.rung else ""
     title = (
-        f"{preset}{rung}, {job.form} form: {everything / 1e6:,.0f}M parameters, {job.length:,} tokens, {device.title}, "
-        f"{spent.tokens / 1e9:.3g} billion tokens in all"
+        f"{preset}{rung}, {job.form} form: {amount(everything)} parameters, {job.length:,} tokens, {device.title}, "
+        f"{amount(spent.tokens)} tokens in all"
     )
     plans = [plan(job, int(count), hardware, device, calibration) for count in counts]
     decided = {edit.partition("=")[0] for one in plans for edit in edits_of(one.options[0])}
     kept = [edit for edit in overrides if edit.partition("=")[0] not in decided]
     training = " ".join([f"kvbind train language --preset {preset}", *kept])
     return PlannedCounts(plans, title, spent, calibration, training)
+
+
+def amount(number: float) -> str:
+    """A number of parameters or tokens for people."""
+    for unit, size in (("billion", 1e9), ("million", 1e6)):
+        if number >= size:
+            count = number / size
+            return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
+    return f"{number:,.0f}"
 
 
 def run_plan(

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from kvbind.plan.calibration import Calibration
 from kvbind.plan.planner import RESERVE, MeshPlan, Option, overrides
-from kvbind.screen import GAP, column_groups
+from kvbind.screen import GAP, column_groups, duration
 
 GIB = 2**30
 
@@ -40,8 +40,8 @@ class Budget:
 
 
 HEADER = (
-    "GPUs", "replicate x shard x sequence", "sequences/step", "tokens/GPU", "GiB", "GB received", "s/step", "tokens/s",
-    "MFU", "days", "GPU hours",
+    "GPUs", "replicate x shard x sequence", "sequences/step", "tokens/GPU", "GiB", "GB received", "per step", "tokens/s",
+    "MFU", "in all", "GPU hours",
 )  # fmt: skip
 
 
@@ -60,17 +60,17 @@ def cells(option: Option, budget: Budget) -> list[str]:
         f"{option.job.length // mesh.sequence}",
         f"{option.memory.total / GIB:.1f}" + ("" if option.fits else " (does not fit)"),
         f"{option.traffic.total / 1e9:.2f}",
-        f"{option.seconds.total:.3g}",
+        duration(option.seconds.total),
         f"{option.tokens_per_second:,.0f}",
         f"{option.mfu:.1%}",
-        f"{days:.2g}" if days < 10 else f"{days:.0f}",
-        f"{hours:,.0f}" + ("" if spent["cost"] is None else f" ({spent['cost']:,.0f})"),
+        duration(86_400 * days),
+        f"{hours:,.{0 if hours >= 10 else 2}f}" + ("" if spent["cost"] is None else f" ({spent['cost']:,.0f})"),
     ]
 
 
 PARTS_HEADER = (
     "GPUs", "replicate x shard x sequence", "sequences/step", "tokens/GPU", "weights, gradients, optimizer", "gathered",
-    "activations", "GiB in all", "GB for weights", "GB for the sequence", "s/step", "tokens/s", "MFU", "days",
+    "activations", "GiB in all", "GB for weights", "GB for the sequence", "per step", "tokens/s", "MFU", "in all",
 )  # fmt: skip
 
 
@@ -92,10 +92,10 @@ def parts_cells(option: Option, budget: Budget) -> tuple[str, ...]:
         *(f"{part / GIB:.2f}" for part in memory),
         f"{(sent.gather + sent.scatter + sent.reduce) / 1e9:.2f}",
         f"{(sent.states + sent.halo) / 1e9:.2f}",
-        f"{option.seconds.total:.3g}",
+        duration(option.seconds.total),
         f"{option.tokens_per_second:,.0f}",
         f"{option.mfu:.1%}",
-        f"{days:.2g}" if days < 10 else f"{days:.0f}",
+        duration(86_400 * days),
     )
 
 
@@ -147,8 +147,8 @@ def _detail(plan: MeshPlan, console: Console) -> None:
     best = plan.options[0]
     held = ", ".join(f"{part.name} {getattr(best.memory, part.name) / GIB:.2f}" for part in fields(best.memory))
     console.print(f"memory, GiB per GPU of {plan.hardware.memory * (1 - RESERVE) / GIB:.0f} to use: {held}", soft_wrap=True)
-    took = ", ".join(f"{part.name} {getattr(best.seconds, part.name):.3g}" for part in fields(best.seconds))
-    console.print(f"seconds of a step: {took}", soft_wrap=True)
+    took = ", ".join(f"{part.name} {duration(getattr(best.seconds, part.name))}" for part in fields(best.seconds))
+    console.print(f"time of a step: {took}", soft_wrap=True)
     if best.mesh.gpus > 1:
         names = ("gather", "scatter", "reduce", "states", "halo")
         sent = ", ".join(f"{name} {getattr(best.traffic, name) / 1e9:.3f}" for name in names)

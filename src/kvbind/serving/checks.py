@@ -16,12 +16,12 @@ from kvbind.serving.states import StateLayout
 
 SERVED_FIELDS = frozenset(
     {
-        "attn_qk_norm", "base_lr", "bos_token_id", "eos_token_id", "fw_init_gain", "hidden_ratio", "hidden_size", "inner",
-        "initializer_range", "inter_multi", "intermediate_size", "lact_chunk_size", "learnable_ttt_scale",
-        "max_position_embeddings", "no_v_silu", "norm_eps", "num_attn_heads", "num_hidden_layers", "num_lact_heads",
-        "pad_token_id", "projections", "qkv_bias", "qkv_silu", "released_parameters", "rope_theta", "tie_word_embeddings",
-        "ttt_form", "ttt_loss_type", "ttt_nope", "ttt_prenorm", "use_cache", "use_momentum", "use_muon", "vocab_size",
-        "w0_w2_low_rank", "window_size",
+        "attn_qk_norm", "base_lr", "bos_token_id", "decode_dtype", "eos_token_id", "fw_init_gain", "hidden_ratio",
+        "hidden_size", "inner", "initializer_range", "inter_multi", "intermediate_size", "lact_chunk_size",
+        "learnable_ttt_scale", "max_position_embeddings", "no_v_silu", "norm_eps", "num_attn_heads", "num_hidden_layers",
+        "num_lact_heads", "pad_token_id", "projections", "qkv_bias", "qkv_silu", "released_parameters", "rope_theta",
+        "tie_word_embeddings", "ttt_form", "ttt_loss_type", "ttt_nope", "ttt_prenorm", "use_cache", "use_momentum",
+        "use_muon", "vocab_size", "w0_w2_low_rank", "window_size",
     }
 )  # fmt: skip
 """Fields of `LactConfig` that the served model computes by."""

@@ -15,13 +15,12 @@ from typing import NoReturn
 from kvbind.files import inside, read_fields
 from kvbind.models.saving import CONFIG, check_model_folder
 from kvbind.serving.names import ARCHITECTURE, SLOTS
+from kvbind.train.unfinished import CONFIG as RUN
+from kvbind.train.unfinished import WEIGHTS, unfinished
 
 logger = logging.getLogger(__name__)
 
 INSTALL = "install kvbind's extra vllm (docs/serving.md says how, also without a GPU)"
-
-RUN = "config.yaml"
-"""What the folder of a training run holds."""
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 """Any of these is a tokenizer."""
@@ -44,9 +43,9 @@ def serve_arguments(folder: str | Path, slots: int | None = None, further: Seque
     """
     folder = Path(folder)
     if (folder / RUN).is_file():
-        if not (folder / "model" / CONFIG).is_file():
-            raise ValueError(f"folder must be of a finished run; {str(folder)!r} has no model/ yet, as training leaves it")
-        folder = folder / "model"
+        if not (folder / WEIGHTS / CONFIG).is_file():
+            raise ValueError(f"folder must be of a finished run; {unfinished(folder)}")
+        folder = folder / WEIGHTS
     if not (folder / CONFIG).is_file():
         raise ValueError(f"folder must be one of a language model, which holds {CONFIG}; got {str(folder)!r}")
     check_model_folder(folder)

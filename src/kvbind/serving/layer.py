@@ -14,6 +14,7 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from kvbind.forms.evaluate import Form
+from kvbind.forms.halves import split
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.gates import given_gates
 from kvbind.inner.spec import InnerLoop
@@ -59,6 +60,7 @@ class InPool(MambaBase):
         vllm_config.compilation_config.static_forward_context[prefix] = self
         self.kv_cache: tuple[Tensor, ...] = (torch.tensor([]),)
         self.started: dict[str, Tensor] = {}
+        self.started_rounded: dict[str, Tensor] = {}
         self.offered: tuple[FastWeightsMetadata | None, PendingMetadata | None] = (None, None)
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
@@ -124,9 +126,18 @@ class InPool(MambaBase):
         return self.started
 
     @property
+    def rounded_start(self) -> dict[str, Tensor] | None:
+        """The same rounded to bfloat16; None where steps read fast weights as they are."""
+        if not isinstance(self, LactLayer) or self.decode_dtype is None:
+            return None
+        if not self.started_rounded:
+            self.started_rounded = {name: split(x)[0] for name, x in self.start.items()}
+        return self.started_rounded
+
+    @property
     def pool(self) -> Pool:
         """The states of all sequences."""
-        return Pool(self.layout, self.kv_cache[0], self.start, self.dtype)
+        return Pool(self.layout, self.kv_cache[0], self.start, self.dtype, self.rounded_start)
 
 
 class ServedLactLayer(LactLayer, InPool):
@@ -274,7 +285,7 @@ class ServedBlock(nn.Module):
 
     def forget_start(self) -> None:
         """Have starting weights made anew, of other parameters."""
-        self.attn.started = {}
+        self.attn.started, self.attn.started_rounded = {}, {}
 
 
 def blocks(layers: nn.ModuleList) -> Iterator[ServedBlock]:

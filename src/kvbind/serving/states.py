@@ -17,6 +17,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from kvbind.forms.halves import join, split
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.rule import FastWeights
@@ -216,24 +217,63 @@ class Pool:
         rows: float32 `[slots, layout.size]` (float64 in tests).
         start: the fast weights that sequences start from, by name as `kvbind.ttt` takes them.
         dtype: of keys and values; by default that of the rows.
+        rounded_start: the same rounded to bfloat16, where single tokens read that of float32 fast weights: a slot then
+            begins with them rounded, and has what rounding leaves of them behind.
     """
 
     def __init__(
-        self, layout: StateLayout, rows: Tensor, start: Mapping[str, Tensor], dtype: torch.dtype | None = None
+        self,
+        layout: StateLayout,
+        rows: Tensor,
+        start: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        rounded_start: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.layout, self.rows, self.start, self.dtype = layout, rows, start, dtype or rows.dtype
-        vectors = layout.spec.network.vectors
-        # as states hold them, `[1, H, in, out]`
-        each = {name: (x[:, None] if name in vectors else x)[None].to(rows.dtype) for name, x in start.items()}
-        self.each = each
-        self.still = {name: x for name, x in each.items() if name not in layout.spec.updated}
+        self.rounds = rounded_start is not None
+        self.each = {name: x.to(rows.dtype) for name, x in self._as_held(start).items()}
+        updated = layout.spec.updated
+        self.still = {name: x for name, x in self.each.items() if name not in updated}
+        self.still_rounded = {name: x for name, x in self._as_held(rounded_start or {}).items() if name not in updated}
+
+    def _as_held(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Starting weights as states hold them, `[1, H, in, out]`."""
+        vectors = self.layout.spec.network.vectors
+        return {name: (x[:, None] if name in vectors else x)[None] for name, x in start.items()}
 
     def weights(self, slots: Tensor) -> dict[str, Tensor]:
         """The fast weights of some slots, `[n, H, in, out]`; those that are not updated `[1, H, in, out]`."""
+        return self._weights(self.whole(self.rows[:, : self._end_of_weights][slots])) | self.still
+
+    def rounded(self, slots: Tensor) -> dict[str, Tensor]:
+        """The same in bfloat16, where slots begin with that."""
+        halves = self.rows.view(torch.bfloat16)
+        return self._weights(halves[:, : self._end_of_weights][slots]) | self.still_rounded
+
+    def _weights(self, rows: Tensor) -> dict[str, Tensor]:
         columns = {name: place for name, place in self.layout.columns.items() if name.startswith("weights.")}
-        rows = self.rows[:, : max(where.stop for where, _ in columns.values())][slots]
-        held = {name.removeprefix("weights."): _cut(rows, *place) for name, place in columns.items()}
-        return held | self.still
+        return {name.removeprefix("weights."): _cut(rows, *place) for name, place in columns.items()}
+
+    @property
+    def _end_of_weights(self) -> int:
+        """How many numbers at a slot's start are fast weights."""
+        return max(where.stop for name, (where, _) in self.layout.columns.items() if name.startswith("weights."))
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """Slots `[n, ...]`, or the fast weights at their start, with each number in one piece."""
+        if not self.rounds:
+            return rows
+        end = self._end_of_weights
+        upper, lower = rows[:, :end].contiguous().view(torch.int16).split(end, dim=1)
+        return torch.cat((join(upper.view(torch.bfloat16), lower), rows[:, end:]), dim=1)
+
+    def _halved(self, rows: Tensor) -> Tensor:
+        """The same as slots have them."""
+        if not self.rounds:
+            return rows
+        upper, lower = split(rows[:, : self._end_of_weights])
+        halves = torch.cat((upper.view(torch.int16), lower), dim=1).view(rows.dtype)
+        return torch.cat((halves, rows[:, self._end_of_weights :]), dim=1)
 
     def load(
         self,
@@ -255,7 +295,7 @@ class Pool:
             room: how many may be; by default one less than there are places, as states of `kvbind.ttt` have it.
         """
         layout = self.layout
-        found = self.rows[slots]
+        found = self.whole(self.rows[slots])
         tensors = {name: _cut(found, *place) for name, place in layout.columns.items()}
         tensors |= {f"weights.{name}": x.expand(len(lengths), *x.shape[1:]) for name, x in self.still.items()}
         if not layout.places:
@@ -290,7 +330,7 @@ class Pool:
                     full[:, :, : x.shape[2]] = x
                 x = full
             parts.append(x.reshape(state.batch, -1).to(self.rows.dtype))
-        self.rows[:, : self.layout.behind][slots] = torch.cat(parts, dim=1)
+        self.rows[:, : self.layout.behind][slots] = self._halved(torch.cat(parts, dim=1))
 
     def put(self, tokens: Tokens, slots: Tensor, places: Tensor) -> None:
         """Keep what slots hold of pending tokens `[1, H, T, ...]`, each in its slot `[T]` and at its place in the chunk."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvbind.forms.api import ttt
 from kvbind.forms.evaluate import Form
-from kvbind.forms.pending import completed, read
+from kvbind.forms.pending import completed, read, read_rounded
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.spec import InnerLoop
@@ -81,12 +81,14 @@ class StepPlan:
         due: the last token of each chunk whose update is due; pieces of one token.
         fresh: pieces of sequences from their first token on.
         later: pieces of other sequences.
+        last: of those pieces the last tokens, one of each that ends with a chunk.
         reads: pieces that bring no chunk to an end before their last token, by their length.
     """
 
     due: PackedPart | None
     fresh: PackedPart | None
     later: PackedPart | None
+    last: PackedPart | None
     reads: tuple[tuple[int, PackedPart], ...]
 
     @staticmethod
@@ -100,7 +102,7 @@ class StepPlan:
             device: where the step runs.
         """
         chunk = layout.places or 1
-        due, fresh, later = list[Piece](), list[Piece](), list[Piece]()
+        due, fresh, later, last = list[Piece](), list[Piece](), list[Piece](), list[Piece]()
         reads: dict[int, list[Piece]] = defaultdict(list)
         for row, position in enumerate(seen):
             first, length = bounds[row], bounds[row + 1] - bounds[row]
@@ -114,14 +116,14 @@ class StepPlan:
                     continue
                 if (position + length) % chunk == 0:
                     length -= 1
-                    reads[1].append((row, first + length, position + length, 1))
+                    last.append((row, first + length, position + length, 1))
             (later if position else fresh).append((row, first, position, length))
 
         def part(pieces: Sequence[Piece]) -> PackedPart | None:
             return PackedPart.of(pieces, chunk, device)
 
         grouped = ((length, part(pieces)) for length, pieces in sorted(reads.items()))
-        return StepPlan(part(due), part(fresh), part(later), tuple((n, x) for n, x in grouped if x is not None))
+        return StepPlan(part(due), part(fresh), part(later), part(last), tuple((n, x) for n, x in grouped if x is not None))
 
 
 @dataclass(frozen=True)
@@ -223,16 +225,23 @@ def advance(step: ServedStep, pool: Pool, q: Tensor, tokens: Tokens, form: Form 
         found, after = packed(spec, weights, q[:, part.tokens], part.of_all(tokens, q.shape[1]), part.bounds, state, form)
         pool.save(after, slots)
         output[:, part.tokens] = found
-    for length, part in plan.reads:
-        slots = step.slots[part.rows]
-        output[:, part.tokens] = _read(pool, slots, part.places, length, q[:, part.tokens], part.of_all(tokens, q.shape[1]))
+    # pieces of one token are of answers, which may be read in bfloat16; the rest is of prompts
+    every = [(length, part, length == 1) for length, part in plan.reads]
+    for length, part, alone in (*every, (1, plan.last, False)):
+        if part is None:
+            continue
+        slots, own = step.slots[part.rows], part.of_all(tokens, q.shape[1])
+        output[:, part.tokens] = _read(pool, slots, part.places, length, q[:, part.tokens], own, alone)
     return output
 
 
-def _read(pool: Pool, slots: Tensor, places: Tensor, length: int, q: Tensor, tokens: Tokens) -> Tensor:
+def _read(pool: Pool, slots: Tensor, places: Tensor, length: int, q: Tensor, tokens: Tokens, alone: bool) -> Tensor:
     """Outputs `[1, n * length, H, Dv]` of pieces of one length that bring no chunk to an end before their last token."""
     queries, keys = (x[0].unflatten(0, (-1, length)) for x in (q, tokens.k))
-    found = read(pool.layout.spec, pool.weights(slots), queries, keys)
+    if pool.rounds and alone:
+        found = read_rounded(pool.layout.spec, pool.rounded(slots), queries, keys)
+    else:
+        found = read(pool.layout.spec, pool.weights(slots), queries, keys)
     pool.put(tokens.map(lambda x: x.transpose(1, 2)), slots.repeat_interleave(length), places)
     return found.flatten(0, 1)[None]
 
@@ -259,7 +268,7 @@ class Decoding:
         if pages is not None:
             pages.put(tokens.k[0], tokens.v[0])
         if pool.layout.deferred:
-            return _read(pool, self.slots, self.places, 1, q, tokens)
+            return _read(pool, self.slots, self.places, 1, q, tokens, alone=True)
         rows = torch.zeros_like(self.slots)
         state = pool.load(self.slots, None, rows, rows, (0,) * len(rows))
         each = tokens.map(lambda x: x[0].unflatten(0, (len(rows), -1)))

@@ -16,6 +16,8 @@ from kvbind.models.opening import open_exported
 from kvbind.models.saving import CONFIG, weight_files
 from kvbind.tasks.contents import content_hash
 from kvbind.train.config import config_hash
+from kvbind.train.unfinished import CONFIG as RUN
+from kvbind.train.unfinished import WEIGHTS, unfinished
 
 TARGETS = ("data", "outputs")
 
@@ -63,7 +65,11 @@ def weights_hash(folder: Path) -> str:
         OSError: a file that cannot be read.
     """
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"start.model must be the folder of a model, which holds {CONFIG}; got {str(folder)!r}")
+        run, inside = (folder / RUN).is_file(), folder / WEIGHTS
+        if run and not inside.is_dir():
+            raise ValueError(f"start.model must be of a finished run; {unfinished(folder)}")
+        hint = f", the folder of a run, whose model is {str(inside)!r}" if run else ""
+        raise ValueError(f"start.model must be the folder of a model, which holds {CONFIG}; got {str(folder)!r}{hint}")
     return config_hash([content_hash(path) for path in (folder / CONFIG, *weight_files(folder))])
 
 

@@ -1,4 +1,4 @@
-"""How far runs are: progress bars in a terminal, and elsewhere, such as in a log, a line every so often."""
+"""How far work is: progress bars in a terminal, and elsewhere, such as in a log, a line every so often."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from rich import progress
 from rich.console import Console
+
+from kvbind.screen import at_rest, duration
 
 Watch = Callable[[int, str], None]
 """Told how many steps are done and what to show beside them: after every step, where a run goes on, before its first, and
@@ -19,28 +21,34 @@ BEFORE = "before training: "
 RESUMED = "goes on from a checkpoint"
 """What is shown beside the step that a run goes on from."""
 
-SECONDS = 15.0
+SECONDS = 10.0
 """Between lines on a run where there is no terminal."""
 
 
 @contextmanager
-def progress_bars(console: Console | None, seconds: float = SECONDS) -> Iterator[Callable[[str, int], Watch]]:
+def progress_bars(
+    console: Console | None, seconds: float = SECONDS, unit: str = "step"
+) -> Iterator[Callable[[str, int], Watch]]:
     """Room for progress bars below what the console prints; they are gone when the block ends.
 
     Args:
         console: where to draw, or where it is no terminal, to print lines; None for nowhere.
         seconds: between two lines on a run; its first step and its last have one always.
+        unit: what lines count.
 
     Yields:
         A function of a title and a number of steps that adds a bar and returns what moves it. A full bar goes away.
     """
-    if console is None or console.is_terminal:
-        with bars(console) as add:
+    if console is None:
+        yield lambda title, steps: lambda step, note: None
+        return
+    if console.is_terminal:
+        with at_rest(), bars(console) as add:
             yield add
         return
 
     def add_lines(title: str, steps: int) -> Watch:
-        return lines(console, title, steps, seconds)
+        return lines(console, title, steps, seconds, unit)
 
     yield add_lines
 
@@ -51,9 +59,9 @@ def went_on(title: str, step: int, steps: int) -> str:
 
 
 @contextmanager
-def bars(console: Console | None) -> Iterator[Callable[[str, int], Watch]]:
+def bars(console: Console) -> Iterator[Callable[[str, int], Watch]]:
     """`progress_bars` of a terminal."""
-    narrow = console is not None and console.width < 100
+    narrow = console.width < 100
     columns = [
         progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(bar_width=10 if narrow else None),
@@ -62,15 +70,14 @@ def bars(console: Console | None) -> Iterator[Callable[[str, int], Watch]]:
         *([] if narrow else [progress.TimeElapsedColumn()]),
         progress.TimeRemainingColumn(compact=narrow),
     ]
-    with progress.Progress(*columns, console=console, disable=console is None, transient=True, expand=not narrow) as shown:
+    with progress.Progress(*columns, console=console, transient=True, expand=not narrow) as shown:
 
         def add(title: str, steps: int) -> Watch:
             line = shown.add_task(title, total=steps, note="")
 
             def watch(step: int, note: str) -> None:
                 if note == RESUMED:
-                    if console is not None:
-                        console.print(went_on(title, step, steps), markup=False, soft_wrap=True)
+                    console.print(went_on(title, step, steps), markup=False, soft_wrap=True)
                     # what was done earlier says nothing of what a step takes now
                     shown.reset(line, total=steps, completed=step)
                     return
@@ -81,7 +88,7 @@ def bars(console: Console | None) -> Iterator[Callable[[str, int], Watch]]:
         yield add
 
 
-def lines(console: Console, title: str, steps: int, seconds: float) -> Watch:
+def lines(console: Console, title: str, steps: int, seconds: float, unit: str) -> Watch:
     """What prints a line on a run every so often."""
     begun: tuple[int, float] | None = None
     printed = printed_before = float("-inf")
@@ -104,16 +111,9 @@ def lines(console: Console, title: str, steps: int, seconds: float) -> Watch:
         if now - printed < seconds and step < steps:
             return
         taken = step - begun[0]
-        left = f"  {duration((steps - step) * (now - begun[1]) / taken)} left" if taken and step < steps else ""
-        console.print(f"{title}: step {step:,} of {steps:,}  {note}{left}", markup=False, soft_wrap=True)
+        left = f"{duration((steps - step) * (now - begun[1]) / taken)} left" if taken and step < steps else ""
+        said = (f"{title}: {unit} {step:,} of {steps:,}", note, left)
+        console.print("  ".join(part for part in said if part), markup=False, soft_wrap=True)
         printed = now
 
     return watch
-
-
-def duration(seconds: float) -> str:
-    """A time for people: 40 s, 12 min, 3.5 h, 2.1 days."""
-    for most, unit, size in ((100, "s", 1), (100 * 60, "min", 60), (48 * 3600, "h", 3600)):
-        if seconds < most:
-            return f"{seconds / size:.{1 if unit == 'h' else 0}f} {unit}"
-    return f"{seconds / 86400:.1f} days"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from kvbind.bench.options import Device, Out, known_preset, numbers_of, open_device, some_of
 from kvbind.bench.output import say_written, show_grid, write_growing
+
+if TYPE_CHECKING:
+    from kvbind.layers.lact.layer import DecodeDtype
 
 
 def command(
@@ -23,6 +26,9 @@ def command(
     seconds: Annotated[
         float, typer.Option(min=0.0, help="Time no more tokens of a prompt after this; 128, if that many are asked for.")
     ] = 20.0,
+    decode_dtype: Annotated[
+        str, typer.Option(help="What decoding reads fast weights in: bfloat16; by default as they are.")
+    ] = "",
     device: Device = "auto",
     out: Out = None,
 ) -> None:
@@ -34,6 +40,7 @@ def command(
     from kvbind.bench.tables.decoding import decoding_grid
     from kvbind.forms.on_kernels import fla
     from kvbind.inner.value import check_choice
+    from kvbind.layers.lact.layer import check_decode_dtype
 
     place = open_device(device)
     check_choice("graphs", graphs, ("auto", "on", "off", "both"))
@@ -45,9 +52,13 @@ def command(
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     chosen = some_of(system, CAUSAL, "system") if system else ()
     loads = [DecodingLoad(batch, prompt, tokens, piece) for prompt in numbers_of(prompts, "prompts")]
-    config = {"preset": preset, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "piece": piece}
+    config: dict[str, Any] = {"preset": preset, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "piece": piece}
+    reads = cast("DecodeDtype | None", decode_dtype or None)
+    if reads is not None:
+        check_decode_dtype(reads)
+        config["decode_dtype"] = reads
     about = provenance(place, ("triton", *fla.PACKAGES)) | {"config": config}
-    rows = bench_systems(known_preset(preset), chosen, place, dtype, loads, switches, seconds)
+    rows = bench_systems(known_preset(preset), chosen, place, dtype, loads, switches, seconds, reads)
     planned = len(loads) * len(switches) * max(len(chosen), 1)
-    show_grid(decoding_grid(write_growing(growing(about, planned, rows), out, every=1)))
+    show_grid(decoding_grid(write_growing(growing(about, planned, rows), out)))
     say_written(out)

@@ -9,6 +9,7 @@ import typer
 
 from kvbind.bench.options import Batch, Chunk, Device, Heads, Out, Tokens, Width, open_device, some_of
 from kvbind.bench.output import console, say_written, show_grid, write_growing
+from kvbind.screen import duration
 
 
 def command(
@@ -50,7 +51,7 @@ def command(
     settings = SpeedSettings(Size(batch, tokens, heads, width), chunk, dtype, chosen)
     parts = some_of(what, WHATS, "what")
     records = measured(parts, settings, place, seconds=seconds, compile_limit=compile_limit, budget=budget)
-    record = write_growing(records, out, every=5)
+    record = write_growing(records, out)
     if profile is not None:
         from kvbind.bench.kernels.profiles import profiled
 
@@ -58,5 +59,5 @@ def command(
     for grid in speed_grids(record):
         show_grid(grid)
     if not record["complete"]:
-        console.print(f"stopped after {budget:.0f} s: {answered(record)} of {record['planned']} rows")
+        console.print(f"stopped after {duration(budget)}: {answered(record)} of {record['planned']} rows")
     say_written(out)

@@ -32,7 +32,7 @@ def command(
     rows = [row for row in plan(tuple(RUNGS), Size(1, tokens, heads, width), chunk) if only in row.name]
     if not rows:
         raise typer.BadParameter(f"only must be in the name of a row; got {only!r}")
-    record = write_growing(measured(rows, open_device(device), seconds, budget), out, every=4)
+    record = write_growing(measured(rows, open_device(device), seconds, budget), out)
     for grid in peer_grids(record):
         show_grid(grid)
     say_written(out)

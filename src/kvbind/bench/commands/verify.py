@@ -33,9 +33,7 @@ def command(
 
     place = open_device(device)
     if some_of(what, ("operators", "models"), "what") == ("models",):
-        record = write_growing(
-            verified_promises(place, small=small, only=only, budget=budget, workers=workers), out, every=5
-        )
+        record = write_growing(verified_promises(place, small=small, only=only, budget=budget, workers=workers), out)
         show_grid(promises_grid(record))
         say_written(out)
         if not all(row["passed"] for row in record["rows"]):
@@ -43,7 +41,7 @@ def command(
         return
     dtypes = None if dtype == "auto" else some_of(dtype, DTYPES, "dtype")
     records = verified(place, dtypes=dtypes, small=small, only=only, budget=budget, workers=workers)
-    record = write_growing(records, out, every=20)
+    record = write_growing(records, out)
     if not record["kernels"]:
         console.print(f"kernels are off on {place}: {record['why_off']}; nothing was verified", style="bold red")
         if place.type == "cpu" and has_triton():

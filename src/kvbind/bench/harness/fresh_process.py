@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvbind.bench.harness.device_time import first_line
+from kvbind.screen import duration
 
 
 class TookTooLongError(RuntimeError):
@@ -50,7 +51,7 @@ def in_fresh_process(
         # a compiler has worker processes of its own
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        raise TookTooLongError(f"no result after {limit:.0f} s") from None
+        raise TookTooLongError(f"no result after {duration(limit)}") from None
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()

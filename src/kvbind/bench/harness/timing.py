@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from kvbind.screen import duration
+
 Work = Callable[[], object]
 
 
@@ -35,7 +37,7 @@ def at_most(seconds: float) -> Iterator[None]:
         return
 
     def end(*_: Any) -> None:
-        raise DeadlineError(f"no result after {seconds:.0f} s")
+        raise DeadlineError(f"no result after {duration(seconds)}")
 
     before = signal.signal(signal.SIGALRM, end)
     # again and again, as an error in a destructor is lost

@@ -20,6 +20,7 @@ from kvbind.bench.harness.timing import DeadlineError, at_most
 from kvbind.bench.models.plans import PARTS, SIZES, Found, Measurement, ModelRow, plan
 from kvbind.files import shortened
 from kvbind.hardware import peak_flops
+from kvbind.screen import duration
 
 Results = dict[tuple[str, str], dict[str, Found]]
 """By row and side, by way."""
@@ -112,7 +113,7 @@ def done(jobs: Sequence[Measurement], budget: float, results: Results) -> Iterat
                     found = job.work(share)
             except DeadlineError:
                 if limit < left:
-                    found = {way: {"failed": f"given up after {limit:.0f} s"} for way in job.ways}
+                    found = {way: {"failed": f"given up after {duration(limit)}"} for way in job.ways}
             except Exception as problem:  # the next may do better
                 found = {way: {"failed": first_line(problem)} for way in job.ways}
         for way in job.ways:

@@ -19,6 +19,7 @@ from kvbind.bench.training.steps import build
 from kvbind.inner.systems import PROJECTIONS, SYSTEMS, named
 from kvbind.kernels.launching.cuda_graphs import capture
 from kvbind.layers.attention.modules import AttentionState
+from kvbind.layers.lact.layer import DecodeDtype, LactState
 from kvbind.models import LactCache, LactForCausalLM
 from kvbind.models.lact.cache import CACHE
 
@@ -138,14 +139,13 @@ def prefilled(read: Callable[[], tuple[Any, Tensor]], device: torch.device) -> t
     return cache, logits, found
 
 
-def cache_bytes(cache: LactCache) -> int:
-    """The bytes of every tensor in a cache."""
-    return bytes_of([x for state in cache.states for x in state.tensors()])
-
-
 def state_bytes(cache: LactCache) -> int:
-    """The bytes of the fast weights in a cache, with tokens that are still to be written."""
-    fast = [state.fast for state in cache.states if not isinstance(state, AttentionState)]
+    """The bytes of the fast weights in a cache, with what it has beside attention of tokens that are still to be written."""
+    fast = [
+        state.held if isinstance(state, LactState) else state.fast
+        for state in cache.states
+        if not isinstance(state, AttentionState)
+    ]
     return bytes_of([x for state in fast for x in state.tensors.values()])
 
 
@@ -180,7 +180,7 @@ def decode(model: LactForCausalLM, load: DecodingLoad, until: float, *, graphs: 
 
     with graphs_switched(graphs):
         cache, logits, found = prefilled(read, device)
-        found |= {"cache_bytes": cache_bytes(cache), "state_bytes": state_bytes(cache)}
+        found["state_bytes"] = state_bytes(cache)
 
         def one_more() -> None:
             nonlocal logits
@@ -188,7 +188,8 @@ def decode(model: LactForCausalLM, load: DecodingLoad, until: float, *, graphs: 
 
         reset_peak(device)
         found |= timed_tokens(one_more, device, load, until)
-    return {"prompt": ids.shape[1], **found, "peak_bytes": peak(device), "captured": cache.rows is not None}
+    found |= {"cache_bytes": cache.nbytes, "peak_bytes": peak(device), "captured": cache.rows is not None}
+    return {"prompt": ids.shape[1], **found}
 
 
 @torch.no_grad()
@@ -231,6 +232,7 @@ def bench_systems(
     loads: Sequence[DecodingLoad],
     graphs: Sequence[bool],
     seconds: float,
+    decode_dtype: DecodeDtype | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Time greedy decoding of a preset, as it is or with the fast weights of named systems.
 
@@ -242,13 +244,14 @@ def bench_systems(
         loads: as `bench_decoding` takes them.
         graphs: as `bench_decoding` takes them.
         seconds: as `bench_decoding` takes them.
+        decode_dtype: as `LactConfig` takes it.
 
     Yields:
         Its rows, each with the name under "system" where there are names.
     """
     fields = {name: {"inner": named(name), "projections": name if name in PROJECTIONS else None} for name in names}
     for name, given in (fields or {"": {}}).items():
-        model = build(preset, device, dtype, **given)
+        model = build(preset, device, dtype, **given, decode_dtype=decode_dtype)
         model.train(False)
         for row in bench_decoding(model, loads, graphs, seconds):
             yield ({"system": name} if name else {}) | row

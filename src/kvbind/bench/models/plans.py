@@ -21,6 +21,7 @@ from kvbind.bench.training.cases import TrainingCase
 from kvbind.bench.training.cuda_graphs import give_back
 from kvbind.bench.training.steps import build
 from kvbind.inner.systems import ladder
+from kvbind.layers.lact.layer import DecodeDtype
 from kvbind.models import PRESETS, LactConfig, lact_nvs, vittt
 from kvbind.models.peers import llama as make_llama
 from kvbind.precision import matmul_precision
@@ -258,9 +259,11 @@ def decode_plan(sizes: ModelSizes, device: torch.device, seconds: float) -> Plan
     def valued(name: str, found: Found) -> Found:
         return {"value": found[measured[name]], **found}
 
-    def lact(name: str, load: DecodingLoad, rung: str, how: str, way: str, share: float) -> dict[str, Found]:
+    def lact(
+        name: str, load: DecodingLoad, rung: str, how: str, way: str, share: float, reads: DecodeDtype | None = None
+    ) -> dict[str, Found]:
         give_back(device)
-        model = build(sizes.preset, device, dtype, inner=ladder(preset["inner"])[rung]).eval()
+        model = build(sizes.preset, device, dtype, inner=ladder(preset["inner"])[rung], decode_dtype=reads).eval()
         until = time.perf_counter() + 0.75 * share
         return {way: valued(name, decode(model, load, until, graphs=how == "graphs"))}
 
@@ -292,6 +295,17 @@ def decode_plan(sizes: ModelSizes, device: torch.device, seconds: float) -> Plan
                 partial(lact, name, short(load), "rung0", "graphs", "rung0"),
                 first=False,
                 limit=COMPILING["blocks"],
+            ),
+            *(
+                Measurement(
+                    (name,),
+                    "beside",
+                    (way,),
+                    partial(lact, name, short(load), rung, "graphs", way, reads="bfloat16"),
+                    first=False,
+                    limit=COMPILING["blocks"],
+                )
+                for rung, way in (("rung2", "rung2, read in bfloat16"), ("rung0", "rung0, read in bfloat16"))
             ),
         ]
     peer = "transformers' Llama of that size, SDPA"

@@ -48,4 +48,5 @@ def decoding_grid(record: Mapping[str, Any]) -> Grid:
         header = ("system", *header, "state MiB")
         note += "; state: of its fast weights, of all layers"
     config = record["config"]
-    return Grid("decode", f"Decoding, {config['preset']}, {config['dtype']}, greedy", header, tuple(lines), note=note)
+    reads = f", fast weights read in {config['decode_dtype']}" if "decode_dtype" in config else ""
+    return Grid("decode", f"Decoding, {config['preset']}, {config['dtype']}{reads}, greedy", header, tuple(lines), note=note)

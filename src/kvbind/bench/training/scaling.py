@@ -29,6 +29,7 @@ from kvbind.inner.systems import ladder
 from kvbind.models import PRESETS, LactConfig
 from kvbind.plan.calibration import load_calibration
 from kvbind.plan.costs import Mesh, PlannedTraining, host_bytes, memory
+from kvbind.screen import duration
 
 WHATS = ("fsdp", "sequence", "equality")
 
@@ -233,7 +234,7 @@ def _run(waiting: Sequence[ScalingCase], device: str, deadline: float, limit: fl
                 if outcome is None and time.monotonic() > deadline:
                     outcome = {"skipped": OUT_OF_TIME}
                 if outcome is None and time.monotonic() - began > limit:
-                    outcome = {"skipped": f"took more than {limit:.0f} s"}
+                    outcome = {"skipped": f"took more than {duration(limit)}"}
                 if outcome is None:
                     time.sleep(POLL_SECONDS)
                     continue

@@ -10,6 +10,7 @@ import typer
 
 from kvbind.cli import output
 from kvbind.commands import check_file
+from kvbind.screen import at_rest
 
 
 def command(
@@ -54,5 +55,5 @@ def command(
     if serve:
         server, address = open_server(path, port, bind=bind, hosts=host or ())
         screen.print(f"{address} (Ctrl-C ends it)", soft_wrap=True)
-        with server, contextlib.suppress(KeyboardInterrupt):
+        with server, at_rest(), contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from kvbind.cli import output
 from kvbind.cli.arguments import TASK_NAMES, Data, Overrides, Verbose, with_data
-from kvbind.screen import Screen
+from kvbind.screen import Screen, duration
 from kvbind.tasks import TASKS, preset_files
 
 
@@ -112,7 +112,7 @@ def command(
     output.show_metrics(screen, run.result["held_out"])
     result, unit = run.result, run.result["unit"]
     speed = f"{run.speed(unit):,.0f} {unit}/s at the median step"
-    screen.print(f"{result['steps']} steps in {result['training_seconds']:.0f} s ({speed}), {result['skipped']} skipped")
+    screen.print(f"{result['steps']} steps in {duration(result['training_seconds'])} ({speed}), {result['skipped']} skipped")
     screen.print(f"model: {folder / WEIGHTS}", soft_wrap=True)
     output.say_next(screen, task, folder)
 

@@ -27,6 +27,7 @@ from kvbind.experiments.training.jobs import TrainingJob
 from kvbind.experiments.training.plans import RunsPlan, UnfinishedError, configuration, plan_runs, report_folder, with_inner
 from kvbind.experiments.training.runs import Fingerprints, Run
 from kvbind.inner.value import check_choice
+from kvbind.screen import duration
 from kvbind.tasks import open_task_module
 from kvbind.train.config import to_plain
 from kvbind.train.loop import pick_device
@@ -155,7 +156,7 @@ def measured(request: Request) -> dict[str, Any]:
         steps = Steps(**known)
         seconds = [sum(pair) for pair in zip(steps.batch_seconds, steps.optimizer_seconds, strict=True)]
         courses[form] = ClockedRun(steps.losses[-len(seconds) :], seconds)
-        request.say(f"{form}: {statistics.median(seconds):.3f} s per step")
+        request.say(f"{form}: {duration(statistics.median(seconds))} per step")
     return write(courses, out, request, to_plain(full), device, {})
 
 
@@ -226,7 +227,8 @@ def judge(courses: Mapping[str, ClockedRun]) -> list[Verdict]:
             "three quarters of its steps take less time than three quarters of the recurrent form's; it does not hold if "
             "they take more",
             verdict,
-            f"{slow / fast:.2f} times as fast: {slow:.4g} s per step in the recurrent form, {fast:.4g} s in the parallel",
+            f"{slow / fast:.2f} times as fast: {duration(slow)} per step in the recurrent form, {duration(fast)} in the "
+            "parallel",
         ),
     ]
 

@@ -16,6 +16,7 @@ from kvbind.experiments.report.finding_contents import findings_part
 from kvbind.experiments.request import Request
 from kvbind.experiments.results.files import write_json
 from kvbind.provenance import command, machine, today, versions
+from kvbind.screen import duration
 
 
 @dataclass(frozen=True)
@@ -77,5 +78,5 @@ def write_findings(out: Path, request: Request, findings: Findings, device: torc
     page.write_index(out, findings_part(results, out))
     for verdict in findings.verdicts:
         request.say(f"{verdict.word}: {verdict.claim}: {verdict.found}")
-    request.say(f"{results['wall_seconds']:.0f} s. Everything is in {out}; start with {out / 'index.html'}")
+    request.say(f"{duration(results['wall_seconds'])}. Everything is in {out}; start with {out / 'index.html'}")
     return results

@@ -19,6 +19,7 @@ from kvbind.experiments.report.page_cache import PageCache
 from kvbind.experiments.subjects import NONE, SUBJECTS
 from kvbind.experiments.training.run_folders import MADE_BY
 from kvbind.files import check_regular, inside, read_json
+from kvbind.screen import duration
 from kvbind.tasks import NEXT
 from kvbind.train.metrics import FILE, row_of
 
@@ -124,7 +125,7 @@ def lead(task: str, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]
     if isinstance(result.get(unit), int):
         said.append(f"{result[unit]:,} {unit}")
     if isinstance(result.get("training_seconds"), int | float):
-        said.append(f"{result['training_seconds']:,.0f} s of training")
+        said.append(f"{duration(result['training_seconds'])} of training")
     return f"{', '.join(said)}."
 
 

@@ -18,6 +18,7 @@ from kvbind.models.vittt import VitttForImageClassification
 from kvbind.tasks import open_task_module
 from kvbind.tasks.start import StartConfig
 from kvbind.train.config import edited
+from kvbind.train.unfinished import unfinished
 
 TASK_OF: dict[type, str] = {LactForCausalLM: "language", VitttForImageClassification: "images", LactNvs: "views"}
 """What each family is trained on."""
@@ -82,10 +83,7 @@ def open_saved(where: Path, data: str | None = None, overrides: Sequence[str] = 
     run = (home / CONFIG).is_file()
     folder = home / WEIGHTS if run else where
     if run and not exported(home):
-        raise ValueError(
-            f"model must be of a finished run; {str(home)!r} has no {WEIGHTS}/ yet, which the command that trains it leaves "
-            "there"
-        )
+        raise ValueError(f"model must be of a finished run; {unfinished(home)}")
     if not folder.is_dir():
         raise ValueError(f"model must be the folder of a training run or of a model; there is no {str(where)!r}")
     model = open_exported(folder).float()

@@ -17,7 +17,8 @@ def state_bytes(cache: Any) -> int:
     """What a cache of one sequence holds that another sequence's would not, in bytes.
 
     Of fast weights that is updated weights, momentum, windows, and the most tokens that wait for the end of a chunk; not
-    weights that no token changes, nor starting norms. Of attention it is the keys and values that are there.
+    weights that no token changes, nor starting norms. Of attention it is the keys and values that are there, and values that
+    wait are counted once.
 
     Args:
         cache: a `LactCache`, an `InPlaceCache`, or a cache of transformers.
@@ -35,7 +36,7 @@ def mixer_bytes(state: MixerState) -> int:
         return fast_bytes(state.fast) + sum(x.nbytes for x in state.tails.values())
     kept = state.cache
     attention = (kept.keys.nbytes + kept.values.nbytes) * kept.held[0] // max(kept.keys.shape[1], 1)
-    return attention + (0 if isinstance(state, AttentionState) else fast_bytes(state.fast))
+    return attention + (0 if isinstance(state, AttentionState) else fast_bytes(state.held))
 
 
 def fast_bytes(fast: State) -> int:

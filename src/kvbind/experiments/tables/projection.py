@@ -27,6 +27,7 @@ from kvbind.experiments.subjects.rows import row_labels
 from kvbind.experiments.training.plans import configuration, report_folder, row_configs
 from kvbind.inner.value import check_choice
 from kvbind.precision import matmul_precision
+from kvbind.screen import duration
 from kvbind.tasks import open_task_module
 from kvbind.train.config import to_plain
 from kvbind.train.graphs import to_device
@@ -258,7 +259,7 @@ def measure_rows(name: str, rows: Sequence[str], request: Request) -> dict[str, 
 def sentence(row: str, steps: Steps, subject: Subject, measure: Measure) -> str:
     """What was measured of a row, and what it comes to."""
     per_second = steps.units / statistics.median(steps.batch_seconds)
-    days = ", ".join(f"{steps.seconds(n, measure.efficiency) / 86400:,.1f} days on {n}" for n in GPUS)
+    days = ", ".join(f"{duration(steps.seconds(n, measure.efficiency))} on {n}" for n in GPUS)
     return f"{row}: {per_second:,.0f} {subject.speed.unit}/s; {days}"
 
 
@@ -275,7 +276,7 @@ def write(
     """The report: numbers, a picture, and a page."""
     subject, efficiency = named_subject(request.task), measure.efficiency
     labels = row_labels(tuple(found), subject)
-    header = ["", f"{subject.speed.unit}/s", "s per\nbatch", "peak\nGiB", *(f"days\non {n}" for n in GPUS),
+    header = ["", f"{subject.speed.unit}/s", "per\nbatch", "peak\nGiB", *(f"time\non {n}" for n in GPUS),
               *(f"cost\non {n}" for n in GPUS)]  # fmt: skip
     lines, rows = [], []
     for row, steps in found.items():
@@ -283,9 +284,9 @@ def write(
         cost = {n: n * seconds[n] / 3600 * measure.price for n in GPUS}
         batch = statistics.median(steps.batch_seconds)
         lines.append([
-            labels[row], f"{steps.units / batch:,.0f}", f"{batch:.3f}",
+            labels[row], f"{steps.units / batch:,.0f}", duration(batch),
             NONE if steps.peak_bytes is None else f"{steps.peak_bytes / 2**30:.1f}",
-            *(f"{x / 86400:,.2f}" for x in seconds.values()), *(f"{x:,.0f}" for x in cost.values()),
+            *(duration(x) for x in seconds.values()), *(f"{x:,.0f}" for x in cost.values()),
         ])  # fmt: skip
         rows.append({"name": row, "label": labels[row], **asdict(steps), "projected_seconds": seconds, "cost": cost})
     if found:

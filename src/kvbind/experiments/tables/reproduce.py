@@ -20,6 +20,7 @@ from kvbind.experiments.training.jobs import TrainingJob
 from kvbind.experiments.training.plans import RunsPlan, UnfinishedError, plan_runs, report_folder
 from kvbind.experiments.training.runs import Run
 from kvbind.provenance import command, machine, today, versions
+from kvbind.screen import duration
 from kvbind.train.config import to_plain, to_yaml
 
 
@@ -165,5 +166,5 @@ def reproduce_task(table: Table, request: Request) -> TableOutcome:
         for verdict in verdicts:
             console.print(f"{verdict.word}: {verdict.claim}: {verdict.found}", markup=False)
         where = f"Everything is in {plan.out}; start with {plan.out / 'index.html'}"
-        console.print(f"{results['wall_seconds']:.0f} s. {where}", markup=False)
+        console.print(f"{duration(results['wall_seconds'])}. {where}", markup=False)
     return outcome

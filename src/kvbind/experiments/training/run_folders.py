@@ -12,8 +12,7 @@ from kvbind.tasks import open_task_module
 from kvbind.train import latest_checkpoint
 from kvbind.train.config import load_config
 from kvbind.train.files import read_json
-
-CONFIG, RESULT, WEIGHTS = "config.yaml", "result.json", "model"
+from kvbind.train.unfinished import CONFIG, RESULT, WEIGHTS, task_of, unfinished
 
 MADE_BY = "# made by: "
 """How the second line of a configuration file begins, where the command that made the run is known."""
@@ -49,12 +48,6 @@ def exported(folder: Path) -> bool:
     return any((folder / WEIGHTS / name).is_file() for name in (saving.WEIGHTS, saving.INDEX))
 
 
-def task_of(config: Path) -> str | None:
-    """The task that a run's configuration file names in its first line; None of a file that names none."""
-    head, mark, task = config.read_text(encoding="utf-8", errors="replace").partition("\n")[0].partition("# kvbind train ")
-    return task.strip() if mark and not head else None
-
-
 def open_run(folder: Path, overrides: Sequence[str] = ()) -> tuple[str, Any]:
     """The task's name and the configuration of a run.
 
@@ -75,9 +68,7 @@ def load_model(folder: Path, task: Any) -> Any:
         ValueError: a run that is not finished, or a task whose model has other parameters than the run's.
     """
     if not exported(folder):
-        raise ValueError(
-            f"run must be finished; {str(folder)!r} has no {WEIGHTS}/ yet, which the command that trains it leaves there"
-        )
+        raise ValueError(f"run must be finished; {unfinished(folder)}")
     weights = {name: x for path in saving.weight_files(folder / WEIGHTS) for name, x in read_tensors(path)[0].items()}
     return with_weights(task.build(), weights, folder)
 

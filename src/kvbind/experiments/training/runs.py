@@ -25,6 +25,7 @@ from kvbind.experiments.training.run_folders import (
 )
 from kvbind.models.saving import without_bars
 from kvbind.provenance import machine, versions
+from kvbind.screen import duration
 from kvbind.tasks import open_task_module
 from kvbind.tasks.contents import RECORD, accepted, check_unchanged
 from kvbind.train import train
@@ -65,7 +66,7 @@ class Run:
     @property
     def time_note(self) -> str:
         """How long it was trained, for people: the seconds of its steps alone, or that it was finished earlier."""
-        return "finished earlier" if self.reused else f"{self.result['training_seconds']:.0f} s of training alone"
+        return "finished earlier" if self.reused else f"{duration(self.result['training_seconds'])} of training alone"
 
     def speed(self, unit: str) -> float:
         """Units per second of the median step, those aside that compile and tune.

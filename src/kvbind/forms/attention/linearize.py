@@ -28,7 +28,7 @@ from kvbind.forms.recurrent import (
     writers_of,
 )
 from kvbind.forms.tokens import Tokens, as_factor
-from kvbind.forms.validation import LearningRate, check_operands
+from kvbind.forms.validation import LearningRate, PerToken, check_operands
 from kvbind.inner.gates import given_gates
 from kvbind.inner.losses import descent_direction
 from kvbind.inner.network import Network, gated
@@ -83,12 +83,12 @@ def linearize(
     v: Tensor,
     *,
     lr: LearningRate = 1.0,
-    momentum: Tensor | None = None,
-    retention: Tensor | None = None,
-    log_retention: Tensor | None = None,
+    momentum: PerToken | None = None,
+    retention: PerToken | None = None,
+    log_retention: PerToken | None = None,
     erase: Tensor | None = None,
-    read_rate: Tensor | None = None,
-    step_rate: Tensor | None = None,
+    read_rate: PerToken | None = None,
+    step_rate: PerToken | None = None,
     update_tokens: slice | Tensor | None = None,
 ) -> LinearAttention:
     """Rewrite an inner loop over given operands as the linear attention it is.

@@ -22,7 +22,7 @@ from kvbind.forms.on_kernels.kernel_calls.causal import run_causal
 from kvbind.forms.on_kernels.kernel_calls.operands import activation_of, contiguous_matrices
 from kvbind.forms.state import Deferred, State
 from kvbind.forms.tokens import Tokens
-from kvbind.forms.validation import Engine, LearningRate, Operands
+from kvbind.forms.validation import Engine, LearningRate, Operands, PerToken
 from kvbind.inner.gates import decays
 from kvbind.inner.networks import GLU
 from kvbind.inner.rule import FastWeights
@@ -239,7 +239,7 @@ def key_of(
     k: Tensor,
     v: Tensor,
     lr: LearningRate,
-    gates: Mapping[str, Tensor],
+    gates: Mapping[str, PerToken],
     form: str,
 ) -> Key | None:
     """All that the handling of a call depends on, or None where it cannot be told from outside.
@@ -247,6 +247,9 @@ def key_of(
     Weights' names come in the order in which they were given. Of rates that are numbers it matters whether they are 1.
     """
     if type(weights) is not dict or type(form) is not str:
+        return None
+    # plans take a gate of each token
+    if gates and not all(isinstance(gate, Tensor) and gate.dim() > 2 for gate in gates.values()):
         return None
     if type(lr) is dict:
         rates: tuple[Any, ...] = (*lr, *lr.values())

@@ -33,6 +33,7 @@ class AffineCall(NamedTuple):
         rates: there are rates.
         gates: there are gates per head.
         precision: of products, and of those of float32 numbers that are made on the way.
+        warpgroups: products take operands from shared memory (`kvbind.kernels.common.devices.by_warpgroups`).
     """
 
     dtype: torch.dtype
@@ -45,6 +46,7 @@ class AffineCall(NamedTuple):
     rates: bool
     gates: bool
     precision: str
+    warpgroups: bool
 
 
 class Blocks(NamedTuple):
@@ -78,6 +80,9 @@ AT_ONCE = {
 }
 """Kernels of which each program has one chunk."""
 
+LARGE = {*IN_ORDER, "channel_gradients", "steep_channel_gradients"}
+"""Kernels that take all registers of a thread. Without `wgmma`, `ptxas` 12.8 gave some of them 32 where it was not said."""
+
 NAMES = {
     "decays": "C BH BEFORE CHANNEL",
     "scale": "DK C BK BEFORE DELTA MILD",
@@ -107,12 +112,18 @@ def _blocks(kernel: str, call: AffineCall) -> Blocks:
             blocks = Blocks(128, 16, 8, 1)
         elif call.key > 128:
             blocks = Blocks(256, 64, 8, 1)
+        elif not call.warpgroups:
+            # operands are in registers too
+            blocks = Blocks(128, 64, 4, blocks.stages)
     elif kernel == "chain":
         blocks = Blocks(WIDEST_MOVE, 16, 8, 1)
     else:
         blocks = AT_ONCE.get(kernel, Blocks(16, 16, 4, 1))
         if wide:
             blocks = Blocks(min(blocks.key, 32), min(blocks.value, 32), 4, 1)
+    large = kernel in LARGE or (kernel == "chain" and call.key > 128)
+    if large and (wide or not call.warpgroups):
+        blocks = blocks._replace(registers=255)
     return blocks
 
 

@@ -29,7 +29,7 @@ from kvbind.kernels.affine.states import parts as run_parts
 from kvbind.kernels.affine.states import states as run_states
 from kvbind.kernels.affine.tiles import cut
 from kvbind.kernels.causal.segments import Segments, product_precision, token_strides
-from kvbind.kernels.common.devices import on_device_of
+from kvbind.kernels.common.devices import by_warpgroups, on_device_of
 from kvbind.kernels.common.operands import DTYPES, cdiv, last_contiguous, sequence_count
 from kvbind.kernels.launching import dispatcher
 
@@ -56,7 +56,8 @@ def _call(
 ) -> AffineCall:  # fmt: skip
     channel = gates is not None and gates.dim() > 3
     by_head, widths = gates is not None and not channel, (q.shape[3], v.shape[3])
-    return AffineCall(q.dtype, *widths, chunk, before, delta, channel, rates is not None, by_head, _precision(q.dtype))
+    precision, warpgroups = _precision(q.dtype), by_warpgroups(q)
+    return AffineCall(q.dtype, *widths, chunk, before, delta, channel, rates is not None, by_head, precision, warpgroups)
 
 
 def _parts(segments: Segments, q: Tensor, v: Tensor) -> int:

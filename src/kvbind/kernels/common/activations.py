@@ -15,7 +15,8 @@ def activate(u, kind: tl.constexpr):
         # 0.5 (1 + tanh(x)) is sigmoid(2 x)
         y = u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
     elif kind == "relu":
-        y = tl.maximum(u, 0.0)
+        # not a maximum, which on GPUs makes 0 of NaN
+        y = tl.where(u <= 0.0, 0.0, u)
     elif kind == "tanh":
         y = 2.0 * tl.sigmoid(2.0 * u) - 1.0
     else:

@@ -61,6 +61,11 @@ def runs_on(device: torch.device) -> bool:
     return capable(device.index if device.index is not None else torch.cuda.current_device())
 
 
+def by_warpgroups(x: Tensor) -> bool:
+    """Whether products on the device of `x` take operands from shared memory: compute capability 9 to 11; off GPUs, so."""
+    return not x.is_cuda or 9 <= capability(x.device.index)[0] < 12
+
+
 _HERE = contextlib.nullcontext()
 
 

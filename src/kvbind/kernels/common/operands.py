@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,10 +16,28 @@ def last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@cache
+_shared: dict[tuple[torch.device, int, float], Tensor] = {}
+
+
 def zeros(device: torch.device, count: int) -> Tensor:
     """float32 zeros that whoever asks shares; never written."""
-    return torch.zeros(count, device=device)
+    return filled(device, count, 0.0)
+
+
+def filled(device: torch.device, count: int, value: float) -> Tensor:
+    """One float32 number, so many times, that whoever asks shares; never written."""
+    found = _shared.get((device, count, value))
+    if found is None:
+        with torch.inference_mode(False):
+            found = torch.full((count,), value, device=device)
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                # a graph fills them when it is replayed, and never those of others
+                return found
+            # who asks next may be on another stream
+            torch.cuda.current_stream(device).synchronize()
+        _shared[device, count, value] = found
+    return found
 
 
 def laid_out(x: Tensor, strides: Sequence[int]) -> Tensor:

@@ -8,7 +8,7 @@ earlier one allocates its results and launches; nothing is derived again. Produc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from kvbind.kernels.chunked.prefix_sums import MatrixOrder, bound_scan
 from kvbind.kernels.common.devices import multiprocessors, on_device_of
-from kvbind.kernels.common.operands import laid_out, zeros
+from kvbind.kernels.common.operands import filled, laid_out, zeros
 from kvbind.kernels.equal_chunks import library_products
 from kvbind.kernels.equal_chunks import tma_products as products
 from kvbind.kernels.equal_chunks.call_shapes import CallShapes
@@ -33,12 +33,6 @@ if TYPE_CHECKING:
     from kvbind.kernels.equal_chunks.backward import BackwardLaunches
 
 _met: set[tuple[Any, ...]] = set()
-
-
-@cache
-def _share(device: torch.device, chunk: int) -> Tensor:
-    """What of a mean over a chunk's tokens is each one's, `[chunk, 1]`."""
-    return torch.full((chunk, 1), 1 / chunk, device=device)
 
 
 class LaunchPlan:
@@ -236,7 +230,8 @@ class LaunchPlan:
 
     def spread(self, mean: Tensor) -> Tensor:
         """The gradient of a gate `[B, T, H]` from that of its means."""
-        tokens = (mean.unsqueeze(2) * _share(self.device, self.shapes.chunk)).flatten(1, 2)
+        chunk = self.shapes.chunk
+        tokens = (mean.unsqueeze(2) * filled(self.device, chunk, 1 / chunk).unsqueeze(1)).flatten(1, 2)
         return tokens if self.whole else F.pad(tokens, (0, 0, 0, self.length - tokens.shape[1]))
 
     def run(

@@ -428,7 +428,7 @@ def _rated_kernel(
 ):  # fmt: skip
     # rows are tokens of all sequences, heads innermost
     row = tl.program_id(0) * BM + tl.arange(0, BM)
-    h, t, b = row % heads, (row // heads % length).to(tl.int64), (row // heads // length).to(tl.int64)
+    h, t, b = (row % heads).to(tl.int64), (row // heads % length).to(tl.int64), (row // heads // length).to(tl.int64)
     rate = tl.load(rates + b * rate_b + t * rate_t + h * rate_h, mask=row < rows, other=0.0)
     columns = tl.arange(0, WIDTH)
     inside = (row < rows)[:, None] & (columns < D)[None, :]

@@ -41,6 +41,15 @@ class _Captured(Generic[S]):
     def __init__(self, step: S) -> None:
         self.step, self.lock, self.done = step, threading.Lock(), torch.cuda.Event()
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.dropped = False
+
+    def drop(self) -> None:
+        """Wait for its last user; whoever uses it now waits at the end.
+
+        Its memory goes back to the stream that it was made on, while others may be at work on it.
+        """
+        self.dropped = True
+        self.done.synchronize()
 
     def run(self) -> None:
         """Replay the graph, captured before its first replay. To capture executes nothing."""
@@ -95,6 +104,8 @@ def repeated(key: Hashable, device: torch.device, make: Callable[[], S]) -> Iter
                 yield entry.step, entry.run
             finally:
                 entry.done.record(stream)
+                if entry.dropped:
+                    entry.done.synchronize()
 
 
 def _find(key: Hashable, make: Callable[[], S]) -> _Captured[S] | None:
@@ -112,7 +123,7 @@ def _find(key: Hashable, make: Callable[[], S]) -> _Captured[S] | None:
         with torch.inference_mode(False):
             entry = _captured[key] = _Captured(make())
         if len(_captured) > CAPACITY:
-            _captured.popitem(last=False)
+            _captured.popitem(last=False)[1].drop()
         return entry
 
 
@@ -155,5 +166,7 @@ def capture(work: Callable[[], object], device: torch.device, stream: Any, pool:
 def clear() -> None:
     """Drop all graphs and their buffers."""
     with _lock:
+        for entry in _captured.values():
+            entry.drop()
         _captured.clear()
         _seen.clear()

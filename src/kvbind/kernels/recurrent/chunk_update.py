@@ -26,7 +26,8 @@ class ChunkUpdate:
         self.rule, self.with_momentum, self.with_decay, self.normalize = rule, with_momentum, with_decay, normalize
         self.k, self.v = workspace.rows(chunk, packing.key), workspace.rows(chunk, packing.value)
         self.rates = workspace.empty(3, workspace.batch, chunk, workspace.heads)
-        self.gates = workspace.empty(2, z)
+        # each at a multiple of 16 bytes, as where callers of `update` have them: a graph may load no other kernels
+        self.gates = workspace.empty(2, z + -z % 4)[:, :z]
         self.weights, self.velocity = workspace.empty(z, packing.size), workspace.empty(z, packing.size)
         self.state = workspace.empty(1, z, packing.size, dtype=workspace.low)
         self.velocities = workspace.empty(1, z, packing.size, dtype=rule.velocity_dtype)

@@ -162,6 +162,13 @@ class _CallOperands:
         key = self.workspace.key(make.__name__, *self.flags)
         return repeated(key, self.q.device, lambda: make(self.workspace, *self.flags))
 
+    def lies_as_buffers(self) -> bool:
+        """Whether Triton compiles the same kernels for tokens here as for copies of them, so that graphs load none."""
+        strides = [stride for x in (self.k, self.v) for stride in x.stride()[:3]]
+        fit = all(stride % 16 == 0 and stride < 2**31 for stride in strides)
+        fit = fit and (self.k.data_ptr() | self.v.data_ptr()) % 16 == 0
+        return fit and self.rates_by_chunk[0].numel() % 4 == 0
+
     def chunk(self, step: ChunkUpdate | ChunkUpdateBackward, c: int) -> list[tuple[Tensor, Tensor]]:
         """What to copy for a step to have chunk `c`."""
         span = self.workspace.span
@@ -195,8 +202,9 @@ def _recurrent(
         if update_all:
             step, run = stack.enter_context(call.repeated(ChunkUpdate))
             step.start(running, moving, call.norms)
-            # launches take tensors where they lie, at multiples of 16 bytes; a graph those that it was captured with
-            in_place = run == step.run and call.rates_by_chunk[0].numel() % 4 == 0
+            # launches take tensors where they lie, if the kernels are those of the step's own buffers; a graph takes the
+            # tensors that it was captured with
+            in_place = run == step.run and call.lies_as_buffers()
             aligned_gates = [None if x is None else F.pad(x, (0, -z % 4)) for x in call.gates]
         for first, stop in rule.segments(workspace.chunks, z):
             place = first if keep else 0

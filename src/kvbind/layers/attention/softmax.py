@@ -29,10 +29,16 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 def is_for_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `flash_in_window` takes operands of this width and dtype, on this device."""
     narrow = q.dtype in (torch.bfloat16, torch.float16) and q.dtype == k.dtype == v.dtype
-    if not q.is_cuda or not narrow or q.shape[-1] % 8 or q.shape[-1] > 256:
+    if not q.is_cuda or not narrow or q.shape[-1] % 8 or q.shape[-1] > 256 or not all(map(_in_vectors, (q, k, v))):
         return False
     known = torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.is_flash_attention_available()
     return known and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _in_vectors(x: Tensor) -> bool:
+    """Whether rows of 2-byte numbers begin at multiples of 16 bytes: so FlashAttention loads them, and does not check."""
+    *others, last = (stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1)
+    return last == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in others)
 
 
 def flash_in_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:

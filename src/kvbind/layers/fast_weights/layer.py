@@ -21,7 +21,7 @@ from kvbind.layers.fast_weights.projection_fit import check_fits_projections, fa
 from kvbind.layers.fast_weights.state import FastWeightState
 from kvbind.layers.fitting import check_built, check_fits_causal_layer
 from kvbind.layers.gates import DecayMaker, GateMaker, SigmoidMaker, Sizes, draw, maker_of, projection
-from kvbind.layers.inner_call import InnerCall, check_state, run_rows
+from kvbind.layers.inner_call import InnerCall, check_input, check_state, run_rows
 from kvbind.layers.layout import Layout
 from kvbind.layers.operands import split_heads, wide
 from kvbind.layers.rotary import Tables, rotary_tables, rotate
@@ -237,6 +237,7 @@ class FastWeightLayer(nn.Module):
             ValueError: a slice of a row that is cut over ranks, which is no call of its own, or boundaries of packed rows
                 that the device alone knows.
         """
+        check_input(x, self.hidden_size)
         layout = Layout.rows(x.shape[1], x.device) if layout is None else layout
         if layout.sequence is not None:
             raise ValueError("layout must be of whole rows; got one that is cut over ranks")
@@ -266,10 +267,11 @@ class FastWeightLayer(nn.Module):
             `[B, T, d]`, of no meaning at padding, and the state or None.
 
         Raises:
-            ValueError: a state together with packed sequences or a slice of a row, or of another batch or inner loop; a
-                slice of a row for an inner loop that is not cut over ranks.
+            ValueError: an input without a sequence or of another shape; a state together with packed sequences or a slice of
+                a row, or of another batch or inner loop; a slice of a row for an inner loop that is not cut over ranks.
             TypeError: a state of another kind of layer.
         """
+        check_input(x, self.hidden_size)
         batch, length, _ = x.shape
         seen = check_state(x, layout, state, FastWeightState, return_state)
         layout = Layout.rows(length, x.device, seen) if layout is None else layout

@@ -26,7 +26,7 @@ from kvbind.inner.networks import Linear
 from kvbind.inner.systems import in_place_ttt
 from kvbind.inner.value import check_choice, check_positive, check_positive_int
 from kvbind.layers.in_place.chunk_plan import ChunkPlan, PendingColumns, plan_of
-from kvbind.layers.inner_call import InnerCall
+from kvbind.layers.inner_call import InnerCall, check_input
 from kvbind.layers.plain_modules import input_dtype, is_a_product
 
 PROJECTION_STD = 0.02
@@ -253,11 +253,9 @@ class InPlaceMLP(nn.Module):
             source: what values are made of, `[B, T, d]`; by default `x`.
 
         Raises:
-            ValueError: tensors of other shapes.
+            ValueError: tensors of other shapes, or without a sequence.
         """
-        width = self.down_proj.out_features
-        if x.ndim != 3 or x.shape[-1] != width:
-            raise ValueError(f"x must be [B, T, {width}]; got {list(x.shape)}")
+        check_input(x, self.down_proj.out_features)
         if source is not None and source.shape != x.shape:
             raise ValueError(f"source must have the shape of x, {list(x.shape)}; got {list(source.shape)}")
         self.call = Call(plan_of((x.shape[0], x.shape[1]), self.inner.chunk or 1), source)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from kvbind.forms.autocast import without_autocast
 from kvbind.forms.evaluate import FORMS, Form
-from kvbind.forms.pending import PendingState, read
+from kvbind.forms.pending import PendingState
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
 from kvbind.inner.gates import GATES, Gate
@@ -25,9 +25,9 @@ from kvbind.layers.attention.window_attention import halo_of, window_attention
 from kvbind.layers.attention.window_cache import WindowCache, window_cache_after
 from kvbind.layers.fast_matrices import LowRankMatrix, inverse_softplus, lact_parameter, with_released_parameters
 from kvbind.layers.fitting import check_built, check_fits_causal_layer, check_rates_built
-from kvbind.layers.inner_call import InnerCall, check_state, run_rows
+from kvbind.layers.inner_call import InnerCall, check_input, check_state, run_rows
 from kvbind.layers.lact.slots import DecodeStep, Slots
-from kvbind.layers.lact.token_writer import TokenWriter
+from kvbind.layers.lact.token_writer import TokenWriter, ValueWriter
 from kvbind.layers.layout import Layout
 from kvbind.layers.norm import NORM_EPS, RMSNorm
 from kvbind.layers.operands import Paths, make_operands, split_heads
@@ -42,44 +42,65 @@ class LactState:
 
     A pytree of the fast weights with their pending chunk, all of whose tokens are in their places, and the keys and values.
 
+    Attention's values and those that the fast weights will be written with come from one projection. Where the window is as
+    long as a chunk, or longer, it has all of them, and the pending chunk has none.
+
     Attributes:
         pending: fast weights and pending chunk, of which the latest tokens may not be in their places yet.
         cache: the last `window - 1` keys and values.
         seen: how many tokens each sequence has had.
+        values: makes pending tokens' values of those in the cache; None where the pending chunk has them.
     """
 
     pending: PendingState
     cache: WindowCache
     seen: tuple[int, ...]
+    values: ValueWriter | None = None
+
+    @property
+    def held(self) -> State:
+        """What it has of fast weights and pending chunk, all tokens in their places."""
+        return self.pending.settled()
 
     @property
     def fast(self) -> State:
         """Fast weights and pending chunk, as `kvbind.ttt` returns them."""
-        return self.pending.settled()
+        state = self.held
+        if self.values is None or not state.has_room:
+            return state
+        held, room, lengths = self.cache.values, state.spec.room, state.pending_lengths
+        length = max(lengths, default=0)
+        if length == min(lengths, default=0):
+            latest = self.values.make(held[:, held.shape[1] - length :])
+            return state.with_values(F.pad(latest.transpose(1, 2), (0, 0, 0, room - length)).contiguous())
+        ends, places = torch.tensor(lengths, device=held.device)[:, None], torch.arange(room, device=held.device)
+        where = (held.shape[1] - ends + places).clamp(max=held.shape[1] - 1)
+        latest = self.values.make(held.take_along_dim(where[:, :, None, None], dim=1))
+        return state.with_values(latest.masked_fill((places >= ends)[:, :, None, None], 0).transpose(1, 2).contiguous())
 
     def tensors(self) -> list[Tensor]:
         """All that it holds, in their places."""
-        return [*self.fast.tensors.values(), self.cache.keys, self.cache.values]
+        rounded = self.pending.rounded or {}
+        return [*self.held.tensors.values(), *rounded.values(), self.cache.keys, self.cache.values]
 
     def select(self, index: Tensor) -> LactState:
         """The sequences at `index` (int64 `[n]`), in that order, as often as they are named."""
         rows, where = index.tolist(), index.to(self.cache.keys.device)
-        return LactState(
-            PendingState.of(self.fast[index]), self.cache.select(rows, where), tuple(self.seen[i] for i in rows)
-        )
+        fast = PendingState.of(self.held[index])
+        return LactState(fast, self.cache.select(rows, where), tuple(self.seen[i] for i in rows), self.values)
 
 
 pytree.register_pytree_node(
     LactState,
-    lambda state: ([state.fast, state.cache], state.seen),
-    lambda parts, seen: _state_of(parts, seen),
+    lambda state: ([state.held, state.cache], (state.seen, state.values)),
+    lambda parts, context: _state_of(parts, *context),
     serialized_type_name="kvbind.LactState",
 )
 
 
-def _state_of(parts: Iterable[Any], seen: tuple[int, ...]) -> LactState:
+def _state_of(parts: Iterable[Any], seen: tuple[int, ...], values: ValueWriter | None) -> LactState:
     fast, cache = parts
-    return LactState(PendingState.of(fast), cache, seen)
+    return LactState(PendingState.of(fast), cache, seen, values)
 
 
 class LactLayer(nn.Module):
@@ -115,10 +136,13 @@ class LactLayer(nn.Module):
         output_scale: the learned scale `silu(ttt_scale_proj(x))`.
         released_parameters: build what released checkpoints hold, a SwiGLU's matrices with learned rates for each, whether
             or not `inner` has a use for them.
+        decode_dtype: "bfloat16" for decoding steps that read float32 fast weights rounded to it, where tokens see the last
+            update (`visibility="past"`) and no gradients are wanted; updates stay in float32. None: as they are.
 
     Attributes:
         inner: the inner loop; assigning one that asks for parameters that were not built raises.
         form: as above; may be assigned.
+        decode_dtype: as above; may be assigned.
 
     Raises:
         ValueError: widths that do not divide, or an inner loop that cannot run in a causal layer.
@@ -146,6 +170,7 @@ class LactLayer(nn.Module):
         rope_theta: float = 1e6,
         output_scale: bool = True,
         released_parameters: bool = False,
+        decode_dtype: DecodeDtype | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -164,9 +189,11 @@ class LactLayer(nn.Module):
                 f"{hidden_size // num_attn_heads} channels"
             )
         check_choice("form", form, FORMS)
+        check_decode_dtype(decode_dtype)
         check_fits_lact_layer(inner)
 
         self.hidden_size, self.window_size, self.form = hidden_size, window_size, form
+        self.decode_dtype = decode_dtype
         self.num_attn_heads, self.num_lact_heads = num_attn_heads, num_lact_heads
         self.head_width, self.fast_width = hidden_size // num_attn_heads, hidden_size // num_lact_heads
         self.silu_v, self.rope_theta = silu_v, rope_theta
@@ -282,6 +309,15 @@ class LactLayer(nn.Module):
             self.num_lact_heads, self.rate_names, updated, self.base_lr_inverse, self.silu_v, called, followers
         )
 
+    @property
+    def pending_values(self) -> ValueWriter | None:
+        """What makes the values of a chunk that is not complete of those in the cache, where that has all of them.
+
+        None where it has not, and where each token sees more than the last update and would have to make them again.
+        """
+        has_all = 0 < self._inner.room < self.window_size and self._inner.visibility == "past"
+        return self.writing.values if has_all else None
+
     def _logits(self, x: Tensor) -> dict[str, Tensor]:
         """What the inner loop's rates ("lr") and gates, and the output's scale ("scale"), are made of: `[B, T, n]` each.
 
@@ -314,6 +350,7 @@ class LactLayer(nn.Module):
             ValueError: a slice of a row that is cut over ranks, which is no call of its own, or boundaries of packed rows
                 that the device alone knows.
         """
+        check_input(x, self.hidden_size)
         if layout is None:
             layout = Layout.rows(x.shape[1], x.device)
         if layout.sequence is not None:
@@ -346,9 +383,11 @@ class LactLayer(nn.Module):
             `[B, T, d]`, of no meaning at padding, and the state or None.
 
         Raises:
-            ValueError: a state together with packed sequences or a slice of a row, or of another batch or inner loop.
+            ValueError: an input without a sequence or of another shape; a state together with packed sequences or a slice of
+                a row, or of another batch or inner loop.
             TypeError: a state of another kind of layer.
         """
+        check_input(x, self.hidden_size)
         batch, length, _ = x.shape
         seen = check_state(x, layout, state, LactState, return_state)
         if layout is None:
@@ -381,17 +420,22 @@ class LactLayer(nn.Module):
         if pending is None:
             return output, None
         after = window_cache_after(cache, seen_k, seen_v, self.window_size, length, layout.lengths)
-        return output, LactState(pending, after, layout.after(seen or (0,) * batch, length))
+        values = self.pending_values
+        if values is not None:
+            pending = pending.values_apart()
+        return output, LactState(pending, after, layout.after(seen or (0,) * batch, length), values)
 
     def slots(self, state: LactState) -> Slots:
         """Room for rows like those of a state, for `step`; nothing in it yet."""
-        settled, cache = state.fast, state.cache
+        settled, cache = state.held, state.cache
         held = {name: x for name, x in settled.tensors.items() if not name.startswith("pending.")}
         heads, widths = self.num_lact_heads, (self.fast_width, self.fast_width)
         k, v = (cache.keys.new_empty(1, heads, 1, width) for width in widths)
         wide = k.new_empty(1, heads, 1, dtype=torch.promote_types(k.dtype, torch.float32))
         like = Tokens(k, v, dict.fromkeys(self._inner.updated, wide), dict.fromkeys(self._inner.gates, wide))
-        return Slots(self._inner, self.window_size, held, cache, like)
+        return Slots(
+            self._inner, self.window_size, held, cache, like, self.pending_values, rounds=self.decode_dtype is not None
+        )
 
     def step(self, x: Tensor, tables: Tables, place: DecodeStep, slots: Slots) -> Tensor:
         """Mix one more token of each row, and take it in where the rows are: `forward` without a shape that depends on them.
@@ -412,8 +456,12 @@ class LactLayer(nn.Module):
         mixed = slots.attend(place, q, k, split_heads(v, self.num_attn_heads)).flatten(2)
         made = self._logits(x)
         scale = made.pop("scale", None)
-        fast = read(self._inner, slots.weights, fast_q, fast_k)
-        tokens = self.writing.tokens({"k": fast_k, "v": v, **made})
+        fast = slots.read(fast_q, fast_k)
+        writing = self.writing
+        if slots.value_writer is not None:
+            # the ring has the values, of which nothing is made before the chunk's end
+            writing = replace(writing, silu_v=False)
+        tokens = writing.tokens({"k": fast_k, "v": v, **made})
         slots.put(place, tokens.map(lambda y: y.transpose(1, 2)))
         output: Tensor = self.o_proj(self._join(fast, scale, mixed))
         return output
@@ -436,14 +484,21 @@ class LactLayer(nn.Module):
     ) -> tuple[Tensor, PendingState | None]:
         """Run the inner loop: outputs `[B, T, H, D]`, and its state where wanted; `made` as `TokenWriter` takes it."""
         inner, writing = self._inner, self.writing
-        answer = None
-        if state is not None and return_state and layout.lengths is None:
-            pending = state.pending
-            found = pending.read(inner, q, made, writing) or pending.complete(inner, q, made, writing)
+        answer = before = None
+        rounds = self.decode_dtype is not None
+        if state is not None:
+            going_on = return_state and layout.lengths is None
+            found = state.pending.read(inner, q, made, writing, rounds) if going_on else None
             if found is not None:
                 return found
-            answer = pending.answer(inner, q, made["k"])
-        before = None if state is None else state.fast
+            before = state.fast
+            if going_on:
+                # what was rounded of these weights is at hand
+                pending = replace(state.pending, state=before, later=(), count=0, make=None)
+                found = pending.complete(inner, q, made, writing, rounds)
+                if found is not None:
+                    return found
+                answer = pending.answer(inner, q, made["k"], rounds)
         weights, tokens = self.start_weights() if before is None else None, writing.tokens(made)
         output, after = run_rows(
             inner, weights, q, tokens.k, tokens.v, tokens.rates, tokens.gates, layout, form=self.form, state=before,
@@ -468,6 +523,20 @@ def side_by_side(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, ...]:
 def is_a_gate(gate: nn.Module) -> TypeGuard[nn.Sequential]:
     """Whether a gate is a layer and a sigmoid behind it, and no more, so that the layer alone may be called."""
     return is_plain(gate, nn.Sequential) and len(gate) == 2 and is_plain(gate[1], nn.Sigmoid)
+
+
+DecodeDtype = Literal["bfloat16"]
+"""What decoding may read fast weights in."""
+
+
+def check_decode_dtype(given: object) -> None:
+    """Refuse what decoding cannot read fast weights in.
+
+    Raises:
+        ValueError: neither None nor of `DecodeDtype`.
+    """
+    if given is not None:
+        check_choice("decode_dtype", given, get_args(DecodeDtype))
 
 
 NOT_MADE = ("erase", "writes")

@@ -14,6 +14,24 @@ from kvbind.layers.operands import split_heads, wide
 
 
 @dataclass(frozen=True)
+class ValueWriter:
+    """From attention's values to those that fast weights are written with.
+
+    Attributes:
+        heads: fast heads.
+        silu: silu on values.
+    """
+
+    heads: int
+    silu: bool
+
+    def make(self, v: Tensor) -> Tensor:
+        """Values `[B, T, H D]`, or of any heads, as the fast weights take them: `[B, T, H, D]`."""
+        v = v.flatten(2)
+        return split_heads(F.silu(v) if self.silu else v, self.heads)
+
+
+@dataclass(frozen=True)
 class TokenWriter:
     """The last steps, elementwise and without parameters, so that they may be left for many tokens at once.
 
@@ -47,11 +65,12 @@ class TokenWriter:
         gates = {gate.name: self.gate(gate.name, made[gate.name]) for gate in GATES if gate.name in made}
         rates: dict[str, Tensor | float] = {}
         rates |= self.rates(made["lr"]) if "lr" in made else dict.fromkeys(self.updated, 1.0)
-        return Tokens(made["k"], self.values(made["v"]), rates, gates)
+        return Tokens(made["k"], self.values.make(made["v"]), rates, gates)
 
-    def values(self, v: Tensor) -> Tensor:
-        """Values `[B, T, H D]` as the fast weights take them, `[B, T, H, D]`."""
-        return split_heads(F.silu(v) if self.silu_v else v, self.heads)
+    @property
+    def values(self) -> ValueWriter:
+        """What is made of values."""
+        return ValueWriter(self.heads, self.silu_v)
 
     def rates(self, logits: Tensor) -> dict[str, Tensor]:
         """Rates `[B, T, H]` by updated matrix, float32 or wider: softplus of the logits and the base rate's."""

@@ -77,6 +77,7 @@ def make_mixer(config: LactConfig) -> LactLayer | FastWeightLayer | WindowAttent
         rope_theta=config.rope_theta,
         output_scale=config.learnable_ttt_scale,
         released_parameters=config.released_parameters,
+        decode_dtype=config.decode_dtype,
     )
 
 

@@ -67,6 +67,13 @@ class LactCache(Cache):
         self._states = states
 
     @property
+    def nbytes(self) -> int:
+        """The bytes of memory that it takes, of all sequences, wherever they lie."""
+        layers = self._states if self.rows is None else self.rows.layers
+        held = [x.untyped_storage() for layer in layers for x in layer.tensors()]
+        return sum({x.data_ptr(): x.nbytes() for x in held}.values())
+
+    @property
     def seen(self) -> tuple[int, ...]:
         """How many tokens each sequence has had, without padding; empty before the first."""
         if self.rows is not None:

@@ -13,7 +13,7 @@ from kvbind.inner.spec import InnerLoop
 from kvbind.inner.systems import PROJECTIONS, lact_llm
 from kvbind.inner.value import check_bool, check_choice, check_positive, check_positive_int, nearest
 from kvbind.layers.fast_weights.projection_fit import fast_widths
-from kvbind.layers.lact.layer import NOT_MADE
+from kvbind.layers.lact.layer import NOT_MADE, DecodeDtype, check_decode_dtype
 from kvbind.models.ablations import (
     LANGUAGE_NAMES,
     check_all_used,
@@ -127,6 +127,8 @@ class LactConfig(WithImports, PretrainedConfig):
             None; default "dot_product", the full system.
         released_parameters: hold what released checkpoints hold, whether or not `inner` has a use for it; by default where
             released fields describe an inner loop that has none for some.
+        decode_dtype: "bfloat16" for decoding steps that read the fast weights rounded to it, as `LactLayer` takes it; None
+            for fast weights as they are.
         **kwargs: fields of transformers' `PretrainedConfig`, and released fields that do not change the computation.
             `num_labels`, `id2label`, `label2id` and `problem_type` are for heads of your own on top of `LactModel`.
 
@@ -186,9 +188,11 @@ class LactConfig(WithImports, PretrainedConfig):
         released_parameters: bool | None = None,
         projections: Projections | dict[str, Any] | str | None = None,
         fast_weights: bool = True,
+        decode_dtype: DecodeDtype | None = None,
         **kwargs: Any,
     ) -> None:
         check_choice("ttt_form", ttt_form, FORMS)
+        check_decode_dtype(decode_dtype)
         whole = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers,
                  "num_attn_heads": num_attn_heads, "num_lact_heads": num_lact_heads, "window_size": window_size}  # fmt: skip
         for name, number in whole.items():
@@ -216,7 +220,9 @@ class LactConfig(WithImports, PretrainedConfig):
         check_bool("fast_weights", fast_weights)
         if not fast_weights and self.projections is not None:
             raise ValueError("fast_weights must be True with projections, which are of fast weights; got False")
-        self.fast_weights = fast_weights
+        self.fast_weights, self.decode_dtype = fast_weights, decode_dtype
+        if decode_dtype is not None and (self.projections is not None or not fast_weights):
+            raise ValueError(f"decode_dtype must be None but for fast weights beside attention; got {decode_dtype!r}")
 
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
         self.num_attn_heads, self.num_lact_heads, self.window_size = num_attn_heads, num_lact_heads, window_size
@@ -349,7 +355,7 @@ class LactConfig(WithImports, PretrainedConfig):
         if not self.fast_weights:
             raise ValueError("fast_weights must be True in a released configuration; got False")
         fields: dict[str, Any] = self.to_dict()
-        for name in ("inner", "ttt_form", "base_lr", "released_parameters", "fast_weights", "auto_map"):
+        for name in ("inner", "ttt_form", "base_lr", "released_parameters", "fast_weights", "decode_dtype", "auto_map"):
             fields.pop(name, None)
         described = released_of_inner(self.inner)
         if not self.released_parameters:

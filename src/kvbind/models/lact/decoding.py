@@ -121,19 +121,19 @@ class Rows:
                 assert isinstance(state, LactState)
                 if i == len(self.layers):
                     self.layers.append(block.attn.slots(state))
-                self.layers[i].load(state.fast, state.cache, self.seen)
+                self.layers[i].load(state.held, state.cache, self.seen)
                 states[i] = state = None
         except Exception:
             for i, slots in enumerate(self.layers):
                 if states[i] is None:
-                    states[i] = LactState(*slots.state(self.seen), self.seen)
+                    states[i] = LactState(*slots.state(self.seen), self.seen, slots.value_writer)
             raise
         self.holder = weakref.ref(cache)
 
     def release(self) -> list[MixerState]:
         """Move the cache out: its states, in tensors of their own."""
         self.holder = None
-        return [LactState(*slots.state(self.seen), self.seen) for slots in self.layers]
+        return [LactState(*slots.state(self.seen), self.seen, slots.value_writer) for slots in self.layers]
 
     def reorder(self, order: list[int]) -> None:
         """Have rows `order` in this order."""
@@ -185,11 +185,11 @@ class Rows:
         """Capture the update of all rows, or of one."""
         rows = None if name == "all" else self.row
         # layers are alike
-        self._aside(lambda: self.layers[0].complete(rows, store=False))
+        self._aside(lambda: self.layers[0].complete(self.counts, rows, store=False))
 
         def work() -> None:
             for slots in self.layers:
-                slots.complete(rows)
+                slots.complete(self.counts, rows)
 
         try:
             self.graphs[name] = cuda_graphs.capture(work, self.device, self.stream, self.pool)
@@ -223,7 +223,7 @@ class Model:
             self.modules += [(module._modules, name, x) for name, x in module._modules.items() if x is not None]
             for held in (module._parameters, module._buffers):
                 self.parameters += [(held, name, x, x.data_ptr()) for name, x in held.items() if x is not None]
-        self.layers = [(layer, layer.inner, layer.window_size) for layer in model.modules() if isinstance(layer, LactLayer)]
+        self.layers = [(layer, *_of_layer(layer)) for layer in model.modules() if isinstance(layer, LactLayer)]
         self.hooks, self.settings = RemovableHandle.next_id, _settings(model)
 
     def same(self, model: Any) -> bool:
@@ -236,9 +236,14 @@ class Model:
             return False
         if any(held.get(name) is not x or x.data_ptr() != place for held, name, x, place in self.parameters):
             return False
-        return self.settings == _settings(model) and all(
-            layer._inner is inner and layer.window_size == window for layer, inner, window in self.layers
-        )
+        if self.settings != _settings(model):
+            return False
+        return all(layer._inner is inner and _of_layer(layer)[1:] == rest for layer, inner, *rest in self.layers)
+
+
+def _of_layer(layer: LactLayer) -> list[Any]:
+    """What is taken for granted of a layer beside its modules and parameters, its inner loop first."""
+    return [layer._inner, layer.window_size, layer.decode_dtype]
 
 
 def _settings(model: Any) -> tuple[Any, ...]:

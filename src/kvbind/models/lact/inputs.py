@@ -169,7 +169,7 @@ def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tens
         inputs_embeds: `[B, T, d]`, or None.
 
     Raises:
-        ValueError: both, neither, or another shape.
+        ValueError: both, neither, another shape, or no sequence.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("exactly one of input_ids and inputs_embeds must be given")
@@ -177,8 +177,8 @@ def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tens
         ("input_ids", input_ids, "[B, T]") if inputs_embeds is None else ("inputs_embeds", inputs_embeds, "[B, T, d]")
     )
     assert given is not None
-    if given.ndim != shape.count(",") + 1:
-        raise ValueError(f"{name} must be {shape}; got shape {list(given.shape)}")
+    if given.ndim != shape.count(",") + 1 or not given.shape[0]:
+        raise ValueError(f"{name} must be {shape} with at least one sequence; got shape {list(given.shape)}")
     return given
 
 

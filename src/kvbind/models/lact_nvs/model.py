@@ -375,8 +375,8 @@ class LactNvs(nn.Module):
             raise ValueError(f"image must be [B, V, 3, h, w]; got shape {list(image.shape)}")
         if not image.is_floating_point():
             raise TypeError(f"image must be floating-point, RGB in [0, 1]; got {image.dtype}")
-        if not image.shape[1]:
-            raise ValueError(f"image must have at least one view; got shape {list(image.shape)}")
+        if not image.shape[0] or not image.shape[1]:
+            raise ValueError(f"image must have at least one scene and one view; got shape {list(image.shape)}")
         self._check_size("image", (image.shape[-2], image.shape[-1]))
         if self._looks_at_values(image):
             low, high = image.detach().aminmax()

@@ -269,8 +269,9 @@ class VitttForImageClassification(FromFolder, PreTrainedModel):
             `loss` (float32 or wider), `logits` `[B, num_labels]`, `hidden_states`.
 
         Raises:
-            ValueError: labels of another shape.
+            ValueError: images or labels of another shape.
         """
+        self.vittt.check_image(pixel_values, "pixel_values")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         every: tuple[Tensor, ...] | None = None

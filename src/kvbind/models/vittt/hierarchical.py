@@ -113,7 +113,7 @@ class HierarchicalVittt(ImageModel):
         setattr(self.layers[-1], "downsample", None)  # noqa: B010  torch types attributes of modules as tensors
 
     def embed(self, image: Tensor) -> tuple[Tensor, Grid]:
-        self._check_image(image)
+        self.check_image(image)
         tokens = self.patch_embed(image)
         return self.pos_drop(to_tokens(tokens)), tuple(tokens.shape[-2:])
 

@@ -274,9 +274,11 @@ class ImageModel(nn.Module, abc.ABC):
         output: Tensor = recomputed(block, *args)
         return output
 
-    def _check_image(self, image: Tensor) -> None:
-        if image.dim() != 4 or image.shape[1] != self.in_chans:
-            raise ValueError(f"image must be [B, {self.in_chans}, height, width]; got shape {list(image.shape)}")
+    def check_image(self, image: Tensor, argument: str = "image") -> None:
+        """Raise `ValueError` for anything but images `[B, C, height, width]`, at least one; `argument` is its name."""
+        if image.dim() != 4 or image.shape[1] != self.in_chans or not image.shape[0]:
+            shape = f"[B, {self.in_chans}, height, width]"
+            raise ValueError(f"{argument} must be {shape} with at least one image; got shape {list(image.shape)}")
 
     def forward_features(self, image: Tensor) -> Tensor:
         """Normed tokens of the last layer, before pooling.

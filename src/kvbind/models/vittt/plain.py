@@ -148,7 +148,7 @@ class Vittt(ImageModel):
                 raise ValueError(f"img_size's {name} must be a multiple of the patch's, {patch}; got {side}")
 
     def embed(self, image: Tensor) -> tuple[Tensor, Grid]:
-        self._check_image(image)
+        self.check_image(image)
         patches = self.patch_embed(image)
         tokens, grid = to_tokens(patches), tuple(patches.shape[-2:])
         if not self.fast_weights:

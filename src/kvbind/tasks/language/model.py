@@ -18,6 +18,8 @@ from kvbind.tasks.language.config import (
     model_fields,
 )
 from kvbind.tasks.tokenizers import Bytes, Tokenizer, open_tokenizer
+from kvbind.train.unfinished import CONFIG as RUN
+from kvbind.train.unfinished import WEIGHTS, unfinished
 
 if TYPE_CHECKING:
     from kvbind.models import LactForCausalLM
@@ -95,10 +97,10 @@ def open_trained(folder: Path, tokenizer: str | None = None) -> tuple[Any, Token
     Raises:
         ValueError: a folder that holds neither, or a model without a tokenizer where none is named.
     """
-    home = folder / "model" if (folder / "config.yaml").is_file() else folder
+    home = folder / WEIGHTS if (folder / RUN).is_file() else folder
     if not (home / "config.json").is_file():
         if home != folder:
-            raise ValueError(f"run must be finished; {str(folder)!r} has no model/ yet, which training leaves there")
+            raise ValueError(f"run must be finished; {unfinished(folder)}")
         raise ValueError(f"run must be the folder of a training run or of a model; got {str(folder)!r}")
     model = open_exported(home)
     if not getattr(model, "can_generate", bool)():
