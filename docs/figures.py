@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
-from matplotlib.ticker import FormatStrFormatter, FuncFormatter, LogLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 import kvbind
 from kvbind import InnerLoop, Linear
@@ -182,7 +182,7 @@ def cameras() -> None:
     width, height, focal = 12, 8, 11.0
     fxfycxcy = torch.tensor([focal, focal, width / 2, height / 2])
     camera = look_at(torch.tensor([-3.0, 0.4, 1.0]), torch.tensor([0.0, 0, 0.2]), up)
-    viewer = look_at(torch.tensor([-3.9, -6.4, 3.0]), torch.tensor([-1.35, 0, 0.15]), up)
+    viewer = look_at(torch.tensor([-4.6, -5.6, 3.4]), torch.tensor([-1.35, 0, 0.15]), up)
     corners = torch.cartesian_prod(*[torch.tensor([-0.5, 0.5])] * 3)
     edges = [(i, j) for i in range(8) for j in range(i) if (corners[i] - corners[j]).norm() < 1.1]
 
@@ -199,13 +199,14 @@ def cameras() -> None:
         def at(point: torch.Tensor) -> list[float]:
             return seen(point[None], viewer, flat)[0]
 
+        clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # lines end where a word begins
         for i, j in edges:
             line(corners[[i, j]], color="0.45", linewidth=1.2)
         for axis, name in enumerate("xyz"):
             end = torch.zeros(3)
             end[axis] = 1.25
             world.annotate("", at(end), at(torch.zeros(3)), arrowprops={"arrowstyle": "->", "color": "0.65"})
-            world.text(*at(end * 1.08), name, color="0.55", fontsize=9)
+            world.text(*at(end * 1.08), name, color="0.4", fontsize=9, bbox=clear, ha="center", va="center")
         centre, turn = camera[:3, 3], camera[:3, :3]
         places = [(0, 0), (width, 0), (width, height), (0, height)]
         frame = torch.tensor([[(u - width / 2) / focal, (v - height / 2) / focal, 1.0] for u, v in places])
@@ -218,12 +219,18 @@ def cameras() -> None:
             arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.8}
             world.annotate("", at(end), at(centre), arrowprops=arrow)
             world.text(
-                *at(end + (0.12, 0.12, 0.4)[axis] * turn[:, axis]), name, color=colour, fontsize=9, ha="center", va="center"
+                *at(end + (0.2, 0.14, -0.55)[axis] * turn[:, axis]),
+                name,
+                color=colour,
+                fontsize=9,
+                ha="center",
+                va="center",
+                bbox=clear,
             )
         world.text(*at(centre - 0.35 * turn[:, 0]), "camera", color=BLUE, fontsize=9, ha="right")
         world.set(title="c2w: the camera's axes and centre in the world", xticks=[], yticks=[], aspect="equal")
         world.invert_yaxis()
-        world.margins(0.12)
+        world.margins(0.12, 0.16)
         for side in world.spines.values():
             side.set_visible(False)
 
@@ -301,22 +308,37 @@ def scaling(path: Path) -> None:
     panels += [("one sequence cut over all GPUs", [[r for r in cut if r["length"] == n] for n in lengths])] if cut else []
     numbers = sorted({row["gpus"] for row in rows})
     with figure(IMAGES / f"{path.stem}.png", 4.7 * len(panels), 3.4) as drawing:
-        axes = drawing.subplots(1, len(panels), squeeze=False)[0]
+        axes = drawing.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for ax, (title, series) in zip(axes, panels, strict=True):
             fewest = [min(line, key=lambda row: row["gpus"]) for line in series]
             best = max(row["tokens_per_second"] / row["gpus"] for row in fewest)
-            ax.plot(numbers, [best * n for n in numbers], "--", color="0.6", label="linear", linewidth=1.2)
+            wide = 0.8 / len(series)
+            # side by side, as speeds of several lengths are nearly the same
             for i, line in enumerate(series):
-                points = sorted((row["gpus"], row["tokens_per_second"]) for row in line)
-                colour = mpl.colormaps["viridis"](i / max(len(series), 2))
-                label = f"{line[0]['length'] // 1024}k tokens"
-                ax.plot(*zip(*points, strict=True), "o-", color=colour, label=label, linewidth=1.4, markersize=4)
-            ax.set(title=title, xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens per second")
-            ax.set_xticks(numbers, [str(n) for n in numbers], minor=False)
-            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k"))
-            ax.minorticks_off()
-            ax.legend(fontsize=8)
+                length = line[0]["length"] // 1024
+                places = [numbers.index(row["gpus"]) + (i - (len(series) - 1) / 2) * wide for row in line]
+                speeds = [row["tokens_per_second"] / 1000 for row in line]
+                label = f"{length}k tokens" if length < 1024 else f"{length // 1024}M tokens"
+                ax.bar(places, speeds, 0.9 * wide, color=mpl.colormaps["viridis"]((i + 0.5) / len(series)), label=label)
+            for place, number in enumerate(numbers):
+                label = None if place else f"{best / 1000:.0f}k tokens/s for each GPU"
+                ax.plot(
+                    [place - 0.45, place + 0.45], [best * number / 1000] * 2, "--", color="0.3", linewidth=1.2, label=label
+                )
+            ax.set(title=title, xlabel="GPUs")
+            ax.set_xticks(range(len(numbers)), [str(n) for n in numbers])
+            ax.grid(visible=False, axis="x")
+            ax.legend(fontsize=8, loc="upper left")
+        axes[0].set_ylabel("thousand tokens per second")
+
+
+def operators() -> None:
+    """Token-mixing matrices of all named systems, of the ladder and of the paper's controls, on random operands."""
+    from kvbind.experiments.theorems import SETTINGS, check, draw_operators, inner_loops
+
+    setting = SETTINGS["smoke"]
+    loops = {name: spec for name, spec in inner_loops(setting.chunk).items() if not name.endswith("one step")}
+    draw_operators(IMAGES / "operators.png", {name: check(spec, setting, 0) for name, spec in loops.items()})
 
 
 def vision() -> None:
@@ -356,6 +378,7 @@ if __name__ == "__main__":
         kernels()
     scenes()
     cameras()
+    operators()
     vision()
     views(RESULTS / "bench" / "views-h200.json")
     for name in ("scaling-2-h200", "scaling-h200"):

@@ -56,7 +56,18 @@ def source(record: dict[str, Any], path: str) -> str:
     whole = (
         "" if record.get("complete", True) else f" Stopped by its budget: {answered(record)} of {record['planned']} rows."
     )
-    return f"`{record['command']}`, {record['machine']['device']}, {versions}; data in `{path}`.{whole}"
+    return f"`{record['command']}`, {record['machine']['device']}, {versions}{dated(record)}; data in `{path}`.{whole}"
+
+
+def dated(record: dict[str, Any]) -> str:
+    """On which day a record was begun, where it says so: what is older than a change does not show it."""
+    return f", {record['time'][:10]}" if "time" in record else ""
+
+
+def drawn(record: dict[str, Any], path: str) -> str:
+    """What a picture is drawn from."""
+    device = record["machine"]["device"]
+    return f"*Drawn by `python docs/figures.py` from `{path}`: {device}{dated(record)}, `{record['command']}`.*"
 
 
 def ceilings(record: dict[str, Any]) -> str:
@@ -71,8 +82,8 @@ def ceilings(record: dict[str, Any]) -> str:
 def pictures(record: dict[str, Any], path: str) -> str:
     """What `docs/figures.py` draws from a record of `kvbind bench kernels`."""
     titles = {"lengths": "the number of tokens", "chunks": "the chunk", "widths": "the width of a head"}
-    drawn = [f"![Speed by {title}](images/kernels-{part}.png)" for part, title in titles.items() if part in parts(record)]
-    return "\n".join([*drawn, f"*Drawn by `python docs/figures.py` from `{path}`: `{record['command']}`.*"])
+    shown = [f"![Speed by {title}](images/kernels-{part}.png)" for part, title in titles.items() if part in parts(record)]
+    return "\n".join([*shown, drawn(record, path)])
 
 
 def parts(record: dict[str, Any]) -> set[str]:
@@ -85,9 +96,8 @@ def table(path: str, key: str, root: Path) -> str:
 
     Raises:
         ValueError: the file has no such table.
+        OSError: there is no such file.
     """
-    if not (root / path).is_file():
-        return f"*Not measured yet: `{path}` is not there.*"
     record = json.loads((root / path).read_text(encoding="utf-8"))
     if "experiment" in record:
         return f"{experiment(record, key, path)}\n\n{made_by(record, path)}"
@@ -97,7 +107,7 @@ def table(path: str, key: str, root: Path) -> str:
         return pictures(record, path)
     if key == "scaling-picture":
         picture = f"![Training speed by the number of GPUs](images/{Path(path).stem}.png)"
-        return f"{picture}\n\n*Drawn by `python docs/figures.py` from `{path}`: `{record['command']}`.*"
+        return f"{picture}\n\n{drawn(record, path)}"
     if key == "views":
         return views_table(record, path)
     if any("against" in row for row in record["rows"]):
@@ -175,7 +185,8 @@ def views_table(record: dict[str, Any], path: str) -> str:
                 row = found.get((model, views))
                 line.append("not run" if row is None else shown(row[name]) if row["fits"] else "does not fit")
         lines.append(line)
-    made = f"`{record['command']}`, {record['machine']['device']}, torch {record['versions']['torch']}; data in `{path}`."
+    made = f"`{record['command']}`, {record['machine']['device']}, torch {record['versions']['torch']}"
+    made += f"{dated(record)}; data in `{path}`."
     return f"{plain(header, lines, left=0)}\n\n{made}"
 
 

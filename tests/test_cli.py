@@ -569,3 +569,30 @@ def test_a_run_that_is_not_finished_is_gone_on_with_by_the_command_that_is_named
     assert (code, errors) == (0, "")
     assert "goes on from the checkpoint at step 3 of 3" in out
     assert run("generate", str(trained), "--tokens", "2")[0] == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize("words", [["systems"], ["explain", "kda"], ["--help"], ["bench", "--help"], ["--version"]])
+def test_what_cannot_be_printed_is_one_line_or_none_and_no_success(words):
+    start = [sys.executable, "-m", "kvbind", *words]
+    with Path("/dev/full").open("w") as full:
+        found = subprocess.run(start, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert (found.returncode, found.stderr.count("\n")) == (2, 1)
+        assert "No space left on device" in found.stderr
+        # not even the error can be said
+        mute = subprocess.run([*start[:3], "nothing"], stdout=full, stderr=full, check=False)
+        assert mute.returncode == 2
+
+
+@pytest.mark.parametrize("words", [["systems"], ["explain", "kda"], ["--help"]])
+def test_a_reader_that_leaves_is_no_error_to_speak_of(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        found = subprocess.run(
+            [sys.executable, "-m", "kvbind", *words], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(writer)
+    assert found.stderr == ""
+    assert found.returncode in (0, 1)

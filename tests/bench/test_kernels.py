@@ -370,13 +370,10 @@ def test_tables_show_what_the_record_says(documentation, tmp_path):
     assert calls.rows[0][2:5] == ("cold", "9.00", "15")
 
     (tmp_path / "r.json").write_text(json.dumps(record))
-    page = (
-        "before\n<!-- table: r.json targets -->\nold\n<!-- end -->\nbetween\n<!-- table: no.json first -->\n<!-- end -->\n"
-    )
+    page = "before\n<!-- table: r.json targets -->\nold\n<!-- end -->\nbetween\n"
     text = documentation.fill(page, tmp_path)
     assert "| rung 2 | parallel | kernels | 32.8 |" in text
     assert "old" not in text
-    assert "Not measured yet: `no.json`" in text
     assert text.startswith("before\n<!-- table: r.json targets -->\n")
     assert documentation.fill(text, tmp_path) == text
     shown = documentation.pictures(record | {"rows": [asdict(replace(case, what="lengths"))]}, "r.json")

@@ -956,7 +956,7 @@ def test_inner_loops_whose_last_calls_are_remembered_have_a_limit(looked_up, mon
     assert len(planned._last) <= 2
 
 
-@pytest.mark.parametrize(("rung", "forward", "training"), [("rung6", 4, 12), ("rung2", 17, 53)])
+@pytest.mark.parametrize(("rung", "forward", "training"), [("rung6", 4, 12), ("rung2", 17, 54)])
 def test_a_planned_call_has_few_operators_besides_its_launches(rung, forward, training, monkeypatch):
     """What a call costs the host is in the operators of PyTorch that it calls."""
     spec = RUNGS[rung]
@@ -983,4 +983,6 @@ def test_a_planned_call_has_few_operators_besides_its_launches(rung, forward, tr
     slope = torch.ones_like(run())
     with torch.no_grad():
         assert counted(run) <= forward
+    # numbers that all calls share are made by the first one
+    train()
     assert counted(train) <= training

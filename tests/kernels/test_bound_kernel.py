@@ -1,5 +1,8 @@
 """Kernels bound to all but their tensors: the first launch is Triton's, later ones pass it by, warm-ups compile."""
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -170,3 +173,12 @@ def test_descriptors_remembered_have_a_limit(monkeypatch):
     for x in (*kept, kept[0]):
         launch(7, x, y)
     assert [address for address, _ in encoded] == [x.data_ptr() for x in (*kept, kept[0])]
+
+
+def test_the_hosts_time_is_measured_with_launches_left_out():
+    script = Path(__file__).with_name("host_time.py")
+    done = subprocess.run([sys.executable, str(script), "rung6"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    case, forward, *_ = done.stdout.replace("forward", "").split()
+    assert case == "rung6"
+    assert 0 < float(forward) < 1e5

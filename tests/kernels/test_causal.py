@@ -1,6 +1,7 @@
 """Token-causal linear attention, as kernels, against the recurrence in float64."""
 
 import os
+import random
 from itertools import pairwise
 
 import pytest
@@ -18,6 +19,7 @@ from kvbind.kernels.causal import operator as causal
 from kvbind.kernels.causal import segment_pass
 from kvbind.kernels.causal.operator import causal_linear_attention
 from kvbind.kernels.causal.segments import segment_table
+from kvbind.kernels.launching.launcher import Launcher
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("q", "k", "v", "rates", "decay", "initial_state")
@@ -27,6 +29,7 @@ NAMES = ("q", "k", "v", "rates", "decay", "initial_state")
 def _exact(monkeypatch):
     """Several segments even for short sequences, and float32 products in float32."""
     monkeypatch.setattr(causal, "LEAST_SEGMENT", 64)
+    monkeypatch.setattr(causal, "_cuts", {})
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -376,11 +379,54 @@ def test_wide_passes_without_warp_groups_say_how_many_registers_they_take(monkey
     found = []
 
     class Noted:
-        def __getitem__(self, grid):
-            return lambda *args, **constants: found.append(constants.get("maxnreg"))
+        def repeat(self, known, name, tensors, describe):
+            found.append(describe()[2].get("maxnreg"))
 
     monkeypatch.setattr(segment_pass, "_pass_kernel", Noted())
     monkeypatch.setattr(segment_pass, "by_warpgroups", lambda x: warpgroups)
     with torch.no_grad():
         causal_linear_attention(*(torch.zeros(1, 64, 1, width, dtype=dtype, device=DEVICE) for _ in range(3)))
     assert found == [most, most]
+
+
+def test_calls_that_share_launches_agree_in_all_that_those_depend_on(monkeypatch):
+    """Whatever a call is like, a launch that is looked up is the one that would have been described."""
+    found, held = {}, []
+
+    def repeat(self, known, name, tensors, describe):
+        held.append(known)
+        kinds = tuple(None if x is None else (x.dtype, x.device) for x in tensors)
+        found.setdefault((id(known), self, name), set()).add(str((describe(), kinds)))
+
+    monkeypatch.setattr(Launcher, "repeat", repeat)
+    layouts = {
+        "plain": lambda x: x,
+        "heads outermost": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        "sliced": lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
+    }
+    make = random.Random(0)
+    for _ in range(1000):
+        dtype = make.choice([torch.float32, torch.bfloat16])
+        options = {"sign": make.choice([1.0, -1.0]), "return_state": make.random() < 0.8}
+        names = ["q", "k", "v", *(name for name in NAMES[3:] if make.random() < 0.6)]
+        if make.random() < 0.2:
+            options |= {"mode": make.choice(["past", "chunk"]), "chunk": make.choice([16, 64])}
+            names = [name for name in names if name != "decay"]
+        tokens, batch = make.choice([(70, 1), (200, 2)])
+        operands = draw(tokens, value=make.choice([16, 32]), batch=batch, heads=2, names=names, dtype=dtype)
+        lie = layouts[make.choice(list(layouts))]
+        operands = {name: lie(x) if name in "qkv" else x for name, x in operands.items()}
+        wanted = [name for name in operands if make.random() < 0.8]
+        if "chunk" not in options and make.random() < 0.1:
+            operands = {name: x if name == "initial_state" else x[:1] for name, x in operands.items()}
+            options["cu_seqlens"] = torch.tensor([0, *([3] if batch == 2 else []), tokens], device=DEVICE)
+        torch.set_float32_matmul_precision(make.choice(["highest", "high"]))
+        leaves = {n: x.detach().requires_grad_(n in wanted) for n, x in operands.items()}
+        results = [x for x in causal_linear_attention(**leaves, **options) if x is not None and x.requires_grad]
+        if results:
+            lie = layouts[make.choice(list(layouts))]
+            results = results[make.randrange(len(results)) :]
+            slopes = [lie(torch.ones_like(x)) for x in results]
+            torch.autograd.grad(results, [leaves[n] for n in wanted], slopes, allow_unused=True)
+    assert [list(descriptions) for descriptions in found.values() if len(descriptions) > 1] == []
+    assert len(causal._cuts) > 100

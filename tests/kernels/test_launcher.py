@@ -96,3 +96,64 @@ def test_what_triton_made_in_c_is_called_itself_where_no_descriptors_are(kernel,
         launcher[(2,)](x, None, length, 8, WIDTH=8, TILE=16)
     assert called == [(2, 1, 1, 70, "function", x.data_ptr(), None, 6, 8, 8, 16)]
     assert kernel.ran == []
+
+
+@pytest.fixture
+def straight(monkeypatch):
+    """What launches passed Triton by with, in order."""
+    called = []
+    monkeypatch.setattr(launching, "caller_of", lambda _: (lambda *args: called.append(args), ("function",), ()))
+    monkeypatch.setattr(launching, "stream_of", lambda device: 70)
+    return called
+
+
+def test_a_launch_that_comes_again_is_described_until_it_went_past_triton_and_no_more(kernel, straight):
+    launcher, known, asked = Launcher(kernel), {}, []
+
+    def describe():
+        asked.append(len(kernel.made))
+        return (2, 3), (5, 8), {"WIDTH": 8, "TILE": 16}
+
+    x, y = torch.zeros(8), torch.zeros(8)
+    for first, second in ((x, None), (x, None), (y, None), (x, None)):
+        launcher.repeat(known, "one", (first, second), describe)
+    assert len(kernel.made) == 1
+    assert len(asked) == 2
+    assert straight == [(2, 3, 1, 70, "function", z.data_ptr(), None, 5, 8, 8, 16) for z in (x, y, x)]
+    # what it is known by is its name among launches of the same calls
+    launcher.repeat(known, "another", (x, None), lambda: ((4,), (6, 8), {"WIDTH": 8, "TILE": 16}))
+    launcher.repeat({}, "one", (x, None), lambda: ((4,), (7, 8), {"WIDTH": 8, "TILE": 16}))
+    assert [args[:3] + args[7:9] for args in straight[3:]] == [(4, 1, 1, 6, 8), (4, 1, 1, 7, 8)]
+
+
+def test_addresses_that_are_not_aligned_go_tritons_way_though_the_launch_is_known(kernel, straight):
+    launcher, known = Launcher(kernel), {}
+    describe = lambda: ((2,), (5, 8), {"WIDTH": 8, "TILE": 16})  # noqa: E731
+    x, odd = torch.zeros(8), torch.zeros(9)[1:]
+    for given in (x, x, odd, x):
+        launcher.repeat(known, "one", (x, given), describe)
+    assert [args[1] is odd for _, args, _ in kernel.made] == [False, True]
+    assert len(straight) == 2
+
+
+def test_in_a_warm_up_a_known_launch_compiles_and_does_not_run(kernel, straight, monkeypatch):
+    launcher, known, warmed = Launcher(kernel), {}, []
+    describe = lambda: ((2,), (5, 8), {"WIDTH": 8, "TILE": 16})  # noqa: E731
+    x = torch.zeros(8)
+    for _ in range(3):
+        launcher.repeat(known, "one", (x, x), describe)
+    kernel.warmup = lambda *args, **constants: warmed.append(args)
+    with monkeypatch.context() as warm_up:
+        warm_up.setattr(launching, "warming_up", lambda: True)
+        warm_up.setattr(launching, "is_new", lambda key: True)
+        launcher.repeat(known, "one", (x, x), describe)
+    assert len(warmed) == 1
+    assert len(straight) == 2
+
+
+def test_what_triton_launches_itself_is_described_each_time(kernel):
+    launcher, known, x = Launcher(kernel), {}, torch.zeros(8)
+    for _ in range(3):
+        launcher.repeat(known, "one", (x, x), lambda: ((2,), (5, 8), {"WIDTH": 8, "TILE": 16}))
+    assert known == {}
+    assert len(kernel.ran) == 2

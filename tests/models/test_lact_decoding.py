@@ -409,6 +409,14 @@ def test_rounded_reads_are_the_same_for_calls_and_replays_and_as_near_as_is_said
     assert replayed.states[0].seen == other.states[0].seen == tuple(n + NEW for n in (17, 1, 9))
     wrong = (mine - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert wrong.max() < 0.05
+    # and beside the definition, in float64 and in one pass
+    fields = {"hidden_size": 128, "window_size": window, "ttt_form": "recurrent"}
+    definition = small_model(LADDER[rung], **fields).to(dtype).double()
+    with torch.no_grad():
+        every, kept = torch.cat((ids, more), 1), torch.cat((mask, torch.ones_like(more)), 1)
+        defined = definition(every, attention_mask=kept, use_cache=False).logits[:, -NEW:]
+    far, farther = error(exact, defined), error(mine, defined)
+    assert farther < (1.15 * far if dtype == torch.bfloat16 else 2**-7)
 
 
 def test_states_that_are_not_float32_are_read_as_they_are(replays):

@@ -15,7 +15,8 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
     Halfway cases are rounded away from zero, as what is left could not tell them apart otherwise. What is no number becomes
     the one that PyTorch writes.
     """
-    bits = torch.where(x.isnan(), torch.nan, x).view(torch.int32)
+    # a number that is filled in needs no copy from the host, which a CUDA graph could not hold
+    bits = x.masked_fill(x.isnan(), torch.nan).view(torch.int32)
     upper = (bits + 0x8000) >> 16
     return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
 

@@ -40,8 +40,8 @@ class Budget:
 
 
 HEADER = (
-    "GPUs", "replicate x shard x sequence", "sequences/step", "tokens/GPU", "GiB", "GB received", "per step", "tokens/s",
-    "MFU", "in all", "GPU hours",
+    "GPUs", "replicate x shard x sequence", "sequences/step", "tokens/GPU", "GiB", "GB received", "time/step", "tokens/s",
+    "MFU", "total", "GPU hours",
 )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def cells(option: Option, budget: Budget) -> list[str]:
 
 PARTS_HEADER = (
     "GPUs", "replicate x shard x sequence", "sequences/step", "tokens/GPU", "weights, gradients, optimizer", "gathered",
-    "activations", "GiB in all", "GB for weights", "GB for the sequence", "per step", "tokens/s", "MFU", "in all",
+    "activations", "GiB in all", "GB for weights", "GB for the sequence", "time/step", "tokens/s", "MFU", "total",
 )  # fmt: skip
 
 
@@ -119,10 +119,12 @@ def show(
     # where the terminal is narrow, columns go below others
     for group in column_groups(header, rows, console.width - GAP, left=LABELS):
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        cramped = sum(max(len(row[i]) for row in (header, *rows)) + GAP for i in group) > console.width - GAP
         for column in group:
             name = header[column]
             least = max(map(len, (*(row[column] for row in rows), *name.split())))
-            table.add_column(name, justify="right", overflow="fold", min_width=least)
+            # rich narrows columns of even width by turns, and would stop before all names are broken
+            table.add_column(name, justify="right", overflow="fold", min_width=least, width=least if cramped else None)
         for option, row in zip(options, rows, strict=True):
             table.add_row(*(row[column] for column in group), style=None if option.fits else "dim")
         console.print(table, crop=False)

@@ -32,7 +32,7 @@ from kvbind.kernels.causal.segments import (
 )
 from kvbind.kernels.common.devices import on_device_of
 from kvbind.kernels.common.operands import cdiv
-from kvbind.kernels.launching.launcher import Launcher
+from kvbind.kernels.launching.launcher import Description, Launcher
 
 
 @triton.jit
@@ -151,17 +151,21 @@ def gate_gradients(
     """
     batch, tokens, heads = gates.shape
     out = torch.empty_like(gates)
-    tiles = cdiv(segments.length, TILE)
-    grid = (segments.count * heads * tiles,)
-    if grid[0]:
-        wide = q.dtype == torch.float32
-        precision = product_precision(q.dtype)
-        with on_device_of(gates):
-            _gate_gradient_kernel[grid](
-                q, k, v, d_out, read_dots, write_dots, anchors, rates, gates, out, segments.table,
-                tokens, segments.length, segments.each, batch * tokens, segments.tiles_each(tokens), tiles, heads,
-                *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(d_out),
-                DK=q.shape[-1], DV=v.shape[-1], BLOCK=32 if wide else 64, PARTS=len(read_dots), SIGN=sign,
-                TILE=TILE, PRECISION=precision, EXACT=precision if wide else "tf32", num_warps=8,
-            )  # fmt: skip
+    if not segments.count * heads:
+        return out
+
+    def describe() -> Description:
+        tiles, wide, precision = cdiv(segments.length, TILE), q.dtype == torch.float32, product_precision(q.dtype)
+        numbers = (
+            tokens, segments.length, segments.each, batch * tokens, segments.tiles_each(tokens), tiles, heads,
+            *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(d_out),
+        )  # fmt: skip
+        return (segments.count * heads * tiles,), numbers, {
+            "DK": q.shape[-1], "DV": v.shape[-1], "BLOCK": 32 if wide else 64, "PARTS": len(read_dots), "SIGN": sign,
+            "TILE": TILE, "PRECISION": precision, "EXACT": precision if wide else "tf32", "num_warps": 8,
+        }  # fmt: skip
+
+    tensors = (q, k, v, d_out, read_dots, write_dots, anchors, rates, gates, out, segments.table)
+    with on_device_of(gates):
+        _gate_gradient_kernel.repeat(segments.launches, "gates", tensors, describe)
     return out

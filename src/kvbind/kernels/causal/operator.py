@@ -9,6 +9,7 @@ tile while it runs.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from kvbind.inner.value import check_choice, check_positive_int
 from kvbind.kernels.causal.gate_gradients import gate_gradients
 from kvbind.kernels.causal.segment_pass import pass_blocks, segment_pass
 from kvbind.kernels.causal.segment_states import segment_states
-from kvbind.kernels.causal.segments import TILE, Segments, segment_table
+from kvbind.kernels.causal.segments import TILE, Segments, product_precision, segment_table
 from kvbind.kernels.common.devices import multiprocessors
 from kvbind.kernels.common.operands import cdiv, last_contiguous, sequence_count
 from kvbind.kernels.launching import dispatcher
@@ -98,10 +99,11 @@ def unchecked(
         chunk = 1
 
     def float32(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(torch.float32)
+        return None if x is None else x.float()
 
+    k, v = (x if x.dtype == q.dtype else x.to(q.dtype) for x in (k, v))
     out, final, _ = dispatcher.call(
-        _forward, q, k.to(q.dtype), v.to(q.dtype), float32(rates), float32(decay), float32(initial_state),
+        _forward, q, k, v, float32(rates), float32(decay), float32(initial_state),
         None if cu_seqlens is None else cu_seqlens.to(q.device), chunk, mode == "past", int(sign), return_state,
     )  # fmt: skip
     return out, final if return_state else None
@@ -143,9 +145,36 @@ def _cut(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int) -> Segment
     return Segments(length, 0, len(table), len(cu_seqlens) - 1, table, offsets)
 
 
+MOST = 256
+"""Kinds of calls whose launches are remembered."""
+
+_cuts: dict[tuple[Any, ...], Segments] = {}
+
+
+def _cut_alike(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int, *about: Any) -> Segments:
+    """How sequences are cut, the same for all calls that agree in what launches depend on, where those are equally long.
+
+    Args:
+        q: `[B, T, H, Dk]`.
+        v: `[B, T, H, Dv]`.
+        cu_seqlens: boundaries of packed sequences, or None.
+        chunk: tokens of a chunk.
+        *about: strides of tokens, which tensors there are, and options.
+    """
+    if cu_seqlens is not None:
+        return _cut(q, v, cu_seqlens, chunk)
+    key = (q.dtype, q.device.index, q.shape, v.shape[3], chunk, product_precision(q.dtype), *about)
+    found = _cuts.get(key)
+    if found is None:
+        if len(_cuts) >= MOST:
+            _cuts.clear()
+        found = _cuts[key] = _cut(q, v, None, chunk)
+    return found
+
+
 def _unmarked(segments: Segments, q: Tensor) -> Tensor:
     """Of no segment it is known that something in it is not finite."""
-    return torch.zeros((segments.count, q.shape[2]), dtype=torch.int32, device=q.device)
+    return q.new_zeros((segments.count, q.shape[2]), dtype=torch.int32)
 
 
 def _whole(x: Tensor | None) -> Tensor | None:
@@ -167,16 +196,18 @@ def _forward(
     return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, final states, and the states in which segments start; either of the latter empty where there is no need."""
-    segments = _cut(q, v, cu_seqlens, chunk)
     q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
     rates, decay, initial_state = _whole(rates), _whole(decay), _whole(initial_state)
+    there = rates is None, decay is None, initial_state is None
+    strides = q.stride(), k.stride(), v.stride()
+    segments = _cut_alike(q, v, cu_seqlens, chunk, *strides, *there, strict, sign, return_state)
     final, starts = _new_states(q, v, segments, return_state)
     states = initial_state
     if not segments.single:
         starts = states = segment_states(segments, k, v, initial_state, rates=rates, gates=decay, sign=sign)
     out, _, _ = segment_pass(
         segments, q, k, v, states=states, rates=rates, gates=decay, chunk=chunk, strict=strict, sign=sign,
-        wrongs=_unmarked(segments, q), end=final if return_state else None,
+        wrongs=_unmarked(segments, q), end=final if return_state else None, name="out",
     )  # fmt: skip
     return out, final, starts
 
@@ -213,9 +244,11 @@ def _backward(
     needs_initial_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, rates, decay and the initial state; empty where nobody needs them."""
-    segments = _cut(q, v, cu_seqlens, chunk)
     q, k, v, d_out = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(d_out)
     rates, gates, initial_state, d_final = _whole(rates), _whole(decay), _whole(initial_state), _whole(d_final)
+    there = rates is None, gates is None, initial_state is None, d_final is None
+    strides = q.stride(), k.stride(), v.stride(), d_out.stride()
+    segments = _cut_alike(q, v, cu_seqlens, chunk, *strides, *there, strict, sign, needs_rates, needs_initial_state)
     initial_states, d_states = (initial_state, d_final) if segments.single else (starts, None)
     if not segments.single:
         d_states = segment_states(segments, q, d_out, d_final, rates=None, gates=gates, sign=1, reverse=True)
@@ -224,19 +257,21 @@ def _backward(
     tile_states = None if gates is None else q.new_empty((segments.tiles(q.shape[1]), heads, *widths))
     wrongs = _unmarked(segments, q)
 
-    def go(read: Tensor, key: Tensor, value: Tensor, states: Tensor | None, **options):
+    def go(name: str, read: Tensor, key: Tensor, value: Tensor, states: Tensor | None, **options):
         return segment_pass(
             segments, read, key, value, states=states, rates=rates, gates=gates, chunk=chunk, strict=strict, sign=sign,
-            wrongs=wrongs, **options,
+            wrongs=wrongs, name=name, **options,
         )  # fmt: skip
 
     gated = gates is not None
-    dq, read_dots, _ = go(d_out, v, k, initial_states, transposed=True, primal=q if gated else None, tile_states=tile_states)
+    dq, read_dots, _ = go(
+        "dq", d_out, v, k, initial_states, transposed=True, primal=q if gated else None, tile_states=tile_states
+    )  # fmt: skip
     dk, write_dots, anchors = go(
-        v, d_out, q, d_states, transposed=True, reverse=True, primal=k if gated else None, tile_states=tile_states
+        "dk", v, d_out, q, d_states, transposed=True, reverse=True, primal=k if gated else None, tile_states=tile_states
     )  # fmt: skip
     dv, rate_dots, _ = go(
-        k, q, d_out, d_states, reverse=True,
+        "dv", k, q, d_out, d_states, reverse=True,
         end=d_initial if needs_initial_state else None, primal=v if needs_rates else None,
     )  # fmt: skip
     d_rates = q.new_empty(0, dtype=torch.float32)

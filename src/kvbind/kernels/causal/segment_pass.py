@@ -49,7 +49,7 @@ from kvbind.kernels.causal.segments import (
 )
 from kvbind.kernels.common.devices import by_warpgroups, on_device_of
 from kvbind.kernels.common.operands import cdiv
-from kvbind.kernels.launching.launcher import Launcher
+from kvbind.kernels.launching.launcher import Description, Launcher
 
 
 @triton.jit
@@ -371,6 +371,7 @@ def segment_pass(
     strict: bool,
     sign: int,
     wrongs: Tensor,
+    name: str,
     reverse: bool = False,
     transposed: bool = False,
     end: Tensor | None = None,
@@ -392,6 +393,7 @@ def segment_pass(
         sign: 1 or -1, of every write.
         wrongs: int32 `[segments, H]`, zeros at first: where passes mark segments in which something is not finite, for
             themselves and those that follow. Such segments are gone through once more.
+        name: of the pass among those of a call.
         reverse: go from the last token to the first; the rates then belong to what reads.
         transposed: states are stored as `[DV, DK]`.
         end: where to put the state after each sequence's pass, `[sequences, H, DK, DV]`.
@@ -412,23 +414,31 @@ def segment_pass(
     anchors = None
     if tile_states is not None and reverse:
         anchors = value.new_empty((len(tile_states), heads, parts), dtype=torch.float32)
-    grid = (segments.count * heads * parts,)
-    options = {"num_warps": blocks.warps}
+    if not segments.count * heads:
+        return out, dots, anchors
+    given = value if primal is None else primal
+
+    many: dict[str, int] = {}
     if blocks.rows * blocks.row_blocks >= 256 and (read.dtype == torch.float32 or not by_warpgroups(read)):
         # where it was not said, `ptxas` 12.8 gave such kernels 32 without `wgmma`
-        options["maxnreg"] = 255
-    if grid[0]:
-        given = value if primal is None else primal
-        with on_device_of(read):
-            for careful in (False, True):
-                _pass_kernel[grid](
-                    read, key, value, given, out, dots, rates, gates, states, end, tile_states, anchors, wrongs,
-                    segments.table,
-                    tokens, segments.length, segments.each, batch * tokens, segments.tiles_each(tokens), heads,
-                    *token_strides(read), *token_strides(key), *token_strides(value), *token_strides(given),
-                    DK=read.shape[-1], DV=width, TILE=TILE, STEP=TILE // chunk * chunk, CHUNK=chunk, STRICT=strict,
-                    REVERSE=reverse, TRANSPOSED=transposed, SIGN=sign, PRECISION=product_precision(read.dtype),
-                    BK=blocks.rows, NK=blocks.row_blocks, BV=blocks.columns, CAREFUL=careful,
-                    num_stages=1 if careful else blocks.stages, **options,
-                )  # fmt: skip
+        many["maxnreg"] = 255
+
+    def describe(careful: bool) -> Description:
+        numbers = (
+            tokens, segments.length, segments.each, batch * tokens, segments.tiles_each(tokens), heads,
+            *token_strides(read), *token_strides(key), *token_strides(value), *token_strides(given),
+        )  # fmt: skip
+        return (segments.count * heads * parts,), numbers, {
+            "DK": read.shape[-1], "DV": width, "TILE": TILE, "STEP": TILE // chunk * chunk, "CHUNK": chunk, "STRICT": strict,
+            "REVERSE": reverse, "TRANSPOSED": transposed, "SIGN": sign, "PRECISION": product_precision(read.dtype),
+            "BK": blocks.rows, "NK": blocks.row_blocks, "BV": blocks.columns, "CAREFUL": careful,
+            "num_warps": blocks.warps, "num_stages": 1 if careful else blocks.stages, **many,
+        }  # fmt: skip
+
+    tensors = (
+        read, key, value, given, out, dots, rates, gates, states, end, tile_states, anchors, wrongs, segments.table,
+    )  # fmt: skip
+    with on_device_of(read):
+        _pass_kernel.repeat(segments.launches, name, tensors, lambda: describe(False))
+        _pass_kernel.repeat(segments.launches, f"{name} with care", tensors, lambda: describe(True))
     return out, dots, anchors

@@ -21,7 +21,7 @@ from kvbind.kernels.causal.segments import (
 )
 from kvbind.kernels.common.devices import on_device_of
 from kvbind.kernels.common.operands import cdiv
-from kvbind.kernels.launching.launcher import Launcher
+from kvbind.kernels.launching.launcher import Description, Launcher
 
 _SCAN_BLOCK = 512
 
@@ -169,19 +169,24 @@ def segment_states(
     tokens, heads, inner, width = key.shape[1], key.shape[2], key.shape[3], value.shape[3]
     states = key.new_empty((segments.count, heads, inner, width), dtype=torch.float32)
     keeps = None if gates is None else states.new_empty((segments.count, heads))
-    bk, bv = write_block(inner), write_block(width)
-    grid = (segments.count * heads * cdiv(inner, bk) * cdiv(width, bv),)
-    if grid[0]:
-        with on_device_of(key):
-            _write_kernel[grid](
-                key, value, rates, gates, states, keeps, segments.table,
-                tokens, segments.length, segments.each, heads, *token_strides(key), *token_strides(value),
-                DK=inner, DV=width, TILE=TILE if key.dtype != torch.float32 else 32, REVERSE=reverse, SIGN=sign,
-                PRECISION=product_precision(key.dtype), BK=bk, BV=bv, num_warps=8 if bk * bv > 64 * 64 else 4,
-                num_stages=3 if key.dtype != torch.float32 else 2,
-            )  # fmt: skip
-            _scan_kernel[(segments.sequences * heads * cdiv(inner * width, _SCAN_BLOCK),)](
-                states, keeps, initial, segments.offsets, segments.each, heads,
-                SIZE=inner * width, REVERSE=reverse, BLOCK=_SCAN_BLOCK, num_warps=4,
-            )  # fmt: skip
+    if not segments.count * heads:
+        return states
+
+    def write() -> Description:
+        bk, bv = write_block(inner), write_block(width)
+        numbers = (tokens, segments.length, segments.each, heads, *token_strides(key), *token_strides(value))
+        return (segments.count * heads * cdiv(inner, bk) * cdiv(width, bv),), numbers, {
+            "DK": inner, "DV": width, "TILE": TILE if key.dtype != torch.float32 else 32, "REVERSE": reverse, "SIGN": sign,
+            "PRECISION": product_precision(key.dtype), "BK": bk, "BV": bv, "num_warps": 8 if bk * bv > 64 * 64 else 4,
+            "num_stages": 3 if key.dtype != torch.float32 else 2,
+        }  # fmt: skip
+
+    def scan() -> Description:
+        constants = {"SIZE": inner * width, "REVERSE": reverse, "BLOCK": _SCAN_BLOCK, "num_warps": 4}
+        return (segments.sequences * heads * cdiv(inner * width, _SCAN_BLOCK),), (segments.each, heads), constants
+
+    known, table = segments.launches, segments.table
+    with on_device_of(key):
+        _write_kernel.repeat(known, "write", (key, value, rates, gates, states, keeps, table), write)
+        _scan_kernel.repeat(known, "scan", (states, keeps, initial, segments.offsets), scan)
     return states

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbind.kernels.common.operands import cdiv, dot_precision
+from kvbind.kernels.launching.launcher import Repeated
 
 TILE = 64
 """Tokens of one tile."""
@@ -33,6 +34,7 @@ class Segments:
         table: where lengths differ, int32 `[count, 4]`: sequence (-1 for none), first token, token after the last, and 1 for
             a sequence's first segment plus 2 for its last.
         offsets: where lengths differ, int32 `[sequences + 1]`: the first segment of each sequence.
+        launches: of calls that are cut so, where they agree in all that launches depend on.
     """
 
     length: int
@@ -41,6 +43,7 @@ class Segments:
     sequences: int
     table: Tensor | None
     offsets: Tensor | None
+    launches: dict[str, Repeated] = field(default_factory=dict, compare=False)
 
     def tiles_each(self, tokens: int) -> int:
         """How far apart sequences' tiles are numbered: a tile's number is `sequence * tiles_each + token // TILE`."""
