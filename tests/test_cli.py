@@ -1,6 +1,7 @@
 import ast
 import importlib
 import inspect
+import io
 import json
 import os
 import pkgutil
@@ -22,6 +23,7 @@ import kvbind.models.lact_nvs
 from kvbind import cli, screen
 from kvbind.cli import main
 from kvbind.cli.commands.reproduce import sources
+from kvbind.cli.output import continuable
 from kvbind.experiments import EXPERIMENTS
 from kvbind.experiments.subjects import SUBJECTS
 from kvbind.tasks import TASKS, open_task_module
@@ -460,6 +462,41 @@ def test_an_interruption_while_modules_are_imported_is_said(name, wrapped, tmp_p
         capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path},
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
+
+
+IMPORTING = {
+    "an error": "raise KeyboardInterrupt",
+    "a signal whose error comes to nothing": (
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    for _ in range(1000): pass\n"
+        "except KeyboardInterrupt: raise SystemExit('an error in C++')"
+    ),
+}
+"""What PyTorch does while it is imported."""
+
+
+@pytest.mark.parametrize("listens", [True, False])
+@pytest.mark.parametrize("what", IMPORTING)
+def test_an_interruption_while_pytorch_is_imported_ends_the_process(what, listens, tmp_path):
+    (tmp_path / "torch.py").write_text(IMPORTING[what])
+    path = os.pathsep.join((str(tmp_path), *sys.path))
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvbind", "systems"], stdout=subprocess.PIPE, stderr=subprocess.PIPE if listens else full,
+            text=True, check=False, env=os.environ | {"PYTHONPATH": path},
+        )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n" if listens else None)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SystemExit(1)])
+def test_a_run_that_nobody_listens_to_ends_with_the_code_of_an_interruption(error, monkeypatch):
+    class Closed(io.StringIO):
+        def flush(self):
+            raise error
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    with pytest.raises(SystemExit) as ended, continuable():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
 
 
 def test_the_entry_point_imports_nothing_before_it_heeds_an_interruption():

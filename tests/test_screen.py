@@ -1,3 +1,4 @@
+import errno
 import io
 import itertools
 import re
@@ -5,6 +6,7 @@ import sys
 import threading
 from types import SimpleNamespace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,6 +39,17 @@ def test_columns_are_divided_into_groups_that_fit(table, width):
 def test_a_heading_of_several_lines_needs_its_longest():
     assert column_groups(["", "one two\nthree", "x"], [["a", "1", "2"]], 12) == [[0, 1], [0, 2]]
     assert column_groups(["", "one two three", "x"], [["a", "1", "2"]], 16) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_what_cannot_be_written_to_is_named(name, monkeypatch):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, name, Full())
+    with pytest.raises(OSError, match=f"No space left on device: '{name}'"):
+        Screen(stderr=name == "stderr").print("a line")
 
 
 def test_times_of_any_size_are_for_people():

@@ -8,11 +8,12 @@ from __future__ import annotations
 import gc
 import sys
 
-from kvbind.interrupt import CODE, is_interrupt, say_interrupted
+from kvbind.interrupt import CODE, EndingAtOnce, is_interrupt, say_interrupted
 
 
 def main() -> None:
     """Run the command, and leave with its exit code."""
+    sys.meta_path.insert(0, EndingAtOnce("torch"))
     try:
         from kvbind.cli import main as run
 

@@ -454,6 +454,6 @@ def shortened(value: object, most: int = 80) -> str:
         value = value[: most + 1]
     try:
         text = repr(value)
-    except RecursionError:
+    except (RecursionError, ValueError):  # what nests too deeply, an int of thousands of digits
         return f"a {type(value).__name__}"
     return text if len(text) <= most + 2 else f"{text[:most]}..."

@@ -84,9 +84,14 @@ class Screen(Console):
         super().__init__(**(plain | options))
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print, as rich does."""
+        """Print, as rich does; an error says to where."""
         Screen.spoke = time.monotonic()
-        super().print(*objects, **options)
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            if error.filename is not None or error.errno is None:
+                raise
+            raise OSError(error.errno, error.strerror, "stderr" if self.stderr else "stdout") from error
 
     def render_str(self, text: str, **options: Any) -> Text:
         """A text as it is shown; tables ask for their cells' too."""

@@ -986,3 +986,30 @@ def test_a_planned_call_has_few_operators_besides_its_launches(rung, forward, tr
     # numbers that all calls share are made by the first one
     train()
     assert counted(train) <= training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_has_the_weights_of_its_call_also_where_it_is_asked_for_them_later(dtype, calls):
+    spec = InnerLoop(network=MLP("silu"), update="last", chunk=64)
+    given = {name: x.detach() for name, x in draw(spec, tokens=128).items()}
+    weights = {name.removeprefix("weights."): given.pop(name).to(dtype) for name in list(given) if "weights" in name}
+    before = weights["in"].clone()
+    _, state = ttt(spec, weights, **given, form="parallel")
+    held = weights["in"]
+    weights["in"] = torch.zeros_like(before)
+    if dtype != torch.float32:  # of which a state has no copy, in any form
+        held.zero_()
+    assert len(calls) == 1
+    assert torch.equal(state.weights["in"][0], before.float())
+
+
+@pytest.mark.parametrize("name", ["k", "lr", "weights.out"])
+def test_negated_views_have_their_own_sign(name):
+    spec = RUNGS["rung6"].replace(token_lr=True)
+    given = {x: y.detach() for x, y in draw(spec, tokens=128).items()}
+    given[name] = torch._neg_view(given[name])
+    for _ in range(2):
+        y, state = call(spec, given)
+        exact, end = call(spec, {x: y.resolve_neg().double() for x, y in given.items()}, "recurrent")
+        assert (y.double() - exact).norm() < 8e-3 * exact.norm()
+        assert (state.weights["out"].double() - end.weights["out"]).norm() < 8e-3 * end.weights["out"].norm()

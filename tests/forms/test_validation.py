@@ -66,6 +66,7 @@ CASES = [
     (LACT, put(lr=lambda a: torch.ones(2, 6, 2, dtype=torch.long)), "lr must be floating-point"),
     (LACT, put(lr=lambda a: float("nan")), "lr must be finite in torch.float64; got nan"),
     (LACT, put(lr=lambda a: 10**400), "lr must be finite in torch.float64"),
+    (LACT, put(lr=lambda a: 10**5000), "lr must be finite in torch.float64; got a int"),
     (LACT, put(lr=lambda a: float("-inf")), "lr must be finite in torch.float64; got -inf"),
     (LACT, put(lr=lambda a: "0.1"), "lr must be a number"),
     (LACT, put(lr=lambda a: {"gate": 1.0, "up": 1.0}), "lr lacks 'out'"),
@@ -113,6 +114,33 @@ CASES = [
 def test_bad_input_is_refused_by_name(spec, change, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call(spec, change)
+
+
+@pytest.mark.parametrize("form", ["auto", "recurrent"])
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rate_of_the_tokens_that_write_has_the_precision_of_the_state(dtype, default, form):
+    spec, make = systems.lact_llm(chunk=4).replace(momentum=False), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 6, 2, 4, generator=make, dtype=dtype) for _ in range(3))
+    weights = spec.network.initial(2, 4, 4, 4, generator=make, dtype=dtype)
+    rate, chosen = torch.full((2, 6, 2), 0.1, dtype=dtype), torch.tensor([True, False, True, True, True, False])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        number, state = kvbind.ttt(spec, weights, q, k, v, lr=0.1, update_tokens=chosen, form=form)
+        tensor, same = kvbind.ttt(spec, weights, q, k, v, lr=rate, update_tokens=chosen, form=form)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(number, tensor)
+    assert all(torch.equal(x, same.weights[name]) for name, x in state.weights.items())
+
+
+def test_a_logarithm_may_be_any_number_below_0():
+    spec = PLAIN.replace(retention=True)
+    none, some = ({"retention": lambda a: None, "log_retention": lambda a, x=x: x} for x in (float("-inf"), -(10**400)))
+    assert torch.equal(call(spec, put(**none))[0], call(spec, put(**some))[0])
+    with pytest.raises(ValueError, match=r"log_retention must be at most 0, as a retention is at most 1; got 10{79}\.\.\."):
+        call(spec, put(retention=lambda a: None, log_retention=lambda a: 10**400))
 
 
 @pytest.mark.parametrize(

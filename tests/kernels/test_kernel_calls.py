@@ -12,6 +12,7 @@ from kvbind import GLU, MLP, InnerLoop, Linear, NewtonSchulz, SwiGLU, ttt
 from kvbind.bench.harness.kernel_switch import operators_of
 from kvbind.forms.on_kernels import dispatch, planned
 from kvbind.inner.systems import vittt
+from kvbind.kernels.common import operands as kernel_operands
 from kvbind.kernels.common.devices import has_triton, interpreted
 
 pytestmark = pytest.mark.skipif(
@@ -326,3 +327,42 @@ def test_networks_of_ones_own_do_not_run_as_those_they_derive_from(network, visi
     found, _ = run(spec, operands, form)
     monkeypatch.setenv("KVBIND_KERNELS", "0")
     torch.testing.assert_close(found, run(spec, operands, form)[0], rtol=0, atol=0)
+
+
+@pytest.fixture
+def default_dtype(monkeypatch):
+    """Another default dtype of PyTorch, as loaders of models set it."""
+    monkeypatch.setattr(kernel_operands, "_shared", {})
+    monkeypatch.setattr(planned, "_kinds", {})
+    monkeypatch.setattr(planned, "_plans", {})
+    monkeypatch.setattr(planned, "_last", {})
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+
+DEFAULT = {
+    "planned": (RUNGS["rung6"].replace(token_lr=True, momentum=True), 0.3, torch.float16, 8e-3),
+    "chunked": (RUNGS["glu"], 0.003, torch.float32, 2e-5),
+    "recurrent": (InnerLoop(network=SwiGLU(), momentum=True, retention=True, chunk=16), 0.003, torch.float32, 2e-5),
+    "causal": (InnerLoop(network=Linear(), chunk=1, visibility="token", retention=True), 0.3, torch.float32, 2e-5),
+    "affine": (InnerLoop(network=Linear(), loss="squared", chunk=1, visibility="token"), 0.02, torch.float32, 2e-5),
+}
+
+
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", DEFAULT)
+def test_kernels_compute_alike_whatever_dtype_tensors_have_by_default(name, other, default_dtype):
+    spec, rate, dtype, bound = DEFAULT[name]
+    operands = draw(spec, 1, 130, 1, 16, 16, 16, dtype)
+    del operands["lr"]
+    results = []
+    for default in (other, torch.float32):
+        default_dtype(default)
+        y, state = run(spec, operands, "auto", lr=rate)
+        loss = (y.float() * y.detach().float().sign()).sum() + state.weights["out"].abs().sum()
+        grads = torch.autograd.grad(loss, list(operands.values()), allow_unused=True)
+        results.append([y, *state.tensors.values(), *(x for x in grads if x is not None)])
+    for ours, usual in zip(*results, strict=True):
+        assert ours.dtype == usual.dtype
+        assert (ours.double() - usual.double()).norm() <= bound * usual.double().norm()

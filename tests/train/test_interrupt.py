@@ -68,6 +68,29 @@ def test_the_first_signal_is_noted_and_the_next_does_what_it_always_does(number,
     assert "a second signal ends at once" in capfd.readouterr().err
 
 
+def test_a_signal_is_noted_where_nobody_listens(monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError
+
+    with noted_interrupts() as interrupted, monkeypatch.context() as patch:
+        interrupted()
+        patch.setattr(os, "write", closed)
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SystemExit(1)])
+def test_a_run_that_nobody_hears_of_leaves_a_checkpoint_and_ends(error, tmp_path):
+    def watch(step, note):
+        if step == 3:
+            raise error
+
+    with pytest.raises(type(error)):
+        train(make_model(), Toy(), config(checkpoint_every=0), tmp_path, watch)
+    assert latest_checkpoint(tmp_path)["done"]["step"] == 3
+    assert train(make_model(), Toy(), config(checkpoint_every=0), tmp_path).step == 20
+
+
 def test_ctrl_c_before_anybody_asks_interrupts_at_once():
     with pytest.raises(KeyboardInterrupt), noted_interrupts():
         signal.raise_signal(signal.SIGINT)

@@ -29,7 +29,8 @@ def continuable() -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         said = str(interrupt) or "interrupted; the same command goes on from the last checkpoint, if there is one"
-        Screen(stderr=True).print(f"\n{said}{', without --fresh' if '--fresh' in sys.argv else ''}", soft_wrap=True)
+        with contextlib.suppress(OSError, SystemExit):  # where nobody listens, the exit code says it
+            Screen(stderr=True).print(f"\n{said}{', without --fresh' if '--fresh' in sys.argv else ''}", soft_wrap=True)
         sys.exit(CODE)  # not typer's `Exit`, which with this code stands for a Ctrl-C that nobody has said anything of
 
 

@@ -53,10 +53,14 @@ class Tokens:
         """The tokens from `start` up to `stop`."""
         return self.map(lambda x: x[:, :, start:stop])
 
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(self.k.dtype, torch.float32)
+
     def spread(self) -> Tokens:
         """These tokens with every rate a tensor."""
         shape = self.k.shape[:3]
-        dtype = torch.promote_types(self.k.dtype, torch.float32)
+        dtype = self._wide
         rates: dict[str, Tensor | float] = {
             name: rate if isinstance(rate, Tensor) else torch.full(shape, rate, dtype=dtype, device=self.k.device)
             for name, rate in self.rates.items()
@@ -117,7 +121,7 @@ class Tokens:
         """Zeros in place of tokens like these, of so many sequences; rates and gates of one dtype lie in one piece."""
         heads = self.k.shape[1]
         named = {f"rates.{name}": rate for name, rate in self.rates.items()} | dict(self.gates)
-        wide = torch.promote_types(self.k.dtype, torch.float32)
+        wide = self._wide
         dtypes = {name: x.dtype if isinstance(x, Tensor) else wide for name, x in named.items()}
         zeros = {
             "k": self.k.new_zeros(batch, heads, length, self.k.shape[3]),
@@ -137,7 +141,10 @@ class Tokens:
         columns: dict[str, Tensor | float] = {}
         for name, rate in self.rates.items():
             column = rate[..., None] if isinstance(rate, Tensor) else rate
-            columns[name] = column if self.mask is None else column * self.mask[..., None]
+            if self.mask is not None:
+                # a number times a mask would be of PyTorch's default dtype
+                column = column * self.mask[..., None].to(torch.promote_types(self.v.dtype, self._wide))
+            columns[name] = column
         return columns
 
     def mean(self, gate: Tensor) -> Tensor:

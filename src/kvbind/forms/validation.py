@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvbind.files import shortened
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens, as_factor
 from kvbind.inner.gates import DECLARED
@@ -294,7 +295,7 @@ def _number(argument: str, value: float, dtype: torch.dtype, kinds: str) -> floa
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{argument} must be {kinds}; got {type(value).__name__}")
     if not abs(value) <= torch.finfo(dtype).max:
-        raise ValueError(f"{argument} must be finite in {dtype}; got {value}")
+        raise ValueError(f"{argument} must be finite in {dtype}; got {shortened(value)}")
     return float(value)
 
 

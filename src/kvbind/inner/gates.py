@@ -8,6 +8,7 @@ gates of an inner loop, `InnerLoop.gates`, as one mapping by name.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -15,7 +16,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from kvbind.files import shortened
+
 T = TypeVar("T")
+
+LEAST = -sys.float_info.max
+"""The least number that is one."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,9 @@ def given_gates(log_retention: Any = None, **gates: Any) -> dict[str, Any]:
         raise ValueError("log_retention must be None beside retention, of which it is the logarithm; got both")
     if isinstance(log, int | float) and not isinstance(log, bool):
         if not log <= 0:
-            raise ValueError(f"log_retention must be at most 0, as a retention is at most 1; got {log}")
-        return given | {"retention": math.exp(log)}
+            raise ValueError(f"log_retention must be at most 0, as a retention is at most 1; got {shortened(log)}")
+        # an int may be too large for a float, which is all that `exp` takes
+        return given | {"retention": math.exp(max(log, LEAST))}
     if not isinstance(log, Tensor) or not log.is_floating_point():
         found = log.dtype if isinstance(log, Tensor) else type(log).__name__
         raise TypeError(f"log_retention must be a number or a floating-point tensor; got {found}")

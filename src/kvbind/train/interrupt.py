@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -38,7 +38,8 @@ def noted_interrupts() -> Iterator[Callable[[], bool]]:
             signal.raise_signal(number)
             return
         came = True
-        os.write(2, SAID)
+        with suppress(OSError):  # `tee` ends by the same Ctrl-C, and the checkpoint is for afterwards
+            os.write(2, SAID)
 
     def restore() -> None:
         for number in taken:

@@ -263,6 +263,7 @@ def _train(
             done.held_out = evaluate(evaluated, task, config, device, share)
             metrics.write(0, **{f"held_out/{name}": value for name, value in done.held_out.items()})
 
+        alone = ranks() == 1
         while done.step < config.steps:
             started = time.perf_counter()
             rate = learning_rate(config, done.step)
@@ -289,8 +290,14 @@ def _train(
                 **({"mfu": round(found.size / took / fastest, 4)} if fastest else {}),
                 **({"peak_memory_gib": round(found.peak, 3)} if device.type == "cuda" else {}),
             )
+            unheard: BaseException | None = None
             if watch is not None:
-                watch(done.step, f"loss {found.loss:.3f}  {found.size / took:,.0f} {task.unit}/s")
+                try:
+                    watch(done.step, f"loss {found.loss:.3f}  {found.size / took:,.0f} {task.unit}/s")
+                except (OSError, SystemExit) as error:  # a full disk or a closed pipe, at which rich ends the process
+                    if not alone:
+                        raise
+                    unheard = error
             if done.skipped_in_a_row >= config.max_skipped:
                 raise TrainingStoppedError(
                     f"stopped at step {done.step}: loss, gradient or new weights not finite in {done.skipped_in_a_row} "
@@ -301,10 +308,9 @@ def _train(
             if last or done.step in on_the_way or every(config.evaluate_every, done.step):
                 done.held_out = evaluate_beside(step, evaluated, share)
                 metrics.write(done.step, **{f"held_out/{name}": value for name, value in done.held_out.items()})
-            alone = ranks() == 1
             # by the first process's clock, and as it was told: all must agree
             unsaved = time.monotonic() - last_saved if alone else found.unsaved
-            ending = math.isinf(found.unsaved) or (alone and stop is not None and stop())
+            ending = math.isinf(found.unsaved) or (alone and stop is not None and stop()) or unheard is not None
             overdue = 0 < 60 * config.checkpoint_minutes <= unsaved
             if last or ending or overdue or every(config.checkpoint_every, done.step):
                 done.position = united(from_all(done.position))
@@ -312,6 +318,8 @@ def _train(
                 plain = {"done": asdict(done), "random": random_states()}
                 saver.save(done.step, state(), plain | ({} if average is None else {"averaged": average.updates}))
                 last_saved = time.monotonic()
+            if unheard is not None:
+                raise unheard
             if ending and not last:
                 raise EndedEarlyError(f"{folder} was stopped after step {done.step} of {config.steps}")
     if average is not None:

@@ -336,7 +336,7 @@ def _named(operator: Operator, sign: int, q: Tensor, tokens: Tokens) -> dict[str
         named["g"] = gate.transpose(1, 2).float().clamp(min=LEAST_GATE).log()
     if operator.loss == "squared":
         if not isinstance(rate, Tensor):
-            rate = torch.full(tokens.k.shape[:3], float(rate), device=q.device)
+            rate = torch.full(tokens.k.shape[:3], float(rate), dtype=torch.float32, device=q.device)
         named["beta"] = sign * rate.transpose(1, 2).float()
     elif isinstance(rate, Tensor) or sign * rate != 1:
         column = rate.transpose(1, 2)[..., None] if isinstance(rate, Tensor) else rate

@@ -157,7 +157,9 @@ class Planned:
             kept = {name: gates[name].transpose(1, 2).float() for name in self.spec.gates}
             tokens = Tokens(k.transpose(1, 2), v.transpose(1, 2), {"out": each}, kept)
             return output, self._state(weights, end, velocity, tokens.span(len(tokens) - self.rest, len(tokens)))
-        later = Deferred(partial(self._tensors, weights, end, velocity, torch.is_grad_enabled()))
+        # those of the call: who called may put others in their places, or write over them
+        kept = {name: weights[name].float() for name in self.theta}
+        later = Deferred(partial(self._tensors, kept, end, velocity, torch.is_grad_enabled()))
         return output, State(self.spec, later, self.nothing)
 
     def _state(self, weights: Mapping[str, Tensor], end: Tensor, velocity: Tensor | None, pending: Tokens) -> State:
@@ -229,7 +231,7 @@ def as_rates(rate: Tensor | float, k: Tensor) -> Tensor | None:
     """A rate as launches take it, float32 `[B, T, H]`, or None for 1."""
     if isinstance(rate, Tensor):
         return rate
-    return None if rate == 1 else torch.full((), float(rate), device=k.device).expand(k.shape[:3])
+    return None if rate == 1 else torch.full((), float(rate), dtype=torch.float32, device=k.device).expand(k.shape[:3])
 
 
 def key_of(
@@ -260,7 +262,8 @@ def key_of(
     try:
         for x in (q, k, v, *weights.values(), *gates.values(), *rates):
             if isinstance(x, Tensor):
-                if type(x) not in tracing.PLAIN:
+                # kernels read memory, where numbers of a negated view have the other sign
+                if type(x) not in tracing.PLAIN or x.is_neg():
                     return None
                 # float32 operands besides the tokens are taken by address, which must be aligned
                 key += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)

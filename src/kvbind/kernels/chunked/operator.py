@@ -363,7 +363,7 @@ def _backward(ctx, d_output, d_end_state, d_end_velocity, *_):
     at_end = [d_end_state] if momentum is None else [d_end_state, d_end_velocity]
     if any(grad is None for grad in at_end):
         # read alone, so that one will do for both
-        zeros = torch.zeros(len(tables[6]), *states.shape[1:], device=q.device)
+        zeros = torch.zeros(len(tables[6]), *states.shape[1:], dtype=torch.float32, device=q.device)
     at_end = [zeros if grad is None else grad.contiguous() for grad in at_end]
     grads = dispatcher.call(
         _chunked_backward, d_output, at_end[0], None if momentum is None else at_end[1],

@@ -93,8 +93,10 @@ class RankExchange:
             sign: what writes are multiplied by.
         """
         heads, height, width = parts.shape[1:]
-        factors = torch.ones(len(pieces), heads, device=parts.device) if gates is None else gates
-        nothing = torch.zeros(1, 1, height, width, device=parts.device).expand(self.count, heads, -1, -1)
+        factors = torch.ones(len(pieces), heads, dtype=torch.float32, device=parts.device) if gates is None else gates
+        nothing = torch.zeros(1, 1, height, width, dtype=torch.float32, device=parts.device).expand(
+            self.count, heads, -1, -1
+        )
         end = scan(
             parts, pieces, sequences[-self.count :], state=None, sign=1.0, rows=0, dtype=torch.float32, momentum=factors,
             velocity=nothing, keep=False,
@@ -114,7 +116,9 @@ class RankExchange:
     def send_start_gradient(self, gradient: Tensor, gates: Tensor | None) -> PendingMessage:
         """Start to exchange the gradients of what `receive_start` put in place, `[count, heads, M, N]`."""
         if gates is None:
-            gates = torch.ones(self.chunks[-1] + self.complete, gradient.shape[1], device=gradient.device)
+            gates = torch.ones(
+                self.chunks[-1] + self.complete, gradient.shape[1], dtype=torch.float32, device=gradient.device
+            )
         return self._send(gradient, gates)
 
     def receive_end_gradient(self, sent: PendingMessage, gradient: Tensor) -> Tensor:

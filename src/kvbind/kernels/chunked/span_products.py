@@ -140,7 +140,11 @@ def product(
     w_in, w_out = (w.stride(3), w.stride(2)) if transposed else (w.stride(2), w.stride(3))
     width = w.shape[2] if transposed else w.shape[3]
     y = torch.empty(rows, heads, width, dtype=dtype or x.dtype, device=x.device)
-    partial = torch.zeros(cdiv(width, PART.value), rows, heads, device=x.device) if against is not None else None
+    partial = (
+        torch.zeros(cdiv(width, PART.value), rows, heads, dtype=torch.float32, device=x.device)
+        if against is not None
+        else None
+    )
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
         return len(spans) * cdiv(longest, meta["BM"]) * cdiv(width, meta["BN"]), heads
@@ -336,7 +340,11 @@ def features_backward(
     hidden, count = theta.shape[-1], len(theta)
     y = torch.empty(rows, heads, hidden, dtype=x.dtype, device=x.device)
     du = torch.empty(rows, heads, count * hidden, dtype=x.dtype, device=x.device)
-    partial = torch.zeros(cdiv(hidden, PART.value), rows, heads, device=x.device) if rates is not None else None
+    partial = (
+        torch.zeros(cdiv(hidden, PART.value), rows, heads, dtype=torch.float32, device=x.device)
+        if rates is not None
+        else None
+    )
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
         return len(spans) * cdiv(longest, meta["BM"]) * cdiv(hidden, meta["BN"]), heads
@@ -404,7 +412,7 @@ def write(x: Tensor, g: Tensor, spans: Tensor, rates: Tensor | None = None) -> T
         float32 `[spans, heads, M, N]`.
     """
     heads, width, columns = x.shape[1], x.shape[2], g.shape[2]
-    y = torch.empty(len(spans), heads, width, columns, device=x.device)
+    y = torch.empty(len(spans), heads, width, columns, dtype=torch.float32, device=x.device)
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
         return len(spans) * cdiv(width, meta["BM"]) * cdiv(columns, meta["BN"]), heads

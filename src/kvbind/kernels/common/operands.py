@@ -29,7 +29,7 @@ def filled(device: torch.device, count: int, value: float) -> Tensor:
     found = _shared.get((device, count, value))
     if found is None:
         with torch.inference_mode(False):
-            found = torch.full((count,), value, device=device)
+            found = torch.full((count,), value, dtype=torch.float32, device=device)
         if device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
                 # a graph fills them when it is replayed, and never those of others

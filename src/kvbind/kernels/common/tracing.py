@@ -72,7 +72,8 @@ def is_unwatched(args: tuple[Any, ...]) -> bool:
     """Whether nothing sees an operator of these arguments but, perhaps, autograd."""
     if not is_eager() or torch.autograd._profiler_enabled():
         return False
-    return all(type(x) in PLAIN for x in args if isinstance(x, Tensor))
+    # memory of a negated view has numbers of the other sign, which the dispatcher turns
+    return all(type(x) in PLAIN and not x.is_neg() for x in args if isinstance(x, Tensor))
 
 
 def is_differentiated(args: Sequence[Any]) -> bool:

@@ -291,11 +291,11 @@ def _recurrent_backward(
 
     def begun(x: Tensor | None, size: int) -> Tensor:
         if x is None:
-            return torch.zeros(z, size, device=q.device)
+            return torch.zeros(z, size, dtype=torch.float32, device=q.device)
         return x.detach().flatten(0, 1).clone(memory_format=torch.contiguous_format)
 
     grad, moving, d_norms = begun(d_weights, packing.size), begun(d_velocity, packing.size), begun(None, packing.channels)
-    d_theta = workspace.empty(0) if theta is None else torch.zeros(z, theta.shape[-1], device=q.device)
+    d_theta = workspace.empty(0) if theta is None else torch.zeros(z, theta.shape[-1], dtype=torch.float32, device=q.device)
     d_momentum, d_decay = (workspace.empty(0 if gate is None else workspace.chunks, z) for gate in (momentum, decay))
 
     with contextlib.ExitStack() as stack:

@@ -161,7 +161,7 @@ def factors(
     z, hidden, chunks = batch * heads, out.shape[-1], tokens // chunk
     tile = FULL_PRECISION if x.dtype == torch.float32 else FACTORS
     across = cdiv(hidden, tile.columns)
-    partial = torch.empty(across, z, tokens, device=x.device) if sums else None
+    partial = torch.empty(across, z, tokens, dtype=torch.float32, device=x.device) if sums else None
     pulled, through, rate, summed = (
         fallback if t is None else t
         for t, fallback in ((y, x), (last, theta), (rates, x.unsqueeze(0)), (partial, x.flatten(2)))
@@ -275,7 +275,7 @@ def second_factors(
     z, hidden, value = batch * heads, out.shape[-1], v.shape[-1]
     tile = FULL_PRECISION if k.dtype == torch.float32 else SECOND
     across = cdiv(hidden, tile.columns)
-    sums = torch.empty(3, across, z, chunk, device=k.device)
+    sums = torch.empty(3, across, z, chunk, dtype=torch.float32, device=k.device)
     with on_device_of(k):
         _second_kernel[(across * cdiv(chunk, tile.rows), z)](
             k, v, *weights, *grads, rates, out, sums, heads, chunk,

@@ -195,7 +195,7 @@ def apply_backward(
     """
     count, z = d_updates.shape[:2]
     blocks = packing.blocks(COLUMNS)
-    d_decay = None if decay is None else torch.empty(count, z, blocks, device=grad.device)
+    d_decay = None if decay is None else torch.empty(count, z, blocks, dtype=torch.float32, device=grad.device)
     optional = (grad if x is None else x for x in (decay, norms, found))
     with on_device_of(grad):
         _apply_backward_kernel[(blocks, z)](
@@ -278,7 +278,7 @@ def momentum_backward(
     """
     count, z, size = d_velocities.shape
     blocks = cdiv(size, BLOCK)
-    d_gates = torch.empty(count, z, blocks, device=d_velocity.device)
+    d_gates = torch.empty(count, z, blocks, dtype=torch.float32, device=d_velocity.device)
     with on_device_of(d_velocity):
         _momentum_backward_kernel[(blocks, z)](
             d_velocity, d_velocities, velocities, gates, d_gradients, d_gates, count, z, blocks,

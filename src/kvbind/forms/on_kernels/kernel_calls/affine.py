@@ -31,7 +31,7 @@ def run_affine(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
     given, gates = tokens.rates["out"], tokens.gates
     rate: Tensor | None = given * spec.sign if isinstance(given, Tensor) else None
     if not isinstance(given, Tensor) and given * spec.sign != 1:
-        rate = torch.full(tokens.k.shape[:3], float(given * spec.sign), device=q.device)
+        rate = torch.full(tokens.k.shape[:3], float(given * spec.sign), dtype=torch.float32, device=q.device)
     bounds = None if call.cu_seqlens is None else each * torch.tensor(call.cu_seqlens, device=q.device)
 
     def rows(x: Tensor | None) -> Tensor | None:

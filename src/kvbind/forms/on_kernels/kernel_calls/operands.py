@@ -26,7 +26,7 @@ def rate_column(rate: Tensor | float, tokens: Tokens) -> Tensor | None:
     if not isinstance(rate, Tensor):
         if rate == 1 and tokens.mask is None:
             return None
-        rate = torch.full(tokens.k.shape[:3], float(rate), device=tokens.k.device)
+        rate = torch.full(tokens.k.shape[:3], float(rate), dtype=torch.float32, device=tokens.k.device)
     return rate if tokens.mask is None else rate * tokens.mask
 
 

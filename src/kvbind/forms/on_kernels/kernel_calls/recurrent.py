@@ -77,7 +77,7 @@ def recurrent_chunks(
     rates: dict[str, Tensor] = {}
     for name in updated:
         rate = rate_column(tokens.rates[name], tokens)
-        full = torch.ones(tokens.k.shape[:3], device=q.device) if rate is None else rate
+        full = torch.ones(tokens.k.shape[:3], dtype=torch.float32, device=q.device) if rate is None else rate
         rates[name] = heads_last(full).contiguous()
     momentum, decay = decays(tokens.gates)
     output, gate, up, out, velocity = recurrent_swiglu(
