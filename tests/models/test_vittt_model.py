@@ -63,7 +63,8 @@ def test_images_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="image's width"):
         plain()(torch.randn(1, 3, 16, 2))
     for model in (plain(), hierarchical()):
-        with pytest.raises(ValueError, match=r"image must be \[B, 3, height, width\] with at least one image; got shape \[1, 1, 16, 16\]"):
+        message = r"image must be \[B, 3, height, width\] with at least one image; got shape \[1, 1, 16, 16\]"
+        with pytest.raises(ValueError, match=message):
             model(torch.randn(1, 1, 16, 16))
     assert plain(in_chans=1)(torch.randn(1, 1, 16, 16)).shape == (1, 5)
 
