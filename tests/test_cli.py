@@ -405,6 +405,28 @@ def test_greedy_text_does_not_depend_on_the_seed(run, trained):
     assert run(*words, "1")[1] == run(*words, "2")[1]
 
 
+def test_each_of_several_prompts_gets_the_text_that_it_gets_alone(run, trained):
+    words = ("generate", str(trained), "--tokens", "12", "--seed", "3")
+    alone = [run(*words, "--prompt", prompt)[1] for prompt in ("it was", "the best of times")]
+    code, out, errors = run(*words, "--prompt", "it was", "--prompt", "the best of times")
+    assert code == 0, errors
+    assert out == "\n".join(alone)
+
+
+def test_a_series_of_metrics_breaks_between_its_places(capsys):
+    from kvbind.cli.output import show_metrics
+    from kvbind.screen import Screen
+
+    series = [(place, 3.0) for place in range(0, 256, 32)]
+    show_metrics(Screen(width=40), {"loss_by_position": series})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == [
+        "loss by position: 0: 3.000  32: 3.000",
+        "64: 3.000  96: 3.000  128: 3.000",
+        "160: 3.000  192: 3.000  224: 3.000",
+    ]
+
+
 def test_an_empty_prompt_is_refused(run, trained):
     code, _, errors = run("generate", str(trained), "--prompt", "")
     assert code == 2

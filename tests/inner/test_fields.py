@@ -159,6 +159,12 @@ def test_gates_are_there_in_their_shape_exactly_when_they_are_asked_for(fields, 
         kvbind.ttt(spec, weights, q, k, v, lr=0.1, **gates)
 
 
+def test_a_number_for_a_gate_that_is_not_there_is_named():
+    weights, q, k, v = operands(TOKEN)
+    with pytest.raises(ValueError, match=r"momentum must be None, as the inner loop has momentum=False; got 0\.9"):
+        kvbind.ttt(TOKEN, weights, q, k, v, lr=0.1, momentum=0.9)
+
+
 def test_biases_take_the_rate_of_their_matrix_unless_they_have_one():
     spec = TOKEN.replace(network=MLP("tanh", bias=True), loss="dot")
     weights, q, k, v = operands(spec)

@@ -381,7 +381,8 @@ def test_what_decoding_reads_is_a_field_of_the_configuration(tmp_path):
     assert {layer.attn.decode_dtype for layer in model.model.layers} == {"bfloat16"}
     model.save_pretrained(tmp_path)
     assert LactConfig.from_pretrained(tmp_path).decode_dtype == "bfloat16"
-    with pytest.raises(ValueError, match=r"decode_dtype must be one of 'bfloat16'; got 'float16'"):
+    assert small_config(decode_dtype=torch.bfloat16).decode_dtype == "bfloat16"  # as `dtype` takes either
+    with pytest.raises(ValueError, match=r"decode_dtype must be 'bfloat16' or None; got 'float16'$"):
         AutoModelForCausalLM.from_pretrained(tmp_path, decode_dtype="float16")
     for fields in ({"fast_weights": False}, {"projections": "gla"}):
         with pytest.raises(ValueError, match="decode_dtype must be None but for fast weights beside attention"):

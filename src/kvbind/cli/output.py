@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,10 @@ def show_metrics(screen: Console, metrics: dict[str, Any]) -> None:
     for name, value in metrics.items():
         if isinstance(value, list):
             every = max(len(value) // 8, 1)
-            screen.print(f"{name.replace('_', ' ')}: " + "  ".join(f"{place}: {x:.3f}" for place, x in value[::every]))
+            # lines end between the pairs: textwrap takes a non-breaking space for a part of a word
+            series = "  ".join(f"{place}:\N{NO-BREAK SPACE}{x:.3f}" for place, x in value[::every])
+            for line in textwrap.wrap(f"{name.replace('_', ' ')}: {series}", screen.width):
+                screen.print(line.replace("\N{NO-BREAK SPACE}", " "), soft_wrap=True)
 
 
 def show_tables(screen: Console, results: dict[str, Any]) -> None:

@@ -309,10 +309,10 @@ def check_gates(spec: InnerLoop, given: Mapping[str, PerToken], q: Tensor, dtype
         dtype: of the result.
     """
     batch, tokens, heads, width = q.shape
-    for name in given:
+    for name, gate in given.items():
         if name not in spec.gates:
-            value = getattr(spec, name)
-            raise ValueError(f"{name} must be None, as the inner loop has {name}={value!r}; got a gate")
+            value, got = getattr(spec, name), "a gate" if isinstance(gate, Tensor) else repr(gate)
+            raise ValueError(f"{name} must be None, as the inner loop has {name}={value!r}; got {got}")
     gates = {}
     for name, declared in spec.gates.items():
         gate, itself, rows = given.get(name), declared.writes == "itself", tokens * spec.writes

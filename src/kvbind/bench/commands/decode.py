@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
 from kvbind.bench.options import Device, Out, known_preset, numbers_of, open_device, some_of
 from kvbind.bench.output import say_written, show_grid, write_growing
-
-if TYPE_CHECKING:
-    from kvbind.layers.lact.layer import DecodeDtype
 
 
 def command(
@@ -53,9 +50,8 @@ def command(
     chosen = some_of(system, CAUSAL, "system") if system else ()
     loads = [DecodingLoad(batch, prompt, tokens, piece) for prompt in numbers_of(prompts, "prompts")]
     config: dict[str, Any] = {"preset": preset, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "piece": piece}
-    reads = cast("DecodeDtype | None", decode_dtype or None)
+    reads = check_decode_dtype(decode_dtype or None)
     if reads is not None:
-        check_decode_dtype(reads)
         config["decode_dtype"] = reads
     about = provenance(place, ("triton", *fla.PACKAGES)) | {"config": config}
     rows = bench_systems(known_preset(preset), chosen, place, dtype, loads, switches, seconds, reads)

@@ -12,7 +12,10 @@ from kvbind.cli import output
 
 def command(
     run: Annotated[Path, typer.Argument(help="Folder of a finished training run, or of a model in transformers' format.")],
-    prompt: Annotated[str, typer.Option(help="What the text starts with.")] = "import ",
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="What the text starts with; several times for several texts. [default: import ]"),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="How many to write.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="Of sampling; 0 always takes the likeliest token.", min=0.0)] = 0.8,
     top_p: Annotated[
@@ -34,15 +37,19 @@ def command(
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must have at most 64 bits; got {seed}")
     model, words = open_trained(run, tokenizer)
-    ids = torch.from_numpy(words.encode(prompt))[None]
-    if not ids.numel():
+    starts = [torch.from_numpy(words.encode(prompt))[None] for prompt in prompts or ["import "]]
+    if not all(ids.numel() for ids in starts):
         raise ValueError("prompt must hold at least one token; got an empty text")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(seed)
+    model, screen = model.to(device), output.console()
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
     )
-    written = model.to(device).generate(
-        ids.to(device), max_new_tokens=tokens, pad_token_id=words.end, eos_token_id=words.end, **sampling
-    )
-    output.console().print(words.decode(written[0].tolist()), soft_wrap=True)
+    for number, ids in enumerate(starts):
+        torch.manual_seed(seed)  # so each text is the one that its prompt gets alone
+        written = model.generate(
+            ids.to(device), max_new_tokens=tokens, pad_token_id=words.end, eos_token_id=words.end, **sampling
+        )
+        if number:
+            screen.print()
+        screen.print(words.decode(written[0].tolist()), soft_wrap=True)

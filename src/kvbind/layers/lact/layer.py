@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -189,11 +189,10 @@ class LactLayer(nn.Module):
                 f"{hidden_size // num_attn_heads} channels"
             )
         check_choice("form", form, FORMS)
-        check_decode_dtype(decode_dtype)
         check_fits_lact_layer(inner)
 
         self.hidden_size, self.window_size, self.form = hidden_size, window_size, form
-        self.decode_dtype = decode_dtype
+        self.decode_dtype = check_decode_dtype(decode_dtype)
         self.num_attn_heads, self.num_lact_heads = num_attn_heads, num_lact_heads
         self.head_width, self.fast_width = hidden_size // num_attn_heads, hidden_size // num_lact_heads
         self.silu_v, self.rope_theta = silu_v, rope_theta
@@ -529,14 +528,17 @@ DecodeDtype = Literal["bfloat16"]
 """What decoding may read fast weights in."""
 
 
-def check_decode_dtype(given: object) -> None:
-    """Refuse what decoding cannot read fast weights in.
+def check_decode_dtype(given: object) -> DecodeDtype | None:
+    """What decoding reads fast weights in, by name; `torch.bfloat16` is taken for its name.
 
     Raises:
-        ValueError: neither None nor of `DecodeDtype`.
+        ValueError: anything else but None.
     """
-    if given is not None:
-        check_choice("decode_dtype", given, get_args(DecodeDtype))
+    if given is None:
+        return None
+    if given not in ("bfloat16", torch.bfloat16):
+        raise ValueError(f"decode_dtype must be 'bfloat16' or None; got {given!r}")
+    return "bfloat16"
 
 
 NOT_MADE = ("erase", "writes")

@@ -192,7 +192,7 @@ class LactConfig(WithImports, PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         check_choice("ttt_form", ttt_form, FORMS)
-        check_decode_dtype(decode_dtype)
+        decode_dtype = check_decode_dtype(decode_dtype)
         whole = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers,
                  "num_attn_heads": num_attn_heads, "num_lact_heads": num_lact_heads, "window_size": window_size}  # fmt: skip
         for name, number in whole.items():
