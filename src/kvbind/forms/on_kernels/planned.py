@@ -158,7 +158,7 @@ class Planned:
             tokens = Tokens(k.transpose(1, 2), v.transpose(1, 2), {"out": each}, kept)
             return output, self._state(weights, end, velocity, tokens.span(len(tokens) - self.rest, len(tokens)))
         # those of the call: who called may put others in their places, or write over them
-        kept = {name: weights[name].float() for name in self.theta}
+        kept = {name: x if (x := weights[name]).dtype == torch.float32 else x.float() for name in self.theta}
         later = Deferred(partial(self._tensors, kept, end, velocity, torch.is_grad_enabled()))
         return output, State(self.spec, later, self.nothing)
 
