@@ -309,9 +309,9 @@ def check_gates(spec: InnerLoop, given: Mapping[str, PerToken], q: Tensor, dtype
         dtype: of the result.
     """
     batch, tokens, heads, width = q.shape
-    for name, gate in given.items():
+    for name, unasked in given.items():
         if name not in spec.gates:
-            value, got = getattr(spec, name), "a gate" if isinstance(gate, Tensor) else repr(gate)
+            value, got = getattr(spec, name), "a gate" if isinstance(unasked, Tensor) else repr(unasked)
             raise ValueError(f"{name} must be None, as the inner loop has {name}={value!r}; got {got}")
     gates = {}
     for name, declared in spec.gates.items():

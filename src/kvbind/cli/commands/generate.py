@@ -9,13 +9,16 @@ import typer
 
 from kvbind.cli import output
 
+PROMPTS = ["import "]
+"""What texts start with where nothing else is asked for."""
+
 
 def command(
     run: Annotated[Path, typer.Argument(help="Folder of a finished training run, or of a model in transformers' format.")],
     prompts: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", help="What the text starts with; several times for several texts. [default: import ]"),
-    ] = None,
+        list[str],
+        typer.Option("--prompt", help="What the text starts with; several times for several texts.", metavar="<str>"),
+    ] = PROMPTS,
     tokens: Annotated[int, typer.Option(help="How many to write.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="Of sampling; 0 always takes the likeliest token.", min=0.0)] = 0.8,
     top_p: Annotated[
@@ -37,7 +40,7 @@ def command(
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must have at most 64 bits; got {seed}")
     model, words = open_trained(run, tokenizer)
-    starts = [torch.from_numpy(words.encode(prompt))[None] for prompt in prompts or ["import "]]
+    starts = [torch.from_numpy(words.encode(prompt))[None] for prompt in prompts]
     if not all(ids.numel() for ids in starts):
         raise ValueError("prompt must hold at least one token; got an empty text")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
