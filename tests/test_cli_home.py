@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import kvbind
+from kvbind import cli
 from kvbind.cli.arguments import run_and_rest
 from kvbind.experiments.training.run_folders import open_run
 from kvbind.screen import Screen
@@ -226,7 +227,7 @@ def test_a_terminal_without_a_size_is_one_of_eighty_columns(run, monkeypatch):
     assert found == run("explain", "gla", "--tokens", "64")[1] != ""
 
 
-def test_an_interrupt_before_anything_is_written_is_said(run, book, monkeypatch):
+def test_an_interrupt_before_anything_is_written_is_said(book, monkeypatch, capfd):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -237,8 +238,10 @@ def test_an_interrupt_before_anything_is_written_is_said(run, book, monkeypatch)
     for name, words in (("kvbind.train.config.read_config", book), explained):
         for ending in (interrupted, wrapped):
             monkeypatch.setattr(name, ending)
-            code, out, errors = run(*words)
-            assert (code, out, errors.split()) == (130, "", ["interrupted"])
+            with pytest.raises(SystemExit) as ended:
+                cli.main(list(words))
+            out, errors = capfd.readouterr()
+            assert (ended.value.code, out, errors.split()) == (130, "", ["interrupted"])
     assert not Path("mine").exists()
 
 
