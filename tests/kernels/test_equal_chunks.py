@@ -221,7 +221,10 @@ def test_zeros_that_are_shared_are_there_for_every_stream(monkeypatch, capturing
         current_stream=lambda device: SimpleNamespace(synchronize=lambda: waited.append(device)),
     )
     stand_in = SimpleNamespace(
-        cuda=cuda, inference_mode=torch.inference_mode, full=lambda shape, value, device: torch.full(shape, value)
+        cuda=cuda,
+        float32=torch.float32,
+        inference_mode=torch.inference_mode,
+        full=lambda shape, value, dtype, device: torch.full(shape, value, dtype=dtype),
     )
     monkeypatch.setattr(operands, "torch", stand_in)
     monkeypatch.setattr(operands, "_shared", {})
