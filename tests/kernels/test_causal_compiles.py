@@ -4,11 +4,11 @@ In a process of its own: whether kernels are compiled or interpreted is settled 
 """
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
+
+from uninterpreted import printed_by
 
 pytest.importorskip("triton")
 
@@ -34,11 +34,7 @@ def shared_memory(dtype):
 
 @pytest.mark.parametrize("dtype", SHARED)
 def test_every_launch_fits_a_block(dtype):
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    run = subprocess.run([sys.executable, __file__, dtype], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    found = printed_by(__file__, dtype)
     assert {name for name, _ in found} == {"_pass_kernel", "_gate_gradient_kernel"}
     assert max(shared for _, shared in found) <= SHARED[dtype][2]
 

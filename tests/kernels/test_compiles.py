@@ -4,12 +4,12 @@ They do so in a process of its own: whether kernels are compiled or interpreted 
 """
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict
 
 import pytest
+
+from uninterpreted import printed_by
 
 pytest.importorskip("triton")
 
@@ -106,11 +106,7 @@ def compile_equal_chunks_for(capability):
 @pytest.fixture(scope="module")
 def every():
     """By compute capability, every kernel that was compiled: of sequences of any lengths, and of equal chunks."""
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return {name: {int(n): x for n, x in kernels.items()} for name, kernels in json.loads(run.stdout).items()}
+    return {name: {int(n): x for n, x in kernels.items()} for name, kernels in printed_by(__file__).items()}
 
 
 @pytest.fixture(scope="module")

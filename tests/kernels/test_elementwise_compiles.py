@@ -4,12 +4,12 @@ They do so in a process of its own: whether kernels are compiled or interpreted 
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 
 import pytest
+
+from uninterpreted import printed_by
 
 pytest.importorskip("triton")
 
@@ -57,11 +57,7 @@ def compile_for(capability, name, length):
 @pytest.fixture(scope="module")
 def compiled():
     """By operator, capability and length, its forward and its backward kernel."""
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return {tuple(key): kernels for key, kernels in json.loads(run.stdout)}
+    return {tuple(key): kernels for key, kernels in printed_by(__file__)}
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

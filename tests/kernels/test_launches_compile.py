@@ -4,11 +4,11 @@ They compile in a process of their own: whether kernels are compiled or interpre
 """
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
+
+from uninterpreted import printed_by
 
 pytest.importorskip("triton")
 
@@ -112,11 +112,7 @@ def compile_case(name):
 @pytest.fixture(scope="module")
 def compiled():
     """By case, the launches."""
-    environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return printed_by(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -4,11 +4,11 @@ In a process of its own: whether kernels are compiled or interpreted is settled 
 """
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
+
+from uninterpreted import printed_by
 
 pytest.importorskip("triton")
 
@@ -46,11 +46,7 @@ def shared_memory(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_launch_fits_a_block(name):
-    environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    run = subprocess.run([sys.executable, __file__, name], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    found = printed_by(__file__, name)
     kernels = {"states_kernel", "reads_kernel", "read_gradients_kernel", "state_gradients_kernel"}
     assert {kernel for kernel, _ in found} == kernels
     assert max(shared for _, shared in found) <= CASES[name][-1]

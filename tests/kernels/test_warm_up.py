@@ -1,8 +1,6 @@
 """Kernels are compiled before the call that needs them, once for each kind of call, and a warm-up runs nothing."""
 
 import json
-import os
-import subprocess
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -13,6 +11,7 @@ import torch
 from kvbind.kernels.launching import warm_up
 from kvbind.kernels.launching.autotuning import Tuned
 from kvbind.kernels.launching.launcher import Launcher
+from uninterpreted import printed_by
 
 
 @pytest.fixture
@@ -142,11 +141,7 @@ def warm_up_for_hopper():
 
 def test_a_warm_up_compiles_with_triton_what_launches_need(tmp_path):
     pytest.importorskip("triton")
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    found = printed_by(__file__, TRITON_CACHE_DIR=str(tmp_path))
     compiled = {
         "whole_backward",
         "whole_forward",
