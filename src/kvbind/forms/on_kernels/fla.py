@@ -27,6 +27,7 @@ from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from kvbind.forms.on_kernels.delta import unlike_recurrence
+from kvbind.forms.on_kernels.kernel_calls.operands import of_each_token
 from kvbind.forms.parallel.finite import guarded, guarded_packed
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
@@ -335,9 +336,7 @@ def _named(operator: Operator, sign: int, q: Tensor, tokens: Tokens) -> dict[str
     if gate is not None:
         named["g"] = gate.transpose(1, 2).float().clamp(min=LEAST_GATE).log()
     if operator.loss == "squared":
-        if not isinstance(rate, Tensor):
-            rate = torch.full(tokens.k.shape[:3], float(rate), dtype=torch.float32, device=q.device)
-        named["beta"] = sign * rate.transpose(1, 2).float()
+        named["beta"] = sign * of_each_token(rate, tokens).transpose(1, 2).float()
     elif isinstance(rate, Tensor) or sign * rate != 1:
         column = rate.transpose(1, 2)[..., None] if isinstance(rate, Tensor) else rate
         named["v"] = (sign * column * named["v"]).to(q.dtype)

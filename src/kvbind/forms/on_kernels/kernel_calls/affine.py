@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvbind.forms.on_kernels.kernel_calls.operands import of_each_token
 from kvbind.forms.state import State
 from kvbind.forms.validation import Operands
 from kvbind.inner.rule import FastWeights
@@ -28,10 +29,8 @@ def run_affine(spec: InnerLoop, call: Operands) -> tuple[Tensor, State]:
     if each > 1:
         # reads behind a token's last write, and zeros behind the others
         q = F.pad(q.unsqueeze(2), (0, 0, 0, 0, each - 1, 0)).flatten(1, 2)
-    given, gates = tokens.rates["out"], tokens.gates
-    rate: Tensor | None = given * spec.sign if isinstance(given, Tensor) else None
-    if not isinstance(given, Tensor) and given * spec.sign != 1:
-        rate = torch.full(tokens.k.shape[:3], float(given * spec.sign), dtype=torch.float32, device=q.device)
+    signed, gates = tokens.rates["out"] * spec.sign, tokens.gates
+    rate = of_each_token(signed, tokens) if isinstance(signed, Tensor) or signed != 1 else None
     bounds = None if call.cu_seqlens is None else each * torch.tensor(call.cu_seqlens, device=q.device)
 
     def rows(x: Tensor | None) -> Tensor | None:

@@ -21,12 +21,18 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.dim() == 2 or rows.stride(-1) == 1 else rows.contiguous()
 
 
+def of_each_token(rate: Tensor | float, tokens: Tokens) -> Tensor:
+    """A rate as a tensor `[B, H, T]`; float32 of a number, whatever PyTorch's default dtype is."""
+    if isinstance(rate, Tensor):
+        return rate
+    return torch.full(tokens.k.shape[:3], float(rate), dtype=torch.float32, device=tokens.k.device)
+
+
 def rate_column(rate: Tensor | float, tokens: Tokens) -> Tensor | None:
     """A rate as kernels take it, `[B, H, T]` float32, zero for tokens that do not write; None for the constant 1."""
-    if not isinstance(rate, Tensor):
-        if rate == 1 and tokens.mask is None:
-            return None
-        rate = torch.full(tokens.k.shape[:3], float(rate), dtype=torch.float32, device=tokens.k.device)
+    if not isinstance(rate, Tensor) and rate == 1 and tokens.mask is None:
+        return None
+    rate = of_each_token(rate, tokens)
     return rate if tokens.mask is None else rate * tokens.mask
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvbind.forms.on_kernels.kernel_calls.chunked import read_network
-from kvbind.forms.on_kernels.kernel_calls.operands import heads_last, rate_column
+from kvbind.forms.on_kernels.kernel_calls.operands import heads_last, of_each_token, rate_column
 from kvbind.forms.recurrent import recurrent
 from kvbind.forms.state import State
 from kvbind.forms.tokens import Tokens
@@ -77,8 +77,7 @@ def recurrent_chunks(
     rates: dict[str, Tensor] = {}
     for name in updated:
         rate = rate_column(tokens.rates[name], tokens)
-        full = torch.ones(tokens.k.shape[:3], dtype=torch.float32, device=q.device) if rate is None else rate
-        rates[name] = heads_last(full).contiguous()
+        rates[name] = heads_last(of_each_token(1.0 if rate is None else rate, tokens)).contiguous()
     momentum, decay = decays(tokens.gates)
     output, gate, up, out, velocity = recurrent_swiglu(
         heads_last(padded), heads_last(tokens.k), heads_last(tokens.v), weights.get("gate"), weights.get("up"),
