@@ -293,8 +293,7 @@ def again(
     last = _last.get(id(spec))
     if last is None or type(weights) is not dict or last.form != form or last.switches != _switches():
         return None
-    named, rate, rates = _named(weights, lr, gates)
-    tensors = (q, k, v, *weights.values(), *gates.values(), *rates)
+    named, rate, tensors = _told(weights, q, k, v, lr, gates)
     if named != last.named or rate != last.rate or not last.check(*tensors) or not _aligned(tensors):
         return None
     return last.kind.planned
@@ -304,8 +303,7 @@ def remember(
     kind: Kind, weights: Mapping[str, Tensor], q: Tensor, k: Tensor, v: Tensor, lr: LearningRate, gates: Any, form: str
 ) -> None:
     """Let calls like this one, of a kind that is planned, be known by `again`."""
-    named, rate, rates = _named(weights, lr, gates)
-    tensors = (q, k, v, *weights.values(), *gates.values(), *rates)
+    named, rate, tensors = _told(weights, q, k, v, lr, gates)
     if _Guards is None or not all(isinstance(x, Tensor) for x in tensors) or not _aligned(tensors):
         return
     shapes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
@@ -313,17 +311,20 @@ def remember(
     _kept(_last, id(kind.spec), Last(kind, form, _switches(), named, rate, guards.check))
 
 
-def _named(weights: Mapping[str, Tensor], lr: LearningRate, gates: Mapping[str, Tensor]) -> tuple[Key, Any, Iterable[Any]]:
-    """Names of a call's tensors, how many of them are weights, what its rate is if a number, and else its rates."""
-    if isinstance(lr, Tensor):
-        return (len(weights), *weights, *gates), None, (lr,)
-    if type(lr) is dict:
-        return (len(weights), *weights, *gates, None, *lr), None, lr.values()
+def _told(
+    weights: Mapping[str, Tensor], q: Tensor, k: Tensor, v: Tensor, lr: LearningRate, gates: Mapping[str, Tensor]
+) -> tuple[Key, Any, tuple[Any, ...]]:
+    """Names of a call's tensors and how many of them are weights, what its rate is if a number, and the tensors."""
     number: Any = lr
+    named: Key = (len(weights), *weights, *gates)
+    rate: Any = None
+    rates: tuple[Any, ...] = (lr,)
+    if type(lr) is dict:
+        named, rates = (*named, None, *lr), (*lr.values(),)
     # no bool, which is an int too
-    if type(lr) in (int, float) and abs(number) <= LARGEST:
-        return (len(weights), *weights, *gates), 1 if lr == 1 else float, ()
-    return (len(weights), *weights, *gates), None, (lr,)
+    elif type(lr) in (int, float) and abs(number) <= LARGEST:
+        rate, rates = 1 if number == 1 else float, ()
+    return named, rate, (q, k, v, *weights.values(), *gates.values(), *rates)
 
 
 # what `environ` keeps, as it keeps it: of a variable that is not set, asking itself takes two exceptions
