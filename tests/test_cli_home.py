@@ -252,7 +252,7 @@ def test_a_folder_that_cannot_be_made_is_named(run, book):
     assert "the run's folder '/proc/x/y' cannot be made: " in errors
 
 
-@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("columns", [50, 60, 64, 80, 110])
 def test_tables_fit_narrow_terminals(run, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     code, out, _ = run("plan", "--preset", "760m", "--gpus", "8,16")

@@ -19,7 +19,7 @@ from kvbind.bench.app import app as bench
 from kvbind.cli import commands, output
 from kvbind.commands import add_commands
 from kvbind.interrupt import CODE, say_interrupted
-from kvbind.screen import LogLines, Screen, heard_of
+from kvbind.screen import LogLines, heard_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -92,30 +92,16 @@ def fail_usage(error: Any) -> NoReturn:
     said = " ".join(error.format_message().replace("Value error, ", "").split())
     if said and type(error).__name__ != "NoArgsIsHelpError":
         command = "kvbind" if error.ctx is None else error.ctx.command_path
-        say_error(f"{said[0].lower()}{said[1:].rstrip('.')} ({command} --help says what it takes)")
+        output.say_error(f"{said[0].lower()}{said[1:].rstrip('.')} ({command} --help says what it takes)")
     sys.exit(error.exit_code)
 
 
 def fail(error: Exception, code: int) -> NoReturn:
     """Say what went wrong in one line, and leave; of what is no user's mistake also how to see where."""
-    say_error(str(error))
+    output.say_error(str(error))
     if code != USERS_MISTAKE:
-        say_error("(--traceback shows where)", "", "dim")
+        output.say_error("(--traceback shows where)", "", "dim")
     sys.exit(code)
-
-
-def say_error(text: str, mark: str = "error: ", style: str | None = None) -> None:
-    """Write a line on stderr; where that cannot be written to, the exit code alone says it.
-
-    Args:
-        text: the line.
-        mark: what stands before it, in red.
-        style: of the text, by rich's name.
-    """
-    stderr = Screen(stderr=True)
-    with contextlib.suppress(OSError, SystemExit):  # rich ends the process where a pipe is closed
-        stderr.print(mark, style="bold red", end="")
-        stderr.print(text, style=style, soft_wrap=True)
 
 
 def show_version(wanted: bool) -> None:

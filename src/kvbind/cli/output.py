@@ -30,9 +30,22 @@ def continuable() -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         said = str(interrupt) or "interrupted; the same command goes on from the last checkpoint, if there is one"
-        with contextlib.suppress(OSError, SystemExit):  # where nobody listens, the exit code says it
-            Screen(stderr=True).print(f"\n{said}{', without --fresh' if '--fresh' in sys.argv else ''}", soft_wrap=True)
+        say_error(f"\n{said}{', without --fresh' if '--fresh' in sys.argv else ''}", mark="")
         sys.exit(CODE)  # not typer's `Exit`, which with this code stands for a Ctrl-C that nobody has said anything of
+
+
+def say_error(text: str, mark: str = "error: ", style: str | None = None) -> None:
+    """Write a line on stderr; where that cannot be written to, the exit code alone says it.
+
+    Args:
+        text: the line.
+        mark: what stands before it, in red.
+        style: of the text, by rich's name.
+    """
+    stderr = Screen(stderr=True)
+    with contextlib.suppress(OSError, SystemExit):  # rich ends the process where a pipe is closed
+        stderr.print(mark, style="bold red", end="")
+        stderr.print(text, style=style, soft_wrap=True)
 
 
 def say_next(screen: Console, task: str, run: Path) -> None:
